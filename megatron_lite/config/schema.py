@@ -1,0 +1,282 @@
+"""The one source of every setting: typed, documented, and free of torch.
+
+A `RunConfig` is composed by Hydra (`compose.py`), checked as a whole (`validate.py`), completed (`resolve.py`), and
+written once into the run folder. YAML files under `conf/` hold values only; each field's meaning stands here.
+
+Sizes are in elements, batches in sequences, times in seconds. `None` means "derived": the field says from what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Normalization(StrEnum):
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Activation(StrEnum):
+    gelu = "gelu"  # exact, by the error function
+    gelu_tanh = "gelu_tanh"  # GPT-2's tanh approximation
+    swiglu = "swiglu"  # silu(gate) * up, three matrices (arXiv 2002.05202)
+
+
+class PositionEmbedding(StrEnum):
+    learned = "learned"
+    rotary = "rotary"  # arXiv 2104.09864, half-rotation as in GPT-NeoX and LLaMA
+
+
+class Recompute(StrEnum):
+    none = "none"
+    selective = "selective"  # the core attention only (arXiv 2205.05198)
+    full = "full"  # every transformer layer from its input
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    sgd = "sgd"
+    adafactor = "adafactor"
+
+
+class Decay(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    inverse_sqrt = "inverse_sqrt"
+
+
+class WandbMode(StrEnum):
+    disabled = "disabled"
+    auto = "auto"  # online when the user is logged in, offline otherwise
+    offline = "offline"
+    online = "online"
+
+
+class LauncherName(StrEnum):
+    local = "local"
+    deepspeed = "deepspeed"
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer: GPT-2 and LLaMA are two settings of it."""
+
+    name: str = "gpt_tiny"
+    """Label for run folders and plots."""
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key/value heads; None = one per attention head (multi-head), 1 = multi-query."""
+    head_size: int | None = None
+    """Channels of one head; None = hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP; None = 4 x hidden_size, or 8/3 x hidden_size rounded up to 64 for SwiGLU."""
+    max_position_embeddings: int = 1024
+    """Longest sequence: size of the learned position table, upper bound of data.seq_length."""
+    vocab_size: int | None = None
+    """True vocabulary; None = that of the tokenizer. Padded rows never take part in the loss."""
+    vocab_pad_multiple: int = 128
+    """The embedding has a multiple of this x tensor_parallel_size rows (Megatron's make-vocab-size-divisible-by)."""
+    normalization: Normalization = Normalization.layernorm
+    norm_epsilon: float = 1e-5
+    activation: Activation = Activation.gelu_tanh
+    position_embedding: PositionEmbedding = PositionEmbedding.learned
+    rotary_base: float = 10000.0
+    attention_bias: bool = True
+    """Biases of the four attention projections."""
+    mlp_bias: bool = True
+    tie_embeddings: bool = True
+    """The output head uses the word embedding's weight."""
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    """On attention probabilities."""
+    hidden_dropout: float = 0.0
+    """On the output of attention and MLP, before the residual sum."""
+    init_std: float = 0.02
+    """Weights ~ N(0, init_std); the two residual projections of a layer ~ N(0, init_std / sqrt(2 num_layers))."""
+
+
+@dataclass
+class ParallelConfig:
+    """The layout. world_size = data x tensor x pipeline."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int | None = None
+    """None = number of processes / (tensor x pipeline)."""
+    sequence_parallel: bool = False
+    """Shard norms and dropouts along the sequence inside a tensor-parallel group (arXiv 2205.05198)."""
+    zero_stage: int = 1
+    """0 (fp32 reference only), 1, or 2/3 with pipeline_parallel_size = 1 (arXiv 1910.02054)."""
+    offload_optimizer: bool = False
+    """Keep optimizer states and their arithmetic in host memory (ZeRO-Offload, arXiv 2101.06840)."""
+    recompute: Recompute = Recompute.none
+    """Which activations are computed again in the backward pass instead of stored."""
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes samples."""
+
+    source: Any = "embedded"
+    """`embedded`, one path/dataset name or a list of them: .txt, .jsonl[.gz], .parquet, a Megatron .bin/.idx prefix,
+    or a Hugging Face dataset name/path."""
+    weights: list[float] | None = None
+    """Share of samples drawn from each source; None = proportional to its tokens."""
+    text_key: str = "text"
+    """Field or column that holds the text in .jsonl, .parquet and Hugging Face datasets."""
+    document_separator: str | None = "\n\n"
+    """What separates documents in a .txt file; None = one document a file."""
+    dataset_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    dataset_config: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    tokenizer: str = "train"
+    """`train` a byte-level BPE on the sources, or the folder (or hub name) of a Hugging Face tokenizer."""
+    tokenizer_vocab_size: int = 8192
+    """Size of a trained tokenizer, special tokens included."""
+    seq_length: int = 128
+    """Tokens of one sample."""
+    validation_fraction: float = 0.02
+    """Share of documents held out."""
+    validation_source: Any = None
+    """A separate source (same forms) to validate on; None = hold out validation_fraction of the documents."""
+    mask_loss_after_eod: bool = False
+    """Do not train on predicting the token that follows an end-of-document token (another document's first)."""
+    cache_dir: str = "data"
+    """Folder of prepared shards; each set lies in a subfolder named by the hash of what it was made from."""
+    num_workers: int | None = None
+    """Processes that tokenise; None = the cores of this machine."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    learning_rate: float = 3e-4
+    """Peak, after warm-up."""
+    min_learning_rate: float = 3e-5
+    """End of the decay."""
+    warmup_steps: int = 10
+    """Steps of linear growth from 0 to learning_rate."""
+    decay: Decay = Decay.cosine
+    decay_steps: int | None = None
+    """Step at which min_learning_rate is reached; None = train.steps."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.0
+    """Of SGD."""
+    weight_decay: float = 0.1
+    """Decoupled; on matrices only, never on biases and norm weights."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+@dataclass
+class BatchRampConfig:
+    """Grow the global batch linearly from `start` to train.global_batch_size (GPT-3, arXiv 2005.14165)."""
+
+    start: int = 0
+    """First global batch, in sequences; 0 = no ramp."""
+    increment: int = 0
+    """Sequences added at each stage of the ramp."""
+    samples: int = 0
+    """Sequences consumed during the whole ramp."""
+
+
+@dataclass
+class LossScaleConfig:
+    """Dynamic loss scaling of fp16 (arXiv 1710.03740)."""
+
+    initial_power: int = 16
+    """The first scale is 2 to this power."""
+    window: int = 1000
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: int = 2
+    """Overflows before the scale halves."""
+    minimum: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 300
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int = 4
+    """Sequences of one forward pass on one data-parallel rank."""
+    global_batch_size: int = 32
+    """Sequences of one optimizer step, over all ranks."""
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
+    seed: int = 1234
+    precision: Precision = Precision.fp32
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    log_interval: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_interval: int = 100
+    """Steps between validations; 0 = only at the end."""
+    eval_batches: int = 8
+    """Global batches of one validation."""
+    save_interval: int = 100
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 = all."""
+    generate_tokens: int = 40
+    """Tokens of the sample that the summary shows; 0 = none."""
+    generate_prompt: str = "def "
+    run_dir: str | None = None
+    """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for a missing rank before all ranks end."""
+
+
+@dataclass
+class TrackingConfig:
+    progress: bool = True
+    """Show the progress bar (a plain line per log_interval where the output is no terminal)."""
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "megatron_lite"
+    wandb_name: str | None = None
+    """None = the run folder's name."""
+    tensorboard: bool = False
+    plot: bool = True
+    """Draw loss.png at the end."""
+
+
+@dataclass
+class LauncherConfig:
+    name: LauncherName = LauncherName.local
+    num_processes: int | None = None
+    """Processes to start; None = data x tensor x pipeline, or one per visible GPU where data is None."""
+    threads_per_process: int = 1
+    """OMP_NUM_THREADS of each rank."""
+    master_address: str = "127.0.0.1"
+    master_port: int | None = None
+    """None = a free port."""
+    device: str = "auto"
+    """auto = CUDA where there are enough GPUs, else cpu; or `cpu` / `cuda`."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run. Frozen into the run folder as config-<sha12>.yaml."""
+
+    script: str = "pretrain_gpt"
+    """The entry script."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    debug: bool = False
+    """Show tracebacks of user errors (also: --debug)."""

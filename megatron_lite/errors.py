@@ -1,0 +1,40 @@
+"""The errors that a user can cause, and the exit code that each ends a process with.
+
+Every message names the dotted key (or the file), its value, the rule it breaks and the remedy. `assert` is for
+invariants of our own; anything that a wrong config, file or machine can trigger raises one of these instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
+EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
+
+
+class MegatronLiteError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class ConfigError(MegatronLiteError):
+    """One or more configuration values break a rule; `problems` lists every one of them."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.problems,)  # keep the list when crossing a process boundary
+
+
+class DataError(MegatronLiteError):
+    """A corpus, tokenizer or shard cannot be used as it is."""
+
+
+class CheckpointError(MegatronLiteError):
+    """A checkpoint is missing, incomplete or does not fit this run."""
+
+
+class LaunchError(MegatronLiteError):
+    """The processes of a run cannot be started, or not enough of them were."""

@@ -1,0 +1,98 @@
+"""Pure arithmetic of a layout: who is who, who talks to whom, which layers lie on which stage.
+
+No torch, no processes: the planner, the launcher's dry run and every rank use the same functions.
+
+Ranks are numbered with the tensor axis innermost, then data, then pipeline (DeepSpeed's
+`PipeModelDataParallelTopology`): neighbours in a tensor-parallel group, which talk the most, get neighbouring ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Coordinates(NamedTuple):
+    """Place of one rank on the three axes."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A grid of pipeline x data x tensor ranks."""
+
+    data_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def rank(self, pipeline: int, data: int, tensor: int) -> int:
+        return (pipeline * self.data_parallel_size + data) * self.tensor_parallel_size + tensor
+
+    def coordinates(self, rank: int) -> Coordinates:
+        rest, tensor = divmod(rank, self.tensor_parallel_size)
+        pipeline, data = divmod(rest, self.data_parallel_size)
+        return Coordinates(pipeline, data, tensor)
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks that hold slices of the same layers for the same data: one list per (pipeline, data)."""
+        return [
+            [self.rank(p, d, t) for t in range(self.tensor_parallel_size)]
+            for p in range(self.pipeline_parallel_size)
+            for d in range(self.data_parallel_size)
+        ]
+
+    def data_groups(self) -> list[list[int]]:
+        """Ranks that hold the same parameters and see different data: one list per (pipeline, tensor)."""
+        return [
+            [self.rank(p, d, t) for d in range(self.data_parallel_size)]
+            for p in range(self.pipeline_parallel_size)
+            for t in range(self.tensor_parallel_size)
+        ]
+
+    def pipeline_groups(self) -> list[list[int]]:
+        """Ranks that one micro-batch visits in order: one list per (data, tensor)."""
+        return [
+            [self.rank(p, d, t) for p in range(self.pipeline_parallel_size)]
+            for d in range(self.data_parallel_size)
+            for t in range(self.tensor_parallel_size)
+        ]
+
+
+def layers_per_stage(num_layers: int, pipeline_parallel_size: int) -> list[int]:
+    """Transformer layers of each stage, as even as can be; the earlier stages take the remainder.
+
+    The last stage also holds the output head, the largest matrix of a small model, so it never gets an extra layer.
+    """
+    base, extra = divmod(num_layers, pipeline_parallel_size)
+    return [base + (stage < extra) for stage in range(pipeline_parallel_size)]
+
+
+def stage_bounds(num_layers: int, pipeline_parallel_size: int, *, num_before: int, num_after: int) -> list[int]:
+    """Boundaries of the stages in the full layer list.
+
+    Args:
+        num_before: entries ahead of the first transformer layer (embeddings): they go with the first stage.
+        num_after: entries behind the last one (final norm, head): they go with the last stage.
+    Returns:
+        pipeline_parallel_size + 1 indices; stage i holds entries [bounds[i], bounds[i + 1]).
+    """
+    bounds = [0]
+    for count in layers_per_stage(num_layers, pipeline_parallel_size):
+        bounds.append(bounds[-1] + count)
+    bounds = [bound + num_before for bound in bounds]
+    bounds[0] = 0
+    bounds[-1] += num_after
+    return bounds
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: vocab_size rounded up so that every tensor-parallel rank gets a multiple of `multiple`."""
+    step = multiple * tensor_parallel_size
+    return -(-vocab_size // step) * step
