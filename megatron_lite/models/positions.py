@@ -1,0 +1,99 @@
+"""Where a token stands: the learned table that is added to the embedding, and rotary embedding inside attention.
+
+Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_lite.config.schema import ModelConfig, PositionEmbedding
+from megatron_lite.models.dropout import activation_dropout
+from megatron_lite.parallel.collectives import sum_gradients
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
+
+
+class PositionLayer(nn.Module):
+    """What happens between the word embedding and the first block: learned positions, where there are any, and dropout.
+
+    A layer of its own, so that the word embedding holds nothing but the weight that it shares with the head.
+    [b, s, h] -> [b, s, h], or [b, s/t, h] -> [b, s/t, h] under sequence parallelism.
+    """
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, name: str) -> None:
+        super().__init__()
+        self.context = context
+        self.name = name
+        self.dropout = model.embedding_dropout
+        self.weight = None
+        if model.position_embedding is PositionEmbedding.learned:
+            shape = (model.max_position_embeddings, model.hidden_size)
+            self.weight = sharded_parameter(ShardSpec(shape, None, Init.normal(model.init_std)), context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            (weight,) = sum_gradients(self.context, self.weight)
+            first = self.context.tensor_rank * x.shape[1] if self.context.sequence_parallel else 0
+            x = x + weight[first : first + x.shape[1]]
+        if self.training and self.dropout > 0.0:
+            key = self.context.rng.next_key(self.name)
+            x = activation_dropout(x, self.dropout, key, "embedding", self.context)
+        return x
+
+
+class RotaryTable:
+    """cos and sin of position x frequency in fp32, made when first asked for and shared by all layers.
+
+    Not a module and not a buffer: module.bfloat16() would round the angles.
+    """
+
+    def __init__(self, head_size: int, base: float) -> None:
+        self.head_size = head_size
+        self.base = base
+        self._cached: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [s, d/2] fp32: angle of position p and channel i is p / base^(2i/d) (arXiv 2104.09864)."""
+        cached = self._cached
+        if cached is None or cached[0].device != device or cached[0].shape[0] < seq_length:
+            exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device) / self.head_size
+            positions = torch.arange(seq_length, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, 1.0 / self.base**exponent)
+            cached = self._cached = angles.cos(), angles.sin()
+        return cached[0][:seq_length], cached[1][:seq_length]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels (i, i + d/2) of x [b, s, ..., d] by the angle of its position; computed in fp32."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation by the opposite angle: nothing of x has to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    middle = (1,) * (x.ndim - 3)
+    cos, sin = (table.view(table.shape[0], *middle, -1) for table in (cos, sin))  # broadcast over [b, s, ..., d/2]
+    first, second = x.chunk(2, -1)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    half = x.shape[-1] // 2
+    turned[..., :half] = first * cos - second * sin
+    turned[..., half:] = second * cos + first * sin
+    return turned

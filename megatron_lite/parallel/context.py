@@ -1,0 +1,109 @@
+"""One object that says who this rank is, whom it talks to, and where its random numbers come from.
+
+It is built once per process and handed down through constructors: nothing looks a process group up globally.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.parallel.rng import RngStates
+from megatron_lite.parallel.topology import Coordinates, Topology
+
+
+@dataclass
+class ParallelContext:
+    """Place, process groups and random states of one rank. A group of one rank is None."""
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
+    pipeline_group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    """Activations between sharded layers are split along the sequence; never True without tensor parallelism."""
+    seed: int
+    rng: RngStates
+
+    @classmethod
+    def single(cls, seed: int = 1234, device: torch.device | str = "cpu") -> ParallelContext:
+        """The context of a job of one rank; needs no torch.distributed."""
+        device = torch.device(device)
+        rng = RngStates(seed, tensor_rank=0, device=device)
+        return cls(Topology(), 0, device, None, None, None, sequence_parallel=False, seed=seed, rng=rng)
+
+    @classmethod
+    def build(cls, topology: Topology, *, device: torch.device, sequence_parallel: bool, seed: int) -> ParallelContext:
+        """Create this rank's groups out of the initialised default group; every rank of the job must call it."""
+        world_size = dist.get_world_size()
+        if world_size != topology.world_size:
+            raise ValueError(f"the job has {world_size} ranks, the layout {topology} needs {topology.world_size}")
+        rank = dist.get_rank()
+        return cls(
+            topology=topology,
+            rank=rank,
+            device=device,
+            tensor_group=_own_group(topology.tensor_groups(), rank),
+            data_group=_own_group(topology.data_groups(), rank),
+            pipeline_group=_own_group(topology.pipeline_groups(), rank),
+            sequence_parallel=sequence_parallel and topology.tensor_parallel_size > 1,
+            seed=seed,
+            rng=RngStates(seed, tensor_rank=topology.coordinates(rank).tensor, device=device),
+        )
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return self.topology.coordinates(self.rank)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.coordinates.tensor
+
+    @property
+    def tensor_size(self) -> int:
+        return self.topology.tensor_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.coordinates.data
+
+    @property
+    def data_size(self) -> int:
+        return self.topology.data_parallel_size
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.coordinates.pipeline
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.topology.pipeline_parallel_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank of the job that writes what is written once."""
+        return self.rank == 0
+
+
+def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Create every group, in the order that all ranks share, and return the one that holds `rank`."""
+    own = None
+    for ranks in groups:
+        if len(ranks) == 1:
+            continue
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = group
+    return own

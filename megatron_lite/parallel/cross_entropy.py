@@ -1,0 +1,109 @@
+"""Cross-entropy of logits whose vocabulary is split over the tensor-parallel group; the logits are never gathered.
+
+Shapes: b micro-batch, s sequence, v padded vocabulary, t tensor-parallel size, r rows (b s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_lite.parallel.context import ParallelContext
+
+_CHUNK_ELEMENTS = 1 << 18
+"""fp32 temporaries hold about this many elements (1 MB), so that they stay in the cache of a CPU core."""
+
+_FP16_SCALE = 2.0**15
+"""Probabilities are kept in the logits' storage; fp16 would lose those below 6e-5 without this factor."""
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
+    """-log softmax(logits)[label], with the softmax in fp32 whatever the type of the logits.
+
+    Where a gradient is wanted, the storage of the logits is taken over: the forward pass leaves the probabilities in
+    it, the backward pass the gradient. Nothing else of the logits' size is allocated. Autograd raises where another
+    operation needs the logits in its backward pass, and on a second backward pass.
+
+    Args:
+        logits: [b, s, v/t] contiguous, this rank's columns; any float type.
+        labels: [b, s] int64 global token ids. One outside of [0, vocab_size) gives a finite loss that the caller must
+            weigh with 0.
+        vocab_size: true size; columns from there on are padding and take no part.
+    Returns:
+        [b, s] fp32, in nats, equal on all ranks of the tensor-parallel group.
+    """
+    return _CrossEntropy.apply(logits, labels, context, vocab_size)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
+        columns = logits.shape[-1]
+        start = context.tensor_rank * columns
+        valid = min(max(vocab_size - start, 0), columns)  # columns of this rank that are no padding
+        rows = logits.view(-1, columns)
+        owned, index = _locate(labels.reshape(-1) - start, valid)
+        label_logit = torch.where(owned, rows.gather(1, index).squeeze(1).float(), 0.0)  # [r]
+        stored_scale = _FP16_SCALE if logits.dtype is torch.float16 else 1.0
+        own_log_sum = _softmax_rows(rows[:, :valid], stored_scale if ctx.needs_input_grad[0] else None)
+        log_sum, label_logit_of_all = _combine(own_log_sum, label_logit, context.tensor_group)
+        if ctx.needs_input_grad[0]:
+            ctx.valid = valid
+            factor = torch.exp(own_log_sum - log_sum) / stored_scale  # stored -> probability over all ranks' columns
+            label_probability = torch.exp(label_logit - log_sum)
+            ctx.save_for_backward(logits, factor, label_probability, owned, index)
+        return (log_sum - label_logit_of_all).view_as(labels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """(softmax - one_hot(label)) * grad, with the label's own entry computed in fp32."""
+        logits, factor, label_probability, owned, index = ctx.saved_tensors
+        rows, grad = logits.view(-1, logits.shape[-1]), grad.reshape(-1)
+        rows[:, ctx.valid :] = 0.0
+        rows.mul_((factor * grad)[:, None])
+        at_label = ((label_probability - 1.0) * grad).to(rows.dtype)
+        rows.scatter_(1, index, torch.where(owned[:, None], at_label[:, None], rows.gather(1, index)))
+        return logits, None, None, None
+
+
+def _locate(local: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """Of labels relative to this rank's first column [r]: which lie on this rank [r], and their column [r, 1], else 0."""
+    owned = (local >= 0) & (local < valid)
+    return owned, local.masked_fill(~owned, 0).unsqueeze(1)
+
+
+def _softmax_rows(rows: Tensor, stored_scale: float | None) -> Tensor:
+    """log(sum(exp)) of each row in fp32; replaces the rows by stored_scale * softmax, unless that is None."""
+    log_sum = rows.new_full(rows.shape[:1], -torch.inf, dtype=torch.float32)
+    for chunk in _chunks(rows):
+        softmax = torch.softmax(rows[chunk], -1, dtype=torch.float32)
+        # At the largest logit x, log(sum(exp)) = x - log(softmax): no second pass of exponentials.
+        log_sum[chunk] = rows[chunk].amax(-1) - softmax.amax(-1).log_()
+        if stored_scale is not None:
+            rows[chunk] = softmax if stored_scale == 1.0 else softmax.mul_(stored_scale)
+    return log_sum
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    """Consecutive ranges of rows with about _CHUNK_ELEMENTS elements; none where a rank has padding alone."""
+    if rows.shape[1] == 0:
+        return
+    step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _combine(log_sum: Tensor, label_logit: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Both [r], of this rank's columns -> of the whole vocabulary, in one message."""
+    if group is None:
+        return log_sum, label_logit
+    own = torch.stack([log_sum, label_logit])
+    gathered = own.new_empty(group.size(), *own.shape)  # [t, 2, r]
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    return gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0)

@@ -1,0 +1,159 @@
+"""Linear layers and the embedding, split over the tensor-parallel group (arXiv 1909.08053).
+
+Shapes: b micro-batch, s sequence, i input channels, o output channels, v padded vocabulary, h hidden, t tensor-parallel
+size. Under sequence parallelism (arXiv 2205.05198) activations outside of a column/row pair are [b, s/t, h].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_lite.parallel.collectives import (
+    all_gather_sequence,
+    start_reduce_scatter_sequence,
+    sum_gradients,
+    sum_partial,
+)
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
+
+
+class _Linear(torch.autograd.Function):
+    """x [b, s, i] times weight [..., o, i] (leading dimensions are stacked matrices), plus bias.
+
+    Why not F.linear alone: the sum of the input's gradient over the group runs while the weight's gradient is computed;
+    under sequence parallelism only the slice of x is kept and gathered again; and the weight is saved as the leaf that
+    it is, so that ZeRO-3 may free it between the passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, gather: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.gather, ctx.bias_shape = group, gather, None if bias is None else bias.shape
+        if gather:
+            x = all_gather_sequence(x, group)
+        return F.linear(x, weight.view(-1, weight.shape[-1]), None if bias is None else bias.view(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows = grad.reshape(-1, grad.shape[-1])  # [b s, o]
+        grad_x = work = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x, work = _start_sum(grad @ weight.view(-1, weight.shape[-1]), ctx.group, ctx.gather)
+        if needs_weight:
+            x = all_gather_sequence(x, ctx.group) if ctx.gather else x
+            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).view_as(weight)
+        if needs_bias:
+            grad_bias = rows.sum(0).view(ctx.bias_shape)
+        if work is not None:
+            work.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _start_sum(grad: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> tuple[Tensor, dist.Work | None]:
+    """Begin to add up the ranks' terms of an input's gradient [b, s, i]."""
+    if group is None:
+        return grad, None
+    if scatter:
+        return start_reduce_scatter_sequence(grad, group)
+    return grad, dist.all_reduce(grad, group=group, async_op=True)
+
+
+def _column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, context: ParallelContext) -> Tensor:
+    """x [b, s, i], or [b, s/t, i] under sequence parallelism -> [b, s, o/t]."""
+    return _Linear.apply(x, weight, bias, context.tensor_group, context.sequence_parallel)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the output channels split: [b, s, i] (or [b, s/t, i]) -> [b, s, stacked * o/t]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        context: ParallelContext,
+        *,
+        bias: bool,
+        init_std: float,
+        stacked: int | None = None,
+        padded_out_features: int | None = None,
+    ) -> None:
+        """
+        Args:
+            stacked: that many matrices of out_features rows in one parameter [stacked, o, i], each split by itself,
+                and multiplied at once; None = a plain matrix [o, i].
+            padded_out_features: rows with zero rows appended (vocabulary); None = out_features.
+        """
+        super().__init__()
+        self.context = context
+        stack = () if stacked is None else (stacked,)
+        dim = len(stack)
+        self.weight = sharded_parameter(
+            ShardSpec((*stack, out_features, in_features), dim, Init.normal(init_std), padded_out_features), context
+        )
+        self.bias = None
+        if bias:
+            self.bias = sharded_parameter(
+                ShardSpec((*stack, out_features), dim, Init.zeros(), padded_out_features), context
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _column_linear(x, self.weight, self.bias, self.context)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the input channels split: [b, s, i/t] -> [b, s, o] (or [b, s/t, o])."""
+
+    def __init__(
+        self, in_features: int, out_features: int, context: ParallelContext, *, bias: bool, init_std: float
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = sharded_parameter(ShardSpec((out_features, in_features), 1, Init.normal(init_std)), context)
+        self.bias = sharded_parameter(ShardSpec((out_features,), None, Init.zeros()), context) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.context.tensor_group is None:
+            return _Linear.apply(x, self.weight, self.bias, None, False)
+        y = sum_partial(_Linear.apply(x, self.weight, None, None, False), self.context)
+        if self.bias is None:
+            return y
+        (bias,) = sum_gradients(self.context, self.bias)
+        return y.add_(bias)  # once, after the sum over the ranks
+
+
+class VocabParallelEmbedding(nn.Module):
+    """The word table [v, h] with its rows split, as embedding and, where tied, as output head.
+
+    Embedding: token ids [b, s] -> [b, s, h] (or [b, s/t, h]). Head: [b, s, h] (or [b, s/t, h]) -> logits [b, s, v/t].
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, context: ParallelContext, *, padded_vocab_size: int, init_std: float
+    ) -> None:
+        super().__init__()
+        self.context = context
+        spec = ShardSpec((vocab_size, hidden_size), 0, Init.normal(init_std), padded_vocab_size)
+        self.weight = sharded_parameter(spec, context)
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        if as_head:
+            return _column_linear(x, self.weight, None, self.context)
+        if self.context.tensor_group is None:
+            return F.embedding(x, self.weight)
+        rows = self.weight.shape[0]
+        local = x - self.context.tensor_rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        embedded = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return sum_partial(embedded.masked_fill_(elsewhere.unsqueeze(-1), 0.0), self.context)

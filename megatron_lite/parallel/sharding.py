@@ -1,0 +1,147 @@
+"""How a parameter is cut over the tensor-parallel group, and how it is put together again.
+
+Each parameter carries a `ShardSpec`. Initialisation, checkpoints and the import of other models' weights all speak of
+full tensors under global names ("layers.3.mlp.down.weight"), which no layout changes; only this file cuts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.rng import stable_hash
+
+
+@dataclass(frozen=True)
+class Init:
+    """The distribution that a parameter starts from."""
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+
+    @classmethod
+    def normal(cls, std: float) -> Init:
+        return cls("normal", std)
+
+    @classmethod
+    def zeros(cls) -> Init:
+        return cls("zeros")
+
+    @classmethod
+    def ones(cls) -> Init:
+        return cls("ones")
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """The full tensor behind a parameter."""
+
+    full_shape: tuple[int, ...]
+    """Of the true tensor, without padding."""
+    dim: int | None
+    """The dimension that is split evenly over the tensor-parallel group; None = every rank holds all of it."""
+    init: Init
+    padded_size: int | None = None
+    """Size of `dim` after padding with zeros (vocabulary); None = no padding."""
+
+    def local_shape(self, tensor_size: int) -> tuple[int, ...]:
+        """Shape of one rank's slice."""
+        if self.dim is None:
+            return self.full_shape
+        shape = list(self.full_shape)
+        size, remainder = divmod(self.padded_size or shape[self.dim], tensor_size)
+        if remainder:
+            raise ValueError(f"dimension {self.dim} of {self.full_shape} is not a multiple of {tensor_size} ranks")
+        shape[self.dim] = size
+        return tuple(shape)
+
+
+def sharded_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
+    """An uninitialised parameter of the local shape, marked with its spec."""
+    parameter = nn.Parameter(torch.empty(spec.local_shape(context.tensor_size), device=context.device))
+    mark(parameter, spec)
+    return parameter
+
+
+def mark(parameter: nn.Parameter, spec: ShardSpec) -> None:
+    """Attach the spec, and for split parameters the attribute by which DeepSpeed counts them once per shard."""
+    parameter.shard_spec = spec
+    if spec.dim is not None:
+        parameter.tensor_model_parallel = True  # read by ZeRO and BF16_Optimizer in their gradient norms
+        parameter.model_parallel = True  # read by DeepSpeed's unfused and pipeline code for the same purpose
+
+
+def take_slice(full: Tensor, spec: ShardSpec, tensor_rank: int, tensor_size: int) -> Tensor:
+    """The part of `full` (unpadded, of spec.full_shape) that one rank holds; rows of padding are zeros."""
+    if tuple(full.shape) != spec.full_shape:
+        raise ValueError(f"expected a tensor of shape {spec.full_shape}, got {tuple(full.shape)}")
+    if spec.dim is None:
+        return full
+    shape = spec.local_shape(tensor_size)
+    size = shape[spec.dim]
+    start = min(tensor_rank * size, full.shape[spec.dim])
+    part = full.narrow(spec.dim, start, min(size, full.shape[spec.dim] - start))
+    if part.shape[spec.dim] == size:
+        return part
+    padded = full.new_zeros(shape)
+    padded.narrow(spec.dim, 0, part.shape[spec.dim]).copy_(part)
+    return padded
+
+
+def join_slices(slices: list[Tensor], spec: ShardSpec) -> Tensor:
+    """The full, unpadded tensor out of the slices of all tensor-parallel ranks, in rank order."""
+    if spec.dim is None:
+        return slices[0]
+    return torch.cat(slices, spec.dim).narrow(spec.dim, 0, spec.full_shape[spec.dim])
+
+
+def set_global_names(module: nn.Module, prefix: str) -> None:
+    """Give each parameter the name that it has in every layout: prefix + its name inside the module."""
+    for name, parameter in module.named_parameters():
+        parameter.global_name = f"{prefix}.{name}"
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, prefix: str, seed: int, context: ParallelContext) -> None:
+    """Draw every parameter of `module` as a function of its global name and the seed alone.
+
+    The full tensor is drawn in fp32 on the CPU and then cut, so that the layout and the device change nothing.
+    """
+    for name, parameter in module.named_parameters():
+        spec = parameter.shard_spec
+        full = _draw(spec, stable_hash(seed, "init", f"{prefix}.{name}"))
+        parameter.copy_(take_slice(full, spec, context.tensor_rank, context.tensor_size))
+
+
+def _draw(spec: ShardSpec, seed: int) -> Tensor:
+    if spec.init.kind == "zeros":
+        return torch.zeros(spec.full_shape)
+    if spec.init.kind == "ones":
+        return torch.ones(spec.full_shape)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(spec.full_shape).normal_(0.0, spec.init.std, generator=generator)
+
+
+@torch.no_grad()
+def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor], context: ParallelContext) -> None:
+    """Set every parameter of `module` to its slice of the full tensor of its global name.
+
+    Raises:
+        CheckpointError: a name is missing or a shape differs.
+    """
+    for parameter in module.parameters():
+        name, spec = parameter.global_name, parameter.shard_spec
+        if name not in tensors:
+            raise CheckpointError(f"the weights lack {name}; the model needs it with shape {spec.full_shape}")
+        full = tensors[name]
+        if tuple(full.shape) != spec.full_shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(full.shape)} in the weights, {spec.full_shape} in the model"
+            )
+        parameter.copy_(take_slice(full, spec, context.tensor_rank, context.tensor_size))

@@ -1,0 +1,96 @@
+"""What the ranks of the equivalence tests run, and the mutations that the tests must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import deepspeed.runtime.zero.stage_1_and_2
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+import megatron_lite.models.norms
+import megatron_lite.objectives.causal_lm
+import megatron_lite.parallel.cross_entropy
+import megatron_lite.parallel.layers
+import megatron_lite.train.engine
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.topology import Topology
+from megatron_lite.train.verify import Trace, trace_layout
+
+
+def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
+    """One rank of one layout; its stage's gradients."""
+    parallel = config.parallel
+    topology = Topology(
+        parallel.data_parallel_size or 1, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    )
+    context = ParallelContext.build(
+        topology,
+        device=torch.device("cpu"),
+        sequence_parallel=parallel.sequence_parallel,
+        seed=config.train.seed,
+    )
+    with planted(mutation):
+        return trace_layout(config, context, vocab_size, num_steps)
+
+
+@contextmanager
+def planted(mutation: str | None) -> Iterator[None]:
+    """The program with one fault in it."""
+    if mutation is None:
+        yield
+        return
+    with _MUTATIONS[mutation]():
+        yield
+
+
+def _patch(target: object, name: str, replacement: Any) -> Callable[[], Any]:
+    return lambda: mock.patch.object(target, name, replacement)
+
+
+def _instruction(name: str, replacement: Callable[..., None]) -> Callable[[], Any]:
+    """Replace what DeepSpeed's pipeline does at one instruction of its schedule."""
+    instruction = next(kind for kind in PipelineEngine._INSTRUCTION_MAP if kind.__name__ == name)
+    return lambda: mock.patch.dict(PipelineEngine._INSTRUCTION_MAP, {instruction: replacement})
+
+
+def _double_tied_gradient(engine: PipelineEngine) -> None:
+    PipelineEngine._exec_reduce_tied_grads(engine)
+    for weight, _ in engine.module.get_tied_weights_and_groups():
+        weight.grad.mul_(2.0)
+
+
+def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
+    from dataclasses import replace
+
+    return [replace(batch, loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
+
+
+def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> torch.Tensor:
+    padded = logits.shape[-1] * context.tensor_size
+    return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
+
+
+_MUTATIONS: dict[str, Callable[[], Any]] = {
+    "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
+    "column_parallel_without_backward_all_reduce": _patch(
+        megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
+    ),
+    "tied_gradient_doubled": _instruction("ReduceTiedGrads", _double_tied_gradient),
+    "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
+    "norm_gradient_not_summed_under_sequence_parallel": _patch(
+        megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
+    ),
+    "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
+    "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),
+    "replicated_parameters_counted_on_every_rank": _patch(
+        deepspeed.runtime.zero.stage_1_and_2, "is_model_parallel_parameter", lambda parameter: True
+    ),
+    "padded_vocabulary_in_the_softmax": _patch(
+        megatron_lite.objectives.causal_lm, "vocab_parallel_cross_entropy", _softmax_over_padding
+    ),
+}
