@@ -1,0 +1,71 @@
+"""The only place that spells DeepSpeed's configuration keys.
+
+Users set `parallel.*`, `train.*` and `optimizer.*`; this translates them, with the reason for every key that is not
+plainly one of theirs. The optimizer, its schedule and the data are ours, so DeepSpeed gets none of these keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_lite.config.schema import Precision, RunConfig
+
+
+def deepspeed_config(config: RunConfig, *, data_parallel_size: int, global_batch_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        global_batch_size: sequences of the first optimizer step (a batch ramp changes it later through the engine).
+    """
+    micro_batch_size = config.train.micro_batch_size
+    settings: dict[str, Any] = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * data_parallel_size),
+        "zero_optimization": _zero(config),
+        # Under ZeRO-0 DeepSpeed drops replicated parameters of later stages from the norm: the engine clips itself.
+        "gradient_clipping": config.optimizer.clip_grad_norm if config.parallel.zero_stage else 0.0,
+        "zero_allow_untested_optimizer": True,  # plain SGD
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam must be compiled on first use; torch's need not
+        "wall_clock_breakdown": False,
+        "pipeline": {
+            # Stages exchange whole activations: same result, no slower, and no stale metadata when shapes change.
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+            "activation_checkpoint_interval": 0,  # the layers recompute themselves
+            "use_reentrant": False,
+        },
+    }
+    settings.update(_precision(config))
+    return settings
+
+
+def _zero(config: RunConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.zero_stage >= 2:
+        zero["overlap_comm"] = False  # gloo has no streams to overlap on, and one order of reduction for all devices
+    if config.parallel.zero_stage == 3:
+        # Small models would otherwise stay unpartitioned below DeepSpeed's thresholds, and never exercise stage 3.
+        zero["stage3_param_persistence_threshold"] = 0
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return zero
+
+
+def _precision(config: RunConfig) -> dict[str, Any]:
+    if config.train.precision is Precision.bf16:
+        # bf16 sums lose small gradients; with fp32 accumulation DeepSpeed picks its BF16_Optimizer under ZeRO-1.
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.train.precision is Precision.fp16:
+        scale = config.train.loss_scale
+        return {
+            "fp16": {
+                "enabled": True,
+                "loss_scale": 0,  # 0 = dynamic
+                "initial_scale_power": scale.initial_power,
+                "loss_scale_window": scale.window,
+                "hysteresis": scale.hysteresis,
+                "min_loss_scale": scale.minimum,
+            }
+        }
+    return {}

@@ -1,0 +1,148 @@
+"""The frozen configuration: one YAML file in the run folder, named by its content, that every rank loads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_lite.config.keys import get_value, leaf_keys
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
+
+# Settings that decide how long, where and how visibly a run goes on, but not what it computes.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_interval",
+    "train.eval_interval",
+    "train.eval_batches",
+    "train.save_interval",
+    "train.keep_last",
+    "train.generate_tokens",
+    "train.generate_prompt",
+    "train.run_dir",
+    "train.timeout_seconds",
+    "data.cache_dir",
+    "data.num_workers",
+    "debug",
+)
+GROUPS_THAT_MAY_CHANGE = ("tracking.", "launcher.")
+
+
+def render(config: RunConfig) -> str:
+    """The configuration as YAML: the same text for the same settings, whatever presets and words led to them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def frozen_path(config: RunConfig, run_dir: Path) -> Path:
+    """Where `freeze` puts this configuration: `<run_dir>/config-<first 12 hex digits of its SHA-256>.yaml`."""
+    digest = hashlib.sha256(render(config).encode()).hexdigest()
+    return run_dir / f"config-{digest[:12]}.yaml"
+
+
+def freeze(config: RunConfig, run_dir: Path) -> Path:
+    """Write the configuration into the run folder, whole or not at all, and return the file's path.
+
+    An equal file is written again: its date tells which configuration the folder last ran with.
+
+    Raises:
+        ConfigError: when the folder cannot be made or written.
+    """
+    path = frozen_path(config, run_dir)
+    temporary = None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=run_dir, prefix=".config-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(render(config))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise _unwritable(run_dir, error) from error
+    return path
+
+
+def load_frozen(path: Path | str) -> RunConfig:
+    """The configuration of a frozen file. Unknown keys and wrong types are errors: nothing is guessed."""
+    path = Path(path)
+    try:
+        loaded = OmegaConf.load(path)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ConfigError(f"--config {path} is no frozen configuration: {first_line}; start the run again") from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def check_run_folder(config: RunConfig, run_dir: Path) -> None:
+    """Refuse a folder that cannot be written, or in which another configuration has already trained.
+
+    Settings of `MAY_CHANGE` and of tracking and launcher may differ from the earlier run's. A folder whose run never
+    got to its first step is free.
+
+    Args:
+        config: resolved, as it is frozen.
+    Raises:
+        ConfigError: naming train.run_dir, with every setting that differs.
+    """
+    _check_writable(run_dir)
+    earlier = _last_trained(run_dir)
+    if earlier is None:
+        return
+    previous = load_frozen(earlier)
+    differing = [
+        f"{key}: {get_value(previous, key)} there, {get_value(config, key)} now"
+        for key in leaf_keys()
+        if key not in MAY_CHANGE
+        and not key.startswith(GROUPS_THAT_MAY_CHANGE)
+        and get_value(previous, key) != get_value(config, key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"train.run_dir={run_dir} holds a run of another configuration ({earlier.name}): "
+            + "; ".join(differing)
+            + ". Give another train.run_dir, or repeat the earlier settings to resume it"
+        )
+
+
+def _last_trained(run_dir: Path) -> Path | None:
+    """The newest frozen configuration of a folder that holds the results of training."""
+    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
+    frozen = list(run_dir.glob("config-*.yaml"))
+    if not frozen or not (has_metrics or has_checkpoints):
+        return None
+    return max(frozen, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _check_writable(run_dir: Path) -> None:
+    """The folder, or the nearest one above it that exists, must let us write; nothing is made yet."""
+    nearest = run_dir.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigError(
+            f"train.run_dir={run_dir} cannot be a folder: {nearest} is a file; give another train.run_dir"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(run_dir, PermissionError(13, "Permission denied", str(nearest)))
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    where = error.filename or run_dir
+    return ConfigError(
+        f"train.run_dir={run_dir} cannot be written ({where}: {error.strerror}); give a folder that you may write to"
+    )

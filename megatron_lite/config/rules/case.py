@@ -1,0 +1,67 @@
+"""What a rule sees, and the words that rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_lite.config.derived import complete_model, data_parallel_size
+from megatron_lite.config.rules.values import out_of_range
+from megatron_lite.config.schema import ModelConfig, RunConfig
+
+SIZES = ("parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
+ALTERNATIVES = 12  # that a message names at most
+
+
+@dataclass
+class Case:
+    """A configuration under examination."""
+
+    config: RunConfig
+    world_size: int | None
+    """Processes that are there; None = what the configuration itself says."""
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return complete_model(self.config.model)
+
+    @cached_property
+    def broken(self) -> set[str]:
+        """Keys whose own value is out of range."""
+        return {key for key, _ in out_of_range(self.config)}
+
+    @property
+    def tensor(self) -> int:
+        return self.config.parallel.tensor_parallel_size
+
+    @property
+    def pipeline(self) -> int:
+        return self.config.parallel.pipeline_parallel_size
+
+    @property
+    def data(self) -> int:
+        return data_parallel_size(self.config, self.world_size)
+
+    def sound(self, *keys: str) -> bool:
+        """Whether all these keys hold values that a rule may calculate with."""
+        return self.broken.isdisjoint(keys)
+
+
+Rule = Callable[[Case], Iterator[str]]
+
+
+def divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def nearest_multiples(number: int, step: int) -> list[int]:
+    """The positive multiples of `step` next to `number`, below and above."""
+    below = number // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def either(options: list[int]) -> str:
+    """`1, 2 or 4`."""
+    words = [str(option) for option in options[-ALTERNATIVES:]]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,115 @@
+"""Rules between the layout and everything that it splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.schema import OptimizerName, Precision
+
+
+def world_size_fits_layout(case: Case) -> Iterator[str]:
+    """world_size = data x tensor x pipeline."""
+    launcher, data = case.config.launcher, case.config.parallel.data_parallel_size
+    given = case.world_size if case.world_size is not None else launcher.num_processes
+    if given is None or not case.sound(*SIZES, "launcher.num_processes"):
+        return
+    name = "launcher.num_processes" if given == launcher.num_processes else "world_size"
+    replica = ranks_per_replica(case.config)
+    if given % replica and data is None:
+        yield (
+            f"{name}={given} must be a multiple of tensor x pipeline = {case.tensor} x {case.pipeline} = {replica}; "
+            f"use {_world_size_remedy(case, given)}"
+        )
+    elif data is not None and data * replica != given:
+        yield (
+            f"{name}={given} must be data x tensor x pipeline = {data} x {case.tensor} x {case.pipeline} = "
+            f"{data * replica}; use {_world_size_remedy(case, given)}"
+        )
+
+
+def _world_size_remedy(case: Case, given: int) -> str:
+    """The nearest numbers of processes for this layout, and the nearest layout for this number of processes."""
+    replica, data = ranks_per_replica(case.config), case.config.parallel.data_parallel_size
+    counts = nearest_multiples(given, replica) if data is None else [data * replica]
+    remedies = [f"{count} processes (dp={count // replica})" for count in counts]
+    layouts = [
+        (abs(tensor - case.tensor) + abs(pipeline - case.pipeline), given // (tensor * pipeline), tensor, pipeline)
+        for tensor in divisors(given)
+        for pipeline in divisors(given // tensor)
+        if case.model.num_attention_heads % tensor == 0 and pipeline <= case.model.num_layers
+    ]
+    if layouts:
+        _, data, tensor, pipeline = min(layouts)
+        remedies.append(f"the layout dp={data} tp={tensor} pp={pipeline}")
+    return ", or ".join(remedies)
+
+
+def sequence_parallel_needs_tensor(case: Case) -> Iterator[str]:
+    if not case.config.parallel.sequence_parallel or not case.sound(*SIZES, "data.seq_length"):
+        return
+    length = case.config.data.seq_length
+    if case.tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1, whose ranks share the sequence; "
+            "set parallel.sequence_parallel=false"
+        )
+    elif length % case.tensor:
+        yield (
+            f"data.seq_length={length} must be a multiple of parallel.tensor_parallel_size={case.tensor} with "
+            f"parallel.sequence_parallel=true; use {either(nearest_multiples(length, case.tensor))}"
+        )
+
+
+def zero_stage_fits_pipeline(case: Case) -> Iterator[str]:
+    stage = case.config.parallel.zero_stage
+    if stage in (2, 3) and case.sound(*SIZES) and case.pipeline > 1:
+        yield (
+            f"parallel.zero_stage={stage} needs parallel.pipeline_parallel_size=1, not {case.pipeline}: a pipeline "
+            "accumulates whole gradients over its micro-batches; use parallel.zero_stage=1"
+        )
+
+
+def zero_0_is_a_reference(case: Case) -> Iterator[str]:
+    precision = case.config.train.precision
+    if case.config.optimizer.name is OptimizerName.adafactor:
+        return  # that rule asks for fp32 as well
+    if case.config.parallel.zero_stage == 0 and precision is not Precision.fp32:
+        yield (
+            f"parallel.zero_stage=0 needs train.precision=fp32, not {precision.value}: without ZeRO there are "
+            "no right fp32 master weights; use parallel.zero_stage=1"
+        )
+
+
+def adafactor_needs_whole_matrices(case: Case) -> Iterator[str]:
+    config = case.config
+    if config.optimizer.name is not OptimizerName.adafactor:
+        return
+    if config.parallel.zero_stage != 0:
+        yield (
+            f"optimizer.name=adafactor needs parallel.zero_stage=0, not {config.parallel.zero_stage}: ZeRO flattens "
+            "parameters, so the rows and columns that Adafactor factors are lost; use parallel.zero_stage=0 or "
+            "optimizer.name=adamw"
+        )
+    elif config.train.precision is not Precision.fp32:
+        yield (
+            f"optimizer.name=adafactor needs train.precision=fp32, not {config.train.precision.value}: it runs without "
+            "ZeRO, which holds the fp32 master weights; use train.precision=fp32 or optimizer.name=adamw"
+        )
+
+
+def offload_needs_zero_and_adamw(case: Case) -> Iterator[str]:
+    config = case.config
+    if not config.parallel.offload_optimizer:
+        return
+    if config.parallel.zero_stage == 0:
+        yield (
+            "parallel.offload_optimizer=true needs parallel.zero_stage >= 1, which owns the states that are moved; "
+            "use parallel.zero_stage=1"
+        )
+    if config.optimizer.name is OptimizerName.sgd:
+        yield (
+            "parallel.offload_optimizer=true needs optimizer.name=adamw, not sgd: only Adam's arithmetic runs on the "
+            "host; set parallel.offload_optimizer=false"
+        )

@@ -1,0 +1,99 @@
+"""Rules between the sizes of a model, and between them and what splits or feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.schema import PositionEmbedding
+
+
+def heads_divide_hidden(case: Case) -> Iterator[str]:
+    model = case.config.model
+    if model.head_size is not None or not case.sound("model.num_attention_heads", "model.hidden_size"):
+        return
+    if model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} must be a multiple of "
+            f"model.num_attention_heads={model.num_attention_heads}; "
+            f"use {either(nearest_multiples(model.hidden_size, model.num_attention_heads))}, or set model.head_size"
+        )
+
+
+def rotary_head_is_even(case: Case) -> Iterator[str]:
+    size = case.model.head_size
+    if case.model.position_embedding is PositionEmbedding.rotary and size is not None and size > 0 and size % 2:
+        yield f"model.head_size={size} must be even, since rotary positions turn pairs; use {size - 1} or {size + 1}"
+
+
+def groups_divide_heads(case: Case) -> Iterator[str]:
+    groups, heads = case.model.num_query_groups, case.model.num_attention_heads
+    if groups is None or not case.sound("model.num_query_groups", "model.num_attention_heads"):
+        return
+    if heads % groups:
+        yield (
+            f"model.num_query_groups={groups} must divide model.num_attention_heads={heads}; "
+            f"use {either(divisors(heads))}"
+        )
+
+
+def tensor_divides_heads(case: Case) -> Iterator[str]:
+    heads = case.model.num_attention_heads
+    if case.sound(*SIZES, "model.num_attention_heads") and heads % case.tensor:
+        yield (
+            f"parallel.tensor_parallel_size={case.tensor} must divide model.num_attention_heads={heads}; "
+            f"use {either(divisors(heads))}"
+        )
+
+
+def tensor_divides_groups(case: Case) -> Iterator[str]:
+    groups = case.model.num_query_groups
+    if groups is None or case.config.model.num_query_groups is None:
+        return  # as many as heads: that rule speaks
+    if case.sound(*SIZES, "model.num_query_groups") and groups % case.tensor:
+        yield (
+            f"parallel.tensor_parallel_size={case.tensor} must divide model.num_query_groups={groups}, since each rank "
+            f"holds whole groups; use {either(divisors(groups))}"
+        )
+
+
+def tensor_divides_ffn(case: Case) -> Iterator[str]:
+    inner = case.model.ffn_hidden_size
+    if (
+        inner is None
+        or not case.sound(*SIZES, "model.ffn_hidden_size", "model.hidden_size")
+        or inner % case.tensor == 0
+    ):
+        return
+    yield (
+        f"parallel.tensor_parallel_size={case.tensor} must divide model.ffn_hidden_size={inner}; "
+        f"set model.ffn_hidden_size to {either(nearest_multiples(inner, case.tensor))}"
+    )
+
+
+def stages_have_layers(case: Case) -> Iterator[str]:
+    layers = case.model.num_layers
+    if case.sound(*SIZES, "model.num_layers") and case.pipeline > layers:
+        yield (
+            f"parallel.pipeline_parallel_size={case.pipeline} is more than model.num_layers={layers}, so a stage would "
+            f"be empty; use {layers} or fewer"
+        )
+
+
+def sequence_fits_positions(case: Case) -> Iterator[str]:
+    length, positions = case.config.data.seq_length, case.model.max_position_embeddings
+    if case.sound("data.seq_length", "model.max_position_embeddings") and length > positions:
+        yield (
+            f"data.seq_length={length} is longer than model.max_position_embeddings={positions}; use at most "
+            f"{positions}, or set model.max_position_embeddings={length}"
+        )
+
+
+def tokenizer_fits_vocabulary(case: Case) -> Iterator[str]:
+    data, vocabulary = case.config.data, case.model.vocab_size
+    trained = data.tokenizer == "train" and case.sound("model.vocab_size", "data.tokenizer_vocab_size")
+    if trained and vocabulary is not None and data.tokenizer_vocab_size > vocabulary:
+        yield (
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is more than model.vocab_size={vocabulary}; "
+            f"use at most {vocabulary}, or set model.vocab_size=null"
+        )

@@ -1,0 +1,100 @@
+"""Rules on one value alone: what is wrong whatever the other settings are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megatron_lite.config.keys import get_value
+from megatron_lite.config.schema import RunConfig
+
+POSITIVE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.head_size",
+    "model.ffn_hidden_size",
+    "model.max_position_embeddings",
+    "model.vocab_size",
+    "model.vocab_pad_multiple",
+    "parallel.data_parallel_size",
+    "parallel.tensor_parallel_size",
+    "parallel.pipeline_parallel_size",
+    "data.tokenizer_vocab_size",
+    "data.seq_length",
+    "data.num_workers",
+    "optimizer.decay_steps",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.log_interval",
+    "train.eval_batches",
+    "train.loss_scale.window",
+    "train.loss_scale.hysteresis",
+    "launcher.num_processes",
+    "launcher.threads_per_process",
+)
+NOT_NEGATIVE = (
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad_norm",
+    "optimizer.min_learning_rate",
+    "train.batch_ramp.start",
+    "train.batch_ramp.increment",
+    "train.batch_ramp.samples",
+    "train.seed",
+    "train.eval_interval",
+    "train.save_interval",
+    "train.keep_last",
+    "train.generate_tokens",
+    "train.loss_scale.initial_power",
+)
+ABOVE_ZERO = (
+    "model.norm_epsilon",
+    "model.rotary_base",
+    "model.init_std",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "train.loss_scale.minimum",
+    "train.timeout_seconds",
+)
+FRACTIONS = (  # [0, 1)
+    "model.embedding_dropout",
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.momentum",
+    "data.validation_fraction",
+)
+CHOICES: dict[str, tuple[object, ...]] = {
+    "parallel.zero_stage": (0, 1, 2, 3),
+    "launcher.device": ("auto", "cpu", "cuda"),
+}
+MAX_LOSS_SCALE_POWER = 32  # 2^32 overflows any fp16 gradient; a larger power only costs skipped steps
+PORTS = range(1, 65536)
+
+
+def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, message) of each value that is wrong whatever the others are."""
+    tables: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (POSITIVE, lambda value: value >= 1, "must be at least 1; use 1 or more"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < float("inf"), "must not be negative; use 0 or more"),
+        (ABOVE_ZERO, lambda value: 0 < value < float("inf"), "must be a positive number; use a value above 0"),
+        (FRACTIONS, lambda value: 0 <= value < 1, "must be at least 0 and less than 1; use a fraction such as 0.1"),
+    )
+    for keys, is_right, text in tables:
+        for key in keys:
+            value = get_value(config, key)
+            if value is not None and not is_right(value):
+                yield key, f"{key}={value:g} {text}"
+    for key, choices in CHOICES.items():
+        value = get_value(config, key)
+        if value not in choices:
+            yield key, f"{key}={value} is not known; use {', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+    if config.train.loss_scale.initial_power > MAX_LOSS_SCALE_POWER:
+        key, value = "train.loss_scale.initial_power", config.train.loss_scale.initial_power
+        yield key, f"{key}={value} is more than {MAX_LOSS_SCALE_POWER}; use 16"
+    port = config.launcher.master_port
+    if port is not None and port not in PORTS:
+        yield "launcher.master_port", f"launcher.master_port={port} is no port; use 1 to 65535, or null for a free one"

@@ -1,0 +1,69 @@
+"""Every rule between settings, and every violation at once.
+
+A rule is a function from a `Case` to messages; `RULES` lists them all. A message reads `key=value rule; remedy`. A rule
+keeps silent where another one has already refused what it builds on, so that one mistake gives one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lite.config.rules import layout, model, training
+from megatron_lite.config.rules.case import Case, Rule
+from megatron_lite.config.rules.values import out_of_range
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
+
+
+def problems(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """Every violation of every rule, as `key=value rule; remedy`.
+
+    Args:
+        world_size: processes that are there; None = only what the configuration itself says.
+    """
+    case = Case(config, world_size)
+    return [message for rule in RULES for message in rule(case)]
+
+
+def validate(config: RunConfig, world_size: int | None = None) -> None:
+    """Raise one ConfigError with all problems, if there are any."""
+    found = problems(config, world_size)
+    if found:
+        raise ConfigError(found)
+
+
+def values_are_in_range(case: Case) -> Iterator[str]:
+    """The tables of `rules/values.py`."""
+    for _, message in out_of_range(case.config):
+        yield message
+
+
+RULES: tuple[Rule, ...] = (
+    values_are_in_range,
+    layout.world_size_fits_layout,
+    model.heads_divide_hidden,
+    model.rotary_head_is_even,
+    model.groups_divide_heads,
+    model.tensor_divides_heads,
+    model.tensor_divides_groups,
+    model.tensor_divides_ffn,
+    model.stages_have_layers,
+    model.sequence_fits_positions,
+    model.tokenizer_fits_vocabulary,
+    layout.sequence_parallel_needs_tensor,
+    layout.zero_stage_fits_pipeline,
+    layout.zero_0_is_a_reference,
+    layout.adafactor_needs_whole_matrices,
+    layout.offload_needs_zero_and_adamw,
+    training.batch_is_whole,
+    training.ramp_is_whole,
+    training.fp16_needs_a_gpu,
+    training.warmup_ends,
+    training.decay_follows_warmup,
+    training.minimum_rate_is_lower,
+    training.loss_scale_minimum_is_lower,
+    training.source_is_given,
+    training.something_is_held_out,
+    training.weights_match_sources,
+    training.prompt_is_given,
+)

@@ -1,0 +1,103 @@
+"""Which samples each step consumes, with or without a growing batch: a pure function of the step."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from megatron_lite.config.schema import BatchRampConfig, TrainConfig
+from megatron_lite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """The global samples [first_sample, first_sample + global_batch_size) of one step."""
+
+    first_sample: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """Consecutive steps with one batch size."""
+
+    first_step: int
+    first_sample: int
+    global_batch_size: int
+
+
+class BatchSchedule:
+    """Batch sizes over the run: the ramp of `--rampup-batch-size` in Megatron, unrolled into stages.
+
+    The ramp's samples are split evenly among its batch sizes `start, start + increment, ...` below the full
+    batch. A size is used while fewer samples than its share's end are consumed, so a step that crosses the end
+    still counts whole, and sizes whose share was already consumed are left out. The first step that starts
+    after `samples` samples, and all later ones, use the full batch.
+
+    Steps and samples count from 0; sizes are in sequences.
+
+    Raises:
+        ConfigError: the ramp does not lead from `start` to the full batch.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.stages = _stages(train.batch_ramp, train.global_batch_size)
+        self._first_steps = [stage.first_step for stage in self.stages]
+        self._first_samples = [stage.first_sample for stage in self.stages]
+
+    def at(self, step: int) -> BatchStep:
+        stage = self.stages[bisect.bisect_right(self._first_steps, step) - 1]
+        first_sample = stage.first_sample + (step - stage.first_step) * stage.global_batch_size
+        return BatchStep(first_sample, stage.global_batch_size)
+
+    def samples_before(self, step: int) -> int:
+        """Sequences that steps 0 .. step - 1 consume; times seq_length it is the number of tokens."""
+        return self.at(step).first_sample
+
+    def step_of_sample(self, sample: int) -> int:
+        """The step that consumes the given global sample: `samples_before(s) <= sample < samples_before(s + 1)`."""
+        stage = self.stages[bisect.bisect_right(self._first_samples, sample) - 1]
+        return stage.first_step + (sample - stage.first_sample) // stage.global_batch_size
+
+
+def ramp_problems(ramp: BatchRampConfig, global_batch_size: int) -> list[str]:
+    """What is wrong with a ramp, in the words of the configuration; empty when nothing is."""
+    if ramp.start == 0:
+        return []
+    problems = []
+    if not 0 < ramp.start <= global_batch_size:
+        problems.append(
+            f"train.batch_ramp.start={ramp.start} must lie between 1 and train.global_batch_size={global_batch_size}; "
+            "use 0 for no ramp"
+        )
+    if ramp.increment <= 0:
+        problems.append(f"train.batch_ramp.increment={ramp.increment} must be positive when batch_ramp.start is set")
+    elif (global_batch_size - ramp.start) % ramp.increment:
+        problems.append(
+            f"train.batch_ramp.increment={ramp.increment} must divide train.global_batch_size - train.batch_ramp.start"
+            f"={global_batch_size - ramp.start}"
+        )
+    if ramp.samples < 0:
+        problems.append(f"train.batch_ramp.samples={ramp.samples} must not be negative; use 0 for no ramp")
+    return problems
+
+
+def _stages(ramp: BatchRampConfig, global_batch_size: int) -> list[BatchStage]:
+    problems = ramp_problems(ramp, global_batch_size)
+    if problems:
+        raise ConfigError(problems)
+    stages: list[BatchStage] = []
+    step = sample = 0
+    if ramp.start:
+        num_increments = (global_batch_size - ramp.start) // ramp.increment
+        for index in range(num_increments):
+            share_end = -(-ramp.samples * (index + 1) // num_increments)
+            if sample >= share_end:
+                continue
+            size = ramp.start + index * ramp.increment
+            stages.append(BatchStage(step, sample, size))
+            num_steps = -(-(share_end - sample) // size)
+            step += num_steps
+            sample += num_steps * size
+    stages.append(BatchStage(step, sample, global_batch_size))
+    return stages

@@ -1,0 +1,104 @@
+"""Bring one process into the job: its device, its process groups, its time limits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.config.derived import data_parallel_size
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import LaunchError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ProcessEnvironment:
+    """What a launcher tells each process (the torchrun convention)."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @classmethod
+    def read(cls) -> ProcessEnvironment:
+        """From the environment; a script started by hand is a world of one."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+        )
+
+
+def choose_device(setting: str, environment: ProcessEnvironment) -> torch.device:
+    """The device of this rank: its own GPU where this node has one for each of its ranks, else the CPU."""
+    enough_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= environment.local_world_size
+    if setting == "cuda" and not enough_gpus:
+        raise LaunchError(
+            f"launcher.device=cuda needs {environment.local_world_size} GPUs on this node, "
+            f"it has {torch.cuda.device_count()}; start fewer processes or use launcher.device=cpu"
+        )
+    if setting == "cpu" or not enough_gpus:
+        return torch.device("cpu")
+    torch.cuda.set_device(environment.local_rank)
+    return torch.device("cuda", environment.local_rank)
+
+
+def start_process_group(device: torch.device, environment: ProcessEnvironment, timeout_seconds: float) -> None:
+    """Join the job's default process group, and bound every later group's wait.
+
+    Raises:
+        LaunchError: not all ranks came within the limit.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed creates groups without passing a timeout: they take this default, which is 30 minutes.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    if dist.is_initialized():  # a test's harness has done it
+        return
+    # DeepSpeed insists on these even for one process.
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise LaunchError(
+            f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
+            f"train.timeout_seconds={timeout_seconds:g}: {error}"
+        ) from error
+
+
+def join(config: RunConfig) -> ParallelContext:
+    """Everything of the above for one run.
+
+    Raises:
+        LaunchError: the world does not fit the layout, or not all of it appeared.
+    """
+    environment = ProcessEnvironment.read()
+    topology = Topology(
+        data_parallel_size=data_parallel_size(config, environment.world_size),
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+    )
+    if topology.world_size != environment.world_size:
+        raise LaunchError(
+            f"the layout dp{topology.data_parallel_size} x tp{topology.tensor_parallel_size} x "
+            f"pp{topology.pipeline_parallel_size} needs {topology.world_size} processes, "
+            f"{environment.world_size} were started; run: python -m launch {config.script}"
+        )
+    device = choose_device(config.launcher.device, environment)
+    start_process_group(device, environment, config.train.timeout_seconds)
+    return ParallelContext.build(
+        topology, device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
+    )

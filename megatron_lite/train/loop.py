@@ -1,0 +1,94 @@
+"""The training loop: batches in, optimizer steps out, callbacks around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.objectives.causal_lm import Batch
+from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
+from megatron_lite.optim.schedule import learning_rate_at
+from megatron_lite.train.engine import Engine, StepResult
+
+
+class BatchSource(Protocol):
+    """Where this rank's micro-batches come from; empty lists on stages that need none."""
+
+    def training(self, batch: BatchStep) -> list[Batch]:
+        """This data-parallel rank's part of one global batch."""
+
+    def validation(self) -> list[Batch]:
+        """This data-parallel rank's part of the held-out batches; the same at every call."""
+
+    @property
+    def num_validation_micro_batches(self) -> int:
+        """Length of `validation()` on the ranks that read."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step; equal on every rank but for the times."""
+
+    step: int  # counts from 1
+    batch: BatchStep
+    result: StepResult
+    learning_rate: float
+    step_seconds: float  # data included
+    data_seconds: float
+
+
+class Callback(Protocol):
+    """What happens around steps. Called on every rank, in the order of the list."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None: ...
+
+    def on_end(self, trainer: Trainer) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """One attempt at a run: from `first_step` (0 unless resumed) to `train.steps`."""
+
+    config: RunConfig
+    engine: Engine
+    source: BatchSource
+    schedule: BatchSchedule
+    callbacks: Sequence[Callback]
+    first_step: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Figures that callbacks leave for the end of the run."""
+
+    def fit(self) -> None:
+        for callback in self.callbacks:
+            callback.on_start(self)
+        for step in range(self.first_step, self.config.train.steps):
+            record = self._step(step)
+            for callback in self.callbacks:
+                callback.after_step(self, record)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _step(self, step: int) -> StepRecord:
+        start = time.perf_counter()
+        batch = self.schedule.at(step)
+        micro_batches = self.source.training(batch)
+        data_end = time.perf_counter()
+        learning_rate = learning_rate_at(step + 1, self.config.optimizer, self.config.train.steps)
+        result = self.engine.train_step(micro_batches, batch.first_sample, learning_rate)
+        return StepRecord(
+            step=step + 1,
+            batch=batch,
+            result=result,
+            learning_rate=learning_rate,
+            step_seconds=time.perf_counter() - start,
+            data_seconds=data_end - start,
+        )
+
+    def evaluate(self) -> float:
+        """Validation loss in nats per token; a collective of all ranks."""
+        return self.engine.evaluate(self.source.validation(), self.source.num_validation_micro_batches)
