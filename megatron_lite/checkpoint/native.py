@@ -110,9 +110,8 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def load(engine: Saveable, folder: Path, found: CheckpointInfo, current: CheckpointInfo) -> None:
-    """Restore weights, optimizer and loss scale. A collective of all ranks.
-
+def require_fit(folder: Path, found: CheckpointInfo, current: CheckpointInfo) -> None:
+    """
     Raises:
         CheckpointError: the checkpoint is of another layout, precision or data set.
     """
@@ -122,6 +121,10 @@ def load(engine: Saveable, folder: Path, found: CheckpointInfo, current: Checkpo
             f"{folder} does not fit this run:\n  " + "\n  ".join(differences) + "\n"
             "resume with these settings, or start afresh with another train.run_dir"
         )
+
+
+def load(engine: Saveable, folder: Path) -> None:
+    """Restore weights, optimizer and loss scale. A collective of all ranks."""
     engine.load(folder, STATE_TAG)
 
 

@@ -157,7 +157,7 @@ class DataConfig:
     cache_dir: str = "data"
     """Folder of prepared shards; each set lies in a subfolder named by the hash of what it was made from."""
     num_workers: int | None = None
-    """Processes that tokenise; None = the cores of this machine."""
+    """Threads that tokenise; None = the cores of this machine."""
 
 
 @dataclass

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self._core(query, key_heads, value, key).transpose(1, 2).flatten(2)
 
     def _core(self, query: Tensor, key_heads: Tensor, value: Tensor, key: DropoutKey | None) -> Tensor:
-        """softmax(causal(query key^T / sqrt(d))) value; query [b, n, s, d], key and value [b, g, s, d] -> [b, n, s, d]."""
+        """softmax(causal(query key^T / sqrt(d))) value: [b, n, s, d], of query [b, n, s, d], the others [b, g, s, d]."""
         grouped = self.heads_per_group > 1
         if key is None or self.dropout == 0.0:
             return F.scaled_dot_product_attention(query, key_heads, value, is_causal=True, enable_gqa=grouped)

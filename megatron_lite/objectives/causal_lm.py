@@ -14,15 +14,6 @@ from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of any objective."""
-
-    inputs: torch.Tensor  # [b, s] int64, what the first layer sees
-    labels: torch.Tensor  # [b, s] int64, what the last layer is compared with
-    loss_weights: torch.Tensor  # [b, s] fp32, 0 where a position does not count
-
-
-@dataclass(frozen=True)
 class TokenLoss:
     """Weighted sum of the tokens' cross-entropies.
 

@@ -73,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _locate(local: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Of labels relative to this rank's first column [r]: which lie on this rank [r], and their column [r, 1], else 0."""
+    """Which labels [r], relative to this rank's first column, lie on this rank [r], and their columns [r, 1], else 0."""
     owned = (local >= 0) & (local < valid)
     return owned, local.masked_fill(~owned, 0).unsqueeze(1)
 
@@ -103,7 +103,8 @@ def _combine(log_sum: Tensor, label_logit: Tensor, group: dist.ProcessGroup | No
     """Both [r], of this rank's columns -> of the whole vocabulary, in one message."""
     if group is None:
         return log_sum, label_logit
-    own = torch.stack([log_sum, label_logit])
-    gathered = own.new_empty(group.size(), *own.shape)  # [t, 2, r]
+    own = torch.stack([log_sum, label_logit], dim=1)  # [r, 2]
+    gathered = own.new_empty(group.size() * own.shape[0], 2)
     dist.all_gather_into_tensor(gathered, own, group=group)
-    return gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0)
+    log_sums, label_logits = gathered.view(group.size(), -1, 2).unbind(2)  # [t, r] each
+    return log_sums.logsumexp(0), label_logits.sum(0)

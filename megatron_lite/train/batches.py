@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from megatron_lite.objectives.causal_lm import Batch
+from megatron_lite.data.loader import MicroBatch
 from megatron_lite.parallel.context import ParallelContext
 
 
-def normalise(batches: Sequence[Batch], context: ParallelContext) -> list[Batch]:
+def normalise(batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
     """Scale the loss weights so that DeepSpeed's mean of means becomes the mean over all tokens.
 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by
@@ -24,4 +23,4 @@ def normalise(batches: Sequence[Batch], context: ParallelContext) -> list[Batch]
         dist.all_reduce(total, group=context.data_group)
     # A batch without any counted token has loss 0 and no gradient, rather than a division by zero.
     scale = (len(batches) * context.data_size / total.clamp(min=1e-20)).cpu()
-    return [replace(batch, loss_weights=batch.loss_weights * scale) for batch in batches]
+    return [batch._replace(loss_weights=batch.loss_weights * scale) for batch in batches]

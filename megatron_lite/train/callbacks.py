@@ -33,7 +33,7 @@ class Report(Quiet):
     trackers: Trackers
     progress: Progress
     flops_per_token: float
-    peak_flops: float | None  # dense, of all devices of the job together
+    peak_flops: float  # dense, of all devices of the job together
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         seq_length = trainer.config.data.seq_length

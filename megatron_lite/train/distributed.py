@@ -9,11 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_lite.config.derived import data_parallel_size
+from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -79,26 +78,26 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
         ) from error
 
 
-def join(config: RunConfig) -> ParallelContext:
-    """Everything of the above for one run.
+def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> ParallelContext:
+    """Meet the other ranks and take this one's place in the layout.
 
     Raises:
         LaunchError: the world does not fit the layout, or not all of it appeared.
     """
-    environment = ProcessEnvironment.read()
-    topology = Topology(
-        data_parallel_size=data_parallel_size(config, environment.world_size),
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-    )
-    if topology.world_size != environment.world_size:
+    layout = topology(config)
+    if layout.world_size != environment.world_size:
         raise LaunchError(
-            f"the layout dp{topology.data_parallel_size} x tp{topology.tensor_parallel_size} x "
-            f"pp{topology.pipeline_parallel_size} needs {topology.world_size} processes, "
+            f"the layout dp{layout.data_parallel_size} x tp{layout.tensor_parallel_size} x "
+            f"pp{layout.pipeline_parallel_size} needs {layout.world_size} processes, "
             f"{environment.world_size} were started; run: python -m launch {config.script}"
         )
-    device = choose_device(config.launcher.device, environment)
     start_process_group(device, environment, config.train.timeout_seconds)
     return ParallelContext.build(
-        topology, device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
+        layout, device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
     )
+
+
+def leave() -> None:
+    """End the job in order: no rank closes its connections while another still needs them."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -26,9 +26,10 @@ from torch import nn
 
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.data.loader import MicroBatch
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
-from megatron_lite.objectives.causal_lm import Batch, TokenLoss
+from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
@@ -66,7 +67,7 @@ class Engine(ABC):
     module: nn.Module
     deepspeed_engine: Any
 
-    def train_step(self, batches: Sequence[Batch], first_sample: int, learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[MicroBatch], first_sample: int, learning_rate: float) -> StepResult:
         """One optimizer step over one global batch.
 
         Args:
@@ -86,7 +87,7 @@ class Engine(ABC):
             loss_scale=self._loss_scale(),
         )
 
-    def evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         """Mean loss in nats per token over the micro-batches of all data-parallel ranks; equal on every rank."""
         if self.context.is_last_stage:
             batches = normalise(batches, self.context)
@@ -128,10 +129,10 @@ class Engine(ABC):
         self.deepspeed_engine.load_checkpoint(str(folder), tag=tag)
 
     @abstractmethod
-    def _accumulate_and_step(self, batches: Sequence[Batch]) -> float: ...
+    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float: ...
 
     @abstractmethod
-    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float: ...
+    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float: ...
 
     def _initialize(self, module: nn.Module, mpu: Any) -> None:
         """Wrap the module: DeepSpeed casts it, partitions its optimizer state and takes over backward and step."""
@@ -215,10 +216,10 @@ class PipelinedEngine(Engine):
         _ensure_deepspeed_comm(context)
         self._initialize(_StagedModule(specs, config.model.num_layers, context, loss), mpu=None)
 
-    def _accumulate_and_step(self, batches: Sequence[Batch]) -> float:
+    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         return float(self.deepspeed_engine.train_batch(_as_pairs(batches)))
 
-    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
+    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         return float(self.deepspeed_engine.eval_batch(_as_pairs(batches), num_micro_batches=num_micro_batches))
 
     def forward_local(self, activations: torch.Tensor) -> torch.Tensor:
@@ -241,7 +242,7 @@ class FlatEngine(Engine):
         grid = PipelineParallelGrid(topology=_deepspeed_topology(context)) if context.tensor_size > 1 else None
         self._initialize(FlatModel(specs).to(context.device), mpu=grid)
 
-    def _accumulate_and_step(self, batches: Sequence[Batch]) -> float:
+    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         total = torch.zeros((), device=self.context.device)
         for index, batch in enumerate(batches):
             # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
@@ -252,7 +253,7 @@ class FlatEngine(Engine):
         self.deepspeed_engine.step()
         return self._mean_over_job(total / len(batches))
 
-    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
+    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         total = torch.zeros((), device=self.context.device)
         for batch in batches:
             total += self._micro_batch_loss(batch)
@@ -261,9 +262,9 @@ class FlatEngine(Engine):
     def forward_local(self, activations: torch.Tensor) -> torch.Tensor:
         return self.deepspeed_engine(activations)
 
-    def _micro_batch_loss(self, batch: Batch) -> torch.Tensor:
+    def _micro_batch_loss(self, batch: MicroBatch) -> torch.Tensor:
         device = self.context.device
-        logits = self.deepspeed_engine(batch.inputs.to(device))  # [b, s, v/t]
+        logits = self.deepspeed_engine(batch.tokens.to(device))  # [b, s, v/t]
         return self.loss(logits, (batch.labels.to(device), batch.loss_weights.to(device)))
 
     def _mean_over_job(self, loss: torch.Tensor) -> float:
@@ -292,9 +293,7 @@ class _StagedModule(PipelineModule):
     needs the same answer without building anything.
     """
 
-    def __init__(
-        self, specs: Sequence[LayerSpec], num_layers: int, context: ParallelContext, loss: TokenLoss
-    ) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], num_layers: int, context: ParallelContext, loss: TokenLoss) -> None:
         names = [spec.name for spec in specs]
         first_block = names.index("layers.0")
         self._bounds = stage_bounds(
@@ -349,6 +348,6 @@ def _ensure_deepspeed_comm(context: ParallelContext) -> None:
         deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
 
 
-def _as_pairs(batches: Sequence[Batch]) -> Any:
+def _as_pairs(batches: Sequence[MicroBatch]) -> Any:
     """The (inputs, labels) iterator that PipelineEngine pulls from."""
-    return iter([(batch.inputs, (batch.labels, batch.loss_weights)) for batch in batches])
+    return iter([(batch.tokens, (batch.labels, batch.loss_weights)) for batch in batches])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.objectives.causal_lm import Batch
+from megatron_lite.data.loader import MicroBatch
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.train.engine import Engine, StepResult
@@ -17,10 +17,10 @@ from megatron_lite.train.engine import Engine, StepResult
 class BatchSource(Protocol):
     """Where this rank's micro-batches come from; empty lists on stages that need none."""
 
-    def training(self, batch: BatchStep) -> list[Batch]:
+    def training(self, batch: BatchStep) -> list[MicroBatch]:
         """This data-parallel rank's part of one global batch."""
 
-    def validation(self) -> list[Batch]:
+    def validation(self) -> list[MicroBatch]:
         """This data-parallel rank's part of the held-out batches; the same at every call."""
 
     @property

@@ -1,31 +1,194 @@
-"""One run from a frozen configuration to its summary: wires the rooms together and owns nothing itself."""
+"""One run, from its configuration to its summary: wires the rooms together and owns nothing itself."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import native
 from megatron_lite.config.derived import run_directory
-from megatron_lite.config.schema import Precision, RunConfig
-from megatron_lite.data.prepare import PreparedData, prepare
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.prepare import prepared_folder
+from megatron_lite.data.prepared import PreparedData, load_prepared
+from megatron_lite.errors import CheckpointError
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.objectives.causal_lm import TokenLoss
-from megatron_lite.observe.console import Console
-from megatron_lite.observe.hardware import enable_fast_float32_matmul, measure_gemm_peak, usable_cores
+from megatron_lite.observe.console import Console, redirect_output
+from megatron_lite.observe.hardware import enable_fast_float32_matmul
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planning.flops import dense_peak_flops, flops_per_token
+from megatron_lite.planning.flops import flops_per_token
 from megatron_lite.train import distributed
 from megatron_lite.train.callbacks import Report, Save, Validate
 from megatron_lite.train.engine import Engine, build_engine
+from megatron_lite.train.finish import Outcome, show_outcome
+from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Trainer
+from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.sources import ShardSource
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of one attempt needs."""
+
+    config: RunConfig
+    context: ParallelContext
+    prepared: PreparedData
+    console: Console
+    folder: Path
+    peak_flops: float  # dense, of the whole job; on the writing rank
+    started: float  # time.monotonic()
+
+
+def train(config: RunConfig, *, objective: str) -> None:
+    """Train one run to its end in this rank, from the newest checkpoint in its folder if there is one.
+
+    Args:
+        config: resolved, and its data prepared.
+        objective: what the entry script trains for: `causal_lm`.
+    Raises:
+        MegatronLiteError: anything that the user can mend.
+    """
+    if objective != "causal_lm":
+        raise ValueError(f"no objective {objective!r}")
+    started = time.monotonic()
+    folder = run_directory(config)
+    environment = distributed.ProcessEnvironment.read()
+    console = redirect_output(folder, environment.rank)
+    try:
+        prepared = load_prepared(prepared_folder(config), config)
+        device = distributed.choose_device(config.launcher.device, environment)
+        print(enable_fast_float32_matmul(device), flush=True)
+        # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
+        peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
+        context = distributed.join(config, device, environment)
+        _attempt(Run(config, context, prepared, console, folder, peak_flops, started))
+        distributed.leave()
+    finally:
+        console.restore()
+
+
+def _attempt(run: Run) -> None:
+    """From the newest checkpoint, or from nothing, to the last step."""
+    config, context = run.config, run.context
+    checkpoints = run.folder / "checkpoints"
+    info = _checkpoint_info(run)
+    found = _newest_checkpoint(checkpoints, info, run)
+    first_step = found[1].step if found else 0
+    if found and first_step >= config.train.steps:
+        if context.is_writer:
+            outcome = Outcome(found[0], run.started, already_done=True)
+            show_outcome(config, run.prepared, run.folder, run.console, outcome)
+        return
+    schedule = BatchSchedule(config.train)
+    source = ShardSource(run.prepared, config, context)
+    engine = _build_engine(run, schedule)
+    if found:
+        native.load(engine, found[0])
+    trackers = build_trackers(config, run.folder, context.is_writer, resume_step=first_step, report=run.console.print)
+    progress = Progress(
+        run.console,
+        config.train.steps,
+        first_step=first_step,
+        log_interval=config.train.log_interval,
+        enabled=config.tracking.progress and context.is_writer,
+    )
+    _announce(run, trackers, first_step)
+    flops = flops_per_token(config.model, config.data.seq_length, run.prepared.vocab_size)
+    callbacks = [
+        Report(trackers, progress, flops, run.peak_flops),
+        Validate(trackers, progress),
+        Save(trackers, checkpoints, info),
+    ]
+    trainer = Trainer(config, engine, source, schedule, callbacks, first_step)
+    with progress:
+        trainer.fit()
+    sample = _sample(run, engine)
+    trackers.event("finish", config.train.steps, {"seconds": time.monotonic() - run.started})
+    trackers.finish({"validation_loss": trainer.summary["validation_loss"]})
+    if context.is_writer:
+        outcome = Outcome(trainer.summary["checkpoint"], run.started, sample)
+        show_outcome(config, run.prepared, run.folder, run.console, outcome)
+
+
+def _build_engine(run: Run, schedule: BatchSchedule) -> Engine:
+    vocab_size = run.prepared.vocab_size
+    specs = gpt_layers(run.config.model, run.context, vocab_size=vocab_size, recompute=run.config.parallel.recompute)
+    loss = TokenLoss(run.context, vocab_size)
+    first_batch = schedule.at(0).global_batch_size
+    return build_engine(run.config, run.context, specs, loss, global_batch_size=first_batch)
+
+
+def _checkpoint_info(run: Run) -> native.CheckpointInfo:
+    topology = run.context.topology
+    return native.CheckpointInfo(
+        step=0,
+        data_parallel_size=topology.data_parallel_size,
+        tensor_parallel_size=topology.tensor_parallel_size,
+        pipeline_parallel_size=topology.pipeline_parallel_size,
+        zero_stage=run.config.parallel.zero_stage,
+        precision=str(run.config.train.precision),
+        data_fingerprint=run.prepared.fingerprint,
+    )
+
+
+def _newest_checkpoint(
+    checkpoints: Path, info: native.CheckpointInfo, run: Run
+) -> tuple[Path, native.CheckpointInfo] | None:
+    """What the writing rank finds, on every rank: two ranks must never choose differently.
+
+    Raises:
+        CheckpointError: it does not fit this run; on every rank alike.
+    """
+    answer: list[object] = [None]
+    if run.context.is_writer:
+        try:
+            found = native.newest_complete(checkpoints, run.console.print)
+            if found:
+                native.require_fit(found[0], found[1], info)
+            answer = [found]
+        except CheckpointError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], CheckpointError):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
+
+
+def _announce(run: Run, trackers: Trackers, first_step: int) -> None:
+    kind = "resume" if first_step else "start"
+    trackers.event(
+        kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
+    )
+    if first_step:
+        run.console.print(f"resuming after step {first_step}")
+    seconds = time.monotonic() - run.started
+    run.console.print(
+        f"{run.prepared.train_tokens:,} training tokens, {run.prepared.validation_tokens:,} for validation; "
+        f"ranks ready after {seconds:.1f} s"
+    )
+
+
+def _sample(run: Run, engine: Engine) -> str:
+    """What the model writes after train.generate_prompt; empty without a tokenizer. A collective of all ranks."""
+    train = run.config.train
+    tokenizer = run.prepared.open_tokenizer()
+    if tokenizer is None or train.generate_tokens == 0:
+        return ""
+    prompt = tokenizer.encode(train.generate_prompt)
+    tokens = generate(
+        engine,
+        prompt,
+        num_tokens=train.generate_tokens,
+        seq_length=run.config.data.seq_length,
+        vocab_size=run.prepared.vocab_size,
+        stop_id=run.prepared.eod_id,
+    )
+    return tokenizer.decode(tokens[len(prompt) :])

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.config.schema import Recompute, RunConfig
+from megatron_lite.data.loader import MicroBatch
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import Batch, TokenLoss
+from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.schedule import learning_rate_at
@@ -47,7 +48,7 @@ def synthetic_sample(index: int, config: RunConfig, vocab_size: int) -> tuple[to
 
 def synthetic_batches(
     first_sample: int, num_micro_batches: int, config: RunConfig, vocab_size: int
-) -> list[Batch]:
+) -> list[MicroBatch]:
     """Consecutive samples as micro-batches."""
     size = config.train.micro_batch_size
     batches = []
@@ -55,7 +56,7 @@ def synthetic_batches(
         samples = [synthetic_sample(index, config, vocab_size) for index in range(start, start + size)]
         tokens = torch.stack([tokens for tokens, _ in samples])  # [b, s + 1]
         weights = torch.stack([weights for _, weights in samples])  # [b, s]
-        batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights))
+        batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights))
     return batches
 
 
@@ -102,7 +103,7 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int) -> Trace:
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
         loss = 0.0
         for micro_batch in normalise(micro_batches, context):
-            part = loss_function(model(micro_batch.inputs), (micro_batch.labels, micro_batch.loss_weights))
+            part = loss_function(model(micro_batch.tokens), (micro_batch.labels, micro_batch.loss_weights))
             (part / len(micro_batches)).backward()
             loss += part.item() / len(micro_batches)
         if step == 0:
@@ -120,7 +121,7 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int) -> Trace:
 def differences(twin: Trace, layout: Trace) -> dict[str, float]:
     """Relative differences by what differs, the largest first.
 
-    A parameter's is ‖layout − twin‖ / ‖twin‖ over the whole tensor; a step's |layout − twin| / |twin|.
+    A parameter's is ‖layout - twin‖ / ‖twin‖ over the whole tensor; a step's |layout - twin| / |twin|.
     """
     found: dict[str, float] = {}
     for name, gradient in layout.gradients.items():

@@ -65,9 +65,7 @@ def _double_tied_gradient(engine: PipelineEngine) -> None:
 
 
 def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
-    from dataclasses import replace
-
-    return [replace(batch, loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
+    return [batch._replace(loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
 
 
 def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> torch.Tensor:

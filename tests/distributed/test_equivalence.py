@@ -10,7 +10,6 @@ import functools
 from dataclasses import replace
 
 import pytest
-from tests.distributed.harness import run_ranks
 
 from megatron_lite.config.schema import (
     Activation,
@@ -27,6 +26,7 @@ from megatron_lite.config.schema import (
 from megatron_lite.config.schema import DataConfig as Data
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, merge_stages, trace_twin
+from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import layout_rank
 
 VOCAB_SIZE = 301  # a prime: no tensor-parallel size divides it

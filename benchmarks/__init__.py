@@ -1,0 +1,1 @@
+"""`python -m benchmarks` (`make bench`): this trainer beside a bare torch loop and `transformers`, in one run."""

@@ -1,0 +1,54 @@
+"""The model and batch that every system of the benchmark trains: one place, so that none gets another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.config.schema import DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
+from megatron_lite.planning.flops import flops_per_token
+
+LAYERS, HIDDEN, HEADS, SEQ_LENGTH, MICRO_BATCH = 6, 384, 6, 256, 4
+TOKENS_PER_STEP = SEQ_LENGTH * MICRO_BATCH
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Shape:
+    """GPT-2 with 6 layers of 384 and the vocabulary that is being measured."""
+
+    vocab_size: int
+    precision: Precision
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            name="bench",
+            num_layers=LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            max_position_embeddings=SEQ_LENGTH,
+            vocab_size=self.vocab_size,
+        )
+
+    def run(self, parallel: ParallelConfig, global_batch_size: int) -> RunConfig:
+        return RunConfig(
+            model=self.model(),
+            parallel=parallel,
+            data=DataConfig(seq_length=SEQ_LENGTH),
+            train=TrainConfig(
+                micro_batch_size=MICRO_BATCH,
+                global_batch_size=global_batch_size,
+                precision=self.precision,
+                seed=SEED,
+            ),
+        )
+
+    def flops_per_step(self) -> float:
+        """Of one micro-batch, forward and backward, causal attention counted by half."""
+        return TOKENS_PER_STEP * flops_per_token(self.model(), SEQ_LENGTH, self.vocab_size)
+
+    def tokens(self, seed: int = SEED) -> torch.Tensor:
+        """[b, s + 1] int64; random, because speed does not depend on them."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)

@@ -1,0 +1,170 @@
+"""What is compared: each system is a function that builds a model and returns its training step.
+
+A step is forward, backward, clipping by the global norm at 1.0 and AdamW, over the same micro-batch, and returns the
+loss. bf16 means bf16 arithmetic with fp32 weights in the optimizer, for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from benchmarks.shape import MICRO_BATCH, Shape
+from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision, Recompute
+from megatron_lite.data.loader import MicroBatch
+from megatron_lite.models.flat import FlatModel
+from megatron_lite.models.gpt import gpt_layers
+from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.observe.hardware import enable_fast_float32_matmul
+from megatron_lite.optim.build import build_optimizer
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.topology import Topology
+
+Step = Callable[[], float]
+
+LEARNING_RATE = 3e-4
+CLIP = 1.0
+
+
+def bare_torch(shape: Shape) -> Step:
+    """Our layers in a plain loop: what the engine is measured against."""
+    enable_fast_float32_matmul()
+    context = ParallelContext.single()
+    specs = gpt_layers(shape.model(), context, vocab_size=shape.vocab_size, recompute=Recompute.none)
+    model = FlatModel(specs)
+    loss_of = TokenLoss(context, shape.vocab_size)
+    batch = _batch(shape)
+    weights = batch.loss_weights / batch.loss_weights.sum()
+
+    def backward() -> torch.Tensor:
+        loss = loss_of(model(batch.tokens), (batch.labels, weights))
+        loss.backward()
+        return loss
+
+    def optimizer_of(parameters: Iterator[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return build_optimizer(parameters, OptimizerConfig(learning_rate=LEARNING_RATE), context)
+
+    return _plain_step(model, backward, optimizer_of, master_weights=shape.precision is Precision.bf16)
+
+
+def engine(shape: Shape) -> Step:
+    """Our engine on one rank: PipelineEngine with ZeRO-1."""
+    from megatron_lite.train.distributed import ProcessEnvironment, start_process_group
+    from megatron_lite.train.engine import build_engine
+
+    enable_fast_float32_matmul()
+    device = torch.device("cpu")
+    start_process_group(device, ProcessEnvironment(0, 0, 1, 1), timeout_seconds=600)
+    context = ParallelContext.build(Topology(), device=device, sequence_parallel=False, seed=1234)
+    config = shape.run(ParallelConfig(), global_batch_size=MICRO_BATCH)
+    specs = gpt_layers(config.model, context, vocab_size=shape.vocab_size, recompute=Recompute.none)
+    built = build_engine(
+        config, context, specs, TokenLoss(context, shape.vocab_size), global_batch_size=MICRO_BATCH
+    )
+    batch = _batch(shape)
+    return lambda: built.train_step([batch], 0, LEARNING_RATE).loss
+
+
+def transformers_autocast(shape: Shape) -> Step:
+    """GPT2LMHeadModel in a plain loop; bf16 by autocast over fp32 weights."""
+    return _transformers(shape, master_weights=False)
+
+
+def transformers_master(shape: Shape) -> Step:
+    """GPT2LMHeadModel in a plain loop; bf16 weights with fp32 copies in the optimizer."""
+    return _transformers(shape, master_weights=shape.precision is Precision.bf16)
+
+
+SYSTEMS: dict[str, Callable[[Shape], Step]] = {
+    "bare_torch": bare_torch,
+    "engine": engine,
+    "transformers": transformers_autocast,
+    "transformers_master": transformers_master,
+}
+
+
+def _transformers(shape: Shape, master_weights: bool) -> Step:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = shape.model()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocab_size,
+            n_positions=settings.max_position_embeddings,
+            n_embd=settings.hidden_size,
+            n_layer=settings.num_layers,
+            n_head=settings.num_attention_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+    )
+    model.train()
+    tokens = shape.tokens()[:, :-1]
+    autocast = shape.precision is Precision.bf16 and not master_weights
+
+    def backward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss
+
+    def optimizer_of(parameters: Iterator[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for _, p in parameters], lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+
+    return _plain_step(model, backward, optimizer_of, master_weights)
+
+
+def _plain_step(
+    model: nn.Module,
+    backward: Callable[[], torch.Tensor],
+    optimizer_of: Callable[[Iterator[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    master_weights: bool,
+) -> Step:
+    if master_weights:
+        return _master_weight_step(model, backward, optimizer_of)
+    optimizer = optimizer_of(model.named_parameters())
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _master_weight_step(
+    model: nn.Module,
+    backward: Callable[[], torch.Tensor],
+    optimizer_of: Callable[[Iterator[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+) -> Step:
+    masters = [(name, nn.Parameter(p.detach().float().clone())) for name, p in model.named_parameters()]
+    model.to(torch.bfloat16)
+    weights, copies = list(model.parameters()), [master for _, master in masters]
+    optimizer = optimizer_of(iter(masters))
+
+    def step() -> float:
+        loss = backward()
+        for weight, master in zip(weights, copies, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        nn.utils.clip_grad_norm_(copies, CLIP)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, copies)
+        return loss.item()
+
+    return step
+
+
+def _batch(shape: Shape) -> MicroBatch:
+    tokens = shape.tokens()
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return MicroBatch(inputs, labels, torch.ones(inputs.shape))

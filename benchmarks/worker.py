@@ -1,0 +1,106 @@
+"""A process that holds one system ready and trains a few steps whenever it is told to.
+
+All systems of a comparison are ready at once and take turns, A B C A B C, so that a machine that slows down slows all
+of them. Only one works at a time; the others sleep on their stdin.
+
+`python -m benchmarks.worker SYSTEM PRECISION VOCAB` prints one JSON object a line: first `{"ready": ...}`, then for each
+number of steps that it reads, what they cost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step, the mean over a turn."""
+
+    cpu_seconds: float  # of all threads of the process
+    wall_seconds: float
+    loss: float
+
+
+class Worker:
+    """The parent's handle of a worker process; a context manager that ends it."""
+
+    def __init__(self, system: str, precision: str, vocab_size: int) -> None:
+        self.name = system
+        command = [sys.executable, "-m", "benchmarks.worker", system, precision, str(vocab_size)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def wait_until_ready(self) -> None:
+        self._read()
+
+    def run(self, steps: int) -> Cost:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return Cost(**self._read())
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            assert self._process.stderr is not None
+            raise RuntimeError(f"the {self.name} worker died:\n{self._process.stderr.read()[-3000:]}")
+        return json.loads(line)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def main(system: str, precision: str, vocab_size: str) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print to stdout; the answers must stay alone there
+    import torch
+
+    from benchmarks.shape import Shape
+    from benchmarks.systems import SYSTEMS
+    from megatron_lite.config.schema import Precision
+
+    torch.set_num_threads(1)
+    step = SYSTEMS[system](Shape(int(vocab_size), Precision(precision)))
+    for _ in range(WARM_UP_STEPS):
+        step()
+    answers.write('{"ready": true}\n')
+    for line in sys.stdin:
+        steps = int(line)
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        cost = Cost((time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps, loss)
+        answers.write(json.dumps(vars(cost)) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

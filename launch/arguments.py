@@ -1,0 +1,82 @@
+"""The words of a command line: flags, a frozen file, and settings. Shared by `python -m launch` and the scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_lite.config.compose import available_scripts, preset_groups
+from megatron_lite.config.keys import nearest
+from megatron_lite.errors import ConfigError
+
+FLAGS = ("--dry-run", "--debug", "--help")
+
+
+@dataclass
+class Arguments:
+    """What the user typed."""
+
+    words: list[str] = field(default_factory=list)
+    """Settings and presets, `key=value`."""
+    config_file: Path | None = None
+    dry_run: bool = False
+    debug: bool = False
+    help: bool = False
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Split a command line into flags and words.
+
+    Raises:
+        ConfigError: an unknown option, `--config` without a file, or settings beside `--config`.
+    """
+    arguments, words = Arguments(), list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--config" or word.startswith("--config="):
+            arguments.config_file = Path(_value(word, words))
+        elif word in FLAGS or word == "-h":
+            setattr(arguments, "help" if word == "-h" else word[2:].replace("-", "_"), True)
+        elif word.startswith("--"):
+            raise ConfigError(_unknown_option(word))
+        else:
+            arguments.words.append(word)
+    settings = [word for word in arguments.words if "=" in word]
+    if arguments.config_file is not None and settings:
+        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(settings)}")
+    return arguments
+
+
+def _value(word: str, rest: list[str]) -> str:
+    value = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
+    if not value:
+        raise ConfigError("--config needs a file: a config-*.yaml of a run folder")
+    return value
+
+
+def _unknown_option(word: str) -> str:
+    name = word.partition("=")[0]
+    guess = nearest(name, [*FLAGS, "--config"])
+    if guess:
+        return f"{name} is not an option; did you mean {guess}?"
+    return f"{name} is not an option; options are {', '.join(FLAGS)}; settings are written key=value, without dashes"
+
+
+def usage(program: str) -> str:
+    """The help text: what can be typed, with all presets."""
+    groups = "\n".join(f"  {group:<11}{', '.join(presets)}" for group, presets in preset_groups().items())
+    return f"""usage: {program} [SETTING ...] [--dry-run] [--debug]
+
+  --dry-run    print the plan (ranks, batch, parameters, the command) and start nothing
+  --debug      show tracebacks of user errors
+
+settings
+  group=preset       choose a preset of a group, such as model=gpt2_124m
+  group.key=value    set one value, such as train.steps=1000 (all of them: megatron_lite/config/schema.py)
+  parallel=dpD_tpT_ppP   any layout, such as parallel=dp2_tp2_pp2
+
+scripts: {", ".join(available_scripts())}
+
+presets
+{groups}
+"""

@@ -1,0 +1,97 @@
+"""What a launcher is: it turns a configuration into a plan, which is plain data, and carries a plan out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from launch.environment import ERROR_FILE, rank_environment
+from launch.machine import free_port
+from megatron_lite.config import frozen
+from megatron_lite.config.compose import CONF_DIR
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """All that a launcher is going to do."""
+
+    config: RunConfig
+    """Resolved and valid."""
+    run_dir: Path
+    files: dict[Path, str]
+    """Written before the start: the frozen configuration."""
+    argv: tuple[str, ...]
+    """The command: of each rank, or of the one program that starts all ranks."""
+    env: dict[str, str]
+    """Added to the environment of every rank."""
+    rank_envs: list[dict[str, str]] = field(default_factory=list)
+    """Added for one rank each; empty where the command itself tells its ranks who they are."""
+
+    @property
+    def num_processes(self) -> int:
+        assert self.config.launcher.num_processes is not None
+        return self.config.launcher.num_processes
+
+    @property
+    def frozen_config(self) -> Path:
+        return frozen.frozen_path(self.config, self.run_dir)
+
+    @property
+    def error_file(self) -> Path:
+        return self.run_dir / "logs" / "error.txt"
+
+    def log_file(self, rank: int) -> Path:
+        return self.run_dir / "logs" / f"rank-{rank}.log"
+
+    def command_line(self) -> str:
+        """The command as it could be typed."""
+        return shlex.join(self.argv)
+
+
+class Launcher(Protocol):
+    """One way to start the processes of a run."""
+
+    def plan(self, config: RunConfig) -> LaunchPlan:
+        """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
+
+    def run(self, plan: LaunchPlan) -> int:
+        """Do it, wait for the end, and return the exit code: 0, 2 for a user's error, 128 + n for a signal, else 1."""
+
+
+def script_path(script: str) -> Path:
+    """The entry script of a name, beside `conf/`."""
+    path = CONF_DIR.parent / f"{script}.py"
+    if not path.is_file():
+        raise LaunchError(f"{path} is missing; {script} has a configuration in conf/, but no script")
+    return path
+
+
+def make_plan(config: RunConfig, argv: Callable[[Path, Path, int], list[str]]) -> LaunchPlan:
+    """The parts of a plan that all launchers share.
+
+    Args:
+        argv: builds the command from (script, frozen configuration, port).
+    """
+    assert config.train.run_dir is not None
+    run_dir = Path(config.train.run_dir)
+    path = frozen.frozen_path(config, run_dir)
+    launcher = config.launcher
+    port = launcher.master_port if launcher.master_port is not None else free_port(launcher.master_address)
+    environment = rank_environment(config)
+    environment |= {
+        "MASTER_ADDR": launcher.master_address,
+        "MASTER_PORT": str(port),
+        ERROR_FILE: str(run_dir.absolute() / "logs" / "error.txt"),
+    }
+    return LaunchPlan(
+        config=config,
+        run_dir=run_dir,
+        files={path: frozen.render(config)},
+        argv=tuple(argv(script_path(config.script), path, port)),
+        env=environment,
+    )

@@ -1,0 +1,103 @@
+"""`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from launch.arguments import Arguments, parse, usage
+from launch.base import LaunchPlan
+from launch.machine import choose_device, choose_world_size, visible_gpus
+from launch.messages import show_error
+from launch.registry import LAUNCHERS
+from megatron_lite.config.compose import available_scripts, compose
+from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
+from megatron_lite.config.frozen import check_run_folder
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.validate import validate
+from megatron_lite.data.vocabulary import planned_vocab_size_or_none
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
+from megatron_lite.planning.plan import describe
+
+PROGRAM = "python -m launch SCRIPT"
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    debug = "--debug" in argv
+    try:
+        return _launch(parse(argv))
+    except MegatronLiteError as error:
+        show_error(error, debug=debug)
+        return EXIT_USER_ERROR
+
+
+def _launch(arguments: Arguments) -> int:
+    if arguments.help:
+        print(usage(PROGRAM))
+        return EXIT_OK
+    if arguments.config_file is not None:
+        raise ConfigError("--config is for the scripts themselves; here, repeat the settings: the same run resumes")
+    script, words = _split_script(arguments.words)
+    config = resolve_for_this_machine(compose(script, words))
+    if arguments.debug:
+        config = replace(config, debug=True)
+    assert config.train.run_dir is not None
+    check_run_folder(config, Path(config.train.run_dir))
+    launcher = LAUNCHERS[config.launcher.name]()
+    plan = launcher.plan(config)
+    if arguments.dry_run:
+        print(plan_text(plan))
+        return EXIT_OK
+    print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
+    return launcher.run(plan)
+
+
+def _split_script(words: list[str]) -> tuple[str, list[str]]:
+    scripts = available_scripts()
+    if not words or "=" in words[0]:
+        raise ConfigError(f"no script is named; write `{PROGRAM} [SETTING ...]` with one of {', '.join(scripts)}")
+    return words[0].removesuffix(".py"), words[1:]
+
+
+def resolve_for_this_machine(config: RunConfig) -> RunConfig:
+    """Fill in what the machine decides, the number of processes and the device, and check everything.
+
+    Raises:
+        ConfigError: settings do not fit each other.
+        LaunchError: launcher.device=cuda with too few GPUs.
+    """
+    validate(config)  # before anything is derived from numbers that may be wrong
+    gpus = visible_gpus() if config.launcher.device != "cpu" else 0
+    world_size = choose_world_size(config, gpus) or config.launcher.num_processes
+    if world_size is None:
+        world_size = data_parallel_size(config) * ranks_per_replica(config)
+    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
+    validate(resolved, world_size)
+    return resolved
+
+
+def _headline(config: RunConfig) -> str:
+    count = config.launcher.num_processes
+    processes = "1 process" if count == 1 else f"{count} processes"
+    return f"{config.script}: {config.model.name} on {processes} ({config.launcher.device})"
+
+
+def plan_text(plan: LaunchPlan) -> str:
+    """Everything that would happen, for --dry-run."""
+    lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
+    lines += [describe(plan.config, planned_vocab_size_or_none(plan.config)), ""]
+    lines += ["writes", *(f"  {path}" for path in plan.files), ""]
+    lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
+    if plan.rank_envs:
+        last = plan.num_processes - 1
+        lines.append(f"command of each rank, with RANK and LOCAL_RANK from 0 to {last}, WORLD_SIZE={last + 1}")
+    else:
+        lines.append("command")
+    return "\n".join([*lines, f"  {plan.command_line()}"])
+
+
+def run() -> None:
+    """The console entry."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""DeepSpeed's own launcher: `deepspeed --no_local_rank --num_gpus N ... script.py --config FILE`.
+
+On a CPU `--num_gpus` counts processes. A SIGTERM to `deepspeed` would leave its workers behind, so it runs in a session
+of its own that is ended as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.base import LaunchPlan, make_plan
+from launch.environment import apply
+from launch.messages import show_error
+from launch.preparation import Preparation, prepare_data, write_files
+from launch.processes import Children, Ending, replace_process, start
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+
+
+class DeepSpeedLauncher:
+    """Starts the ranks of one machine through the `deepspeed` command.
+
+    Args:
+        prepare: makes the data ready, in a process of its own.
+    """
+
+    def __init__(self, prepare: Callable[[RunConfig], None] = prepare_data) -> None:
+        self._prepare = prepare
+
+    def plan(self, config: RunConfig) -> LaunchPlan:
+        def argv(script: Path, frozen_config: Path, port: int) -> list[str]:
+            return [
+                deepspeed_command(),
+                "--no_local_rank",
+                *("--num_gpus", str(config.launcher.num_processes)),
+                *("--master_addr", config.launcher.master_address),
+                *("--master_port", str(port)),
+                *("--log_level", "critical"),  # it logs every environment and command it touches
+                str(script),
+                "--config",
+                str(frozen_config),
+            ]
+
+        return make_plan(config, argv)
+
+    def run(self, plan: LaunchPlan) -> int:
+        with Ending().watching() as ending:
+            code = Preparation(plan.config, self._prepare).wait(ending)
+            if code != EXIT_OK:
+                return code
+            write_files(plan)
+            apply(plan.env, overwrite=True)
+            pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
+            # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
+            children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
+            children.wait(ending)
+            left_behind = _end_session(pid)
+            if ending.signal:
+                return ending.exit_code
+            return _conclude(plan, children.ends[pid].status, left_behind)
+
+
+def deepspeed_command() -> str:
+    """The `deepspeed` of this interpreter's environment, activated or not."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if found is None:
+        raise LaunchError("launcher.name=deepspeed needs the `deepspeed` command; run `make install`, or use local")
+    return found
+
+
+def _end_session(pid: int) -> bool:
+    """Kill what is left of the group that `pid` led; whether there was anything."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _conclude(plan: LaunchPlan, status: int, left_behind: bool) -> int:
+    if plan.error_file.exists():
+        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    code = exit_code(status, left_behind)
+    if code != EXIT_OK:
+        show_error(f"deepspeed ended with exit code {status}; the ranks' logs lie in {plan.error_file.parent}")
+    return code
+
+
+def exit_code(status: int, left_behind: bool) -> int:
+    """Our exit code for that of `deepspeed`.
+
+    It passes a worker's code on, where a worker killed by signal n leaves 256 - n; but when its own worker launcher is
+    killed it reports success, and leaves the workers behind.
+    """
+    if status < 0:
+        return 128 - status
+    if status > 256 - signal.NSIG:
+        return 128 + 256 - status
+    if status == EXIT_OK:
+        return EXIT_FAILURE if left_behind else EXIT_OK
+    return EXIT_USER_ERROR if status == EXIT_USER_ERROR else EXIT_FAILURE

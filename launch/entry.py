@@ -1,0 +1,178 @@
+"""What the entry scripts share: from a command line, or from a launcher's frozen file, to a function of the config.
+
+A script runs in three ways: forked or started by a launcher (`--config FILE`), by torchrun or deepspeed with settings
+of its own (each rank composes the same configuration), or by hand as a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from launch.arguments import Arguments, parse, usage
+from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
+from launch.machine import choose_device, visible_gpus
+from launch.messages import error_text, leave_error
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import ranks_per_replica, resolve
+from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.validate import validate
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+
+# torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
+# than this is not one of many with the same error.
+SILENCE_SECONDS = 3.0
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+def run_script(main_function: Callable[[RunConfig], None], script: str, argv: list[str] | None = None) -> int:
+    """Run `main_function` on the configuration that the command line describes; returns the exit code.
+
+    A user's error is shown once per job, without a traceback unless --debug asks for it, and ends every rank with 2.
+
+    Args:
+        script: name of the entry script, without `.py`: it has a configuration of the same name.
+        argv: words of the command line; None = those of this process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    terminal = os.dup(2)  # stays the user's when the run sends its own output to a log
+    debug, config = "--debug" in words, None
+    try:
+        arguments = parse(words)
+        if arguments.help:
+            print(usage(f"python {script}.py"))
+            return EXIT_OK
+        if arguments.dry_run:
+            return _dry_run(script, arguments)
+        config = _frozen_config(arguments) if arguments.config_file else _own_config(script, arguments)
+        debug = config.debug
+        _enter(config)
+        if not arguments.config_file:
+            _make_ready(config)
+        main_function(config)
+    except MegatronLiteError as error:
+        _tell(error_text(error, debug=debug), terminal)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        _tell_failure(error, config, terminal)
+        return EXIT_FAILURE
+    finally:
+        os.close(terminal)
+    return EXIT_OK
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _dry_run(script: str, arguments: Arguments) -> int:
+    from launch.cli import main  # the launcher's plan of the same settings
+
+    if _rank() != 0:
+        return EXIT_OK
+    return main([script, *arguments.words, "--dry-run"] + (["--debug"] if arguments.debug else []))
+
+
+def _frozen_config(arguments: Arguments) -> RunConfig:
+    """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
+    assert arguments.config_file is not None
+    config = load_frozen(arguments.config_file)
+    validate(config, _world_size(config))
+    return replace(config, debug=config.debug or arguments.debug)
+
+
+def _own_config(script: str, arguments: Arguments) -> RunConfig:
+    """Compose as the launcher would, for the world that torchrun or deepspeed has made, or for a world of one."""
+    config = compose(script, arguments.words)
+    validate(config)
+    world_size = _world_size(config)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    gpus = visible_gpus() if config.launcher.device != "cpu" else 0
+    # the processes are there already: what a setting says about their number is the launcher's, not ours
+    config = replace(config, launcher=replace(config.launcher, num_processes=None))
+    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, local_size, gpus))
+    validate(resolved, world_size)
+    assert resolved.train.run_dir is not None
+    check_run_folder(resolved, Path(resolved.train.run_dir))
+    return replace(resolved, debug=resolved.debug or arguments.debug)
+
+
+def _world_size(config: RunConfig) -> int:
+    """Processes of this job. A script that nobody launched is a world of one.
+
+    Raises:
+        LaunchError: the layout needs more processes than one, and nobody has started them.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    parallel = config.parallel
+    data = parallel.data_parallel_size or 1
+    needed = data * ranks_per_replica(config)
+    if needed > 1:
+        raise LaunchError(
+            f"{config.script}.py was started as 1 process, but the layout needs {needed} = {data} data x "
+            f"{parallel.tensor_parallel_size} tensor x {parallel.pipeline_parallel_size} pipeline; start it with "
+            f"`python -m launch {config.script} ...` or `torchrun --nproc-per-node {needed} {config.script}.py ...`"
+        )
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    return 1
+
+
+def _enter(config: RunConfig) -> None:
+    """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
+    assert config.train.run_dir is not None
+    apply(rank_environment(config), overwrite=False)
+    use_own_extensions_folder(Path(config.train.run_dir))
+
+
+def _make_ready(config: RunConfig) -> None:
+    """What a launcher does before it starts the ranks. One rank builds the data; the others wait for its lock."""
+    from megatron_lite.data.prepare import prepare
+
+    is_first = _rank() == 0
+    prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
+    if is_first:
+        assert config.train.run_dir is not None
+        freeze(config, Path(config.train.run_dir))
+
+
+def _tell(text: str, terminal: int) -> None:
+    """Show a user's error once per job: through our launcher's file, or from rank 0, or from the only rank alive."""
+    error_file = os.environ.get(ERROR_FILE)
+    if error_file:
+        leave_error(Path(error_file), text)
+        return
+    if _rank() != 0:
+        time.sleep(SILENCE_SECONDS)
+    os.write(terminal, (text + "\n").encode())
+
+
+def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> None:
+    """A failure of ours: the traceback goes to this rank's log, and the launcher, or a line on the terminal, says so."""
+    text = traceback.format_exc()
+    log = _append_to_log(text, config)
+    if log is None:
+        os.write(terminal, text.encode())
+    elif ERROR_FILE not in os.environ:
+        os.write(terminal, f"error: rank {_rank()} failed: {type(error).__name__}: {error}; see {log}\n".encode())
+
+
+def _append_to_log(text: str, config: RunConfig | None) -> Path | None:
+    """The log of this rank, once the text is in it; None where there is no log yet."""
+    if config is None or config.train.run_dir is None:
+        return None
+    log = Path(config.train.run_dir) / "logs" / f"rank-{_rank()}.log"
+    try:
+        with log.open("a") as file:
+            file.write(text)
+    except OSError:
+        return None
+    return log

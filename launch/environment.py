@@ -1,0 +1,50 @@
+"""The environment that every rank needs, whoever starts it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_lite.config.schema import RunConfig
+
+ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"  # where the first rank with a user error leaves its message
+LOOPBACK = ("127.0.0.1", "localhost")
+QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could mend
+
+
+def rank_environment(config: RunConfig) -> dict[str, str]:
+    """Variables that all ranks share. `config` is resolved: its device is `cpu` or `cuda`."""
+    threads = str(config.launcher.threads_per_process)
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,  # read at numpy's import, which else starts a thread per core
+        "TOKENIZERS_PARALLELISM": "false",  # its threads would be lost in a fork
+        "PYTHONWARNINGS": ",".join(f"ignore::{category.__name__}" for category in QUIET),
+        "DS_ACCELERATOR": config.launcher.device,  # else DeepSpeed asks CUDA, which a fork could not use then
+    }
+    if config.launcher.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without opening them
+    if config.launcher.master_address in LOOPBACK and Path("/sys/class/net/lo").exists():
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks the host's name up, which laptops cannot resolve
+    return environment
+
+
+def apply(environment: Mapping[str, str], *, overwrite: bool) -> None:
+    """Set the variables in this process; PYTHONWARNINGS, which Python reads only at its start, takes effect as well."""
+    for name, value in environment.items():
+        if overwrite or name not in os.environ:
+            os.environ[name] = value
+    for category in QUIET:
+        warnings.filterwarnings("ignore", category=category)
+
+
+def use_own_extensions_folder(run_dir: Path) -> None:
+    """Let torch build extensions, should one ever be needed, in a folder that no earlier process has touched.
+
+    The shared default keeps the lock of a process that was killed while it built, and later ones wait for it for ever.
+    """
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(run_dir.absolute() / "torch_extensions" / str(os.getppid())))

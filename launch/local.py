@@ -1,0 +1,152 @@
+"""The default launcher: one warm process of this machine forks all ranks.
+
+Importing torch and DeepSpeed takes each process seconds of CPU time. Here one process imports them while the data is
+made ready, then forks: all ranks start within milliseconds and share the memory of the libraries. On CUDA each rank is
+a fresh process instead: a library that opens the driver in the parent would leave forked ranks without GPUs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from launch.base import LaunchPlan, make_plan
+from launch.environment import apply
+from launch.messages import show_error, tail
+from launch.preparation import Preparation, prepare_data, write_files
+from launch.processes import Children, End, Ending, replace_process, start
+from megatron_lite.config.derived import topology
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR
+
+# Slow to import, in this order. torch's optimizers import torch._dynamo at first use, in every rank.
+WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.run")
+
+
+class LocalLauncher:
+    """Starts the ranks of one machine.
+
+    Args:
+        fork: ranks are copies of the warm parent; None = on a CPU only.
+        warm_modules: what the parent imports before it forks.
+        prepare: makes the data ready, in a process of its own.
+    """
+
+    def __init__(
+        self,
+        fork: bool | None = None,
+        warm_modules: tuple[str, ...] = WARM_MODULES,
+        prepare: Callable[[RunConfig], None] = prepare_data,
+    ) -> None:
+        self._fork = fork
+        self._warm_modules = warm_modules
+        self._prepare = prepare
+
+    def plan(self, config: RunConfig) -> LaunchPlan:
+        plan = make_plan(config, lambda script, path, port: [sys.executable, str(script), "--config", str(path)])
+        size = plan.num_processes
+        for rank in range(size):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            plan.rank_envs.append({name: str(value) for name, value in place.items()})
+        return plan
+
+    def run(self, plan: LaunchPlan) -> int:
+        forks = plan.config.launcher.device == "cpu" if self._fork is None else self._fork
+        with Ending().watching() as ending:
+            preparation = Preparation(plan.config, self._prepare)  # before the imports: a child needs none of them
+            apply(plan.env, overwrite=True)
+            body = _warm_body(plan, self._warm_modules, preparation, ending) if forks else _fresh_body(plan)
+            code = preparation.wait(ending)
+            if code != EXIT_OK or body is None:
+                return code
+            write_files(plan)
+            logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
+            ranks = Children([start(_rank_body(body, rank_env)) for rank_env in plan.rank_envs])
+            ranks.wait(ending)
+            return _conclude(plan, ranks, ending, logs_before)
+
+
+Body = Callable[[], int]
+
+
+def _rank_body(body: Body, rank_env: dict[str, str]) -> Body:
+    def run() -> int:
+        os.environ.update(rank_env)
+        return body()
+
+    return run
+
+
+def _fresh_body(plan: LaunchPlan) -> Body:
+    return lambda: replace_process(plan.argv, dict(os.environ))
+
+
+def _warm_body(plan: LaunchPlan, modules: tuple[str, ...], preparation: Preparation, ending: Ending) -> Body | None:
+    """What a forked rank runs; None when the preparation failed, or we are to end, before all was imported."""
+    for name in modules:
+        if preparation.failed or ending.signal:
+            return None
+        importlib.import_module(name)
+    script = _load_script(Path(plan.argv[1]))
+    gc.collect()
+    gc.freeze()  # else the ranks' collectors touch, and so copy, every page of the imported modules
+    return lambda: script.main(["--config", str(plan.frozen_config)])
+
+
+def _load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: list[int]) -> int:
+    """Say what went wrong, once, and turn the ends of all ranks into one exit code."""
+    if ending.signal:
+        return ending.exit_code
+    if not ranks.failed:
+        return EXIT_OK
+    pid = culprit(ranks.ends)
+    rank, end = ranks.pids.index(pid), ranks.ends[pid]
+    if end.status == EXIT_USER_ERROR and plan.error_file.exists():
+        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    place = topology(plan.config).coordinates(rank)
+    who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"
+    what = f"was killed by signal {-end.status}" if end.status < 0 else f"ended with exit code {end.status}"
+    log = plan.log_file(rank)
+    last = tail(log, logs_before[rank])
+    show_error(f"{who} {what}" + (f"; see {log}" if last else ""))
+    for line in last if end.status > 0 else []:
+        print(f"  | {line}", file=sys.stderr)
+    sys.stderr.flush()
+    return 128 - end.status if end.status < 0 else EXIT_USER_ERROR if end.status == EXIT_USER_ERROR else EXIT_FAILURE
+
+
+def culprit(ends: dict[int, End]) -> int:
+    """The process whose end explains the others'.
+
+    One failure makes the others lose their connections, sometimes before the failed process is quite gone. So a user's
+    error explains more than a kill from outside, and that more than an exception; among equals the first.
+    """
+
+    def rank_of_cause(item: tuple[int, End]) -> int:
+        end = item[1]
+        if end.status == 0 or (end.by_us and end.status < 0):
+            return 3
+        return 0 if end.status == EXIT_USER_ERROR else 1 if end.status < 0 else 2
+
+    return min(ends.items(), key=rank_of_cause)[0]

@@ -1,0 +1,93 @@
+"""What this machine offers, found without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import LaunchError
+
+# Below the ports that the system hands out for outgoing connections, so that none is taken between choice and use.
+PORTS = range(20000, 32000)
+PORT_ATTEMPTS = 100
+
+
+def visible_gpus() -> int:
+    """CUDA devices that torch would see: 0 with a CPU build of torch, or where CUDA_VISIBLE_DEVICES hides them."""
+    if not _torch_has_cuda():
+        return 0
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    names = []
+    for name in chosen.split(","):
+        if not name.strip() or name.strip() == "-1":
+            break  # CUDA ignores everything behind the first invalid name
+        names.append(name)
+    return min(present, len(names))
+
+
+def _torch_has_cuda() -> bool:
+    """torch writes the CUDA version that it was built with (None on a CPU build) into torch/version.py."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise LaunchError("torch is not installed; run `make install`, or `pip install torch`")
+    tree = ast.parse((Path(spec.origin).parent / "version.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id == "cuda":
+                return not (isinstance(node.value, ast.Constant) and node.value.value is None)
+    return False
+
+
+def choose_world_size(config: RunConfig, gpus: int) -> int | None:
+    """Processes to start where the configuration leaves it open: one per GPU, in whole replicas of the model.
+
+    Returns:
+        None where the configuration decides (the sizes, launcher.num_processes, or no GPU to count).
+    """
+    open_size = config.parallel.data_parallel_size is None and config.launcher.num_processes is None
+    replica = ranks_per_replica(config)
+    if not open_size or config.launcher.device == "cpu" or gpus < replica:
+        return None
+    return gpus // replica * replica
+
+
+def choose_device(setting: str, num_processes: int, gpus: int) -> str:
+    """`cuda` where each process of this machine gets a GPU of its own, else `cpu`.
+
+    Raises:
+        LaunchError: launcher.device=cuda with too few GPUs.
+    """
+    if setting == "cuda" and gpus < num_processes:
+        raise LaunchError(
+            f"launcher.device=cuda needs {num_processes} GPUs, one per process, and this machine shows {gpus}; "
+            f"use a layout of {gpus} processes or launcher.device=cpu"
+            if gpus
+            else f"launcher.device=cuda needs {num_processes} GPUs and torch sees none here; use launcher.device=cpu"
+        )
+    if setting == "auto":
+        return "cuda" if gpus >= num_processes else "cpu"
+    return setting
+
+
+def free_port(address: str) -> int:
+    """A port on which nothing listens."""
+    for _ in range(PORT_ATTEMPTS):
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(f"no free port among {PORT_ATTEMPTS} tried on {address}; give launcher.master_port")

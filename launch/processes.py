@@ -1,0 +1,180 @@
+"""Child processes: started so that they cannot outlive us, watched, and ended in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import NoReturn
+
+POLL_SECONDS = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Ending:
+    """Remembers the signal that asks this process to end, for loops to look at."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        assert self.signal is not None
+        return 128 + self.signal
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Ending]:
+        """Catch the signals within the block; the earlier handlers come back after it."""
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
+        earlier = {number: signal.signal(number, self._remember) for number in heard}
+        try:
+            yield self
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+@dataclass
+class End:
+    """How one process ended."""
+
+    status: int
+    """Exit code, or minus the number of the signal that killed it."""
+    by_us: bool
+    """We had sent it a signal before."""
+
+
+@dataclass
+class Children:
+    """Processes that belong together: when one fails, the others end as well.
+
+    Args:
+        failure_grace_seconds: how long the others may take to notice the failure and to log it.
+        ending_grace_seconds: how long a process may take to end after SIGTERM; then comes SIGKILL.
+    """
+
+    pids: list[int]
+    as_groups: bool = False
+    """Each process leads a group of its own, which is signalled as a whole."""
+    failure_grace_seconds: float = 3.0
+    ending_grace_seconds: float = 10.0
+    ends: dict[int, End] = field(default_factory=dict)
+    """pid -> end, in the order of the ends."""
+    _signalled: bool = False
+
+    @property
+    def running(self) -> list[int]:
+        return [pid for pid in self.pids if pid not in self.ends]
+
+    def poll(self) -> None:
+        """Take note of the processes that have ended."""
+        for pid in self.running:
+            reaped, status = os.waitpid(pid, os.WNOHANG)
+            if reaped:
+                self.ends[pid] = End(os.waitstatus_to_exitcode(status), by_us=self._signalled)
+
+    def wait(self, ending: Ending) -> None:
+        """Until all have ended: by themselves, because one failed, or because we are asked to end."""
+        while self.running and not ending.signal and not self.failed:
+            time.sleep(POLL_SECONDS)
+            self.poll()
+        if self.running and not ending.signal:
+            self._pause(self.failure_grace_seconds, ending)
+        self.end()
+
+    def end(self) -> None:
+        """End those that still run: SIGTERM, and after the grace SIGKILL."""
+        for number, seconds in ((signal.SIGTERM, self.ending_grace_seconds), (signal.SIGKILL, float("inf"))):
+            if self.running:
+                self._send(number)
+                self._pause(seconds, None)
+
+    @property
+    def failed(self) -> bool:
+        return any(end.status != 0 for end in self.ends.values())
+
+    def _pause(self, seconds: float, ending: Ending | None) -> None:
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline and not (ending and ending.signal):
+            time.sleep(POLL_SECONDS)
+            self.poll()
+
+    def _send(self, number: int) -> None:
+        self._signalled = True
+        for pid in self.running:  # not reaped yet, so the number cannot belong to another process
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if self.as_groups else os.kill)(pid, number)
+
+
+def start(body: Callable[[], int], *, own_group: bool = False, own_session: bool = False) -> int:
+    """Fork a process that runs `body` and ends with its result; returns its pid.
+
+    It starts with default signal handlers, but deaf to Ctrl-C, which reaches the whole terminal: the parent hears it
+    and decides. It reads nothing from the terminal, and it is killed when the parent dies, however that happens.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        if own_group:
+            with contextlib.suppress(OSError):  # the child may have done it, or be gone
+                os.setpgid(pid, pid)
+        return pid
+    code = 1
+    try:
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if own_session:
+            os.setsid()
+        elif own_group:
+            os.setpgid(0, 0)
+        die_with(parent)
+        _close_stdin()
+        code = body()
+    except BaseException:  # whatever it is, this copy of the parent must not run on in the parent's place
+        traceback.print_exc()
+    finally:
+        _leave(code)
+
+
+def replace_process(argv: Sequence[str], environment: dict[str, str]) -> NoReturn:
+    """Become another program, found on the PATH."""
+    os.execvpe(argv[0], list(argv), environment)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent ends (Linux only; elsewhere an orphan ends when its collectives time out)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def _close_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without the parent's exit handlers, which are not ours to run."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

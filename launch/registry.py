@@ -1,0 +1,13 @@
+"""The launchers by name. A new one needs a class with `plan` and `run`, a line here, and a member of LauncherName."""
+
+from __future__ import annotations
+
+from launch.base import Launcher
+from launch.deepspeed import DeepSpeedLauncher
+from launch.local import LocalLauncher
+from megatron_lite.config.schema import LauncherName
+
+LAUNCHERS: dict[LauncherName, type[Launcher]] = {
+    LauncherName.local: LocalLauncher,
+    LauncherName.deepspeed: DeepSpeedLauncher,
+}

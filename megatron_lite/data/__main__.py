@@ -1,0 +1,58 @@
+"""`python -m megatron_lite.data prepare [overrides]` and `python -m megatron_lite.data inspect PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_lite.config.compose import compose
+from megatron_lite.data.inspection import describe_folder, describe_pair
+from megatron_lite.data.prepare import prepare
+from megatron_lite.data.prepared import MANIFEST
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, MegatronLiteError
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        for line in _prepare(arguments) if arguments.command == "prepare" else _inspect(arguments):
+            print(line)
+    except MegatronLiteError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_lite.data", description="Prepare text, and look at it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare_command = commands.add_parser("prepare", help="make the shards of a configuration, as a run would")
+    prepare_command.add_argument("--script", default="pretrain_gpt", help="entry script whose configuration is used")
+    prepare_command.add_argument(
+        "overrides", nargs="*", help="such as data.source=my.txt data.tokenizer_vocab_size=16384"
+    )
+    inspect_command = commands.add_parser("inspect", help="show what is in a prepared folder or a .bin/.idx pair")
+    inspect_command.add_argument("path", type=Path, help="a prepared folder, or the prefix of a .bin/.idx pair")
+    inspect_command.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
+    inspect_command.add_argument("--documents", type=int, default=1, help="first documents to show (default 1)")
+    return parser
+
+
+def _prepare(arguments: argparse.Namespace) -> list[str]:
+    config = compose(arguments.script, arguments.overrides)
+    prepared = prepare(config, report=print)
+    return describe_folder(prepared.folder, verify=False, documents=0)
+
+
+def _inspect(arguments: argparse.Namespace) -> list[str]:
+    path: Path = arguments.path
+    if (path / MANIFEST).is_file():
+        return describe_folder(path, verify=arguments.verify, documents=arguments.documents)
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    return describe_pair(prefix, verify=arguments.verify, documents=arguments.documents)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""Make a folder visible only when it is complete, by one process, while others wait for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from megatron_lite.errors import DataError
+
+
+def publish_folder(
+    folder: Path, build: Callable[[Path], None], *, key: str, report: Callable[[str], None], marker: str
+) -> None:
+    """Call `build(temporary)` and rename the temporary folder to `folder`; return at once where that is done already.
+
+    Any number of processes may call this together: one builds, the others wait. The lock belongs to the kernel and
+    goes with its process, so a killed builder blocks nobody; what it left behind is hidden, and removed here.
+
+    Args:
+        key: the configuration key and value of the parent folder, for messages.
+        marker: a file that every complete folder holds.
+    Raises:
+        DataError: the parent folder cannot be written, or the disk is full.
+    """
+    if (folder / marker).is_file():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock")
+        with _acquired(lock, folder, report):
+            if not (folder / marker).is_file():
+                _build_and_rename(folder, build)
+    except OSError as error:
+        place = error.filename or folder.parent
+        reason = error.strerror or str(error)
+        raise DataError(f"{key} cannot be written: {place}: {reason}; name another folder, or make room") from error
+
+
+@contextmanager
+def _acquired(lock: FileLock, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    try:
+        lock.acquire(timeout=0.2)
+    except Timeout:
+        report(f"another process prepares {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
+    if folder.exists():
+        raise DataError(f"{folder} is incomplete; remove it to prepare it again")
+    for orphan in folder.parent.glob(f".{folder.name}.tmp-*"):  # we hold the lock: its owner is gone
+        shutil.rmtree(orphan)
+    temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        build(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Order without state: every function here gives the same answer for the same (seed, index), always and everywhere.
+
+Nothing is drawn from a running generator, so that a resumed run, another data-parallel size or another batch size
+meets the same samples in the same order. Only bits that are fixed by definition are used (SplitMix64, and the raw
+output of Philox, which numpy promises never to change); numpy's distributions may change between its versions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+MASK64 = 2**64 - 1
+FEISTEL_ROUNDS = 6
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
+
+
+def mix64(value: int) -> int:
+    """SplitMix64's finaliser: a bijection of 64-bit integers that scatters neighbours (Steele et al. 2014)."""
+    value = (value + GOLDEN) & MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
+    return value ^ (value >> 31)
+
+
+def mix64_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`mix64` of every element; unsigned arithmetic of arrays wraps around by itself."""
+    values = values + np.uint64(GOLDEN)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def stream_key(*parts: int) -> int:
+    """A 64-bit key for a tuple of integers."""
+    key = 0
+    for part in parts:
+        key = mix64(key ^ (part & MASK64))
+    return key
+
+
+def raw_bits(count: int, *parts: int) -> npt.NDArray[np.uint64]:
+    """`count` pseudo-random 64-bit integers that belong to the key (Philox, Salmon et al. 2011)."""
+    key = np.array([stream_key(*parts), stream_key(len(parts), *parts)], np.uint64)
+    return np.asarray(np.random.Philox(key=key).random_raw(count), np.uint64)
+
+
+def shuffled_order(count: int, *parts: int) -> npt.NDArray[np.int64]:
+    """A permutation of range(count) that belongs to the key, as an array [count]."""
+    return np.argsort(raw_bits(count, *parts), kind="stable")
+
+
+class Permutation:
+    """A permutation of range(size) that needs no table: a Feistel network with cycle walking.
+
+    The network is a bijection of the smallest power of two >= size; a value that falls outside is sent through again
+    until it falls inside, which takes less than two passes on average (Black and Rogaway 2002).
+    """
+
+    def __init__(self, size: int, *parts: int) -> None:
+        assert size > 0
+        self._size = size
+        bits = max((size - 1).bit_length(), 2)
+        self._low_bits = bits // 2
+        self._low_mask = (1 << self._low_bits) - 1
+        self._high_mask = (1 << (bits - self._low_bits)) - 1
+        self._keys = [stream_key(*parts, size, i) for i in range(FEISTEL_ROUNDS)]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, index: int) -> int:
+        assert 0 <= index < self._size
+        value = self._pass(index)
+        while value >= self._size:
+            value = self._pass(value)
+        return value
+
+    def _pass(self, value: int) -> int:
+        high, low = value >> self._low_bits, value & self._low_mask
+        for i, key in enumerate(self._keys):
+            if i % 2:
+                low ^= mix64(high ^ key) & self._low_mask
+            else:
+                high ^= mix64(low ^ key) & self._high_mask
+        return (high << self._low_bits) | low

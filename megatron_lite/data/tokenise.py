@@ -1,0 +1,245 @@
+"""One text source to its shards: documents in batches through the tokenizer, straight to the files.
+
+Memory is bounded by a few batches, whatever the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.indexed import IndexedWriter, token_dtype
+from megatron_lite.data.prepared import TOKENIZER_FOLDER, Part, Shard, validation_threshold
+from megatron_lite.data.readers import read_documents
+from megatron_lite.data.sidecar import write_sidecar
+from megatron_lite.data.sources import Source
+from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.errors import DataError
+
+BATCH_CHARACTERS = 2**20
+BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
+TRAINING_TEXT_CHARACTERS = 256 * 2**20  # a vocabulary does not change for more, and training holds all words in memory
+REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every source of one preparation shares."""
+
+    data: DataConfig
+    folder: Path
+    tokenizer: Tokenizer | None
+    """None for ready shards that came without one."""
+    report: Callable[[str], None]
+
+    def tokenizer_facts(self) -> dict[str, Any]:
+        """As manifest and sidecars hold it."""
+        if self.tokenizer is None:
+            return {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}
+        return {
+            "tokenizer_folder": TOKENIZER_FOLDER,
+            "tokenizer_hash": self.tokenizer.digest,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eod_id": self.tokenizer.eod_id,
+        }
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A shard, and how often each token occurs in it [largest id + 1]."""
+
+    shard: Shard
+    counts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SourceSets:
+    """What one source gave to the training and the validation set."""
+
+    train: Counted | None
+    validation: Counted | None
+    lowest_hash: int
+    """Smallest hash of its documents: the first that a larger validation_fraction would hold out."""
+
+
+def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
+    """The training documents, from each source an equal share of at most 256 million characters together."""
+    sources = list(sources)
+    threshold = validation_threshold(held_out) if held_out else 0
+    for source in sources:
+        left = TRAINING_TEXT_CHARACTERS // len(sources)
+        for text in read_documents(source, data):
+            if document_hash(text) >= threshold:
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def document_hash(text: str) -> int:
+    """A hash of the text itself: equal documents fall into the same set, in whatever order or file they come."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8"))
+
+
+def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+    """Tokenise all documents of a source, an end-of-document token behind each.
+
+    Args:
+        into: the set that takes the documents.
+        held_out: share of documents that go to the validation set instead.
+    Raises:
+        DataError: the source is unreadable, or holds no document.
+    """
+    assert job.tokenizer is not None
+    threshold = validation_threshold(held_out) if held_out else 0
+    outputs = {into: _Output(job, source, index, into)}
+    if held_out:
+        outputs[Part.validation] = _Output(job, source, index, Part.validation)
+    lowest = 2**64
+    progress = _Progress(job.report, source.name)
+    for texts, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
+        hashes = [document_hash(text) for text in texts] if held_out else []
+        lowest = min([lowest, *hashes])
+        chosen = (
+            np.fromiter((h < threshold for h in hashes), bool, len(hashes)) if held_out else np.zeros(len(texts), bool)
+        )
+        outputs[into].add(tokens, lengths, ~chosen)
+        if held_out:
+            outputs[Part.validation].add(tokens, lengths, chosen)
+        progress.add(sum(map(len, texts)), len(tokens))
+    progress.finish()
+    if outputs[into].documents == 0:
+        if lowest == 2**64:
+            raise DataError(f"{source} holds no text; name a source with documents in it")
+        raise all_held_out(source, held_out)
+    done = {part: output.finish() for part, output in outputs.items()}
+    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest)
+
+
+def all_held_out(source: Source, fraction: float | None) -> DataError:
+    return DataError(
+        f"data.validation_fraction={fraction} holds out every document of {source}; use a smaller fraction, or name a "
+        "data.validation_source"
+    )
+
+
+class _Output:
+    """One pair of files with its token counts and its sidecar."""
+
+    def __init__(self, job: Job, source: Source, index: int, part: Part) -> None:
+        assert job.tokenizer is not None
+        self._job = job
+        self._source = source
+        self._index = index
+        self._prefix = job.folder / f"{part}-{index}"
+        self._vocab_size = job.tokenizer.vocab_size
+        self._writer = IndexedWriter(self._prefix, token_dtype(self._vocab_size))
+        self._counts = np.zeros(self._vocab_size, np.int64)
+        self.documents = 0
+
+    def add(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]) -> None:
+        """Write the chosen ones of a batch of documents: tokens [sum(lengths)], lengths and chosen [documents]."""
+        if not chosen.any():
+            return
+        if not chosen.all():
+            tokens, lengths = tokens[np.repeat(chosen, lengths)], lengths[chosen]
+        self._writer.add(tokens, lengths)
+        self._counts += np.bincount(tokens, minlength=self._vocab_size)
+        self.documents += len(lengths)
+
+    def finish(self) -> Counted | None:
+        """Close the files; None, and no files, where no document came."""
+        facts = self._writer.finish()
+        if self.documents == 0:
+            self._writer.remove()
+            return None
+        write_sidecar(self._prefix, {"source": self._source.name, **self._job.tokenizer_facts(), **asdict(facts)})
+        shard = Shard(
+            source=self._source.name,
+            source_index=self._index,
+            prefix=self._prefix,
+            part=Part.everything,
+            validation_fraction=0.0,
+            documents=facts.documents,
+            tokens=facts.tokens,
+            max_token_id=int(np.flatnonzero(self._counts)[-1]),
+            bin_bytes=facts.bin_bytes,
+            idx_bytes=facts.idx_bytes,
+            bin_xxh3=facts.bin_xxh3,
+            idx_xxh3=facts.idx_xxh3,
+        )
+        return Counted(shard, self._counts)
+
+
+Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+
+
+def _encoded_batches(tokenizer: Tokenizer, documents: Iterator[str]) -> Iterator[tuple[list[str], Encoded]]:
+    """Batches of documents with their tokens, in order; a few are encoded ahead."""
+    batches = batched_by_size(documents, BATCH_CHARACTERS)
+    with ThreadPoolExecutor(max_workers=BATCHES_IN_FLIGHT - 1) as pool:
+        waiting: deque[tuple[list[str], Future[Encoded]]] = deque()
+        try:
+            while True:
+                for texts in islice(batches, BATCHES_IN_FLIGHT - len(waiting)):
+                    waiting.append((texts, pool.submit(tokenizer.encode_documents, texts)))
+                if not waiting:
+                    return
+                texts, encoded = waiting.popleft()
+                yield texts, encoded.result()
+        finally:
+            for _, encoded in waiting:
+                encoded.cancel()
+
+
+def batched_by_size(documents: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Group documents until a batch has `size` characters."""
+    batch: list[str] = []
+    total = 0
+    for text in documents:
+        batch.append(text)
+        total += len(text)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+class _Progress:
+    """A line every ten seconds, and one at the end."""
+
+    def __init__(self, report: Callable[[str], None], name: str) -> None:
+        self._report = report
+        self._name = name
+        self._started = self._last = time.monotonic()
+        self._characters = 0
+        self._tokens = 0
+
+    def add(self, characters: int, tokens: int) -> None:
+        self._characters += characters
+        self._tokens += tokens
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._last = time.monotonic()
+            self._line("tokenising")
+
+    def finish(self) -> None:
+        self._line("tokenised")
+
+    def _line(self, verb: str) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        million = self._characters / 1e6
+        self._report(
+            f"{verb} {self._name}: {million:.1f} M characters, {self._tokens:,} tokens, {million / seconds:.1f} M/s"
+        )

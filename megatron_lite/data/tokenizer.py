@@ -1,0 +1,296 @@
+"""Tokenizers: train a byte-level BPE, or open any Hugging Face tokenizer.
+
+Every tokenizer used here is one `tokenizers.Tokenizer`. Text is encoded as text: a document that contains the
+end-of-document token's name, such as `<|endoftext|>`, gets the pieces of that string and never the token itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_lite.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+FILES = (  # all that may decide the ids of a folder
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+EOD_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # tried where the folder names no eos_token
+PIECE_CHARACTERS = 2**18  # a longer document is encoded in pieces, so that one document uses all threads too
+
+
+class Tokenizer:
+    """Encodes text to ids and back.
+
+    Args:
+        backend: the tokenizer; its truncation and padding are switched off.
+        eod: the text of the token that ends a document.
+        digest: xxh3-128 of the tokenizer.json; shards remember it.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eod: str, digest: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # special tokens inside a text are text
+        self._backend = backend
+        self.eod = eod
+        self.digest = digest
+        self.eod_id = _id_of(backend, eod)
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        """One above the largest id: what an embedding needs, even where ids have gaps."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special token."""
+        tokens, _ = self.encode_documents([text], append_eod=False)
+        return [int(token) for token in tokens]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; ids that are no token of this vocabulary (padded rows) are left out."""
+        return str(self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False))
+
+    def encode_documents(
+        self, documents: Sequence[str], *, append_eod: bool = True
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Ids of all documents one after another [sum of lengths], and the length of each [documents].
+
+        The documents are encoded in parallel by the threads of the `tokenizers` library.
+        """
+        pieces: list[str] = []
+        counts: list[int] = []
+        for document in documents:
+            parts = split_long(document, PIECE_CHARACTERS)
+            pieces += parts
+            counts.append(len(parts))
+        encoded = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        self._remove_literal_eod(encoded, pieces)
+        return _join(encoded, counts, self.eod_id if append_eod else None)
+
+    def _remove_literal_eod(self, encoded: list[list[int]], pieces: list[str]) -> None:
+        """Encode again, cut inside the name, every text in which a vocabulary piece equal to the name was found.
+
+        Unigram and SentencePiece vocabularies hold `</s>` as an ordinary piece too.
+        """
+        for i, text in enumerate(pieces):
+            if self.eod in text and self.eod_id in encoded[i]:
+                first_half, second_half = self.eod[: len(self.eod) // 2], self.eod[len(self.eod) // 2 :]
+                first, *others = text.split(self.eod)
+                halves = [first + first_half]
+                halves += [second_half + part + first_half for part in others[:-1]]
+                halves += [second_half + others[-1]]
+                encodings = self._backend.encode_batch_fast(halves, add_special_tokens=False)
+                encoded[i] = list(chain.from_iterable(encoding.ids for encoding in encodings))
+                if self.eod_id in encoded[i]:
+                    raise DataError(f"a document contains {self.eod!r}, which this tokenizer cannot encode as text")
+
+
+def split_long(text: str, size: int) -> list[str]:
+    """Cut a very long text ahead of single spaces or line ends, where byte-level BPE starts a new word anyway."""
+    if len(text) <= size:
+        return [text]
+    parts: list[str] = []
+    begin = 0
+    while len(text) - begin > size:
+        gap = _LAST_WORD_GAP.search(text, begin + size // 2, begin + size)
+        end = gap.start() + 1 if gap else begin + size
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+_LAST_WORD_GAP = re.compile(r"\S[ \n](?=\S)")
+
+
+def _join(
+    encoded: list[list[int]], counts: list[int], eod_id: int | None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    extra = 0 if eod_id is None else 1
+    piece_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    totals = np.concatenate([[0], np.cumsum(piece_lengths)])
+    lengths = np.diff(totals[bounds]) + extra
+    tokens = np.fromiter(chain.from_iterable(encoded), np.int32, int(piece_lengths.sum()))
+    if eod_id is None:
+        return tokens, lengths
+    return np.insert(tokens, totals[bounds[1:]], eod_id), lengths
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Train a byte-level BPE (Radford et al. 2019, GPT-2) and save it as a Hugging Face tokenizer folder.
+
+    A small text may hold fewer words than `vocab_size` asks for; the vocabulary is then smaller.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / TOKENIZER_FILE))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return open_tokenizer(str(folder))
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """Open a tokenizer folder or hub name.
+
+    A folder with a tokenizer.json is read directly. Others (vocab.json + merges.txt, vocab.txt, SentencePiece) and
+    names of the hub go through transformers' AutoTokenizer.
+
+    Raises:
+        ConfigError: it cannot be opened, or has no end-of-document token.
+    """
+    folder = Path(name).expanduser()
+    if (folder / TOKENIZER_FILE).is_file():
+        content = (folder / TOKENIZER_FILE).read_bytes()
+        return _from_json(content, _named_eos(folder), name)
+    return _from_transformers(name)
+
+
+def save_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """Copy what `open_tokenizer(name)` opens into `folder`, so that prepared data never depends on another place."""
+    source = Path(name).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (source / TOKENIZER_FILE).is_file():
+        (folder / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
+        eod = open_tokenizer(name).eod
+    else:
+        opened = _from_transformers(name)
+        opened._backend.save(str(folder / TOKENIZER_FILE))
+        eod = opened.eod
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod}
+    (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return open_tokenizer(str(folder))
+
+
+def tokenizer_identity(name: str, vocab_size: int) -> Any:
+    """What decides the ids that `data.tokenizer` gives: a size, a folder's files, or a hub name."""
+    folder = Path(name).expanduser()
+    if name == "train":
+        return {"train": vocab_size}
+    if not folder.is_dir():
+        return {"name": name}  # what was downloaded first stays in the prepared folder
+    files = [folder / file_name for file_name in FILES if (folder / file_name).is_file()]
+    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+
+
+def limit_threads(count: int | None) -> None:
+    """Threads of the `tokenizers` library; works only before its first use in this process."""
+    if count is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(count)
+
+
+def _from_json(content: bytes, eos: str | None, name: str) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        spec = json.loads(content)
+        known = {entry["content"] for entry in spec.get("added_tokens", [])} | _vocabulary_names(spec)
+        eod = _choose_eod(eos, known, name)
+        for entry in spec.get("added_tokens", []):
+            if entry["content"] == eod:
+                entry["special"] = True  # else it would be found inside documents
+        backend = Backend.from_str(json.dumps(spec))
+    except ConfigError:
+        raise
+    except Exception as error:  # the Rust library raises plain Exception
+        raise _cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
+    return Tokenizer(backend, eod, xxhash.xxh3_128_hexdigest(content))
+
+
+def _vocabulary_names(spec: dict[str, Any]) -> set[str]:
+    vocab = spec.get("model", {}).get("vocab", {})
+    return set(vocab) if isinstance(vocab, dict) else {entry[0] for entry in vocab}
+
+
+def _from_transformers(name: str) -> Tokenizer:
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise _cannot_open(name, f"it is not a folder (looked from {Path.cwd()})")
+    from transformers import AutoTokenizer
+
+    try:
+        opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # files of many kinds and the network: errors of many kinds
+        raise _cannot_open(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    backend = getattr(opened, "backend_tokenizer", None)
+    if backend is None:
+        raise _cannot_open(name, f"it has no fast version; save one as {TOKENIZER_FILE}")
+    content = str(backend.to_str()).encode()
+    return _from_json(content, opened.eos_token or opened.sep_token, name)
+
+
+def _named_eos(folder: Path) -> str | None:
+    """eos_token, else sep_token, as the folder's own settings name it."""
+    for file_name in (TOKENIZER_CONFIG_FILE, "special_tokens_map.json"):
+        path = folder / file_name
+        settings = _read_settings(path) if path.is_file() else {}
+        for role in ("eos_token", "sep_token"):
+            token = settings.get(role)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if token:
+                return str(token)
+    return None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _cannot_open(str(path.parent), f"its {path.name} cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise _cannot_open(str(path.parent), f"its {path.name} holds no JSON object")
+    return settings
+
+
+def _choose_eod(eos: str | None, known: set[str], name: str) -> str:
+    if eos is not None and eos in known:
+        return eos
+    for candidate in EOD_NAMES:
+        if candidate in known:
+            return candidate
+    raise _cannot_open(name, f"it has no end-of-document token; name one as eos_token in its {TOKENIZER_CONFIG_FILE}")
+
+
+def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
+    token_id = backend.token_to_id(token)
+    assert token_id is not None
+    return int(token_id)
+
+
+def _cannot_open(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"data.tokenizer={name} cannot be opened: {reason}; use `train`, or the folder or hub name of a tokenizer"
+    )

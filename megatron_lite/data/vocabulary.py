@@ -1,0 +1,108 @@
+"""The size of the vocabulary before there is any data: what a plan needs, in milliseconds and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.schema import DataConfig, RunConfig
+from megatron_lite.data.sidecar import read_sidecar
+from megatron_lite.data.sources import Source, resolve_sources
+from megatron_lite.errors import ConfigError
+
+TRAIN = "train"
+SMALLEST_BPE = 257  # 256 bytes and the end-of-document token
+
+
+def planned_vocab_size(config: RunConfig) -> int:
+    """True vocabulary of the model, before padding.
+
+    From model.vocab_size; else data.tokenizer_vocab_size for a tokenizer that will be trained; else the tokenizer
+    folder; else the sidecar of ready shards.
+
+    Raises:
+        ConfigError: none of them tells it.
+    """
+    size = planned_vocab_size_or_none(config)
+    if size is None:
+        raise ConfigError(
+            f"model.vocab_size=null cannot be derived from data.tokenizer={config.data.tokenizer}: the size stands in "
+            "no file at hand; set model.vocab_size, or name a tokenizer folder that holds a tokenizer.json"
+        )
+    return size
+
+
+def planned_vocab_size_or_none(config: RunConfig) -> int | None:
+    """As `planned_vocab_size`, None where it is unknown."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if config.data.tokenizer != TRAIN:
+        return _size_of_folder(config.data.tokenizer)
+    if any(source.is_text for source in resolve_sources(config.data.source, "data.source")):
+        return _trained_size(config.data)
+    return _size_of_shards(config.data)
+
+
+def _trained_size(data: DataConfig) -> int:
+    if data.tokenizer_vocab_size < SMALLEST_BPE:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} must be {SMALLEST_BPE} or more: a byte-level "
+            "vocabulary holds 256 bytes and the end-of-document token"
+        )
+    return data.tokenizer_vocab_size
+
+
+def _size_of_folder(name: str) -> int | None:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        cached = _cached_hub_file(name)
+        return _size_in_json(cached) if cached else None
+    if (folder / "tokenizer.json").is_file():
+        return _size_in_json(folder / "tokenizer.json")
+    ids: set[int] = set()
+    if (folder / "vocab.txt").is_file():  # BERT's WordPiece: one token a line
+        ids.add((folder / "vocab.txt").read_bytes().count(b"\n") - 1)
+    for file_name in ("vocab.json", "added_tokens.json"):
+        if (folder / file_name).is_file():
+            ids.update(_read_json(folder / file_name).values())
+    return max(ids) + 1 if ids else None
+
+
+def _size_in_json(path: Path) -> int | None:
+    spec = _read_json(path)
+    vocab = spec.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    ids += [entry["id"] for entry in spec.get("added_tokens", [])]
+    return max(ids) + 1 if ids else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer: {path} cannot be read ({error}); name a tokenizer folder") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"data.tokenizer: {path} holds no JSON object; name a tokenizer folder")
+    return content
+
+
+def _cached_hub_file(name: str) -> Path | None:
+    """The tokenizer.json of a hub name, if it was downloaded before. Never touches the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+    except HFValidationError:
+        raise ConfigError(f"data.tokenizer={name} is neither a folder nor a hub name; correct the path") from None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _size_of_shards(data: DataConfig) -> int | None:
+    sizes = [sidecar["vocab_size"] for source in _shards(data) if (sidecar := read_sidecar(source.paths[0]))]
+    return max(sizes) if sizes else None
+
+
+def _shards(data: DataConfig) -> list[Source]:
+    return [source for source in resolve_sources(data.source, "data.source") if not source.is_text]

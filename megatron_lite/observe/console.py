@@ -1,0 +1,183 @@
+"""One terminal for the whole job, one log file for each rank.
+
+Libraries print from Python, from C++ and from child processes, once per rank. So the redirection happens at the level
+of file descriptors: 1 and 2 of every rank go to `<run>/logs/rank-N.log`, and what is meant for the user goes through a
+`Console`, which holds duplicates of the descriptors that the process started with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+
+from megatron_lite.errors import ConfigError
+
+_STDOUT, _STDERR = 1, 2
+
+
+class _Terminal(io.TextIOBase):
+    """A text file over a descriptor that outlives its reader.
+
+    A closed SSH session or `| head` must not end a run of days: after the first failed write the rest is dropped, and
+    metrics and logs go on in their files.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        data = text.encode("utf-8", errors="replace")
+        while data and not self._gone:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                self._gone = True
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+class Console:
+    """Where one rank speaks to the user: `print` on rank 0 only, `error` on every rank.
+
+    Args:
+        output: where `print` writes; None = nowhere.
+        errors: where `error` writes.
+        label: put before errors, to tell which rank speaks; empty = nothing.
+    """
+
+    def __init__(self, output: TextIO | None, errors: TextIO, label: str = "", log_path: Path | None = None) -> None:
+        self.log_path = log_path
+        self._label = label
+        self.rich = _rich(output) if output is not None else None
+        self._errors = _rich(errors)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether `print` ends on a screen, where a progress bar can move."""
+        return self.rich is not None and self.rich.is_terminal and not self.rich.is_dumb_terminal
+
+    def print(self, message: RenderableType = "") -> None:
+        """Show a line or a rich renderable to the user; nothing on ranks other than 0."""
+        if self.rich is not None:
+            _show(self.rich, message)
+
+    def error(self, message: RenderableType) -> None:
+        """Show an error on the original stderr, from any rank, and keep it in the rank's log."""
+        if isinstance(message, str) and self._label:
+            message = f"{self._label}: {message}"
+        _show(self._errors, message)
+        if self.log_path is not None and isinstance(message, str):
+            print(message, file=sys.stderr, flush=True)
+
+    def restore(self) -> None:
+        """Undo `redirect_output`; nothing to undo for a console made by hand."""
+
+
+class _RedirectedConsole(Console):
+    """A console that owns the saved descriptors of a redirected process."""
+
+    def __init__(self, saved_stdout: int, saved_stderr: int, log_path: Path, rank: int) -> None:
+        self._saved: tuple[int, int] | None = (saved_stdout, saved_stderr)
+        output = cast(TextIO, _Terminal(saved_stdout)) if rank == 0 else None
+        label = "" if rank == 0 else f"rank {rank}"
+        super().__init__(output, cast(TextIO, _Terminal(saved_stderr)), label, log_path)
+
+    def restore(self) -> None:
+        if self._saved is None:
+            return
+        _flush()
+        for saved, target in zip(self._saved, (_STDOUT, _STDERR), strict=True):
+            os.dup2(saved, target)
+            os.close(saved)
+        self._saved = None
+        self.rich = None
+        self._errors = _rich(sys.stderr)
+
+
+def redirect_output(run_dir: Path, rank: int) -> Console:
+    """Send everything that this process prints from now on to `<run_dir>/logs/rank-<rank>.log`, appending.
+
+    Call it before importing what is noisy. Child processes inherit the redirection.
+
+    Returns:
+        The console over the original stdout (rank 0) and stderr (all ranks); its `restore` undoes the redirection.
+    Raises:
+        ConfigError: the log cannot be written.
+    """
+    log_path = Path(run_dir) / "logs" / f"rank-{rank}.log"
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"train.run_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
+            "choose a folder of your own"
+        ) from error
+    _flush()
+    saved_stdout, saved_stderr = os.dup(_STDOUT), os.dup(_STDERR)
+    os.dup2(log, _STDOUT)
+    os.dup2(log, _STDERR)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # else a killed rank takes its last words with it
+    print(f"--- {datetime.now().isoformat(timespec='seconds')} rank {rank} starts, process {os.getpid()} ---")
+    return _RedirectedConsole(saved_stdout, saved_stderr, log_path, rank)
+
+
+def plain_console(output: TextIO | None = None) -> Console:
+    """A console over streams as they are, for tools and tests that redirect nothing; None = stdout."""
+    return Console(output if output is not None else sys.stdout, output if output is not None else sys.stderr)
+
+
+def _rich(file: TextIO) -> RichConsole:
+    # Without force_terminal a FORCE_COLOR in the environment would put the moving bar into files and pipes.
+    return RichConsole(
+        file=file,
+        force_terminal=file.isatty(),
+        width=_hidden_width(file),
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
+
+
+def _hidden_width(file: TextIO) -> int | None:
+    """Columns of a terminal that rich cannot ask: it looks at descriptors 0 to 2, of which 1 and 2 now are the log."""
+    with contextlib.suppress(OSError, ValueError):
+        if not os.isatty(0) and os.isatty(file.fileno()):
+            return os.get_terminal_size(file.fileno()).columns or None  # some containers' terminals have size 0
+    return None
+
+
+def _show(console: RichConsole, message: Any) -> None:
+    if isinstance(message, str):
+        console.print(message, soft_wrap=True)  # a file or pipe has no width to wrap a line at
+    else:
+        console.print(message)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()

@@ -1,0 +1,178 @@
+"""`loss.png`: the run at a glance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+
+PLOT_FILE = "loss.png"
+
+_TRAIN, _VALIDATION, _UNIGRAM, _RATE, _NORM = "#2563a8", "#d1495b", "#5f6b76", "#2a7f62", "#b7791f"
+_GRID, _TEXT = "#e3e7eb", "#22303c"
+
+_Points = tuple[list[int], list[float]]  # steps and values of equal length
+
+
+def plot_run(run_dir: Path, *, title: str, unigram_entropy_nats: float | None = None) -> Path | None:
+    """Draw `<run_dir>/loss.png` from the run's own files.
+
+    Training loss as logged and smoothed, validation losses (`evaluation` events with `validation_loss`), the entropy of
+    the corpus' unigram distribution, which a model must beat to have learned any context, and below them the learning
+    rate and the gradient norm.
+
+    Returns:
+        The picture's path; None when no step has been logged.
+    """
+    metrics = read_metrics(run_dir / METRICS_FILE)
+    evaluations = [entry for entry in read_metrics(run_dir / EVENTS_FILE) if entry.get("event") == "evaluation"]
+    loss = _series(metrics, "loss")
+    if not loss[0]:
+        return None
+    # A late import of 0.6 s, only by the rank that draws. `Figure` without pyplot needs no display and leaves no state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 6.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1.0])
+    _draw_losses(upper, loss, _series(evaluations, "validation_loss"), unigram_entropy_nats)
+    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, pad=12)
+    _draw_rate_and_norm(lower, _series(metrics, "learning_rate"), _series(metrics, "grad_norm"))
+    lower.set_xlabel("step", color=_TEXT)
+    lower.set_xlim(left=min(loss[0][0], 0), right=loss[0][-1] * 1.01 + 0.5)
+    figure.align_ylabels([upper, lower])
+
+    path = run_dir / PLOT_FILE
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    return temporary.replace(path)
+
+
+def _draw_losses(axes: Any, loss: _Points, validation: _Points, unigram_entropy_nats: float | None) -> None:
+    _style(axes)
+    steps, values = loss
+    smooth = smoothed(values)
+    if len(values) > 50:
+        axes.plot(steps, values, color=_TRAIN, alpha=0.28, linewidth=0.9)
+        axes.plot(steps, smooth, color=_TRAIN, linewidth=1.9, label="training loss (pale: each step)")
+    else:
+        axes.plot(steps, values, color=_TRAIN, linewidth=1.9, label="training loss")
+    bounds = [*values, *validation[1]]
+    if validation[0]:
+        axes.plot(
+            *validation, color=_VALIDATION, linewidth=1.2, marker="o", markersize=5.5, label="validation loss", zorder=4
+        )
+        _label_last(axes, validation)
+    if unigram_entropy_nats is not None:
+        bounds.append(unigram_entropy_nats)
+        axes.axhline(unigram_entropy_nats, color=_UNIGRAM, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+        axes.annotate(
+            f"unigram entropy {unigram_entropy_nats:.3f}",
+            (1.0, unigram_entropy_nats),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=_UNIGRAM,
+            fontsize=9,
+        )
+    low, high = _finite_range(bounds)
+    margin = 0.06 * (high - low) or 0.5
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_ylabel("loss, nats per token", color=_TEXT)
+    axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_TEXT)
+
+
+def _label_last(axes: Any, points: _Points) -> None:
+    step, value = points[0][-1], points[1][-1]
+    if math.isfinite(value):
+        from matplotlib.patheffects import withStroke
+
+        axes.annotate(
+            f"{value:.3f}\nperplexity {math.exp(value):,.1f}" if value < 50 else f"{value:.3f}",
+            (step, value),
+            xytext=(-2, 11),
+            textcoords="offset points",
+            ha="right",
+            color=_VALIDATION,
+            fontsize=9,
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=5,
+        )
+
+
+def _draw_rate_and_norm(axes: Any, rate: _Points, norm: _Points) -> None:
+    _style(axes)
+    axes.plot(*rate, color=_RATE, linewidth=1.6)
+    axes.set_ylabel("learning rate", color=_RATE)
+    axes.tick_params(axis="y", colors=_RATE)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.yaxis.get_offset_text().set_fontsize(8.5)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.get_major_locator().set_params(nbins=4)
+    finite = [value for value in norm[1] if math.isfinite(value)]
+    if not finite:
+        return
+    right = axes.twinx()
+    right.plot(*norm, color=_NORM, linewidth=0.9, alpha=0.8 if len(finite) < 500 else 0.45)
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    right.set_ylabel("gradient norm", color=_NORM)
+    right.tick_params(axis="y", colors=_NORM, length=0, labelsize=9)
+    right.set_ylim(0, 1.15 * _quantile(finite, 0.995))
+    right.yaxis.get_major_locator().set_params(nbins=4)
+    for side in ("top", "left", "bottom", "right"):
+        right.spines[side].set_visible(False)
+
+
+def _style(axes: Any) -> None:
+    axes.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b8c2cc")
+    axes.tick_params(colors=_TEXT, length=0, labelsize=9)
+
+
+def smoothed(values: Sequence[float], share: float = 0.015) -> list[float]:
+    """Two-sided exponential mean over about `share` of the values; skips NaN and inf.
+
+    The mean of a forward and a backward pass: one pass alone would lag behind a falling loss.
+    """
+    forward = _one_sided(values, share)
+    backward = _one_sided(values[::-1], share)[::-1]
+    return [(left + right) / 2 for left, right in zip(forward, backward, strict=True)]
+
+
+def _one_sided(values: Sequence[float], share: float) -> list[float]:
+    decay = math.exp(-1.0 / max(1.0, share * len(values)))
+    mean = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(mean / weight if weight else math.nan)
+    return result
+
+
+def _series(entries: Sequence[Mapping[str, Any]], name: str) -> _Points:
+    """Steps and values of one figure in the order of steps; of a step that came twice, the later value."""
+    by_step = {entry["step"]: float(entry[name]) for entry in entries if isinstance(entry.get(name), int | float)}
+    steps = sorted(by_step)
+    return steps, [by_step[step] for step in steps]
+
+
+def _finite_range(values: Sequence[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    return min(finite), max(finite)
+
+
+def _quantile(values: Sequence[float], fraction: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] or 1.0

@@ -1,0 +1,151 @@
+"""What a run says when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from megatron_lite.observe.console import Console
+from megatron_lite.observe.progress import duration
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Figures and places of a finished run; None and empty strings are left out. Losses are in nats per token."""
+
+    title: str
+    steps: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_loss: float | None = None
+    unigram_entropy_nats: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None  # of this attempt
+    tokens_per_second: float | None = None
+    model_flops_utilization: float | None = None
+    prompt: str = ""
+    sample: str = ""  # what the model wrote after the prompt
+    plot: Path | None = None
+    metrics: Path | None = None
+    checkpoint: Path | None = None
+    logs: Path | None = None
+    command: str = ""  # resumes or repeats the run
+    note: str = ""  # e.g. that there was nothing left to do
+
+
+def show_summary(console: Console, summary: RunSummary) -> None:
+    """Print the summary: a panel on a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        console.print(summary_panel(summary))
+    else:
+        console.print(summary_text(summary))
+
+
+def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    """Label and text of every known fact, in the order to show them."""
+    rows = [
+        ("steps", f"{summary.steps:,}"),
+        ("training loss", _training_loss(summary)),
+        ("validation loss", _validation_loss(summary)),
+        ("unigram entropy", _unigram(summary)),
+        ("speed", _speed(summary)),
+        ("loss curve", _place(summary.plot)),
+        ("metrics", _place(summary.metrics)),
+        ("checkpoint", _place(summary.checkpoint)),
+        ("logs", _place(summary.logs)),
+        ("run it again", summary.command),
+    ]
+    return [(label, text) for label, text in rows if text]
+
+
+def summary_text(summary: RunSummary) -> str:
+    rows = summary_rows(summary)
+    width = max(len(label) for label, _ in rows)
+    lines = ["", f"== {summary.title} =="]
+    if summary.note:
+        lines.append(summary.note)
+    lines += [f"{label:<{width}}  {text}" for label, text in rows]
+    if summary.prompt or summary.sample:
+        lines += ["sample", *(f"  | {line}" for line in _shown_sample(summary).splitlines())]
+    return "\n".join(lines)
+
+
+def summary_panel(summary: RunSummary) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")  # a path or command is folded, never cut: it is there to be copied
+    for label, fact in summary_rows(summary):
+        table.add_row(label, Text(fact))
+    parts: list[RenderableType] = [Text(summary.note, style="yellow")] if summary.note else []
+    parts.append(table)
+    if summary.prompt or summary.sample:
+        text = Text.assemble((_printable(summary.prompt), "bold"), (_printable(summary.sample.rstrip()), "green"))
+        parts.append(Panel(text, title="sample", title_align="left", border_style="dim"))
+    return Panel(Group(*parts), title=Text(summary.title, style="bold"), title_align="left", border_style="cyan")
+
+
+def _training_loss(summary: RunSummary) -> str:
+    if summary.last_loss is None:
+        return ""
+    if summary.first_loss is None:
+        return f"{summary.last_loss:.3f}"
+    return f"{summary.first_loss:.3f} at the first step, {summary.last_loss:.3f} at the last"
+
+
+def _validation_loss(summary: RunSummary) -> str:
+    loss = summary.validation_loss
+    return "" if loss is None else f"{loss:.3f}, perplexity {perplexity(loss):,.1f}"
+
+
+def _unigram(summary: RunSummary) -> str:
+    entropy, loss = summary.unigram_entropy_nats, summary.validation_loss
+    if entropy is None:
+        return ""
+    text = f"{entropy:.3f}, perplexity {perplexity(entropy):,.1f}"
+    if loss is None or not math.isfinite(loss):
+        return text
+    return f"{text}: the model is {abs(entropy - loss):.3f} nats {'below' if loss <= entropy else 'above'} it"
+
+
+def _speed(summary: RunSummary) -> str:
+    parts = []
+    if summary.tokens_per_second is not None:
+        parts.append(f"{summary.tokens_per_second:,.0f} tokens/s")
+    if summary.model_flops_utilization is not None:
+        parts.append(f"MFU {100 * summary.model_flops_utilization:.1f} %")
+    if summary.tokens is not None:
+        parts.append(f"{summary.tokens:,} tokens")
+    if summary.seconds is not None:
+        parts.append(duration(summary.seconds))
+    return ", ".join(parts)
+
+
+def _place(path: Path | None) -> str:
+    """Relative to the working folder where it lies inside it: short, and it can be pasted."""
+    if path is None:
+        return ""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _shown_sample(summary: RunSummary) -> str:
+    return _printable(summary.prompt + summary.sample)
+
+
+def _printable(text: str) -> str:
+    """A model may write control characters, which a terminal would obey."""
+    return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

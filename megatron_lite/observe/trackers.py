@@ -1,0 +1,151 @@
+"""Where figures go: one small interface, and the trackers of a run behind it.
+
+Only the rank that writes builds real ones; `metrics.jsonl` is the truth, wandb and TensorBoard are views of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter, MetricsWriter
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Figures of one training step."""
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Something that happened at a step: an attempt's start, a resume, a save, an evaluation."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run's last figures; nothing is logged after it."""
+
+
+class TrackingSettings(Protocol):
+    """The part of `config.schema.TrackingConfig` that trackers read (rooms side by side do not import each other)."""
+
+    @property
+    def wandb(self) -> str: ...
+    @property
+    def wandb_project(self) -> str: ...
+    @property
+    def wandb_name(self) -> str | None: ...
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+class RunSettings(Protocol):
+    """A `config.schema.RunConfig`, or any dataclass with the same `tracking`."""
+
+    @property
+    def tracking(self) -> TrackingSettings: ...
+
+
+class JsonlTracker:
+    """`metrics.jsonl` and `events.jsonl` in the run folder."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step)
+        self._events = EventWriter(run_dir / EVENTS_FILE)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._metrics.write(step, values)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._events.write(kind, step, values)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+class Trackers:
+    """Several trackers as one.
+
+    The first failure of a view (a network, a full quota) is reported and ends that view, never the training; the
+    truth is not guarded, for a run that cannot write its metrics should stop.
+    """
+
+    def __init__(
+        self, truth: Sequence[Tracker], views: Sequence[Tracker], report: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._truth = list(truth)
+        self._views = list(views)
+        self._report = report
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.log(step, values))
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.event(kind, step, values))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.finish(summary))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in self._truth:
+            call(tracker)
+        for view in list(self._views):
+            try:
+                call(view)
+            except Exception as error:
+                self._views.remove(view)
+                self._report(f"{type(view).__name__} is off for the rest of the run: {error}")
+
+
+def build_trackers(
+    config: RunSettings,
+    run_dir: Path,
+    is_writer: bool,
+    *,
+    resume_step: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> Trackers:
+    """The trackers that the configuration asks for; none at all unless `is_writer`.
+
+    Args:
+        config: a `RunConfig`; its fields are also shown in wandb.
+        resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
+        report: shows one line to the user.
+    Raises:
+        ConfigError: tracking.wandb=online without an API key.
+    """
+    if not is_writer:
+        return Trackers([], [])
+    tracking = config.tracking
+    views: list[Tracker] = []
+    if str(tracking.wandb) != "disabled":
+        from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
+
+        views.append(
+            WandbTracker(
+                run_dir,
+                mode=str(tracking.wandb),
+                project=tracking.wandb_project,
+                name=tracking.wandb_name or run_dir.name,
+                config=_as_dict(config),
+                report=report,
+            )
+        )
+    if tracking.tensorboard:
+        from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
+
+        views.append(TensorBoardTracker(run_dir, resume_step))
+    return Trackers([JsonlTracker(run_dir, resume_step)], views, report)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that a chart can show."""
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    return {
+        name: value for name, value in plain.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _as_dict(config: RunSettings) -> dict[str, Any]:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return {}

@@ -1,0 +1,131 @@
+"""Weights & Biases: one run for the life of a run folder, through every resume."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.observe.trackers import numbers
+
+_SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|credential|(access|auth|hub|hf)_token)s?$", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+class WandbTracker:
+    """Logs to the wandb run whose id is kept in `<run>/wandb/run-id`.
+
+    wandb drops a row whose own step counter is not above the last one, so the steps that a resumed run repeats would
+    vanish (wandb issues 4482, 9449). Here `step` is an ordinary value, made the axis of every chart.
+
+    Args:
+        mode: `auto` (online when the user is logged in, offline otherwise), `offline` or `online`.
+    Raises:
+        ConfigError: online without an API key; wandb would wait for one on the keyboard.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        mode: str,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        mode = resolve_mode(mode, os.environ)
+        arguments: dict[str, Any] = {
+            "project": project,
+            "name": name,
+            "id": run_id(run_dir),
+            "dir": str(run_dir),
+            "config": without_secrets(config),
+        }
+        try:
+            self._run = _start(mode, arguments)
+        except wandb.errors.CommError as error:
+            report(f"wandb cannot be reached ({error}); logging offline, `wandb sync` sends it later")
+            mode = "offline"
+            self._run = _start(mode, arguments)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        report(f"wandb: {self._run.url}" if mode == "online" else f"wandb: offline, in {run_dir / 'wandb'}")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({**{f"train/{name}": value for name, value in numbers(values).items()}, "step": step})
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        figures = {f"{kind}/{name}": value for name, value in numbers(values).items()}
+        if figures:
+            self._run.log({**figures, "step": step})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update(without_secrets(summary))
+        self._run.finish()
+
+
+def resolve_mode(mode: str, environment: Mapping[str, str]) -> str:
+    """`online` or `offline` (`disabled` too when WANDB_MODE says so) for a tracking.wandb setting."""
+    if mode == "auto":
+        return environment.get("WANDB_MODE") or ("online" if has_api_key(environment) else "offline")
+    if mode == "online" and not has_api_key(environment):
+        raise ConfigError(
+            "tracking.wandb=online needs an API key; run `wandb login`, set WANDB_API_KEY, or use tracking.wandb=auto"
+        )
+    return mode
+
+
+def has_api_key(environment: Mapping[str, str]) -> bool:
+    """Whether wandb would find a key: in WANDB_API_KEY, or for its host in the netrc file. The key is not read out."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    home = Path(environment.get("HOME", "~")).expanduser()
+    for path in (environment.get("NETRC"), home / ".netrc", home / "_netrc"):
+        try:
+            if path and Path(path).is_file() and netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (netrc.NetrcParseError, OSError):
+            continue  # a file that wandb could not read either
+    return False
+
+
+def run_id(run_dir: Path) -> str:
+    """The wandb id of this run folder, made on first use."""
+    path = run_dir / "wandb" / "run-id"
+    if path.exists() and (stored := path.read_text().strip()):
+        return stored
+    new = secrets.token_hex(4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(new + "\n")
+    return new
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy with the values of keys named like credentials, and logins inside URLs, replaced by `***`."""
+    if isinstance(value, Mapping):
+        return {
+            str(key): "***" if _SECRET_KEY.search(str(key)) and item else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, Path):
+        value = str(value)
+    return _URL_LOGIN.sub(r"\1***@", value) if isinstance(value, str) else value
+
+
+def _start(mode: str, arguments: dict[str, Any]) -> Any:
+    # Console capture off: our console and logs are not for upload. Offline, `resume` would only draw a warning.
+    settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30)
+    resume = "allow" if mode == "online" else None
+    return wandb.init(**{**arguments, "mode": mode, "resume": resume, "settings": settings})

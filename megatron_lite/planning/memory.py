@@ -1,0 +1,50 @@
+"""Bytes of model states on one rank: weights, gradients, optimizer. Activations are not counted.
+
+After ZeRO, arXiv 1910.02054, section 3.1, with what the engine really keeps: bf16 gradients are summed in fp32, and
+every ZeRO stage holds an fp32 copy of its share of the weights, in fp32 runs too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
+
+FLOAT = 4
+HALF = 2
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Master weights and moments; in host memory with parallel.offload_optimizer."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_states(config: RunConfig, parameters: int, data_parallel_size: int) -> ModelStates:
+    """Bytes of the states of `parameters` local parameters, shared over the data-parallel ranks by the ZeRO stage."""
+    stage, precision = config.parallel.zero_stage, config.train.precision
+    share = parameters / data_parallel_size
+    weight_bytes = FLOAT if precision is Precision.fp32 else HALF
+    gradient_bytes = HALF if precision is Precision.fp16 else FLOAT
+    master_bytes = FLOAT if stage else 0
+    return ModelStates(
+        weights=weight_bytes * (share if stage >= 3 else parameters),
+        gradients=gradient_bytes * (share if stage >= 2 else parameters),
+        optimizer=(master_bytes + _moment_bytes(config)) * (share if stage >= 1 else parameters),
+    )
+
+
+def _moment_bytes(config: RunConfig) -> int:
+    """Per parameter. Adafactor keeps a row and a column per matrix instead, which is next to nothing."""
+    optimizer = config.optimizer
+    if optimizer.name is OptimizerName.adamw:
+        return 2 * FLOAT
+    return FLOAT if optimizer.name is OptimizerName.sgd and optimizer.momentum else 0

@@ -1,0 +1,75 @@
+"""The end of a run as its user sees it: the loss curve, the summary, and how to go on."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.prepared import PreparedData
+from megatron_lite.observe.console import Console
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.plot import plot_run
+from megatron_lite.observe.summary import RunSummary, show_summary
+
+COMMAND_VARIABLE = "MEGATRON_LITE_COMMAND"
+"""Set by whoever starts the ranks: the command as the user typed it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the summary cannot read from the run folder."""
+
+    checkpoint: Path
+    started: float  # time.monotonic() of this attempt's start
+    sample: str = ""
+    already_done: bool = False  # nothing was left to train
+
+
+def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, console: Console, outcome: Outcome) -> None:
+    """Draw the loss curve and print the summary; on the writing rank only."""
+    metrics = read_metrics(run_dir / METRICS_FILE)
+    evaluations = [event for event in read_metrics(run_dir / EVENTS_FILE) if event["event"] == "evaluation"]
+    plot = None
+    if config.tracking.plot:
+        plot = plot_run(run_dir, title=run_dir.name, unigram_entropy_nats=prepared.unigram_entropy_nats)
+    first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
+    steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
+    seconds = sum(entry["step_seconds"] for entry in steady)
+    tokens = steady[-1]["tokens"] - steady[0]["tokens"] if len(steady) > 1 else 0
+    show_summary(
+        console,
+        RunSummary(
+            title=run_dir.name,
+            steps=config.train.steps,
+            first_loss=first.get("loss"),
+            last_loss=last.get("loss"),
+            validation_loss=evaluations[-1]["validation_loss"] if evaluations else None,
+            unigram_entropy_nats=prepared.unigram_entropy_nats,
+            tokens=last.get("tokens"),
+            seconds=None if outcome.already_done else time.monotonic() - outcome.started,
+            tokens_per_second=tokens / seconds if tokens else None,
+            model_flops_utilization=last.get("model_flops_utilization"),
+            prompt=config.train.generate_prompt if outcome.sample else "",
+            sample=outcome.sample,
+            plot=plot,
+            metrics=run_dir / METRICS_FILE,
+            checkpoint=outcome.checkpoint,
+            logs=run_dir / "logs",
+            command=_command(config),
+            note=_already_done(config) if outcome.already_done else "",
+        ),
+    )
+
+
+def _command(config: RunConfig) -> str:
+    return os.environ.get(COMMAND_VARIABLE, f"python -m launch {config.script} train.run_dir={config.train.run_dir}")
+
+
+def _already_done(config: RunConfig) -> str:
+    return (
+        f"This run is done: all {config.train.steps} steps were trained before. Train on with a larger "
+        "train.steps, or afresh with another train.run_dir."
+    )

@@ -1,0 +1,27 @@
+"""The denominator of MFU."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.observe.hardware import measure_gemm_peak, usable_cores
+from megatron_lite.planning.flops import dense_peak_flops
+from megatron_lite.train.engine import DTYPES
+
+
+def job_peak_flops(config: RunConfig, device: torch.device, world_size: int) -> float:
+    """Dense FLOP/s that all ranks together could reach.
+
+    A GPU's figure is that of its data sheet, or measured where it is in no table of ours. A CPU core's is measured, and
+    ranks are taken to share one machine: eight ranks on two cores have the peak of two cores.
+    """
+    dtype = DTYPES[config.train.precision]
+    if device.type == "cuda":
+        listed = dense_peak_flops(
+            torch.cuda.get_device_name(device),
+            config.train.precision,
+            allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+        )
+        return world_size * (listed or measure_gemm_peak(dtype, device))
+    return measure_gemm_peak(dtype) * min(world_size * config.launcher.threads_per_process, usable_cores())

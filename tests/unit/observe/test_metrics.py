@@ -1,0 +1,98 @@
+"""JSONL that survives kills and replays."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lite.observe.metrics import EventWriter, MetricsWriter, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "metrics.jsonl"
+
+
+def write_steps(path: Path, steps: range, loss: float, resume_step: int = 0) -> None:
+    writer = MetricsWriter(path, resume_step)
+    for step in steps:
+        writer.write(step, {"loss": loss})
+    writer.close()
+
+
+def test_one_line_a_step_visible_at_once(path: Path) -> None:
+    writer = MetricsWriter(path)
+    writer.write(1, {"loss": 2.5, "name": "x", "list": [1, 2]})
+    assert path.read_text() == '{"step": 1, "loss": 2.5, "name": "x", "list": [1, 2]}\n'
+
+
+def test_replayed_steps_stand_once(path: Path) -> None:
+    write_steps(path, range(1, 11), loss=1.0)
+    write_steps(path, range(7, 13), loss=2.0, resume_step=6)
+    entries = read_metrics(path)
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert [entry["loss"] for entry in entries] == [1.0] * 6 + [2.0] * 6
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_fresh_start_begins_an_empty_file(path: Path) -> None:
+    write_steps(path, range(1, 4), loss=1.0)
+    write_steps(path, range(1, 2), loss=2.0)
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_resume_at_the_last_step_leaves_the_file_alone(path: Path) -> None:
+    write_steps(path, range(1, 4), loss=1.0)
+    before = path.stat().st_ino
+    write_steps(path, range(4, 5), loss=1.0, resume_step=3)
+    assert path.stat().st_ino == before
+    assert len(read_metrics(path)) == 4
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 3, "loss": 1.0}', b"\xff\xfe\n", b"[1]\n", b"\n"])
+def test_a_torn_last_line_is_dropped(path: Path, torn: bytes) -> None:
+    write_steps(path, range(1, 3), loss=1.0)
+    with path.open("ab") as file:
+        file.write(torn)
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 2]
+    write_steps(path, range(3, 4), loss=1.0, resume_step=3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_nan_and_infinity_stay_valid_json(path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    writer = MetricsWriter(path)
+    writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "nested": {"low": [-math.inf]}})
+    raw = json.loads(path.read_text(), parse_constant=refuse)
+    assert raw == {"step": 1, "loss": "NaN", "grad_norm": "Infinity", "nested": {"low": ["-Infinity"]}}
+    (entry,) = read_metrics(path)
+    assert math.isnan(entry["loss"])
+    assert (entry["grad_norm"], entry["nested"]) == (math.inf, {"low": [-math.inf]})
+
+
+def test_numbers_of_numpy_and_torch(path: Path) -> None:
+    MetricsWriter(path).write(
+        1, {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.int64(3), "d": torch.tensor(math.inf)}
+    )
+    assert read_metrics(path) == [{"step": 1, "a": 0.5, "b": 2, "c": 3, "d": math.inf}]
+
+
+def test_missing_file_has_no_metrics(path: Path) -> None:
+    assert read_metrics(path) == []
+
+
+def test_events_are_a_history(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for attempt in (1, 2):
+        writer = EventWriter(path)
+        writer.write("start", 0, {"attempt": attempt})
+        writer.close()
+        with path.open("ab") as file:
+            file.write(b'{"event": "sa')  # killed while writing
+    assert [(entry["event"], entry["attempt"]) for entry in read_metrics(path)] == [("start", 1), ("start", 2)]
+    assert all(entry["time"].endswith("+00:00") for entry in read_metrics(path))

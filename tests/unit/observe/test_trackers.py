@@ -1,0 +1,197 @@
+"""Trackers: one truth, isolated views, one wandb run for a run folder, and no secrets."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from megatron_lite.config.schema import RunConfig, WandbMode
+from megatron_lite.errors import ConfigError
+from megatron_lite.observe.metrics import read_metrics
+from megatron_lite.observe.trackers import Trackers, build_trackers, numbers
+from megatron_lite.observe.wandb_tracker import has_api_key, resolve_mode, run_id, without_secrets
+
+
+class Recorder:
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.steps: list[int] = []
+        self.fails_at = fails_at
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step == self.fails_at:
+            raise OSError("no route to host")
+        self.steps.append(step)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+def test_only_the_writer_writes(tmp_path: Path) -> None:
+    trackers = build_trackers(RunConfig(), tmp_path, is_writer=False)
+    trackers.log(1, {"loss": 1.0})
+    trackers.finish({})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jsonl_is_always_there(tmp_path: Path) -> None:
+    trackers = build_trackers(RunConfig(), tmp_path, is_writer=True)
+    trackers.event("start", 0, {"attempt": 1})
+    trackers.log(1, {"loss": 1.0})
+    trackers.finish({})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    assert [entry["event"] for entry in read_metrics(tmp_path / "events.jsonl")] == ["start"]
+
+
+def test_a_failing_view_is_switched_off_once() -> None:
+    truth, broken, healthy, lines = Recorder(), Recorder(fails_at=2), Recorder(), []
+    trackers = Trackers([truth], [broken, healthy], lines.append)
+    for step in (1, 2, 3):
+        trackers.log(step, {})
+    assert (truth.steps, broken.steps, healthy.steps) == ([1, 2, 3], [1], [1, 2, 3])
+    assert lines == ["Recorder is off for the rest of the run: no route to host"]
+
+
+def test_a_failing_truth_stops_the_run() -> None:
+    with pytest.raises(OSError, match="no route"):
+        Trackers([Recorder(fails_at=1)], []).log(1, {})
+
+
+def test_charts_get_numbers_only() -> None:
+    assert numbers({"a": 1, "b": 2.5, "c": True, "d": "x", "e": None, "f": math.inf}) == {
+        "a": 1,
+        "b": 2.5,
+        "f": math.inf,
+    }
+
+
+def test_tensorboard_hides_replayed_steps(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = RunConfig()
+    config.tracking.tensorboard = True
+    for resume_step, steps, loss in ((0, range(1, 6), 1.0), (3, range(4, 7), 2.0)):
+        trackers = build_trackers(config, tmp_path, True, resume_step=resume_step)
+        for step in steps:
+            trackers.log(step, {"loss": loss})
+        trackers.event("evaluation", steps[-1], {"validation_loss": 3.0})
+        trackers.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+        (5, 2.0),
+        (6, 2.0),
+    ]
+    assert events.Scalars("evaluation/validation_loss")[-1].step == 6
+
+
+def test_wandb_resumes_one_run_and_keeps_replayed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = RunConfig()
+    config.tracking.wandb = WandbMode.offline
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows = []
+    for resume_step, steps in ((0, range(1, 4)), (1, range(2, 5))):
+        trackers = build_trackers(config, run_dir, True, resume_step=resume_step)
+        for step in steps:
+            trackers.log(step, {"loss": 10.0 * step})
+        trackers.finish({"loss": 1.0})
+        wandb.teardown()  # the next attempt is another process
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert folder.name.endswith(run_id(run_dir))
+        rows.append(_wandb_history(next(folder.glob("*.wandb"))))
+    assert rows == [[(1, 10.0), (2, 20.0), (3, 30.0)], [(2, 20.0), (3, 30.0), (4, 40.0)]]
+
+
+def _wandb_history(path: Path) -> list[tuple[int, float]]:
+    """Step and loss of each history row in wandb's own transaction log."""
+    rows = []
+    for data in _wandb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append((row["step"], row["train/loss"]))
+    return rows
+
+
+def _wandb_records(log: bytes) -> Iterator[bytes]:
+    """LevelDB's log format: blocks of 32 KiB; in them chunks of checksum (4), length (2), kind (1) and data."""
+    position, record = 7, b""  # behind the file's own header
+    while position < len(log):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", log, position + 4)
+        record += log[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("online", {"WANDB_API_KEY": "k"}, "online"),
+    ],
+)
+def test_mode(tmp_path: Path, mode: str, environment: dict[str, str], expected: str) -> None:
+    assert resolve_mode(mode, {"HOME": str(tmp_path), **environment}) == expected
+
+
+def test_online_without_a_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.wandb=online needs an API key; run `wandb login`"):
+        resolve_mode("online", {"HOME": str(tmp_path)})
+
+
+def test_key_in_the_netrc_file(tmp_path: Path) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password abc\n")
+    netrc.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    assert has_api_key({"HOME": str(tmp_path)})
+    assert not has_api_key({"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example.org"})
+    netrc.write_text("nonsense\n")
+    assert not has_api_key({"HOME": str(tmp_path)})
+
+
+def test_run_id_lives_in_the_run_folder(tmp_path: Path) -> None:
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    assert run_id(tmp_path / "other") != first
+
+
+def test_secrets_are_masked_and_ordinary_keys_are_not() -> None:
+    config = {
+        "hub_token": "hf_x",
+        "API_KEY": "k",
+        "train": {"generate_tokens": 40, "password": "p"},
+        "data": {"source": ["https://me:pw@host/x.txt", "a.txt"], "path": Path("x")},
+    }
+    assert without_secrets(config) == {
+        "hub_token": "***",
+        "API_KEY": "***",
+        "train": {"generate_tokens": 40, "password": "***"},
+        "data": {"source": ["https://***@host/x.txt", "a.txt"], "path": "x"},
+    }
