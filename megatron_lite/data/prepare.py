@@ -35,7 +35,7 @@ from megatron_lite.data.ready import scan_ready, shared_tokenizer
 from megatron_lite.data.sources import Source, identity, resolve_sources
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
 from megatron_lite.data.tokenizer import Tokenizer, limit_threads, save_tokenizer, tokenizer_identity, train_bpe
-from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size, planned_vocab_size_or_none
+from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
@@ -50,6 +50,8 @@ class Plan:
     train: list[Source]
     validation: list[Source]
     """Empty when documents of `train` are held out."""
+    trained_vocab_size: int | None
+    """Size asked for of a tokenizer that is trained here, None for others."""
     key: dict[str, Any]
 
     @property
@@ -100,34 +102,33 @@ def make_plan(config: RunConfig) -> Plan:
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; use 0.02, or give a "
             "data.validation_source"
         )
-    _check_tokenizer(config, [*train, *validation])
+    trained_size = _check_tokenizer(config, [*train, *validation])
     key = {
-        "pipeline": PIPELINE,
+        "pipeline": [PIPELINE, FORMAT],
         "train": [identity(source, data) for source in train],
         "validation": [identity(source, data) for source in validation],
         "held_out": None if validation else data.validation_fraction,
         "tokenizer": tokenizer_identity(data.tokenizer, data.tokenizer_vocab_size),
     }
-    return Plan(train, validation, key)
+    return Plan(train, validation, trained_size, key)
 
 
-def _check_tokenizer(config: RunConfig, sources: list[Source]) -> None:
+def _check_tokenizer(config: RunConfig, sources: list[Source]) -> int | None:
+    """The size of a vocabulary that has to be trained, None where none has to be."""
     ready = [source for source in sources if not source.is_text]
     if config.data.tokenizer == TRAIN and 0 < len(ready) < len(sources):
         raise ConfigError(
             f"data.tokenizer=train cannot fit {ready[0]}, whose tokens another tokenizer made; name the folder of "
             "that tokenizer in data.tokenizer"
         )
-    if len(ready) < len(sources):
-        planned_vocab_size_or_none(config)  # checks data.tokenizer_vocab_size
+    return trained_vocab_size(config.data) if config.data.tokenizer == TRAIN and not ready else None
 
 
 def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
     started = time.monotonic()
     limit_threads(config.data.num_workers)
-    tokenizer = _make_tokenizer(plan, config, folder, report)
+    job = _make_job(plan, config, folder, report)
     held_out = None if plan.validation else config.data.validation_fraction
-    job = Job(config.data, folder, tokenizer, report)
     sets = [_ingest(job, source, i, Part.train, held_out) for i, source in enumerate(plan.train)]
     sets += [_ingest(job, source, i, Part.validation, None) for i, source in enumerate(plan.validation)]
     train = [found.train for found in sets if found.train is not None]
@@ -139,15 +140,30 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 
-def _make_tokenizer(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Tokenizer | None:
+def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
+    """Make or open the tokenizer, and put it into the folder."""
     data = config.data
     target = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
-        return save_tokenizer(data.tokenizer, target)
-    if not any(source.is_text for source in sources):
-        found = shared_tokenizer(sources)
-        return save_tokenizer(str(found), target) if found else None
+        tokenizer = save_tokenizer(data.tokenizer, target)
+    elif plan.trained_vocab_size is not None:
+        tokenizer = _train_tokenizer(plan, data, target, report)
+    else:
+        found, facts = shared_tokenizer(sources)
+        if found is None:
+            return Job(data, folder, None, facts, report)
+        tokenizer = save_tokenizer(str(found), target)
+    facts = {
+        "tokenizer_folder": TOKENIZER_FOLDER,
+        "tokenizer_hash": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+    }
+    return Job(data, folder, tokenizer, facts, report)
+
+
+def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
@@ -182,7 +198,7 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
     counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
     counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}
     np.savez_compressed(job.folder / COUNTS, **counts)
-    tokenizer = job.tokenizer_facts()
+    tokenizer = job.tokenizer_facts
     shards = [counted.shard for counted in [*train, *validation]]
     decisive = [[s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index] for s in shards]
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([decisive, tokenizer["tokenizer_hash"], len(train)]).encode())
@@ -190,6 +206,7 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
         "format": FORMAT,
         "key": plan.key,
         "tokenizer": tokenizer,
+        "vocab_size": plan.trained_vocab_size or tokenizer["vocab_size"],
         "train": [shard_entry(counted.shard, job.folder) for counted in train],
         "validation": [shard_entry(counted.shard, job.folder) for counted in validation],
         "separate_validation": bool(plan.validation),

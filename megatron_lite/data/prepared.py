@@ -26,7 +26,6 @@ from megatron_lite.data.indexed import IndexedReader, bin_path, file_xxh3, idx_p
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_lite.data.vocabulary import planned_vocab_size_or_none
 from megatron_lite.errors import ConfigError, DataError
 
 MANIFEST = "prepared.json"
@@ -121,7 +120,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
     for shard in dict.fromkeys([*train, *validation]):
         check_shard(shard, checksum=shard.bin_bytes <= CHEAP_CHECKSUM_BYTES, remedy=_remedy(shard, folder))
     tokenizer = manifest["tokenizer"]
-    vocab_size = _vocab_size(config, tokenizer, [*train, *validation])
+    vocab_size = _vocab_size(config, manifest, [*train, *validation])
     weights = _weights(config, train)
     validation_weights = _validation_weights(manifest, weights, validation)
     counts = _read_counts(folder, len(train), len(validation))
@@ -201,17 +200,18 @@ def _tokenizer_dir(tokenizer: dict[str, Any], folder: Path) -> Path | None:
     return folder / tokenizer["tokenizer_folder"] if tokenizer["tokenizer_folder"] else None
 
 
-def _vocab_size(config: RunConfig, tokenizer: dict[str, Any], shards: list[Shard]) -> int:
-    vocab_size = planned_vocab_size_or_none(config) or tokenizer["vocab_size"]
+def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]) -> int:
+    vocab_size = config.model.vocab_size or manifest["vocab_size"]
+    needed = manifest["tokenizer"]["vocab_size"]
     if vocab_size is None:
         raise ConfigError(
             "model.vocab_size=null is unknown for ready shards without a tokenizer; set it, or name their tokenizer "
             "folder in data.tokenizer"
         )
-    if tokenizer["vocab_size"] and tokenizer["vocab_size"] > vocab_size:
+    if needed is not None and needed > vocab_size:
         raise ConfigError(
-            f"model.vocab_size={vocab_size} must hold the {tokenizer['vocab_size']} tokens of "
-            f"data.tokenizer={config.data.tokenizer}; use {tokenizer['vocab_size']} or more, or null"
+            f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
+            f"use {needed} or more, or null"
         )
     for shard in shards:
         if shard.max_token_id >= vocab_size:

@@ -26,7 +26,7 @@ def publish_folder(
         key: the configuration key and value of the parent folder, for messages.
         marker: a file that every complete folder holds.
     Raises:
-        DataError: the parent folder cannot be written, or the disk is full.
+        DataError: the parent folder cannot be written or locked, or the disk is full.
     """
     if (folder / marker).is_file():
         return
@@ -36,6 +36,8 @@ def publish_folder(
         with _acquired(lock, folder, report):
             if not (folder / marker).is_file():
                 _build_and_rename(folder, build)
+    except NotImplementedError:
+        raise DataError(f"{key} lies on a file system without file locks; name a folder on another one") from None
     except OSError as error:
         place = error.filename or folder.parent
         reason = error.strerror or str(error)

@@ -108,11 +108,11 @@ def _jsonl(source: Source, data: DataConfig) -> Iterator[str]:
 
 def _parse(line: bytes, place: str, source: Source) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _binary(Path(place), source, f"byte 0x{line[error.start]:02x} at offset {error.start:,}") from None
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{place} (of {source}) is not JSON: {reason}; each line must be one object") from None
     if not isinstance(row, dict):
         raise DataError(f"{place} (of {source}) holds a {type(row).__name__}; each line must be one JSON object")
@@ -167,7 +167,7 @@ def _open_dataset(source: Source, data: DataConfig) -> Any:
         if source.paths and _is_saved_dataset(source.paths[0]):
             loaded = datasets.load_from_disk(str(source.paths[0]))
         else:
-            loaded = datasets.load_dataset(source.name, data.dataset_config)
+            loaded = datasets.load_dataset(str(source.paths[0]) if source.paths else source.name, data.dataset_config)
     except Exception as error:  # the library raises errors of many kinds, from network to parsing
         raise DataError(
             f"{source} is no local file, and `datasets` cannot load it: {type(error).__name__}: {_first_line(error)}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.indexed import IndexedReader, bin_path, file_xxh3, idx_path
-from megatron_lite.data.prepared import Part, Shard, documents_of_part
+from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, all_held_out
 from megatron_lite.errors import DataError
 
-CHUNK_TOKENS = 2**23
+CHUNK_TOKENS = 2**22  # counted at a time: 8 bytes a token of memory
+NO_TOKENIZER = {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}
 LARGEST_VOCABULARY = 2**24  # far above any in use: an id beyond it means that the file holds no token ids
 
 
@@ -41,35 +43,42 @@ def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float
         "bin_xxh3": file_xxh3(bin_path(prefix)),
         "idx_xxh3": file_xxh3(idx_path(prefix)),
     }
-    if not held_out:
-        whole = _count(job, reader, Part.everything, 0.0, facts)
-        is_train = into is Part.train
-        return SourceSets(whole if is_train else None, None if is_train else whole, lowest_hash=2**64)
-    hashes = mix64_array(np.arange(reader.num_documents, dtype=np.uint64))
-    train = _count(job, reader, Part.train, held_out, facts)
-    if train is None:
+    documents = np.arange(reader.num_documents, dtype=np.uint64)
+    hashes = mix64_array(documents)
+    chosen = hashes < np.uint64(validation_threshold(held_out or 0.0))
+    kept_counts, chosen_counts = count_tokens(reader, chosen)
+    if kept_counts.sum() == 0:
         raise all_held_out(source, held_out)
-    return SourceSets(train, _count(job, reader, Part.validation, held_out, facts), int(hashes.min()))
+    if not held_out:
+        whole = _counted(reader, ~chosen, kept_counts, Part.everything, 0.0, facts)
+        return SourceSets(whole, None, 2**64) if into is Part.train else SourceSets(None, whole, 2**64)
+    train = _counted(reader, ~chosen, kept_counts, Part.train, held_out, facts)
+    validation = _counted(reader, chosen, chosen_counts, Part.validation, held_out, facts)
+    return SourceSets(train, validation if validation.shard.tokens else None, int(hashes.min()))
 
 
-def shared_tokenizer(sources: list[Source]) -> Path | None:
-    """The tokenizer folder that lies beside shards of our own making; None for shards from elsewhere.
+def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]]:
+    """The tokenizer folder beside shards of our own making, and what their sidecars say about it.
+
+    The folder is None where the shards were copied without it; everything is None for shards from elsewhere.
 
     Raises:
         DataError: two sources were made with different tokenizers.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for source in sources:
         sidecar = read_sidecar(source.paths[0])
         if sidecar:
-            found[sidecar["tokenizer_hash"]] = source.paths[0].parent / sidecar["tokenizer_folder"]
+            facts = {**{key: sidecar[key] for key in NO_TOKENIZER}, "tokenizer_folder": None}
+            found[sidecar["tokenizer_hash"]] = (source.paths[0].parent / sidecar["tokenizer_folder"], facts)
     if len(found) > 1:
-        folders = " and ".join(map(str, found.values()))
+        folders = " and ".join(str(folder) for folder, _ in found.values())
         raise DataError(
             f"data.source names shards of different tokenizers ({folders}); prepare them with one tokenizer"
         )
-    folder = next(iter(found.values()), None)
-    return folder if folder is not None and folder.is_dir() else None
+    for folder, facts in found.values():
+        return (folder if folder.is_dir() else None), facts
+    return None, NO_TOKENIZER
 
 
 def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
@@ -83,38 +92,53 @@ def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
     )
 
 
-def _count(job: Job, reader: IndexedReader, part: Part, fraction: float, facts: dict[str, Any]) -> Counted | None:
-    """Tokens of the documents of one part, None where it has none."""
-    documents = documents_of_part(reader, part, fraction)
-    lengths = reader.document_lengths[documents]
-    if int(lengths.sum()) == 0:
-        return None
-    counts = np.zeros(0, np.int64)
-    for tokens in _chunks(reader, documents):
-        if tokens.min() < 0 or tokens.max() >= LARGEST_VOCABULARY:
-            wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-            raise DataError(f"{bin_path(reader.prefix)} holds the token id {wrong:,}; it is no file of token ids")
-        counts = _added(counts, np.bincount(tokens))
+def count_tokens(
+    reader: IndexedReader, chosen: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """How often each token occurs in the documents that are not chosen, and in the chosen ones.
+
+    Args:
+        chosen: one flag a document [documents].
+    Raises:
+        DataError: an id is negative, or beyond any vocabulary.
+    """
+    counts = [np.zeros(0, np.int64), np.zeros(0, np.int64)]
+    ends = reader.document_starts + reader.document_lengths
+    cuts = np.searchsorted(ends, np.arange(CHUNK_TOKENS, reader.num_tokens, CHUNK_TOKENS), side="left") + 1
+    bounds = np.unique([0, *cuts.tolist(), reader.num_documents]).tolist()
+    for first, last in pairwise(bounds):
+        tokens = reader.tokens[reader.document_starts[first] : ends[last - 1]]
+        if len(tokens) == 0:
+            continue
+        _check_ids(tokens, reader.prefix)
+        flags = np.repeat(chosen[first:last], reader.document_lengths[first:last])
+        counts = [_added(counts[i], np.bincount(tokens[flags == bool(i)])) for i in (0, 1)]
+    return counts[0], counts[1]
+
+
+def _check_ids(tokens: npt.NDArray[Any], prefix: Path) -> None:
+    for extreme in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= extreme < LARGEST_VOCABULARY:
+            raise DataError(f"{bin_path(prefix)} holds the token id {extreme:,}; it is no file of token ids")
+
+
+def _counted(
+    reader: IndexedReader,
+    chosen: npt.NDArray[np.bool_],
+    counts: npt.NDArray[np.int64],
+    part: Part,
+    fraction: float,
+    facts: dict[str, Any],
+) -> Counted:
     shard = Shard(
         **facts,
         part=part,
         validation_fraction=fraction,
-        documents=len(documents),
-        tokens=int(lengths.sum()),
+        documents=int(chosen.sum()),
+        tokens=int(reader.document_lengths[chosen].sum()),
         max_token_id=len(counts) - 1,
     )
     return Counted(shard, counts)
-
-
-def _chunks(reader: IndexedReader, documents: npt.NDArray[np.int64]) -> Any:
-    """Tokens of the documents, many at a time: documents that follow each other are read together."""
-    starts = reader.document_starts[documents]
-    ends = starts + reader.document_lengths[documents]
-    first_of_run = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
-    last_of_run = np.concatenate([first_of_run[1:] - 1, [len(starts) - 1]])
-    for start, end in zip(starts[first_of_run].tolist(), ends[last_of_run].tolist(), strict=True):
-        for begin in range(start, end, CHUNK_TOKENS):
-            yield reader.tokens[begin : min(begin + CHUNK_TOKENS, end)]
 
 
 def _added(total: npt.NDArray[np.int64], more: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ import xxhash
 
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
-from megatron_lite.data.prepared import TOKENIZER_FOLDER, Part, Shard, validation_threshold
+from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
@@ -41,18 +41,9 @@ class Job:
     folder: Path
     tokenizer: Tokenizer | None
     """None for ready shards that came without one."""
+    tokenizer_facts: dict[str, Any]
+    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id."""
     report: Callable[[str], None]
-
-    def tokenizer_facts(self) -> dict[str, Any]:
-        """As manifest and sidecars hold it."""
-        if self.tokenizer is None:
-            return {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}
-        return {
-            "tokenizer_folder": TOKENIZER_FOLDER,
-            "tokenizer_hash": self.tokenizer.digest,
-            "vocab_size": self.tokenizer.vocab_size,
-            "eod_id": self.tokenizer.eod_id,
-        }
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class SourceSets:
 
 
 def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
-    """The training documents, from each source an equal share of at most 256 million characters together."""
+    """The first training documents of each source, an equal share of 256 million characters together."""
     sources = list(sources)
     threshold = validation_threshold(held_out) if held_out else 0
     for source in sources:
@@ -99,7 +90,7 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
         into: the set that takes the documents.
         held_out: share of documents that go to the validation set instead.
     Raises:
-        DataError: the source is unreadable, or holds no document.
+        DataError: the source is unreadable, or holds no document, or none that is not held out.
     """
     assert job.tokenizer is not None
     threshold = validation_threshold(held_out) if held_out else 0
@@ -109,11 +100,9 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
     lowest = 2**64
     progress = _Progress(job.report, source.name)
     for texts, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
-        hashes = [document_hash(text) for text in texts] if held_out else []
-        lowest = min([lowest, *hashes])
-        chosen = (
-            np.fromiter((h < threshold for h in hashes), bool, len(hashes)) if held_out else np.zeros(len(texts), bool)
-        )
+        hashes = np.fromiter(map(document_hash, texts), np.uint64, len(texts))
+        lowest = min(lowest, int(hashes.min()))
+        chosen = hashes < np.uint64(threshold)
         outputs[into].add(tokens, lengths, ~chosen)
         if held_out:
             outputs[Part.validation].add(tokens, lengths, chosen)
@@ -164,7 +153,7 @@ class _Output:
         if self.documents == 0:
             self._writer.remove()
             return None
-        write_sidecar(self._prefix, {"source": self._source.name, **self._job.tokenizer_facts(), **asdict(facts)})
+        write_sidecar(self._prefix, {"source": self._source.name, **self._job.tokenizer_facts, **asdict(facts)})
         shard = Shard(
             source=self._source.name,
             source_index=self._index,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,19 +91,23 @@ class Tokenizer:
     def _remove_literal_eod(self, encoded: list[list[int]], pieces: list[str]) -> None:
         """Encode again, cut inside the name, every text in which a vocabulary piece equal to the name was found.
 
-        Unigram and SentencePiece vocabularies hold `</s>` as an ordinary piece too.
+        Unigram and SentencePiece vocabularies hold `</s>` as an ordinary piece too. A tokenizer that folds the case
+        finds it in `</S>` as well.
         """
         for i, text in enumerate(pieces):
-            if self.eod in text and self.eod_id in encoded[i]:
-                first_half, second_half = self.eod[: len(self.eod) // 2], self.eod[len(self.eod) // 2 :]
-                first, *others = text.split(self.eod)
-                halves = [first + first_half]
-                halves += [second_half + part + first_half for part in others[:-1]]
-                halves += [second_half + others[-1]]
-                encodings = self._backend.encode_batch_fast(halves, add_special_tokens=False)
-                encoded[i] = list(chain.from_iterable(encoding.ids for encoding in encodings))
-                if self.eod_id in encoded[i]:
-                    raise DataError(f"a document contains {self.eod!r}, which this tokenizer cannot encode as text")
+            if self.eod_id not in encoded[i]:
+                continue
+            matches = re.finditer(re.escape(self.eod), text, re.IGNORECASE)
+            cuts = [0, *((match.start() + match.end()) // 2 for match in matches), len(text)]
+            encodings = self._backend.encode_batch_fast(
+                [text[a:b] for a, b in pairwise(cuts)], add_special_tokens=False
+            )
+            encoded[i] = list(chain.from_iterable(encoding.ids for encoding in encodings))
+            if self.eod_id in encoded[i]:
+                raise DataError(
+                    f"the text {text[:40]!r}... gives the end-of-document token {self.eod!r} itself; name another "
+                    "data.tokenizer, or another eos_token in its tokenizer_config.json"
+                )
 
 
 def split_long(text: str, size: int) -> list[str]:
@@ -276,7 +280,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _choose_eod(eos: str | None, known: set[str], name: str) -> str:
-    if eos is not None and eos in known:
+    if eos is not None:
+        if eos not in known:
+            raise _cannot_open(name, f"its {TOKENIZER_CONFIG_FILE} names the end token {eos!r}, which it does not have")
         return eos
     for candidate in EOD_NAMES:
         if candidate in known:

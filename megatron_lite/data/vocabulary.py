@@ -24,7 +24,7 @@ def planned_vocab_size(config: RunConfig) -> int:
     Raises:
         ConfigError: none of them tells it.
     """
-    size = planned_vocab_size_or_none(config)
+    size = _known_size(config)
     if size is None:
         raise ConfigError(
             f"model.vocab_size=null cannot be derived from data.tokenizer={config.data.tokenizer}: the size stands in "
@@ -33,18 +33,22 @@ def planned_vocab_size(config: RunConfig) -> int:
     return size
 
 
-def planned_vocab_size_or_none(config: RunConfig) -> int | None:
-    """As `planned_vocab_size`, None where it is unknown."""
+def _known_size(config: RunConfig) -> int | None:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     if config.data.tokenizer != TRAIN:
         return _size_of_folder(config.data.tokenizer)
     if any(source.is_text for source in resolve_sources(config.data.source, "data.source")):
-        return _trained_size(config.data)
+        return trained_vocab_size(config.data)
     return _size_of_shards(config.data)
 
 
-def _trained_size(data: DataConfig) -> int:
+def trained_vocab_size(data: DataConfig) -> int:
+    """data.tokenizer_vocab_size, checked.
+
+    Raises:
+        ConfigError: it cannot hold the bytes.
+    """
     if data.tokenizer_vocab_size < SMALLEST_BPE:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} must be {SMALLEST_BPE} or more: a byte-level "
@@ -62,7 +66,7 @@ def _size_of_folder(name: str) -> int | None:
         return _size_in_json(folder / "tokenizer.json")
     ids: set[int] = set()
     if (folder / "vocab.txt").is_file():  # BERT's WordPiece: one token a line
-        ids.add((folder / "vocab.txt").read_bytes().count(b"\n") - 1)
+        ids.add(len((folder / "vocab.txt").read_bytes().removesuffix(b"\n").split(b"\n")) - 1)
     for file_name in ("vocab.json", "added_tokens.json"):
         if (folder / file_name).is_file():
             ids.update(_read_json(folder / file_name).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.prepared import PreparedData, Shard
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
+WORDS = GREEK.split(" ")
 
 
 def document(number: int, words: int = 40) -> str:
@@ -56,3 +59,16 @@ def prepared_corpus(corpus: Path, config_for: Callable[..., RunConfig]) -> tuple
     """`corpus`, prepared, with its configuration."""
     config = config_for(corpus)
     return prepare(config, report=lambda line: None), config
+
+
+def texts_of(prepared: PreparedData, shards: tuple[Shard, ...]) -> list[str]:
+    """The documents of shards, decoded."""
+    tokenizer = prepared.open_tokenizer()
+    assert tokenizer is not None
+    readers = [IndexedReader(shard.prefix) for shard in shards]
+    return [tokenizer.decode(reader.document(i)) for reader in readers for i in range(reader.num_documents)]
+
+
+def visible(folder: Path) -> list[str]:
+    """What a user sees in a folder."""
+    return [name for name in os.listdir(folder) if not name.startswith(".")]

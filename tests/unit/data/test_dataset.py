@@ -86,6 +86,16 @@ def test_epochs_and_seeds_differ_in_documents_and_in_order(shard: Shard) -> None
     assert epochs[0] != [tuple(other.sample(i)) for i in range(count)]
 
 
+def test_windows_of_one_document_come_in_another_order_each_epoch(tmp_path: Path, shard: Shard) -> None:
+    writer = IndexedWriter(tmp_path / "one", np.int32)
+    writer.add(np.arange(7 * 50 + 1), np.array([7 * 50 + 1]))
+    writer.finish()
+    dataset = CausalLMDataset(replace(shard, prefix=tmp_path / "one"), SEQ, seed=1)
+    epochs = [[int(dataset.sample(epoch * 50 + i)[0]) for i in range(50)] for epoch in range(3)]
+    assert len({tuple(starts) for starts in epochs}) == 3
+    assert all(sorted(starts) == list(range(0, 350, 7)) for starts in epochs)
+
+
 def test_samples_are_a_function_of_the_index_alone(shard: Shard) -> None:
     """A resumed run, which begins in the middle, and one that jumps between epochs see the same."""
     dataset = CausalLMDataset(shard, SEQ, seed=1)
@@ -169,7 +179,9 @@ def test_training_order_depends_on_the_seed(prepared_corpus: tuple[PreparedData,
 def test_corpus_smaller_than_one_sample(prepared_corpus: tuple[PreparedData, RunConfig]) -> None:
     prepared, config = prepared_corpus
     config.data.seq_length = 50_000
-    expected = rf"data\.seq_length=50000 needs at least 50,001 training tokens; .*corpus\.txt has {prepared.train_tokens:,}"
+    expected = (
+        rf"data\.seq_length=50000 needs at least 50,001 training tokens; .*corpus\.txt has {prepared.train_tokens:,}"
+    )
     with pytest.raises(DataError, match=expected):
         training_dataset(prepared, config)
     with pytest.raises(DataError, match=r"validation tokens; .* raise data\.validation_fraction"):

@@ -17,7 +17,7 @@ DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
 def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, dtype: type = np.uint16) -> ShardFacts:
     writer = IndexedWriter(prefix, dtype)
-    writer.add(np.array(sum(documents, []), np.int32), np.array([len(d) for d in documents]))
+    writer.add(np.concatenate([*documents, []]).astype(np.int32), np.array([len(d) for d in documents]))
     return writer.finish()
 
 
@@ -63,7 +63,7 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
     writer = IndexedWriter(tmp_path / "x", np.uint16)
     for begin in range(0, 200, 33):
         batch = documents[begin : begin + 33]
-        writer.add(np.array(sum(batch, []), np.int32), np.array([len(d) for d in batch]))
+        writer.add(np.concatenate([*batch, []]).astype(np.int32), np.array([len(d) for d in batch]))
     writer.finish()
     reader = IndexedReader(tmp_path / "x")
     assert [reader.document(i).tolist() for i in range(reader.num_documents)] == documents

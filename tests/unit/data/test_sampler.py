@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_lite.data.sampler import Permutation, mix64, mix64_array, raw_bits, shuffled_order, stream_key
 
@@ -16,13 +14,11 @@ def test_permutation_visits_every_number_once(size: int) -> None:
     assert sorted(permutation(i) for i in range(size)) == list(range(size))
 
 
-@settings(max_examples=50, deadline=None)
-@given(size=st.integers(1, 10**12), seed=st.integers(0, 2**64), offset=st.integers(0, 2**32))
-def test_permutation_of_any_size_stays_inside_and_is_injective(size: int, seed: int, offset: int) -> None:
-    permutation = Permutation(size, seed)
-    indices = {(offset + i) % size for i in range(50)}
-    images = {permutation(i) for i in indices}
-    assert len(images) == len(indices)
+@pytest.mark.parametrize("size", [10**5 + 3, 2**31, 2**31 + 1, 10**12])
+def test_permutation_of_a_large_size_stays_inside_and_is_injective(size: int) -> None:
+    permutation = Permutation(size, 42)
+    images = {permutation(i) for i in [*range(1000), *range(size - 1000, size)]}
+    assert len(images) == 2000
     assert all(0 <= image < size for image in images)
 
 
@@ -54,8 +50,8 @@ def test_orders_are_pinned() -> None:
     assert [Permutation(8, 1234, 0)(i) for i in range(8)] == PINNED_PERMUTATION
 
 
-PINNED_ORDER = [0]
-PINNED_PERMUTATION = [0]
+PINNED_ORDER = [0, 7, 1, 5, 2, 6, 4, 3]
+PINNED_PERMUTATION = [1, 4, 2, 6, 5, 0, 3, 7]
 
 
 def test_keys_depend_on_every_part_and_its_place() -> None:

@@ -1,0 +1,73 @@
+"""`python -m megatron_lite.data`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.__main__ import main
+from megatron_lite.data.prepared import PreparedData
+
+
+def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=400"]
+    assert main(["prepare", *overrides, "data.validation_fraction=0.1"]) == 0
+    output = capsys.readouterr().out
+    assert "training a byte-level BPE of 400 tokens" in output
+    found = re.search(r"(\S+)/prepared\.json: fingerprint (\w+)", output)
+    assert found
+    assert main(["inspect", found[1], "--verify", "--documents", "2"]) == 0
+    output = capsys.readouterr().out
+    assert found[2] in output
+    assert output.count("checksums agree") == 2
+    assert "document 0, " in output
+    assert re.search(r"document \d+: (alpha|beta)|'document \d+", output)
+
+
+def test_inspect_a_pair(prepared_corpus: tuple[PreparedData, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    prepared, _ = prepared_corpus
+    assert main(["inspect", f"{prepared.train[0].prefix}.idx", "--verify"]) == 0
+    output = capsys.readouterr().out
+    assert f"{prepared.train_documents:,} documents, {prepared.train_tokens:,} tokens, uint16" in output
+    assert "checksums agree" in output
+    assert f"hash {prepared.tokenizer_hash}" in output
+
+
+def test_inspect_foreign_pair(
+    prepared_corpus: tuple[PreparedData, RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared, _ = prepared_corpus
+    prepared.train[0].prefix.with_name("train-0.json").unlink()
+    assert main(["inspect", str(prepared.train[0].prefix), "--verify"]) == 0
+    assert "no sidecar: made elsewhere, its tokenizer is unknown, no checksum" in capsys.readouterr().out
+
+
+def test_verify_finds_a_changed_byte(
+    prepared_corpus: tuple[PreparedData, RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared, _ = prepared_corpus
+    path = prepared.train[0].prefix.with_name("train-0.bin")
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(bytes(content))
+    for target in (prepared.folder, prepared.train[0].prefix):
+        assert main(["inspect", str(target)]) == 0
+        assert main(["inspect", str(target), "--verify"]) == 2
+        assert re.search(r"train-0\.bin has checksum \w+; it was written with \w+ \(damaged\)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "/nowhere/x"], ["prepare", "data.source=missing.txt"]])
+def test_user_errors_exit_with_2_and_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_wrong_override(capsys: pytest.CaptureFixture[str], silent: Callable[[str], None]) -> None:
+    assert main(["prepare", "data.sauce=x"]) == 2
+    assert "data.source" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""Several processes, death in the middle, and folders that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import publish
+from megatron_lite.data.prepare import prepare
+from megatron_lite.errors import DataError
+from tests.unit.data.conftest import visible
+
+ConfigFor = Callable[..., RunConfig]
+Silent = Callable[[str], None]
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+PREPARE = """
+import json, sys
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.prepare import prepare
+config = RunConfig()
+source, cache, pause = sys.argv[1:]
+config.data.source, config.data.cache_dir = source, cache
+config.data.tokenizer_vocab_size, config.data.validation_fraction = 300, 0.1
+def report(line):
+    print(line, flush=True)
+    if pause == "pause" and line.startswith("tokenised"):
+        import time; time.sleep(600)
+print("ready", prepare(config, report=report).fingerprint, flush=True)
+"""
+
+
+def start(corpus: Path, cache: Path, pause: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PREPARE, str(corpus), str(cache), pause]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"the process ended without a line {beginning!r}")
+
+
+def test_two_processes_build_once(corpus: Path, tmp_path: Path) -> None:
+    processes = [start(corpus, tmp_path / "cache") for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("training a byte-level BPE" in output for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert len(visible(tmp_path / "cache")) == 1
+
+
+def test_killed_in_the_middle_leaves_nothing_visible_and_blocks_nobody(corpus: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    killed = start(corpus, cache, "pause")
+    wait_for_line(killed, "tokenised")
+    waiting = start(corpus, cache)
+    wait_for_line(waiting, "another process prepares")
+    assert visible(cache) == []
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(timeout=30)
+    output, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0
+    assert "ready" in output
+    assert len(visible(cache)) == 1
+    assert not list(cache.glob(".*tmp*"))  # the dead one's rest is gone too
+
+
+def test_published_by_renaming(tmp_path: Path, silent: Silent) -> None:
+    """The folder that appears is the one that was built: there is no moment at which it is half there."""
+    built: list[int] = []
+
+    def build(temporary: Path) -> None:
+        built.append(temporary.stat().st_ino)
+        (temporary / "marker").touch()
+        assert visible(tmp_path) == []
+
+    for _ in range(2):
+        publish.publish_folder(tmp_path / "x", build, key="k", report=silent, marker="marker")
+    assert built == [(tmp_path / "x").stat().st_ino]
+
+
+def test_error_in_the_middle_leaves_nothing(
+    tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent
+) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(corpus.read_bytes() + b"\n\n\x00")
+    with pytest.raises(DataError, match=r"bad\.txt .*is not UTF-8 text: byte 0x00 at offset"):
+        prepare(config_for([corpus, bad]), report=silent)
+    assert visible(tmp_path / "cache") == []
+    assert not list((tmp_path / "cache").glob(".*tmp*"))
+
+
+def test_full_disk(corpus: Path, config_for: ConfigFor, silent: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(publish, "_sync", no_space)
+    config = config_for(corpus)
+    with pytest.raises(
+        DataError, match=r"data\.cache_dir=.*cache cannot be written: .*: No space left on device; name"
+    ):
+        prepare(config, report=silent)
+    assert visible(Path(config.data.cache_dir)) == []
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/megatron_lite"])
+def test_cache_that_cannot_be_written(
+    tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent, place: str
+) -> None:
+    (tmp_path / "file").write_text("a file where a folder should be")
+    cache = str(tmp_path / place / "cache")
+    with pytest.raises(DataError) as error:
+        prepare(config_for(corpus, cache_dir=cache), report=silent)
+    assert str(error.value).startswith(f"data.cache_dir={cache} cannot be written: ")
+    assert str(error.value).endswith("name another folder, or make room")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="must be root to become somebody else")
+def test_cache_without_permission(corpus: Path, config_for: ConfigFor, silent: Silent) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only its owner may enter
+        os.chmod(folder, 0o755)
+        shutil.copy(corpus, Path(folder, "corpus.txt"))
+        config = config_for(Path(folder, "corpus.txt"), cache_dir=f"{folder}/cache")
+        os.seteuid(65534)
+        try:
+            with pytest.raises(
+                DataError, match=r"data\.cache_dir=.* cannot be written: .*: Permission denied; name an"
+            ):
+                prepare(config, report=silent)
+        finally:
+            os.seteuid(0)
+        assert os.listdir(folder) == ["corpus.txt"]
+
+
+def test_prepared_data_is_used_from_a_cache_that_cannot_be_written(
+    corpus: Path, config_for: ConfigFor, silent: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(config_for(corpus), report=silent)
+
+    def no_lock(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(publish, "FileLock", no_lock)
+    assert prepare(config_for(corpus), report=silent) == first

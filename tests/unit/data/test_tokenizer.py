@@ -1,0 +1,217 @@
+"""Training and opening tokenizers; text that looks like a special token stays text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import tokenizer as tokenizer_module
+from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_tokenizer, split_long, train_bpe
+from megatron_lite.data.vocabulary import planned_vocab_size
+from megatron_lite.errors import ConfigError, DataError
+from tests.unit.data.conftest import document
+
+TEXTS = [document(i) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(iter(TEXTS), 380, path)
+    return path
+
+
+@pytest.fixture
+def bpe(folder: Path) -> Tokenizer:
+    return open_tokenizer(str(folder))
+
+
+def test_trained_size_and_eod(bpe: Tokenizer) -> None:
+    assert bpe.vocab_size == 380
+    assert (bpe.eod, bpe.eod_id) == ("<|endoftext|>", 0)
+
+
+def test_training_is_repeatable(folder: Path, tmp_path: Path) -> None:
+    train_bpe(iter(TEXTS), 380, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", " leading and\n\ttabs  ", "größe 漢字 🙂", "\x00\u2028\u0085\x0c", TEXTS[7]]
+)
+def test_any_text_comes_back(bpe: Tokenizer, text: str) -> None:
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_name_of_the_eod_in_a_text_is_text(bpe: Tokenizer) -> None:
+    text = "before<|endoftext|>after <|endoftext|>"
+    ids = bpe.encode(text)
+    assert bpe.eod_id not in ids
+    assert bpe.decode(ids) == text
+
+
+def test_name_of_any_special_token_in_a_text_is_text(folder: Path, tmp_path: Path) -> None:
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<|pad|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    opened = open_tokenizer(str(tmp_path))
+    assert opened.vocab_size == 381
+    assert 380 not in opened.encode("a <|pad|> b")
+    assert opened.decode([380]) == "<|pad|>"
+
+
+def test_documents_get_one_eod_each(bpe: Tokenizer) -> None:
+    documents = ["one", "", "a <|endoftext|> b", "two words"]
+    tokens, lengths = bpe.encode_documents(documents)
+    assert lengths.sum() == len(tokens)
+    ends = np.cumsum(lengths)
+    assert np.flatnonzero(tokens == bpe.eod_id).tolist() == (ends - 1).tolist()
+    parts = np.split(tokens, ends[:-1])
+    assert [part[:-1].tolist() for part in parts] == [bpe.encode(text) for text in documents]
+
+
+def test_ids_agree_with_transformers(bpe: Tokenizer, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    peer = AutoTokenizer.from_pretrained(str(folder))
+    assert all(bpe.encode(text) == peer(text, add_special_tokens=False)["input_ids"] for text in TEXTS)
+    assert peer.eos_token_id == bpe.eod_id
+
+
+def test_long_documents_are_cut_between_words(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(TEXTS)
+    whole = bpe.encode(text)
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 50)
+    assert len(split_long(text, 50)) > 30
+    assert bpe.encode(text) == whole
+
+
+@pytest.mark.parametrize("text", ["x" * 1000, "ab " * 400, "\n" * 500, "é\n" * 300])
+def test_split_long_loses_nothing(text: str) -> None:
+    parts = split_long(text, 64)
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 64
+
+
+def test_decode_leaves_out_padded_rows(bpe: Tokenizer) -> None:
+    assert bpe.decode([*bpe.encode("word"), 380, 511]) == "word"
+
+
+def test_truncation_and_padding_of_a_folder_are_switched_off(folder: Path, bpe: Tokenizer, tmp_path: Path) -> None:
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=5)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(str(tmp_path)).encode(TEXTS[0]) == bpe.encode(TEXTS[0])
+
+
+def gpt2_folder(folder: Path) -> Path:
+    """vocab.json and merges.txt, as GPT-2 was published."""
+    folder.mkdir()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, "th", "the", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return folder
+
+
+def test_folder_without_tokenizer_json_goes_through_transformers(tmp_path: Path) -> None:
+    name = str(gpt2_folder(tmp_path / "gpt2"))
+    opened = open_tokenizer(name)
+    assert opened.vocab_size == 259
+    assert opened.eod_id == 258
+    assert opened.decode(opened.encode("the other <|endoftext|>")) == "the other <|endoftext|>"
+    assert 257 in opened.encode("the")
+    assert 258 not in opened.encode("<|endoftext|>")
+    saved = save_tokenizer(name, tmp_path / "saved")
+    assert saved.encode("the other") == opened.encode("the other")
+    assert open_tokenizer(str(tmp_path / "saved")).digest == saved.digest
+    config = RunConfig()
+    config.data.tokenizer = name
+    assert planned_vocab_size(config) == 259
+
+
+def save_word_tokenizer(folder: Path, vocab: dict[str, int], **config: str) -> Path:
+    folder.mkdir()
+    backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.normalizer = normalizers.Lowercase()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_eod_that_is_an_ordinary_piece_of_the_vocabulary(tmp_path: Path) -> None:
+    """As in SentencePiece vocabularies: no added token, but a piece of the same text."""
+    folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "</s>": 1, "word": 2}, eos_token="</s>")
+    opened = open_tokenizer(str(folder))
+    assert opened.eod_id == 1
+    tokens, _ = opened.encode_documents(["word </s> word", "word", "</S> word </s>"])
+    assert tokens.tolist() == [2, 0, 0, 2, 1, 2, 1, 0, 0, 2, 0, 0, 1]
+
+
+def test_eod_that_cannot_be_told_from_text(tmp_path: Path) -> None:
+    folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1}, eos_token="[UNK]")
+    with pytest.raises(DataError, match=r"the text 'strange'\.\.\. gives the end-of-document token '\[UNK\]' itself"):
+        open_tokenizer(str(folder)).encode("strange")
+
+
+def test_vocabulary_with_gaps_counts_the_largest_id(tmp_path: Path) -> None:
+    folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "</s>": 1, "word": 1000}, eos_token="</s>")
+    config = RunConfig()
+    config.data.tokenizer = str(folder)
+    assert open_tokenizer(str(folder)).vocab_size == planned_vocab_size(config) == 1001
+
+
+def test_folder_without_an_eod(tmp_path: Path) -> None:
+    folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1})
+    with pytest.raises(
+        ConfigError, match=r"it has no end-of-document token; name one as eos_token in its tokenizer_con"
+    ):
+        open_tokenizer(str(folder))
+
+
+def test_eod_is_the_one_that_the_folder_names(tmp_path: Path) -> None:
+    vocab = {"[UNK]": 0, "</s>": 1, "[SEP]": 2, "end": 3}
+    folder = save_word_tokenizer(tmp_path / "t", vocab)
+    config = folder / "tokenizer_config.json"
+    for settings, eod_id in (
+        ({"eos_token": "end"}, 3),
+        ({"eos_token": {"content": "end", "lstrip": False}}, 3),
+        ({"eos_token": None, "sep_token": "[SEP]"}, 2),
+        ({}, 1),  # the first of the usual names
+    ):
+        config.write_text(json.dumps(settings))
+        assert open_tokenizer(str(folder)).eod_id == eod_id
+    for content, fault in (
+        ("{", "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"eos_token": "other"}', "names the end token 'other', which it does not have"),
+    ):
+        config.write_text(content)
+        with pytest.raises(ConfigError, match=rf"cannot be opened: its tokenizer_config\.json {fault}"):
+            open_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", "[1]", '{"model": {"type": "BPE", "vocab": {"</s>": 0}}}'])
+def test_broken_tokenizer_json(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path} cannot be opened: "):
+        open_tokenizer(str(tmp_path))
+
+
+def test_missing_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"missing cannot be opened: it is not a folder .*; use `train`, or the folder"
+    ):
+        open_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path} cannot be opened: "):
+        open_tokenizer(str(tmp_path))
