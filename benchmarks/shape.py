@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lite.config.schema import DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
+from megatron_lite.data.loader import MicroBatch
 from megatron_lite.planning.flops import flops_per_token
 
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, MICRO_BATCH = 6, 384, 6, 256, 4
@@ -48,7 +49,9 @@ class Shape:
         """Of one micro-batch, forward and backward, causal attention counted by half."""
         return TOKENS_PER_STEP * flops_per_token(self.model(), SEQ_LENGTH, self.vocab_size)
 
-    def tokens(self, seed: int = SEED) -> torch.Tensor:
-        """[b, s + 1] int64; random, because speed does not depend on them."""
+    def batch(self, seed: int = SEED) -> MicroBatch:
+        """[b, s] random tokens: speed does not depend on them."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
+        tokens = torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return MicroBatch(inputs, labels, torch.ones(inputs.shape))

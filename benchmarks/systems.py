@@ -14,11 +14,10 @@ from torch import nn
 
 from benchmarks.shape import MICRO_BATCH, Shape
 from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision, Recompute
-from megatron_lite.data.loader import MicroBatch
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.objectives.causal_lm import TokenLoss
-from megatron_lite.observe.hardware import enable_fast_float32_matmul
+from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
@@ -31,12 +30,13 @@ CLIP = 1.0
 
 def bare_torch(shape: Shape) -> Step:
     """Our layers in a plain loop: what the engine is measured against."""
+    reuse_freed_memory()
     enable_fast_float32_matmul()
     context = ParallelContext.single()
     specs = gpt_layers(shape.model(), context, vocab_size=shape.vocab_size, recompute=Recompute.none)
     model = FlatModel(specs)
     loss_of = TokenLoss(context, shape.vocab_size)
-    batch = _batch(shape)
+    batch = shape.batch()
     weights = batch.loss_weights / batch.loss_weights.sum()
 
     def backward() -> torch.Tensor:
@@ -55,16 +55,15 @@ def engine(shape: Shape) -> Step:
     from megatron_lite.train.distributed import ProcessEnvironment, start_process_group
     from megatron_lite.train.engine import build_engine
 
+    reuse_freed_memory()
     enable_fast_float32_matmul()
     device = torch.device("cpu")
     start_process_group(device, ProcessEnvironment(0, 0, 1, 1), timeout_seconds=600)
     context = ParallelContext.build(Topology(), device=device, sequence_parallel=False, seed=1234)
     config = shape.run(ParallelConfig(), global_batch_size=MICRO_BATCH)
     specs = gpt_layers(config.model, context, vocab_size=shape.vocab_size, recompute=Recompute.none)
-    built = build_engine(
-        config, context, specs, TokenLoss(context, shape.vocab_size), global_batch_size=MICRO_BATCH
-    )
-    batch = _batch(shape)
+    built = build_engine(config, context, specs, TokenLoss(context, shape.vocab_size), global_batch_size=MICRO_BATCH)
+    batch = shape.batch()
     return lambda: built.train_step([batch], 0, LEARNING_RATE).loss
 
 
@@ -105,7 +104,7 @@ def _transformers(shape: Shape, master_weights: bool) -> Step:
         )
     )
     model.train()
-    tokens = shape.tokens()[:, :-1]
+    tokens = shape.batch().tokens
     autocast = shape.precision is Precision.bf16 and not master_weights
 
     def backward() -> torch.Tensor:
@@ -162,9 +161,3 @@ def _master_weight_step(
         return loss.item()
 
     return step
-
-
-def _batch(shape: Shape) -> MicroBatch:
-    tokens = shape.tokens()
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return MicroBatch(inputs, labels, torch.ones(inputs.shape))

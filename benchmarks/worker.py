@@ -3,8 +3,8 @@
 All systems of a comparison are ready at once and take turns, A B C A B C, so that a machine that slows down slows all
 of them. Only one works at a time; the others sleep on their stdin.
 
-`python -m benchmarks.worker SYSTEM PRECISION VOCAB` prints one JSON object a line: first `{"ready": ...}`, then for each
-number of steps that it reads, what they cost.
+`python -m benchmarks.worker SYSTEM PRECISION VOCAB` prints one JSON object a line: first `{"ready": true}`, then for
+each number of steps that it reads, what one of them cost, and for the word `peak` the speed of a matrix product.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class Worker:
         self.name = system
         command = [sys.executable, "-m", "benchmarks.worker", system, precision, str(vocab_size)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=worker_environment(),
         )
 
     def __enter__(self) -> Worker:
@@ -53,10 +58,17 @@ class Worker:
         self._read()
 
     def run(self, steps: int) -> Cost:
+        return Cost(**self._ask(str(steps)))
+
+    def gemm_peak(self) -> float:
+        """FLOP/s of one thread in the worker's precision, under the settings that our systems run with."""
+        return self._ask("peak")["flops_per_second"]
+
+    def _ask(self, question: str) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.write(f"{question}\n")
         self._process.stdin.flush()
-        return Cost(**self._read())
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -67,7 +79,7 @@ class Worker:
         return json.loads(line)
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -87,6 +99,7 @@ def main(system: str, precision: str, vocab_size: str) -> None:
     from benchmarks.shape import Shape
     from benchmarks.systems import SYSTEMS
     from megatron_lite.config.schema import Precision
+    from megatron_lite.observe.hardware import measure_gemm_peak
 
     torch.set_num_threads(1)
     step = SYSTEMS[system](Shape(int(vocab_size), Precision(precision)))
@@ -94,6 +107,10 @@ def main(system: str, precision: str, vocab_size: str) -> None:
         step()
     answers.write('{"ready": true}\n')
     for line in sys.stdin:
+        if line.strip() == "peak":
+            peak = measure_gemm_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+            answers.write(json.dumps({"flops_per_second": peak}) + "\n")
+            continue
         steps = int(line)
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(steps):

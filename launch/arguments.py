@@ -67,13 +67,14 @@ def usage(program: str) -> str:
     groups = "\n".join(f"  {group:<11}{', '.join(presets)}" for group, presets in preset_groups().items())
     return f"""usage: {program} [SETTING ...] [--dry-run] [--debug]
 
-  --dry-run    print the plan (ranks, batch, parameters, the command) and start nothing
-  --debug      show tracebacks of user errors
+  --config FILE   take a run folder's frozen configuration instead of settings: repeats or resumes that run
+  --dry-run       print the plan (ranks, batch, parameters, the command) and start nothing
+  --debug         show tracebacks of user errors
 
 settings
-  group=preset       choose a preset of a group, such as model=gpt2_124m
-  group.key=value    set one value, such as train.steps=1000 (all of them: megatron_lite/config/schema.py)
-  parallel=dpD_tpT_ppP   any layout, such as parallel=dp2_tp2_pp2
+  group=preset          choose a preset of a group, such as model=gpt2_124m
+  group.key=value       set one value, such as train.steps=1000 (all of them: megatron_lite/config/schema.py)
+  parallel=dpD_tpT_ppP  any layout, such as parallel=dp2_tp2_pp2
 
 scripts: {", ".join(available_scripts())}
 

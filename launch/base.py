@@ -82,7 +82,7 @@ def make_plan(config: RunConfig, argv: Callable[[Path, Path, int], list[str]]) -
     path = frozen.frozen_path(config, run_dir)
     launcher = config.launcher
     port = launcher.master_port if launcher.master_port is not None else free_port(launcher.master_address)
-    environment = rank_environment(config)
+    environment = rank_environment(config, one_machine=True)
     environment |= {
         "MASTER_ADDR": launcher.master_address,
         "MASTER_PORT": str(port),

@@ -1,4 +1,7 @@
-"""`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started."""
+"""`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started.
+
+`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from launch.messages import show_error
 from launch.registry import LAUNCHERS
 from megatron_lite.config.compose import available_scripts, compose
 from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
-from megatron_lite.config.frozen import check_run_folder
+from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.data.vocabulary import planned_vocab_size_or_none
+from megatron_lite.data.vocabulary import planned_vocab_size
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 from megatron_lite.planning.plan import describe
 
+INTERRUPTED = 130  # 128 + SIGINT
 PROGRAM = "python -m launch SCRIPT"
 
 
@@ -37,10 +41,7 @@ def _launch(arguments: Arguments) -> int:
     if arguments.help:
         print(usage(PROGRAM))
         return EXIT_OK
-    if arguments.config_file is not None:
-        raise ConfigError("--config is for the scripts themselves; here, repeat the settings: the same run resumes")
-    script, words = _split_script(arguments.words)
-    config = resolve_for_this_machine(compose(script, words))
+    config = resolve_for_this_machine(_typed(arguments))
     if arguments.debug:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
@@ -52,6 +53,16 @@ def _launch(arguments: Arguments) -> int:
         return EXIT_OK
     print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
     return launcher.run(plan)
+
+
+def _typed(arguments: Arguments) -> RunConfig:
+    """The configuration that the words describe, or that an earlier run has frozen."""
+    if arguments.config_file is not None:
+        if arguments.words:
+            raise ConfigError(f"--config {arguments.config_file} names its script; leave out {arguments.words[0]}")
+        return load_frozen(arguments.config_file)
+    script, words = _split_script(arguments.words)
+    return compose(script, words)
 
 
 def _split_script(words: list[str]) -> tuple[str, list[str]]:
@@ -68,13 +79,12 @@ def resolve_for_this_machine(config: RunConfig) -> RunConfig:
         ConfigError: settings do not fit each other.
         LaunchError: launcher.device=cuda with too few GPUs.
     """
-    validate(config)  # before anything is derived from numbers that may be wrong
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
     world_size = choose_world_size(config, gpus) or config.launcher.num_processes
     if world_size is None:
         world_size = data_parallel_size(config) * ranks_per_replica(config)
     resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
-    validate(resolved, world_size)
+    validate(resolved)
     return resolved
 
 
@@ -87,7 +97,7 @@ def _headline(config: RunConfig) -> str:
 def plan_text(plan: LaunchPlan) -> str:
     """Everything that would happen, for --dry-run."""
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
-    lines += [describe(plan.config, planned_vocab_size_or_none(plan.config)), ""]
+    lines += [describe(plan.config, _vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     if plan.rank_envs:
@@ -98,6 +108,17 @@ def plan_text(plan: LaunchPlan) -> str:
     return "\n".join([*lines, f"  {plan.command_line()}"])
 
 
+def _vocab_size(config: RunConfig) -> int | None:
+    """The true vocabulary, or None where only opening the data would tell it: the plan leaves out what needs it."""
+    try:
+        return planned_vocab_size(config)
+    except ConfigError:
+        return None
+
+
 def run() -> None:
     """The console entry."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before there was anything to end
+        sys.exit(INTERRUPTED)

@@ -10,16 +10,19 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
 from launch.messages import show_error
-from launch.preparation import Preparation, prepare_data, write_files
-from launch.processes import Children, Ending, replace_process, start
+from launch.preparation import Preparation, prepare_data, run_folder
+from launch.processes import POLL_SECONDS, Children, Ending, replace_process, start
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+
+HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
 
 
 class DeepSpeedLauncher:
@@ -50,19 +53,18 @@ class DeepSpeedLauncher:
 
     def run(self, plan: LaunchPlan) -> int:
         with Ending().watching() as ending:
-            code = Preparation(plan.config, self._prepare).wait(ending)
+            with Preparation(plan.config, self._prepare) as preparation:
+                code = preparation.wait(ending)
             if code != EXIT_OK:
                 return code
-            write_files(plan)
             apply(plan.env, overwrite=True)
-            pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
-            # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
-            children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
-            children.wait(ending)
-            left_behind = _end_session(pid)
-            if ending.signal:
-                return ending.exit_code
-            return _conclude(plan, children.ends[pid].status, left_behind)
+            with run_folder(plan):
+                pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
+                # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
+                children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
+                children.wait(ending)
+                left_behind = _end_session(pid)
+                return ending.exit_code if ending.signal else _conclude(plan, children.ends[pid].status, left_behind)
 
 
 def deepspeed_command() -> str:
@@ -75,8 +77,12 @@ def deepspeed_command() -> str:
 
 
 def _end_session(pid: int) -> bool:
-    """Kill what is left of the group that `pid` led; whether there was anything."""
+    """Kill what is left of the group that `pid` led; whether there was anything that did not end by itself."""
+    deadline = time.monotonic() + HELPERS_SECONDS
     try:
+        while time.monotonic() < deadline:
+            os.killpg(pid, 0)  # raises once the group is empty
+            time.sleep(POLL_SECONDS)
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         return False

@@ -41,6 +41,8 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
         argv: words of the command line; None = those of this process.
     """
     words = sys.argv[1:] if argv is None else argv
+    if "LOCAL_SIZE" in os.environ:  # deepspeed's name for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     terminal = os.dup(2)  # stays the user's when the run sends its own output to a log
     debug, config = "--debug" in words, None
     try:
@@ -92,7 +94,6 @@ def _frozen_config(arguments: Arguments) -> RunConfig:
 def _own_config(script: str, arguments: Arguments) -> RunConfig:
     """Compose as the launcher would, for the world that torchrun or deepspeed has made, or for a world of one."""
     config = compose(script, arguments.words)
-    validate(config)
     world_size = _world_size(config)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
@@ -129,7 +130,9 @@ def _world_size(config: RunConfig) -> int:
 def _enter(config: RunConfig) -> None:
     """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
     assert config.train.run_dir is not None
-    apply(rank_environment(config), overwrite=False)
+    world_size = os.environ["WORLD_SIZE"]
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
+    apply(rank_environment(config, one_machine=one_machine), overwrite=False)
     use_own_extensions_folder(Path(config.train.run_dir))
 
 
@@ -156,7 +159,7 @@ def _tell(text: str, terminal: int) -> None:
 
 
 def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> None:
-    """A failure of ours: the traceback goes to this rank's log, and the launcher, or a line on the terminal, says so."""
+    """A failure of ours: the traceback goes to this rank's log, the launcher or a line on the terminal says so."""
     text = traceback.format_exc()
     log = _append_to_log(text, config)
     if log is None:

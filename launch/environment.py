@@ -10,12 +10,16 @@ from pathlib import Path
 from megatron_lite.config.schema import RunConfig
 
 ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"  # where the first rank with a user error leaves its message
-LOOPBACK = ("127.0.0.1", "localhost")
 QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could mend
 
 
-def rank_environment(config: RunConfig) -> dict[str, str]:
-    """Variables that all ranks share. `config` is resolved: its device is `cpu` or `cuda`."""
+def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
+    """Variables that all ranks share.
+
+    Args:
+        config: resolved, so that its device is `cpu` or `cuda`.
+        one_machine: all ranks run here.
+    """
     threads = str(config.launcher.threads_per_process)
     environment = {
         "OMP_NUM_THREADS": threads,
@@ -28,7 +32,7 @@ def rank_environment(config: RunConfig) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without opening them
-    if config.launcher.master_address in LOOPBACK and Path("/sys/class/net/lo").exists():
+    if one_machine and Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks the host's name up, which laptops cannot resolve
     return environment
 

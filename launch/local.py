@@ -11,19 +11,21 @@ import gc
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
 from launch.messages import show_error, tail
-from launch.preparation import Preparation, prepare_data, write_files
+from launch.preparation import Preparation, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
 
 # Slow to import, in this order. torch's optimizers import torch._dynamo at first use, in every rank.
 WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.run")
@@ -50,29 +52,52 @@ class LocalLauncher:
 
     def plan(self, config: RunConfig) -> LaunchPlan:
         plan = make_plan(config, lambda script, path, port: [sys.executable, str(script), "--config", str(path)])
-        size = plan.num_processes
-        for rank in range(size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            plan.rank_envs.append({name: str(value) for name, value in place.items()})
-        return plan
+        size = str(plan.num_processes)
+        ranks = map(str, range(plan.num_processes))
+        return replace(
+            plan,
+            rank_envs=[
+                {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size} for rank in ranks
+            ],
+        )
 
     def run(self, plan: LaunchPlan) -> int:
         forks = plan.config.launcher.device == "cpu" if self._fork is None else self._fork
         with Ending().watching() as ending:
-            preparation = Preparation(plan.config, self._prepare)  # before the imports: a child needs none of them
-            apply(plan.env, overwrite=True)
-            body = _warm_body(plan, self._warm_modules, preparation, ending) if forks else _fresh_body(plan)
-            code = preparation.wait(ending)
+            # the child is forked before the imports, of which it needs none
+            with Preparation(plan.config, self._prepare) as preparation:
+                apply(plan.env, overwrite=True)
+                body = _warm_body(plan, self._warm_modules, preparation, ending) if forks else _fresh_body(plan)
+                code = preparation.wait(ending)
             if code != EXIT_OK or body is None:
                 return code
-            write_files(plan)
-            logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
-            ranks = Children([start(_rank_body(body, rank_env)) for rank_env in plan.rank_envs])
-            ranks.wait(ending)
-            return _conclude(plan, ranks, ending, logs_before)
+            with run_folder(plan):
+                logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
+                ranks = _start_ranks(body, plan.rank_envs)
+                ranks.wait(ending)
+                return _conclude(plan, ranks, ending, logs_before)
 
 
 Body = Callable[[], int]
+
+
+def _start_ranks(body: Body, rank_envs: list[dict[str, str]]) -> Children:
+    """All of them, or none.
+
+    Raises:
+        LaunchError: the system does not let us start so many processes.
+    """
+    ranks = Children([])
+    try:
+        for rank_env in rank_envs:
+            ranks.pids.append(start(_rank_body(body, rank_env)))
+    except OSError as error:
+        ranks.end()
+        raise LaunchError(
+            f"launcher.num_processes={len(rank_envs)}: only {len(ranks.pids)} could be started ({error.strerror}); use a "
+            "smaller layout, or raise the limits on processes and memory"
+        ) from error
+    return ranks
 
 
 def _rank_body(body: Body, rank_env: dict[str, str]) -> Body:
@@ -126,7 +151,7 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
         return EXIT_USER_ERROR
     place = topology(plan.config).coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"
-    what = f"was killed by signal {-end.status}" if end.status < 0 else f"ended with exit code {end.status}"
+    what = _killed_by(-end.status) if end.status < 0 else f"ended with exit code {end.status}"
     log = plan.log_file(rank)
     last = tail(log, logs_before[rank])
     show_error(f"{who} {what}" + (f"; see {log}" if last else ""))
@@ -134,6 +159,11 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
         print(f"  | {line}", file=sys.stderr)
     sys.stderr.flush()
     return 128 - end.status if end.status < 0 else EXIT_USER_ERROR if end.status == EXIT_USER_ERROR else EXIT_FAILURE
+
+
+def _killed_by(number: int) -> str:
+    hint = ": out of memory, or by hand" if number == signal.SIGKILL else ""
+    return f"was killed by signal {number} ({signal.Signals(number).name}{hint})"
 
 
 def culprit(ends: dict[int, End]) -> int:

@@ -16,13 +16,14 @@ from megatron_lite.errors import LaunchError
 # Below the ports that the system hands out for outgoing connections, so that none is taken between choice and use.
 PORTS = range(20000, 32000)
 PORT_ATTEMPTS = 100
+DEVICES = Path("/dev")
 
 
 def visible_gpus() -> int:
     """CUDA devices that torch would see: 0 with a CPU build of torch, or where CUDA_VISIBLE_DEVICES hides them."""
     if not _torch_has_cuda():
         return 0
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    present = len(list(DEVICES.glob("nvidia[0-9]*")))
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present
@@ -35,12 +36,15 @@ def visible_gpus() -> int:
 
 
 def _torch_has_cuda() -> bool:
-    """torch writes the CUDA version that it was built with (None on a CPU build) into torch/version.py."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise LaunchError("torch is not installed; run `make install`, or `pip install torch`")
-    tree = ast.parse((Path(spec.origin).parent / "version.py").read_text())
-    for node in tree.body:
+    return built_with_cuda(Path(spec.origin).with_name("version.py"))
+
+
+def built_with_cuda(version_file: Path) -> bool:
+    """torch writes the CUDA version that it was built with (None on a CPU build) into torch/version.py."""
+    for node in ast.parse(version_file.read_text()).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id == "cuda":
@@ -72,7 +76,7 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
             f"launcher.device=cuda needs {num_processes} GPUs, one per process, and this machine shows {gpus}; "
             f"use a layout of {gpus} processes or launcher.device=cpu"
             if gpus
-            else f"launcher.device=cuda needs {num_processes} GPUs and torch sees none here; use launcher.device=cpu"
+            else "launcher.device=cuda needs a GPU for each process and torch sees none here; use launcher.device=cpu"
         )
     if setting == "auto":
         return "cuda" if gpus >= num_processes else "cpu"

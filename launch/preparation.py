@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 from launch.base import LaunchPlan
 from launch.messages import show_error
 from launch.processes import Children, Ending, start
-from megatron_lite.config.frozen import freeze
+from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, MegatronLiteError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
 
 
 class Preparation:
@@ -21,6 +25,12 @@ class Preparation:
     def __init__(self, config: RunConfig, prepare: Callable[[RunConfig], None]) -> None:
         # a group of its own, so that its worker processes end with it
         self._children = Children([start(lambda: _guarded(prepare, config), own_group=True)], as_groups=True)
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._children.end()
 
     @property
     def failed(self) -> bool:
@@ -59,14 +69,37 @@ def _guarded(prepare: Callable[[RunConfig], None], config: RunConfig) -> int:
     return 0
 
 
-def write_files(plan: LaunchPlan) -> None:
-    """Freeze the configuration and make room for logs. The only writes of a launcher itself.
+@contextlib.contextmanager
+def run_folder(plan: LaunchPlan) -> Iterator[None]:
+    """The run folder for the length of the block: ours alone, with the frozen configuration and room for logs.
+
+    These are the only writes of a launcher itself. Forked ranks share the claim, so it ends with the last of them.
 
     Raises:
-        ConfigError: the run folder cannot be written.
+        ConfigError: the folder cannot be written.
+        LaunchError: another launcher is at work in it.
     """
-    path = freeze(plan.config, plan.run_dir)
-    assert path == plan.frozen_config
-    plan.error_file.parent.mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        plan.error_file.unlink()
+    try:
+        plan.error_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = (plan.run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise unwritable(plan.run_dir, error) from error
+    with lock:
+        _claim(lock, plan.run_dir)
+        path = freeze(plan.config, plan.run_dir)
+        assert path == plan.frozen_config
+        plan.error_file.unlink(missing_ok=True)
+        yield
+
+
+def _claim(lock: IO[str], run_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise LaunchError(
+            f"train.run_dir={run_dir} is in use by process {lock.read().strip()}; wait for its end, or give another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()

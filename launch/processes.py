@@ -126,18 +126,22 @@ def start(body: Callable[[], int], *, own_group: bool = False, own_session: bool
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    pid = os.fork()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none may reach the child while it has our handlers
+    try:
+        pid = os.fork()
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if own_group:
             with contextlib.suppress(OSError):  # the child may have done it, or be gone
                 os.setpgid(pid, pid)
         return pid
     code = 1
     try:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _forget_handlers()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if own_session:
             os.setsid()
         elif own_group:
@@ -149,6 +153,13 @@ def start(body: Callable[[], int], *, own_group: bool = False, own_session: bool
         traceback.print_exc()
     finally:
         _leave(code)
+
+
+def _forget_handlers() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def replace_process(argv: Sequence[str], environment: dict[str, str]) -> NoReturn:

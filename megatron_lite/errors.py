@@ -38,3 +38,7 @@ class CheckpointError(MegatronLiteError):
 
 class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
+
+
+class VerificationError(MegatronLiteError):
+    """A layout does not compute what one rank computes."""

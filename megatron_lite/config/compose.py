@@ -48,7 +48,7 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
     accepted, problems = [], []
     for word in words:
         try:
-            accepted.append(_check_word(word, conf_dir))
+            accepted += _check_word(word, conf_dir)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -84,8 +84,8 @@ def _spell_out_layout(word: str, conf_dir: Path) -> Iterator[str]:
         yield f"parallel.{axis}_parallel_size={size or 1}"
 
 
-def _check_word(word: str, conf_dir: Path) -> str:
-    """The word as Hydra is to see it; ConfigError when its key, preset or value is wrong."""
+def _check_word(word: str, conf_dir: Path) -> list[str]:
+    """The word as Hydra is to see it, several for a group; ConfigError when its key, preset or value is wrong."""
     override = _parse(word)
     key = override.key_or_group
     groups = preset_groups(conf_dir)
@@ -96,7 +96,7 @@ def _check_word(word: str, conf_dir: Path) -> str:
     text = word.lstrip("+")
     if key in groups:
         _check_preset(key, override.value(), groups[key])
-        return text
+        return [text]
     if key not in schema_keys():
         raise _unknown_key(key, also=groups)
     return _check_value(key, override.value(), text)
@@ -130,24 +130,26 @@ def _check_preset(group: str, value: Any, options: list[str]) -> None:
             raise ConfigError(f"{group}={name} is not a preset; {_choices(str(name), options)}")
 
 
-def _check_value(key: str, value: Any, text: str) -> str:
+def _check_value(key: str, value: Any, text: str) -> list[str]:
     """The override with its number in the type that the schema asks for (1e3 is a whole number, too)."""
     if isinstance(value, dict):
-        for name, part in value.items():
-            inner = f"{key}.{name}"
-            if inner not in schema_keys():
-                raise _unknown_key(inner)
-            _check_value(inner, part, f"{inner}={part}")
-        return text
+        return [word for name, part in value.items() for word in _check_part(f"{key}.{name}", part)]
     if isinstance(value, str) and "${" in value:
-        return text  # an interpolation: known only once everything is composed
+        return [text]  # an interpolation: known only once everything is composed
     if is_group(key):
         raise ConfigError(f"{text} is not possible: {key} is a group of settings; set single values as {key}.KEY=VALUE")
     if isinstance(value, float) and value.is_integer() and _accepts(key, int(value)) and not _accepts(key, value):
-        return f"{key}={int(value)}"
+        return [f"{key}={int(value)}"]
     if not _accepts(key, value):
         raise ConfigError(f"{text} is not possible: {key} must be {expects(key)}")
-    return text
+    return [text]
+
+
+def _check_part(key: str, value: Any) -> list[str]:
+    """One entry of `group={key:value,...}`; such groups hold only numbers, so the value needs no quotes."""
+    if key not in schema_keys():
+        raise _unknown_key(key)
+    return _check_value(key, value, f"{key}={'null' if value is None else value}")
 
 
 def _accepts(key: str, value: Any) -> bool:
@@ -208,7 +210,7 @@ def _composition_error(error: ConfigCompositionException) -> ConfigError:
     if key and ("not in '" in text or isinstance(error.__cause__, ConfigKeyError)):
         return ConfigError(where + str(_unknown_key(key.group(1))))
     if key and key.group(1) in schema_keys():
-        return ConfigError(f"{where}{_one_line(error)}: {key.group(1)} must be {expects(key.group(1))}")
+        return ConfigError(f"{where}{key.group(1)} must be {expects(key.group(1))}: {_one_line(error)}")
     return ConfigError(where + _one_line(error))
 
 

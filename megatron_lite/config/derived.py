@@ -16,12 +16,16 @@ SWIGLU_MULTIPLE = 64  # an inner width of 8h/3 is rounded up to this, so that ma
 
 
 def complete_model(model: ModelConfig) -> ModelConfig:
-    """The model with every None filled that follows from the other sizes (the vocabulary comes from the tokenizer)."""
+    """The model with every None filled that follows from the other sizes (the vocabulary comes from the tokenizer).
+
+    head_size stays None where the heads do not divide hidden_size; validation refuses that.
+    """
     hidden, heads = model.hidden_size, max(1, model.num_attention_heads)
+    head_size = hidden // heads if model.head_size is None and hidden % heads == 0 else model.head_size
     return replace(
         model,
         num_query_groups=heads if model.num_query_groups is None else model.num_query_groups,
-        head_size=hidden // heads if model.head_size is None else model.head_size,
+        head_size=head_size,
         ffn_hidden_size=default_ffn_size(model) if model.ffn_hidden_size is None else model.ffn_hidden_size,
     )
 

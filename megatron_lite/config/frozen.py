@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -67,16 +68,22 @@ def freeze(config: RunConfig, run_dir: Path) -> Path:
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise _unwritable(run_dir, error) from error
+        raise unwritable(run_dir, error) from error
     return path
 
 
 def load_frozen(path: Path | str) -> RunConfig:
-    """The configuration of a frozen file. Unknown keys and wrong types are errors: nothing is guessed."""
+    """The configuration of a frozen file. Unknown keys, wrong types and missing groups are errors: nothing is guessed.
+
+    A single setting may be missing: a version that did not have it yet ran with what is now its default.
+    """
     path = Path(path)
     try:
         loaded = OmegaConf.load(path)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
+        missing = [field.name for field in fields(RunConfig) if field.name not in loaded]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -138,10 +145,11 @@ def _check_writable(run_dir: Path) -> None:
             f"train.run_dir={run_dir} cannot be a folder: {nearest} is a file; give another train.run_dir"
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(run_dir, PermissionError(13, "Permission denied", str(nearest)))
+        raise unwritable(run_dir, PermissionError(13, "Permission denied", str(nearest)))
 
 
-def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """The error of a run folder that the system does not let us write."""
     where = error.filename or run_dir
     return ConfigError(
         f"train.run_dir={run_dir} cannot be written ({where}: {error.strerror}); give a folder that you may write to"

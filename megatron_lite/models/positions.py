@@ -5,11 +5,8 @@ Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding
 from megatron_lite.models.dropout import activation_dropout
@@ -69,31 +66,14 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + d/2) of x [b, s, ..., d] by the angle of its position; computed in fp32."""
-    return _Rotate.apply(x, cos, sin)
+    """Turn each pair of channels (i, i + d/2) of x [b, s, g, n, d] by the angle of its position, in fp32.
 
-
-class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation by the opposite angle: nothing of x has to be kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    middle = (1,) * (x.ndim - 3)
-    cos, sin = (table.view(table.shape[0], *middle, -1) for table in (cos, sin))  # broadcast over [b, s, ..., d/2]
-    first, second = x.chunk(2, -1)
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    half = x.shape[-1] // 2
-    turned[..., :half] = first * cos - second * sin
-    turned[..., half:] = second * cos + first * sin
-    return turned
+    Not differentiable: the gradient of a rotation is the rotation by the opposite angle, which the caller applies.
+    """
+    cos, sin = (table[:, None, None] for table in (cos, sin))  # [s, 1, 1, d/2]
+    first, second = x.float().chunk(2, -1)
+    turned = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    turned_first, turned_second = turned.chunk(2, -1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+    return turned.to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import time
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+# mallopt's parameters, from glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 _GEMM_SIZE = 768  # rows and columns: large enough for full speed, 0.9 GFLOP each
 _PROBE_SECONDS = 0.12
@@ -114,6 +118,25 @@ def _matmul_error() -> float:
         for product in (a @ b.T, torch.nn.functional.linear(a, b, bias)):
             worst = max(worst, ((product.double() - exact).norm() / exact.norm()).item())
     return worst
+
+
+def reuse_freed_memory() -> bool:
+    """Let this process keep large blocks of host memory that it frees, for the next step to take again.
+
+    glibc maps each block beyond a threshold (32 MB at most) anew and returns it to the system when it is freed, so
+    every step pays page faults for its logits, its flat gradients and its activations: 5 % of a CPU step in a plain
+    loop, 8 % under ZeRO, which flattens. Afterwards blocks come from the heap, which grows for about five steps and is
+    given back only beyond 2 GB of free space at its end. It has gaps: resident memory grew by 17 % under ZeRO-1.
+
+    Returns:
+        Whether the C library obeyed; False where it is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    answers = [mallopt(parameter, value) for parameter, value in settings]
+    return all(answer == 1 for answer in answers)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_lines(path, lambda entry: entry.get("step", math.inf) <= resume_step)
+        _keep_lines(path, lambda entry: isinstance(entry.get("step"), int) and entry["step"] <= resume_step)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

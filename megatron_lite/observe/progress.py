@@ -109,22 +109,21 @@ class _Eta:
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
         self._times: deque[tuple[int, float]] = deque([(first_step, time.monotonic())], maxlen=_SPEED_WINDOW + 1)
-        self._started = False
+        self._first_seconds: float | None = None  # of the first step
 
     def update(self, step: int) -> None:
         now = time.monotonic()
-        if not self._started and len(self._times) == 1:
-            self._started = True  # the first step pays for warming up: measure from its end
-            self._first = (now - self._times[0][1]) / max(step - self._times[0][0], 1)
-            self._times.clear()
+        if self._first_seconds is None:
+            old_step, old_time = self._times.pop()  # the first step pays for warming up: measure from its end
+            self._first_seconds = (now - old_time) / max(step - old_step, 1)
         self._times.append((step, now))
 
     @property
     def seconds(self) -> float | None:
-        if not self._started:
+        if self._first_seconds is None:
             return None
         (old_step, old_time), (new_step, new_time) = self._times[0], self._times[-1]
-        per_step = (new_time - old_time) / (new_step - old_step) if new_step > old_step else self._first
+        per_step = (new_time - old_time) / (new_step - old_step) if new_step > old_step else self._first_seconds
         return per_step * (self._total_steps - new_step)
 
 

@@ -52,8 +52,10 @@ class WandbTracker:
         }
         try:
             self._run = _start(mode, arguments)
-        except wandb.errors.CommError as error:
-            report(f"wandb cannot be reached ({error}); logging offline, `wandb sync` sends it later")
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")
             mode = "offline"
             self._run = _start(mode, arguments)
         self._run.define_metric("step")

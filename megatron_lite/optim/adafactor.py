@@ -72,11 +72,14 @@ class Adafactor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         slices = list(self._slices())
+        if not slices:
+            return loss
         self._update_statistics(slices)
         self._measure_updates(slices)
-        for part in slices:
-            scale = part.lr * max(self.epsilon2, part.rms(part.value_square_sum))
-            scale /= max(1.0, part.rms(part.update_square_sum) / self.clip)
+        square_sums = torch.stack([torch.stack([part.value_square_sum, part.update_square_sum]) for part in slices])
+        for part, (value_sum, update_sum) in zip(slices, square_sums.tolist(), strict=True):  # one wait for the device
+            scale = part.lr * max(self.epsilon2, part.rms(value_sum))
+            scale /= max(1.0, part.rms(update_sum) / self.clip)
             part.value.mul_(1.0 - part.lr * part.weight_decay)
             part.value.add_(part.update(), alpha=-scale)
         return loss
@@ -180,8 +183,8 @@ class _Slice:
         mean = (column if self.sharded_dim == -2 else row).mean(-1, keepdim=True)  # [..., 1]
         return self.gradient * (row / mean).rsqrt_().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
 
-    def rms(self, square_sum: Tensor) -> float:
-        return math.sqrt(square_sum.item() / max(math.prod(self.full_shape), 1))
+    def rms(self, square_sum: float) -> float:
+        return math.sqrt(square_sum / max(math.prod(self.full_shape), 1))
 
 
 class _Reduction:

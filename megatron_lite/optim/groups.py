@@ -17,11 +17,15 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     Returns:
         Groups for `torch.optim.Optimizer` with the extra key `name`: `matrices` or `vectors`.
     """
-    unique = {id(parameter): parameter for _, parameter in named_parameters if parameter.requires_grad}
-    matrices = [parameter for parameter in unique.values() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in unique.values() if parameter.ndim < 2]
+    matrices: dict[int, nn.Parameter] = {}
+    vectors: dict[int, nn.Parameter] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            # A stacked bias, as of SwiGLU's gate and up, has two dimensions and is no matrix for that.
+            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+            (matrices if is_matrix else vectors)[id(parameter)] = parameter
     groups: list[dict[str, Any]] = [
-        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
-        {"name": "vectors", "params": vectors, "weight_decay": 0.0},
+        {"name": "matrices", "params": list(matrices.values()), "weight_decay": weight_decay},
+        {"name": "vectors", "params": list(vectors.values()), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

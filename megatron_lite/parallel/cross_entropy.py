@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lite.parallel.context import ParallelContext
 
-_CHUNK_ELEMENTS = 1 << 18
-"""fp32 temporaries hold about this many elements (1 MB), so that they stay in the cache of a CPU core."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""fp32 temporaries hold about this many elements: 1 MB stays in the cache of a CPU core, 256 MB keeps a GPU busy."""
 
 _FP16_SCALE = 2.0**15
 """Probabilities are kept in the logits' storage; fp16 would lose those below 6e-5 without this factor."""
@@ -66,14 +66,16 @@ class _CrossEntropy(torch.autograd.Function):
         logits, factor, label_probability, owned, index = ctx.saved_tensors
         rows, grad = logits.view(-1, logits.shape[-1]), grad.reshape(-1)
         rows[:, ctx.valid :] = 0.0
-        rows.mul_((factor * grad)[:, None])
+        scale = (factor * grad)[:, None]
+        for chunk in _chunks(rows):  # all at once, bf16 times fp32 would copy the logits
+            rows[chunk].mul_(scale[chunk])
         at_label = ((label_probability - 1.0) * grad).to(rows.dtype)
         rows.scatter_(1, index, torch.where(owned[:, None], at_label[:, None], rows.gather(1, index)))
         return logits, None, None, None
 
 
 def _locate(local: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Which labels [r], relative to this rank's first column, lie on this rank [r], and their columns [r, 1], else 0."""
+    """Which labels [r], relative to this rank's first column, lie on this rank [r]; their columns [r, 1], else 0."""
     owned = (local >= 0) & (local < valid)
     return owned, local.masked_fill(~owned, 0).unsqueeze(1)
 
@@ -82,19 +84,20 @@ def _softmax_rows(rows: Tensor, stored_scale: float | None) -> Tensor:
     """log(sum(exp)) of each row in fp32; replaces the rows by stored_scale * softmax, unless that is None."""
     log_sum = rows.new_full(rows.shape[:1], -torch.inf, dtype=torch.float32)
     for chunk in _chunks(rows):
-        softmax = torch.softmax(rows[chunk], -1, dtype=torch.float32)
+        exact = rows[chunk].float()
+        softmax = torch.softmax(exact, -1)
         # At the largest logit x, log(sum(exp)) = x - log(softmax): no second pass of exponentials.
-        log_sum[chunk] = rows[chunk].amax(-1) - softmax.amax(-1).log_()
+        log_sum[chunk] = exact.amax(-1) - softmax.amax(-1).log_()
         if stored_scale is not None:
             rows[chunk] = softmax if stored_scale == 1.0 else softmax.mul_(stored_scale)
     return log_sum
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Consecutive ranges of rows with about _CHUNK_ELEMENTS elements; none where a rank has padding alone."""
+    """Consecutive ranges of rows with about _CHUNK_ELEMENTS; none where a rank has padding alone."""
     if rows.shape[1] == 0:
         return
-    step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    step = max(1, _CHUNK_ELEMENTS[rows.device.type] // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 

@@ -70,11 +70,10 @@ def sharded_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter
 
 
 def mark(parameter: nn.Parameter, spec: ShardSpec) -> None:
-    """Attach the spec, and for split parameters the attribute by which DeepSpeed counts them once per shard."""
+    """Attach the spec, and to split parameters the attribute that DeepSpeed's gradient norms look for."""
     parameter.shard_spec = spec
     if spec.dim is not None:
-        parameter.tensor_model_parallel = True  # read by ZeRO and BF16_Optimizer in their gradient norms
-        parameter.model_parallel = True  # read by DeepSpeed's unfused and pipeline code for the same purpose
+        parameter.tensor_model_parallel = True  # a gradient norm without it counts the shard of one rank alone
 
 
 def take_slice(full: Tensor, spec: ShardSpec, tensor_rank: int, tensor_size: int) -> Tensor:

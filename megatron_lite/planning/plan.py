@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from megatron_lite.config.derived import (
@@ -46,6 +47,9 @@ def _layout(config: RunConfig) -> Iterator[str]:
     if parallel.offload_optimizer:
         extras.append("optimizer on the host")
     yield _row("how", ", ".join(extras))
+    counts = Counter(layers_per_stage(config.model.num_layers, grid.pipeline_parallel_size))
+    stages = [f"{count} stage{'s' if count > 1 else ''} of {layers}" for layers, count in counts.items()]
+    yield _row("layers", f"{config.model.num_layers} = {' + '.join(stages)}")
 
 
 def _batches(config: RunConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import deepspeed.ops
@@ -35,6 +36,13 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
 from megatron_lite.train.batches import normalise
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
+
+# What DeepSpeed would otherwise import and probe in every rank, done once, before a launcher forks. Its Muon, which
+# is not offered, is decorated with torch.compile, whose first use imports the whole compiler: 6 CPU-seconds a rank.
+with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda inner: inner)):
+    import deepspeed.runtime.zero.muon.muon_optimizer
+# The compiled shared-memory all-reduce only serves inference, and its build would hold up the start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -61,8 +69,6 @@ class Engine(ABC):
         """Called between the last reduction of a step and clipping."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
-        # The compiled shared-memory all-reduce only serves inference, and its build would hold up the start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     module: nn.Module
     deepspeed_engine: Any

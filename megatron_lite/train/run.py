@@ -18,7 +18,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.observe.console import Console, redirect_output
-from megatron_lite.observe.hardware import enable_fast_float32_matmul
+from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -66,6 +66,8 @@ def train(config: RunConfig, *, objective: str) -> None:
         prepared = load_prepared(prepared_folder(config), config)
         device = distributed.choose_device(config.launcher.device, environment)
         print(enable_fast_float32_matmul(device), flush=True)
+        if device.type == "cpu":
+            reuse_freed_memory()
         # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
         peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
         context = distributed.join(config, device, environment)

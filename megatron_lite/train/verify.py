@@ -39,9 +39,13 @@ class Trace:
 
 
 def synthetic_sample(index: int, config: RunConfig, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample `index`: tokens [s + 1], and loss weights [s] of which a share that differs by sample is zero."""
+    """Sample `index`: tokens [s + 1], and loss weights [s] of which a share that differs by sample is zero.
+
+    Token k is drawn in proportion to 1 / (k + 1), as words are, so that there is something to learn.
+    """
     generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + index)
-    tokens = torch.randint(0, vocab_size, (config.data.seq_length + 1,), generator=generator)
+    zipf = 1.0 / torch.arange(1, vocab_size + 1)
+    tokens = torch.multinomial(zipf, config.data.seq_length + 1, replacement=True, generator=generator)
     keep = torch.rand(config.data.seq_length, generator=generator) < (index % 5 + 1) / 6
     return tokens, keep.float()
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import deepspeed.runtime.zero.stage_1_and_2
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import megatron_lite.models.norms
@@ -17,25 +18,52 @@ import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.engine
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.models.gpt import gpt_layers
+from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.verify import Trace, trace_layout
+from megatron_lite.train.engine import build_engine
+from megatron_lite.train.verify import Trace, synthetic_batches, trace_layout
 
 
 def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
     """One rank of one layout; its stage's gradients."""
+    with planted(mutation):
+        return trace_layout(config, _context(config), vocab_size, num_steps)
+
+
+def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
+    """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
+    context = _context(config)
+    specs = gpt_layers(config.model, context, vocab_size=vocab_size, recompute=config.parallel.recompute)
+    batch_size = config.train.global_batch_size
+    engine = build_engine(config, context, specs, TokenLoss(context, vocab_size), global_batch_size=batch_size)
+    own = batch_size // (context.data_size * config.train.micro_batch_size)
+    records = []
+    for step in range(num_steps):
+        first = step * batch_size
+        before = engine.full_weights()
+        batches = synthetic_batches(first + context.data_rank * own * config.train.micro_batch_size, own, config, vocab_size)
+        result = engine.train_step(batches, first, 1e-3)
+        after = engine.full_weights()
+        changed = any(not torch.equal(before[name], after[name]) for name in before)
+        records.append((result.skipped, result.loss_scale, changed))
+    return records
+
+
+def _context(config: RunConfig) -> ParallelContext:
     parallel = config.parallel
     topology = Topology(
         parallel.data_parallel_size or 1, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     )
-    context = ParallelContext.build(
+    # DeepSpeed refuses fp16 on a CPU, where it is merely slow: the loss scaling can be tested all the same.
+    get_accelerator().is_fp16_supported = lambda: True
+    return ParallelContext.build(
         topology,
         device=torch.device("cpu"),
         sequence_parallel=parallel.sequence_parallel,
         seed=config.train.seed,
     )
-    with planted(mutation):
-        return trace_layout(config, context, vocab_size, num_steps)
 
 
 @contextmanager

@@ -56,13 +56,13 @@ MODELS = {
 
 
 def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> RunConfig:
-    """A tiny run with clipping that bites, uneven loss masks and four micro-batches or more."""
+    """A tiny run with clipping that bites, uneven loss masks and four micro-batches (two on each of two data ranks)."""
     config = RunConfig(
         model=MODELS[model],
         parallel=ParallelConfig(data_parallel_size=dp, tensor_parallel_size=tp, pipeline_parallel_size=pp, **parallel),
         data=Data(seq_length=16),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, clip_grad_norm=0.5),
-        train=TrainConfig(steps=NUM_STEPS, micro_batch_size=1, global_batch_size=8),
+        train=TrainConfig(steps=NUM_STEPS, micro_batch_size=2, global_batch_size=8),
     )
     return comparable(config)
 
@@ -156,7 +156,7 @@ def test_other_optimizers(optimizer: OptimizerName) -> None:
 
 def test_batch_ramp() -> None:
     config = run_config("gpt2", dp=2, pp=2)
-    ramp = replace(config.train.batch_ramp, start=2, increment=2, samples=12)
+    ramp = replace(config.train.batch_ramp, start=4, increment=4, samples=12)
     config = replace(config, train=replace(config.train, batch_ramp=ramp))
     what, difference = next(iter(differences(trace_twin(config, VOCAB_SIZE, NUM_STEPS), trace(config)).items()))
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
@@ -164,7 +164,7 @@ def test_batch_ramp() -> None:
 
 def test_batch_ramp_under_zero2() -> None:
     config = run_config("gpt2", dp=2, zero_stage=2)
-    ramp = replace(config.train.batch_ramp, start=2, increment=2, samples=12)
+    ramp = replace(config.train.batch_ramp, start=4, increment=4, samples=12)
     config = replace(config, train=replace(config.train, batch_ramp=ramp))
     what, difference = next(iter(differences(trace_twin(config, VOCAB_SIZE, NUM_STEPS), trace(config)).items()))
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"

@@ -1,4 +1,4 @@
-"""Our model against transformers at equal weights: logits and every gradient, on one rank and on two."""
+"""Our model against transformers at equal weights: logits and every gradient, on one rank and on two ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.models.hf import from_gpt2, from_llama
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_lite.parallel.sharding import join_slices, load_full_tensors, take_slice
+from megatron_lite.parallel.sharding import load_full_tensors, take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
 
-TOLERANCE = 1e-5  # largest absolute difference, fp32
+TOLERANCE = 1e-5  # largest difference, fp32; absolute for logits, a share of the largest entry for gradients
 VOCAB_SIZE = 301  # a prime: padded under every layout
 
 GPT2 = ModelConfig(
@@ -144,7 +144,7 @@ def test_one_rank_matches_transformers(case: str):
     _compare(logits[..., :VOCAB_SIZE], expected_logits)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        _compare(gradients[name][: gradient.shape[0]], gradient)
+        _compare(gradients[name][: gradient.shape[0]], gradient, gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -157,9 +157,8 @@ def test_two_tensor_parallel_ranks_match_transformers(case: str, sequence_parall
     specs = _specs(model)
     for name, gradient in expected.items():
         slices = [gradients[name] for _, gradients in ranks]
-        _compare(join_slices(slices, specs[name]), gradient)
-        for rank, part in enumerate(slices):  # also where each rank holds all of it
-            _compare(part, take_slice(gradient, specs[name], rank, 2))
+        for rank, part in enumerate(slices):
+            _compare(part, take_slice(gradient, specs[name], rank, 2), gradient.abs().max().item())
 
 
 def _specs(model: ModelConfig):
@@ -168,5 +167,5 @@ def _specs(model: ModelConfig):
     return {name: parameter.shard_spec for name, parameter in FlatModel(layers).named_parameters()}
 
 
-def _compare(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=TOLERANCE)
+def _compare(ours: Tensor, theirs: Tensor, unit: float = 1.0) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=TOLERANCE * unit)

@@ -15,7 +15,7 @@ def world_size_fits_layout(case: Case) -> Iterator[str]:
     given = case.world_size if case.world_size is not None else launcher.num_processes
     if given is None or not case.sound(*SIZES, "launcher.num_processes"):
         return
-    name = "launcher.num_processes" if given == launcher.num_processes else "world_size"
+    name = "launcher.num_processes" if case.world_size is None else "world_size"
     replica = ranks_per_replica(case.config)
     if given % replica and data is None:
         yield (
@@ -35,7 +35,12 @@ def _world_size_remedy(case: Case, given: int) -> str:
     counts = nearest_multiples(given, replica) if data is None else [data * replica]
     remedies = [f"{count} processes (dp={count // replica})" for count in counts]
     layouts = [
-        (abs(tensor - case.tensor) + abs(pipeline - case.pipeline), given // (tensor * pipeline), tensor, pipeline)
+        (
+            _distance(case, given // (tensor * pipeline), tensor, pipeline),
+            given // (tensor * pipeline),
+            tensor,
+            pipeline,
+        )
         for tensor in divisors(given)
         for pipeline in divisors(given // tensor)
         if case.model.num_attention_heads % tensor == 0 and pipeline <= case.model.num_layers
@@ -44,6 +49,12 @@ def _world_size_remedy(case: Case, given: int) -> str:
         _, data, tensor, pipeline = min(layouts)
         remedies.append(f"the layout dp={data} tp={tensor} pp={pipeline}")
     return ", or ".join(remedies)
+
+
+def _distance(case: Case, data: int, tensor: int, pipeline: int) -> tuple[int, int, int]:
+    """How far a layout lies from the one that was asked for; among equals tensor is kept, then data is the larger."""
+    off_tensor = abs(tensor - case.tensor)
+    return off_tensor + abs(pipeline - case.pipeline) + abs(data - case.data), off_tensor, -data
 
 
 def sequence_parallel_needs_tensor(case: Case) -> Iterator[str]:

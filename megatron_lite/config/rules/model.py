@@ -9,7 +9,7 @@ from megatron_lite.config.schema import PositionEmbedding
 
 
 def heads_divide_hidden(case: Case) -> Iterator[str]:
-    model = case.config.model
+    model = case.model
     if model.head_size is not None or not case.sound("model.num_attention_heads", "model.hidden_size"):
         return
     if model.hidden_size % model.num_attention_heads:
@@ -48,7 +48,7 @@ def tensor_divides_heads(case: Case) -> Iterator[str]:
 
 def tensor_divides_groups(case: Case) -> Iterator[str]:
     groups = case.model.num_query_groups
-    if groups is None or case.config.model.num_query_groups is None:
+    if groups is None or groups == case.model.num_attention_heads:
         return  # as many as heads: that rule speaks
     if case.sound(*SIZES, "model.num_query_groups") and groups % case.tensor:
         yield (

@@ -48,18 +48,19 @@ def _ramp_steps(full: int, start: int, increment: int, step: int) -> Iterator[st
     if start > full:
         yield f"{key}.start={start} is more than train.global_batch_size={full}; use at most {full}"
         return
-    for name, value in (("start", start), ("increment", increment)):
-        if value % step:
-            yield (
-                f"{key}.{name}={value} must be a multiple of train.micro_batch_size x data-parallel size = {step}; "
-                f"use {either(nearest_multiples(value, step))}"
-            )
+    uneven = [(name, value) for name, value in (("start", start), ("increment", increment)) if value % step]
+    for name, value in uneven:
+        yield (
+            f"{key}.{name}={value} must be a multiple of train.micro_batch_size x data-parallel size = {step}; "
+            f"use {either(nearest_multiples(value, step))}"
+        )
     if increment == 0:
         yield f"{key}.increment=0 must be positive while there is a ramp; use {step}"
-    elif (full - start) % increment:
+    elif not uneven and (full - start) % increment:
+        whole = [divisor for divisor in divisors(full - start) if divisor % step == 0]
         yield (
             f"{key}.increment={increment} must divide train.global_batch_size - {key}.start = {full} - {start} = "
-            f"{full - start}; use {either([d for d in divisors(full - start) if d % step == 0] or [full - start])}"
+            f"{full - start}; use {either(whole or [step])}"
         )
 
 
@@ -104,11 +105,14 @@ def loss_scale_minimum_is_lower(case: Case) -> Iterator[str]:
 
 
 def source_is_given(case: Case) -> Iterator[str]:
-    source = case.config.data.source
-    names = source if isinstance(source, list) else [source]
-    if not names or any(not isinstance(name, str) or not name for name in names):
-        shown = "null" if source is None else source
-        yield f"data.source={shown} names no text; give a file or a list of files, or use data.source=embedded"
+    data = case.config.data
+    for key, source in (("data.source", data.source), ("data.validation_source", data.validation_source)):
+        names = source if isinstance(source, list) else [source]
+        if key == "data.validation_source" and source is None:
+            continue
+        if not names or any(not isinstance(name, str) or not name for name in names):
+            shown = "null" if source is None else source
+            yield f"{key}={shown} names no text; give a file or a list of files, or use {key}=embedded"
 
 
 def something_is_held_out(case: Case) -> Iterator[str]:

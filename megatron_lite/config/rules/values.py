@@ -79,7 +79,7 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, message) of each value that is wrong whatever the others are."""
     tables: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (POSITIVE, lambda value: value >= 1, "must be at least 1; use 1 or more"),
-        (NOT_NEGATIVE, lambda value: 0 <= value < float("inf"), "must not be negative; use 0 or more"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < float("inf"), "must be a number of at least 0; use 0 or more"),
         (ABOVE_ZERO, lambda value: 0 < value < float("inf"), "must be a positive number; use a value above 0"),
         (FRACTIONS, lambda value: 0 <= value < 1, "must be at least 0 and less than 1; use a fraction such as 0.1"),
     )
@@ -87,7 +87,7 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key in keys:
             value = get_value(config, key)
             if value is not None and not is_right(value):
-                yield key, f"{key}={value:g} {text}"
+                yield key, f"{key}={value if isinstance(value, int) else format(value, 'g')} {text}"
     for key, choices in CHOICES.items():
         value = get_value(config, key)
         if value not in choices:

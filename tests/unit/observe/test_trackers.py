@@ -18,7 +18,7 @@ from megatron_lite.config.schema import RunConfig, WandbMode
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.metrics import read_metrics
 from megatron_lite.observe.trackers import Trackers, build_trackers, numbers
-from megatron_lite.observe.wandb_tracker import has_api_key, resolve_mode, run_id, without_secrets
+from megatron_lite.observe.wandb_tracker import WandbTracker, has_api_key, resolve_mode, run_id, without_secrets
 
 
 class Recorder:
@@ -118,6 +118,32 @@ def test_wandb_resumes_one_run_and_keeps_replayed_steps(tmp_path: Path, monkeypa
         assert folder.name.endswith(run_id(run_dir))
         rows.append(_wandb_history(next(folder.glob("*.wandb"))))
     assert rows == [[(1, 10.0), (2, 20.0), (3, 30.0)], [(2, 20.0), (3, 30.0), (4, 40.0)]]
+
+
+def test_without_a_network_wandb_goes_offline_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is there and a server that is not: the run goes on, and later figures still reach the folder."""
+    started = []
+
+    class FakeRun:
+        url = "https://wandb.example.org/run"
+
+        def define_metric(self, *arguments: Any, **keywords: Any) -> None: ...
+
+    def init(**arguments: Any) -> FakeRun:
+        started.append((arguments["mode"], arguments["resume"], arguments["id"]))
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return FakeRun()
+
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "init", init)
+    lines: list[str] = []
+    WandbTracker(tmp_path, mode="auto", project="p", name="n", config={}, report=lines.append)
+    identity = run_id(tmp_path)
+    assert started == [("online", "allow", identity), ("offline", None, identity)]
+    assert lines[0].startswith("wandb is not available (no route to host)")
+    assert "k" * 40 not in "".join(lines)
 
 
 def _wandb_history(path: Path) -> list[tuple[int, float]]:

@@ -1,0 +1,204 @@
+"""Run every comparison side by side and print figures, ratios and targets.
+
+    python -m benchmarks                        all parts, about six minutes on two cores
+    python -m benchmarks --parts fp32 grid      some of them
+    python -m benchmarks --vocab 50304          another vocabulary
+
+CPU-seconds with one thread per rank are the primary figure, because other work on the machine disturbs them least; wall
+time stands beside them. `--json FILE` keeps all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.report import Sample, Target, ratios, show_systems, show_targets
+from benchmarks.worker import Worker, worker_environment
+
+PARTS = ("fp32", "bf16", "grid", "start")
+# CPU-seconds of a `transformers` step, and tokens per CPU-second of Megatron-DeepSpeed at DP2 x TP2 x PP2, both
+# measured on one machine with this model; together they say what Megatron-DeepSpeed would do on this machine.
+REFERENCE_TRANSFORMERS_SECONDS = 1.229
+REFERENCE_GRID_TOKENS = 669.0
+SYSTEMS = {
+    "fp32": ("bare_torch", "engine", "transformers"),
+    "bf16": ("bare_torch", "engine", "transformers", "transformers_master"),
+}
+LABELS = {
+    "bare_torch": "bare torch loop, our layers",
+    "engine": "our engine, one rank",
+    "transformers": "transformers, plain loop",
+    "transformers_master": "transformers, bf16 weights + fp32 masters",
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    targets: list[Target] = []
+    results: dict[str, Any] = {"vocab_size": arguments.vocab}
+    for part in ("fp32", "bf16"):
+        if part in arguments.parts:
+            results[part] = _single(console, part, arguments, targets)
+    if "grid" in arguments.parts:
+        results["grid"] = _grid(console, arguments, targets)
+    if "start" in arguments.parts:
+        results["start"] = _start(console, arguments, targets)
+    show_targets(console, targets)
+    results["targets"] = [{**asdict(target), "met": target.met} for target in targets]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--turns", type=int, default=5, help="rounds of A B C A B C")
+    parser.add_argument("--steps", type=int, default=4, help="steps of one turn")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def _single(console: Console, precision: str, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
+    """One process and one thread each, taking turns."""
+    from benchmarks.shape import TOKENS_PER_STEP, Shape
+    from megatron_lite.config.schema import Precision
+
+    names = SYSTEMS[precision]
+    cpu, wall, peaks = _take_turns(names, precision, arguments)
+    flops, peak = Shape(arguments.vocab, Precision(precision)).flops_per_step(), max(peaks.values)
+    title = (
+        f"{precision}, vocabulary {arguments.vocab:,}, {TOKENS_PER_STEP:,} tokens a step, {flops / 1e9:.1f} GFLOP; "
+        f"GEMM peak of one thread {peak / 1e9:,.0f} GFLOP/s"
+    )
+    show_systems(
+        console,
+        title,
+        [(LABELS[name], cpu[name], wall[name], flops / cpu[name].median / peak) for name in names],
+    )
+    peers = [name for name in names if name.startswith("transformers")]
+    best = min(peers, key=lambda name: cpu[name].median)
+    overhead = ratios(cpu["engine"], cpu["bare_torch"])
+    speed = ratios(cpu[best], cpu["engine"])
+    limit = cpu[best].median * peak / flops
+    targets.append(
+        Target(
+            f"{precision}: engine overhead over the bare loop",
+            100 * (overhead.median - 1),
+            5,
+            at_most=True,
+            unit=" %",
+            note=f"turns {100 * (min(overhead.values) - 1):.1f} to {100 * (max(overhead.values) - 1):.1f} %",
+        )
+    )
+    targets.append(
+        Target(
+            f"{precision}: speed against {LABELS[best]}",
+            speed.median,
+            1.6 if precision == "fp32" else 1.2,
+            unit=" x",
+            note=f"turns {min(speed.values):.2f} to {max(speed.values):.2f}; {limit:.2f} would be all of the peak",
+        )
+    )
+    return {
+        "cpu_seconds": {name: cpu[name].values for name in names},
+        "wall_seconds": {name: wall[name].values for name in names},
+        "gemm_peak_flops": peaks.values,
+        "flops_per_step": flops,
+    }
+
+
+def _take_turns(
+    names: tuple[str, ...], precision: str, arguments: argparse.Namespace
+) -> tuple[dict[str, Sample], dict[str, Sample], Sample]:
+    """CPU-seconds and wall seconds of each system, and the GEMM peak measured between them."""
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    peaks: list[float] = []
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(name, precision, arguments.vocab)) for name in names]
+        for worker in workers:
+            worker.wait_until_ready()
+        for _ in range(arguments.turns):
+            peaks.append(workers[0].gemm_peak())
+            for worker in workers:
+                cost = worker.run(arguments.steps)
+                cpu[worker.name].append(cost.cpu_seconds)
+                wall[worker.name].append(cost.wall_seconds)
+    return (
+        {name: Sample.of(values) for name, values in cpu.items()},
+        {name: Sample.of(values) for name, values in wall.items()},
+        Sample.of(peaks),
+    )
+
+
+def _grid(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
+    """Eight ranks; transformers before and after them gives the speed of this machine in the same minutes."""
+    from benchmarks.grid import TOKENS
+
+    with Worker("transformers", "fp32", arguments.vocab) as peer:
+        peer.wait_until_ready()
+        peers = [peer.run(arguments.steps).cpu_seconds for _ in range(2)]
+        command = [sys.executable, "-m", "benchmarks.grid", "fp32", str(arguments.vocab), "3", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(), check=False)
+        if done.returncode:
+            raise RuntimeError(f"the 2x2x2 job failed:\n{done.stderr[-3000:]}")
+        peers += [peer.run(arguments.steps).cpu_seconds for _ in range(2)]
+    costs = json.loads(done.stdout)
+    cpu = Sample.of([cost["cpu_seconds"] for cost in costs])
+    wall = Sample.of([cost["wall_seconds"] for cost in costs])
+    kernel = Sample.of([cost["kernel_seconds"] for cost in costs])
+    machine = REFERENCE_TRANSFORMERS_SECONDS / Sample.of(peers).median
+    console.print(
+        f"\n[bold]DP2 x TP2 x PP2, fp32, {TOKENS:,} tokens a step[/bold]\n"
+        f"  CPU-s of all ranks  {cpu.text()}, of them in the kernel {kernel.text()}\n"
+        f"  wall s              {wall.text()}\n"
+        f"  tokens per CPU-s    {TOKENS / cpu.median:,.0f}\n  tokens per wall s   {TOKENS / wall.median:,.0f}\n"
+        f"  this machine runs transformers at {machine:.2f} of the speed of the reference machine\n"
+    )
+    targets.append(
+        Target(
+            "2x2x2: tokens per CPU-s",
+            TOKENS / cpu.median,
+            1.4 * REFERENCE_GRID_TOKENS * machine,
+            note=f"1.4 x {REFERENCE_GRID_TOKENS:.0f} of Megatron-DeepSpeed x {machine:.2f}",
+        )
+    )
+    return {
+        "cpu_seconds": cpu.values,
+        "kernel_seconds": kernel.values,
+        "wall_seconds": wall.values,
+        "tokens": TOKENS,
+        "transformers": peers,
+    }
+
+
+def _start(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
+    from benchmarks.start import seconds_to_first_step
+
+    cache_dir = Path(os.environ.get("BENCH_CACHE_DIR", "data"))
+    with tempfile.TemporaryDirectory(prefix="bench-start-") as name:
+        seconds_to_first_step(Path(name) / "prepare", cache_dir)
+        figures = [seconds_to_first_step(Path(name) / f"run{turn}", cache_dir) for turn in range(3)]
+    sample = Sample.of(figures)
+    console.print(f"\n[bold]Command to the end of the demo's first step, 8 local ranks[/bold]: {sample.text(1)} s\n")
+    targets.append(Target("launch to first step, 8 ranks", sample.median, 8, at_most=True, unit=" s"))
+    return {"seconds": sample.values}
+
+
+if __name__ == "__main__":
+    main()

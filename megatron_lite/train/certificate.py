@@ -1,0 +1,72 @@
+"""`python -m launch verify`: the equivalence certificate of a user's own model and layout on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_lite.config.derived import run_directory
+from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.data.vocabulary import planned_vocab_size
+from megatron_lite.errors import VerificationError
+from megatron_lite.observe.console import redirect_output
+from megatron_lite.train import distributed
+from megatron_lite.train.verify import (
+    TOLERANCE,
+    comparable,
+    differences,
+    gather_traces,
+    merge_stages,
+    trace_layout,
+    trace_twin,
+)
+
+NUM_STEPS = 5
+_SHOWN = 8
+
+
+def certify(config: RunConfig) -> None:
+    """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
+
+    Precision is set to fp32: half precision differs by its rounding, in every layout.
+
+    Raises:
+        VerificationError: something differs by more than the tolerance.
+    """
+    config = comparable(replace(config, train=replace(config.train, precision=Precision.fp32)))
+    environment = distributed.ProcessEnvironment.read()
+    console = redirect_output(run_directory(config), environment.rank)
+    try:
+        context = distributed.join(config, distributed.choose_device(config.launcher.device, environment), environment)
+        vocab_size = planned_vocab_size(config)
+        traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS))
+        if context.is_writer:
+            found = differences(trace_twin(config, vocab_size, NUM_STEPS), merge_stages(traces))
+            console.print(_text(config, found))
+            _require_equal(found)
+        distributed.leave()
+    finally:
+        console.restore()
+
+
+def _text(config: RunConfig, found: dict[str, float]) -> str:
+    parallel = config.parallel
+    gradients = sum(name.startswith("gradient of") for name in found)
+    rows = [f"  {difference:.1e}  {name}" for name, difference in list(found.items())[:_SHOWN]]
+    return "\n".join(
+        [
+            f"{config.model.name} on dp{parallel.data_parallel_size} x tp{parallel.tensor_parallel_size} x "
+            f"pp{parallel.pipeline_parallel_size}, ZeRO-{parallel.zero_stage}, against one rank without DeepSpeed:",
+            f"{gradients} raw gradients, losses and gradient norms of {NUM_STEPS} steps; tolerance {TOLERANCE:g}",
+            "largest relative differences",
+            *rows,
+        ]
+    )
+
+
+def _require_equal(found: dict[str, float]) -> None:
+    name, worst = next(iter(found.items()))
+    if not worst <= TOLERANCE:  # also when it is NaN
+        raise VerificationError(
+            f"{name} differs by {worst:.1e}, more than {TOLERANCE:g}: this layout does not compute what one rank does; "
+            "please report it with the printed table"
+        )

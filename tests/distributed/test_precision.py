@@ -1,0 +1,71 @@
+"""Half precision follows the fp32 curve, and fp16's loss scale does what it should."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from megatron_lite.config.schema import LossScaleConfig, Precision, RunConfig
+from megatron_lite.train.verify import trace_twin
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_ranks import fp16_scales_rank, layout_rank
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+
+NUM_STEPS = 20
+LAYOUTS = {
+    "dp2_pp2": (4, {"dp": 2, "pp": 2}),
+    "tp2": (2, {"tp": 2}),
+    "zero2_dp2": (2, {"dp": 2, "zero_stage": 2}),
+    "zero3_dp2": (2, {"dp": 2, "zero_stage": 3}),
+}
+
+
+def _config(layout: str, precision: Precision) -> RunConfig:
+    config = run_config("llama", **LAYOUTS[layout][1])
+    # A learning rate at which twenty steps move the loss by far more than the tolerance below.
+    optimizer = replace(config.optimizer, learning_rate=1e-2, min_learning_rate=1e-3)
+    train = replace(config.train, precision=precision, steps=NUM_STEPS, loss_scale=LossScaleConfig(initial_power=10))
+    return replace(config, optimizer=optimizer, train=train)
+
+
+def in_fp32(config: RunConfig) -> RunConfig:
+    return replace(config, train=replace(config.train, precision=Precision.fp32))
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_follows_fp32(layout: str, precision: Precision) -> None:
+    config = _config(layout, precision)
+    reference = trace_twin(in_fp32(config), VOCAB_SIZE, NUM_STEPS)
+    trace = run_ranks(layout_rank, LAYOUTS[layout][0], config, VOCAB_SIZE, NUM_STEPS, None)[0]
+    drop = reference.losses[0] - reference.losses[-1]
+    assert drop > 0.2, "the reference learned too little for the comparison to mean anything"
+    worst = max(abs(mine - theirs) for mine, theirs in zip(trace.losses, reference.losses, strict=True))
+    assert worst < 0.05 * drop
+
+
+def test_bf16_accumulates_gradients_in_fp32() -> None:
+    """The sum over 64 micro-batches: in bf16 it would lose what is below 1/256 of the running sum."""
+    config = _config("dp2_pp2", Precision.bf16)
+    config = replace(config, train=replace(config.train, global_batch_size=128, steps=1))
+    reference = trace_twin(in_fp32(config), VOCAB_SIZE, 1)
+    trace = run_ranks(layout_rank, 4, config, VOCAB_SIZE, 1, None)[0]
+    assert trace.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=5e-3)
+
+
+def test_fp16_overflow_skips_halves_and_regrows() -> None:
+    config = _config("dp2_pp2", Precision.fp16)
+    scale = LossScaleConfig(initial_power=28, window=4, hysteresis=1)
+    config = replace(config, train=replace(config.train, loss_scale=scale))
+    for records in run_ranks(fp16_scales_rank, 4, config, VOCAB_SIZE, NUM_STEPS):
+        skipped = [skipped for skipped, _, _ in records]
+        scales = [scale for _, scale, _ in records]
+        assert skipped[0], "a loss scale of 2^28 must overflow"
+        assert not all(skipped)
+        first_good = skipped.index(False)
+        assert all(later == earlier / 2 for earlier, later in pairwise(scales[:first_good]))
+        assert max(scales[first_good:]) > scales[first_good], "it never grew again"
+        changed = [weight_changed for _, _, weight_changed in records]
+        assert changed == [not skip for skip in skipped], "a skipped step changed the weights, or a good one did not"

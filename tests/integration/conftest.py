@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from tests.integration.runs import TINY
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings for a small real corpus: the help texts of Python's own `pydoc`, one document a topic."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "topics.jsonl"
+    text.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in topics.values()))
+    return [
+        f"data.source={text}",
+        "data.validation_fraction=0.1",
+        f"data.cache_dir={folder / 'prepared'}",
+    ]
+
+
+@pytest.fixture
+def tiny(corpus: list[str], tmp_path: Path) -> Callable[..., list[str]]:
+    """Words of a tiny run in a folder of its own: `tiny("name", *more)`."""
+
+    def words(name: str, *more: str) -> list[str]:
+        return [*TINY, *corpus, f"train.run_dir={tmp_path / name}", *more]
+
+    return words

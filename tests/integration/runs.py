@@ -1,0 +1,100 @@
+"""Real runs through the real front doors, on a corpus that is prepared once per session."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "data.seq_length=32",
+    "data.tokenizer_vocab_size=400",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.steps=12",
+    "train.eval_interval=6",
+    "train.eval_batches=1",
+    "train.save_interval=4",
+    "train.generate_tokens=4",
+    "optimizer.warmup_steps=2",
+    "tracking.plot=false",
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's process after its end."""
+
+    code: int
+    out: str
+    err: str
+
+    def require_success(self) -> Finished:
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(command: Sequence[str], *, timeout_seconds: float = 240.0, cwd: Path | None = None) -> Finished:
+    """Run a command to its end; it is ended with its children when it takes longer."""
+    process = start(command, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        end_tree(process.pid)
+        out, err = process.communicate()
+        raise AssertionError(f"{' '.join(command)} did not end in {timeout_seconds} s\n{out}\n{err}") from None
+    return Finished(process.returncode, out, err)
+
+
+def end_tree(pid: int) -> None:
+    """SIGKILL a process and all its descendants: torchrun's ranks are in sessions of their own."""
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def start(command: Sequence[str], cwd: Path | None = None) -> subprocess.Popen[str]:
+    """A command in a session of its own, so that it can be ended with all its ranks."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=cwd or REPOSITORY,
+        start_new_session=True,
+    )
+
+
+def launch(*words: str) -> list[str]:
+    return [sys.executable, "-m", "launch", "pretrain_gpt", *words]
+
+
+def losses(run_dir: Path) -> dict[int, Any]:
+    """The exact loss and gradient norm of every step."""
+    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in read_metrics(run_dir / METRICS_FILE)}

@@ -1,0 +1,93 @@
+"""A run that is killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import end_tree, launch, losses, run, start
+
+STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
+
+
+def _kill_at(step: int, command: list[str], run_dir: Path) -> None:
+    """SIGKILL the launcher and all ranks once `step` has been logged."""
+    process = start(command)
+    deadline = time.monotonic() + 200
+    while len(losses(run_dir)) < step:
+        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    end_tree(process.pid)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [("parallel=dp2_tp1_pp2", "fp32"), ("parallel=dp2_tp1_pp1", "bf16")],
+)
+def test_killed_run_resumes_bit_identically(
+    layout: str, precision: str, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = [layout, f"train.precision={precision}", *STEPS]
+    run(launch(*tiny("whole", *words))).require_success()
+    step = random.SystemRandom().randint(6, 36)
+    _kill_at(step, launch(*tiny("killed", *words)), tmp_path / "killed")
+    finished = run(launch(*tiny("killed", *words))).require_success()
+    assert "resuming after step" in finished.out, f"killed at step {step}"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), f"killed at step {step}"
+    assert len(losses(tmp_path / "whole")) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_resume_under_zero_2_and_3(zero_stage: int, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = ["parallel=dp2_tp1_pp1", f"parallel.zero_stage={zero_stage}", "optimizer.decay_steps=12"]
+    run(launch(*tiny("whole", *words))).require_success()
+    run(launch(*tiny("parts", *words, "train.steps=8"))).require_success()
+    run(launch(*tiny("parts", *words))).require_success()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_skipped(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = ["optimizer.decay_steps=12"]
+    run(launch(*tiny("whole", *words))).require_success()
+    run(launch(*tiny("run", *words, "train.steps=8"))).require_success()
+    newest = tmp_path / "run" / "checkpoints" / "step_00000008"
+    victim = max((path for path in newest.rglob("*.pt")), key=lambda path: path.stat().st_size)
+    with victim.open("r+b") as file:
+        file.truncate(victim.stat().st_size - 4)
+    finished = run(launch(*tiny("run", *words))).require_success()
+    assert "Skipping checkpoint step_00000008" in finished.out
+    assert "resuming after step 4" in finished.out
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_second_start_says_done_and_keeps_few_checkpoints(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = tiny("run", "train.save_interval=2")
+    run(launch(*words)).require_success()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    finished = run(launch(*words)).require_success()
+    assert "This run is done" in finished.out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000010", "step_00000012"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / kept[-1] / "manifest.json").read_text())
+    assert manifest["info"]["step"] == 12
+
+
+@pytest.mark.slow
+def test_other_layout_is_refused_with_the_way_round(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(launch(*tiny("run"))).require_success()
+    finished = run(launch(*tiny("run", "parallel=dp2_tp1_pp1")))
+    assert finished.code == 2
+    assert "parallel.data_parallel_size" in finished.err
+    assert "Traceback" not in finished.err

@@ -1,0 +1,199 @@
+"""Composition: words become typed values, and wrong words become one error that says what was meant."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
+from megatron_lite.config.schema import Decay, Precision
+from megatron_lite.errors import ConfigError
+
+
+def problems_of(*words: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain_gpt", list(words))
+    return caught.value.problems
+
+
+def test_presets_and_values_become_typed_fields() -> None:
+    config = compose(
+        "pretrain_gpt", ["model=llama_7b", "optimizer.learning_rate=1e-4", "train.precision=bf16", "train.steps=1e3"]
+    )
+    assert config.script == "pretrain_gpt"
+    assert config.model.ffn_hidden_size == 11008
+    assert config.model.norm_epsilon == 1e-6
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.train.precision is Precision.bf16
+    assert config.train.steps == 1000
+    assert isinstance(config.train.steps, int)
+
+
+def test_command_line_wins_over_experiment_wins_over_presets() -> None:
+    config = compose("pretrain_gpt", ["experiment=demo", "optimizer.warmup_steps=7", "model=llama_tiny"])
+    assert config.parallel.pipeline_parallel_size == 2  # the experiment's preset
+    assert config.optimizer.learning_rate == 1e-3  # the experiment's value over its preset's
+    assert config.optimizer.warmup_steps == 7
+    assert config.model.name == "llama_tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("dp3_tp1_pp2", (3, 1, 2)),
+        ("tp4", (1, 4, 1)),
+        ("dp2_pp2", (2, 1, 2)),
+        ("dp16_tp8_pp8", (16, 8, 8)),
+        ("single", (1, 1, 1)),
+    ],
+)
+def test_any_layout_has_a_name(name: str, sizes: tuple[int, int, int]) -> None:
+    parallel = compose("pretrain_gpt", [f"parallel={name}"]).parallel
+    assert (parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.pipeline_parallel_size) == sizes
+
+
+def test_lists_nulls_texts_groups_and_interpolations() -> None:
+    config = compose(
+        "pretrain_gpt",
+        [
+            "data.source=[a.txt,b.jsonl]",
+            "data.weights=[1,2.5]",
+            "parallel.data_parallel_size=null",
+            "train.generate_prompt='x = f('",
+            "train.batch_ramp={start:4,increment:4,samples:1e2}",
+            "tracking.wandb_name=${model.name}",
+            "optimizer.decay=linear",
+            "++train.seed=5",
+        ],
+    )
+    assert config.data.source == ["a.txt", "b.jsonl"]
+    assert config.data.weights == [1.0, 2.5]
+    assert config.parallel.data_parallel_size is None
+    assert config.train.generate_prompt == "x = f("
+    assert config.train.batch_ramp.samples == 100
+    assert config.tracking.wandb_name == "gpt_tiny"
+    assert config.optimizer.decay is Decay.linear
+    assert config.train.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("model.hiden_size=3", "model.hidden_size"),
+        ("hidden_size=3", "model.hidden_size"),
+        ("train.hidden_size=3", "model.hidden_size"),
+        ("trian.steps=3", "train.steps"),
+        ("train.batch_ramp.star=3", "train.batch_ramp.start"),
+        ("lr=3", "optimizer.learning_rate"),
+        ("parallel.tp=2", "parallel.tensor_parallel_size"),
+        ("modle=gpt_tiny", "model"),
+        ("train.batch_ramp={star:3}", "train.batch_ramp.start"),
+    ],
+)
+def test_unknown_key_names_the_nearest(word: str, meant: str) -> None:
+    key = "train.batch_ramp.star" if "{" in word else word.partition("=")[0]
+    assert problems_of(word) == [f"{key} is not a setting; did you mean {meant}?"]
+
+
+def test_key_like_nothing_gets_no_guess() -> None:
+    assert problems_of("zzzzzz=3") == ["zzzzzz is not a setting; megatron_lite/config/schema.py explains all of them"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.steps=abc", "train.steps=abc is not possible: train.steps must be an integer"),
+        ("train.steps=1.5", "train.steps=1.5 is not possible: train.steps must be an integer"),
+        ("train.steps=true", "train.steps=true is not possible: train.steps must be an integer"),
+        ("train.seed=null", "train.seed=null is not possible: train.seed must be an integer"),
+        ("model.vocab_size=x", "model.vocab_size=x is not possible: model.vocab_size must be an integer or null"),
+        (
+            "optimizer.decay=cos",
+            "optimizer.decay=cos is not possible: optimizer.decay must be one of constant, linear, cosine, "
+            "inverse_sqrt",
+        ),
+        ("data.weights=[a]", "data.weights=[a] is not possible: data.weights must be a list of numbers or null"),
+        (
+            "optimizer.learning_rate=fast",
+            "optimizer.learning_rate=fast is not possible: optimizer.learning_rate must be a number",
+        ),
+        ("tracking.plot=perhaps", "tracking.plot=perhaps is not possible: tracking.plot must be true or false"),
+        (
+            "train.loss_scale=3",
+            "train.loss_scale=3 is not possible: train.loss_scale is a group of settings; "
+            "set single values as train.loss_scale.KEY=VALUE",
+        ),
+        ("train.micro_batch_size=1,2", "train.micro_batch_size=1,2 names several values for one run; start one run for "
+         "each value"),
+        ("~model.name", "~model.name would remove a setting, which is not possible; set it to a value or to null"),
+        ("--foo=3", "--foo=3 is not an option; settings are written key=value, without dashes"),
+        ("train.steps", "'train.steps' has no value; settings are written key=value, such as train.steps=VALUE"),
+        ("hydra.run.dir=x", "hydra.run.dir is not a setting; Hydra only composes here. The run folder is "
+         "train.run_dir"),
+        ("model={hidden_size:3}", "model={...} names no preset; set single values as model.KEY=VALUE"),
+        (
+            "train.generate_prompt=a b(",
+            "train.generate_prompt=a b( cannot be read (extraneous input '(' expecting <EOF>); "
+            "quote a text with special characters: 'train.generate_prompt=\"a b(\"'",
+        ),
+        ("train.run_dir=${no.such}", "train.run_dir: Interpolation key 'no.such' not found"),
+    ],
+)  # fmt: skip
+def test_wrong_words(word: str, message: str) -> None:
+    assert problems_of(word) == [message]
+
+
+def test_unknown_preset_lists_the_choices() -> None:
+    (problem,) = problems_of("model=gpt_tinny")
+    options = ", ".join(preset_groups()["model"])
+    assert problem == f"model=gpt_tinny is not a preset; did you mean gpt_tiny? (choose one of {options})"
+
+
+def test_unknown_script_lists_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"^'pretrain_gtp' is not a script; did you mean pretrain_gpt\?"):
+        compose("pretrain_gtp", [])
+
+
+def test_all_wrong_words_are_reported_at_once() -> None:
+    found = problems_of("model.hiden_size=3", "train.steps=abc", "model=none", "train.micro_batch_size=2", "lr=1")
+    assert [problem.split(" ")[0] for problem in found] == ["model.hiden_size", "train.steps=abc", "model=none", "lr"]
+
+
+@pytest.fixture
+def own_conf(tmp_path: Path) -> Path:
+    return shutil.copytree(CONF_DIR, tmp_path / "conf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hiden_size: 3", "conf/model/mine.yaml: model.hiden_size is not a setting; did you mean model.hidden_size?"),
+        ("num_layers: many", "conf/model/mine.yaml: model.num_layers must be an integer: Value 'many' of type 'str' "
+         "could not be converted to Integer"),
+    ],
+)  # fmt: skip
+def test_mistake_in_a_preset_names_its_file(own_conf: Path, text: str, message: str) -> None:
+    (own_conf / "model" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain_gpt", ["model=mine"], own_conf)
+    assert caught.value.problems == [message]
+
+
+def test_preset_that_is_not_yaml(own_conf: Path) -> None:
+    (own_conf / "model" / "mine.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="conf/"):
+        compose("pretrain_gpt", ["model=mine"], own_conf)
+
+
+def test_composition_does_not_depend_on_the_folder_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = compose("pretrain_gpt", ["experiment=demo"])
+    monkeypatch.chdir(tmp_path)
+    assert compose("pretrain_gpt", ["experiment=demo"]) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_conf_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is missing; install megatron_lite from a checkout"):
+        available_scripts(tmp_path / "none")

@@ -1,0 +1,178 @@
+"""The frozen configuration: same content, same name; whole or absent; refused where it does not belong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config import frozen
+from megatron_lite.config.compose import compose, preset_groups
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
+
+
+def config_of(*words: str) -> RunConfig:
+    return resolve(compose("pretrain_gpt", list(words)), device="cpu")
+
+
+def trained(folder: Path, config: RunConfig) -> None:
+    """A folder as a run leaves it after its first step."""
+    freeze(config, folder)
+    (folder / "metrics.jsonl").write_text("{}\n")
+
+
+def test_file_is_named_by_its_content(tmp_path: Path) -> None:
+    path = freeze(config_of("experiment=demo"), tmp_path / "run")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path == tmp_path / "run" / f"config-{digest[:12]}.yaml"
+    assert freeze(config_of("experiment=demo"), tmp_path / "run") == path
+    assert freeze(config_of("experiment=demo", "train.seed=1"), tmp_path / "run") != path
+    assert [entry.name for entry in (tmp_path / "run").iterdir() if not entry.name.startswith("config-")] == []
+
+
+def test_same_settings_by_other_words_have_the_same_name() -> None:
+    by_name = config_of("parallel=dp2_tp2_pp2")
+    by_number = config_of("parallel.data_parallel_size=2", "parallel.tensor_parallel_size=2",
+                          "parallel.pipeline_parallel_size=2")  # fmt: skip
+    assert frozen.render(by_name) == frozen.render(by_number)
+
+
+@pytest.mark.parametrize("experiment", preset_groups()["experiment"])
+def test_round_trip(tmp_path: Path, experiment: str) -> None:
+    config = config_of(
+        f"experiment={experiment}",
+        "data.source=[a.txt,b/c.jsonl]",
+        "data.weights=[0.25,0.75]",
+        "train.generate_prompt='def f(x):\n    # 1e-4: yes'",
+        "optimizer.epsilon=1e-8",
+    )
+    assert load_frozen(freeze(config, tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  hiden_size: 3\n", "Key 'hiden_size' not in 'ModelConfig'"),
+        ("train:\n  steps: many\n", "Value 'many' of type 'str' could not be converted to Integer"),
+        ("a: [", "while parsing"),
+        ("\x00\x01", "special characters are not allowed"),
+        ("- 1\n", "Cannot merge DictConfig with ListConfig"),
+        ("", "script, model, parallel, data, optimizer, train, tracking, launcher, debug missing"),
+    ],
+)
+def test_load_is_strict(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_frozen(path)
+    assert str(caught.value).startswith(f"--config {path} is no frozen configuration: ")
+    assert message in str(caught.value)
+
+
+def test_load_of_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file or directory; give a config-\*\.yaml"):
+        load_frozen(tmp_path / "none.yaml")
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"train\.run_dir=.* cannot be written .*No space left on device"):
+        freeze(config_of(), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_folder_of_the_same_run_is_taken_again(tmp_path: Path) -> None:
+    config = config_of("train.steps=100")
+    check_run_folder(config, tmp_path / "new")
+    trained(tmp_path, config)
+    check_run_folder(config, tmp_path)
+    for word in (
+        "train.steps=500",
+        "train.save_interval=7",
+        "tracking=wandb",
+        "launcher=deepspeed",
+        "data.num_workers=1",
+        "debug=true",
+        "train.run_dir=elsewhere",
+    ):
+        check_run_folder(config_of("train.steps=100", word), tmp_path)
+
+
+def test_folder_of_another_run_is_refused_with_all_differences(tmp_path: Path) -> None:
+    trained(tmp_path, config_of())
+    name = next(tmp_path.glob("config-*.yaml")).name
+    with pytest.raises(ConfigError) as caught:
+        check_run_folder(config_of("model.num_layers=3", "optimizer.learning_rate=1e-3", "train.steps=7"), tmp_path)
+    assert caught.value.problems == [
+        f"train.run_dir={tmp_path} holds a run of another configuration ({name}): model.num_layers: 4 there, 3 now; "
+        "optimizer.learning_rate: 0.0003 there, 0.001 now. Give another train.run_dir, or repeat the earlier settings "
+        "to resume it"
+    ]
+
+
+def test_folder_with_a_checkpoint_counts_as_trained(tmp_path: Path) -> None:
+    freeze(config_of(), tmp_path)
+    (tmp_path / "checkpoints" / "step-10").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"model\.num_layers"):
+        check_run_folder(config_of("model.num_layers=3"), tmp_path)
+
+
+def test_folder_that_never_trained_is_free(tmp_path: Path) -> None:
+    """A first attempt that failed on its data must not forbid the corrected second one."""
+    freeze(config_of(), tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    check_run_folder(config_of("model.num_layers=3"), tmp_path)
+
+
+def test_the_configuration_that_ran_last_counts(tmp_path: Path) -> None:
+    first, second = config_of(), config_of("model.num_layers=3")
+    for config in (first, second, first):  # `first` is frozen again after `second`, which never trained
+        freeze(config, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    check_run_folder(first, tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.num_layers"):
+        check_run_folder(second, tmp_path)
+
+
+def test_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=rf"run_dir={tmp_path}/file/run cannot be a folder: {tmp_path}/file is a file"
+    ):
+        check_run_folder(config_of(), tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give up root to lose permissions")
+def test_run_folder_without_permission_as_root(tmp_path: Path) -> None:
+    """Root may write everywhere, so the check runs in a child that is nobody."""
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:3]:
+        parent.chmod(0o755)
+    config, pid = config_of(), os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        try:
+            check_run_folder(config, tmp_path / "run")
+        except ConfigError as error:
+            expected = f"train.run_dir={tmp_path / 'run'} cannot be written ({tmp_path}: Permission denied); give a"
+            os._exit(0 if str(error).startswith(expected) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_run_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied"):
+        check_run_folder(config_of(), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied"):
+        freeze(replace(config_of()), tmp_path / "run")

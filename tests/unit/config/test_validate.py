@@ -1,0 +1,328 @@
+"""Every rule, by its exact words."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.training import FP16_ON_CPU
+from megatron_lite.config.validate import RULES, problems, validate
+from megatron_lite.errors import ConfigError
+
+
+def problems_of(*words: str, world_size: int | None = None, device: str = "cpu") -> list[str]:
+    config = resolve(compose("pretrain_gpt", list(words)), device=device)
+    return problems(config, world_size)
+
+
+VIOLATIONS: dict[str, tuple[list[str], str]] = {
+    # ------------------------------------------------------------------------------------------ processes
+    "world size is no multiple": (
+        ["parallel=tp2", "parallel.pipeline_parallel_size=4", "parallel.data_parallel_size=null",
+         "launcher.num_processes=12"],
+        "launcher.num_processes=12 must be a multiple of tensor x pipeline = 2 x 4 = 8; use 8 processes (dp=1), or 16 "
+        "processes (dp=2), or the layout dp=2 tp=2 pp=3",
+    ),
+    "world size is not the layout's": (
+        ["parallel=dp2_tp2_pp2", "launcher.num_processes=4"],
+        "launcher.num_processes=4 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or the "
+        "layout dp=2 tp=2 pp=1",
+    ),
+    # ---------------------------------------------------------------------------------------------- model
+    "hidden and heads": (
+        ["model.hidden_size=130"],
+        "model.hidden_size=130 must be a multiple of model.num_attention_heads=4; use 128 or 132, or set "
+        "model.head_size",
+    ),
+    "odd rotary head": (
+        ["model=llama_tiny", "model.head_size=33"],
+        "model.head_size=33 must be even, since rotary positions turn pairs; use 32 or 34",
+    ),
+    "groups and heads": (
+        ["model.num_query_groups=3"],
+        "model.num_query_groups=3 must divide model.num_attention_heads=4; use 1, 2 or 4",
+    ),
+    "tensor and heads": (
+        ["model.num_attention_heads=16", "model.ffn_hidden_size=513", "parallel.tensor_parallel_size=3"],
+        "parallel.tensor_parallel_size=3 must divide model.num_attention_heads=16; use 1, 2, 4, 8 or 16",
+    ),
+    "tensor and groups": (
+        ["model.num_query_groups=2", "parallel.tensor_parallel_size=4"],
+        "parallel.tensor_parallel_size=4 must divide model.num_query_groups=2, since each rank holds whole groups; "
+        "use 1 or 2",
+    ),
+    "tensor and ffn": (
+        ["model.ffn_hidden_size=511", "parallel.tensor_parallel_size=2"],
+        "parallel.tensor_parallel_size=2 must divide model.ffn_hidden_size=511; set model.ffn_hidden_size to 510 or "
+        "512",
+    ),
+    "pipeline and layers": (
+        ["parallel.pipeline_parallel_size=8"],
+        "parallel.pipeline_parallel_size=8 is more than model.num_layers=4, so a stage would be empty; use 4 or fewer",
+    ),
+    "sequence and positions": (
+        ["data.seq_length=2048"],
+        "data.seq_length=2048 is longer than model.max_position_embeddings=1024; use at most 1024, or set "
+        "model.max_position_embeddings=2048",
+    ),
+    "tokenizer and vocabulary": (
+        ["model.vocab_size=5000"],
+        "data.tokenizer_vocab_size=8192 is more than model.vocab_size=5000; use at most 5000, or set "
+        "model.vocab_size=null",
+    ),
+    "vocabulary": (["model.vocab_size=0"], "model.vocab_size=0 must be at least 1; use 1 or more"),
+    "vocabulary padding": (
+        ["model.vocab_pad_multiple=0"],
+        "model.vocab_pad_multiple=0 must be at least 1; use 1 or more",
+    ),
+    # --------------------------------------------------------------------------------------------- layout
+    "sequence parallel without tensor": (
+        ["parallel.sequence_parallel=true"],
+        "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1, whose ranks share the sequence; set "
+        "parallel.sequence_parallel=false",
+    ),
+    "sequence parallel and sequence": (
+        ["parallel=tp4", "parallel.sequence_parallel=true", "data.seq_length=126"],
+        "data.seq_length=126 must be a multiple of parallel.tensor_parallel_size=4 with "
+        "parallel.sequence_parallel=true; use 124 or 128",
+    ),
+    "ZeRO-2 and pipeline": (
+        ["parallel=pp2", "parallel.zero_stage=2"],
+        "parallel.zero_stage=2 needs parallel.pipeline_parallel_size=1, not 2: a pipeline accumulates whole gradients "
+        "over its micro-batches; use parallel.zero_stage=1",
+    ),
+    "ZeRO-0 and bf16": (
+        ["parallel.zero_stage=0", "train.precision=bf16"],
+        "parallel.zero_stage=0 needs train.precision=fp32, not bf16: without ZeRO there are no right fp32 master "
+        "weights; use parallel.zero_stage=1",
+    ),
+    "ZeRO stage": (["parallel.zero_stage=4"], "parallel.zero_stage=4 is not known; use 0, 1, 2 or 3"),
+    "Adafactor and ZeRO": (
+        ["optimizer=adafactor", "parallel.zero_stage=1"],
+        "optimizer.name=adafactor needs parallel.zero_stage=0, not 1: ZeRO flattens parameters, so the rows and "
+        "columns that Adafactor factors are lost; use parallel.zero_stage=0 or optimizer.name=adamw",
+    ),
+    "Adafactor and bf16": (
+        ["optimizer=adafactor", "train.precision=bf16"],
+        "optimizer.name=adafactor needs train.precision=fp32, not bf16: it runs without ZeRO, which holds the fp32 "
+        "master weights; use train.precision=fp32 or optimizer.name=adamw",
+    ),
+    "offload and ZeRO-0": (
+        ["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
+        "parallel.offload_optimizer=true needs parallel.zero_stage >= 1, which owns the states that are moved; use "
+        "parallel.zero_stage=1",
+    ),
+    "offload and SGD": (
+        ["parallel.offload_optimizer=true", "optimizer=sgd"],
+        "parallel.offload_optimizer=true needs optimizer.name=adamw, not sgd: only Adam's arithmetic runs on the host; "
+        "set parallel.offload_optimizer=false",
+    ),
+    # ---------------------------------------------------------------------------------------------- batch
+    "global batch": (
+        ["parallel=dp2", "train.global_batch_size=36"],
+        "train.global_batch_size=36 must be a multiple of train.micro_batch_size x data-parallel size = 4 x 2 = 8; use "
+        "32 or 40",
+    ),
+    "ramp starts above": (
+        ["train.batch_ramp={start:64,increment:4,samples:10}"],
+        "train.batch_ramp.start=64 is more than train.global_batch_size=32; use at most 32",
+    ),
+    "ramp start": (
+        ["train.batch_ramp={start:6,increment:4,samples:10}"],
+        "train.batch_ramp.start=6 must be a multiple of train.micro_batch_size x data-parallel size = 4; use 4 or 8",
+    ),
+    "ramp increment": (
+        ["train.batch_ramp={start:8,increment:6,samples:10}"],
+        "train.batch_ramp.increment=6 must be a multiple of train.micro_batch_size x data-parallel size = 4; use 4 or "
+        "8",
+    ),
+    "ramp increment and batch": (
+        ["train.batch_ramp={start:8,increment:16,samples:10}"],
+        "train.batch_ramp.increment=16 must divide train.global_batch_size - train.batch_ramp.start = 32 - 8 = 24; use "
+        "4, 8, 12 or 24",
+    ),
+    "ramp without increment": (
+        ["train.batch_ramp={start:8,increment:0,samples:10}"],
+        "train.batch_ramp.increment=0 must be positive while there is a ramp; use 4",
+    ),
+    "ramp without samples": (
+        ["train.batch_ramp={start:8,increment:4}"],
+        "train.batch_ramp.samples=0 must be positive while there is a ramp; give the sequences that it lasts",
+    ),
+    "ramp without start": (
+        ["train.batch_ramp.increment=4"],
+        "train.batch_ramp.increment=4 has no effect while train.batch_ramp.start=0; give the first batch as "
+        "train.batch_ramp.start",
+    ),
+    # --------------------------------------------------------------------------------------- optimisation
+    "fp16 on a CPU": (
+        ["train.precision=fp16"],
+        "train.precision=fp16 does not run on a CPU; use train.precision=bf16",
+    ),
+    "loss scale power": (
+        ["train.loss_scale.initial_power=40"],
+        "train.loss_scale.initial_power=40 is more than 32; use 16",
+    ),
+    "loss scale minimum": (
+        ["train.loss_scale={initial_power:2,minimum:8}"],
+        "train.loss_scale.minimum=8 is more than the first scale 2^2; use at most 4",
+    ),
+    "loss scale window": (["train.loss_scale.window=0"], "train.loss_scale.window=0 must be at least 1; use 1 or more"),
+    "warm-up": (
+        ["optimizer.warmup_steps=300"],
+        "optimizer.warmup_steps=300 must be less than train.steps=300; use at most 299",
+    ),
+    "decay": (
+        ["optimizer.decay_steps=10"],
+        "optimizer.decay_steps=10 must be more than optimizer.warmup_steps=10, where the decay starts; use null for "
+        "train.steps",
+    ),
+    "minimum rate": (
+        ["optimizer.min_learning_rate=0.01"],
+        "optimizer.min_learning_rate=0.01 is more than optimizer.learning_rate=0.0003; use at most 0.0003",
+    ),
+    "rate": (
+        ["optimizer.learning_rate=0", "optimizer.min_learning_rate=0"],
+        "optimizer.learning_rate=0 must be a positive number; use a value above 0",
+    ),
+    "beta": (
+        ["optimizer.beta2=1"],
+        "optimizer.beta2=1 must be at least 0 and less than 1; use a fraction such as 0.1",
+    ),
+    "dropout": (
+        ["model.hidden_dropout=-0.1"],
+        "model.hidden_dropout=-0.1 must be at least 0 and less than 1; use a fraction such as 0.1",
+    ),
+    "not a number": (
+        ["optimizer.weight_decay=nan"],
+        "optimizer.weight_decay=nan must be a number of at least 0; use 0 or more",
+    ),
+    "steps": (["train.steps=0"], "train.steps=0 must be at least 1; use 1 or more"),
+    "interval": (["train.save_interval=-1"], "train.save_interval=-1 must be a number of at least 0; use 0 or more"),
+    "clipping": (["optimizer.clip_grad_norm=-1"], "optimizer.clip_grad_norm=-1 must be a number of at least 0; use 0 or more"),
+    "tensor size": (
+        ["parallel.tensor_parallel_size=0"],
+        "parallel.tensor_parallel_size=0 must be at least 1; use 1 or more",
+    ),
+    # ----------------------------------------------------------------------------------------------- data
+    "no source": (
+        ["data.source=null"],
+        "data.source=null names no text; give a file or a list of files, or use data.source=embedded",
+    ),
+    "source of validation": (
+        ["data.validation_source=[a.txt,5]"],
+        "data.validation_source=['a.txt', 5] names no text; give a file or a list of files, or use "
+        "data.validation_source=embedded",
+    ),
+    "nothing held out": (
+        ["data.validation_fraction=0"],
+        "data.validation_fraction=0 holds nothing out; use a fraction such as 0.02, or set data.validation_source",
+    ),
+    "number of weights": (
+        ["data.weights=[1,2]"],
+        "data.weights=[1.0, 2.0] has 2 numbers for 1 data.source; give one weight a source",
+    ),
+    "negative weight": (
+        ["data.source=[a,b]", "data.weights=[1,-2]"],
+        "data.weights=[1.0, -2.0] must be 0 or more and not all 0; give each source its share",
+    ),
+    "empty prompt": (
+        ["train.generate_prompt=''"],
+        "train.generate_prompt='' is empty; give the text that the sample starts from, or train.generate_tokens=0",
+    ),
+    # ------------------------------------------------------------------------------------------- launcher
+    "port": (
+        ["launcher.master_port=70000"],
+        "launcher.master_port=70000 is no port; use 1 to 65535, or null for a free one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_one_violation_gives_one_message(name: str) -> None:
+    words, message = VIOLATIONS[name]
+    assert problems_of(*words) == [message]
+
+
+def test_every_rule_has_a_case_above() -> None:
+    cases = [Case(resolve(compose("pretrain_gpt", words), device="cpu"), None) for words, _ in VIOLATIONS.values()]
+    silent = [rule.__name__ for rule in RULES if not any(message for case in cases for message in rule(case))]
+    assert silent == []
+
+
+def test_defaults_are_valid() -> None:
+    assert problems_of() == []
+
+
+def test_world_that_is_there() -> None:
+    """Under torchrun the number of processes is a fact, not a setting."""
+    config = compose("pretrain_gpt", ["parallel=dp2_tp2_pp2"])
+    assert problems(config, 8) == []
+    assert problems(config, 6) == [
+        "world_size=6 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or the layout dp=3 "
+        "tp=2 pp=1"
+    ]
+
+
+def test_unknown_device() -> None:
+    assert problems_of("launcher.device=gpu", device="gpu") == [
+        "launcher.device=gpu is not known; use auto, cpu or cuda"
+    ]
+
+
+def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems_of("train.precision=fp16", device="cuda") == []
+    monkeypatch.setenv(FP16_ON_CPU, "1")
+    assert problems_of("train.precision=fp16") == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parallel.zero_stage=0"],  # the fp32 reference, clipping included
+        ["parallel=zero3", "parallel.data_parallel_size=2", "parallel.tensor_parallel_size=2"],
+        ["parallel.offload_optimizer=true"],
+        ["model.num_query_groups=1"],
+        ["model.head_size=64"],
+        ["parallel.pipeline_parallel_size=3"],  # four layers on three stages: two, one, one
+        ["train.generate_prompt=''", "train.generate_tokens=0"],
+        ["optimizer.decay=constant", "optimizer.decay_steps=5"],
+        ["model.vocab_size=5000", "data.tokenizer=/some/folder"],
+        ["data.validation_fraction=0", "data.validation_source=held_out.txt"],
+        ["train.batch_ramp={start:8,increment:8,samples:100}"],
+        ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
+    ],
+)
+def test_what_is_allowed(words: list[str]) -> None:
+    assert problems_of(*words) == []
+
+
+def test_everything_at_once() -> None:
+    words = [
+        "parallel.tensor_parallel_size=3",
+        "parallel.pipeline_parallel_size=9",
+        "parallel.zero_stage=3",
+        "train.global_batch_size=33",
+        "data.seq_length=5000",
+        "optimizer.warmup_steps=900",
+        "train.precision=fp16",
+        "model.ffn_hidden_size=100",
+        "train.log_interval=0",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        validate(resolve(compose("pretrain_gpt", words), device="cpu"))
+    found = [problem.partition("=")[0] for problem in caught.value.problems]
+    assert found == [
+        "train.log_interval",
+        "parallel.tensor_parallel_size",
+        "parallel.tensor_parallel_size",
+        "parallel.pipeline_parallel_size",
+        "data.seq_length",
+        "parallel.zero_stage",
+        "train.global_batch_size",
+        "train.precision",
+        "optimizer.warmup_steps",
+    ]
+    assert str(caught.value) == "\n".join(caught.value.problems)

@@ -1,0 +1,153 @@
+"""The command line: errors and dry runs are light, complete and leave no trace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.frozen import freeze
+
+ROOT = Path(__file__).parents[3]
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pandas", "matplotlib", "wandb")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every command runs in an empty folder, which it must leave empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    """Lines on stderr of a command that must end with 2 and say nothing else."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["pretrain_gpt", "model.hiden_size=3"], 2),
+        (["pretrain_gpt", "parallel.tensor_parallel_size=3"], 2),
+        (["pretrain_gpt", "experiment=demo", "--dry-run"], 0),
+        (["pretrain_gpt", "experiment=gpt3_175b", "launcher=deepspeed", "--dry-run"], 0),
+        (["--help"], 0),
+    ],
+)
+def test_no_heavy_import(elsewhere: Path, argv: list[str], code: int) -> None:
+    program = (
+        "import sys; from launch.cli import main; code = main(sys.argv[1:]); "
+        f"print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert finished.returncode == code
+    assert finished.stderr.splitlines()[-1] == "", "imported although nothing is computed"
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = errors_of(capsys, "pretrain_gpt", "parallel.tensor_parallel_size=3", "train.global_batch_size=33")
+    assert lines == [
+        "error: parallel.tensor_parallel_size=3 must divide model.num_attention_heads=4; use 1, 2 or 4",
+        "error: parallel.tensor_parallel_size=3 must divide model.ffn_hidden_size=512; set model.ffn_hidden_size to "
+        "510 or 513",
+        "error: train.global_batch_size=33 must be a multiple of train.micro_batch_size x data-parallel size = 4 x 1 = "
+        "4; use 32 or 36",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of pretrain_gpt"),
+        (["model=gpt_tiny"], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of "
+         "pretrain_gpt"),
+        (["pretrain_gtp"], "error: 'pretrain_gtp' is not a script; did you mean pretrain_gpt? (choose one of "
+         "pretrain_gpt)"),
+        (["pretrain_gpt", "--dryrun"], "error: --dryrun is not an option; did you mean --dry-run?"),
+        (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --debug, --help; settings "
+         "are written key=value, without dashes"),
+        (["pretrain_gpt", "--config", "x.yaml"], "error: --config x.yaml names its script; leave out pretrain_gpt"),
+        (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
+         "folder"),
+        (["pretrain_gpt", "--config"], "error: --config needs a file: a config-*.yaml of a run folder"),
+        (["pretrain_gpt", "--config=x.yaml", "train.steps=3"], "error: --config x.yaml is complete; leave out "
+         "train.steps=3"),
+        (["pretrain_gpt", "launcher.device=cuda"], "error: launcher.device=cuda needs a GPU for each process and torch "
+         "sees none here; use launcher.device=cpu"),
+    ],
+)  # fmt: skip
+def test_wrong_command_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert errors_of(capsys, *argv) == [message]
+
+
+def test_traceback_only_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert errors_of(capsys, "pretrain_gpt", "lr=1") == [
+        "error: lr is not a setting; did you mean optimizer.learning_rate?"
+    ]
+    lines = errors_of(capsys, "pretrain_gpt", "lr=1", "--debug")
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "error: lr is not a setting; did you mean optimizer.learning_rate?"
+
+
+def test_folder_of_another_run_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    freeze(resolve(compose("pretrain_gpt", ["train.run_dir=run"]), device="cpu"), elsewhere / "run")
+    (elsewhere / "run" / "metrics.jsonl").write_text("{}\n")
+    (line,) = errors_of(capsys, "pretrain_gpt", "train.run_dir=run", "train.seed=1")
+    assert line.startswith("error: train.run_dir=run holds a run of another configuration (config-")
+    assert "train.seed: 1234 there, 1 now" in line
+
+
+def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    words = ["parallel=dp2_tp2_pp2", "launcher.device=cpu", "launcher.master_port=29123", "train.run_dir=run"]
+    assert main(["pretrain_gpt.py", *words, "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert lines[0] == "pretrain_gpt: gpt_tiny on 8 processes (cpu); dry run, nothing is started"
+    for expected in (
+        "world size       8 = 2 data x 2 tensor x 2 pipeline",
+        "batch            32 = 4 micro x 4 micro-batches x 2 data-parallel",
+        "vocabulary       8,192 padded to 8,192 = 4,096 rows x 2 tensor-parallel (multiple of 128)",
+        "  MASTER_PORT=29123",
+        "command of each rank, with RANK and LOCAL_RANK from 0 to 7, WORLD_SIZE=8",
+    ):
+        assert expected in lines
+    config_file = next(line.strip() for line in lines if line.startswith("  run/config-"))
+    assert lines[-1] == f"  {sys.executable} {ROOT / 'pretrain_gpt.py'} --config {config_file}"
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_frozen_configuration_repeats_its_run(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    config = resolve(compose("pretrain_gpt", ["parallel=dp2", "train.run_dir=run", "train.seed=7"]), device="cpu")
+    path = freeze(config, elsewhere / "run")
+    (elsewhere / "run" / "metrics.jsonl").write_text("{}\n")
+    assert main(["--config", str(path), "--dry-run"]) == 0
+    assert f"  run/{path.name}" in capsys.readouterr().out.splitlines(), "the same configuration, under the same name"
+
+
+def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--dry-run" in text
+    assert "gpt2_124m" in text

@@ -1,0 +1,206 @@
+"""What every entry script does around its own function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import entry
+from launch.entry import run_script
+from launch.environment import ERROR_FILE
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.frozen import freeze
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", ERROR_FILE,
+                  "TORCH_EXTENSIONS_DIR")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A process that nobody launched, in an empty folder, with no data to prepare; its environment is restored."""
+    before = dict(os.environ)
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "_make_ready", lambda config: None)
+    monkeypatch.setattr(entry, "SILENCE_SECONDS", 0.0)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Script:
+    """A main function that records the configuration it was called with, or raises."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.config: RunConfig | None = None
+
+    def __call__(self, config: RunConfig) -> None:
+        self.config = config
+        if self.error:
+            raise self.error
+
+
+def as_rank(rank: int, size: int, **more: str) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **more})
+
+
+def frozen_file(*words: str) -> Path:
+    config = resolve(compose("pretrain_gpt", list(words)), device="cpu")
+    return freeze(config, Path(str(config.train.run_dir)))
+
+
+def test_world_of_one_by_hand() -> None:
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.steps=20", "train.run_dir=run"]) == 0
+    assert script.config is not None
+    assert (script.config.train.steps, script.config.launcher.device) == (20, "cpu")
+    assert {name: os.environ[name] for name in RANK_VARIABLES[:4]} == {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"
+    }  # fmt: skip
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert os.environ["TORCH_EXTENSIONS_DIR"].startswith(str(Path("run").absolute()))
+
+
+def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.CaptureFixture[str]) -> None:
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2"]) == 2
+    assert script.config is None
+    assert capfd.readouterr().err == (
+        "error: pretrain_gpt.py was started as 1 process, but the layout needs 8 = 2 data x 2 tensor x 2 pipeline; "
+        "start it with `python -m launch pretrain_gpt ...` or `torchrun --nproc-per-node 8 pretrain_gpt.py ...`\n"
+    )
+
+
+def test_torchrun_decides_an_open_data_parallel_size() -> None:
+    as_rank(3, 8, LOCAL_WORLD_SIZE="8")
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["parallel=tp2", "parallel.data_parallel_size=null"]) == 0
+    assert script.config is not None
+    assert script.config.parallel.data_parallel_size == 4
+
+
+def test_too_few_processes_under_torchrun(capfd: pytest.CaptureFixture[str]) -> None:
+    as_rank(0, 4)
+    assert run_script(Script(), "pretrain_gpt", ["parallel=dp2_tp2_pp2"]) == 2
+    assert capfd.readouterr().err == (
+        "error: world_size=4 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or "
+        "the layout dp=2 tp=2 pp=1\n"
+    )
+
+
+def test_deepspeeds_name_for_the_local_size() -> None:
+    as_rank(1, 2, LOCAL_SIZE="2")
+    assert run_script(Script(), "pretrain_gpt", ["parallel=dp2"]) == 0
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_frozen_file_is_taken_as_it_is() -> None:
+    path = frozen_file("parallel=tp2", "train.run_dir=run")
+    as_rank(1, 2)
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["--config", str(path)]) == 0
+    assert script.config == resolve(compose("pretrain_gpt", ["parallel=tp2", "train.run_dir=run"]), device="cpu")
+
+
+def test_frozen_file_in_a_world_of_another_size(capfd: pytest.CaptureFixture[str]) -> None:
+    path = frozen_file("parallel=tp2", "train.run_dir=run")
+    as_rank(0, 3)
+    assert run_script(Script(), "pretrain_gpt", ["--config", str(path)]) == 2
+    assert "world_size=3 must be data x tensor x pipeline = 1 x 2 x 1 = 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_user_error_of_rank_0(capfd: pytest.CaptureFixture[str], debug: bool) -> None:
+    script = Script(ConfigError("train.x=3 is bad; use 4"))
+    words = ["train.run_dir=run", *(["--debug"] if debug else [])]
+    assert run_script(script, "pretrain_gpt", words) == 2
+    errors = capfd.readouterr().err
+    assert errors.endswith("error: train.x=3 is bad; use 4\n")
+    assert ("Traceback" in errors) is debug
+
+
+def test_user_error_of_another_rank_is_told_after_a_silence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait is what torchrun needs to end this rank, should rank 0 have told the same."""
+    as_rank(1, 2)
+    waited: list[float] = []
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    monkeypatch.setattr(entry, "SILENCE_SECONDS", 3.0)
+    assert run_script(Script(ConfigError("bad")), "pretrain_gpt", ["parallel=dp2"]) == 2
+    assert waited == [3.0]
+    assert capfd.readouterr().err == "error: bad\n"
+
+
+def test_user_error_under_our_launcher_goes_to_its_file_once(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.environ[ERROR_FILE] = str(tmp_path / "logs" / "error.txt")
+    path = frozen_file("parallel=dp2", "train.run_dir=run")
+    for rank, text in ((1, "first"), (0, "second")):
+        as_rank(rank, 2)
+        assert run_script(Script(ConfigError(text)), "pretrain_gpt", ["--config", str(path)]) == 2
+    assert (tmp_path / "logs" / "error.txt").read_text() == "error: first\n"
+    assert [entry.name for entry in (tmp_path / "logs").iterdir()] == ["error.txt"]
+    assert capfd.readouterr().err == ""
+
+
+def test_error_reaches_the_terminal_although_the_run_had_sent_stderr_to_a_log(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def redirect_and_fail(config: RunConfig) -> None:
+        log = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 2)
+        raise ConfigError("bad")
+
+    saved = os.dup(2)
+    try:
+        assert run_script(redirect_and_fail, "pretrain_gpt", ["train.run_dir=run"]) == 2
+    finally:
+        os.dup2(saved, 2)
+    assert capfd.readouterr().err == "error: bad\n"
+
+
+def test_failure_of_ours_goes_to_the_log_with_a_line_on_the_terminal(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "run" / "logs" / "rank-0.log"
+    log.parent.mkdir(parents=True)
+    assert run_script(Script(ValueError("broken layer")), "pretrain_gpt", ["train.run_dir=run"]) == 1
+    assert capfd.readouterr().err == ("error: rank 0 failed: ValueError: broken layer; see run/logs/rank-0.log\n")
+    assert log.read_text().startswith("Traceback (most recent call last):")
+    assert log.read_text().endswith("ValueError: broken layer\n")
+
+
+def test_failure_before_there_is_a_log_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_script(Script(ValueError("broken layer")), "pretrain_gpt", ["train.run_dir=run"]) == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("Traceback (most recent call last):")
+    assert errors.endswith("ValueError: broken layer\n")
+
+
+def test_ctrl_c_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_script(Script(KeyboardInterrupt()), "pretrain_gpt", ["train.run_dir=run"]) == 130
+    assert capfd.readouterr().err == ""
+
+
+def test_dry_run_of_a_script_is_that_of_the_launcher(capfd: pytest.CaptureFixture[str]) -> None:
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2", "--dry-run"]) == 0
+    assert script.config is None
+    assert "world size       8 = 2 data x 2 tensor x 2 pipeline" in capfd.readouterr().out
+    as_rank(1, 8)
+    assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2", "--dry-run"]) == 0
+    assert capfd.readouterr().out == "", "one rank speaks for all"
+
+
+def test_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_script(Script(), "pretrain_gpt", ["--help"]) == 0
+    assert capfd.readouterr().out.startswith("usage: python pretrain_gpt.py [SETTING ...]")
