@@ -94,8 +94,8 @@ def _start_ranks(body: Body, rank_envs: list[dict[str, str]]) -> Children:
     except OSError as error:
         ranks.end()
         raise LaunchError(
-            f"launcher.num_processes={len(rank_envs)}: only {len(ranks.pids)} could be started ({error.strerror}); use a "
-            "smaller layout, or raise the limits on processes and memory"
+            f"launcher.num_processes={len(rank_envs)}: only {len(ranks.pids)} could be started ({error.strerror}); use "
+            "a smaller layout, or raise the limits on processes and memory"
         ) from error
     return ranks
 

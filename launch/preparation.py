@@ -98,7 +98,7 @@ def _claim(lock: IO[str], run_dir: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         raise LaunchError(
-            f"train.run_dir={run_dir} is in use by process {lock.read().strip()}; wait for its end, or give another folder"
+            f"train.run_dir={run_dir} is in use by process {lock.read().strip()}; wait for it, or give another folder"
         ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))

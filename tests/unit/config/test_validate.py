@@ -201,7 +201,10 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "steps": (["train.steps=0"], "train.steps=0 must be at least 1; use 1 or more"),
     "interval": (["train.save_interval=-1"], "train.save_interval=-1 must be a number of at least 0; use 0 or more"),
-    "clipping": (["optimizer.clip_grad_norm=-1"], "optimizer.clip_grad_norm=-1 must be a number of at least 0; use 0 or more"),
+    "clipping": (
+        ["optimizer.clip_grad_norm=-1"],
+        "optimizer.clip_grad_norm=-1 must be a number of at least 0; use 0 or more",
+    ),
     "tensor size": (
         ["parallel.tensor_parallel_size=0"],
         "parallel.tensor_parallel_size=0 must be at least 1; use 1 or more",

@@ -157,7 +157,7 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     code, errors = finish(start("fork", tmp_path, "report", "parallel=tp2"))
     process.send_signal(signal.SIGTERM)
     finish(process)
-    expected = f"train.run_dir={tmp_path} is in use by process {process.pid}; wait for its end, or give another folder"
+    expected = f"train.run_dir={tmp_path} is in use by process {process.pid}; wait for it, or give another folder"
     assert (code, errors.splitlines()[-1].endswith(expected)) == (1, True), errors
     assert finish(start("fork", tmp_path, "report", "parallel=tp2")) == (0, "")
 
