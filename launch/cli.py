@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from launch.arguments import Arguments, parse, usage
 from launch.base import LaunchPlan
-from launch.machine import choose_device, choose_world_size, visible_gpus
+from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
 from launch.messages import show_error
 from launch.registry import LAUNCHERS
 from megatron_lite.config.compose import available_scripts, compose
@@ -51,6 +52,7 @@ def _launch(arguments: Arguments) -> int:
     if arguments.dry_run:
         print(plan_text(plan))
         return EXIT_OK
+    require_capacity(plan.num_processes, config.launcher.device)
     print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
     return launcher.run(plan)
 
@@ -119,6 +121,10 @@ def _vocab_size(config: RunConfig) -> int | None:
 def run() -> None:
     """The console entry."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:  # before there was anything to end
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `--dry-run | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

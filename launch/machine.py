@@ -16,6 +16,7 @@ from megatron_lite.errors import LaunchError
 # Below the ports that the system hands out for outgoing connections, so that none is taken between choice and use.
 PORTS = range(20000, 32000)
 PORT_ATTEMPTS = 100
+PROCESSES_PER_CORE = 16  # ranks on a CPU are for trying layouts out, so many may share a core
 DEVICES = Path("/dev")
 
 
@@ -81,6 +82,21 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
     if setting == "auto":
         return "cuda" if gpus >= num_processes else "cpu"
     return setting
+
+
+def require_capacity(num_processes: int, device: str) -> None:
+    """Refuse a layout of a cluster on one machine without GPUs, which could only exhaust its memory.
+
+    Raises:
+        LaunchError: more processes on the CPU than its cores could ever serve.
+    """
+    cores = os.cpu_count() or 1
+    limit = cores * PROCESSES_PER_CORE
+    if device == "cpu" and num_processes > limit:
+        raise LaunchError(
+            f"the layout needs {num_processes} processes, and this machine has no {num_processes} GPUs and only {cores} "
+            f"CPU cores; use a layout of at most {limit} processes, or --dry-run to see the plan"
+        )
 
 
 def free_port(address: str) -> int:

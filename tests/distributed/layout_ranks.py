@@ -43,7 +43,9 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
     for step in range(num_steps):
         first = step * batch_size
         before = engine.full_weights()
-        batches = synthetic_batches(first + context.data_rank * own * config.train.micro_batch_size, own, config, vocab_size)
+        batches = synthetic_batches(
+            first + context.data_rank * own * config.train.micro_batch_size, own, config, vocab_size
+        )
         result = engine.train_step(batches, first, 1e-3)
         after = engine.full_weights()
         changed = any(not torch.equal(before[name], after[name]) for name in before)

@@ -28,7 +28,12 @@ def test_every_violation_at_once_and_nothing_written(tiny: TinyWords, tmp_path: 
     words = tiny("run", "parallel=dp3_tp3_pp2", "parallel.zero_stage=2", "data.seq_length=4096")
     finished = run(launch(*words))
     assert finished.code == 2
-    for part in ("parallel.tensor_parallel_size=3", "parallel.zero_stage=2", "data.seq_length=4096", "global_batch_size"):
+    for part in (
+        "parallel.tensor_parallel_size=3",
+        "parallel.zero_stage=2",
+        "data.seq_length=4096",
+        "global_batch_size",
+    ):
         assert part in finished.err
     assert "Traceback" not in finished.err
     assert not (tmp_path / "run").exists()
@@ -45,7 +50,9 @@ def test_debug_shows_the_traceback(tiny: TinyWords) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"), [(b"", ("empty",)), (b"text\0\1\2" * 50, ("corpus.txt", "not UTF-8 text", "offset 4"))], ids=["empty", "binary"]
+    ("content", "parts"),
+    [(b"", ("empty",)), (b"text\0\1\2" * 50, ("corpus.txt", "not UTF-8 text", "offset 4"))],
+    ids=["empty", "binary"],
 )
 def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyWords, tmp_path: Path) -> None:
     source = tmp_path / "corpus.txt"

@@ -146,6 +146,21 @@ def test_frozen_configuration_repeats_its_run(capsys: pytest.CaptureFixture[str]
     assert f"  run/{path.name}" in capsys.readouterr().out.splitlines(), "the same configuration, under the same name"
 
 
+def test_reader_that_has_seen_enough_is_no_error() -> None:
+    command = (
+        f"{sys.executable} -m launch pretrain_gpt experiment=gpt3_175b --dry-run | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
+    assert (finished.stdout.splitlines()[1:], finished.stderr) == (["0"], "")
+
+
+def test_layout_that_this_machine_cannot_start(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    (line,) = errors_of(capsys, "pretrain_gpt", "experiment=gpt3_175b", "launcher.device=cpu")
+    assert line.startswith("error: the layout needs 3072 processes, and this machine has no 3072 GPUs and only ")
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

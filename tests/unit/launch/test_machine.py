@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
 from launch import machine
-from launch.machine import PORTS, choose_device, choose_world_size, free_port, visible_gpus
+from launch.machine import PORTS, choose_device, choose_world_size, free_port, require_capacity, visible_gpus
 from megatron_lite.config.compose import compose
 from megatron_lite.errors import LaunchError
 
@@ -95,6 +96,18 @@ def test_too_few_gpus(gpus: int, message: str) -> None:
     with pytest.raises(LaunchError) as caught:
         choose_device("cuda", 8, gpus)
     assert str(caught.value) == message
+
+
+def test_cluster_layout_is_refused_on_a_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    require_capacity(32, "cpu")
+    require_capacity(3072, "cuda")  # the GPUs have been counted already
+    with pytest.raises(LaunchError) as caught:
+        require_capacity(33, "cpu")
+    assert str(caught.value) == (
+        "the layout needs 33 processes, and this machine has no 33 GPUs and only 2 CPU cores; use a layout of at most "
+        "32 processes, or --dry-run to see the plan"
+    )
 
 
 def test_free_port_avoids_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
