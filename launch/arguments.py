@@ -10,6 +10,7 @@ from megatron_lite.config.keys import nearest
 from megatron_lite.errors import ConfigError
 
 FLAGS = ("--dry-run", "--debug", "--help")
+VERIFY_FLAG = "--verify"  # from `python -m launch verify` to the ranks that it starts
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Arguments:
     dry_run: bool = False
     debug: bool = False
     help: bool = False
+    verify: bool = False
+    """Certify the layout instead of training."""
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -35,6 +38,8 @@ def parse(argv: list[str]) -> Arguments:
         word = words.pop(0)
         if word == "--config" or word.startswith("--config="):
             arguments.config_file = Path(_value(word, words))
+        elif word == VERIFY_FLAG:
+            arguments.verify = True
         elif word in FLAGS or word == "-h":
             setattr(arguments, "help" if word == "-h" else word[2:].replace("-", "_"), True)
         elif word.startswith("--"):
@@ -77,6 +82,7 @@ settings
   parallel=dpD_tpT_ppP  any layout, such as parallel=dp2_tp2_pp2
 
 scripts: {", ".join(available_scripts())}
+`python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
 
 presets
 {groups}

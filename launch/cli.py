@@ -10,7 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.arguments import Arguments, parse, usage
+from launch import verification
+from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import LaunchPlan
 from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
 from launch.messages import show_error
@@ -42,13 +43,19 @@ def _launch(arguments: Arguments) -> int:
     if arguments.help:
         print(usage(PROGRAM))
         return EXIT_OK
+    if arguments.words[:1] == ["verify"]:
+        arguments = replace(arguments, words=arguments.words[1:], verify=True)
     config = resolve_for_this_machine(_typed(arguments))
+    if arguments.verify:
+        config = verification.in_own_folder(config)
     if arguments.debug:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
     check_run_folder(config, Path(config.train.run_dir))
-    launcher = LAUNCHERS[config.launcher.name]()
+    launcher = verification.LAUNCHER if arguments.verify else LAUNCHERS[config.launcher.name]()
     plan = launcher.plan(config)
+    if arguments.verify:
+        plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if arguments.dry_run:
         print(plan_text(plan))
         return EXIT_OK

@@ -57,7 +57,7 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
         _enter(config)
         if not arguments.config_file:
             _make_ready(config)
-        main_function(config)
+        (_certify if arguments.verify else main_function)(config)
     except MegatronLiteError as error:
         _tell(error_text(error, debug=debug), terminal)
         return EXIT_USER_ERROR
@@ -69,6 +69,12 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
     finally:
         os.close(terminal)
     return EXIT_OK
+
+
+def _certify(config: RunConfig) -> None:
+    from megatron_lite.train.certificate import certify  # seconds of imports
+
+    certify(config)
 
 
 def _rank() -> int:

@@ -121,7 +121,7 @@ def _warm_body(plan: LaunchPlan, modules: tuple[str, ...], preparation: Preparat
     script = _load_script(Path(plan.argv[1]))
     gc.collect()
     gc.freeze()  # else the ranks' collectors touch, and so copy, every page of the imported modules
-    return lambda: script.main(["--config", str(plan.frozen_config)])
+    return lambda: script.main(list(plan.argv[2:]))
 
 
 def _load_script(path: Path) -> ModuleType:

@@ -94,8 +94,8 @@ def require_capacity(num_processes: int, device: str) -> None:
     limit = cores * PROCESSES_PER_CORE
     if device == "cpu" and num_processes > limit:
         raise LaunchError(
-            f"the layout needs {num_processes} processes, and this machine has no {num_processes} GPUs and only {cores} "
-            f"CPU cores; use a layout of at most {limit} processes, or --dry-run to see the plan"
+            f"the layout needs {num_processes} processes, and this machine has no {num_processes} GPUs and only "
+            f"{cores} CPU cores; use a layout of at most {limit} processes, or --dry-run to see the plan"
         )
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.plot import plot_run
 from megatron_lite.observe.summary import RunSummary, show_summary
-
-COMMAND_VARIABLE = "MEGATRON_LITE_COMMAND"
-"""Set by whoever starts the ranks: the command as the user typed it."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -58,14 +56,18 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
             metrics=run_dir / METRICS_FILE,
             checkpoint=outcome.checkpoint,
             logs=run_dir / "logs",
-            command=_command(config),
+            command=_command(config, run_dir),
             note=_already_done(config) if outcome.already_done else "",
         ),
     )
 
 
-def _command(config: RunConfig) -> str:
-    return os.environ.get(COMMAND_VARIABLE, f"python -m launch {config.script} train.run_dir={config.train.run_dir}")
+def _command(config: RunConfig, run_dir: Path) -> str:
+    """Resumes the run, or says that it is done; the frozen file stands for whatever words led to it."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", "launch", "--config", str(frozen_path(config, run_dir))])
 
 
 def _already_done(config: RunConfig) -> str:

@@ -1,0 +1,23 @@
+"""`python -m launch verify`: the ranks of a run, started to certify their layout instead of training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from launch.local import LocalLauncher
+from megatron_lite.config.schema import RunConfig
+
+FOLDER_SUFFIX = "-verify"
+
+
+def in_own_folder(config: RunConfig) -> RunConfig:
+    """The configuration with a run folder beside that of the run, which a verification must not touch."""
+    assert config.train.run_dir is not None
+    return replace(config, train=replace(config.train, run_dir=config.train.run_dir + FOLDER_SUFFIX))
+
+
+def _no_data(config: RunConfig) -> None:
+    """Verification draws its samples itself."""
+
+
+LAUNCHER = LocalLauncher(warm_modules=("torch", "torch._dynamo", "megatron_lite.train.certificate"), prepare=_no_data)
