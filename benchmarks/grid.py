@@ -54,6 +54,7 @@ def _rank(rank: int, folder: Path, precision: str, vocab_size: int, turns: int, 
     from megatron_lite.models.gpt import gpt_layers
     from megatron_lite.objectives.causal_lm import TokenLoss
     from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
+    from megatron_lite.optim.batch_ramp import BatchStep
     from megatron_lite.parallel.context import ParallelContext
     from megatron_lite.parallel.topology import Topology
     from megatron_lite.train.engine import build_engine
@@ -83,7 +84,7 @@ def _rank(rank: int, folder: Path, precision: str, vocab_size: int, turns: int, 
         dist.barrier()
         before, wall = os.times(), time.perf_counter()
         for _ in range(num_steps):
-            loss = engine.train_step(batches, 0, 3e-4).loss
+            loss = engine.train_step(batches, BatchStep(0, GLOBAL_BATCH), 3e-4).loss
         dist.barrier()
         wall = time.perf_counter() - wall
         after = os.times()

@@ -18,6 +18,7 @@ from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
+from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
@@ -64,7 +65,7 @@ def engine(shape: Shape) -> Step:
     specs = gpt_layers(config.model, context, vocab_size=shape.vocab_size, recompute=Recompute.none)
     built = build_engine(config, context, specs, TokenLoss(context, shape.vocab_size), global_batch_size=MICRO_BATCH)
     batch = shape.batch()
-    return lambda: built.train_step([batch], 0, LEARNING_RATE).loss
+    return lambda: built.train_step([batch], BatchStep(0, MICRO_BATCH), LEARNING_RATE).loss
 
 
 def transformers_autocast(shape: Shape) -> Step:

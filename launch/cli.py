@@ -26,6 +26,7 @@ from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, Megatron
 from megatron_lite.planning.plan import describe
 
 INTERRUPTED = 130  # 128 + SIGINT
+SHOW_CURSOR = "\x1b[?25h"
 PROGRAM = "python -m launch SCRIPT"
 
 
@@ -61,7 +62,11 @@ def _launch(arguments: Arguments) -> int:
         return EXIT_OK
     require_capacity(plan.num_processes, config.launcher.device)
     print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
-    return launcher.run(plan)
+    try:
+        return launcher.run(plan)
+    finally:
+        if sys.stdout.isatty():  # the progress bar hides the cursor, and a rank that is killed cannot show it again
+            print(SHOW_CURSOR, end="", flush=True)
 
 
 def _typed(arguments: Arguments) -> RunConfig:

@@ -40,5 +40,9 @@ class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
 
 
+class TrainingError(MegatronLiteError):
+    """Training cannot go on with these settings."""
+
+
 class VerificationError(MegatronLiteError):
     """A layout does not compute what one rank computes."""

@@ -56,6 +56,10 @@ class CheckpointInfo:
         ]
 
 
+def checkpoint_name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
+
+
 def save(engine: Saveable, checkpoints: Path, info: CheckpointInfo, *, keep_last: int) -> Path:
     """Write one checkpoint, then drop the older ones beyond `keep_last` (0 = keep all). A collective of all ranks.
 
@@ -64,21 +68,25 @@ def save(engine: Saveable, checkpoints: Path, info: CheckpointInfo, *, keep_last
     Raises:
         CheckpointError: the files cannot be written.
     """
-    final = checkpoints / f"{_PREFIX}{info.step:08d}"
+    final = checkpoints / checkpoint_name(info.step)
     temporary = checkpoints / f".{final.name}.incomplete"
     is_writer = dist.get_rank() == 0
-    if is_writer:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        try:
+    try:
+        if is_writer:
+            for leftover in checkpoints.glob(f".{_PREFIX}*"):  # of a save or a removal that was killed
+                shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{temporary} cannot be created: {error.strerror}; check train.run_dir") from error
-    dist.barrier()
-    engine.save(temporary, STATE_TAG)
-    dist.barrier()  # every rank's files are closed
-    if is_writer:
-        _publish(temporary, final, info)
-        _prune(checkpoints, keep_last)
+        dist.barrier()
+        engine.save(temporary, STATE_TAG)
+        dist.barrier()  # every rank's files are closed
+        if is_writer:
+            _publish(temporary, final, info)
+            _prune(checkpoints, info.step, keep_last)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise CheckpointError(
+            f"{final} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
+            "from the last complete checkpoint"
+        ) from error
     dist.barrier()
     return final
 
@@ -88,7 +96,7 @@ def newest_complete(checkpoints: Path, report: Callable[[str], None]) -> tuple[P
     for folder in sorted(checkpoints.glob(f"{_PREFIX}*"), reverse=True):
         problem = verify(folder)
         if problem is None:
-            return folder, CheckpointInfo(**_read_manifest(folder)["info"])
+            return folder, _read_info(folder)
         report(f"Skipping checkpoint {folder.name}: {problem}")
     return None
 
@@ -96,10 +104,11 @@ def newest_complete(checkpoints: Path, report: Callable[[str], None]) -> tuple[P
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        manifest = _read_manifest(folder)
-    except (OSError, ValueError) as error:
+        files = _read_manifest(folder)["files"]
+        _read_info(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({error})"
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -136,21 +145,32 @@ def _publish(temporary: Path, final: Path, info: CheckpointInfo) -> None:
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"info": asdict(info), "files": files}, indent=1))
     _sync(manifest)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, which the resume skipped
+    for folder in (path for path in temporary.rglob("*") if path.is_dir()):
+        _sync(folder)
+    _sync(temporary)
+    if final.exists():
+        shutil.rmtree(final)  # a damaged one of the same step, which the resume skipped
     temporary.rename(final)
     _sync(final.parent)
 
 
-def _prune(checkpoints: Path, keep_last: int) -> None:
-    if keep_last:
-        for folder in sorted(checkpoints.glob(f"{_PREFIX}*"))[:-keep_last]:
+def _prune(checkpoints: Path, step: int, keep_last: int) -> None:
+    """Drop what is older than the `keep_last` newest, and what is newer than `step`: it was damaged and passed over."""
+    folders = sorted(checkpoints.glob(f"{_PREFIX}*"))
+    valid = [folder for folder in folders if folder.name <= checkpoint_name(step)]
+    kept = valid[-keep_last:] if keep_last else valid
+    for folder in folders:
+        if folder not in kept:
             # Out of sight first: a removal that is cut short must not leave a folder that looks whole.
-            doomed = folder.rename(folder.with_name(f".{folder.name}.removing"))
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removing")))
 
 
 def _read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
+
+
+def _read_info(folder: Path) -> CheckpointInfo:
+    return CheckpointInfo(**_read_manifest(folder)["info"])
 
 
 def _hash(path: Path) -> str:

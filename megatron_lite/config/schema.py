@@ -205,7 +205,7 @@ class LossScaleConfig:
     """Steps without overflow after which the scale doubles."""
     hysteresis: int = 2
     """Overflows before the scale halves."""
-    minimum: float = 1.0
+    minimum: int = 1
 
 
 @dataclass

@@ -6,6 +6,7 @@ q query heads of one group (n = g q), d head size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.parallel.rng import DropoutKey
+
+_LONGEST_SHORT_SEQUENCE = 512
+"""Up to here `short_causal_attention` serves CPUs. Forward and backward in ms, one Zen 4 thread, 6 heads of 64, by
+scaled_dot_product_attention -> by it: fp32 16 -> 6 at 4 x 128 tokens, 31 -> 18 at 4 x 256, 126 -> 62 at 4 x 512,
+128 -> 102 at 2 x 1024; bf16 13 -> 6, 26 -> 17, 83 -> 54, 115 -> 101. It keeps the probabilities, 4 n s^2 bytes of each
+sample, so beyond 512 the little that is left to gain is not worth the memory."""
+
+_QUERY_BLOCK = 128
 
 
 class Attention(nn.Module):
@@ -76,11 +85,75 @@ class Attention(nn.Module):
         """softmax(causal(query key^T / sqrt(d))) value: [b, n, s, d]; key_heads and value are [b, g, s, d]."""
         grouped = self.heads_per_group > 1
         if key is None or self.dropout == 0.0:
+            if query.device.type == "cpu" and query.shape[2] <= _LONGEST_SHORT_SEQUENCE:
+                return short_causal_attention(query, key_heads, value)
             return F.scaled_dot_product_attention(query, key_heads, value, is_causal=True, enable_gqa=grouped)
         with self.context.rng.tensor_parallel(key, "attention"):
             return F.scaled_dot_product_attention(
                 query, key_heads, value, is_causal=True, enable_gqa=grouped, dropout_p=self.dropout
             )
+
+
+def short_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(causal(query key^T / sqrt(d))) value of short sequences on a CPU, in fp32 whatever the type.
+
+    torch's own CPU kernel walks such sequences in small tiles and reaches a fifth of the speed of a matrix product.
+    This takes blocks of queries against all keys up to the block's end, so half of the masked scores are never made.
+
+    Args:
+        query: [b, n, s, d].
+        key, value: [b, g, s, d].
+    Returns:
+        [b, n, s, d]
+    """
+    return _ShortCausalAttention.apply(query, key, value)
+
+
+class _ShortCausalAttention(torch.autograd.Function):
+    """With P = softmax(S) and out = P V: dV = P^T dout, dP = dout V^T, dS = P (dP - sum(P dP)) (arXiv 2205.14135, B.2).
+
+    The q query heads of a group are rows of one product: [b g, q l, d] against [b g, ., d], for l queries of a block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        scale = query.shape[-1] ** -0.5
+        keys, values = (part.flatten(0, 1).to(exact) for part in (key, value))  # [b g, s, d]
+        queries = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1).to(exact) * scale  # [b g, q, s, d]
+        out = torch.empty_like(queries)
+        probabilities = []
+        for start, stop in _query_blocks(queries.shape[2]):
+            rows = queries[:, :, start:stop].flatten(1, 2)  # [b g, q l, d]
+            scores = rows @ keys[:, :stop].transpose(1, 2)  # [b g, q l, stop]
+            future = scores.new_full((stop - start, stop - start), -math.inf).triu_(1)
+            scores.unflatten(1, (-1, stop - start))[..., start:] += future
+            probabilities.append(torch.softmax(scores, -1))
+            out[:, :, start:stop] = (probabilities[-1] @ values[:, :stop]).unflatten(1, (-1, stop - start))
+        ctx.save_for_backward(queries, keys, values, *probabilities)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
+        return out.view(query.shape).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        queries, keys, values, *probabilities = ctx.saved_tensors
+        grads = grad.reshape(queries.shape).to(queries.dtype)  # [b g, q, s, d]
+        grad_queries, grad_keys, grad_values = (torch.zeros_like(part) for part in (queries, keys, values))
+        for (start, stop), probability in zip(_query_blocks(queries.shape[2]), probabilities, strict=True):
+            rows, grad_rows = (part[:, :, start:stop].flatten(1, 2) for part in (queries, grads))  # [b g, q l, d]
+            grad_values[:, :stop].baddbmm_(probability.transpose(1, 2), grad_rows)
+            weighted = (grad_rows @ values[:, :stop].transpose(1, 2)).mul_(probability)  # P dP
+            grad_scores = weighted.addcmul_(probability, weighted.sum(-1, keepdim=True), value=-1)
+            grad_queries[:, :, start:stop] = (grad_scores @ keys[:, :stop]).unflatten(1, (-1, stop - start))
+            grad_keys[:, :stop].baddbmm_(grad_scores.transpose(1, 2), rows)
+        query_shape, key_shape = ctx.shapes
+        parts = ((grad_queries.mul_(ctx.scale), query_shape), (grad_keys, key_shape), (grad_values, key_shape))
+        return tuple(part.view(shape).to(grad.dtype) for part, shape in parts)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK)]
 
 
 class _SplitHeads(torch.autograd.Function):

@@ -6,7 +6,6 @@ import bisect
 from dataclasses import dataclass
 
 from megatron_lite.config.schema import BatchRampConfig, TrainConfig
-from megatron_lite.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,56 +35,20 @@ class BatchSchedule:
 
     Steps and samples count from 0; sizes are in sequences.
 
-    Raises:
-        ConfigError: the ramp does not lead from `start` to the full batch.
+    The validation of the configuration has seen that the ramp leads from `start` to the full batch.
     """
 
     def __init__(self, train: TrainConfig) -> None:
         self.stages = _stages(train.batch_ramp, train.global_batch_size)
         self._first_steps = [stage.first_step for stage in self.stages]
-        self._first_samples = [stage.first_sample for stage in self.stages]
 
     def at(self, step: int) -> BatchStep:
         stage = self.stages[bisect.bisect_right(self._first_steps, step) - 1]
         first_sample = stage.first_sample + (step - stage.first_step) * stage.global_batch_size
         return BatchStep(first_sample, stage.global_batch_size)
 
-    def samples_before(self, step: int) -> int:
-        """Sequences that steps 0 .. step - 1 consume; times seq_length it is the number of tokens."""
-        return self.at(step).first_sample
-
-    def step_of_sample(self, sample: int) -> int:
-        """The step that consumes the given global sample: `samples_before(s) <= sample < samples_before(s + 1)`."""
-        stage = self.stages[bisect.bisect_right(self._first_samples, sample) - 1]
-        return stage.first_step + (sample - stage.first_sample) // stage.global_batch_size
-
-
-def ramp_problems(ramp: BatchRampConfig, global_batch_size: int) -> list[str]:
-    """What is wrong with a ramp, in the words of the configuration; empty when nothing is."""
-    if ramp.start == 0:
-        return []
-    problems = []
-    if not 0 < ramp.start <= global_batch_size:
-        problems.append(
-            f"train.batch_ramp.start={ramp.start} must lie between 1 and train.global_batch_size={global_batch_size}; "
-            "use 0 for no ramp"
-        )
-    if ramp.increment <= 0:
-        problems.append(f"train.batch_ramp.increment={ramp.increment} must be positive when batch_ramp.start is set")
-    elif (global_batch_size - ramp.start) % ramp.increment:
-        problems.append(
-            f"train.batch_ramp.increment={ramp.increment} must divide train.global_batch_size - train.batch_ramp.start"
-            f"={global_batch_size - ramp.start}"
-        )
-    if ramp.samples < 0:
-        problems.append(f"train.batch_ramp.samples={ramp.samples} must not be negative; use 0 for no ramp")
-    return problems
-
 
 def _stages(ramp: BatchRampConfig, global_batch_size: int) -> list[BatchStage]:
-    problems = ramp_problems(ramp, global_batch_size)
-    if problems:
-        raise ConfigError(problems)
     stages: list[BatchStage] = []
     step = sample = 0
     if ramp.start:

@@ -13,21 +13,8 @@ from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.loop import StepRecord, Trainer
 
 
-class Quiet:
-    """A callback that does nothing; the others override what they need."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this attempt."""
-
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """After every step."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """After the last step."""
-
-
 @dataclass
-class Report(Quiet):
+class Report:
     """Step figures to metrics.jsonl and the other trackers, and to the progress bar."""
 
     trackers: Trackers
@@ -67,7 +54,7 @@ class Report(Quiet):
 
 
 @dataclass
-class Validate(Quiet):
+class Validate:
     """Validation loss at intervals and at the end."""
 
     trackers: Trackers
@@ -85,7 +72,7 @@ class Validate(Quiet):
 
 
 @dataclass
-class Save(Quiet):
+class Save:
     """Checkpoints at intervals and at the end."""
 
     trackers: Trackers
@@ -99,5 +86,4 @@ class Save(Quiet):
         folder = native.save(
             trainer.engine, self.checkpoints, self.info.at_step(record.step), keep_last=train.keep_last
         )
-        trainer.summary["checkpoint"] = folder
         self.trackers.event("save", record.step, {"folder": folder.name})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_lite.config.derived import run_directory
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.derived import data_parallel_size, run_directory
+from megatron_lite.config.schema import BatchRampConfig, Precision, RunConfig
 from megatron_lite.data.vocabulary import planned_vocab_size
 from megatron_lite.errors import VerificationError
 from megatron_lite.observe.console import redirect_output
@@ -15,37 +15,48 @@ from megatron_lite.train.verify import (
     comparable,
     differences,
     gather_traces,
-    merge_stages,
     trace_layout,
     trace_twin,
 )
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 _SHOWN = 8
 
 
 def certify(config: RunConfig) -> None:
     """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
 
-    Precision is set to fp32: half precision differs by its rounding, in every layout.
+    Precision is set to fp32: half precision differs by its rounding, in every layout. The batch is two sequences
+    on each data-parallel rank, in two micro-batches: one process computes it all again while the others wait.
 
     Raises:
         VerificationError: something differs by more than the tolerance.
     """
-    config = comparable(replace(config, train=replace(config.train, precision=Precision.fp32)))
+    config = _small(comparable(config))
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(run_directory(config), environment.rank)
     try:
         context = distributed.join(config, distributed.choose_device(config.launcher.device, environment), environment)
         vocab_size = planned_vocab_size(config)
-        traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS))
+        traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS), context)
         if context.is_writer:
-            found = differences(trace_twin(config, vocab_size, NUM_STEPS), merge_stages(traces))
+            found = differences(trace_twin(config, vocab_size, NUM_STEPS, context.device), traces)
             console.print(_text(config, found))
             _require_equal(found)
         distributed.leave()
     finally:
         console.restore()
+
+
+def _small(config: RunConfig) -> RunConfig:
+    train = replace(
+        config.train,
+        precision=Precision.fp32,
+        micro_batch_size=1,
+        global_batch_size=2 * data_parallel_size(config),
+        batch_ramp=BatchRampConfig(),
+    )
+    return replace(config, train=train)
 
 
 def _text(config: RunConfig, found: dict[str, float]) -> str:

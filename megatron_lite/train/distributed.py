@@ -57,8 +57,9 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
         LaunchError: not all ranks came within the limit.
     """
     timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed creates groups without passing a timeout: they take this default, which is 30 minutes.
+    # Groups that are created without a timeout, as DeepSpeed does, take these defaults of 30 and 10 minutes.
     dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if dist.is_initialized():  # a test's harness has done it
         return
     # DeepSpeed insists on these even for one process.

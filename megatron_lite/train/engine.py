@@ -8,6 +8,7 @@ Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,11 @@ from torch import nn
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.data.loader import MicroBatch
+from megatron_lite.errors import CheckpointError, LaunchError, TrainingError
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
@@ -44,6 +47,8 @@ with mock.patch.object(torch, "compile", lambda function=None, **_: function or 
 # The compiled shared-memory all-reduce only serves inference, and its build would hold up the start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+DEEPSPEED_FLOOR = (0, 19, 3)
+
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
@@ -53,14 +58,22 @@ class StepResult:
 
     loss: float  # nats per token, mean over the whole global batch
     grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # fp16 overflow: no update was made
+    skipped: bool  # the gradient was not finite: no update was made
     loss_scale: float  # 1 unless fp16
 
 
 class Engine(ABC):
     """A model under training."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext, loss: TokenLoss, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        specs: Sequence[LayerSpec],
+        loss: TokenLoss,
+        global_batch_size: int,
+    ) -> None:
+        """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
         self.config = config
         self.context = context
         self.loss = loss
@@ -69,19 +82,25 @@ class Engine(ABC):
         """Called between the last reduction of a step and clipping."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
+        require_right_deepspeed(deepspeed.__version__)
+        if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
+            deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
+        self.module, grid = self._wrap(specs)
+        self.deepspeed_engine = self._initialize(grid)
 
-    module: nn.Module
-    deepspeed_engine: Any
+    @abstractmethod
+    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        """The layers as DeepSpeed wants them, and the grid where it cannot find it in the module."""
 
-    def train_step(self, batches: Sequence[MicroBatch], first_sample: int, learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float) -> StepResult:
         """One optimizer step over one global batch.
 
         Args:
             batches: this data-parallel rank's micro-batches (empty on stages that neither read tokens nor labels).
-            first_sample: global index of the global batch's first sample.
+            step: which global samples these are a part of.
             learning_rate: of this step.
         """
-        self._prepare_step(len(batches), first_sample, learning_rate)
+        self._prepare_step(step, learning_rate)
         if self.context.is_last_stage:
             batches = normalise(batches, self.context)
         self.module.train()
@@ -131,8 +150,14 @@ class Engine(ABC):
         self.deepspeed_engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote under the same layout; a collective of all ranks."""
-        self.deepspeed_engine.load_checkpoint(str(folder), tag=tag)
+        """Read what `save` wrote under the same layout; a collective of all ranks.
+
+        Raises:
+            CheckpointError: DeepSpeed found nothing to load, which it only logs.
+        """
+        path, _ = self.deepspeed_engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise CheckpointError(f"{folder / tag} holds no state that DeepSpeed can load; see this rank's log")
 
     @abstractmethod
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float: ...
@@ -140,42 +165,31 @@ class Engine(ABC):
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float: ...
 
-    def _initialize(self, module: nn.Module, mpu: Any) -> None:
-        """Wrap the module: DeepSpeed casts it, partitions its optimizer state and takes over backward and step."""
-        self.module = module
+    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
+        """DeepSpeed's engine: it casts the module, partitions the optimizer and takes over backward and step."""
+        optimizer = build_optimizer(self.module.named_parameters(), self.config.optimizer, self.context)
         # A learning rate of zero until the first step: ZeRO and fp16 run an empty step to allocate their state.
-        optimizer = build_optimizer(module.named_parameters(), self.config.optimizer, self.context)
-        self._zero_learning_rate(optimizer)
-        self.deepspeed_engine, *_ = deepspeed.initialize(
-            model=module,
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        engine, *_ = deepspeed.initialize(
+            model=self.module,
             optimizer=optimizer,
             config=deepspeed_config(
                 self.config,
                 data_parallel_size=self.context.data_size,
                 global_batch_size=self._global_batch_size,
             ),
-            mpu=mpu,
-            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+            mpu=grid,
+            dist_init_required=False,
         )
-        self._forget_empty_step()
-        self._insert_before_optimizer_step()
+        _forget_empty_step(engine.optimizer)
+        self._insert_before(engine.optimizer)
+        return engine
 
-    @staticmethod
-    def _zero_learning_rate(optimizer: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-
-    def _forget_empty_step(self) -> None:
-        """Undo the step count of DeepSpeed's allocation step, which would shift Adam's bias correction."""
-        inner = getattr(self.deepspeed_engine.optimizer, "optimizer", self.deepspeed_engine.optimizer)
-        for state in inner.state.values():
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
-
-    def _insert_before_optimizer_step(self) -> None:
+    def _insert_before(self, optimizer: Any) -> None:
         """Run the gradient hooks, and ZeRO-0's clipping, between the last reduction and the update."""
-        optimizer = self.deepspeed_engine.optimizer
         original_step = optimizer.step
+        update_scale = _defer_scale_update(optimizer) if self.dtype is torch.float16 else None
 
         def step(*args: Any, **kwargs: Any) -> Any:
             for hook in self.gradient_hooks:
@@ -184,7 +198,9 @@ class Engine(ABC):
                 self._own_grad_norm = clip_by_global_norm(
                     self.module.parameters(), self.config.optimizer.clip_grad_norm, self.context
                 )
-            return original_step(*args, **kwargs)
+            original_step(*args, **kwargs)
+            if update_scale is not None:
+                update_scale()
 
         optimizer.step = step
 
@@ -194,33 +210,21 @@ class Engine(ABC):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def _prepare_step(self, num_micro_batches: int, first_sample: int, learning_rate: float) -> None:
-        micro_batch_size = self.config.train.micro_batch_size
-        num_micro_batches = num_micro_batches or self.deepspeed_engine.gradient_accumulation_steps()
-        global_batch_size = num_micro_batches * micro_batch_size * self.context.data_size
-        if global_batch_size != self._global_batch_size:  # the batch ramp
-            self.deepspeed_engine.set_train_batch_size(global_batch_size)
-            self._global_batch_size = global_batch_size
+    def _prepare_step(self, step: BatchStep, learning_rate: float) -> None:
+        if step.global_batch_size != self._global_batch_size:  # the batch ramp
+            self.deepspeed_engine.set_train_batch_size(step.global_batch_size)
+            self._global_batch_size = step.global_batch_size
         for group in self.deepspeed_engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        own_first = first_sample + self.context.data_rank * num_micro_batches * micro_batch_size
-        self.context.rng.begin_step(own_first, micro_batch_size)
+        own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
+        self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
 
 
 class PipelinedEngine(Engine):
     """Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        context: ParallelContext,
-        specs: Sequence[LayerSpec],
-        loss: TokenLoss,
-        global_batch_size: int,
-    ) -> None:
-        super().__init__(config, context, loss, global_batch_size)
-        _ensure_deepspeed_comm(context)
-        self._initialize(_StagedModule(specs, config.model.num_layers, context, loss), mpu=None)
+    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        return _StagedModule(specs, self.config.model.num_layers, self.context, self.loss), None
 
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         return float(self.deepspeed_engine.train_batch(_as_pairs(batches)))
@@ -235,18 +239,10 @@ class PipelinedEngine(Engine):
 class FlatEngine(Engine):
     """ZeRO-2 and ZeRO-3 without a pipeline."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        context: ParallelContext,
-        specs: Sequence[LayerSpec],
-        loss: TokenLoss,
-        global_batch_size: int,
-    ) -> None:
-        super().__init__(config, context, loss, global_batch_size)
-        _ensure_deepspeed_comm(context)
-        grid = PipelineParallelGrid(topology=_deepspeed_topology(context)) if context.tensor_size > 1 else None
-        self._initialize(FlatModel(specs).to(context.device), mpu=grid)
+    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        needs_grid = self.context.tensor_size > 1
+        grid = PipelineParallelGrid(topology=_deepspeed_topology(self.context)) if needs_grid else None
+        return FlatModel(specs).to(self.context.device), grid
 
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         total = torch.zeros((), device=self.context.device)
@@ -277,6 +273,19 @@ class FlatEngine(Engine):
         if self.context.data_group is not None:
             dist.all_reduce(loss, group=self.context.data_group)
         return float(loss) / self.context.data_size
+
+
+def require_right_deepspeed(version: str) -> None:
+    """
+    Raises:
+        LaunchError: this DeepSpeed computes wrong gradients in a pipeline (its issues 7773 and 8152).
+    """
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
+        floor = ".".join(map(str, DEEPSPEED_FLOOR))
+        raise LaunchError(
+            f"deepspeed=={version} computes wrong gradients in a pipeline, scaled by its micro-batches; "
+            f"pip install 'deepspeed>={floor}'"
+        )
 
 
 def build_engine(
@@ -348,10 +357,35 @@ def _deepspeed_topology(context: ParallelContext) -> PipeModelDataParallelTopolo
     )
 
 
-def _ensure_deepspeed_comm(context: ParallelContext) -> None:
-    """Let DeepSpeed's communication layer adopt the process group that is already there."""
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
+def _defer_scale_update(optimizer: Any) -> Callable[[], None]:
+    """Let ZeRO change fp16's loss scale after a step, not within it.
+
+    DeepSpeed 0.19.8 updates the scale before it divides the gradients by it: in a step in which the scale doubles,
+    every unclipped gradient would be halved. The returned function makes the update that the last step asked for.
+    """
+    asked: list[bool] = []
+    original = optimizer._update_scale
+    optimizer._update_scale = lambda has_overflow=False: asked.append(has_overflow)
+
+    def update() -> None:
+        for has_overflow in asked:
+            try:
+                original(has_overflow)
+            except Exception as error:  # DeepSpeed raises nothing more specific
+                raise TrainingError(
+                    f"the gradients overflow fp16 even at a loss scale of train.loss_scale.minimum="
+                    f"{optimizer.loss_scale:g} ({error}); use train.precision=bf16 or a lower optimizer.learning_rate"
+                ) from error
+        asked.clear()
+
+    return update
+
+
+def _forget_empty_step(optimizer: Any) -> None:
+    """Undo the step count of DeepSpeed's allocation step, which would shift Adam's bias correction."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
 
 def _as_pairs(batches: Sequence[MicroBatch]) -> Any:

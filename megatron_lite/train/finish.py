@@ -16,6 +16,7 @@ from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metric
 from megatron_lite.observe.plot import plot_run
 from megatron_lite.observe.summary import RunSummary, show_summary
 
+
 @dataclass(frozen=True)
 class Outcome:
     """What the summary cannot read from the run folder."""
@@ -23,7 +24,7 @@ class Outcome:
     checkpoint: Path
     started: float  # time.monotonic() of this attempt's start
     sample: str = ""
-    already_done: bool = False  # nothing was left to train
+    done: bool = False  # nothing was left to train
 
 
 def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, console: Console, outcome: Outcome) -> None:
@@ -36,7 +37,7 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
-    tokens = steady[-1]["tokens"] - steady[0]["tokens"] if len(steady) > 1 else 0
+    tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in steady)
     show_summary(
         console,
         RunSummary(
@@ -47,8 +48,8 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
             validation_loss=evaluations[-1]["validation_loss"] if evaluations else None,
             unigram_entropy_nats=prepared.unigram_entropy_nats,
             tokens=last.get("tokens"),
-            seconds=None if outcome.already_done else time.monotonic() - outcome.started,
-            tokens_per_second=tokens / seconds if tokens else None,
+            seconds=None if outcome.done else time.monotonic() - outcome.started,
+            tokens_per_second=tokens / seconds if seconds else None,
             model_flops_utilization=last.get("model_flops_utilization"),
             prompt=config.train.generate_prompt if outcome.sample else "",
             sample=outcome.sample,
@@ -57,7 +58,7 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
             checkpoint=outcome.checkpoint,
             logs=run_dir / "logs",
             command=_command(config, run_dir),
-            note=_already_done(config) if outcome.already_done else "",
+            note=_already_done(config) if outcome.done else "",
         ),
     )
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.engine import Engine
 
+_NOTHING = -1  # no token
+
 
 @torch.no_grad()
 def generate(
@@ -42,12 +44,12 @@ def generate(
     generator = torch.Generator().manual_seed(context.seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        window = tokens[-(seq_length - 1) :]
+        window = tokens[-max(seq_length - 1, 1) :]
         padded = torch.zeros(1, seq_length, dtype=torch.int64, device=context.device)
         padded[0, : len(window)] = torch.tensor(window)
         logits = _last_stage_logits(engine, padded, position=len(window) - 1, vocab_size=vocab_size)
         token = _agree(_sample(logits, temperature, top_k, generator), context)
-        if token == stop_id:
+        if token in (stop_id, _NOTHING):
             break
         tokens.append(token)
     return tokens
@@ -79,20 +81,17 @@ def _last_stage_logits(engine: Engine, tokens: torch.Tensor, position: int, voca
 
 
 def _sample(logits: torch.Tensor | None, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if logits is None:
-        return -1
+    if logits is None or not logits.isfinite().all():  # a stage without logits; a run that has diverged
+        return _NOTHING
     values, indices = logits.topk(min(top_k, logits.numel()))
     choice = torch.multinomial(torch.softmax(values / temperature, dim=0), 1, generator=generator)
     return int(indices[choice])
 
 
 def _agree(token: int, context: ParallelContext) -> int:
-    """The last stage's token, on every stage."""
-    if context.pipeline_group is None:
-        return token
+    """One token for the whole job: replicas whose logits differ in the last bit must not part, or one would wait."""
     message = torch.tensor([token], device=context.device)
-    last = context.topology.rank(context.pipeline_size - 1, context.data_rank, context.tensor_rank)
-    dist.broadcast(message, src=last, group=context.pipeline_group)
+    dist.broadcast(message, src=context.topology.rank(context.pipeline_size - 1, data=0, tensor=0))
     return int(message)
 
 

@@ -41,13 +41,9 @@ class StepRecord:
 
 
 class Callback(Protocol):
-    """What happens around steps. Called on every rank, in the order of the list."""
-
-    def on_start(self, trainer: Trainer) -> None: ...
+    """What a run does besides stepping. Called on every rank, in the order of the list."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None: ...
-
-    def on_end(self, trainer: Trainer) -> None: ...
 
 
 @dataclass
@@ -64,14 +60,10 @@ class Trainer:
     """Figures that callbacks leave for the end of the run."""
 
     def fit(self) -> None:
-        for callback in self.callbacks:
-            callback.on_start(self)
         for step in range(self.first_step, self.config.train.steps):
             record = self._step(step)
             for callback in self.callbacks:
                 callback.after_step(self, record)
-        for callback in self.callbacks:
-            callback.on_end(self)
 
     def _step(self, step: int) -> StepRecord:
         start = time.perf_counter()
@@ -79,7 +71,7 @@ class Trainer:
         micro_batches = self.source.training(batch)
         data_end = time.perf_counter()
         learning_rate = learning_rate_at(step + 1, self.config.optimizer, self.config.train.steps)
-        result = self.engine.train_step(micro_batches, batch.first_sample, learning_rate)
+        result = self.engine.train_step(micro_batches, batch, learning_rate)
         return StepRecord(
             step=step + 1,
             batch=batch,

@@ -6,10 +6,12 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import native
+from megatron_lite.checkpoint.native import checkpoint_name
 from megatron_lite.config.derived import run_directory
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepare import prepared_folder
@@ -29,7 +31,7 @@ from megatron_lite.train.callbacks import Report, Save, Validate
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import Outcome, show_outcome
 from megatron_lite.train.generate import generate
-from megatron_lite.train.loop import Trainer
+from megatron_lite.train.loop import Callback, Trainer
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.sources import ShardSource
 
@@ -45,6 +47,10 @@ class Run:
     folder: Path
     peak_flops: float  # dense, of the whole job; on the writing rank
     started: float  # time.monotonic()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
 
 def train(config: RunConfig, *, objective: str) -> None:
@@ -79,45 +85,54 @@ def train(config: RunConfig, *, objective: str) -> None:
 
 def _attempt(run: Run) -> None:
     """From the newest checkpoint, or from nothing, to the last step."""
-    config, context = run.config, run.context
-    checkpoints = run.folder / "checkpoints"
     info = _checkpoint_info(run)
-    found = _newest_checkpoint(checkpoints, info, run)
-    first_step = found[1].step if found else 0
-    if found and first_step >= config.train.steps:
-        if context.is_writer:
-            outcome = Outcome(found[0], run.started, already_done=True)
-            show_outcome(config, run.prepared, run.folder, run.console, outcome)
+    found = _newest_checkpoint(info, run)
+    if found and found[1].step >= run.config.train.steps:
+        if run.context.is_writer:
+            show_outcome(run.config, run.prepared, run.folder, run.console, Outcome(found[0], run.started, done=True))
         return
-    schedule = BatchSchedule(config.train)
-    source = ShardSource(run.prepared, config, context)
+    first_step = found[1].step if found else 0
+    schedule = BatchSchedule(run.config.train)
+    source = ShardSource(run.prepared, run.config, run.context)
     engine = _build_engine(run, schedule)
     if found:
         native.load(engine, found[0])
-    trackers = build_trackers(config, run.folder, context.is_writer, resume_step=first_step, report=run.console.print)
-    progress = Progress(
-        run.console,
-        config.train.steps,
-        first_step=first_step,
-        log_interval=config.train.log_interval,
-        enabled=config.tracking.progress and context.is_writer,
+    trackers = build_trackers(
+        run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
     )
-    _announce(run, trackers, first_step)
-    flops = flops_per_token(config.model, config.data.seq_length, run.prepared.vocab_size)
-    callbacks = [
+    summary: dict[str, Any] = {}
+    try:
+        _announce(run, trackers, first_step)
+        with _progress(run, first_step) as progress:
+            callbacks = _callbacks(run, trackers, progress, info)
+            trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary)
+            trainer.fit()
+        sample = _sample(run, engine)
+        trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
+    finally:
+        trackers.finish(summary)
+    if run.context.is_writer:
+        outcome = Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, sample)
+        show_outcome(run.config, run.prepared, run.folder, run.console, outcome)
+
+
+def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> list[Callback]:
+    flops = flops_per_token(run.config.model, run.config.data.seq_length, run.prepared.vocab_size)
+    return [
         Report(trackers, progress, flops, run.peak_flops),
         Validate(trackers, progress),
-        Save(trackers, checkpoints, info),
+        Save(trackers, run.checkpoints, info),
     ]
-    trainer = Trainer(config, engine, source, schedule, callbacks, first_step)
-    with progress:
-        trainer.fit()
-    sample = _sample(run, engine)
-    trackers.event("finish", config.train.steps, {"seconds": time.monotonic() - run.started})
-    trackers.finish({"validation_loss": trainer.summary["validation_loss"]})
-    if context.is_writer:
-        outcome = Outcome(trainer.summary["checkpoint"], run.started, sample)
-        show_outcome(config, run.prepared, run.folder, run.console, outcome)
+
+
+def _progress(run: Run, first_step: int) -> Progress:
+    return Progress(
+        run.console,
+        run.config.train.steps,
+        first_step=first_step,
+        log_interval=run.config.train.log_interval,
+        enabled=run.config.tracking.progress and run.context.is_writer,
+    )
 
 
 def _build_engine(run: Run, schedule: BatchSchedule) -> Engine:
@@ -141,9 +156,7 @@ def _checkpoint_info(run: Run) -> native.CheckpointInfo:
     )
 
 
-def _newest_checkpoint(
-    checkpoints: Path, info: native.CheckpointInfo, run: Run
-) -> tuple[Path, native.CheckpointInfo] | None:
+def _newest_checkpoint(info: native.CheckpointInfo, run: Run) -> tuple[Path, native.CheckpointInfo] | None:
     """What the writing rank finds, on every rank: two ranks must never choose differently.
 
     Raises:
@@ -152,7 +165,7 @@ def _newest_checkpoint(
     answer: list[object] = [None]
     if run.context.is_writer:
         try:
-            found = native.newest_complete(checkpoints, run.console.print)
+            found = native.newest_complete(run.checkpoints, run.console.print)
             if found:
                 native.require_fit(found[0], found[1], info)
             answer = [found]

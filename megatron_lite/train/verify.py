@@ -8,6 +8,8 @@ Shapes: b micro-batch, s sequence.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -81,20 +83,19 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
         batch = schedule.at(step)
         num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
-        result = engine.train_step(
-            synthetic_batches(own_first, num_micro_batches, config, vocab_size),
-            batch.first_sample,
-            learning_rate_at(step + 1, config.optimizer, config.train.steps),
-        )
+        reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
+        micro_batches = synthetic_batches(own_first, num_micro_batches, config, vocab_size) if reads else []
+        learning_rate = learning_rate_at(step + 1, config.optimizer, config.train.steps)
+        result = engine.train_step(micro_batches, batch, learning_rate)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
     return trace
 
 
-def trace_twin(config: RunConfig, vocab_size: int, num_steps: int) -> Trace:
+def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
     """The same training by one process and torch alone."""
-    context = ParallelContext.single(seed=config.train.seed)
-    model = FlatModel(gpt_layers(config.model, context, vocab_size=vocab_size, recompute=Recompute.none))
+    context = ParallelContext.single(seed=config.train.seed, device=device)
+    model = FlatModel(gpt_layers(config.model, context, vocab_size=vocab_size, recompute=Recompute.none)).to(device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, context)
     loss_function = TokenLoss(context, vocab_size)
     schedule = BatchSchedule(config.train)
@@ -107,6 +108,7 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int) -> Trace:
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
         loss = 0.0
         for micro_batch in normalise(micro_batches, context):
+            micro_batch = MicroBatch(*(tensor.to(device) for tensor in micro_batch))
             part = loss_function(model(micro_batch.tokens), (micro_batch.labels, micro_batch.loss_weights))
             (part / len(micro_batches)).backward()
             loss += part.item() / len(micro_batches)
@@ -121,27 +123,33 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int) -> Trace:
     return trace
 
 
-def differences(twin: Trace, layout: Trace) -> dict[str, float]:
-    """Relative differences by what differs, the largest first.
+def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
+    """Relative differences by what differs, the largest first; of all ranks' traces the worst.
 
-    A parameter's is ‖layout - twin‖ / ‖twin‖ over the whole tensor; a step's |layout - twin| / |twin|.
+    A parameter's is ‖layout - twin‖ / ‖twin‖ over the whole tensor; a step's |layout - twin| / |twin|. Every rank's
+    copy of a tied or replicated parameter is compared. One that no rank has, or that the twin lacks, differs by inf.
     """
     found: dict[str, float] = {}
-    for name, gradient in layout.gradients.items():
-        expected = twin.gradients[name]
-        found[f"gradient of {name}"] = float((gradient - expected).norm() / expected.norm().clamp(min=1e-30))
-    for kind in ("losses", "grad_norms"):
-        for step, (mine, theirs) in enumerate(zip(getattr(layout, kind), getattr(twin, kind), strict=True), start=1):
-            found[f"{kind} of step {step}"] = abs(mine - theirs) / max(abs(theirs), 1e-30)
+    for trace in traces:
+        for name, difference in _differences_of_rank(twin, trace):
+            found[name] = max(difference, found.get(name, 0.0))
+    for name in twin.gradients:
+        found.setdefault(f"gradient of {name}", math.inf)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def merge_stages(traces: list[Trace]) -> Trace:
-    """One trace of the whole model from those of all ranks."""
-    merged = replace(traces[0], gradients={})
-    for trace in traces:
-        merged.gradients.update(trace.gradients)
-    return merged
+def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float]]:
+    for name, gradient in trace.gradients.items():
+        expected = twin.gradients.get(name)
+        if expected is None or expected.shape != gradient.shape:
+            yield f"gradient of {name}", math.inf
+        else:
+            difference = float((gradient - expected).norm() / expected.norm().clamp(min=1e-30))
+            yield f"gradient of {name}", math.inf if math.isnan(difference) else difference
+    for kind in ("losses", "grad_norms"):
+        for step, (mine, theirs) in enumerate(zip(getattr(trace, kind), getattr(twin, kind), strict=True), start=1):
+            difference = abs(mine - theirs) / max(abs(theirs), 1e-30)
+            yield f"{kind} of step {step}", math.inf if math.isnan(difference) else difference
 
 
 def comparable(config: RunConfig) -> RunConfig:
@@ -158,11 +166,16 @@ def comparable(config: RunConfig) -> RunConfig:
     return replace(config, model=model)
 
 
-def gather_traces(trace: Trace) -> list[Trace]:
-    """All ranks' traces, on every rank."""
-    traces: list[Trace] = [Trace()] * dist.get_world_size()
-    dist.all_gather_object(traces, trace)
-    return traces
+def gather_traces(trace: Trace, context: ParallelContext) -> list[Trace]:
+    """All ranks' traces on the writing rank, nothing on the others.
+
+    Only the first replica sends its gradients: the others' were joined over the data ranks, and so are the same.
+    """
+    if context.data_rank > 0:
+        trace = replace(trace, gradients={})
+    traces: list[Trace] | None = [trace] * dist.get_world_size() if context.is_writer else None
+    dist.gather_object(trace, traces)
+    return traces or []
 
 
 def _record_first(engine: Engine, trace: Trace) -> None:
@@ -185,5 +198,5 @@ def _full_gradients_of_one_rank(model: FlatModel, vocab_size: int) -> dict[str, 
     for parameter in model.parameters():
         assert parameter.grad is not None
         rows = parameter.shard_spec.full_shape[0]
-        found[parameter.global_name] = parameter.grad[:rows].clone()
+        found[parameter.global_name] = parameter.grad[:rows].cpu().clone()
     return found

@@ -20,9 +20,11 @@ import megatron_lite.train.engine
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.engine import build_engine
+from megatron_lite.train.engine import Engine, build_engine
+from megatron_lite.train.generate import generate
 from megatron_lite.train.verify import Trace, synthetic_batches, trace_layout
 
 
@@ -34,10 +36,8 @@ def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: st
 
 def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
     """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
-    context = _context(config)
-    specs = gpt_layers(config.model, context, vocab_size=vocab_size, recompute=config.parallel.recompute)
-    batch_size = config.train.global_batch_size
-    engine = build_engine(config, context, specs, TokenLoss(context, vocab_size), global_batch_size=batch_size)
+    engine = _engine(config, vocab_size)
+    context, batch_size = engine.context, config.train.global_batch_size
     own = batch_size // (context.data_size * config.train.micro_batch_size)
     records = []
     for step in range(num_steps):
@@ -46,11 +46,44 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
         batches = synthetic_batches(
             first + context.data_rank * own * config.train.micro_batch_size, own, config, vocab_size
         )
-        result = engine.train_step(batches, first, 1e-3)
+        result = engine.train_step(batches, BatchStep(first, batch_size), 1e-3)
         after = engine.full_weights()
         changed = any(not torch.equal(before[name], after[name]) for name in before)
         records.append((result.skipped, result.loss_scale, changed))
     return records
+
+
+def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, float]]:
+    """Of each step of plain SGD: how far it moved the weights over (learning rate x gradient norm), and the scale."""
+    engine = _engine(config, vocab_size)
+    batch_size = config.train.global_batch_size
+    records = []
+    for step in range(config.train.steps):
+        batches = synthetic_batches(0, batch_size // config.train.micro_batch_size, config, vocab_size)
+        before = engine.full_weights()
+        result = engine.train_step(batches, BatchStep(step * batch_size, batch_size), 1e-3)
+        moved = sum(float((after - before[name]).square().sum()) for name, after in engine.full_weights().items())
+        records.append((moved**0.5 / (1e-3 * result.grad_norm), result.loss_scale))
+    return records
+
+
+def generate_rank(
+    config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
+) -> list[int]:
+    """What an untrained model of this layout writes."""
+    engine = _engine(config, vocab_size)
+    if diverged:
+        for parameter in engine.module.parameters():
+            parameter.data.fill_(float("nan"))
+    seq_length = config.data.seq_length
+    return generate(engine, prompt, num_tokens=num_tokens, seq_length=seq_length, vocab_size=vocab_size)
+
+
+def _engine(config: RunConfig, vocab_size: int) -> Engine:
+    context = _context(config)
+    specs = gpt_layers(config.model, context, vocab_size=vocab_size, recompute=config.parallel.recompute)
+    loss = TokenLoss(context, vocab_size)
+    return build_engine(config, context, specs, loss, global_batch_size=config.train.global_batch_size)
 
 
 def _context(config: RunConfig) -> ParallelContext:

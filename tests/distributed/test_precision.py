@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_lite.config.schema import LossScaleConfig, Precision, RunConfig
+from megatron_lite.config.schema import LossScaleConfig, OptimizerName, Precision, RunConfig
 from megatron_lite.train.verify import trace_twin
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import fp16_scales_rank, layout_rank
+from tests.distributed.layout_ranks import fp16_growth_rank, fp16_scales_rank, layout_rank
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 NUM_STEPS = 20
@@ -69,3 +69,16 @@ def test_fp16_overflow_skips_halves_and_regrows() -> None:
         assert max(scales[first_good:]) > scales[first_good], "it never grew again"
         changed = [weight_changed for _, _, weight_changed in records]
         assert changed == [not skip for skip in skipped], "a skipped step changed the weights, or a good one did not"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_fp16_step_in_which_the_scale_grows_is_no_smaller(zero_stage: int) -> None:
+    """DeepSpeed 0.19.8 by itself divides that step's gradients by the new scale: half a step."""
+    config = run_config("llama", zero_stage=zero_stage)
+    scale = LossScaleConfig(initial_power=4, window=2)
+    train = replace(config.train, precision=Precision.fp16, loss_scale=scale, steps=5)
+    optimizer = replace(config.optimizer, name=OptimizerName.sgd, clip_grad_norm=0.0, weight_decay=0.0)
+    (records,) = run_ranks(fp16_growth_rank, 1, replace(config, train=train, optimizer=optimizer), VOCAB_SIZE)
+    scales = [scale for _, scale in records]
+    assert scales[-1] > scales[0], "the scale never grew"
+    assert [moved for moved, _ in records] == pytest.approx([1.0] * 5, rel=1e-2)

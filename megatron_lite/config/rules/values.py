@@ -31,6 +31,7 @@ POSITIVE = (
     "train.eval_batches",
     "train.loss_scale.window",
     "train.loss_scale.hysteresis",
+    "train.loss_scale.minimum",
     "launcher.num_processes",
     "launcher.threads_per_process",
 )
@@ -55,7 +56,6 @@ ABOVE_ZERO = (
     "model.init_std",
     "optimizer.learning_rate",
     "optimizer.epsilon",
-    "train.loss_scale.minimum",
     "train.timeout_seconds",
 )
 FRACTIONS = (  # [0, 1)

@@ -34,7 +34,7 @@ def test_presets_and_values_become_typed_fields() -> None:
 def test_command_line_wins_over_experiment_wins_over_presets() -> None:
     config = compose("pretrain_gpt", ["experiment=demo", "optimizer.warmup_steps=7", "model=llama_tiny"])
     assert config.parallel.pipeline_parallel_size == 2  # the experiment's preset
-    assert config.optimizer.learning_rate == 1e-3  # the experiment's value over its preset's
+    assert config.optimizer.learning_rate == 3e-3  # the experiment's value over its preset's
     assert config.optimizer.warmup_steps == 7
     assert config.model.name == "llama_tiny"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ def build(name: str) -> Launcher:
 
 
 def main(name: str, run_dir: str, words: list[str]) -> int:
+    # A test session that a shell put into the background hands its ignored SIGINT down to us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = resolve(compose("pretrain_gpt", [f"train.run_dir={run_dir}", *words]), device="cpu")
     launcher = build(name)
     plan = launcher.plan(config)

@@ -6,7 +6,6 @@ import ctypes
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from megatron_lite.observe.hardware import (
     usable_cores,
 )
 from megatron_lite.observe.throughput import Throughput
-from megatron_lite.observe.timers import StepTimers
 
 
 @pytest.fixture(autouse=True)
@@ -140,16 +138,3 @@ def test_throughput() -> None:
     speed = Throughput.of(tokens=1000, seconds=2.0, flops_per_token=6e6, peak_flops=1e10)
     assert speed == Throughput(500.0, 0.3)
     assert Throughput.of(1000, 2.0, 6e6, None).model_flops_utilization is None
-
-
-def test_timers_add_up_and_start_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 11.0, 12.0, 14.5, 20.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    timers = StepTimers()
-    with timers.measure("step"):  # 0 .. 20
-        with timers.measure("data"):  # 10 .. 11
-            pass
-        with pytest.raises(ValueError, match="x"), timers.measure("data"):  # 12 .. 14.5
-            raise ValueError("x")
-    assert timers.collect() == {"data_seconds": 3.5, "step_seconds": 20.0}
-    assert timers.collect() == {}

@@ -1,9 +1,8 @@
-"""The batch ramp against a step-by-step simulation, its inverse, and its complaints."""
+"""The batch ramp against a step-by-step simulation."""
 
 import pytest
 
 from megatron_lite.config.schema import BatchRampConfig, TrainConfig
-from megatron_lite.errors import ConfigError
 from megatron_lite.optim.batch_ramp import BatchSchedule
 
 
@@ -46,31 +45,13 @@ def test_without_a_ramp() -> None:
         (32, 8, 100, 32),  # starts full
     ],
 )
-def test_follows_the_rule_and_inverts(start: int, increment: int, samples: int, full: int) -> None:
+def test_follows_the_rule(start: int, increment: int, samples: int, full: int) -> None:
     ramp = schedule(start, increment, samples, full)
     expected = simulated(start, increment, samples, full, 120)
     assert [(ramp.at(s).first_sample, ramp.at(s).global_batch_size) for s in range(120)] == expected
-    for step, (first, size) in enumerate(expected):
-        assert ramp.samples_before(step) == first
-        assert ramp.step_of_sample(first) == step
-        assert ramp.step_of_sample(first + size - 1) == step
 
 
 def test_steps_cover_every_sample_once() -> None:
     ramp = schedule(4, 4, 500, 64)
     covered = [s for step in range(60) for s in range(ramp.at(step).first_sample, ramp.at(step + 1).first_sample)]
-    assert covered == list(range(ramp.samples_before(60)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ((64, 8, 100, 32), "train.batch_ramp.start=64 must lie between 1 and train.global_batch_size=32"),
-        ((8, 0, 100, 32), "train.batch_ramp.increment=0 must be positive"),
-        ((8, 7, 100, 32), "train.batch_ramp.increment=7 must divide"),
-        ((8, 8, -1, 32), "train.batch_ramp.samples=-1 must not be negative"),
-    ],
-)
-def test_refuses_a_ramp_that_leads_nowhere(arguments: tuple[int, int, int, int], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        schedule(*arguments)
+    assert covered == list(range(ramp.at(60).first_sample))

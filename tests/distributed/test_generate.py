@@ -1,0 +1,33 @@
+"""The sample at the end of a run is the same under every layout."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_ranks import generate_rank
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+
+PROMPT = [5, 17, 3]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {"pp": 2}),
+        (4, {"tp": 2, "dp": 2, "zero_stage": 3}),
+        (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    ],
+)
+def test_layout_writes_what_one_rank_writes(world_size: int, layout: dict[str, int]) -> None:
+    # Longer than the window of 16 tokens, so that it must slide.
+    (expected,) = run_ranks(generate_rank, 1, run_config("llama"), VOCAB_SIZE, PROMPT, 20)
+    assert len(expected) == len(PROMPT) + 20
+    assert len(set(expected)) > 5, "a constant answer would prove nothing"
+    results = run_ranks(generate_rank, world_size, run_config("llama", **layout), VOCAB_SIZE, PROMPT, 20)
+    assert results == [expected] * world_size
+
+
+def test_diverged_model_writes_nothing() -> None:
+    results = run_ranks(generate_rank, 2, run_config("llama", pp=2), VOCAB_SIZE, PROMPT, 4, True)
+    assert results == [PROMPT] * 2
