@@ -19,8 +19,8 @@ INSTALLED := $(VENV)/.installed
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: install venv
-install venv: $(INSTALLED) ## Make .venv and install everything, pinned by constraints.txt (skipped when up to date)
+.PHONY: install
+install: $(INSTALLED) ## Make .venv and install everything, pinned by constraints.txt (skipped when up to date)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@"$(or $(PYTHON),python3)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

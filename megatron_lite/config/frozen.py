@@ -88,7 +88,9 @@ def load_frozen(path: Path | str) -> RunConfig:
         raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ConfigError(f"--config {path} is no frozen configuration: {first_line}; start the run again") from error
+        raise ConfigError(
+            f"--config {path} is no frozen configuration: {first_line}; give a config-*.yaml of a run folder"
+        ) from error
     assert isinstance(config, RunConfig)
     return config
 
@@ -108,7 +110,13 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> None:
     earlier = _last_trained(run_dir)
     if earlier is None:
         return
-    previous = load_frozen(earlier)
+    try:
+        previous = load_frozen(earlier)
+    except ConfigError as error:
+        raise ConfigError(
+            f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
+            "give another train.run_dir, or go on with the version that began it"
+        ) from error
     differing = [
         f"{key}: {get_value(previous, key)} there, {get_value(config, key)} now"
         for key in leaf_keys()

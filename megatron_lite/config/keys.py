@@ -23,6 +23,8 @@ ALIASES = {
     "world_size": "launcher.num_processes",
     "num_gpus": "launcher.num_processes",
     "num_heads": "model.num_attention_heads",
+    "heads": "model.num_attention_heads",
+    "files": "data.source",
     "n_head": "model.num_attention_heads",
     "n_layer": "model.num_layers",
     "n_embd": "model.hidden_size",
@@ -120,5 +122,9 @@ def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
         last = difflib.SequenceMatcher(None, name, candidate.rpartition(".")[2]).ratio()
         return max(whole, 0.9 * last + 0.1 * whole)
 
-    best = max([*leaf_keys(), *also], key=likeness)
+    # `parallel.tensor` is the beginning of a setting of its group, and no name of a group
+    inside = [candidate for candidate in leaf_keys() if "." in key and candidate.startswith(key)]
+    if inside:
+        return inside[0]
+    best = max([*leaf_keys(), *(() if "." in key else also)], key=likeness)
     return best if likeness(best) >= 0.6 else None

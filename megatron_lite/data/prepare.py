@@ -23,7 +23,6 @@ from megatron_lite.data.prepared import (
     COUNTS,
     FORMAT,
     MANIFEST,
-    TOKENIZER_FOLDER,
     Part,
     PreparedData,
     load_prepared,
@@ -34,7 +33,14 @@ from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
 from megatron_lite.data.sources import Source, identity, resolve_sources
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
-from megatron_lite.data.tokenizer import Tokenizer, limit_threads, save_tokenizer, tokenizer_identity, train_bpe
+from megatron_lite.data.tokenizer import (
+    TOKENIZER_FOLDER,
+    Tokenizer,
+    limit_threads,
+    save_tokenizer,
+    tokenizer_identity,
+    train_bpe,
+)
 from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 

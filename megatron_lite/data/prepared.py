@@ -30,7 +30,6 @@ from megatron_lite.errors import ConfigError, DataError
 
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
-TOKENIZER_FOLDER = "tokenizer"
 FORMAT = 1
 CHEAP_CHECKSUM_BYTES = 64 * 2**20  # up to this size checksums are verified at every opening; sizes always are
 

@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 
 from megatron_lite.errors import DataError
 
+LOCKS = ".locks"
+"""Beside the published folders. A lock file stays: removing one that another process waits for would free both."""
+
 
 def publish_folder(
     folder: Path, build: Callable[[Path], None], *, key: str, report: Callable[[str], None], marker: str
@@ -31,8 +34,9 @@ def publish_folder(
     if (folder / marker).is_file():
         return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock")
+        locks = folder.parent / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / folder.name)
         with _acquired(lock, folder, report):
             if not (folder / marker).is_file():
                 _build_and_rename(folder, build)

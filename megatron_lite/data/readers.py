@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.embedded import embedded_documents
+from megatron_lite.data.hub import quiet_hub
 from megatron_lite.data.sources import Source, SourceKind
 from megatron_lite.errors import DataError
 
@@ -161,6 +162,7 @@ def _dataset(source: Source, data: DataConfig) -> Iterator[str]:
 
 def _open_dataset(source: Source, data: DataConfig) -> Any:
     """The split of a Hugging Face dataset, saved by `save_to_disk` or anything that `load_dataset` takes."""
+    quiet_hub()
     import datasets
 
     try:

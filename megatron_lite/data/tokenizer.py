@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_lite.data.hub import quiet_hub
 from megatron_lite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FOLDER = "tokenizer"  # inside prepared data
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 FILES = (  # all that may decide the ids of a folder
@@ -242,6 +244,9 @@ def _from_transformers(name: str) -> Tokenizer:
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise _cannot_open(name, f"it is not a folder (looked from {Path.cwd()})")
+    if (folder / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file():
+        raise _cannot_open(name, f"it is a folder of prepared data; its tokenizer is {folder / TOKENIZER_FOLDER}")
+    quiet_hub()
     from transformers import AutoTokenizer
 
     try:

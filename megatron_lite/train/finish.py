@@ -73,6 +73,6 @@ def _command(config: RunConfig, run_dir: Path) -> str:
 
 def _already_done(config: RunConfig) -> str:
     return (
-        f"This run is done: all {config.train.steps} steps were trained before. Train on with a larger "
-        "train.steps, or afresh with another train.run_dir."
+        f"This run is done: all {config.train.steps} steps were trained before. Repeat your settings with "
+        "a larger train.steps to train on, or with another train.run_dir to start afresh."
     )
