@@ -176,3 +176,12 @@ def test_run_folder_without_permission(tmp_path: Path) -> None:
         check_run_folder(config_of(), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied"):
         freeze(replace(config_of()), tmp_path / "run")
+
+
+def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
+    config = resolve(compose("pretrain_gpt", [f"train.run_dir={tmp_path}"]))
+    path = freeze(config, tmp_path)
+    path.write_text(path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path} holds a run .* give another train\.run_dir"):
+        check_run_folder(config, tmp_path)
