@@ -22,10 +22,9 @@ from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.vocabulary import planned_vocab_size
-from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
+from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 from megatron_lite.planning.plan import describe
 
-INTERRUPTED = 130  # 128 + SIGINT
 SHOW_CURSOR = "\x1b[?25h"
 PROGRAM = "python -m launch SCRIPT"
 
@@ -137,6 +136,6 @@ def run() -> None:
         sys.stdout.flush()
         sys.exit(code)
     except KeyboardInterrupt:  # before there was anything to end
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # `--dry-run | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

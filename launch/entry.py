@@ -23,12 +23,18 @@ from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+from megatron_lite.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    LaunchError,
+    MegatronLiteError,
+)
 
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
 # than this is not one of many with the same error.
 SILENCE_SECONDS = 3.0
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 def run_script(main_function: Callable[[RunConfig], None], script: str, argv: list[str] | None = None) -> int:
@@ -62,7 +68,7 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
         _tell(error_text(error, debug=debug), terminal)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except Exception as error:
         _tell_failure(error, config, terminal)
         return EXIT_FAILURE

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 EXIT_OK = 0
 EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
 
 

@@ -7,7 +7,6 @@ with each file's size and hash included, is on disk. Whatever is incomplete neve
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
-import xxhash
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.files import file_xxh3, sync
 
 MANIFEST = "manifest.json"
 STATE_TAG = "deepspeed"
@@ -114,7 +113,7 @@ def verify(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} is {path.stat().st_size:,} bytes; the manifest says {expected['bytes']:,}"
-        if _hash(path) != expected["xxh3"]:
+        if file_xxh3(path) != expected["xxh3"]:
             return f"{name} has other content than the manifest says"
     return None
 
@@ -140,18 +139,18 @@ def load(engine: Saveable, folder: Path) -> None:
 def _publish(temporary: Path, final: Path, info: CheckpointInfo) -> None:
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+        sync(path)
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"info": asdict(info), "files": files}, indent=1))
-    _sync(manifest)
+    sync(manifest)
     for folder in (path for path in temporary.rglob("*") if path.is_dir()):
-        _sync(folder)
-    _sync(temporary)
+        sync(folder)
+    sync(temporary)
     if final.exists():
         shutil.rmtree(final)  # a damaged one of the same step, which the resume skipped
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _prune(checkpoints: Path, step: int, keep_last: int) -> None:
@@ -171,20 +170,3 @@ def _read_manifest(folder: Path) -> dict:
 
 def _read_info(folder: Path) -> CheckpointInfo:
     return CheckpointInfo(**_read_manifest(folder)["info"])
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

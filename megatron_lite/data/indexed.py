@@ -230,12 +230,3 @@ def _size_error(path: Path, size: int, expected: int, expected_by: str) -> DataE
 
 def _damaged(path: Path, reason: str) -> DataError:
     return DataError(f"{path} is damaged: {reason}; make the shards again")
-
-
-def file_xxh3(path: Path) -> str:
-    """xxh3-128 of a whole file, as sidecars hold it."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.data.indexed import IndexedReader, bin_path, file_xxh3, idx_path
+from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.prepared import MANIFEST, Shard, check_shard, read_manifest, shards_of
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.files import file_xxh3
 
 SHOWN_TOKENS = 60
 

@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
-from megatron_lite.data.indexed import IndexedReader, bin_path, file_xxh3, idx_path
+from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.files import file_xxh3
 
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from megatron_lite.errors import DataError
+from megatron_lite.files import sync
 
 LOCKS = ".locks"
 """Beside the published folders. A lock file stays: removing one that another process waits for would free both."""
@@ -71,16 +71,8 @@ def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         build(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

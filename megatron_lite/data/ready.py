@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.indexed import IndexedReader, bin_path, file_xxh3, idx_path
+from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, all_held_out
 from megatron_lite.errors import DataError
+from megatron_lite.files import file_xxh3
 
 CHUNK_TOKENS = 2**22  # counted at a time: 8 bytes a token of memory
 NO_TOKENIZER = {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lite.config.derived import residual_init_std
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
@@ -61,7 +62,7 @@ class Attention(nn.Module):
             model.hidden_size,
             context,
             bias=model.attention_bias,
-            init_std=model.init_std / (2 * model.num_layers) ** 0.5,
+            init_std=residual_init_std(model),
         )
 
     def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.config.derived import residual_init_std
 from megatron_lite.config.schema import Activation, ModelConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -52,7 +53,7 @@ def _down(model: ModelConfig, context: ParallelContext) -> RowParallelLinear:
         model.hidden_size,
         context,
         bias=model.mlp_bias,
-        init_std=model.init_std / (2 * model.num_layers) ** 0.5,
+        init_std=residual_init_std(model),
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint import native
 from megatron_lite.observe.progress import Progress, StepFigures, validation_line
+from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.loop import StepRecord, Trainer
@@ -65,10 +65,11 @@ class Validate:
         if record.step != trainer.config.train.steps and (interval == 0 or record.step % interval):
             return
         loss = trainer.evaluate()
-        perplexity = math.exp(min(loss, 700.0))  # a diverged loss must not end the run with an OverflowError
         trainer.summary["validation_loss"] = loss
-        self.trackers.event("evaluation", record.step, {"validation_loss": loss, "validation_perplexity": perplexity})
-        self.progress.line(validation_line(record.step, loss, perplexity))
+        self.trackers.event(
+            "evaluation", record.step, {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        )
+        self.progress.line(validation_line(record.step, loss, perplexity(loss)))
 
 
 @dataclass

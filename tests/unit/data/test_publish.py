@@ -107,7 +107,7 @@ def test_full_disk(corpus: Path, config_for: ConfigFor, silent: Silent, monkeypa
     def no_space(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(publish, "_sync", no_space)
+    monkeypatch.setattr(publish, "sync", no_space)
     config = config_for(corpus)
     with pytest.raises(
         DataError, match=r"data\.cache_dir=.*cache cannot be written: .*: No space left on device; name"
