@@ -11,13 +11,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
 from launch.messages import show_error
-from launch.preparation import Preparation, prepare_data, run_folder
+from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import POLL_SECONDS, Children, Ending, replace_process, start
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
@@ -32,7 +31,7 @@ class DeepSpeedLauncher:
         prepare: makes the data ready, in a process of its own.
     """
 
-    def __init__(self, prepare: Callable[[RunConfig], None] = prepare_data) -> None:
+    def __init__(self, prepare: Prepare = prepare_data) -> None:
         self._prepare = prepare
 
     def plan(self, config: RunConfig) -> LaunchPlan:

@@ -23,6 +23,7 @@ from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
+from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -153,7 +154,8 @@ def _make_ready(config: RunConfig) -> None:
     from megatron_lite.data.prepare import prepare
 
     is_first = _rank() == 0
-    prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
+    prepared = prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
+    os.environ[FOLDER_VARIABLE] = str(prepared.folder)
     if is_first:
         assert config.train.run_dir is not None
         freeze(config, Path(config.train.run_dir))

@@ -21,7 +21,7 @@ from types import ModuleType
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
 from launch.messages import show_error, tail
-from launch.preparation import Preparation, prepare_data, run_folder
+from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
@@ -44,7 +44,7 @@ class LocalLauncher:
         self,
         fork: bool | None = None,
         warm_modules: tuple[str, ...] = WARM_MODULES,
-        prepare: Callable[[RunConfig], None] = prepare_data,
+        prepare: Prepare = prepare_data,
     ) -> None:
         self._fork = fork
         self._warm_modules = warm_modules

@@ -16,21 +16,27 @@ from launch.messages import show_error
 from launch.processes import Children, Ending, start
 from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+
+PATH_BYTES = 4096  # longest path of Linux
 
 
 class Preparation:
     """The corpus on its way to shards, in a child process: its threads and its memory end with it."""
 
-    def __init__(self, config: RunConfig, prepare: Callable[[RunConfig], None]) -> None:
+    def __init__(self, config: RunConfig, prepare: Prepare) -> None:
+        self._answer, answer = os.pipe()
         # a group of its own, so that its worker processes end with it
-        self._children = Children([start(lambda: _guarded(prepare, config), own_group=True)], as_groups=True)
+        self._children = Children([start(lambda: _guarded(prepare, config, answer), own_group=True)], as_groups=True)
+        os.close(answer)
 
     def __enter__(self) -> Preparation:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._children.end()
+        os.close(self._answer)
 
     @property
     def failed(self) -> bool:
@@ -39,7 +45,7 @@ class Preparation:
         return self._children.failed
 
     def wait(self, ending: Ending) -> int:
-        """Exit code: 0, or that of the error which the child has shown."""
+        """Exit code: 0, or that of the error which the child has shown. Ranks find the data by the environment."""
         self._children.wait(ending)
         if ending.signal:
             return ending.exit_code
@@ -47,19 +53,28 @@ class Preparation:
         if end.status < 0:
             show_error(f"the preparation of the data was killed by signal {-end.status}")
             return 128 - end.status
+        folder = os.read(self._answer, PATH_BYTES).decode()
+        if folder:
+            os.environ[FOLDER_VARIABLE] = folder
         return end.status
 
 
-def prepare_data(config: RunConfig) -> None:
+Prepare = Callable[[RunConfig], Path | None]
+"""Makes the data of a configuration ready and says where it lies; None = none is needed."""
+
+
+def prepare_data(config: RunConfig) -> Path:
     """Make the shards of a configuration, saying what takes time."""
     from megatron_lite.data.prepare import prepare  # seconds of imports that only this process needs
 
-    prepare(config, report=lambda line: print(line, flush=True))
+    return prepare(config, report=lambda line: print(line, flush=True)).folder
 
 
-def _guarded(prepare: Callable[[RunConfig], None], config: RunConfig) -> int:
+def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
     try:
-        prepare(config)
+        folder = prepare(config)
+        if folder is not None:
+            os.write(answer, str(folder.absolute()).encode())
     except MegatronLiteError as error:
         show_error(error, debug=config.debug)
         return EXIT_USER_ERROR

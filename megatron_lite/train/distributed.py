@@ -36,16 +36,21 @@ class ProcessEnvironment:
         )
 
 
-def choose_device(setting: str, environment: ProcessEnvironment) -> torch.device:
-    """The device of this rank: its own GPU where this node has one for each of its ranks, else the CPU."""
-    enough_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= environment.local_world_size
-    if setting == "cuda" and not enough_gpus:
+def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
+    """The device of this rank: the CPU, or the GPU of its place on this node.
+
+    Args:
+        setting: launcher.device, resolved: `cpu` or `cuda`.
+    Raises:
+        LaunchError: torch sees fewer GPUs than this node has ranks.
+    """
+    if setting == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() < environment.local_world_size:
         raise LaunchError(
             f"launcher.device=cuda needs {environment.local_world_size} GPUs on this node, "
             f"it has {torch.cuda.device_count()}; start fewer processes or use launcher.device=cpu"
         )
-    if setting == "cpu" or not enough_gpus:
-        return torch.device("cpu")
     torch.cuda.set_device(environment.local_rank)
     return torch.device("cuda", environment.local_rank)
 
@@ -83,18 +88,11 @@ def join(config: RunConfig, device: torch.device, environment: ProcessEnvironmen
     """Meet the other ranks and take this one's place in the layout.
 
     Raises:
-        LaunchError: the world does not fit the layout, or not all of it appeared.
+        LaunchError: not all ranks appeared. (That their number fits the layout was validated with the configuration.)
     """
-    layout = topology(config)
-    if layout.world_size != environment.world_size:
-        raise LaunchError(
-            f"the layout dp{layout.data_parallel_size} x tp{layout.tensor_parallel_size} x "
-            f"pp{layout.pipeline_parallel_size} needs {layout.world_size} processes, "
-            f"{environment.world_size} were started; run: python -m launch {config.script}"
-        )
     start_process_group(device, environment, config.train.timeout_seconds)
     return ParallelContext.build(
-        layout, device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
+        topology(config), device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_lite.checkpoint import native
 from megatron_lite.checkpoint.native import checkpoint_name
 from megatron_lite.config.derived import run_directory
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import PreparedData, load_prepared
 from megatron_lite.errors import CheckpointError
@@ -69,8 +71,9 @@ def train(config: RunConfig, *, objective: str) -> None:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     try:
-        prepared = load_prepared(prepared_folder(config), config)
-        device = distributed.choose_device(config.launcher.device, environment)
+        data_folder = os.environ.get(FOLDER_VARIABLE)
+        prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+        device = distributed.own_device(config.launcher.device, environment)
         print(enable_fast_float32_matmul(device), flush=True)
         if device.type == "cpu":
             reuse_freed_memory()
