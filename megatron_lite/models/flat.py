@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megatron_lite.models.activations import Activations, from_batch
 from megatron_lite.models.spec import LayerSpec
 
 
@@ -15,8 +16,10 @@ class FlatModel(nn.Module):
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
+        assert specs[0].takes is not None, "the first entry takes the batch"
+        self.inputs = [field.name for field in specs[0].takes]
         shared: dict[str, nn.Module] = {}
-        self._calls: list[Callable[[Tensor], Tensor]] = []
+        self._calls: list[Callable[[Activations], Activations]] = []
         for spec in specs:
             module = shared.get(spec.tied) if spec.tied else None
             if module is None:
@@ -24,13 +27,18 @@ class FlatModel(nn.Module):
                 _register(self, spec.name, module)
             if spec.tied:
                 shared[spec.tied] = module
-            self._calls.append(module if spec.forward is None else partial(spec.forward, module))
+            self._calls.append(partial(spec.apply, module))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Input of the first layer (token ids [b, s]) -> output of the last (logits [b, s, v/t])."""
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The batch's fields, in the order of `inputs` -> logits [b, s, v/t], with a next-sentence head and its [b, 2].
+
+        Tensors and not a dictionary, so that ZeRO-3's hooks see them.
+        """
+        x = from_batch(dict(zip(self.inputs, inputs, strict=True)))
         for call in self._calls:
             x = call(x)
-        return x
+        assert x.logits is not None, "the last entry leaves the logits"
+        return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:

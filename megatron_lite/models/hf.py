@@ -28,8 +28,8 @@ def from_gpt2(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
         full["head.weight"] = state["lm_head.weight"]
     for index in range(model.num_layers):
         source, target = f"transformer.h.{index}", f"layers.{index}"
-        full |= _affine(state, f"{source}.ln_1", f"{target}.input_norm")
-        full |= _affine(state, f"{source}.ln_2", f"{target}.post_attention_norm")
+        full |= _affine(state, f"{source}.ln_1", f"{target}.attention_norm")
+        full |= _affine(state, f"{source}.ln_2", f"{target}.mlp_norm")
         full |= _affine(state, f"{source}.attn.c_proj", f"{target}.attention.projection", transpose=True)
         full |= _affine(state, f"{source}.mlp.c_fc", f"{target}.mlp.up", transpose=True)
         full |= _affine(state, f"{source}.mlp.c_proj", f"{target}.mlp.down", transpose=True)
@@ -50,8 +50,8 @@ def from_llama(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Ten
         full["head.weight"] = state["lm_head.weight"]
     for index in range(model.num_layers):
         source, target = f"model.layers.{index}", f"layers.{index}"
-        full |= _affine(state, f"{source}.input_layernorm", f"{target}.input_norm")
-        full |= _affine(state, f"{source}.post_attention_layernorm", f"{target}.post_attention_norm")
+        full |= _affine(state, f"{source}.input_layernorm", f"{target}.attention_norm")
+        full |= _affine(state, f"{source}.post_attention_layernorm", f"{target}.mlp_norm")
         full |= _affine(state, f"{source}.self_attn.o_proj", f"{target}.attention.projection")
         full |= _affine(state, f"{source}.mlp.down_proj", f"{target}.mlp.down")
         q, k, v = (_affine(state, f"{source}.self_attn.{part}_proj", "") for part in "qkv")

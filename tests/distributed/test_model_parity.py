@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor
 
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.models.activations import Field
+from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.models.hf import from_gpt2, from_llama
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -23,6 +24,7 @@ from tests.distributed.harness import run_ranks
 
 TOLERANCE = 1e-5  # largest difference, fp32; absolute for logits, a share of the largest entry for gradients
 VOCAB_SIZE = 301  # a prime: padded under every layout
+INPUTS = (Field("tokens", 16),)
 
 GPT2 = ModelConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=24, vocab_pad_multiple=8
@@ -122,7 +124,7 @@ def _expected(model: ModelConfig) -> tuple[dict[str, Tensor], Tensor, dict[str, 
 
 def _ours(model: ModelConfig, weights: dict[str, Tensor], context: ParallelContext) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's slices of the logits and of the gradients."""
-    flat = FlatModel(gpt_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none))
+    flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS))
     load_full_tensors(flat, weights, context)
     inputs, labels = _tokens(model)
     logits = flat(inputs)
@@ -163,7 +165,7 @@ def test_two_tensor_parallel_ranks_match_transformers(case: str, sequence_parall
 
 def _specs(model: ModelConfig):
     context = replace(ParallelContext.single(), topology=Topology(tensor_parallel_size=2))
-    layers = gpt_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none)
+    layers = build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
     return {name: parameter.shard_spec for name, parameter in FlatModel(layers).named_parameters()}
 
 
