@@ -68,11 +68,3 @@ def decoder_length(config: RunConfig) -> int | None:
     if objective.name is ObjectiveName.ul2:
         return objective.decoder_seq_length or length // 2
     return None
-
-
-def tokens_per_sample(config: RunConfig) -> int:
-    """Positions that the model reads in one sample: of its only stack, or of encoder and decoder together.
-
-    The one meaning of `token` in tokens a step, tokens per second and FLOPs per token.
-    """
-    return config.data.seq_length + (decoder_length(config) or 0)
