@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.data.loader import stack
+from megatron_lite.data.loader import MicroBatch, stack
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.objectives.base import Example
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax
@@ -23,12 +23,7 @@ def preview(engine: Engine, example: Example, tokenizer: Tokenizer) -> str:
     A collective of all ranks, the same text on each.
     """
     batch = stack([example])
-    outputs = forward_through_stages(engine, batch.inputs)
-    predicted = None
-    if outputs is not None:
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        predicted = vocab_parallel_argmax(logits, engine.context, engine.loss.vocab_size)
-    found = agree(predicted, batch.labels.shape, engine.context)[0]
+    found = predicted_tokens(engine, batch)[0]
     counted = batch.loss_weights[0] > 0
     return "\n".join(
         f"{title:<9} {_shown(tokens, tokenizer)}"
@@ -38,6 +33,16 @@ def preview(engine: Engine, example: Example, tokenizer: Tokenizer) -> str:
             ("predicted", found[counted]),
         )
     )
+
+
+def predicted_tokens(engine: Engine, batch: MicroBatch) -> torch.Tensor:
+    """The most likely label of every position, [b, d] on the CPU. A collective of all ranks, the same on each."""
+    outputs = forward_through_stages(engine, batch.inputs)
+    found = None
+    if outputs is not None:
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        found = vocab_parallel_argmax(logits, engine.context, engine.loss.vocab_size)
+    return agree(found, batch.labels.shape, engine.context)
 
 
 def _shown(tokens: torch.Tensor, tokenizer: Tokenizer) -> str:

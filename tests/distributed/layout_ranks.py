@@ -24,6 +24,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.engine import Engine, Evaluation, build_engine
 from megatron_lite.train.generate import generate
+from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.verify import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 
@@ -83,6 +84,13 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     context = engine.context
     own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
+
+
+def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
+    """What an untrained model of this layout predicts for the first sample."""
+    engine, batches_from = _engine(config, vocab_size)
+    batch = batches_from(0, 1)[0]
+    return predicted_tokens(engine, batch)[0].tolist()
 
 
 def _engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:

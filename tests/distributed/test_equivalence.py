@@ -28,8 +28,8 @@ from megatron_lite.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import DataConfig as Data
-from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import layout_rank
@@ -207,12 +207,12 @@ def twin(model: str, tp_comparable: bool, sequence_parallel: bool) -> Trace:
     return trace_twin(config, VOCAB_SIZE, NUM_STEPS)
 
 
+def world_size(config: RunConfig) -> int:
+    return topology(config).world_size
+
+
 def traces(config: RunConfig, mutation: str | None = None) -> list[Trace]:
-    parallel = config.parallel
-    world_size = Topology(
-        parallel.data_parallel_size or 1, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    ).world_size
-    return run_ranks(layout_rank, world_size, config, VOCAB_SIZE, NUM_STEPS, mutation)
+    return run_ranks(layout_rank, world_size(config), config, VOCAB_SIZE, NUM_STEPS, mutation)
 
 
 def worst(model: str, config: RunConfig, layout: list[Trace]) -> tuple[str, float]:
