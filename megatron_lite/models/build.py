@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megatron_lite.config.schema import Architecture, ModelConfig, Recompute
 from megatron_lite.models.activations import Field
+from megatron_lite.models.bert import bert_layers
+from megatron_lite.models.encoder_decoder import encoder_decoder_layers
 from megatron_lite.models.entries import Entries
 from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.models.spec import LayerSpec
@@ -29,4 +31,6 @@ def build_layers(
     entries = Entries(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)
     if model.architecture is Architecture.decoder:
         return gpt_layers(entries)
-    raise NotImplementedError(model.architecture)
+    if model.architecture is Architecture.encoder:
+        return bert_layers(entries, next_sentence_head=next_sentence_head)
+    return encoder_decoder_layers(entries)

@@ -16,7 +16,7 @@ from megatron_lite.config.derived import complete_model
 from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
 from megatron_lite.models.activations import Activations, Field
 from megatron_lite.models.block import TransformerBlock
-from megatron_lite.models.heads import HeadBias, HeadTransform
+from megatron_lite.models.heads import HeadBias, HeadTransform, NextSentenceHead
 from megatron_lite.models.initial import StackInit, stack_init
 from megatron_lite.models.masks import Visibility
 from megatron_lite.models.norms import build_norm
@@ -60,15 +60,16 @@ class Entries:
             assert model.head_size is not None  # by complete_model
             self._rotary = RotaryTable(model.head_size, model.rotary_base)
 
-    def has_input(self, name: str) -> bool:
-        return any(field.name == name for field in self.inputs)
-
     def input(self, name: str) -> Field:
         """The field of that name among the inputs."""
         return next(field for field in self.inputs if field.name == name)
 
-    def word_embedding(self) -> LayerSpec:
-        """The first entry, to which all others with its table are tied: tokens -> hidden."""
+    def inputs_among(self, *names: str) -> tuple[Field, ...]:
+        """Those of the inputs that have one of these names."""
+        return tuple(field for field in self.inputs if field.name in names)
+
+    def word_embedding(self, *, tied: bool) -> LayerSpec:
+        """The first entry: tokens -> hidden. `tied`: other entries share its table."""
 
         def make() -> nn.Module:
             model = self.model
@@ -77,7 +78,8 @@ class Entries:
                 self._vocab_size, model.hidden_size, self.context, padded_vocab_size=self._padded, init=init
             )
 
-        return layer_spec("embedding", make, embed_tokens, self.context, takes=self.inputs)
+        key = "embedding" if tied else None
+        return layer_spec("embedding", make, embed_tokens, self.context, tied=key, takes=self.inputs)
 
     def embedding_sum(self, prefix: str = "") -> list[LayerSpec]:
         """What lies between the word embedding and the first block."""
@@ -138,6 +140,14 @@ class Entries:
         if self.model.norm_placement is NormPlacement.post:
             return []
         return [self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden)]
+
+    def next_sentence(self) -> list[LayerSpec]:
+        """hidden -> sequence_logits."""
+
+        def make() -> nn.Module:
+            return NextSentenceHead(self.model, self.context, self._embedding_init)
+
+        return [self._spec("next_sentence", make, apply_next_sentence)]
 
     def head(self, embedding: LayerSpec) -> list[LayerSpec]:
         """hidden -> logits [b, s, v/t]. `embedding`: the entry whose table a tied head uses."""
@@ -210,6 +220,10 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
 def apply_block(block: nn.Module, x: Activations) -> Activations:
     visibility = Visibility(x.lengths, x.prefix_lengths, x.position_bias)
     return replace(x, hidden=block(x.hidden, visibility, x.memory))
+
+
+def apply_next_sentence(head: nn.Module, x: Activations) -> Activations:
+    return replace(x, sequence_logits=head(x.hidden))
 
 
 def apply_head(head: nn.Module, x: Activations) -> Activations:

@@ -10,7 +10,6 @@ Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-paral
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain
 
 from megatron_lite.models.activations import Field
@@ -21,11 +20,12 @@ from megatron_lite.models.spec import LayerSpec
 def gpt_layers(entries: Entries) -> list[LayerSpec]:
     """Tokens [b, s] -> this rank's logits [b, s, v/t]."""
     model = entries.model
-    takes = [Field("hidden", entries.input("tokens").length)]
-    if entries.has_input("prefix_lengths"):
-        takes.append(entries.input("prefix_lengths"))
-    embedding = entries.word_embedding()
-    if model.tie_embeddings:
-        embedding = replace(embedding, tied="embedding")
-    blocks = entries.blocks(num_layers=model.num_layers, causal=True, takes=tuple(takes))
-    return [embedding, *entries.embedding_sum(), *chain(*blocks), *entries.final_norm(), *entries.head(embedding)]
+    takes = (Field("hidden", entries.input("tokens").length), *entries.inputs_among("prefix_lengths"))
+    embedding = entries.word_embedding(tied=model.tie_embeddings)
+    return [
+        embedding,
+        *entries.embedding_sum(),
+        *chain(*entries.blocks(num_layers=model.num_layers, causal=True, takes=takes)),
+        *entries.final_norm(),
+        *entries.head(embedding),
+    ]
