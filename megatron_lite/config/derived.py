@@ -107,7 +107,7 @@ def tokens_per_sample(config: RunConfig) -> int:
 
     The one meaning of `token` in tokens a step, tokens per second and FLOPs per token.
     """
-    return config.data.seq_length + (decoder_length(config) or 0)
+    return config.data.seq_length + (decoder_length(config.objective, config.data.seq_length) or 0)
 
 
 def has_next_sentence_head(config: RunConfig) -> bool:

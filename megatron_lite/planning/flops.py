@@ -6,9 +6,9 @@ layout costs, not work that the model needs (MFU, not HFU; PaLM, arXiv 2204.0231
 
 Attention scores count as what the model needs. In a decoder, position i looks at i + 1 positions, (s + 1) / 2 on
 average; in an encoder, and from a decoder into the encoder, each looks at all. PaLM and nanoGPT count the full square
-for decoders too; `causal=False` gives their figure. A prefix LM counts as causal: what its prefix adds hangs on the
-sample. A head counts for every position of its stack, also where few are predicted. Embeddings are look-ups, and a
-next-sentence head reads one position a sample: neither counts.
+for decoders too; `causal=False` gives their figure. A prefix LM counts as causal: what its prefix adds, a third of the
+scores on average, differs by sample. A head counts for every position of its stack, also where few are predicted.
+Embeddings are look-ups, and a next-sentence head reads one position a sample: neither counts.
 
 A token is a position that the model reads (`config.derived.tokens_per_sample`).
 
@@ -106,7 +106,8 @@ def flops_per_token(
 
 def flops_of_run(config: RunConfig, vocab_size: int) -> FlopsPerToken:
     """Of a token of this configuration: objective and model decide its two lengths."""
-    return itemised_flops(config.model, config.data.seq_length, vocab_size, decoder_seq_length=decoder_length(config))
+    length = config.data.seq_length
+    return itemised_flops(config.model, length, vocab_size, decoder_seq_length=decoder_length(config.objective, length))
 
 
 @dataclass(frozen=True)

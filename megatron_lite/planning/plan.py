@@ -59,7 +59,8 @@ def _layout(config: RunConfig) -> Iterator[str]:
 
 
 def _objective(config: RunConfig) -> str:
-    first, second = config.data.seq_length, decoder_length(config)
+    first = config.data.seq_length
+    second = decoder_length(config.objective, first)
     lengths = f"{first:,} positions" if second is None else f"{first:,} encoder x {second:,} decoder positions"
     return _row("objective", f"{config.objective.name.value}: {lengths}; {what_is_predicted(config)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_lite.config.lengths import span_corruption_lengths
+from megatron_lite.config.lengths import DENOISERS, span_corruption_lengths, ul2_lengths
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 
 
@@ -18,7 +18,8 @@ def _causal(config: RunConfig) -> str:
 
 
 def _prefix(config: RunConfig) -> str:
-    return "those behind a prefix of random length predict the next token"
+    predicted = (config.data.seq_length + 1) / 2  # its length is uniform
+    return f"{predicted:.4g} of them on average, behind a prefix, predict the next token"
 
 
 def _fill_in_the_middle(config: RunConfig) -> str:
@@ -63,13 +64,19 @@ def _bart(config: RunConfig) -> str:
 
 
 def _ul2(config: RunConfig) -> str:
+    """Positions that denoiser i predicts: what it takes out, its sentinels and the end; the S-denoiser's are a mean."""
     objective = config.objective
     total = sum(objective.ul2_weights)
-    r, s, x = (sum(objective.ul2_weights[part]) / total for part in (slice(0, 2), slice(2, 3), slice(3, 7)))
+    shares = dict.fromkeys("rsx", 0.0)
+    predicted = 0.0
+    for place, (window, longest, _) in ul2_lengths(objective, config.data.seq_length).items():
+        mode, share = DENOISERS[place].mode, objective.ul2_weights[place] / total
+        shares[mode] += share
+        predicted += share * (round(window * objective.ul2_s_density) + 2 if mode == "s" else longest)
+    mixture = ", ".join(f"{mode.upper()} {share:.0%}" for mode, share in shares.items())
     tokens = "with" if objective.ul2_mode_tokens else "without"
     return (
-        f"the decoder predicts the spans that a denoiser takes out (R {r:.0%}, S {s:.0%}, X {x:.0%}), {tokens} "
-        "mode tokens"
+        f"{predicted:.4g} of the decoder's on average predict what denoisers took out ({mixture}), {tokens} mode tokens"
     )
 
 
