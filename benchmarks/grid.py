@@ -52,7 +52,7 @@ def _rank(rank: int, folder: Path, precision: str, vocab_size: int, turns: int, 
 
     from megatron_lite.config.schema import ParallelConfig, Precision, Recompute
     from megatron_lite.models.gpt import gpt_layers
-    from megatron_lite.objectives.causal_lm import TokenLoss
+    from megatron_lite.objectives.loss import TokenLoss
     from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
     from megatron_lite.optim.batch_ramp import BatchStep
     from megatron_lite.parallel.context import ParallelContext

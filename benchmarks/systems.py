@@ -16,7 +16,7 @@ from benchmarks.shape import MICRO_BATCH, Shape
 from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision, Recompute
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer

@@ -32,7 +32,7 @@ from megatron_lite.data.loader import MicroBatch
 from megatron_lite.errors import CheckpointError, LaunchError, TrainingError
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext

@@ -20,7 +20,7 @@ from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import PreparedData, load_prepared
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.progress import Progress

@@ -19,7 +19,7 @@ from megatron_lite.config.schema import Recompute, RunConfig
 from megatron_lite.data.loader import MicroBatch
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.schedule import learning_rate_at

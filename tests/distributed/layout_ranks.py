@@ -13,13 +13,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import megatron_lite.models.norms
-import megatron_lite.objectives.causal_lm
+import megatron_lite.objectives.loss
 import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.engine
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
@@ -152,6 +152,6 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         deepspeed.runtime.zero.stage_1_and_2, "is_model_parallel_parameter", lambda parameter: True
     ),
     "padded_vocabulary_in_the_softmax": _patch(
-        megatron_lite.objectives.causal_lm, "vocab_parallel_cross_entropy", _softmax_over_padding
+        megatron_lite.objectives.loss, "vocab_parallel_cross_entropy", _softmax_over_padding
     ),
 }

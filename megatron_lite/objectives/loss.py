@@ -1,4 +1,4 @@
-"""Causal language modelling: predict every token from those before it.
+"""The losses of all objectives.
 
 Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 """
