@@ -26,7 +26,7 @@ from torch import nn
 
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.errors import CheckpointError, LaunchError, TrainingError
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel, inputs_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.train.engine import Engine, Evaluation, StepResult

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.data.loader import MicroBatch, stack
+from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.objectives.base import Example
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.config.schema import Recompute, RunConfig
-from megatron_lite.data.loader import MicroBatch, stack
+from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.models.flat import FlatModel

@@ -18,7 +18,7 @@ import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.engine
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
 
