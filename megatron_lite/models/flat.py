@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megatron_lite.models.activations import Activations, from_batch
+from megatron_lite.models.activations import Activations
 from megatron_lite.models.spec import LayerSpec
 
 
@@ -16,8 +16,7 @@ class FlatModel(nn.Module):
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
-        assert specs[0].takes is not None, "the first entry takes the batch"
-        self.inputs = [field.name for field in specs[0].takes]
+        self._specs = specs
         shared: dict[str, nn.Module] = {}
         self._calls: list[Callable[[Activations], Activations]] = []
         for spec in specs:
@@ -30,15 +29,26 @@ class FlatModel(nn.Module):
             self._calls.append(partial(spec.apply, module))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The batch's fields, in the order of `inputs` -> logits [b, s, v/t], with a next-sentence head and its [b, 2].
+        """The batch's fields, in the order of the first entry's `takes` -> what `outputs_of` says.
 
         Tensors and not a dictionary, so that ZeRO-3's hooks see them.
         """
-        x = from_batch(dict(zip(self.inputs, inputs, strict=True)))
+        x = inputs_of(self._specs, inputs)
         for call in self._calls:
             x = call(x)
-        assert x.logits is not None, "the last entry leaves the logits"
-        return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
+        return outputs_of(x)
+
+
+def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activations:
+    """A batch's fields, in the order of the first entry's `takes`, as the first layer sees them."""
+    assert specs[0].takes is not None, "the first entry takes the batch"
+    return Activations(**dict(zip([field.name for field in specs[0].takes], inputs, strict=True)))
+
+
+def outputs_of(x: Activations) -> Tensor | tuple[Tensor, Tensor]:
+    """What the last layer leaves: logits [b, s, v/t], and with a next-sentence head its logits [b, 2]."""
+    assert x.logits is not None, "the last entry leaves the logits"
+    return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:
