@@ -11,26 +11,28 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import (
-    Activation,
-    Architecture,
-    InitScheme,
-    ModelConfig,
-    Normalization,
-    NormPlacement,
-    PositionEmbedding,
-)
+from megatron_lite.config.schema import Activation, ModelConfig
 from megatron_lite.models.activations import Field
 from megatron_lite.models.hf import from_bart, from_bert, from_gpt2, from_llama, from_roberta, from_t5
+from tests.tiny_models import (
+    BART,
+    BERT,
+    DECODER_LENGTH,
+    DECODER_TOKENS,
+    GPT2,
+    LENGTH,
+    LENGTHS,
+    LLAMA,
+    PAIR,
+    ROBERTA,
+    SEGMENTS,
+    T5,
+    T5_V1_1,
+    TOKENS,
+)
 
 VOCAB_SIZE = 301  # a prime: padded under every layout
-LENGTH, DECODER_LENGTH = 24, 16
 _FIRST_TOKEN = 4  # the ids before it are padding to some models, which give them no gradient
-
-TOKENS = Field("tokens", LENGTH)
-LENGTHS = Field("lengths")
-SEGMENTS = Field("segments", LENGTH)
-DECODER_TOKENS = Field("decoder_tokens", DECODER_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -231,60 +233,6 @@ def _bart(model: ModelConfig) -> transformers.PreTrainedModel:
     return transformers.BartForConditionalGeneration(config)
 
 
-GPT2 = ModelConfig(
-    num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=LENGTH, vocab_pad_multiple=8
-)
-LLAMA = replace(
-    GPT2,
-    normalization=Normalization.rmsnorm,
-    activation=Activation.swiglu,
-    position_embedding=PositionEmbedding.rotary,
-    attention_bias=False,
-    mlp_bias=False,
-    tie_embeddings=False,
-)
-BERT = replace(
-    GPT2,
-    architecture=Architecture.encoder,
-    norm_placement=NormPlacement.post,
-    norm_epsilon=1e-12,
-    embedding_norm=True,
-    num_segments=2,
-    activation=Activation.gelu,
-    head_transform=True,
-    head_bias=True,
-    init=InitScheme.plain,
-)
-ROBERTA = replace(BERT, norm_epsilon=1e-5, position_offset=2, num_segments=1)
-BART = replace(
-    BERT,
-    architecture=Architecture.encoder_decoder,
-    num_decoder_layers=3,
-    norm_epsilon=1e-5,
-    position_offset=2,
-    num_segments=0,
-    head_transform=False,
-    head_bias=False,
-)
-T5 = replace(
-    LLAMA,
-    architecture=Architecture.encoder_decoder,
-    num_decoder_layers=3,
-    head_size=16,
-    ffn_hidden_size=48,
-    norm_epsilon=1e-6,
-    activation=Activation.relu,
-    position_embedding=PositionEmbedding.relative,
-    relative_buckets=8,
-    relative_max_distance=12,
-    attention_scale=False,
-    tie_embeddings=True,
-    scale_tied_head=True,
-    init=InitScheme.t5,
-)
-T5_V1_1 = replace(T5, activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False)
-
-PAIR = (TOKENS, DECODER_TOKENS)
 CASES = {
     "gpt2": Case(GPT2, _gpt2, from_gpt2),
     "gpt2_untied": Case(replace(GPT2, tie_embeddings=False), _gpt2, from_gpt2),

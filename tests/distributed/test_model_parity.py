@@ -66,7 +66,7 @@ def _ours(
     flat = _flat(case, context, recompute)
     load_full_tensors(flat, weights, context)
     batch = batch_of(case)
-    out = flat(*(batch[name] for name in flat.inputs))
+    out = flat(*(batch[field.name] for field in case.inputs))
     logits, sequence_logits = out if case.next_sentence else (out, None)
     kept = logits.detach().clone()
     losses = vocab_parallel_cross_entropy(logits, batch["labels"], context, VOCAB_SIZE)
