@@ -185,7 +185,7 @@ class Entries:
         def make() -> nn.Module:
             return RelativeBias(self.model, self.context, init, causal=causal)
 
-        return layer_spec(name, make, apply, self.context, tied=name)
+        return layer_spec(name, make, apply, self.context, tied=name.replace(".", "_"))  # a key that DeepSpeed takes
 
     def _spec(
         self, name: str, make: Callable[[], nn.Module], apply: Callable[[Any, Activations], Activations]

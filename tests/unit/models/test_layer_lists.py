@@ -162,9 +162,9 @@ def test_entries_of_t5():
     assert specs[9].takes[:2] == (Field("hidden", DECODER_LENGTH), Field("memory", LENGTH))
     assert [spec.tied for spec in specs if spec.tied] == [
         "embedding",
-        *2 * ["encoder.relative_bias"],
+        *2 * ["encoder_relative_bias"],
         "embedding",
-        *3 * ["decoder.relative_bias"],
+        *3 * ["decoder_relative_bias"],
     ]
 
 
