@@ -16,7 +16,7 @@ from launch.base import LaunchPlan
 from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
 from launch.messages import show_error
 from launch.registry import LAUNCHERS
-from megatron_lite.config.compose import available_scripts, compose
+from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
@@ -71,9 +71,9 @@ def _launch(arguments: Arguments) -> int:
 def _typed(arguments: Arguments) -> RunConfig:
     """The configuration that the words describe, or that an earlier run has frozen."""
     if arguments.config_file is not None:
-        if arguments.words:
+        if arguments.words and "=" not in arguments.words[0]:
             raise ConfigError(f"--config {arguments.config_file} names its script; leave out {arguments.words[0]}")
-        return load_frozen(arguments.config_file)
+        return change(load_frozen(arguments.config_file), arguments.words)
     script, words = _split_script(arguments.words)
     return compose(script, words)
 

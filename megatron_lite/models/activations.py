@@ -6,8 +6,8 @@ t tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -96,16 +96,6 @@ class Wire:
         return field.length // self._split
 
 
-def from_batch(inputs: Mapping[str, Tensor]) -> Activations:
-    """The activations that the first layer sees."""
-    return Activations(**inputs)
-
-
-def without(x: Activations, *names: str) -> Activations:
-    """`x` without some of its fields, so that nothing keeps them alive."""
-    return Activations(**{f.name: getattr(x, f.name) for f in fields(x) if f.name not in names})
-
-
 def _taken(x: Activations, field: Field) -> Tensor:
     tensor = getattr(x, field.name)
     assert tensor is not None, f"a later stage takes {field.name}, which no layer before it has left"
@@ -113,4 +103,4 @@ def _taken(x: Activations, field: Field) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)

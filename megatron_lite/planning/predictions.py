@@ -10,7 +10,11 @@ from megatron_lite.config.schema import ObjectiveName, RunConfig
 
 def what_is_predicted(config: RunConfig) -> str:
     """One clause, without a full stop."""
-    return _CLAUSES[config.objective.name](config)
+    return _CLAUSES.get(config.objective.name, _described_elsewhere)(config)
+
+
+def _described_elsewhere(config: RunConfig) -> str:
+    return f"what they predict says objectives/{config.objective.name.value}.py"
 
 
 def _causal(config: RunConfig) -> str:

@@ -22,7 +22,11 @@ ARCHITECTURES = {
     "pretrain_t5": Architecture.encoder_decoder,
 }
 OBJECTIVES = {
-    "pretrain_gpt": (ObjectiveName.causal_lm, ObjectiveName.prefix_lm, ObjectiveName.fill_in_the_middle),
+    "pretrain_gpt": (
+        ObjectiveName.causal_lm,
+        ObjectiveName.prefix_lm,
+        ObjectiveName.fill_in_the_middle,
+    ),
     "pretrain_bert": (ObjectiveName.masked_lm_nsp, ObjectiveName.masked_lm),
     "pretrain_t5": (ObjectiveName.span_corruption, ObjectiveName.bart_denoising, ObjectiveName.ul2),
 }
