@@ -164,9 +164,7 @@ class StageContent:
     first: bool
     last: bool
     begins_decoder: bool
-    """Holds the decoder's first layer, and so a copy of the word embedding for the decoder's input."""
-    ends_encoder: bool
-    """Holds the encoder's last layer, and so the encoder's final norm."""
+    """Holds the decoder's first layer, and ahead of it the encoder's final norm and the decoder's embedding."""
 
 
 def stage_contents(model: ModelConfig, pipeline_parallel_size: int) -> list[StageContent]:
@@ -183,7 +181,6 @@ def stage_contents(model: ModelConfig, pipeline_parallel_size: int) -> list[Stag
                 first=stage == 0,
                 last=stage == pipeline_parallel_size - 1,
                 begins_decoder=start <= encoder < stop,
-                ends_encoder=total > encoder and start < encoder <= stop,
             )
         )
         start = stop
@@ -243,7 +240,7 @@ class ParameterCounts:
             count += self.segment_embedding
         if content.last:
             count += self.head_transform + self.head_bias + self.next_sentence + (0 if self.tied else self.head)
-        return count + self.final_norm * (content.last + content.ends_encoder)
+        return count + self.final_norm * (content.last + content.begins_decoder)
 
 
 def parameter_counts(

@@ -153,9 +153,8 @@ def _what_lies_on(content: StageContent, config: RunConfig) -> str:
         parts.append("embedding" + positions + (", segments" if counts.segment_embedding else ""))
     if content.layers:
         parts.append(_plural(content.layers, encoder))
-    if content.ends_encoder and counts.final_norm:
-        parts.append("encoder's final norm")
     if content.begins_decoder:
+        parts += ["encoder's final norm"] * bool(counts.final_norm)
         copy = "" if content.first else " (copy)"
         parts.append(f"decoder embedding{copy}{positions}")
     if content.decoder_layers:

@@ -90,7 +90,8 @@ def weights_name_denoisers(case: Case) -> Iterator[str]:
 
 
 def _are_weights(weights: list[float]) -> bool:
-    return all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    sound = all(0 <= weight < math.inf for weight in weights)
+    return len(weights) == len(DENOISERS) and sound and sum(weights) > 0
 
 
 def decoder_length_can_be_chosen(case: Case) -> Iterator[str]:
