@@ -91,9 +91,7 @@ class _LaterTiedLayer(TiedLayerSpec):
     """The same for a module that several layers share; DeepSpeed sums its gradient over the stages that hold it."""
 
     def __init__(self, spec: LayerSpec) -> None:
-        assert spec.tied is not None
-        key = spec.tied.replace(".", "_")  # becomes the name of a submodule
-        super().__init__(key, nn.Module, forward_fn=spec.apply, tied_weight_attr="weight")
+        super().__init__(spec.tied, nn.Module, forward_fn=spec.apply, tied_weight_attr="weight")
         self.spec = spec
 
     def build(self, log: bool = False) -> nn.Module:

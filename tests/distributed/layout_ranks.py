@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,11 +15,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import megatron_lite.models.norms
 import megatron_lite.objectives.loss
+import megatron_lite.parallel.collectives
 import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
+import megatron_lite.train.batches
 import megatron_lite.train.engine
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
@@ -154,6 +158,25 @@ def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: P
     return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
 
 
+def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
+    scaled = megatron_lite.train.batches.normalise(batches, context)
+    return [batch._replace(sequence_weights=batch.sequence_weights / context.data_size) for batch in scaled]
+
+
+def _every_rank_takes_the_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    grad_x = grad.new_zeros(ctx.shape)
+    grad_x[:, 0] = grad
+    return grad_x, None
+
+
+def _pack_without_memory_gradient(wire: Wire, x: Activations) -> Any:
+    if x.memory is not None:
+        x = replace(x, memory=x.memory.detach())
+    return _PACK(wire, x)
+
+
+_PACK = Wire.pack
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
@@ -163,6 +186,16 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
+    ),
+    "replicated_linear_gradient_not_summed_under_sequence_parallel": _patch(
+        megatron_lite.parallel.layers, "sum_gradients", lambda context, *parameters: parameters
+    ),
+    "first_position_gradient_on_every_rank": _patch(
+        megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
+    ),
+    "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
+    "sequence_weights_not_shared_over_data_ranks": _patch(
+        megatron_lite.train.engine, "normalise", _own_sequence_mean
     ),
     "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),

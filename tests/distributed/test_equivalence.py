@@ -256,21 +256,27 @@ def test_batch_ramp(layout: str) -> None:
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
 
 
-MUTATIONS = {
-    "row_parallel_without_all_reduce": "tp2",
-    "column_parallel_without_backward_all_reduce": "tp2",
-    "tied_gradient_doubled": "pp2",
-    "tied_gradient_not_summed": "pp2",
-    "norm_gradient_not_summed_under_sequence_parallel": "sequence_parallel_tp2",
-    "data_parallel_gradients_not_reduced": "zero0_dp2_pp2",
-    "mean_of_micro_batch_means": "dp2",
-    "replicated_parameters_counted_on_every_rank": "tp2",
-    "padded_vocabulary_in_the_softmax": "tp2",
-}
+MUTATIONS = [
+    ("row_parallel_without_all_reduce", "gpt2", "tp2"),
+    ("column_parallel_without_backward_all_reduce", "gpt2", "tp2"),
+    ("column_parallel_without_backward_all_reduce", "bart", "tp2"),
+    ("tied_gradient_doubled", "gpt2", "pp2"),
+    ("tied_gradient_not_summed", "gpt2", "pp2"),
+    ("tied_gradient_not_summed", "t5_v1_1", "pp2"),
+    ("norm_gradient_not_summed_under_sequence_parallel", "gpt2", "sequence_parallel_tp2"),
+    ("replicated_linear_gradient_not_summed_under_sequence_parallel", "bert", "sequence_parallel_tp2"),
+    ("first_position_gradient_on_every_rank", "bert", "sequence_parallel_tp2"),
+    ("memory_gradient_lost_between_stages", "t5", "pp4"),
+    ("data_parallel_gradients_not_reduced", "gpt2", "zero0_dp2_pp2"),
+    ("mean_of_micro_batch_means", "gpt2", "dp2"),
+    ("sequence_weights_not_shared_over_data_ranks", "bert", "dp2"),
+    ("replicated_parameters_counted_on_every_rank", "gpt2", "tp2"),
+    ("padded_vocabulary_in_the_softmax", "gpt2", "tp2"),
+]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_planted_mutation_is_caught(mutation: str) -> None:
-    config = run_config("gpt2", **LAYOUTS[MUTATIONS[mutation]])
-    what, difference = worst("gpt2", config, traces(config, mutation))
+@pytest.mark.parametrize(("mutation", "model", "layout"), MUTATIONS)
+def test_planted_mutation_is_caught(mutation: str, model: str, layout: str) -> None:
+    config = run_config(model, **LAYOUTS[layout])
+    what, difference = worst(model, config, traces(config, mutation))
     assert difference > 10 * TOLERANCE, f"{mutation} went unnoticed: {what} differs by {difference:.1e}"
