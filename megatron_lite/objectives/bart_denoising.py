@@ -91,9 +91,7 @@ def shuffled_sentences(tokens: Ids, sentence_starts: Ids, eod: int, draws: Draws
     """The text with the sentences of each document in random order, and each end-of-document token in its place."""
     is_end = tokens == eod
     begins = is_end.copy()
-    begins[1:] |= is_end[:-1]
     begins[sentence_starts] = True
-    begins[0] = True
     starts = np.flatnonzero(begins)
     lengths = np.diff(np.append(starts, len(tokens)))
     document = (np.cumsum(is_end) - is_end)[starts]

@@ -26,7 +26,7 @@ from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planning.flops import flops_per_token
+from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import Report, Save, Validate
@@ -124,7 +124,7 @@ def _attempt(run: Run) -> None:
 
 
 def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> list[Callback]:
-    flops = flops_per_token(run.config.model, run.config.data.seq_length, run.prepared.vocab_size)
+    flops = flops_of_run(run.config, run.prepared.vocab_size).training
     return [
         Report(trackers, progress, flops, run.peak_flops),
         Validate(trackers, progress),

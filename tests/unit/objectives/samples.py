@@ -56,8 +56,8 @@ def random_text(rng: np.random.Generator, objective: Objective, end_rate: float 
     """Something that this objective takes."""
     if isinstance(objective.shape, WindowShape):
         tokens = random_window(rng, objective.shape.tokens, end_rate)
-        starts = np.flatnonzero(rng.random(len(tokens)) < 0.2)
-        return Text(tokens, read_only(np.union1d([0], starts)) if objective.shape.sentences else None)
+        starts = (rng.random(len(tokens)) < 0.2) | (np.concatenate([[EOD], tokens[:-1]]) == EOD)
+        return Text(tokens, read_only(np.flatnonzero(starts)) if objective.shape.sentences else None)
     room = objective.shape.tokens
     first = int(rng.integers(1, room))
     second = int(rng.integers(1, room - first + 1))

@@ -104,7 +104,8 @@ def text_without_numpy(objective: Objective, index: int) -> Text | SentencePair:
     if isinstance(objective.shape, PairShape):
         return SentencePair(tokens[: 10 + index], tokens[10 + index : 30], index % 2 == 0)
     tokens[16::17] = EOD
-    return Text(tokens, np.arange(0, len(tokens), 5) if objective.shape.sentences else None)
+    starts = np.union1d(np.arange(0, len(tokens), 5), np.arange(0, len(tokens), 17))
+    return Text(tokens, starts if objective.shape.sentences else None)
 
 
 PINNED = {
