@@ -46,7 +46,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 1  # raise it when the same text would become other tokens
+PIPELINE = 2  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
+        **tokenizer.special.to_facts(),
     }
     return Job(data, folder, tokenizer, facts, report)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.sampler import mix64_array
+from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.errors import ConfigError, DataError
@@ -31,7 +33,7 @@ from megatron_lite.files import file_xxh3
 
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
-FORMAT = 1
+FORMAT = 2
 CHEAP_CHECKSUM_BYTES = 64 * 2**20  # up to this size checksums are verified at every opening; sizes always are
 
 
@@ -81,7 +83,7 @@ class PreparedData:
     tokenizer_hash: str | None
     vocab_size: int
     """True vocabulary of the model; every token id is below it."""
-    eod_id: int | None
+    special: SpecialTokens
     fingerprint: str
     """Names exactly these tokens in this order: equal fingerprints, equal samples."""
     unigram_entropy_nats: float
@@ -102,6 +104,18 @@ class PreparedData:
     @property
     def validation_documents(self) -> int:
         return sum(shard.documents for shard in self.validation)
+
+    @property
+    def eod_id(self) -> int | None:
+        return self.special.eod
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What objectives know of the tokens. Its tables stay None for ready shards that came without a tokenizer."""
+        tokenizer = self.open_tokenizer()
+        if tokenizer is None:
+            return Vocabulary(self.vocab_size, self.special)
+        return tokenizer.vocabulary().enlarged(self.vocab_size)
 
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, None where there is none."""
@@ -133,7 +147,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         tokenizer_dir=_tokenizer_dir(tokenizer, folder),
         tokenizer_hash=tokenizer["tokenizer_hash"],
         vocab_size=vocab_size,
-        eod_id=tokenizer["eod_id"],
+        special=SpecialTokens.from_facts(tokenizer),
         fingerprint=manifest["fingerprint"],
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
     )

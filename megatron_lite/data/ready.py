@@ -19,7 +19,7 @@ from megatron_lite.errors import DataError
 from megatron_lite.files import file_xxh3
 
 CHUNK_TOKENS = 2**22  # counted at a time: 8 bytes a token of memory
-NO_TOKENIZER = {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}
+NO_TOKENIZER: dict[str, Any] = {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None, "special": {}}
 LARGEST_VOCABULARY = 2**24  # far above any in use: an id beyond it means that the file holds no token ids
 
 
@@ -70,7 +70,7 @@ def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]
     for source in sources:
         sidecar = read_sidecar(source.paths[0])
         if sidecar:
-            facts = {**{key: sidecar[key] for key in NO_TOKENIZER}, "tokenizer_folder": None}
+            facts = {**{key: sidecar.get(key) for key in NO_TOKENIZER}, "tokenizer_folder": None}
             found[sidecar["tokenizer_hash"]] = (source.paths[0].parent / sidecar["tokenizer_folder"], facts)
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found.values())

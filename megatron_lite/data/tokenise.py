@@ -42,7 +42,7 @@ class Job:
     tokenizer: Tokenizer | None
     """None for ready shards that came without one."""
     tokenizer_facts: dict[str, Any]
-    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id."""
+    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id, special."""
     report: Callable[[str], None]
 
 

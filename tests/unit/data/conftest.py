@@ -39,7 +39,7 @@ def config_for(tmp_path: Path) -> Callable[..., RunConfig]:
         config = RunConfig()
         config.data.source = [str(s) for s in source] if isinstance(source, list) else str(source)
         config.data.cache_dir = str(tmp_path / "cache")
-        config.data.tokenizer_vocab_size = 400
+        config.data.tokenizer_vocab_size = 510
         config.data.seq_length = 16
         config.data.validation_fraction = 0.1
         for name, value in settings.items():

@@ -17,6 +17,7 @@ from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.loader import micro_batches, training_dataset, validation_dataset
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import Part, PreparedData, Shard
+from megatron_lite.data.special import SpecialTokens
 from megatron_lite.errors import ConfigError, DataError
 
 SEQ = 7
@@ -201,7 +202,7 @@ def test_mask_without_a_known_eod(prepared_corpus: tuple[PreparedData, RunConfig
     prepared, config = prepared_corpus
     config.data.mask_loss_after_eod = True
     with pytest.raises(ConfigError, match=r"data\.mask_loss_after_eod=true needs the end-of-document token"):
-        training_dataset(replace(prepared, eod_id=None), config)
+        training_dataset(replace(prepared, special=SpecialTokens()), config)
 
 
 def test_two_sources_are_blended_by_weight(

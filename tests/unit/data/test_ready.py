@@ -106,7 +106,7 @@ def test_wrong_tokenizer_for_a_shard(
 ) -> None:
     made, _ = prepared_corpus
     (tmp_path / "x.txt").write_text("\n\n".join(f"other text {i * i}" for i in range(50)))
-    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=280), report=silent)
+    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
     config = config_for(made.train[0].prefix, tokenizer=str(other.tokenizer_dir))
     with pytest.raises(DataError) as error:
         prepare(config, report=silent)
@@ -122,7 +122,7 @@ def test_shards_of_different_tokenizers(
 ) -> None:
     made, _ = prepared_corpus
     (tmp_path / "x.txt").write_text("\n\n".join(f"other text {i * i}" for i in range(50)))
-    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=280), report=silent)
+    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
     with pytest.raises(DataError, match=r"data\.source names shards of different tokenizers \(.* and .*\)"):
         prepare(config_for([made.train[0].prefix, other.train[0].prefix]), report=silent)
 
