@@ -31,6 +31,7 @@ from megatron_lite.data.prepared import (
 )
 from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
+from megatron_lite.data.sentences import sentence_kinds
 from megatron_lite.data.sources import Source, identity, resolve_sources
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
 from megatron_lite.data.tokenizer import (
@@ -46,7 +47,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 1  # raise it when the same text would become other tokens
+PIPELINE = 2  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,15 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     else:
         found, facts = shared_tokenizer(sources)
         if found is None:
-            return Job(data, folder, None, facts, report)
+            return Job(data, folder, None, facts, None, report)
         tokenizer = save_tokenizer(str(found), target)
     facts = {
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
+        **tokenizer.special.to_facts(),
     }
-    return Job(data, folder, tokenizer, facts, report)
+    return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
 
 
 def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
@@ -206,7 +207,9 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
     np.savez_compressed(job.folder / COUNTS, **counts)
     tokenizer = job.tokenizer_facts
     shards = [counted.shard for counted in [*train, *validation]]
-    decisive = [[s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index] for s in shards]
+    decisive = [
+        [s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index, s.sentences_xxh3] for s in shards
+    ]
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([decisive, tokenizer["tokenizer_hash"], len(train)]).encode())
     manifest = {
         "format": FORMAT,

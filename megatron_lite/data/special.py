@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # a plan needs the names in milliseconds
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class SpecialTokens:
     fim_suffix: int | None = None
     fim_middle: int | None = None
 
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> SpecialTokens:
+        """From what a manifest or a sidecar says of a tokenizer; the oldest ones tell the end of documents only."""
+        roles = facts.get("special") or {}
+        return cls(**{**roles, "sentinels": tuple(roles.get("sentinels", ()))}, eod=facts["eod_id"])
+
+    def to_facts(self) -> dict[str, Any]:
+        """As `from_facts` reads it."""
+        roles = asdict(self)
+        return {"eod_id": roles.pop("eod"), "special": roles}
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -41,6 +54,16 @@ class Vocabulary:
     size: int
     special: SpecialTokens = field(default_factory=SpecialTokens)
     is_special: npt.NDArray[np.bool_] | None = None
-    """[size]: tokens that no text is made of. None = unknown: shards without their tokenizer."""
+    """[size]: tokens that no text is made of, and ids without a token. None = unknown: shards without their
+    tokenizer."""
     begins_word: npt.NDArray[np.bool_] | None = None
-    """[size]: tokens that begin a word. None = unknown."""
+    """[size]: tokens that begin a word, see `pieces.begins_word`. None = unknown."""
+
+    def enlarged(self, size: int) -> Vocabulary:
+        """With ids up to `size` that have no token: the true vocabulary of a model may be larger."""
+        import numpy as np
+
+        def padded(table: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_] | None:
+            return None if table is None else np.pad(table, (0, size - self.size), constant_values=True)
+
+        return replace(self, size=size, is_special=padded(self.is_special), begins_word=padded(self.begins_word))

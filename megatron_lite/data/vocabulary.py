@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.schema import DataConfig, RunConfig
+from megatron_lite.data.roles import STANDARD_SENTINELS, trained_names
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.sources import Source, resolve_sources
 from megatron_lite.errors import ConfigError
 
 TRAIN = "train"
-SMALLEST_BPE = 257  # 256 bytes and the end-of-document token
+SMALLEST_BPE = 256 + len(trained_names())  # every byte, and the special tokens
 
 
 def planned_vocab_size(config: RunConfig) -> int:
@@ -47,12 +48,13 @@ def trained_vocab_size(data: DataConfig) -> int:
     """data.tokenizer_vocab_size, checked.
 
     Raises:
-        ConfigError: it cannot hold the bytes.
+        ConfigError: it cannot hold the bytes and the special tokens.
     """
     if data.tokenizer_vocab_size < SMALLEST_BPE:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} must be {SMALLEST_BPE} or more: a byte-level "
-            "vocabulary holds 256 bytes and the end-of-document token"
+            f"vocabulary holds 256 bytes and the {len(trained_names())} special tokens of the objectives, "
+            f"{STANDARD_SENTINELS} sentinels among them"
         )
     return data.tokenizer_vocab_size
 

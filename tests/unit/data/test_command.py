@@ -14,10 +14,10 @@ from megatron_lite.data.prepared import PreparedData
 
 
 def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=400"]
+    overrides = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=510"]
     assert main(["prepare", *overrides, "data.validation_fraction=0.1"]) == 0
     output = capsys.readouterr().out
-    assert "training a byte-level BPE of 400 tokens" in output
+    assert "training a byte-level BPE of 510 tokens" in output
     found = re.search(r"(\S+)/prepared\.json: fingerprint (\w+)", output)
     assert found
     assert main(["inspect", found[1], "--verify", "--documents", "2"]) == 0
