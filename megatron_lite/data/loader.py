@@ -1,17 +1,12 @@
-"""From a global sample index to the tensors of a step.
-
-b: micro-batch size, d: positions whose labels are predicted.
-"""
+"""From a global sample index to the tensors of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-import torch
+from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.dataset import SampleDataset, WindowDataset, blended
 from megatron_lite.data.pairs import PairDataset
@@ -26,32 +21,9 @@ Shape = WindowShape | PairShape
 Dataset = SampleDataset[Text] | SampleDataset[SentencePair]
 
 
-class MicroBatch(NamedTuple):
-    """Inputs, targets and weights of one forward pass."""
-
-    inputs: tuple[torch.Tensor, ...]  # each [b, length] int64, or [b] where the field has no length
-    labels: torch.Tensor  # [b, d] int64
-    loss_weights: torch.Tensor  # [b, d] fp32: 0 where the prediction does not count
-    sequence_labels: torch.Tensor | None = None  # [b] int64, where samples have a class as a whole
-    sequence_weights: torch.Tensor | None = None  # [b] fp32: 1
-
-
-class InputField(Protocol):
-    """`models.activations.Field`, as far as batches go."""
-
-    @property
-    def length(self) -> int | None: ...
-
-
 class ExampleMaker(Protocol):
     """`objectives.base.Objective`, as far as batches go."""
 
-    @property
-    def inputs(self) -> Sequence[InputField]: ...
-    @property
-    def label_length(self) -> int: ...
-    @property
-    def has_sequence_label(self) -> bool: ...
     def example(self, text: Any, key: int) -> Example: ...
 
 
@@ -98,40 +70,9 @@ def micro_batches(
         first_sample: global index of this rank's first sample of the step.
         seed: with the global index, the key of a sample's random choices.
     """
-    count = micro_batch_size * num_micro_batches
-    inputs = [np.empty((count,) if f.length is None else (count, f.length), np.int64) for f in objective.inputs]
-    labels = np.empty((count, objective.label_length), np.int64)
-    weights = np.empty((count, objective.label_length), np.float32)
-    classes = np.empty(count, np.int64) if objective.has_sequence_label else None
-    for row in range(count):
-        index = first_sample + row
-        example = objective.example(dataset.sample(index), stream_key(seed, index))
-        for column, values in zip(inputs, example.inputs, strict=True):
-            column[row] = values
-        labels[row] = example.labels
-        weights[row] = example.loss_weights
-        if classes is not None:
-            assert example.sequence_label is not None
-            classes[row] = example.sequence_label
-    return _cut(inputs, labels, weights, classes, micro_batch_size)
-
-
-def _cut(
-    inputs: list[np.ndarray], labels: np.ndarray, weights: np.ndarray, classes: np.ndarray | None, size: int
-) -> list[MicroBatch]:
-    """Arrays of all samples of a step as tensors of `size` samples each."""
-    columns = zip(*(torch.from_numpy(column).split(size) for column in inputs), strict=True)
-    batches = [
-        MicroBatch(*parts)
-        for parts in zip(
-            columns, torch.from_numpy(labels).split(size), torch.from_numpy(weights).split(size), strict=True
-        )
-    ]
-    if classes is None:
-        return batches
-    ones = torch.ones(len(classes), dtype=torch.float32)
-    both = zip(batches, torch.from_numpy(classes).split(size), ones.split(size), strict=True)
-    return [batch._replace(sequence_labels=c, sequence_weights=w) for batch, c, w in both]
+    indices = range(first_sample, first_sample + micro_batch_size * num_micro_batches)
+    examples = [objective.example(dataset.sample(index), stream_key(seed, index)) for index in indices]
+    return [stack(examples[row : row + micro_batch_size]) for row in range(0, len(examples), micro_batch_size)]
 
 
 def _dataset(shard: Shard, shape: Shape, prepared: PreparedData, seed: int) -> WindowDataset | PairDataset:

@@ -6,6 +6,7 @@ Shapes: b micro-batch, s positions whose labels are predicted, v vocabulary, t t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,11 @@ from torch import Tensor
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 
-Outputs = Tensor | tuple[Tensor, Tensor]
+Outputs: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Logits [b, s, v/t], this rank's slice of the padded vocabulary; and, where the model has a head for the class of a
 whole sample, its logits [b, classes]."""
 
-Targets = tuple[Tensor, ...]
+Targets: TypeAlias = tuple[Tensor, ...]
 """Labels [b, s] and loss weights [b, s]; and, where samples have a class, sequence labels [b] and weights [b]."""
 
 
@@ -74,4 +75,6 @@ class TokenLoss:
 
 
 def _count(sums: Tensor, right: Tensor, losses: Tensor, weights: Tensor) -> None:
-    sums += torch.stack([(part * weights).sum(dtype=torch.float64) for part in (right, losses, torch.ones_like(losses))])
+    sums += torch.stack(
+        [(part * weights).sum(dtype=torch.float64) for part in (right, losses, torch.ones_like(losses))]
+    )

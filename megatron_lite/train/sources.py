@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.dataset import SampleDataset
-from megatron_lite.data.loader import (
-    VALIDATION_SEED,
-    MicroBatch,
-    micro_batches,
-    training_dataset,
-    validation_dataset,
-)
+from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.loader import VALIDATION_SEED, Dataset, micro_batches, training_dataset, validation_dataset
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.objectives.base import Example, Objective
@@ -36,8 +30,8 @@ class ShardSource:
         self._config = config
         self._objective = objective
         self._context = context
-        self._training: SampleDataset | None = None
-        self._validation: SampleDataset | None = None
+        self._training: Dataset | None = None
+        self._validation: Dataset | None = None
         if context.is_first_stage or context.is_last_stage:
             self._training = training_dataset(prepared, config, objective.shape)
             self._validation = validation_dataset(prepared, config, objective.shape)
@@ -65,7 +59,7 @@ class ShardSource:
     def _num_validation_samples(self) -> int:
         return self._config.train.eval_batches * self._config.train.global_batch_size
 
-    def _part(self, dataset: SampleDataset | None, first_sample: int, num_samples: int, seed: int) -> list[MicroBatch]:
+    def _part(self, dataset: Dataset | None, first_sample: int, num_samples: int, seed: int) -> list[MicroBatch]:
         if dataset is None:
             return []
         own = num_samples // self._context.data_size

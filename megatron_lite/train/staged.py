@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeAlias
 
 from deepspeed.pipe import LayerSpec as PipeLayerSpec
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
@@ -20,7 +21,7 @@ from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
 
-Sent = Tensor | tuple[Tensor, ...]
+Sent: TypeAlias = Tensor | tuple[Tensor, ...]
 """What one stage hands to the next, see `models.activations.Wire`; the last stage's is the model's output."""
 
 
@@ -44,9 +45,10 @@ class StagedModule(PipelineModule):
         )
         start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
         # DeepSpeed knows how to apply the tied modules only; to call the others is ours.
+        built: list[Any] = self.forward_funcs
         self.forward_funcs = [
             function if spec.tied else partial(spec.apply, function)
-            for spec, function in zip(specs[start:stop], self.forward_funcs, strict=True)
+            for spec, function in zip(specs[start:stop], built, strict=True)
         ]
         self.wire_in = _wire(specs[start], hidden_size, context)
         self.wire_out = None if context.is_last_stage else _wire(specs[stop], hidden_size, context)

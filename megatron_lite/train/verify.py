@@ -45,7 +45,19 @@ class Trace:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
 
 
-SYNTHETIC_ROLES = ("eod", "cls", "sep", "mask", "pad", "mode_r", "mode_s", "mode_x", "fim_prefix", "fim_suffix", "fim_middle")
+SYNTHETIC_ROLES = (
+    "eod",
+    "cls",
+    "sep",
+    "mask",
+    "pad",
+    "mode_r",
+    "mode_s",
+    "mode_x",
+    "fim_prefix",
+    "fim_suffix",
+    "fim_middle",
+)
 
 
 def synthetic_vocabulary(size: int) -> Vocabulary:
@@ -64,7 +76,7 @@ class SyntheticSamples:
         assert vocabulary.is_special is not None
         self._objective = objective
         self._first = int(np.flatnonzero(~vocabulary.is_special)[0])
-        self._eod = vocabulary.special.eod
+        self._eod = SYNTHETIC_ROLES.index("eod")
         self._weights = 1.0 / torch.arange(1, vocabulary.size - self._first + 1)
         self._seed = seed
 

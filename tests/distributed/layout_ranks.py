@@ -151,8 +151,6 @@ def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext)
     return [batch._replace(loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
 
 
-
-
 def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> torch.Tensor:
     padded = logits.shape[-1] * context.tensor_size
     return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
@@ -194,9 +192,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
     ),
     "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
-    "sequence_weights_not_shared_over_data_ranks": _patch(
-        megatron_lite.train.engine, "normalise", _own_sequence_mean
-    ),
+    "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.train.engine, "normalise", _own_sequence_mean),
     "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),
     "replicated_parameters_counted_on_every_rank": _patch(

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import (
     Activation,
     Architecture,
@@ -28,7 +29,6 @@ from megatron_lite.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import DataConfig as Data
 from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks

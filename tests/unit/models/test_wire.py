@@ -56,9 +56,7 @@ def test_one_backward_pass_reaches_both_hidden_states() -> None:
 
 
 def test_slices_of_the_sequence() -> None:
-    context = replace(
-        ParallelContext.single(), topology=Topology(tensor_parallel_size=2), sequence_parallel=True
-    )
+    context = replace(ParallelContext.single(), topology=Topology(tensor_parallel_size=2), sequence_parallel=True)
     wire = Wire([Field("hidden", 6), Field("memory", 8), Field("decoder_tokens", 2)], HIDDEN, context)
     floats, integers = wire.empty(BATCH, torch.bfloat16, torch.device("cpu"))
     assert floats.shape == (BATCH, 3 + 4, HIDDEN)
