@@ -1,4 +1,4 @@
-"""The model, its objective and its loss, as a configuration asks for them: one place for runs, certificates and tests."""
+"""Model, objective and loss as a configuration asks for them: one place for runs, certificates and tests."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class StagedModule(PipelineModule):
         )
         start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
         # DeepSpeed knows how to apply the tied modules only; to call the others is ours.
-        built: list[Any] = self.forward_funcs
+        built: list[Any] = getattr(self, "forward_funcs")  # noqa: B009  # not declared in its class
         self.forward_funcs = [
             function if spec.tied else partial(spec.apply, function)
             for spec, function in zip(specs[start:stop], built, strict=True)

@@ -74,11 +74,12 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of pretrain_gpt"),
+        ([], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of pretrain_bert, "
+         "pretrain_gpt, pretrain_t5"),
         (["model=gpt_tiny"], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of "
-         "pretrain_gpt"),
+         "pretrain_bert, pretrain_gpt, pretrain_t5"),
         (["pretrain_gtp"], "error: 'pretrain_gtp' is not a script; did you mean pretrain_gpt? (choose one of "
-         "pretrain_gpt)"),
+         "pretrain_bert, pretrain_gpt, pretrain_t5)"),
         (["pretrain_gpt", "--dryrun"], "error: --dryrun is not an option; did you mean --dry-run?"),
         (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --debug, --help; settings "
          "are written key=value, without dashes"),
