@@ -118,7 +118,9 @@ class _SentenceFile:
 
 def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
     sidecar = read_sidecar(prefix)
-    if sidecar is None or job.tokenizer is None or sidecar["tokenizer_hash"] == job.tokenizer.digest:
+    if sidecar is None or job.tokenizer is None:
+        return
+    if sidecar["tokenizer_hash"] in (job.tokenizer.digest, *job.tokenizer.extends):
         return
     raise DataError(
         f"{source} was made with another tokenizer (hash {sidecar['tokenizer_hash'][:12]}) than "

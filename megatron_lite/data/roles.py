@@ -75,10 +75,9 @@ def resolve_names(known: set[str], settings: Mapping[str, Any], unknown: str | N
 
 def sentinel_names(known: set[str]) -> list[str]:
     """Sentinels from number 0 up to the first that is missing; in SentencePiece they may begin with a space."""
-    for begin in ("", "▁"):
-        if begin + sentinel_name(0) in known:
-            return list(takewhile(known.__contains__, (begin + sentinel_name(number) for number in count())))
-    return []
+    spellings = ((sentinel_name(number), "▁" + sentinel_name(number)) for number in count())
+    found = (next((name for name in names if name in known), "") for names in spellings)
+    return list(takewhile(bool, found))
 
 
 def resolve_roles(ids: Mapping[str, int], names: Mapping[str, str], sentinels: list[str], eod: str) -> SpecialTokens:

@@ -75,9 +75,12 @@ class Tokenizer:
         backend: the tokenizer; its truncation and padding are switched off.
         names: its tokens that have a role.
         digest: xxh3-128 of the tokenizer.json; shards remember it.
+        extends: digests of the tokenizers that this one has all ids of, and more.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, names: RoleNames, digest: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, names: RoleNames, digest: str, extends: tuple[str, ...] = ()
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # special tokens inside a text are text
@@ -85,6 +88,7 @@ class Tokenizer:
         self.names = names
         self.eod = names.eod
         self.digest = digest
+        self.extends = extends
         ids = backend.get_vocab(with_added_tokens=True)
         self.special = resolve_roles(ids, names.roles, names.sentinels, names.eod)
         self.eod_id = ids[names.eod]
@@ -254,8 +258,37 @@ def save_tokenizer(name: str, folder: Path) -> Tokenizer:
     else:
         opened = _from_transformers(name)
         opened._backend.save(str(folder / TOKENIZER_FILE))
-    write_settings(folder, opened.names)
+    write_settings(folder, opened.names, **_extending(opened.extends))
     return open_tokenizer(str(folder))
+
+
+def save_extended(opened: Tokenizer, names: list[str], folder: Path) -> Tokenizer:
+    """A copy of a tokenizer with special tokens appended. The roles of the copy are those that the names have.
+
+    Raises:
+        ConfigError: its ids have gaps, into which the new tokens do not fit.
+    """
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(opened._backend.to_str())
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    ids = list(backend.get_vocab(with_added_tokens=True).values())
+    if len(set(ids)) < len(ids):
+        raise ConfigError(
+            f"the ids of {opened.vocab_size:,} tokens have gaps, into which {len(names)} new ones do not fit; add them "
+            f"to the tokenizer by hand, from id {opened.vocab_size} on"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / TOKENIZER_FILE))
+    extends = _extending((*opened.extends, opened.digest))
+    write_settings(folder, opened.names, **extends)
+    write_settings(folder, open_tokenizer(str(folder)).names, **extends)  # now the new roles too
+    return open_tokenizer(str(folder))
+
+
+def _extending(digests: tuple[str, ...]) -> dict[str, Any]:
+    return {"extends": list(digests)} if digests else {}
 
 
 def tokenizer_identity(name: str, vocab_size: int) -> Any:
@@ -291,7 +324,7 @@ def _from_json(content: bytes, settings: dict[str, Any], name: str) -> Tokenizer
         raise
     except Exception as error:  # the Rust library raises plain Exception
         raise _cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
-    return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content))
+    return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content), tuple(settings.get("extends", ())))
 
 
 def _vocabulary_names(spec: dict[str, Any]) -> set[str]:

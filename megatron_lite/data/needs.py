@@ -1,0 +1,101 @@
+"""Which special tokens an objective needs, and a tokenizer that has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lite.config.schema import ObjectiveName
+from megatron_lite.data.roles import END_OF_TEXT, STANDARD_NAMES, STANDARD_SENTINELS, sentinel_name
+from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_extended
+from megatron_lite.data.vocabulary import TRAIN
+from megatron_lite.errors import ConfigError
+
+FRAME = ("cls", "sep", "mask", "pad")
+MODES = ("mode_r", "mode_s", "mode_x")
+NEEDS: dict[ObjectiveName, tuple[str, ...]] = {
+    ObjectiveName.causal_lm: (),
+    ObjectiveName.prefix_lm: (),
+    ObjectiveName.fill_in_the_middle: ("fim_prefix", "fim_suffix", "fim_middle"),
+    ObjectiveName.masked_lm: FRAME,
+    ObjectiveName.masked_lm_nsp: FRAME,
+    ObjectiveName.bart_denoising: FRAME,
+    ObjectiveName.span_corruption: ("pad", "eod"),
+    ObjectiveName.ul2: ("pad", "eod"),
+}
+"""Roles. Sentinels and UL2's modes come to them."""
+NAMES = {**STANDARD_NAMES, "eod": END_OF_TEXT}
+NEED_SENTINELS = frozenset({ObjectiveName.span_corruption, ObjectiveName.ul2})
+
+
+def missing_tokens(
+    special: SpecialTokens, objective: ObjectiveName, num_sentinels: int, mode_tokens: bool = True
+) -> list[str]:
+    """Names of the tokens that an objective needs and a vocabulary lacks, as `add_tokens` would add them."""
+    needs = (*NEEDS[objective], *(MODES if objective is ObjectiveName.ul2 and mode_tokens else ()))
+    roles = [role for role in needs if getattr(special, role) is None]
+    sentinels = range(len(special.sentinels), num_sentinels if objective in NEED_SENTINELS else 0)
+    return [NAMES[role] for role in roles] + [sentinel_name(number) for number in sentinels]
+
+
+def require_tokens(
+    vocabulary: Vocabulary,
+    objective: str,
+    *,
+    tokenizer: str,
+    folder: Path | None = None,
+    num_sentinels: int = 1,
+    mode_tokens: bool = True,
+) -> None:
+    """Refuse a vocabulary that lacks a special token that the objective needs.
+
+    Args:
+        objective: objective.name.
+        tokenizer: data.tokenizer.
+        folder: its copy in prepared data, which the command extends where data.tokenizer=train.
+        num_sentinels: most spans of a sample, each of which has its own sentinel.
+        mode_tokens: objective.ul2_mode_tokens.
+    Raises:
+        ConfigError: names data.tokenizer, the objective, the missing tokens, and the command that adds them.
+    """
+    name = ObjectiveName(objective)
+    missing = missing_tokens(vocabulary.special, name, num_sentinels, mode_tokens)
+    if not missing:
+        return
+    lacks = f"data.tokenizer={tokenizer} lacks {shown(missing)}, which objective.name={name} needs"
+    if vocabulary.is_special is None:
+        raise ConfigError(f"{lacks}: the shards came without their tokenizer; name its folder in data.tokenizer")
+    source = folder if tokenizer == TRAIN and folder else tokenizer
+    sentinels = f" --sentinels {num_sentinels}" if num_sentinels > STANDARD_SENTINELS else ""
+    command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {source} FOLDER"
+    raise ConfigError(f"{lacks}; add them with `{command}` and set data.tokenizer=FOLDER")
+
+
+def add_tokens(
+    source: str, destination: Path, objective: str, num_sentinels: int = STANDARD_SENTINELS
+) -> tuple[list[str], Tokenizer]:
+    """Write a copy of a tokenizer with the special tokens that an objective needs appended to its vocabulary.
+
+    The ids that it has stay as they are, so shards that were made with it can be used with the copy.
+
+    Returns:
+        the tokens that were added, and the copy
+    Raises:
+        ConfigError: the source cannot be opened, or the destination is not empty.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists and is not overwritten; name a new folder")
+    if source == TRAIN:
+        raise ConfigError(
+            f"data.tokenizer={TRAIN} is no tokenizer yet; name a folder, such as `tokenizer` in prepared data"
+        )
+    opened = open_tokenizer(source)
+    missing = missing_tokens(opened.special, ObjectiveName(objective), num_sentinels)
+    return missing, save_extended(opened, missing, destination)
+
+
+def shown(names: list[str]) -> str:
+    """Names; of a long row the ends."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    return f"{', '.join(names[:6])} ... {names[-1]} ({len(names)} tokens)"
