@@ -1,12 +1,13 @@
 """An encoder and a decoder as one list of layers; T5 (arXiv 1910.10683) and BART (arXiv 1910.13461) are settings of it.
 
-    T5:   embedding (tokens [b, e]) | encoder.relative_bias, encoder.layers.0 | ... | encoder.final_norm,
-          decoder.embedding (decoder_tokens [b, d]), decoder.relative_bias, decoder.layers.0
-          | decoder.relative_bias, decoder.layers.1 | ... | decoder.final_norm, head (logits [b, d, v/t])
-    BART: embedding, encoder.position_embedding, encoder.embedding_norm | encoder.layers.0 | ... | decoder.embedding,
-          decoder.position_embedding, decoder.embedding_norm, decoder.layers.0 | ... | head
+    T5:   embedding (tokens [b, e]) | encoder.relative_bias, encoder.layers.0 | ...
+          | encoder.final_norm, decoder.embedding (decoder_tokens [b, d]), decoder.relative_bias, decoder.layers.0
+          | decoder.relative_bias, decoder.layers.1 | ... , decoder.final_norm, head (logits [b, d, v/t])
+    BART: embedding, encoder.position_embedding, encoder.embedding_norm | encoder.layers.0 | ...
+          | decoder.embedding, decoder.position_embedding, decoder.embedding_norm, decoder.layers.0
+          | decoder.layers.1 | ... , head
 
-A pipeline stage may begin behind any "|" that is followed by a layer. What crosses there:
+A pipeline stage may begin at each "|". What crosses there:
     at a layer of the encoder, or where the decoder begins:  hidden [b, e, h], decoder_tokens [b, d], lengths [b]
     at a later layer of the decoder:  hidden [b, d, h], memory [b, e, h], lengths [b]
 Hidden states have e/t and d/t positions under sequence parallelism; lengths only where samples are padded. So `Wire`
