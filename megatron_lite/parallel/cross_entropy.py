@@ -100,9 +100,11 @@ class _CrossEntropy(torch.autograd.Function):
         rows[:, ctx.valid :] = 0.0
         scale = (factor * grad)[:, None]
         for chunk in _chunks(rows):  # all at once, bf16 times fp32 would copy the logits
-            rows[chunk].mul_(scale[chunk])
+            rows[chunk] = rows[chunk].float().mul_(scale[chunk])
         at_label = ((label_probability - 1.0) * grad).to(rows.dtype)
-        rows.scatter_(1, index, torch.where(owned[:, None], at_label[:, None], rows.gather(1, index)))
+        # By index, for a bf16 scatter on a CPU copies the logits to fp32 and back.
+        own_rows = owned.nonzero().squeeze(1)
+        rows[own_rows, index[own_rows, 0]] = at_label[own_rows]
         return logits, None, None, None
 
 
