@@ -211,6 +211,9 @@ class Engine(ABC):
             dist_init_required=False,
         )
         _forget_empty_step(engine.optimizer)
+        if self.context.data_size == 1 and self.dtype is torch.bfloat16:
+            # It would flatten all fp32 gradients, sum them over one rank and copy them back: 2 % of a one-rank step.
+            engine.pipeline_enable_backward_allreduce = False
         self._insert_before(engine.optimizer)
         return engine
 
