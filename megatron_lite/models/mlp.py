@@ -6,12 +6,12 @@ Shapes: b micro-batch, s sequence, h hidden, f inner channels, t tensor-parallel
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.models.gelu import gelu_tanh
 from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,9 +19,9 @@ from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinea
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: F.relu,
     Activation.gelu: F.gelu,
-    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
+    Activation.gelu_tanh: gelu_tanh,
     Activation.swiglu: F.silu,
-    Activation.geglu: partial(F.gelu, approximate="tanh"),
+    Activation.geglu: gelu_tanh,
 }
 
 
