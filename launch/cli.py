@@ -21,7 +21,7 @@ from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, 
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.data.vocabulary import planned_vocab_size
+from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 from megatron_lite.planning.plan import describe
 
@@ -110,7 +110,7 @@ def _headline(config: RunConfig) -> str:
 def plan_text(plan: LaunchPlan) -> str:
     """Everything that would happen, for --dry-run."""
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
-    lines += [describe(plan.config, _vocab_size(plan.config)), ""]
+    lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     if plan.rank_envs:
@@ -119,14 +119,6 @@ def plan_text(plan: LaunchPlan) -> str:
     else:
         lines.append("command")
     return "\n".join([*lines, f"  {plan.command_line()}"])
-
-
-def _vocab_size(config: RunConfig) -> int | None:
-    """The true vocabulary, or None where only opening the data would tell it: the plan leaves out what needs it."""
-    try:
-        return planned_vocab_size(config)
-    except ConfigError:
-        return None
 
 
 def run() -> None:

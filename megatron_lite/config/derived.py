@@ -56,11 +56,6 @@ def all_layers(model: ModelConfig) -> int:
     return model.num_layers + (complete_model(model).num_decoder_layers or 0)
 
 
-def residual_init_std(model: ModelConfig) -> float:
-    """Of the two projections that add to the residual stream in each layer: init_std / sqrt(2 num_layers) (GPT-2)."""
-    return model.init_std / (2 * model.num_layers) ** 0.5
-
-
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
     """Replicas: the setting, or as many as the processes allow, or 1.
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lite.config.compose import compose
+from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import ObjectiveName
 from megatron_lite.data.inspection import describe_folder, describe_pair
 from megatron_lite.data.needs import add_tokens, shown
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import MANIFEST
-from megatron_lite.data.roles import STANDARD_SENTINELS
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, MegatronLiteError
 
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add_command = commands.add_parser("add-tokens", help="copy a tokenizer and add what an objective needs")
     add_command.add_argument("--objective", required=True, choices=list(ObjectiveName), metavar="NAME")
     add_command.add_argument(
-        "--sentinels", type=int, default=STANDARD_SENTINELS, help="sentinels to have (default %(default)s)"
+        "--sentinels", type=int, default=TRAINED_SENTINELS, help="sentinels to have (default %(default)s)"
     )
     add_command.add_argument("source", help="folder or hub name of a tokenizer")
     add_command.add_argument("destination", type=Path, help="new folder for the copy")

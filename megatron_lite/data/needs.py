@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lite.config.schema import ObjectiveName
-from megatron_lite.data.roles import END_OF_TEXT, STANDARD_NAMES, STANDARD_SENTINELS, sentinel_name
+from megatron_lite.config.lengths import TRAINED_SENTINELS, sentinels_needed
+from megatron_lite.config.schema import ObjectiveName, RunConfig
+from megatron_lite.data.roles import END_OF_TEXT, STANDARD_NAMES, sentinel_name
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_extended
 from megatron_lite.data.vocabulary import TRAIN
@@ -32,10 +33,34 @@ def missing_tokens(
     special: SpecialTokens, objective: ObjectiveName, num_sentinels: int, mode_tokens: bool = True
 ) -> list[str]:
     """Names of the tokens that an objective needs and a vocabulary lacks, as `add_tokens` would add them."""
-    needs = (*NEEDS[objective], *(MODES if objective is ObjectiveName.ul2 and mode_tokens else ()))
+    needs = (*NEEDS.get(objective, ()), *(MODES if objective is ObjectiveName.ul2 and mode_tokens else ()))
     roles = [role for role in needs if getattr(special, role) is None]
     sentinels = range(len(special.sentinels), num_sentinels if objective in NEED_SENTINELS else 0)
     return [NAMES[role] for role in roles] + [sentinel_name(number) for number in sentinels]
+
+
+def require_tokens_of_run(config: RunConfig, vocabulary: Vocabulary, folder: Path | None) -> None:
+    """Refuse a vocabulary that lacks a special token which the run needs.
+
+    Args:
+        folder: of the tokenizer in prepared data; None = there is none, or not yet.
+    Raises:
+        ConfigError: naming data.tokenizer, what asks for the tokens, and the remedy.
+    """
+    if config.data.mask_loss_after_eod and vocabulary.special.eod is None:
+        raise ConfigError(
+            "data.mask_loss_after_eod=true needs the end-of-document token, and the shards came without a tokenizer; "
+            "name its folder in data.tokenizer"
+        )
+    objective = config.objective
+    require_tokens(
+        vocabulary,
+        objective.name,
+        tokenizer=config.data.tokenizer,
+        folder=folder,
+        num_sentinels=sentinels_needed(objective, config.data.seq_length),
+        mode_tokens=objective.ul2_mode_tokens,
+    )
 
 
 def require_tokens(
@@ -66,13 +91,13 @@ def require_tokens(
     if vocabulary.is_special is None:
         raise ConfigError(f"{lacks}: the shards came without their tokenizer; name its folder in data.tokenizer")
     source = folder if tokenizer == TRAIN and folder else tokenizer
-    sentinels = f" --sentinels {num_sentinels}" if num_sentinels > STANDARD_SENTINELS else ""
+    sentinels = f" --sentinels {num_sentinels}" if num_sentinels > TRAINED_SENTINELS else ""
     command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {source} FOLDER"
     raise ConfigError(f"{lacks}; add them with `{command}` and set data.tokenizer=FOLDER")
 
 
 def add_tokens(
-    source: str, destination: Path, objective: str, num_sentinels: int = STANDARD_SENTINELS
+    source: str, destination: Path, objective: str, num_sentinels: int = TRAINED_SENTINELS
 ) -> tuple[list[str], Tokenizer]:
     """Write a copy of a tokenizer with the special tokens that an objective needs appended to its vocabulary.
 

@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.blend import normalised
+from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.prepared import (
     COUNTS,
     FORMAT,
@@ -26,6 +27,7 @@ from megatron_lite.data.prepared import (
     Part,
     PreparedData,
     load_prepared,
+    model_vocab_size,
     shard_entry,
     write_manifest,
 )
@@ -148,7 +150,11 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
 
 
 def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
-    """Make or open the tokenizer, and put it into the folder."""
+    """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
+
+    Raises:
+        ConfigError: the vocabulary does not fit the model, or lacks a token that the run needs.
+    """
     data = config.data
     target = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
@@ -159,8 +165,12 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     else:
         found, facts = shared_tokenizer(sources)
         if found is None:
+            model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             return Job(data, folder, None, facts, None, report)
         tokenizer = save_tokenizer(str(found), target)
+    if plan.trained_vocab_size is None:
+        model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
+        require_tokens_of_run(config, tokenizer.vocabulary(), None)
     facts = {
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,

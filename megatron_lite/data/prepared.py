@@ -25,6 +25,7 @@ import numpy.typing as npt
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
@@ -132,7 +133,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
 
     Raises:
         DataError: the folder is incomplete, or a shard is not what was written.
-        ConfigError: weights or vocabulary of the configuration do not fit it.
+        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks a token that the run needs.
     """
     manifest = read_manifest(folder)
     train, validation = (shards_of(manifest, name, folder) for name in ("train", "validation"))
@@ -143,7 +144,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
     weights = _weights(config, train)
     validation_weights = _validation_weights(manifest, weights, validation)
     counts = _read_counts(folder, len(train), len(validation))
-    return PreparedData(
+    prepared = PreparedData(
         folder=folder,
         train=train,
         validation=validation,
@@ -156,6 +157,8 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         fingerprint=manifest["fingerprint"],
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
     )
+    require_tokens_of_run(config, prepared.vocabulary, prepared.tokenizer_dir)
+    return prepared
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -229,8 +232,26 @@ def _tokenizer_dir(tokenizer: dict[str, Any], folder: Path) -> Path | None:
 
 
 def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]) -> int:
-    vocab_size = config.model.vocab_size or manifest["vocab_size"]
-    needed = manifest["tokenizer"]["vocab_size"]
+    vocab_size = model_vocab_size(config, manifest["vocab_size"], manifest["tokenizer"]["vocab_size"])
+    for shard in shards:
+        if shard.max_token_id >= vocab_size:
+            raise DataError(
+                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}; the vocabulary ends at "
+                f"{vocab_size - 1:,}: it was made with another tokenizer; name that one in data.tokenizer, or set "
+                "model.vocab_size"
+            )
+    return int(vocab_size)
+
+
+def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -> int:
+    """model.vocab_size, or what is known without it.
+
+    Args:
+        needed: size of the tokenizer, None without one.
+    Raises:
+        ConfigError: neither is known, or it cannot hold the tokenizer's tokens.
+    """
+    vocab_size = config.model.vocab_size or known
     if vocab_size is None:
         raise ConfigError(
             "model.vocab_size=null is unknown for ready shards without a tokenizer; set it, or name their tokenizer "
@@ -241,14 +262,7 @@ def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]
             f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
             f"use {needed} or more, or null"
         )
-    for shard in shards:
-        if shard.max_token_id >= vocab_size:
-            raise DataError(
-                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}; the vocabulary ends at "
-                f"{vocab_size - 1:,}: it was made with another tokenizer; name that one in data.tokenizer, or set "
-                "model.vocab_size"
-            )
-    return int(vocab_size)
+    return vocab_size
 
 
 def _weights(config: RunConfig, train: tuple[Shard, ...]) -> tuple[float, ...]:

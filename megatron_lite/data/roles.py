@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from typing import Any
 
+from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.data.special import SpecialTokens
 
 END_OF_TEXT = "<|endoftext|>"
@@ -24,7 +25,7 @@ STANDARD_NAMES = {
     "fim_middle": "<fim_middle>",
 }
 """What a role's token is called where we add it."""
-STANDARD_SENTINELS = 100  # as T5
+
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "cls": ("<cls>", "<s>"),
@@ -46,7 +47,7 @@ def sentinel_name(number: int) -> str:
 
 def trained_names() -> list[str]:
     """Special tokens of a tokenizer that is trained here, in the order of their ids."""
-    return [END_OF_TEXT, *STANDARD_NAMES.values(), *map(sentinel_name, range(STANDARD_SENTINELS))]
+    return [END_OF_TEXT, *STANDARD_NAMES.values(), *map(sentinel_name, range(TRAINED_SENTINELS))]
 
 
 def named_tokens(settings: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_lite.config.lengths import (
     DENOISERS,
     MIN_SEQ_LENGTH,
+    TRAINED_SENTINELS,
     decoder_length,
     sentinels_needed,
     span_corruption_lengths,
@@ -31,7 +32,6 @@ OBJECTIVES = {
     "pretrain_t5": (ObjectiveName.span_corruption, ObjectiveName.bart_denoising, ObjectiveName.ul2),
 }
 NEXT_TOKEN = OBJECTIVES["pretrain_gpt"]
-TRAINED_SENTINELS = 100  # of a tokenizer that is trained here, as T5's
 LONGEST_SEARCH = 2**14  # lengths up to which a remedy is looked for
 SPAN_KEYS = ("data.seq_length", "objective.noise_density", "objective.mean_span_length")
 LENGTH_KEYS = (*SPAN_KEYS, "objective.ul2_s_density", "objective.decoder_seq_length")

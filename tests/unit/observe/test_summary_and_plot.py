@@ -18,7 +18,10 @@ SUMMARY = RunSummary(
     first_loss=9.01,
     last_loss=4.2,
     validation_loss=4.5,
+    validation_token_loss=4.5,
+    validation_accuracy=0.25,
     unigram_entropy_nats=6.25,
+    unigram_accuracy=0.0625,
     tokens=1_228_800,
     seconds=183.0,
     tokens_per_second=6714.8,
@@ -37,6 +40,7 @@ def test_every_known_fact_is_told() -> None:
         ("training loss", "9.010 at the first step, 4.200 at the last"),
         ("validation loss", "4.500, perplexity 90.0"),
         ("unigram entropy", "6.250, perplexity 518.0: the model is 1.750 nats below it"),
+        ("accuracy", "25.0% of held-out tokens (6.2% by always saying the most frequent one)"),
         ("speed", "6,715 tokens/s, MFU 18.3 %, 1,228,800 tokens, 0:03:03"),
         ("loss curve", "runs/a/loss.png"),
         ("metrics", "/elsewhere/metrics.jsonl"),
@@ -44,12 +48,27 @@ def test_every_known_fact_is_told() -> None:
     ]
 
 
+def test_classes_of_samples_are_told_apart() -> None:
+    summary = RunSummary("run", 5, validation_loss=4.5, validation_token_loss=4.0, validation_accuracy=0.25,
+                         sequence_accuracy=0.75, unigram_entropy_nats=6.0)  # fmt: skip
+    rows = dict(summary_rows(summary))
+    assert rows["validation loss"] == "4.500, 4.000 of tokens alone, perplexity 54.6"
+    assert rows["accuracy"] == "25.0% of held-out tokens; 75.0% of next-sentence pairs"
+    assert rows["unigram entropy"].endswith("the model is 2.000 nats below it")
+
+
 def test_unknown_facts_are_left_out() -> None:
     assert summary_rows(RunSummary("run", 5)) == [("steps", "5")]
 
 
 def test_a_diverged_run_still_gets_its_summary() -> None:
-    rows = dict(summary_rows(RunSummary("run", 5, last_loss=math.nan, validation_loss=1e4, unigram_entropy_nats=6.0)))
+    rows = dict(
+        summary_rows(
+            RunSummary(
+                "run", 5, last_loss=math.nan, validation_loss=1e4, validation_token_loss=1e4, unigram_entropy_nats=6.0
+            )
+        )
+    )
     assert rows["training loss"] == "nan"
     assert rows["validation loss"] == "10000.000, perplexity inf"
     assert rows["unigram entropy"].endswith("nats above it")
