@@ -116,7 +116,7 @@ def _accuracy(summary: RunSummary) -> str:
         return ""
     text = f"{summary.validation_accuracy:.1%} of held-out tokens"
     if summary.unigram_accuracy is not None:
-        text += f" ({summary.unigram_accuracy:.1%} by always saying the most frequent one)"
+        text += f" ({summary.unigram_accuracy:.1%} by frequency alone)"
     if summary.sequence_accuracy is not None:
         text += f"; {summary.sequence_accuracy:.1%} of next-sentence pairs"
     return text

@@ -227,7 +227,7 @@ def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:
     found = label_baseline(
         source.examples(training=True, count=BASELINE_SAMPLES),
         source.examples(training=False, count=BASELINE_SAMPLES // 10),
-        run.prepared.vocab_size,
+        run.prepared.vocabulary,
     )
     entropy = found.entropy_nats
     if run.config.objective.name is ObjectiveName.causal_lm:
