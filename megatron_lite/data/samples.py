@@ -40,7 +40,7 @@ class Example(NamedTuple):
     labels: Ids  # [d]
     loss_weights: npt.NDArray[np.float32]  # [d]: 0 where the prediction does not count
     sequence_label: int | None = None
-    """Class of the whole sample, where there is one: 1 = the second sentence follows the first."""
+    """Class of the whole sample, where there is one: 0 = the second part follows the first, 1 = it does not."""
 
 
 @dataclass(frozen=True)

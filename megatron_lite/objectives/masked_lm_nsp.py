@@ -5,8 +5,8 @@
     lengths   3 + tokens of both parts
     labels    [CLS] a0   a1   a2 ... [SEP] b0 b1 ... [SEP] [PAD] ...    with weight at the chosen positions only
 
-The label of the whole sample is 1 where the second part really follows the first, else 0 (transformers' BERT has it
-the other way round).
+The label of the whole sample is 0 where the second part really follows the first, 1 where it is a random one, as in
+BERT's own code and in transformers: their weights mean the same here.
 """
 
 from __future__ import annotations
@@ -46,4 +46,4 @@ class MaskedLMNextSentence(Objective):
         tokens, _ = filled(length, self._pad, hidden)
         weights = np.zeros(length, np.float32)
         weights[:used] = is_chosen
-        return Example((tokens, segments, used), labels, weights, int(text.is_next))
+        return Example((tokens, segments, used), labels, weights, int(not text.is_next))

@@ -32,6 +32,7 @@ class RunSummary:
     tokens: int | None = None
     seconds: float | None = None  # of this attempt
     tokens_per_second: float | None = None
+    data_wait: float | None = None  # share of a step's time that was spent on making its batch, 0 .. 1
     model_flops_utilization: float | None = None
     prompt: str = ""
     sample: str = ""  # what the model wrote after the prompt
@@ -138,6 +139,8 @@ def _speed(summary: RunSummary) -> str:
         parts.append(f"{summary.tokens_per_second:,.0f} tokens/s")
     if summary.model_flops_utilization is not None:
         parts.append(f"MFU {100 * summary.model_flops_utilization:.1f} %")
+    if summary.data_wait is not None:
+        parts.append(f"data wait {100 * summary.data_wait:.2g} %")
     if summary.tokens is not None:
         parts.append(f"{summary.tokens:,} tokens")
     if summary.seconds is not None:

@@ -35,10 +35,9 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     metrics = read_metrics(run_dir / METRICS_FILE)
     events = read_metrics(run_dir / EVENTS_FILE)
     evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
-    entropy = baseline.get("entropy_nats")
     plot = None
     if config.tracking.plot:
-        plot = plot_run(run_dir, title=run_dir.name, unigram_entropy_nats=entropy)
+        plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
@@ -54,11 +53,12 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
             validation_token_loss=evaluation.get("validation_token_loss"),
             validation_accuracy=evaluation.get("validation_accuracy"),
             sequence_accuracy=evaluation.get("validation_sequence_accuracy"),
-            unigram_entropy_nats=entropy,
+            unigram_entropy_nats=baseline.get("entropy_nats"),
             unigram_accuracy=baseline.get("accuracy"),
             tokens=last.get("tokens"),
             seconds=None if outcome.done else time.monotonic() - outcome.started,
             tokens_per_second=tokens / seconds if seconds else None,
+            data_wait=sum(entry["data_seconds"] for entry in steady) / seconds if seconds else None,
             model_flops_utilization=last.get("model_flops_utilization"),
             prompt=outcome.prompt,
             sample=outcome.sample,

@@ -43,7 +43,8 @@ def generate(
     tokens = list(prompt)
     for _ in range(num_tokens):
         window = tokens[-max(seq_length - 1, 1) :]
-        logits = _next_logits(engine, window, len(prompt), seq_length, vocab_size)
+        prefix = max(len(prompt) - (len(tokens) - len(window)), 1)  # what the window still holds of the prompt
+        logits = _next_logits(engine, window, prefix, seq_length, vocab_size)
         choice = None if logits is None else torch.tensor(_sample(logits, temperature, top_k, generator))
         token = int(agree(choice, (), engine.context))
         if token in (stop_id, _NOTHING):
@@ -53,14 +54,14 @@ def generate(
 
 
 def _next_logits(
-    engine: Engine, window: Sequence[int], prompt_length: int, seq_length: int, vocab_size: int
+    engine: Engine, window: Sequence[int], prefix: int, seq_length: int, vocab_size: int
 ) -> torch.Tensor | None:
     """[v] of the token behind `window` on the last stage, None on the others."""
     padded = torch.zeros(1, seq_length, dtype=torch.int64)
     padded[0, : len(window)] = torch.tensor(window)
     inputs = [padded]
     if any(field.name == "prefix_lengths" for field in engine.specs[0].takes or ()):
-        inputs.append(torch.tensor([min(prompt_length, len(window))]))
+        inputs.append(torch.tensor([prefix]))
     outputs = forward_through_stages(engine, inputs)
     if outputs is None:
         return None

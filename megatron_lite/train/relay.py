@@ -47,7 +47,7 @@ def agree(values: Tensor | None, shape: Sequence[int], context: ParallelContext)
 
     Replicas whose logits differ in the last bit must not part, or one would wait for the other.
     """
-    message = torch.empty(*shape, dtype=torch.int64, device=context.device)
+    message = torch.empty(tuple(shape), dtype=torch.int64, device=context.device)
     if values is not None:
         message.copy_(values)
     dist.broadcast(message, src=context.topology.rank(context.pipeline_size - 1, data=0, tensor=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _attempt(run: Run) -> None:
     )
     summary: dict[str, Any] = {}
     try:
-        _announce(run, trackers, first_step)
+        _announce(run, trackers, source, first_step)
         with _progress(run, first_step) as progress:
             callbacks = _callbacks(run, trackers, progress, info)
             trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary)
@@ -176,7 +176,7 @@ def _newest_checkpoint(info: native.CheckpointInfo, run: Run) -> tuple[Path, nat
     return answer[0]  # type: ignore[return-value]
 
 
-def _announce(run: Run, trackers: Trackers, first_step: int) -> None:
+def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int) -> None:
     kind = "resume" if first_step else "start"
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
@@ -184,6 +184,8 @@ def _announce(run: Run, trackers: Trackers, first_step: int) -> None:
     if first_step:
         run.console.print(f"resuming after step {first_step}")
     seconds = time.monotonic() - run.started
+    if source.skipped_documents:
+        run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")
     run.console.print(
         f"{run.prepared.train_tokens:,} training tokens, {run.prepared.validation_tokens:,} for validation; "
         f"ranks ready after {seconds:.1f} s"
@@ -229,7 +231,6 @@ def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:
         source.examples(training=False, count=BASELINE_SAMPLES // 10),
         run.prepared.vocabulary,
     )
-    entropy = found.entropy_nats
-    if run.config.objective.name is ObjectiveName.causal_lm:
-        entropy = run.prepared.unigram_entropy_nats  # known exactly, of all tokens
-    trackers.event(BASELINE_EVENT, run.config.train.steps, {"entropy_nats": entropy, "accuracy": found.accuracy})
+    if run.config.objective.name is ObjectiveName.causal_lm:  # known exactly, of all tokens
+        found = replace(found, entropy_nats=run.prepared.unigram_entropy_nats, loss=run.prepared.unigram_entropy_nats)
+    trackers.event(BASELINE_EVENT, run.config.train.steps, asdict(found))

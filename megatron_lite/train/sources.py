@@ -36,6 +36,12 @@ class ShardSource:
             self._training = training_dataset(prepared, config, objective.shape)
             self._validation = validation_dataset(prepared, config, objective.shape)
 
+    @property
+    def skipped_documents(self) -> int:
+        """Training documents that give no sample, since they have a single sentence; 0 on ranks that do not read."""
+        parts = getattr(self._training, "datasets", [self._training])
+        return sum(getattr(part, "skipped_documents", 0) for part in parts)
+
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         seed = self._config.train.seed
         return self._part(self._training, batch.first_sample, batch.global_batch_size, seed)

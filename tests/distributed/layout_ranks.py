@@ -20,6 +20,7 @@ import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.batches
 import megatron_lite.train.engine
+import megatron_lite.train.generate
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.models.activations import Activations, Wire
@@ -29,6 +30,7 @@ from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.engine import Engine, Evaluation, build_engine
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
+from megatron_lite.train.relay import forward_through_stages
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.verify import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 
@@ -80,6 +82,19 @@ def generate_rank(
             parameter.data.fill_(float("nan"))
     seq_length = config.data.seq_length
     return generate(engine, prompt, num_tokens=num_tokens, seq_length=seq_length, vocab_size=vocab_size)
+
+
+def prefix_rank(config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int) -> list[int]:
+    """The prefix lengths that the model is given, token by token."""
+    seen: list[int] = []
+
+    def spy(engine: Engine, inputs: list[torch.Tensor]) -> Any:
+        seen.append(int(inputs[1]))
+        return forward_through_stages(engine, inputs)
+
+    with mock.patch.object(megatron_lite.train.generate, "forward_through_stages", spy):
+        generate_rank(config, vocab_size, prompt, num_tokens)
+    return seen
 
 
 def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
@@ -156,6 +171,12 @@ def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: P
     return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
 
 
+def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
+    for key, comm in engine.module.tied_comms.items():
+        if "relative_bias" not in key:
+            torch.distributed.all_reduce(engine.module.tied_modules[key].weight.grad, group=comm["group"])
+
+
 def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
     scaled = megatron_lite.train.batches.normalise(batches, context)
     return [batch._replace(sequence_weights=batch.sequence_weights / context.data_size) for batch in scaled]
@@ -181,6 +202,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
     ),
     "tied_gradient_doubled": _instruction("ReduceTiedGrads", _double_tied_gradient),
+    "relative_bias_gradient_not_summed": _instruction("ReduceTiedGrads", _sum_all_but_the_relative_bias),
     "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters

@@ -87,7 +87,8 @@ T5 = ModelConfig(
 BART = ModelConfig(
     name="bart",
     architecture=Architecture.encoder_decoder,
-    num_layers=2,
+    num_layers=1,
+    num_decoder_layers=3,
     hidden_size=32,
     num_attention_heads=4,
     norm_placement=NormPlacement.post,
@@ -103,25 +104,29 @@ MODELS = {
     "llama_mha": replace(LLAMA, num_query_groups=4, tie_embeddings=True),
     "gpt2_dropout": replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
     "bert": BERT,
-    "roberta": replace(BERT, name="roberta", num_segments=1, position_offset=2, tie_embeddings=False),
+    "roberta": replace(BERT, name="roberta", num_segments=1, position_offset=2),
+    "bert_untied": replace(BERT, tie_embeddings=False),
     "bert_dropout": replace(BERT, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
     "t5": T5,
     "t5_v1_1": replace(
         T5, name="t5_v1_1", activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False, head_size=16
     ),
-    "t5_dropout": replace(T5, hidden_dropout=0.1, embedding_dropout=0.1),
+    "t5_dropout": replace(T5, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
     "bart": BART,
+    "bart_dropout": replace(BART, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
     "prefix_lm": GPT2,
     "fill_in_the_middle": LLAMA,
 }
 OBJECTIVES = {
     "bert": ObjectiveName.masked_lm_nsp,
     "roberta": ObjectiveName.masked_lm,
+    "bert_untied": ObjectiveName.masked_lm_nsp,
     "bert_dropout": ObjectiveName.masked_lm_nsp,
     "t5": ObjectiveName.span_corruption,
     "t5_v1_1": ObjectiveName.ul2,
     "t5_dropout": ObjectiveName.span_corruption,
     "bart": ObjectiveName.bart_denoising,
+    "bart_dropout": ObjectiveName.bart_denoising,
     "prefix_lm": ObjectiveName.prefix_lm,
     "fill_in_the_middle": ObjectiveName.fill_in_the_middle,
 }  # of the others: causal_lm
@@ -189,15 +194,16 @@ EVERY_AXIS = (
     "sequence_parallel_dp2_tp2_pp2",
     "recompute_full_tp2_pp2",
 )
-CASES += [(model, layout) for model in ("bert", "t5", "bart") for layout in EVERY_AXIS]
+CASES += [(model, layout) for model in ("bert", "roberta", "t5", "t5_v1_1", "bart") for layout in EVERY_AXIS]
+CASES += [("bert_untied", layout) for layout in ("pp2", "zero3_dp2_tp2")]
+CASES += [(model, layout) for model in ("bert_dropout", "t5_dropout") for layout in ("dp2", "pp4", "dp2_tp2_pp2")]
+CASES += [(model, "recompute_selective_dp2_pp2") for model in ("bert_dropout", "t5_dropout", "bart_dropout")]
+CASES += [("bart_dropout", "pp4")]
 CASES += [
     (model, layout)
-    for model in ("roberta", "t5_v1_1")
-    for layout in ("tp2", "pp4", "dp2_tp2_pp2", "zero3_dp2", "sequence_parallel_tp2")
+    for model in ("prefix_lm", "fill_in_the_middle")
+    for layout in ("pp4", "dp2_tp2_pp2", "zero3_dp2", "sequence_parallel_tp2")
 ]
-CASES += [("t5", "recompute_selective_dp2_pp2"), ("bert", "recompute_selective_dp2_pp2")]
-CASES += [(model, layout) for model in ("bert_dropout", "t5_dropout") for layout in ("dp2", "pp4", "dp2_tp2_pp2")]
-CASES += [(model, layout) for model in ("prefix_lm", "fill_in_the_middle") for layout in ("pp4", "dp2_tp2_pp2")]
 NOT_FOR_GROUPS = {("llama", "tp4")}  # two query groups cannot be split over four ranks: refused by the validation
 
 
@@ -263,6 +269,7 @@ MUTATIONS = [
     ("tied_gradient_doubled", "gpt2", "pp2"),
     ("tied_gradient_not_summed", "gpt2", "pp2"),
     ("tied_gradient_not_summed", "t5_v1_1", "pp2"),
+    ("relative_bias_gradient_not_summed", "t5", "pp4"),
     ("norm_gradient_not_summed_under_sequence_parallel", "gpt2", "sequence_parallel_tp2"),
     ("replicated_linear_gradient_not_summed_under_sequence_parallel", "bert", "sequence_parallel_tp2"),
     ("first_position_gradient_on_every_rank", "bert", "sequence_parallel_tp2"),

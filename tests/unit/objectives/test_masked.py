@@ -150,7 +150,7 @@ def test_bert_pairs() -> None:
     assert np.array_equal(chosen.sum(1), counts)
     assert (labels[chosen] >= FIRST).all()
     assert close_to_rate((tokens[chosen] == MASK).sum(), chosen.sum(), 0.8)
-    assert [e.sequence_label for e in examples] == [int(pair.is_next) for pair in given_pairs]
+    assert [e.sequence_label for e in examples] == [int(not pair.is_next) for pair in given_pairs]
     assert close_to_rate(sum(e.sequence_label for e in examples), SAMPLES, 0.5)
 
 

@@ -25,6 +25,7 @@ SUMMARY = RunSummary(
     tokens=1_228_800,
     seconds=183.0,
     tokens_per_second=6714.8,
+    data_wait=0.0075,
     model_flops_utilization=0.183,
     prompt="def ",
     sample="f(x):\n    return x\x1b[31m",
@@ -41,7 +42,7 @@ def test_every_known_fact_is_told() -> None:
         ("validation loss", "4.500, perplexity 90.0"),
         ("unigram entropy", "6.250, perplexity 518.0: the model is 1.750 nats below it"),
         ("accuracy", "25.0% of held-out tokens (6.2% by frequency alone)"),
-        ("speed", "6,715 tokens/s, MFU 18.3 %, 1,228,800 tokens, 0:03:03"),
+        ("speed", "6,715 tokens/s, MFU 18.3 %, data wait 0.75 %, 1,228,800 tokens, 0:03:03"),
         ("loss curve", "runs/a/loss.png"),
         ("metrics", "/elsewhere/metrics.jsonl"),
         ("run it again", "python -m launch pretrain_gpt train.steps=400"),
@@ -102,7 +103,7 @@ def test_the_plot_is_a_picture_even_of_odd_runs(tmp_path: Path, num_steps: int) 
         loss = math.nan if step == 2 else 5.0 / step
         metrics.write(step, {"loss": loss, "learning_rate": 1e-3, "grad_norm": math.inf if step == 1 else 1.0})
     events.write("evaluation", num_steps, {"validation_loss": 4.0})
-    path = plot_run(tmp_path, title="run", unigram_entropy_nats=6.0)
+    path = plot_run(tmp_path, title="run", unigram_loss=6.0)
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "events.jsonl", "loss.png"}

@@ -31,6 +31,14 @@ def test_labels_without_weight_do_not_count() -> None:
     assert found.accuracy == 1.0
 
 
+def test_classes_of_samples_add_their_entropy() -> None:
+    samples = [example([1, 2])._replace(sequence_label=label) for label in (0, 1)]
+    found = label_baseline(samples, samples, Vocabulary(3))
+    assert found.loss == pytest.approx(found.entropy_nats + math.log(2))
+    without = label_baseline([example([1, 2])], [example([1, 2])], Vocabulary(3))
+    assert without.loss == without.entropy_nats
+
+
 def test_special_labels_are_given_away() -> None:
     vocabulary = Vocabulary(4, SpecialTokens(eod=0), is_special=SPECIAL)
     with_end = label_baseline([example([1, 1, 2, 0])], [example([1, 2, 0, 0])], vocabulary)
