@@ -1,8 +1,8 @@
 """How well a model would do that knew nothing but how often each label occurs: what a real one must beat.
 
 Special tokens among the labels (sentinels, the end) are a matter of counting, not of language, and a model has learned
-them in its first steps. So the baseline gets them for nothing: else a T5, a quarter of whose labels they are, would seem
-to have learned a nat before it knows a word.
+them in its first steps. So the baseline gets them for nothing: else a T5, a quarter of whose labels they are, would
+seem to have learned a nat before it knows a word.
 """
 
 from __future__ import annotations
