@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from tests.integration.runs import launch, losses, run
 
 
@@ -32,6 +32,38 @@ def test_demo_ends_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "loss.png").stat().st_size > 10_000
     assert "sample" in finished.out
     assert len(losses(tmp_path / "demo")) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "experiment", "steps", "nats"),
+    [("pretrain_bert", "demo_bert", 260, 0.35), ("pretrain_t5", "demo_t5", 260, 0.15)],
+)
+def test_other_demos_learn_more_than_frequencies(
+    script: str, experiment: str, steps: int, nats: float, tmp_path: Path
+) -> None:
+    """The first half of each demo, on one rank."""
+    words = [
+        f"experiment={experiment}",
+        "parallel=single",
+        f"train.steps={steps}",
+        "train.micro_batch_size=32",
+        "train.eval_interval=0",
+        "train.save_interval=0",
+        f"train.run_dir={tmp_path / 'demo'}",
+        f"data.cache_dir={tmp_path / 'data'}",
+    ]
+    run(launch(*words, script=script), timeout_seconds=900).require_success()
+    events = {event["event"]: event for event in read_metrics(tmp_path / "demo" / EVENTS_FILE)}
+    found, baseline = events["evaluation"], events["baseline"]
+    assert found["validation_token_loss"] < baseline["entropy_nats"] - nats
+    assert found["validation_accuracy"] > baseline["accuracy"]
+    if script == "pretrain_bert":
+        assert found["validation_accuracy"] > 2 * baseline["accuracy"]
+        assert found["validation_sequence_accuracy"] > 0.6
+    steps_of_run = read_metrics(tmp_path / "demo" / METRICS_FILE)[steps // 2 :]
+    waited = sum(entry["data_seconds"] for entry in steps_of_run)
+    assert waited < 0.02 * sum(entry["step_seconds"] for entry in steps_of_run), "the step waits for the loader"
 
 
 @pytest.mark.slow
