@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
 from tests.integration.runs import launch, losses, run
 
 
@@ -61,9 +61,6 @@ def test_other_demos_learn_more_than_frequencies(
     if script == "pretrain_bert":
         assert found["validation_accuracy"] > 2 * baseline["accuracy"]
         assert found["validation_sequence_accuracy"] > 0.6
-    steps_of_run = read_metrics(tmp_path / "demo" / METRICS_FILE)[steps // 2 :]
-    waited = sum(entry["data_seconds"] for entry in steps_of_run)
-    assert waited < 0.02 * sum(entry["step_seconds"] for entry in steps_of_run), "the step waits for the loader"
 
 
 @pytest.mark.slow
