@@ -93,7 +93,7 @@ def _label_last(axes: Any, points: _Points) -> None:
         from matplotlib.patheffects import withStroke
 
         axes.annotate(
-            f"{value:.3f}\nperplexity {math.exp(value):,.1f}" if value < 50 else f"{value:.3f}",
+            f"{value:.3f}",
             (step, value),
             xytext=(-2, 11),
             textcoords="offset points",
