@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from megatron_lite.config.lengths import TRAINED_SENTINELS, sentinels_needed
@@ -101,7 +102,7 @@ def require_tokens(
         raise ConfigError(f"{lacks}: the shards came without their tokenizer; name its folder in data.tokenizer")
     source = folder if tokenizer == TRAIN else tokenizer
     sentinels = f" --sentinels {num_sentinels}" if num_sentinels > TRAINED_SENTINELS else ""
-    command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {source} FOLDER"
+    command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {shlex.quote(str(source))} FOLDER"
     raise ConfigError(f"{lacks}; add them with `{command}` and set data.tokenizer=FOLDER")
 
 

@@ -157,7 +157,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
         ConfigError: the vocabulary does not fit the model, or lacks what the run needs.
     """
     data = config.data
-    target = folder / TOKENIZER_FOLDER
+    target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
         tokenizer = save_tokenizer(data.tokenizer, target)
@@ -169,10 +169,10 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
             return Job(data, folder, None, facts, None, report)
-        tokenizer = save_tokenizer(str(found), target)
+        home, tokenizer = found, save_tokenizer(str(found), target)
     if plan.trained_vocab_size is None:
         model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
-        require_tokens_of_run(config, tokenizer.special, target)
+        require_tokens_of_run(config, tokenizer.special, home)
     facts = {
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,

@@ -208,6 +208,26 @@ def test_shards_of_the_original_go_with_the_copy(
     assert prepared.open_tokenizer().extends == open_tokenizer(str(tmp_path / "b")).extends
 
 
+def test_remedy_for_ready_shards_with_their_tokenizer(
+    tmp_path: Path, bare: Path, corpus: Path, config_for: ConfigFor
+) -> None:
+    """It names the tokenizer beside the shards, which is no word of the command line."""
+    config = config_for(corpus, tokenizer=str(bare), cache_dir=str(tmp_path / "my data"))
+    made = prepare(config, report=lambda line: None)
+    config = config_for(made.train[0].prefix)
+    config.objective.name = ObjectiveName.masked_lm_nsp
+    with pytest.raises(ConfigError) as error:
+        prepare(config, report=lambda line: None)
+    command = f"python -m megatron_lite.data add-tokens --objective masked_lm_nsp '{made.tokenizer_dir}' FOLDER"
+    assert str(error.value) == (
+        "data.tokenizer=train lacks [CLS], [SEP], [MASK], [PAD], which objective.name=masked_lm_nsp needs; add them "
+        f"with `{command}` and set data.tokenizer=FOLDER"
+    )
+    assert main(shlex.split(command.replace("FOLDER", str(tmp_path / "new")))[3:]) == 0
+    config.data.tokenizer = str(tmp_path / "new")
+    assert prepare(config, report=lambda line: None).special.mask is not None
+
+
 @pytest.mark.parametrize("what", ["file", "full"])
 def test_destination_is_never_overwritten(
     tmp_path: Path, bare: Path, capsys: pytest.CaptureFixture[str], what: str
