@@ -13,19 +13,18 @@ from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_extende
 from megatron_lite.data.vocabulary import TRAIN
 from megatron_lite.errors import ConfigError
 
-FRAME = ("cls", "sep", "mask", "pad")
 MODES = ("mode_r", "mode_s", "mode_x")
 NEEDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.causal_lm: (),
     ObjectiveName.prefix_lm: (),
-    ObjectiveName.fill_in_the_middle: ("fim_prefix", "fim_suffix", "fim_middle"),
-    ObjectiveName.masked_lm: FRAME,
-    ObjectiveName.masked_lm_nsp: FRAME,
-    ObjectiveName.bart_denoising: FRAME,
-    ObjectiveName.span_corruption: ("pad", "eod"),
-    ObjectiveName.ul2: ("pad", "eod"),
+    ObjectiveName.fill_in_the_middle: ("eod", "fim_prefix", "fim_suffix", "fim_middle"),
+    ObjectiveName.masked_lm: ("cls", "sep", "mask"),
+    ObjectiveName.masked_lm_nsp: ("cls", "sep", "mask", "pad"),
+    ObjectiveName.bart_denoising: ("eod", "cls", "sep", "mask", "pad"),
+    ObjectiveName.span_corruption: ("eod", "pad"),
+    ObjectiveName.ul2: ("eod", "pad"),
 }
-"""Roles. Sentinels and UL2's modes come to them."""
+"""Roles. Sentinels and UL2's modes come to them, and the end of documents where data.mask_loss_after_eod is set."""
 NAMES = {**STANDARD_NAMES, "eod": END_OF_TEXT}
 NEED_SENTINELS = frozenset({ObjectiveName.span_corruption, ObjectiveName.ul2})
 NEED_TOKENIZER = frozenset({ObjectiveName.masked_lm, ObjectiveName.masked_lm_nsp})

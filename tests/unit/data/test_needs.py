@@ -56,7 +56,7 @@ def test_a_trained_tokenizer_has_everything(prepared_corpus: tuple[PreparedData,
 @pytest.mark.parametrize(
     ("objective", "missing"),
     [
-        ("masked_lm", "[CLS], [SEP], [MASK], [PAD]"),
+        ("masked_lm", "[CLS], [SEP], [MASK]"),
         ("masked_lm_nsp", "[CLS], [SEP], [MASK], [PAD]"),
         ("bart_denoising", "[CLS], [SEP], [MASK], [PAD]"),
         ("span_corruption", "[PAD], <extra_id_0>, <extra_id_1>, <extra_id_2>"),
@@ -111,10 +111,11 @@ def test_ul2_without_mode_tokens(bare: Path) -> None:
 
 def test_shards_without_their_tokenizer() -> None:
     with pytest.raises(ConfigError) as error:
-        require_tokens(SpecialTokens(eod=0), "fill_in_the_middle", tokenizer="train", folder=None)
+        require_tokens(SpecialTokens(), "fill_in_the_middle", tokenizer="train", folder=None)
     assert str(error.value) == (
-        "data.tokenizer=train lacks <fim_prefix>, <fim_suffix>, <fim_middle>, which objective.name=fill_in_the_middle "
-        "needs: the shards came without their tokenizer; name its folder in data.tokenizer"
+        "data.tokenizer=train lacks <|endoftext|>, <fim_prefix>, <fim_suffix>, <fim_middle>, which "
+        "objective.name=fill_in_the_middle needs: the shards came without their tokenizer; name its folder in "
+        "data.tokenizer"
     )
 
 
@@ -180,8 +181,8 @@ def test_only_what_is_missing_is_added(tmp_path: Path, bare: Path) -> None:
     first, _ = add_tokens(str(bare), tmp_path / "a", "masked_lm")
     second, copy = add_tokens(str(tmp_path / "a"), tmp_path / "b", "span_corruption")
     third, _ = add_tokens(str(tmp_path / "b"), tmp_path / "c", "bart_denoising")
-    assert first == ["[CLS]", "[SEP]", "[MASK]", "[PAD]"]
-    assert second == [f"<extra_id_{i}>" for i in range(100)]
+    assert first == ["[CLS]", "[SEP]", "[MASK]"]
+    assert second == ["[PAD]", *(f"<extra_id_{i}>" for i in range(100))]
     assert third == []
     assert copy.vocab_size == 363
     assert copy.decode(copy.special.sentinels[:2]) == "<extra_id_0><extra_id_1>"
