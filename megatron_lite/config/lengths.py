@@ -27,7 +27,7 @@ MIN_SEQ_LENGTH = {
     ObjectiveName.bart_denoising: ENDS + 1,
     ObjectiveName.ul2: 4,  # the same behind a mode token
 }
-"""Smallest data.seq_length that holds any text. Of ul2 and bart_denoising the decoder must have room, too."""
+"""Smallest data.seq_length that holds any text. Of ul2 the decoder must have room, too."""
 
 
 class SpanLengths(NamedTuple):
@@ -63,12 +63,18 @@ def decoder_length(objective: ObjectiveConfig, seq_length: int) -> int | None:
     Raises:
         ValueError: span_corruption has no room for a span.
     """
-    if objective.name is ObjectiveName.span_corruption:  # follows from the rest: decoder_seq_length is not read
+    if objective.name is ObjectiveName.span_corruption:
         return span_corruption_lengths(seq_length, objective.noise_density, objective.mean_span_length).decoder_length
-    defaults = {ObjectiveName.bart_denoising: seq_length, ObjectiveName.ul2: seq_length // 2}
-    if objective.name not in defaults:
+    if objective.name is ObjectiveName.bart_denoising:
+        return seq_length
+    if objective.name is not ObjectiveName.ul2:
         return None
-    return defaults[objective.name] if objective.decoder_seq_length is None else objective.decoder_seq_length
+    return seq_length // 2 if objective.decoder_seq_length is None else objective.decoder_seq_length
+
+
+def covered_tokens(seq_length: int, infill_fraction: float) -> int:
+    """Tokens that bart_denoising puts into masked spans."""
+    return round(infill_fraction * (seq_length - ENDS))
 
 
 def sentinels_needed(objective: ObjectiveConfig, seq_length: int) -> int:

@@ -49,7 +49,7 @@ class PositionEmbedding(StrEnum):
 
 
 class InitScheme(StrEnum):
-    normal = "normal"  # N(0, init_std); residual projections N(0, init_std / sqrt(2 layers)) (GPT-2)
+    normal = "normal"  # N(0, init_std); those into the residual stream / sqrt(2 layers), 3 with cross-attention (GPT-2)
     plain = "plain"  # N(0, init_std) for all (BERT, RoBERTa, BART)
     t5 = "t5"  # by fan-in, with 1 / sqrt(head_size) folded into the query (arXiv 1910.10683)
 
@@ -253,12 +253,11 @@ class ObjectiveConfig:
     ul2_mode_tokens: bool = True
     """ul2 (arXiv 2205.05131): begin the input with the token of its denoiser, [NLU], [S2S] or [NLG]."""
     ul2_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    """ul2: weights of its seven denoisers, in the order of `objectives.ul2.DENOISERS`: two R, one S, four X."""
+    """ul2: weights of its seven denoisers, in the order of `config.lengths.DENOISERS`: two R, one S, four X."""
     ul2_s_density: float = 0.25
     """ul2: share of tokens that the S-denoiser predicts, on average: the suffix begins at a random position."""
     decoder_seq_length: int | None = None
-    """Positions of the decoder; None = what the objective needs: span_corruption computes it, bart_denoising has
-    data.seq_length, ul2 half of it."""
+    """ul2 only: positions of the decoder; None = half of data.seq_length. The other objectives compute them."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import layout, model, objective, training
+from megatron_lite.config.rules import layout, lengths, model, objective, training
 from megatron_lite.config.rules.case import Case, Rule
 from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import RunConfig
@@ -63,11 +63,7 @@ RULES: tuple[Rule, ...] = (
     objective.weights_name_denoisers,
     objective.decoder_length_can_be_chosen,
     objective.eod_mask_needs_next_tokens,
-    objective.sequence_holds_sample,
-    objective.spans_fit_sequence,
-    objective.spans_have_sentinels,
-    objective.decoder_fits_positions,
-    objective.decoder_splits_evenly,
+    lengths.lengths_fit,
     layout.sequence_parallel_needs_tensor,
     layout.zero_stage_fits_pipeline,
     layout.zero_0_is_a_reference,

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from megatron_lite.config.lengths import TRAINED_SENTINELS, sentinels_needed
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.data.roles import END_OF_TEXT, STANDARD_NAMES, sentinel_name
-from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_extended
 from megatron_lite.data.vocabulary import TRAIN
 from megatron_lite.errors import ConfigError
 
-FRAME = ("cls", "sep", "mask", "pad")
 MODES = ("mode_r", "mode_s", "mode_x")
 NEEDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.causal_lm: (),
     ObjectiveName.prefix_lm: (),
-    ObjectiveName.fill_in_the_middle: ("fim_prefix", "fim_suffix", "fim_middle"),
-    ObjectiveName.masked_lm: FRAME,
-    ObjectiveName.masked_lm_nsp: FRAME,
-    ObjectiveName.bart_denoising: FRAME,
-    ObjectiveName.span_corruption: ("pad", "eod"),
-    ObjectiveName.ul2: ("pad", "eod"),
+    ObjectiveName.fill_in_the_middle: ("eod", "fim_prefix", "fim_suffix", "fim_middle"),
+    ObjectiveName.masked_lm: ("cls", "sep", "mask"),
+    ObjectiveName.masked_lm_nsp: ("cls", "sep", "mask", "pad"),
+    ObjectiveName.bart_denoising: ("eod", "cls", "sep", "mask", "pad"),
+    ObjectiveName.span_corruption: ("eod", "pad"),
+    ObjectiveName.ul2: ("eod", "pad"),
 }
-"""Roles. Sentinels and UL2's modes come to them."""
+"""Roles. Sentinels and UL2's modes come to them, and the end of documents where data.mask_loss_after_eod is set."""
 NAMES = {**STANDARD_NAMES, "eod": END_OF_TEXT}
 NEED_SENTINELS = frozenset({ObjectiveName.span_corruption, ObjectiveName.ul2})
+NEED_TOKENIZER = frozenset({ObjectiveName.masked_lm, ObjectiveName.masked_lm_nsp})
+"""Read `Vocabulary.is_special`, which the tokenizer itself tells: what they hide and draw are ordinary tokens."""
 
 
 def missing_tokens(
@@ -39,22 +41,22 @@ def missing_tokens(
     return [NAMES[role] for role in roles] + [sentinel_name(number) for number in sentinels]
 
 
-def require_tokens_of_run(config: RunConfig, vocabulary: Vocabulary, folder: Path | None) -> None:
-    """Refuse a vocabulary that lacks a special token which the run needs.
+def require_tokens_of_run(config: RunConfig, special: SpecialTokens, folder: Path | None) -> None:
+    """Refuse data that lacks a special token which the run needs, or the tokenizer itself.
 
     Args:
-        folder: of the tokenizer in prepared data; None = there is none, or not yet.
+        folder: of the tokenizer; None = the shards came without it.
     Raises:
-        ConfigError: naming data.tokenizer, what asks for the tokens, and the remedy.
+        ConfigError: naming data.tokenizer, what asks for it, and the remedy.
     """
-    if config.data.mask_loss_after_eod and vocabulary.special.eod is None:
+    if config.data.mask_loss_after_eod and special.eod is None:
         raise ConfigError(
             "data.mask_loss_after_eod=true needs the end-of-document token, and the shards came without a tokenizer; "
             "name its folder in data.tokenizer"
         )
     objective = config.objective
     require_tokens(
-        vocabulary,
+        special,
         objective.name,
         tokenizer=config.data.tokenizer,
         folder=folder,
@@ -64,35 +66,42 @@ def require_tokens_of_run(config: RunConfig, vocabulary: Vocabulary, folder: Pat
 
 
 def require_tokens(
-    vocabulary: Vocabulary,
+    special: SpecialTokens,
     objective: str,
     *,
     tokenizer: str,
-    folder: Path | None = None,
+    folder: Path | None,
     num_sentinels: int = 1,
     mode_tokens: bool = True,
 ) -> None:
-    """Refuse a vocabulary that lacks a special token that the objective needs.
+    """Refuse data that lacks a special token that the objective needs, or the tokenizer itself where that is needed.
 
     Args:
+        special: the tokens that have a role; a sidecar tells them, too.
         objective: objective.name.
         tokenizer: data.tokenizer.
-        folder: its copy in prepared data, which the command extends where data.tokenizer=train.
+        folder: that holds the tokenizer, which the command extends where data.tokenizer=train; None = the shards came
+            without it.
         num_sentinels: most spans of a sample, each of which has its own sentinel.
         mode_tokens: objective.ul2_mode_tokens.
     Raises:
-        ConfigError: names data.tokenizer, the objective, the missing tokens, and the command that adds them.
+        ConfigError: names data.tokenizer, the objective, what is missing, and the remedy: the command that adds tokens.
     """
     name = ObjectiveName(objective)
-    missing = missing_tokens(vocabulary.special, name, num_sentinels, mode_tokens)
+    missing = missing_tokens(special, name, num_sentinels, mode_tokens)
     if not missing:
+        if folder is None and name in NEED_TOKENIZER:
+            raise ConfigError(
+                f"data.tokenizer={tokenizer} gives no tokenizer, which objective.name={name} needs to hide ordinary "
+                "tokens only: the shards came without theirs; name its folder in data.tokenizer"
+            )
         return
     lacks = f"data.tokenizer={tokenizer} lacks {shown(missing)}, which objective.name={name} needs"
-    if vocabulary.is_special is None:
+    if folder is None:
         raise ConfigError(f"{lacks}: the shards came without their tokenizer; name its folder in data.tokenizer")
-    source = folder if tokenizer == TRAIN and folder else tokenizer
+    source = folder if tokenizer == TRAIN else tokenizer
     sentinels = f" --sentinels {num_sentinels}" if num_sentinels > TRAINED_SENTINELS else ""
-    command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {source} FOLDER"
+    command = f"python -m megatron_lite.data add-tokens --objective {name}{sentinels} {shlex.quote(str(source))} FOLDER"
     raise ConfigError(f"{lacks}; add them with `{command}` and set data.tokenizer=FOLDER")
 
 

@@ -35,6 +35,7 @@ from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
 from megatron_lite.data.sentences import sentence_kinds
 from megatron_lite.data.sources import Source, identity, resolve_sources
+from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
 from megatron_lite.data.tokenizer import (
     TOKENIZER_FOLDER,
@@ -153,10 +154,10 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
 
     Raises:
-        ConfigError: the vocabulary does not fit the model, or lacks a token that the run needs.
+        ConfigError: the vocabulary does not fit the model, or lacks what the run needs.
     """
     data = config.data
-    target = folder / TOKENIZER_FOLDER
+    target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
         tokenizer = save_tokenizer(data.tokenizer, target)
@@ -166,11 +167,12 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
         found, facts = shared_tokenizer(sources)
         if found is None:
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
+            require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
             return Job(data, folder, None, facts, None, report)
-        tokenizer = save_tokenizer(str(found), target)
+        home, tokenizer = found, save_tokenizer(str(found), target)
     if plan.trained_vocab_size is None:
         model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
-        require_tokens_of_run(config, tokenizer.vocabulary(), None)
+        require_tokens_of_run(config, tokenizer.special, home)
     facts = {
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,

@@ -133,7 +133,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
 
     Raises:
         DataError: the folder is incomplete, or a shard is not what was written.
-        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks a token that the run needs.
+        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks what the run needs.
     """
     manifest = read_manifest(folder)
     train, validation = (shards_of(manifest, name, folder) for name in ("train", "validation"))
@@ -157,7 +157,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         fingerprint=manifest["fingerprint"],
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
     )
-    require_tokens_of_run(config, prepared.vocabulary, prepared.tokenizer_dir)
+    require_tokens_of_run(config, prepared.special, prepared.tokenizer_dir)
     return prepared
 
 

@@ -1,9 +1,9 @@
 """BART: restore a text whose sentences were shuffled and whose spans were masked (arXiv 1910.13461, section 2.2).
 
-    text            a b c . d e f . [EOD] g h          n = min(s, d) - 2 tokens
+    text            a b c . d e f . [EOD] g h          n = s - 2 tokens
     tokens          [CLS] d [MASK] . a [MASK] c . [EOD] g h [SEP] [PAD] ...       s positions
     lengths         positions that are no padding
-    labels          [CLS] a b c . d e f . [EOD] g h [SEP]                         d positions, padded if d > s
+    labels          [CLS] a b c . d e f . [EOD] g h [SEP]                         s positions
     decoder_tokens  [SEP] [CLS] a b c . d e f . [EOD] g h                         BART's decoder begins with </s>
 
 Sentences are shuffled within their document; the ends of documents stay where they are. Then `infill_fraction` of the
@@ -17,11 +17,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.config.lengths import ENDS, decoder_length
+from megatron_lite.config.lengths import ENDS, covered_tokens
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.models.activations import Field
-from megatron_lite.objectives.assembly import filled, known, leading, shifted_right
+from megatron_lite.objectives.assembly import filled, known, shifted_right
 from megatron_lite.objectives.base import Example, Ids, Objective, Text, WindowShape
 from megatron_lite.objectives.draws import Draws, poisson_table
 
@@ -31,15 +31,13 @@ LAST_RANK = np.uint64(2**RANK_BITS - 1)
 
 class BartDenoising(Objective):
     def __init__(self, objective: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> None:
-        decoder = decoder_length(objective, data.seq_length)
-        assert decoder is not None
-        self._length = data.seq_length
-        self.label_length = decoder
-        self.inputs = (Field("tokens", data.seq_length), Field("lengths"), Field("decoder_tokens", decoder))
-        window = min(data.seq_length, decoder) - ENDS
+        length = data.seq_length
+        self.label_length = length
+        self.inputs = (Field("tokens", length), Field("lengths"), Field("decoder_tokens", length))
+        window = length - ENDS
         self._permutes = objective.permute_sentences
         self.shape = WindowShape(tokens=window, stride=window, sentences=self._permutes)
-        self._covered = round(objective.infill_fraction * window)
+        self._covered = covered_tokens(length, objective.infill_fraction)
         self._mean_span = objective.infill_span_length
         self._span_table = poisson_table(self._mean_span)
         special = vocabulary.special
@@ -48,20 +46,21 @@ class BartDenoising(Objective):
 
     def example(self, text: Text, key: int) -> Example:
         draws = Draws(key)
-        labels, predicted = filled(self.label_length, self._pad, self._cls, text.tokens, self._sep)
+        length = self.label_length
+        labels, predicted = filled(length, self._pad, self._cls, text.tokens, self._sep)
+        assert predicted == length
         noised = text.tokens
         if self._permutes:
             assert text.sentence_starts is not None
             noised = shuffled_sentences(noised, text.sentence_starts, self._eod, draws)
         noised = self._infilled(noised, draws)
-        tokens, used = filled(self._length, self._pad, self._cls, noised, self._sep)
+        tokens, used = filled(length, self._pad, self._cls, noised, self._sep)
         decoder_tokens = shifted_right(labels, self._sep)
-        decoder_tokens[predicted:] = self._pad
-        return Example((tokens, used, decoder_tokens), labels, leading(predicted, self.label_length))
+        return Example((tokens, used, decoder_tokens), labels, np.ones(length, np.float32))
 
     def _infilled(self, tokens: Ids, draws: Draws) -> Ids:
         """The text with a mask token for each span; any arrangement of spans and other tokens is equally likely."""
-        lengths = self._span_lengths(len(tokens), draws)
+        lengths = self._span_lengths(draws)
         count = len(tokens) - self._covered + len(lengths)  # of the result
         is_span = draws.choose(len(lengths), count)
         widths = np.ones(count, np.int64)
@@ -71,7 +70,7 @@ class BartDenoising(Objective):
         out[is_token] = tokens[(np.cumsum(widths) - widths)[is_token]]
         return out
 
-    def _span_lengths(self, window: int, draws: Draws) -> npt.NDArray[np.int64]:
+    def _span_lengths(self, draws: Draws) -> npt.NDArray[np.int64]:
         """[spans], with the sum `_covered`."""
         lengths = np.zeros(0, np.int64)
         ends = lengths
@@ -83,8 +82,8 @@ class BartDenoising(Objective):
         lengths = lengths[:spans]
         if spans:
             lengths[-1] -= ends[spans - 1] - self._covered
-        room = self._length - ENDS - window + self._covered  # for mask tokens
-        return lengths if spans <= room else _without_surplus(lengths, spans - room)
+        surplus = spans - self._covered  # mask tokens beyond the room that the covered ones leave
+        return lengths if surplus <= 0 else _without_surplus(lengths, surplus)
 
 
 def shuffled_sentences(tokens: Ids, sentence_starts: Ids, eod: int, draws: Draws) -> Ids:

@@ -1,6 +1,6 @@
-"""Masked language modelling without sentence pairs (RoBERTa, arXiv 1907.11692: full sentences, dynamic masks).
+"""Masked language modelling without sentence pairs (RoBERTa, arXiv 1907.11692: packed windows, dynamic masks).
 
-    tokens   [CLS] t0 t1 [MASK] t3 ... t(s-3) [SEP]     whole documents packed, the end of each inside
+    tokens   [CLS] t0 t1 [MASK] t3 ... t(s-3) [SEP]     documents packed, the end of each inside
     labels   [CLS] t0 t1   t2   t3 ... t(s-3) [SEP]     with weight at the chosen positions only
 
 The masks belong to the sample's key, so each epoch has fresh ones.

@@ -1,5 +1,5 @@
-"""Prefix language modelling: a prefix is read both ways, the rest is predicted (arXiv 1910.10683, section 3.2.4;
-U-PaLM, arXiv 2210.11399).
+"""Prefix language modelling: a prefix is read both ways, the rest is predicted (arXiv 1910.10683; U-PaLM,
+arXiv 2210.11399).
 
     window          t0 t1 ... t(k-1) | tk ... ts        k uniform in 1 ... s
     tokens          t0 t1 ... t(s-1)

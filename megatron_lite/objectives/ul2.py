@@ -11,6 +11,10 @@ prefix language model; with a sentinel like the others, as the published UL2 mod
 
 Each denoiser uses the first n tokens of the window, as many as fit both stacks; n and the lengths are its own
 (`config.lengths.ul2_lengths`), the rest is padding. The window is the largest n.
+
+Each weighted denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, else the
+configuration is refused; spans of 64 are cut to what fits. The reference is the paper's 512 tokens: at 128 the denoiser
+(64, 0.15) takes out one span of 22.
 """
 
 from __future__ import annotations

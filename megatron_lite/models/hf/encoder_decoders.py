@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megatron_lite.config.derived import complete_model
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.hf.parts import affine, cross_attention, gated_mlp, self_attention
 
@@ -39,8 +40,9 @@ def from_bart(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
 
 def _stacks(model: ModelConfig) -> dict[str, int]:
     """Layers of each stack."""
-    decoder = model.num_layers if model.num_decoder_layers is None else model.num_decoder_layers
-    return {"encoder": model.num_layers, "decoder": decoder}
+    decoder_layers = complete_model(model).num_decoder_layers
+    assert decoder_layers is not None  # of an encoder_decoder
+    return {"encoder": model.num_layers, "decoder": decoder_layers}
 
 
 def _t5_layer(state: Mapping[str, Tensor], source: str, target: str, model: ModelConfig) -> dict[str, Tensor]:

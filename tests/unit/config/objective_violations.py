@@ -182,6 +182,52 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         "objective.noise_density=0.9 with objective.mean_span_length=2 leaves 64 of 636 tokens to keep 286 spans "
         "apart; use a lower density or longer spans",
     ),
+    "spans that touch in a long sequence": (  # whose sentinels and decoder are not spoken of
+        [T5, "objective.noise_density=0.9", "data.seq_length=1024"],
+        "objective.noise_density=0.9 with objective.mean_span_length=3 leaves 512 of 5116 tokens to keep 1535 spans "
+        "apart; use a lower density or longer spans",
+    ),
+    "hardly any text": (
+        [T5, "objective.noise_density=0.999"],
+        "objective.noise_density=0.999 with objective.mean_span_length=3 leaves 64 of 63500 tokens to keep 21145 spans "
+        "apart; use a lower density or longer spans",
+    ),
+    "too short for infilling": (
+        [T5, "objective=bart_denoising", "data.seq_length=8"],
+        "data.seq_length=8 is too short for a span of objective.infill_span_length=3: objective.infill_fraction=0.3 "
+        "covers 2 tokens of it; use 11 or more",
+    ),
+    "endless infilling": (
+        [T5, "objective=bart_denoising", "objective.infill_span_length=100000"],
+        "data.seq_length=128 is too short for a span of objective.infill_span_length=100000: "
+        "objective.infill_fraction=0.3 covers 38 tokens of it; use shorter spans",
+    ),
+    "too short for a denoiser": (
+        [T5, "objective=ul2", "data.seq_length=16"],
+        "data.seq_length=16 is too short for objective.name=ul2: each weighted denoiser of mean span 3 or 8 must take "
+        "out a whole span and no two may become the same task, but the one of (8, 0.15) does not; use "
+        "data.seq_length=68 or more, or set number 2 of objective.ul2_weights to 0",
+    ),
+    "denoisers that become one": (
+        [T5, "objective=ul2", "data.seq_length=64"],
+        "data.seq_length=64 is too short for objective.name=ul2: each weighted denoiser of mean span 3 or 8 must take "
+        "out a whole span and no two may become the same task, but (8, 0.15) and (64, 0.15) are the same; use "
+        "data.seq_length=68 or more, or set number 6 of objective.ul2_weights to 0",
+    ),
+    "decoder too short for a denoiser": (
+        [T5, "objective=ul2", "objective.decoder_seq_length=3"],
+        "data.seq_length=128 with objective.decoder_seq_length=3 is too short for objective.name=ul2: each weighted "
+        "denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, but the one of "
+        "(3, 0.15) does not; use objective.decoder_seq_length=14 or more, or set number 1 of objective.ul2_weights to "
+        "0",
+    ),
+    "both stacks too short for a denoiser": (
+        [T5, "objective=ul2", "data.seq_length=24", "objective.decoder_seq_length=30"],
+        "data.seq_length=24 with objective.decoder_seq_length=30 is too short for objective.name=ul2: each weighted "
+        "denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, but the one of "
+        "(8, 0.15) does not; use data.seq_length=68 or more and objective.decoder_seq_length=null, or set number 2 of "
+        "objective.ul2_weights to 0",
+    ),
     "sentinels of spans": (
         [T5, "data.seq_length=2048", "model.max_position_embeddings=2048"],
         "data.seq_length=2048 makes up to 114 spans with objective.name=span_corruption, and data.tokenizer=train "

@@ -7,6 +7,7 @@ import pytest
 from megatron_lite.config.compose import available_scripts, compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.lengths import LENGTH_RULES
 from megatron_lite.config.rules.training import FP16_ON_CPU
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import RULES, problems, validate
@@ -258,7 +259,8 @@ def test_one_violation_gives_one_message(name: str) -> None:
 
 def test_every_rule_has_a_case_above() -> None:
     cases = [Case(config_of(*words), None) for words, _ in VIOLATIONS.values()]
-    silent = [rule.__name__ for rule in RULES if not any(message for case in cases for message in rule(case))]
+    rules = (*RULES, *LENGTH_RULES)
+    silent = [rule.__name__ for rule in rules if not any(message for case in cases for message in rule(case))]
     assert silent == []
 
 
@@ -308,6 +310,10 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["pretrain_bert", "objective.mask_token_fraction=0.9"],
         ["pretrain_t5", "model=bart_base", "objective=bart_denoising", "data.seq_length=1024"],
         ["pretrain_t5", "data.seq_length=10"],
+        ["pretrain_t5", "objective=bart_denoising", "data.seq_length=11"],
+        ["pretrain_t5", "objective=ul2", "data.seq_length=68"],
+        ["pretrain_t5", "objective=ul2", "objective.decoder_seq_length=14"],
+        ["pretrain_t5", "objective=ul2", "data.seq_length=9", "objective.ul2_weights=[0,0,1,0,0,0,0]"],
         ["pretrain_t5", "data.seq_length=2048", "model.max_position_embeddings=2048", "data.tokenizer=/some/folder"],
         ["pretrain_t5", "objective=ul2", "objective.decoder_seq_length=200", "objective.ul2_mode_tokens=false"],
         ["pretrain_t5", "parallel.pipeline_parallel_size=8"],  # a layer a stage, of either stack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.data.__main__ import main
 from megatron_lite.data.needs import add_tokens, require_tokens
 from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.data.prepared import PreparedData, load_prepared
+from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer import open_tokenizer
 from megatron_lite.errors import ConfigError
+from megatron_lite.objectives.build import build_objective
 
 ConfigFor = Callable[..., RunConfig]
 TEXT = "the mask <extra_id_3> [MASK] [CLS] <fim_prefix> goes"
@@ -42,19 +44,19 @@ def bare(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("objective", ["causal_lm", "prefix_lm"])
 def test_language_models_need_nothing(bare: Path, objective: str) -> None:
-    require_tokens(open_tokenizer(str(bare)).vocabulary(), objective, tokenizer=str(bare))
+    require_tokens(open_tokenizer(str(bare)).special, objective, tokenizer=str(bare), folder=bare)
 
 
 def test_a_trained_tokenizer_has_everything(prepared_corpus: tuple[PreparedData, RunConfig]) -> None:
-    vocabulary = prepared_corpus[0].vocabulary
+    prepared, _ = prepared_corpus
     for objective in ObjectiveName:
-        require_tokens(vocabulary, objective, tokenizer="train", num_sentinels=100)
+        require_tokens(prepared.special, objective, tokenizer="train", folder=prepared.tokenizer_dir, num_sentinels=100)
 
 
 @pytest.mark.parametrize(
     ("objective", "missing"),
     [
-        ("masked_lm", "[CLS], [SEP], [MASK], [PAD]"),
+        ("masked_lm", "[CLS], [SEP], [MASK]"),
         ("masked_lm_nsp", "[CLS], [SEP], [MASK], [PAD]"),
         ("bart_denoising", "[CLS], [SEP], [MASK], [PAD]"),
         ("span_corruption", "[PAD], <extra_id_0>, <extra_id_1>, <extra_id_2>"),
@@ -67,7 +69,7 @@ def test_refusal_names_a_command_that_helps(
 ) -> None:
     before = open_tokenizer(str(bare))
     with pytest.raises(ConfigError) as error:
-        require_tokens(before.vocabulary(), objective, tokenizer=str(bare), num_sentinels=3)
+        require_tokens(before.special, objective, tokenizer=str(bare), folder=bare, num_sentinels=3)
     command = f"python -m megatron_lite.data add-tokens --objective {objective} {bare} FOLDER"
     assert str(error.value) == (
         f"data.tokenizer={bare} lacks {missing}, which objective.name={objective} needs; add them with `{command}` and "
@@ -77,7 +79,7 @@ def test_refusal_names_a_command_that_helps(
     assert main(shlex.split(command.replace("FOLDER", str(folder)))[3:]) == 0
     assert f"use it with data.tokenizer={folder}" in capsys.readouterr().out
     after = open_tokenizer(str(folder))
-    require_tokens(after.vocabulary(), objective, tokenizer=str(folder), num_sentinels=3)
+    require_tokens(after.special, objective, tokenizer=str(folder), folder=folder, num_sentinels=3)
     assert after.eod_id == before.eod_id
     assert after.encode(TEXT) == before.encode(TEXT)
     assert after.vocabulary().is_special[before.vocab_size :].all()
@@ -87,7 +89,7 @@ def test_more_sentinels_than_usual(tmp_path: Path, prepared_corpus: tuple[Prepar
     prepared, _ = prepared_corpus
     with pytest.raises(ConfigError) as error:
         require_tokens(
-            prepared.vocabulary, "span_corruption", tokenizer="train", folder=prepared.tokenizer_dir, num_sentinels=120
+            prepared.special, "span_corruption", tokenizer="train", folder=prepared.tokenizer_dir, num_sentinels=120
         )
     assert str(error.value) == (
         "data.tokenizer=train lacks <extra_id_100>, <extra_id_101>, <extra_id_102>, <extra_id_103>, <extra_id_104>, "
@@ -101,28 +103,86 @@ def test_more_sentinels_than_usual(tmp_path: Path, prepared_corpus: tuple[Prepar
 
 
 def test_ul2_without_mode_tokens(bare: Path) -> None:
-    vocabulary = open_tokenizer(str(bare)).vocabulary()
-    special = replace(vocabulary.special, pad=0, sentinels=(1, 2, 3))
-    require_tokens(replace(vocabulary, special=special), "ul2", tokenizer="x", num_sentinels=3, mode_tokens=False)
+    special = replace(open_tokenizer(str(bare)).special, pad=0, sentinels=(1, 2, 3))
+    require_tokens(special, "ul2", tokenizer="x", folder=bare, num_sentinels=3, mode_tokens=False)
     with pytest.raises(ConfigError, match=r"lacks \[NLU\], \[S2S\], \[NLG\], which objective\.name=ul2 needs"):
-        require_tokens(replace(vocabulary, special=special), "ul2", tokenizer="x", num_sentinels=3)
+        require_tokens(special, "ul2", tokenizer="x", folder=bare, num_sentinels=3)
 
 
 def test_shards_without_their_tokenizer() -> None:
     with pytest.raises(ConfigError) as error:
-        require_tokens(Vocabulary(90, SpecialTokens()), "fill_in_the_middle", tokenizer="train")
+        require_tokens(SpecialTokens(), "fill_in_the_middle", tokenizer="train", folder=None)
     assert str(error.value) == (
-        "data.tokenizer=train lacks <fim_prefix>, <fim_suffix>, <fim_middle>, which objective.name=fill_in_the_middle "
-        "needs: the shards came without their tokenizer; name its folder in data.tokenizer"
+        "data.tokenizer=train lacks <|endoftext|>, <fim_prefix>, <fim_suffix>, <fim_middle>, which "
+        "objective.name=fill_in_the_middle needs: the shards came without their tokenizer; name its folder in "
+        "data.tokenizer"
     )
+
+
+def copied_alone(prepared: PreparedData, folder: Path) -> Path:
+    """The pair and its sidecar, which tells the roles, without the tokenizer."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{prepared.train[0].prefix}{suffix}", folder / f"copy{suffix}")
+    return folder / "copy"
+
+
+@pytest.mark.parametrize("objective", ["masked_lm", "masked_lm_nsp"])
+def test_masking_needs_the_tokenizer_itself(
+    tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor, objective: str
+) -> None:
+    made, _ = prepared_corpus
+    source = copied_alone(made, tmp_path)
+    alone, named = config_for(source), config_for(source, tokenizer=str(made.tokenizer_dir))
+    alone.objective.name = named.objective.name = ObjectiveName(objective)
+    expected = (
+        f"data.tokenizer=train gives no tokenizer, which objective.name={objective} needs to hide ordinary tokens "
+        "only: the shards came without theirs; name its folder in data.tokenizer"
+    )
+    said: list[str] = []
+    with pytest.raises(ConfigError) as error:
+        prepare(alone, report=said.append)
+    assert str(error.value) == expected
+    assert said == []  # before a text is read
+    folder = prepare(config_for(source), report=said.append).folder  # shards that another objective made ready
+    with pytest.raises(ConfigError) as error:
+        load_prepared(folder, alone)
+    assert str(error.value) == expected
+    assert prepare(named, report=said.append).vocabulary.is_special is not None
+
+
+@pytest.mark.parametrize("objective", sorted(set(ObjectiveName) - {"masked_lm", "masked_lm_nsp"}))
+def test_the_roles_alone_do_for_the_others(
+    tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor, objective: str
+) -> None:
+    config = config_for(copied_alone(prepared_corpus[0], tmp_path), seq_length=32)
+    config.objective.name = ObjectiveName(objective)
+    prepared = prepare(config, report=lambda line: None)
+    assert prepared.tokenizer_dir is None
+    build_objective(config.objective, config.data, prepared.vocabulary)
+
+
+def test_opening_prepared_data_leaves_the_tokenizer_closed(
+    prepared_corpus: tuple[PreparedData, RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank opens it; the tables are made where they are asked for."""
+    made, config = prepared_corpus
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"opened {name}")
+
+    monkeypatch.setattr("megatron_lite.data.prepared.open_tokenizer", refuse)
+    config.objective.name = ObjectiveName.masked_lm
+    prepared = load_prepared(made.folder, config)
+    with pytest.raises(AssertionError, match="opened"):
+        _ = prepared.vocabulary
 
 
 def test_only_what_is_missing_is_added(tmp_path: Path, bare: Path) -> None:
     first, _ = add_tokens(str(bare), tmp_path / "a", "masked_lm")
     second, copy = add_tokens(str(tmp_path / "a"), tmp_path / "b", "span_corruption")
     third, _ = add_tokens(str(tmp_path / "b"), tmp_path / "c", "bart_denoising")
-    assert first == ["[CLS]", "[SEP]", "[MASK]", "[PAD]"]
-    assert second == [f"<extra_id_{i}>" for i in range(100)]
+    assert first == ["[CLS]", "[SEP]", "[MASK]"]
+    assert second == ["[PAD]", *(f"<extra_id_{i}>" for i in range(100))]
     assert third == []
     assert copy.vocab_size == 363
     assert copy.decode(copy.special.sentinels[:2]) == "<extra_id_0><extra_id_1>"
@@ -147,6 +207,26 @@ def test_shards_of_the_original_go_with_the_copy(
     assert prepared.special.mask is not None
     assert prepared.special.mode_s is not None
     assert prepared.open_tokenizer().extends == open_tokenizer(str(tmp_path / "b")).extends
+
+
+def test_remedy_for_ready_shards_with_their_tokenizer(
+    tmp_path: Path, bare: Path, corpus: Path, config_for: ConfigFor
+) -> None:
+    """It names the tokenizer beside the shards, which is no word of the command line."""
+    config = config_for(corpus, tokenizer=str(bare), cache_dir=str(tmp_path / "my data"))
+    made = prepare(config, report=lambda line: None)
+    config = config_for(made.train[0].prefix)
+    config.objective.name = ObjectiveName.masked_lm_nsp
+    with pytest.raises(ConfigError) as error:
+        prepare(config, report=lambda line: None)
+    command = f"python -m megatron_lite.data add-tokens --objective masked_lm_nsp '{made.tokenizer_dir}' FOLDER"
+    assert str(error.value) == (
+        "data.tokenizer=train lacks [CLS], [SEP], [MASK], [PAD], which objective.name=masked_lm_nsp needs; add them "
+        f"with `{command}` and set data.tokenizer=FOLDER"
+    )
+    assert main(shlex.split(command.replace("FOLDER", str(tmp_path / "new")))[3:]) == 0
+    config.data.tokenizer = str(tmp_path / "new")
+    assert prepare(config, report=lambda line: None).special.mask is not None
 
 
 @pytest.mark.parametrize("what", ["file", "full"])

@@ -6,7 +6,6 @@ from collections import Counter
 from itertools import chain, permutations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,11 +112,3 @@ def test_small_spans_never_make_the_input_too_long() -> None:
     samples = many(objective, Text(counting(60)), 500)
     assert samples.inputs["lengths"].max() == 62
     assert ((samples.inputs["tokens"] >= FIRST).sum(1) == 42).all()
-
-
-@pytest.mark.parametrize(("decoder", "window"), [(20, 18), (62, 60), (80, 60)])
-def test_a_given_decoder_length_is_kept(decoder: int, window: int) -> None:
-    objective = objective_of("bart_denoising", 62, permute_sentences=False, decoder_seq_length=decoder)
-    assert objective.shape.tokens == objective.shape.stride == window
-    assert objective.label_length == decoder
-    assert reconstruct.denoised(objective.example(Text(counting(window)), 1)) == counting(window).tolist()

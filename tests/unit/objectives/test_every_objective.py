@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig, ObjectiveName
+from megatron_lite.data.needs import MODES, NEED_SENTINELS, NEED_TOKENIZER, NEEDS
 from megatron_lite.data.sampler import mix64, stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.errors import ConfigError
@@ -118,6 +119,24 @@ PINNED = {
     "bart_denoising": 0xC5226C78,
     "ul2": 0xB8539FEE,
 }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_objective_takes_the_roles_that_it_is_said_to_need(name: str) -> None:
+    """With these it is built and gives samples; without any one of them it could not be built."""
+    needs = NEEDS[ObjectiveName(name)] + (MODES if name == "ul2" else ())
+    config, data = ObjectiveConfig(name=ObjectiveName(name)), DataConfig(seq_length=64)
+    rng = np.random.default_rng(0)
+    for lacking in (None, *needs):
+        roles = {role: getattr(SPECIAL, role) for role in needs if role != lacking}
+        special = SpecialTokens(**roles, sentinels=SENTINELS if name in NEED_SENTINELS else ())
+        vocabulary = Vocabulary(SIZE, special, VOCABULARY.is_special if name in NEED_TOKENIZER else None)
+        if lacking is None:
+            objective = build_objective(config, data, vocabulary)
+            check_shapes(objective, objective.example(random_text(rng, objective), 1))
+        else:
+            with pytest.raises(AssertionError):
+                build_objective(config, data, vocabulary)
 
 
 @pytest.mark.parametrize("name", ["span_corruption", "ul2"])
