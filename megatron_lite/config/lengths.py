@@ -46,15 +46,18 @@ class Denoiser(NamedTuple):
     noise_density: float
 
 
-DENOISERS = (
-    Denoiser("r", 3, 0.15),
-    Denoiser("r", 8, 0.15),
-    Denoiser("s", math.inf, math.nan),  # one span at the end, of a share that ul2_s_density sets
-    Denoiser("x", 3, 0.5),
-    Denoiser("x", 8, 0.5),
-    Denoiser("x", 64, 0.15),
-    Denoiser("x", 64, 0.5),
-)
+DENOISER_MODES: tuple[Literal["r", "s", "x"], ...] = ("r", "r", "s", "x", "x", "x", "x")
+"""Of UL2's denoisers, in the order of objective.ul2_weights."""
+NUM_SPAN_DENOISERS = len(DENOISER_MODES) - 1  # all but the S-denoiser
+
+
+def denoisers(objective: ObjectiveConfig) -> tuple[Denoiser, ...]:
+    """UL2's tasks. The S-denoiser takes out one span at the end, of a share that is a mean."""
+    spans = zip(objective.ul2_span_lengths, objective.ul2_noise_densities, strict=True)
+    return tuple(
+        Denoiser(mode, math.inf, objective.ul2_s_density) if mode == "s" else Denoiser(mode, *next(spans))
+        for mode in DENOISER_MODES
+    )
 
 
 def decoder_length(objective: ObjectiveConfig, seq_length: int) -> int | None:
@@ -130,7 +133,7 @@ def span_corruption_lengths(seq_length: int, noise_density: float, mean_span_len
 
 
 def ul2_lengths(objective: ObjectiveConfig, seq_length: int) -> dict[int, SpanLengths]:
-    """For each place in `DENOISERS` that has a weight: as much text as fits both stacks.
+    """For each place in `denoisers` that has a weight: as much text as fits both stacks.
 
     `decoder_length` is the longest that the denoiser makes.
 
@@ -141,10 +144,10 @@ def ul2_lengths(objective: ObjectiveConfig, seq_length: int) -> dict[int, SpanLe
     assert room is not None
     encoder_room = seq_length - objective.ul2_mode_tokens
     found = {}
-    for place, (denoiser, weight) in enumerate(zip(DENOISERS, objective.ul2_weights, strict=True)):
+    for place, (denoiser, weight) in enumerate(zip(denoisers(objective), objective.ul2_weights, strict=True)):
         if weight > 0:
             if denoiser.mode == "s":
-                found[place] = _suffix_lengths(encoder_room, room, objective.ul2_s_density)
+                found[place] = _suffix_lengths(encoder_room, room, denoiser.noise_density)
             else:
                 found[place] = _denoiser_lengths(encoder_room, room, denoiser)
     return found

@@ -253,7 +253,11 @@ class ObjectiveConfig:
     ul2_mode_tokens: bool = True
     """ul2 (arXiv 2205.05131): begin the input with the token of its denoiser, [NLU], [S2S] or [NLG]."""
     ul2_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    """ul2: weights of its seven denoisers, in the order of `config.lengths.DENOISERS`: two R, one S, four X."""
+    """ul2 (arXiv 2205.05131, table 1): weights of its seven denoisers: two R, one S, four X."""
+    ul2_span_lengths: list[float] = field(default_factory=lambda: [3.0, 8.0, 3.0, 8.0, 64.0, 64.0])
+    """ul2: tokens of a span on average, of its two R- and four X-denoisers."""
+    ul2_noise_densities: list[float] = field(default_factory=lambda: [0.15, 0.15, 0.5, 0.5, 0.15, 0.5])
+    """ul2: share of tokens that these six take out."""
     ul2_s_density: float = 0.25
     """ul2: share of tokens that the S-denoiser predicts, on average: the suffix begins at a random position."""
     decoder_seq_length: int | None = None

@@ -61,6 +61,7 @@ RULES: tuple[Rule, ...] = (
     objective.masked_tokens_add_up,
     objective.next_sentence_needs_segments,
     objective.weights_name_denoisers,
+    objective.span_denoisers_are_described,
     objective.decoder_length_can_be_chosen,
     objective.eod_mask_needs_next_tokens,
     lengths.lengths_fit,

@@ -25,9 +25,9 @@ from itertools import accumulate
 import numpy as np
 
 from megatron_lite.config.lengths import (
-    DENOISERS,
     Denoiser,
     decoder_length,
+    denoisers,
     span_counts,
     suffix_bounds,
     ul2_lengths,
@@ -39,8 +39,6 @@ from megatron_lite.objectives.assembly import filled, known, leading, shifted_ri
 from megatron_lite.objectives.base import Example, Ids, Objective, Text, WindowShape
 from megatron_lite.objectives.draws import Draws
 from megatron_lite.objectives.span_corruption import Lengths, sentinels, take_out
-
-__all__ = ["DENOISERS", "UL2"]
 
 
 class UL2(Objective):
@@ -54,18 +52,18 @@ class UL2(Objective):
         largest = max(self._windows.values())
         self.shape = WindowShape(tokens=largest, stride=largest)
         self._cumulative = list(accumulate(objective.ul2_weights))
-        self._s_density = objective.ul2_s_density
+        self._denoisers = denoisers(objective)
         self._sentinels = sentinels(objective, data, vocabulary)
         special = vocabulary.special
         self._pad, self._eod = known(special.pad), known(special.eod)
         modes = {"r": special.mode_r, "s": special.mode_s, "x": special.mode_x}
-        self._begin = [[known(modes[d.mode])] if objective.ul2_mode_tokens else [] for d in DENOISERS]
+        self._begin = [[known(modes[d.mode])] if objective.ul2_mode_tokens else [] for d in self._denoisers]
 
     def example(self, text: Text, key: int) -> Example:
         draws = Draws(key)
         place = bisect_right(self._cumulative, draws.uniform() * self._cumulative[-1])
         window = text.tokens[: self._windows[place]]
-        kept, taken = self._pieces(DENOISERS[place], len(window), draws)
+        kept, taken = self._pieces(self._denoisers[place], len(window), draws)
         rest, spans = take_out(window, kept, taken, self._sentinels)
         tokens, used = filled(self._length, self._pad, *self._begin[place], rest, self._eod)
         labels, predicted = filled(self.label_length, self._pad, spans, self._eod)
@@ -76,7 +74,7 @@ class UL2(Objective):
     def _pieces(self, denoiser: Denoiser, window: int, draws: Draws) -> tuple[Lengths, Lengths]:
         """Lengths of the pieces that stay and of those that are taken out."""
         if denoiser.mode == "s":
-            shortest, longest = suffix_bounds(window, self._s_density)
+            shortest, longest = suffix_bounds(window, denoiser.noise_density)
             suffix = shortest + draws.below(longest - shortest + 1)
             return _one(window - suffix), _one(suffix)
         noise, spans = span_counts(window, denoiser.noise_density, denoiser.mean_span_length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_lite.config.lengths import DENOISERS, span_corruption_lengths, ul2_lengths
+from megatron_lite.config.lengths import denoisers, span_corruption_lengths, ul2_lengths
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 
 
@@ -73,10 +73,11 @@ def _ul2(config: RunConfig) -> str:
     total = sum(objective.ul2_weights)
     shares = dict.fromkeys("rsx", 0.0)
     predicted = 0.0
+    tasks = denoisers(objective)
     for place, (window, longest, _) in ul2_lengths(objective, config.data.seq_length).items():
-        mode, share = DENOISERS[place].mode, objective.ul2_weights[place] / total
+        mode, share = tasks[place].mode, objective.ul2_weights[place] / total
         shares[mode] += share
-        predicted += share * (round(window * objective.ul2_s_density) + 2 if mode == "s" else longest)
+        predicted += share * (round(window * tasks[place].noise_density) + 2 if mode == "s" else longest)
     mixture = ", ".join(f"{mode.upper()} {share:.0%}" for mode, share in shares.items())
     tokens = "with" if objective.ul2_mode_tokens else "without"
     return (

@@ -10,18 +10,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_lite.config.lengths import (
-    DENOISERS,
     MIN_SEQ_LENGTH,
     TRAINED_SENTINELS,
     SpanLengths,
     covered_tokens,
     decoder_length,
+    denoisers,
     sentinels_needed,
     span_corruption_lengths,
     ul2_lengths,
 )
 from megatron_lite.config.rules.case import SIZES, Case, Rule, either, nearest_multiples
-from megatron_lite.config.rules.objective import are_weights, may_choose_decoder
+from megatron_lite.config.rules.objective import denoisers_are_sound, may_choose_decoder
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 
 LONGEST_SEARCH = 2**14  # lengths up to which a remedy is looked for
@@ -59,7 +59,7 @@ def sequence_holds_sample(case: Case) -> Iterator[str]:
 def _decoder_holds_text(case: Case) -> bool:
     """Whether each denoiser of ul2 finds room, or other rules have refused what decides it."""
     objective = case.config.objective
-    if not case.sound(*LENGTH_KEYS) or len(objective.ul2_weights) != len(DENOISERS):
+    if not case.sound(*LENGTH_KEYS) or not denoisers_are_sound(objective):
         return True
     try:
         ul2_lengths(objective, case.config.data.seq_length)
@@ -133,7 +133,7 @@ def denoisers_fit_sequence(case: Case) -> Iterator[str]:
 
 class _Fault(NamedTuple):
     place: int
-    """In `DENOISERS`, of the one without which there is no fault."""
+    """In `config.lengths.denoisers`, of the one without which there is no fault."""
     text: str
 
 
@@ -141,14 +141,14 @@ def _unfit_denoiser(objective: ObjectiveConfig, length: int) -> _Fault | None:
     """What is wrong with the first denoiser for which the sequences are too short."""
     tasks: dict[SpanLengths, int] = {}
     for place, lengths in ul2_lengths(objective, length).items():
-        mode, mean, density = DENOISERS[place]
+        mode, mean, density = denoisers(objective)[place]
         if mode == "s":
             continue
         if mean < LONG_SPAN and round(round(lengths.window * density) / mean) < 1:
             return _Fault(place, f"the one of ({mean:g}, {density:g}) does not")
         other = tasks.setdefault(lengths, place)
         if other != place:
-            twin = DENOISERS[other]
+            twin = denoisers(objective)[other]
             return _Fault(
                 place, f"({twin.mean_span_length:g}, {twin.noise_density:g}) and ({mean:g}, {density:g}) are the same"
             )
@@ -202,7 +202,7 @@ def _has_lengths(case: Case) -> bool:
     if not case.sound(*LENGTH_KEYS) or length < MIN_SEQ_LENGTH.get(objective.name, 1):
         return False
     if objective.name is ObjectiveName.ul2:
-        return are_weights(objective.ul2_weights) and _decoder_holds_text(case)
+        return denoisers_are_sound(objective) and _decoder_holds_text(case)
     return True
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_lite.config.lengths import DENOISERS
+from megatron_lite.config.lengths import DENOISER_MODES, NUM_SPAN_DENOISERS
 from megatron_lite.config.rules.case import Case
-from megatron_lite.config.schema import Architecture, ObjectiveName
+from megatron_lite.config.schema import Architecture, ObjectiveConfig, ObjectiveName
 
 ARCHITECTURES = {
     "pretrain_gpt": Architecture.decoder,
@@ -72,15 +72,46 @@ def next_sentence_needs_segments(case: Case) -> Iterator[str]:
 def weights_name_denoisers(case: Case) -> Iterator[str]:
     weights = case.config.objective.ul2_weights
     key = f"objective.ul2_weights={weights}"
-    if len(weights) != len(DENOISERS):
-        yield f"{key} has {len(weights)} numbers; give {len(DENOISERS)}, one a denoiser: two R, one S, four X"
+    if len(weights) != len(DENOISER_MODES):
+        yield f"{key} has {len(weights)} numbers; give {len(DENOISER_MODES)}, one a denoiser: two R, one S, four X"
     elif not are_weights(weights):
         yield f"{key} must be 0 or more and not all 0; give each denoiser its share"
 
 
 def are_weights(weights: list[float]) -> bool:
     sound = all(0 <= weight < math.inf for weight in weights)
-    return len(weights) == len(DENOISERS) and sound and sum(weights) > 0
+    return len(weights) == len(DENOISER_MODES) and sound and sum(weights) > 0
+
+
+def span_denoisers_are_described(case: Case) -> Iterator[str]:
+    objective = case.config.objective
+    described = (
+        ("ul2_span_lengths", objective.ul2_span_lengths, _is_span, "be 1 token or more each"),
+        ("ul2_noise_densities", objective.ul2_noise_densities, _is_density, "lie inside (0, 1)"),
+    )
+    for name, values, fits, rule in described:
+        if len(values) != NUM_SPAN_DENOISERS:
+            yield (
+                f"objective.{name}={values} has {len(values)} numbers; give {NUM_SPAN_DENOISERS}: of two R- and four "
+                "X-denoisers"
+            )
+        elif not all(map(fits, values)):
+            yield f"objective.{name}={values} must {rule}; the paper's are {getattr(ObjectiveConfig(), name)}"
+
+
+def _is_span(value: float) -> bool:
+    return 1 <= value < math.inf
+
+
+def _is_density(value: float) -> bool:
+    return 0 < value < 1
+
+
+def denoisers_are_sound(objective: ObjectiveConfig) -> bool:
+    """Whether `config.lengths.denoisers` and their weights can be calculated with."""
+    spans, densities = objective.ul2_span_lengths, objective.ul2_noise_densities
+    described = all(map(_is_span, spans)) and all(map(_is_density, densities))
+    return len(spans) == len(densities) == NUM_SPAN_DENOISERS and described and are_weights(objective.ul2_weights)
 
 
 def decoder_length_can_be_chosen(case: Case) -> Iterator[str]:

@@ -126,6 +126,15 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         [T5, "objective=ul2", "objective.ul2_weights=[1,2]"],
         "objective.ul2_weights=[1.0, 2.0] has 2 numbers; give 7, one a denoiser: two R, one S, four X",
     ),
+    "spans of denoisers": (
+        [T5, "objective=ul2", "objective.ul2_span_lengths=[3,8,3,8,64]"],
+        "objective.ul2_span_lengths=[3.0, 8.0, 3.0, 8.0, 64.0] has 5 numbers; give 6: of two R- and four X-denoisers",
+    ),
+    "densities of denoisers": (
+        [T5, "objective=ul2", "objective.ul2_noise_densities=[0.15,0.15,0.5,0.5,0.15,1.5]"],
+        "objective.ul2_noise_densities=[0.15, 0.15, 0.5, 0.5, 0.15, 1.5] must lie inside (0, 1); the paper's are "
+        "[0.15, 0.15, 0.5, 0.5, 0.15, 0.5]",
+    ),
     "weights of denoisers": (
         [T5, "objective=ul2", "objective.ul2_weights=[0,0,0,0,0,0,0]"],
         "objective.ul2_weights=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] must be 0 or more and not all 0; give each denoiser "

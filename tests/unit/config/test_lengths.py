@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from megatron_lite.config.lengths import (
-    DENOISERS,
     decoder_length,
+    denoisers,
     sentinels_needed,
     span_corruption_lengths,
     span_counts,
@@ -58,7 +58,7 @@ def test_ul2_at_512_has_the_rates_and_spans_of_its_table() -> None:
     lengths = ul2_lengths(ObjectiveConfig(name=ObjectiveName.ul2), 512)
     assert sorted(lengths) == list(range(7))
     for place, (window, decoder, spans) in lengths.items():
-        mode, mean, density = DENOISERS[place]
+        mode, mean, density = denoisers(ObjectiveConfig())[place]
         if mode != "s":
             noise = span_counts(window, density, mean)[0]
             assert abs(noise / window - density) < 0.002
@@ -79,7 +79,7 @@ def test_no_denoiser_could_use_more_text(room: int, decoder: int) -> None:
 
 
 def _fits(place: int, window: int, room: int, decoder: int) -> bool:
-    mode, mean, density = DENOISERS[place]
+    mode, mean, density = denoisers(ObjectiveConfig())[place]
     if mode == "s":
         shortest, longest = suffix_bounds(window, 0.25)
         return window - shortest + 2 <= room and longest + 2 <= decoder

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.config.lengths import DENOISERS, ul2_lengths
+from megatron_lite.config.lengths import denoisers, ul2_lengths
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 from megatron_lite.objectives.base import Text
 from megatron_lite.objectives.span_corruption import take_out
@@ -140,7 +140,7 @@ def test_ul2_mixture() -> None:
     total = noise + (tokens >= FIRST).sum(1)
     seen = 0
     for place, (window, longest, count) in lengths.items():
-        mode = MODES[DENOISERS[place].mode]
+        mode = MODES[denoisers(ObjectiveConfig())[place].mode]
         is_it = (tokens[:, 0] == mode) & (total == window) & (spans == count)
         assert close_to_rate(is_it.sum(), SAMPLES, weights[place] / 10)
         seen += is_it.sum()
@@ -148,7 +148,10 @@ def test_ul2_mixture() -> None:
         assert predicted.max() == longest
         if mode != MODE_S:
             assert (predicted == longest).all()
-            assert abs(noise[is_it] / window - DENOISERS[place].noise_density).max() <= 0.5 / window + 1e-12
+            assert (
+                abs(noise[is_it] / window - denoisers(ObjectiveConfig())[place].noise_density).max()
+                <= 0.5 / window + 1e-12
+            )
     assert seen == SAMPLES
 
 
@@ -171,7 +174,7 @@ def test_default_weights_are_equal_and_modes_can_be_left_out() -> None:
     objective = objective_of("ul2", 64, ul2_mode_tokens=False)
     samples = many(objective, Text(counting(objective.shape.tokens)), 5000)
     assert (samples.inputs["tokens"][:, 0] == FIRST).all()
-    assert ObjectiveConfig().ul2_weights == [1.0] * len(DENOISERS)
+    assert ObjectiveConfig().ul2_weights == [1.0] * len(denoisers(ObjectiveConfig()))
 
 
 @pytest.mark.parametrize("decoder", [20, 64, 200])
