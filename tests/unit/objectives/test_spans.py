@@ -148,10 +148,8 @@ def test_ul2_mixture() -> None:
         assert predicted.max() == longest
         if mode != MODE_S:
             assert (predicted == longest).all()
-            assert (
-                abs(noise[is_it] / window - denoisers(ObjectiveConfig())[place].noise_density).max()
-                <= 0.5 / window + 1e-12
-            )
+            density = denoisers(ObjectiveConfig())[place].noise_density
+            assert abs(noise[is_it] / window - density).max() <= 0.5 / window + 1e-12
     assert seen == SAMPLES
 
 
