@@ -34,8 +34,8 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     # ---------------------------------------------------------------------------------------------- model
     "pipeline and layers of both stacks": (
         [T5, "parallel.pipeline_parallel_size=9"],
-        "parallel.pipeline_parallel_size=9 is more than model.num_layers + model.num_decoder_layers=8, so a stage "
-        "would be empty; use 8 or fewer",
+        "parallel.pipeline_parallel_size=9 is more than model.num_layers + model.num_decoder_layers=4, so a stage "
+        "would be empty; use 4 or fewer",
     ),
     "decoder layers of GPT": (
         [GPT, "model.num_decoder_layers=2"],
@@ -80,7 +80,7 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         "0",
     ),
     "scaled head that is not tied": (
-        [T5, "model.tie_embeddings=false"],
+        [T5, "model.scale_tied_head=true"],
         "model.scale_tied_head=true needs model.tie_embeddings=true: a head of its own learns its scale; set "
         "model.scale_tied_head=false",
     ),

@@ -122,7 +122,7 @@ def test_tokens_of_a_sample_are_those_of_both_stacks() -> None:
 
 
 def test_one_tensor_parallel_rank_of_both_stacks_by_hand() -> None:
-    """T5 of h 128, 4 heads of 32, gated f 384, v 8192 on two ranks: the relative bias is split by heads, norms whole."""
+    """T5 of h 128, 4 heads of 32, gated f 384, v 8192 on two ranks: relative bias split by heads, norms whole."""
     model = compose("pretrain_t5", []).model
     counts = parameter_counts(model, 8192, tensor_parallel_size=2)
     attention, mlp, norm = 4 * 128 * 64, 3 * 128 * 192, 128

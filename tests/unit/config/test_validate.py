@@ -316,8 +316,8 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["pretrain_t5", "objective=ul2", "data.seq_length=9", "objective.ul2_weights=[0,0,1,0,0,0,0]"],
         ["pretrain_t5", "data.seq_length=2048", "model.max_position_embeddings=2048", "data.tokenizer=/some/folder"],
         ["pretrain_t5", "objective=ul2", "objective.decoder_seq_length=200", "objective.ul2_mode_tokens=false"],
-        ["pretrain_t5", "parallel.pipeline_parallel_size=8"],  # a layer a stage, of either stack
-        ["pretrain_t5", "model.num_decoder_layers=2", "parallel.pipeline_parallel_size=6"],
+        ["pretrain_t5", "parallel.pipeline_parallel_size=4"],  # a layer a stage, of either stack
+        ["pretrain_t5", "model.num_decoder_layers=4", "parallel.pipeline_parallel_size=6"],
         ["pretrain_t5", "parallel=tp2", "parallel.sequence_parallel=true", "data.seq_length=130"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
     ],

@@ -72,8 +72,22 @@ def stages(text: str) -> list[str]:
             if line.startswith("  stage ")]  # fmt: skip
 
 
+T5_WORDS = (
+    "model=t5_small",
+    "model.num_layers=4",
+    "model.num_decoder_layers=4",
+    "model.hidden_size=128",
+    "model.num_attention_heads=4",
+    "model.head_size=32",
+    "model.ffn_hidden_size=512",
+)
+"""A T5 v1.0 of four layers in each stack."""
+
+
 def test_both_stacks_on_one_pipeline() -> None:
-    config = config_of("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=3", script="pretrain_t5")
+    config = config_of(
+        *T5_WORDS, "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=3", script="pretrain_t5"
+    )
     text = describe(config, 8192)
     assert rows(text)["layers"] == "8 = 4 encoder + 4 decoder = 2 stages of 3 + 1 stage of 2"
     assert rows(text)["tokens"] == "5,024 a step, 1,507,200 in 300 steps"  # 32 x (128 + 29)
