@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import ObjectiveName
+from megatron_lite.config.validate import validate
 from megatron_lite.data.inspection import describe_folder, describe_pair
 from megatron_lite.data.needs import add_tokens, shown
 from megatron_lite.data.prepare import prepare
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(arguments: argparse.Namespace) -> list[str]:
     config = compose(arguments.script, arguments.overrides)
+    config = replace(config, launcher=replace(config.launcher, num_processes=None))  # whatever will train on it
+    validate(config)
     prepared = prepare(config, report=print)
     return describe_folder(prepared.folder, verify=False, documents=0)
 

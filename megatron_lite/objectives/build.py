@@ -32,6 +32,6 @@ def build_objective(objective: ObjectiveConfig, data: DataConfig, vocabulary: Vo
     """The objective that the configuration names. The configuration is valid and the roles it needs are there.
 
     Raises:
-        ConfigError: the vocabulary does not do: too few sentinels, or words that cannot be told apart.
+        ConfigError: the vocabulary does not tell words apart, which objective.whole_word needs.
     """
     return OBJECTIVES[objective.name](objective, data, vocabulary)

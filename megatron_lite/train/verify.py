@@ -17,10 +17,12 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_lite.config.lengths import sentinels_needed
 from megatron_lite.config.schema import Recompute, RunConfig
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.objectives.base import Example, Objective, SentencePair, Text, WindowShape
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -60,10 +62,21 @@ SYNTHETIC_ROLES = (
 )
 
 
-def synthetic_vocabulary(size: int) -> Vocabulary:
-    """Tokens without text: the first ids have the special roles, of the rest a tenth are sentinels."""
+def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
+    """Tokens without text: the first ids have the special roles, of the rest a tenth are sentinels, or more if needed.
+
+    Args:
+        num_sentinels: that the objective needs.
+    Raises:
+        ConfigError: there is no room for them.
+    """
     roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
-    ordinary = len(roles) + min(100, size // 10)
+    ordinary = len(roles) + max(min(100, size // 10), num_sentinels)
+    if ordinary >= size:
+        raise ConfigError(
+            f"model.vocab_size={size} has no room for {len(roles)} special tokens, {num_sentinels} sentinels and text; "
+            f"use {ordinary + 1} or more"
+        )
     is_special = np.arange(size) < ordinary
     special = SpecialTokens(**roles, sentinels=tuple(range(len(roles), ordinary)))
     return Vocabulary(size, special, is_special, begins_word=np.arange(size) % 3 > 0)
@@ -115,7 +128,7 @@ def synthetic_batches(
 
 def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int) -> Trace:
     """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks."""
-    vocabulary = synthetic_vocabulary(vocab_size)
+    vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
     schedule = BatchSchedule(config.train)
     engine = build_engine(config, context, task, global_batch_size=schedule.at(0).global_batch_size)
@@ -136,9 +149,13 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
     return trace
 
 
+def _vocabulary(config: RunConfig, size: int) -> Vocabulary:
+    return synthetic_vocabulary(size, sentinels_needed(config.objective, config.data.seq_length))
+
+
 def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
     """The same training by one process and torch alone."""
-    vocabulary = synthetic_vocabulary(vocab_size)
+    vocabulary = _vocabulary(config, vocab_size)
     context = ParallelContext.single(seed=config.train.seed, device=device)
     plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
     task = build_task(plain, context, vocabulary)

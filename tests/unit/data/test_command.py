@@ -71,3 +71,18 @@ def test_user_errors_exit_with_2_and_one_line(arguments: list[str], capsys: pyte
 def test_wrong_override(capsys: pytest.CaptureFixture[str], silent: Callable[[str], None]) -> None:
     assert main(["prepare", "data.sauce=x"]) == 2
     assert "data.source" in capsys.readouterr().err
+
+
+def test_prepare_checks_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["objective.noise_density=1.5", "data.validation_fraction=0"]
+    assert main(["prepare", "--script", "pretrain_t5", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "objective.noise_density=1.5 must be more than 0 and less than 1; use a fraction such as 0.15" in error
+    assert "data.validation_fraction=0 holds nothing out" in error
+    assert main(["prepare", "--script", "pretrain_t5", "data.seq_length=2"]) == 2
+    assert "data.seq_length=2 has no room for text beside" in capsys.readouterr().err
+
+
+def test_prepare_asks_for_no_processes(tmp_path: Path, corpus: Path) -> None:
+    words = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=510"]
+    assert main(["prepare", *words, "parallel=dp2_tp2_pp2", "launcher.num_processes=3"]) == 0

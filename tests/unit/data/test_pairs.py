@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.schema import ObjectiveConfig, RunConfig
 from megatron_lite.data import pairs
 from megatron_lite.data.dataset import BlendedDataset
 from megatron_lite.data.indexed import IndexedWriter
@@ -195,6 +195,18 @@ def test_statistics(tmp_path: Path, next_fraction: float, short_fraction: float)
         assert set(range(2, 60)) <= set(lengths.tolist())
     if short_fraction == 0.0:
         assert (lengths == 64).mean() > 0.6  # the others: ends of documents
+
+
+def test_half_of_the_pairs_are_neighbours(tmp_path: Path) -> None:
+    """Of BERT's objective with its defaults, by what the parts hold: in documents of many sentences, short pairs."""
+    documents = [[[1000 * d + 2 * s, 1000 * d + 2 * s + 1] for s in range(40)] for d in range(30)]
+    objective = ObjectiveConfig()
+    shape = PairShape(9, objective.next_fraction, objective.short_fraction)
+    dataset = PairDataset(write_shard(tmp_path, documents), shape, 3, EOD)
+    samples = [dataset.sample(i) for i in range(100_000)]
+    same = [int(pair.first[0]) // 1000 == int(pair.second[0]) // 1000 for pair in samples]
+    assert same == [pair.is_next for pair in samples]
+    assert abs(sum(same) / len(same) - 0.5) < 5 * np.sqrt(0.25 / len(same))
 
 
 def test_random_sentences_come_from_all_other_documents_alike(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_epochs_have_fresh_masks() -> None:
 def test_whole_words_are_masked_together() -> None:
     """Words of three tokens: 2 of 14 words; each word as often as any other, apart from the cut-off ones."""
     text = Text(counting(42))  # tokens that 3 divides begin a word, as FIRST does
-    samples = many(objective_of("masked_lm", 44, whole_word=True), text, 10_000)
+    samples = many(objective_of("masked_lm", 44, whole_word=True), text, 50_000)
     words = (samples.weights[:, 1:-1] > 0).reshape(-1, 14, 3)
     assert (words.all(2) == words.any(2)).all()
     assert (words.any(2).sum(1) == 2).all()  # round(0.15 x 42) = 6 tokens
@@ -128,7 +128,7 @@ def pairs(count: int, room: int) -> list[SentencePair]:
 
 
 def test_bert_pairs() -> None:
-    """[CLS] A [SEP] B [SEP] with segments, padding, a balanced label, and 15 % of the ordinary tokens."""
+    """[CLS] A [SEP] B [SEP] with segments, padding, its label, and 15 % of the ordinary tokens."""
     length = 48
     objective = objective_of("masked_lm_nsp", length)
     assert (objective.shape.tokens, objective.shape.next_fraction, objective.shape.short_fraction) == (45, 0.5, 0.1)
@@ -151,7 +151,6 @@ def test_bert_pairs() -> None:
     assert (labels[chosen] >= FIRST).all()
     assert close_to_rate((tokens[chosen] == MASK).sum(), chosen.sum(), 0.8)
     assert [e.sequence_label for e in examples] == [int(not pair.is_next) for pair in given_pairs]
-    assert close_to_rate(sum(e.sequence_label for e in examples), SAMPLES, 0.5)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (44, 1), (1, 44)])
