@@ -27,6 +27,7 @@ class RunSummary:
     validation_token_loss: float | None = None  # without the loss of the samples' classes
     validation_accuracy: float | None = None
     sequence_accuracy: float | None = None  # of the samples' classes, such as next sentence or not
+    unigram_label: str = "unigram entropy"
     unigram_entropy_nats: float | None = None  # loss of the labels by their frequencies alone
     unigram_accuracy: float | None = None  # of always saying the most frequent label
     tokens: int | None = None
@@ -58,7 +59,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("steps", f"{summary.steps:,}"),
         ("training loss", _training_loss(summary)),
         ("validation loss", _validation_loss(summary)),
-        ("unigram entropy", _unigram(summary)),
+        (summary.unigram_label, _unigram(summary)),
         ("accuracy", _accuracy(summary)),
         ("speed", _speed(summary)),
         ("loss curve", _place(summary.plot)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.frozen import frozen_path
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.plot import plot_run
@@ -53,6 +53,7 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
             validation_token_loss=evaluation.get("validation_token_loss"),
             validation_accuracy=evaluation.get("validation_accuracy"),
             sequence_accuracy=evaluation.get("validation_sequence_accuracy"),
+            unigram_label="unigram entropy" if config.objective.name is ObjectiveName.causal_lm else "frequencies",
             unigram_entropy_nats=baseline.get("entropy_nats"),
             unigram_accuracy=baseline.get("accuracy"),
             tokens=last.get("tokens"),

@@ -47,7 +47,14 @@ def test_new_objective_trains(tmp_path: Path) -> None:
     follow(tree)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The number {i} comes after {i - 1} and before {i + 1}." for i in range(3000)))
-    words = ["objective=backward_lm", "train.steps=3", "train.run_dir=run", f"data.source={corpus}", *SIZES]
+    words = [
+        "objective=backward_lm",
+        "train.steps=3",
+        "optimizer.warmup_steps=1",
+        "train.run_dir=run",
+        f"data.source={corpus}",
+        *SIZES,
+    ]
     command = [sys.executable, "-m", "launch", "pretrain_gpt", "parallel=pp2", *words]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     finished = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
