@@ -64,7 +64,10 @@ def test_other_scripts_have_the_same_doors(
         ("pretrain_gpt", ["objective=fill_in_the_middle", "parallel=tp2"]),
         ("pretrain_bert", ["objective=masked_lm", "objective.whole_word=true", "parallel=pp2"]),
         ("pretrain_t5", ["objective=bart_denoising", "model=bart_base", "model.ffn_hidden_size=64", "parallel=pp2"]),
-        ("pretrain_t5", ["objective=ul2", "model=t5_v1_1_base", "model.ffn_hidden_size=64", "parallel=zero3"]),
+        (
+            "pretrain_t5",
+            ["objective=ul2", "data.seq_length=96", "model=t5_v1_1_base", "model.ffn_hidden_size=64", "parallel=zero3"],
+        ),
     ],
 )
 def test_every_objective_trains(script: str, words: list[str], tiny: Callable[..., list[str]], tmp_path: Path) -> None:
