@@ -15,7 +15,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_lite.models.activations import Wire
+from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.models.flat import outputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext
@@ -44,17 +44,24 @@ class StagedModule(PipelineModule):
             activation_checkpoint_interval=0,
         )
         start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
-        # DeepSpeed knows how to apply the tied modules only; to call the others is ours.
+        own = specs[start:stop]
         built: list[Any] = getattr(self, "forward_funcs")  # noqa: B009  # not declared in its class
+        modules = [self.tied_modules[spec.tied] if spec.tied else made for spec, made in zip(own, built, strict=True)]
+        self._calls: list[Callable[[Activations], Activations]] = [
+            partial(spec.apply, module) for spec, module in zip(own, modules, strict=True)
+        ]
+        # DeepSpeed's checkpoints hold the modules in this list, and would pass over those that functions apply.
         self.forward_funcs = [
-            function if spec.tied else partial(spec.apply, function)
-            for spec, function in zip(specs[start:stop], built, strict=True)
+            made if module in modules[:index] else module
+            for index, (made, module) in enumerate(zip(built, modules, strict=True))
         ]
         self.wire_in = _wire(specs[start], hidden_size, context)
         self.wire_out = None if context.is_last_stage else _wire(specs[stop], hidden_size, context)
 
     def forward(self, sent: Sent) -> Sent:
-        x = super().forward(self.wire_in.unpack(sent))
+        x = self.wire_in.unpack(sent)
+        for call in self._calls:
+            x = call(x)
         return outputs_of(x) if self.wire_out is None else self.wire_out.pack(x)
 
     def _partition_layers(self, method: str = "") -> None:
