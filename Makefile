@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: install
 install: $(INSTALLED) ## Make .venv and install everything, pinned by constraints.txt (skipped when up to date)
@@ -36,6 +36,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 .PHONY: train
 train: $(INSTALLED) ## Train the demo: a GPT on DP2 x TP2 x PP2 (ARGS="key=value ..." changes settings)
 	$(BIN)/python -m launch pretrain_gpt experiment=demo $(ARGS)
+
+.PHONY: train-bert train-t5
+train-bert: $(INSTALLED) ## Train the BERT demo, on the same layout and corpus
+	$(BIN)/python -m launch pretrain_bert experiment=demo_bert $(ARGS)
+
+train-t5: $(INSTALLED) ## Train the T5 demo, on the same layout and corpus
+	$(BIN)/python -m launch pretrain_t5 experiment=demo_t5 $(ARGS)
 
 .PHONY: test
 test: $(INSTALLED) ## Run all tests

@@ -1,7 +1,7 @@
 """Run every comparison side by side and print figures, ratios and targets.
 
-    python -m benchmarks                        all parts, about six minutes on two cores
-    python -m benchmarks --parts fp32 grid      some of them
+    python -m benchmarks                        all parts, about seven minutes on two cores
+    python -m benchmarks --parts fp32 loader    some of them
     python -m benchmarks --vocab 50304          another vocabulary
 
 CPU-seconds with one thread per rank are the primary figure, because other work on the machine disturbs them least; wall
@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.report import Sample, Target, ratios, show_systems, show_targets
 from benchmarks.worker import Worker, worker_environment
 
-PARTS = ("fp32", "bf16", "grid", "start")
+PARTS = ("fp32", "bf16", "grid", "start", "loader")
 # CPU-seconds of a `transformers` step, and tokens per CPU-second of Megatron-DeepSpeed at DP2 x TP2 x PP2, both
 # measured on one machine with this model; together they say what Megatron-DeepSpeed would do on this machine.
 REFERENCE_TRANSFORMERS_SECONDS = 1.229
@@ -55,7 +55,10 @@ def main() -> None:
         results["grid"] = _grid(console, arguments, targets)
     if "start" in arguments.parts:
         results["start"] = _start(console, arguments, targets)
-    show_targets(console, targets)
+    if "loader" in arguments.parts:
+        results["loader"] = _loader(console, arguments)
+    if targets:
+        show_targets(console, targets)
     results["targets"] = [{**asdict(target), "met": target.met} for target in targets]
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -187,10 +190,27 @@ def _grid(console: Console, arguments: argparse.Namespace, targets: list[Target]
     }
 
 
+def _loader(console: Console, arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.loader import SEQ_LENGTH, measure
+
+    found = measure(_cache_dir(), arguments.turns)
+    console.print(f"\n[bold]Loader, sequence {SEQ_LENGTH}, one core[/bold]: samples and tokens read per CPU-second")
+    for loading in found:
+        speed = Sample.of(loading.samples_per_second)
+        tokens = speed.median * loading.tokens_per_sample
+        console.print(f"  {loading.objective:<20}{speed.text(0):>28}   {tokens / 1e6:6.1f} M tokens")
+    return {loading.objective: loading.samples_per_second for loading in found}
+
+
+def _cache_dir() -> Path:
+    """Of prepared corpora."""
+    return Path(os.environ.get("BENCH_CACHE_DIR", "data"))
+
+
 def _start(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
     from benchmarks.start import seconds_to_first_step
 
-    cache_dir = Path(os.environ.get("BENCH_CACHE_DIR", "data"))
+    cache_dir = _cache_dir()
     with tempfile.TemporaryDirectory(prefix="bench-start-") as name:
         seconds_to_first_step(Path(name) / "prepare", cache_dir)
         figures = [seconds_to_first_step(Path(name) / f"run{turn}", cache_dir) for turn in range(3)]

@@ -50,14 +50,13 @@ def _rank(rank: int, folder: Path, precision: str, vocab_size: int, turns: int, 
     import torch
     import torch.distributed as dist
 
-    from megatron_lite.config.schema import ParallelConfig, Precision, Recompute
-    from megatron_lite.models.gpt import gpt_layers
-    from megatron_lite.objectives.causal_lm import TokenLoss
+    from megatron_lite.config.schema import ParallelConfig, Precision
     from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
     from megatron_lite.optim.batch_ramp import BatchStep
     from megatron_lite.parallel.context import ParallelContext
     from megatron_lite.parallel.topology import Topology
     from megatron_lite.train.engine import build_engine
+    from megatron_lite.train.setup import build_task
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE**3), LOCAL_WORLD_SIZE=str(SIZE**3))
@@ -71,13 +70,9 @@ def _rank(rank: int, folder: Path, precision: str, vocab_size: int, turns: int, 
     parallel = ParallelConfig(
         tensor_parallel_size=SIZE, pipeline_parallel_size=SIZE, data_parallel_size=SIZE, zero_stage=1
     )
-    engine = build_engine(
-        shape.run(parallel, GLOBAL_BATCH),
-        context,
-        gpt_layers(shape.model(), context, vocab_size=vocab_size, recompute=Recompute.none),
-        TokenLoss(context, vocab_size),
-        global_batch_size=GLOBAL_BATCH,
-    )
+    config = shape.run(parallel, GLOBAL_BATCH)
+    task = build_task(config, context, shape.vocabulary)
+    engine = build_engine(config, context, task, global_batch_size=GLOBAL_BATCH)
     batches = [shape.batch(SEED + context.data_rank * MICRO_BATCHES + index) for index in range(MICRO_BATCHES)]
 
     def turn(num_steps: int) -> dict[str, float]:

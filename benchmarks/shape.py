@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lite.config.schema import DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.special import Vocabulary
 from megatron_lite.planning.flops import flops_per_token
 
 LAYERS, HIDDEN, HEADS, SEQ_LENGTH, MICRO_BATCH = 6, 384, 6, 256, 4
@@ -54,4 +55,8 @@ class Shape:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        return MicroBatch(inputs, labels, torch.ones(inputs.shape))
+        return MicroBatch((inputs,), labels, torch.ones(inputs.shape))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.vocab_size)

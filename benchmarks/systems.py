@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from benchmarks.shape import MICRO_BATCH, Shape
-from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision, Recompute
+from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
+from megatron_lite.train.setup import build_task
 
 Step = Callable[[], float]
 
@@ -34,14 +33,13 @@ def bare_torch(shape: Shape) -> Step:
     reuse_freed_memory()
     enable_fast_float32_matmul()
     context = ParallelContext.single()
-    specs = gpt_layers(shape.model(), context, vocab_size=shape.vocab_size, recompute=Recompute.none)
-    model = FlatModel(specs)
-    loss_of = TokenLoss(context, shape.vocab_size)
+    task = build_task(shape.run(ParallelConfig(), MICRO_BATCH), context, shape.vocabulary)
+    model = FlatModel(task.specs)
     batch = shape.batch()
     weights = batch.loss_weights / batch.loss_weights.sum()
 
     def backward() -> torch.Tensor:
-        loss = loss_of(model(batch.tokens), (batch.labels, weights))
+        loss = task.loss(model(*batch.inputs), (batch.labels, weights))
         loss.backward()
         return loss
 
@@ -62,8 +60,8 @@ def engine(shape: Shape) -> Step:
     start_process_group(device, ProcessEnvironment(0, 0, 1, 1), timeout_seconds=600)
     context = ParallelContext.build(Topology(), device=device, sequence_parallel=False, seed=1234)
     config = shape.run(ParallelConfig(), global_batch_size=MICRO_BATCH)
-    specs = gpt_layers(config.model, context, vocab_size=shape.vocab_size, recompute=Recompute.none)
-    built = build_engine(config, context, specs, TokenLoss(context, shape.vocab_size), global_batch_size=MICRO_BATCH)
+    task = build_task(config, context, shape.vocabulary)
+    built = build_engine(config, context, task, global_batch_size=MICRO_BATCH)
     batch = shape.batch()
     return lambda: built.train_step([batch], BatchStep(0, MICRO_BATCH), LEARNING_RATE).loss
 
@@ -105,7 +103,7 @@ def _transformers(shape: Shape, master_weights: bool) -> Step:
         )
     )
     model.train()
-    tokens = shape.batch().tokens
+    (tokens,) = shape.batch().inputs
     autocast = shape.precision is Precision.bf16 and not master_weights
 
     def backward() -> torch.Tensor:

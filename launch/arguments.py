@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> Arguments:
     """Split a command line into flags and words.
 
     Raises:
-        ConfigError: an unknown option, `--config` without a file, or settings beside `--config`.
+        ConfigError: an unknown option, or `--config` without a file.
     """
     arguments, words = Arguments(), list(argv)
     while words:
@@ -46,9 +46,6 @@ def parse(argv: list[str]) -> Arguments:
             raise ConfigError(_unknown_option(word))
         else:
             arguments.words.append(word)
-    settings = [word for word in arguments.words if "=" in word]
-    if arguments.config_file is not None and settings:
-        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(settings)}")
     return arguments
 
 
@@ -72,7 +69,8 @@ def usage(program: str) -> str:
     groups = "\n".join(f"  {group:<11}{', '.join(presets)}" for group, presets in preset_groups().items())
     return f"""usage: {program} [SETTING ...] [--dry-run] [--debug]
 
-  --config FILE   take a run folder's frozen configuration instead of settings: repeats or resumes that run
+  --config FILE   take a run folder's frozen configuration instead of a script: repeats or resumes that run; settings
+                  behind it change single values, such as train.steps
   --dry-run       print the plan (ranks, batch, parameters, the command) and start nothing
   --debug         show tracebacks of user errors
 

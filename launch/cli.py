@@ -16,12 +16,12 @@ from launch.base import LaunchPlan
 from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
 from launch.messages import show_error
 from launch.registry import LAUNCHERS
-from megatron_lite.config.compose import available_scripts, compose
+from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.data.vocabulary import planned_vocab_size
+from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 from megatron_lite.planning.plan import describe
 
@@ -71,9 +71,9 @@ def _launch(arguments: Arguments) -> int:
 def _typed(arguments: Arguments) -> RunConfig:
     """The configuration that the words describe, or that an earlier run has frozen."""
     if arguments.config_file is not None:
-        if arguments.words:
+        if arguments.words and "=" not in arguments.words[0]:
             raise ConfigError(f"--config {arguments.config_file} names its script; leave out {arguments.words[0]}")
-        return load_frozen(arguments.config_file)
+        return change(load_frozen(arguments.config_file), arguments.words)
     script, words = _split_script(arguments.words)
     return compose(script, words)
 
@@ -110,7 +110,7 @@ def _headline(config: RunConfig) -> str:
 def plan_text(plan: LaunchPlan) -> str:
     """Everything that would happen, for --dry-run."""
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
-    lines += [describe(plan.config, _vocab_size(plan.config)), ""]
+    lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     if plan.rank_envs:
@@ -119,14 +119,6 @@ def plan_text(plan: LaunchPlan) -> str:
     else:
         lines.append("command")
     return "\n".join([*lines, f"  {plan.command_line()}"])
-
-
-def _vocab_size(config: RunConfig) -> int | None:
-    """The true vocabulary, or None where only opening the data would tell it: the plan leaves out what needs it."""
-    try:
-        return planned_vocab_size(config)
-    except ConfigError:
-        return None
 
 
 def run() -> None:

@@ -29,6 +29,7 @@ from megatron_lite.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USER_ERROR,
+    ConfigError,
     LaunchError,
     MegatronLiteError,
 )
@@ -78,6 +79,13 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
     return EXIT_OK
 
 
+def pretrain(config: RunConfig) -> None:
+    """Train as configured; called in every rank."""
+    from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
+
+    train(config)
+
+
 def _certify(config: RunConfig) -> None:
     from megatron_lite.train.certificate import certify  # seconds of imports
 
@@ -99,6 +107,8 @@ def _dry_run(script: str, arguments: Arguments) -> int:
 def _frozen_config(arguments: Arguments) -> RunConfig:
     """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
     assert arguments.config_file is not None
+    if arguments.words:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
+        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(arguments.words)}")
     config = load_frozen(arguments.config_file)
     validate(config, _world_size(config))
     return replace(config, debug=config.debug or arguments.debug)

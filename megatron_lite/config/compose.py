@@ -56,6 +56,26 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
     return _compose_checked(script, accepted, conf_dir)
 
 
+def change(config: RunConfig, words: list[str], conf_dir: Path = CONF_DIR) -> RunConfig:
+    """A complete configuration with single values changed, such as `train.steps=1000`.
+
+    Raises:
+        ConfigError: with every unknown key, unreadable value and preset among the words.
+    """
+    changed, problems = OmegaConf.structured(config), []
+    for word in words:
+        try:
+            if _parse(word).key_or_group in preset_groups(conf_dir):
+                raise ConfigError(f"{word} names a preset, which would replace a whole group; set single values")
+            for accepted in map(_parse, _check_word(word, conf_dir)):
+                OmegaConf.update(changed, accepted.key_or_group, accepted.value(), merge=True)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return _to_typed(changed)
+
+
 def available_scripts(conf_dir: Path = CONF_DIR) -> list[str]:
     """Names of the entry scripts: each has a primary configuration of its own name."""
     if not conf_dir.is_dir():

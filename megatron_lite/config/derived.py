@@ -9,21 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, RunConfig
-from megatron_lite.parallel.topology import Topology, padded_vocab_size
+from megatron_lite.config.lengths import decoder_length
+from megatron_lite.config.schema import (
+    Architecture,
+    ModelConfig,
+    Normalization,
+    NormPlacement,
+    ObjectiveName,
+    PositionEmbedding,
+    RunConfig,
+)
+from megatron_lite.parallel.topology import Topology, layers_per_stage, padded_vocab_size
 
-SWIGLU_MULTIPLE = 64  # an inner width of 8h/3 is rounded up to this, so that matrices stay divisible
+GATED_MULTIPLE = 64  # an inner width of 8h/3 is rounded up to this, so that matrices stay divisible
 
 
 def complete_model(model: ModelConfig) -> ModelConfig:
     """The model with every None filled that follows from the other sizes (the vocabulary comes from the tokenizer).
 
-    head_size stays None where the heads do not divide hidden_size; validation refuses that.
+    head_size stays None where the heads do not divide hidden_size; validation refuses that. num_decoder_layers stays
+    None where there is no such stack.
     """
     hidden, heads = model.hidden_size, max(1, model.num_attention_heads)
     head_size = hidden // heads if model.head_size is None and hidden % heads == 0 else model.head_size
+    decoder_layers = model.num_decoder_layers
+    if decoder_layers is None and model.architecture is Architecture.encoder_decoder:
+        decoder_layers = model.num_layers
     return replace(
         model,
+        num_decoder_layers=decoder_layers,
         num_query_groups=heads if model.num_query_groups is None else model.num_query_groups,
         head_size=head_size,
         ffn_hidden_size=default_ffn_size(model) if model.ffn_hidden_size is None else model.ffn_hidden_size,
@@ -31,15 +45,15 @@ def complete_model(model: ModelConfig) -> ModelConfig:
 
 
 def default_ffn_size(model: ModelConfig) -> int:
-    """4h, or for SwiGLU 8h/3 rounded up: three matrices then hold what two of 4h do (arXiv 2002.05202, section 2)."""
-    if model.activation is not Activation.swiglu:
+    """4h, or where gated 8h/3 rounded up: three matrices then hold what two of 4h do (arXiv 2002.05202, section 2)."""
+    if not model.activation.is_gated:
         return 4 * model.hidden_size
-    return -(-8 * model.hidden_size // (3 * SWIGLU_MULTIPLE)) * SWIGLU_MULTIPLE
+    return -(-8 * model.hidden_size // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
 
 
-def residual_init_std(model: ModelConfig) -> float:
-    """Of the two projections that add to the residual stream in each layer: init_std / sqrt(2 num_layers) (GPT-2)."""
-    return model.init_std / (2 * model.num_layers) ** 0.5
+def all_layers(model: ModelConfig) -> int:
+    """Transformer layers that a pipeline splits: those of the only stack, or of the encoder and then the decoder."""
+    return model.num_layers + (complete_model(model).num_decoder_layers or 0)
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
@@ -83,6 +97,19 @@ def num_micro_batches(config: RunConfig, global_batch_size: int | None = None) -
     return batch // (config.train.micro_batch_size * data_parallel_size(config))
 
 
+def tokens_per_sample(config: RunConfig) -> int:
+    """Positions that the model reads in one sample: of its only stack, or of encoder and decoder together.
+
+    The one meaning of `token` in tokens a step, tokens per second and FLOPs per token.
+    """
+    return config.data.seq_length + (decoder_length(config.objective, config.data.seq_length) or 0)
+
+
+def has_next_sentence_head(config: RunConfig) -> bool:
+    """Whether the model also says if the second part of a pair follows the first."""
+    return config.objective.name is ObjectiveName.masked_lm_nsp
+
+
 def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
     """Rows of the embedding over all tensor-parallel ranks, for a true vocabulary of `vocab_size`."""
     return padded_vocab_size(vocab_size, config.model.vocab_pad_multiple, config.parallel.tensor_parallel_size)
@@ -122,55 +149,139 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
 
 
 @dataclass(frozen=True)
+class StageContent:
+    """What of a model lies on one pipeline stage, beside what is needed there anyway."""
+
+    layers: int
+    """Of the only stack, or of the encoder."""
+    decoder_layers: int
+    """Of the decoder of an encoder_decoder."""
+    first: bool
+    last: bool
+    begins_decoder: bool
+    """Holds the decoder's first layer, and ahead of it the encoder's final norm and the decoder's embedding."""
+
+
+def stage_contents(model: ModelConfig, pipeline_parallel_size: int) -> list[StageContent]:
+    """The stages in order: `layers_per_stage` deals out the encoder's layers and then the decoder's."""
+    total, encoder = all_layers(model), model.num_layers
+    contents, start = [], 0
+    for stage, count in enumerate(layers_per_stage(total, pipeline_parallel_size)):
+        stop = start + count
+        here = max(0, min(stop, encoder) - start)
+        contents.append(
+            StageContent(
+                layers=here,
+                decoder_layers=count - here,
+                first=stage == 0,
+                last=stage == pipeline_parallel_size - 1,
+                begins_decoder=start <= encoder < stop,
+            )
+        )
+        start = stop
+    return contents
+
+
+@dataclass(frozen=True)
 class ParameterCounts:
     """Parameters of each kind of layer, in elements: of the whole model or of one tensor-parallel rank."""
 
+    model: ModelConfig
     embedding: int
     """v x h."""
     position_embedding: int
-    """Positions x h; 0 for rotary ones."""
+    """(Positions + offset) x h, one table for each stack; 0 where positions are not learned."""
+    segment_embedding: int
+    embedding_norm: int
+    """Of each stack."""
+    relative_bias: int
+    """Buckets x n, one table for each stack; a copy on every stage of that stack."""
     layer: int
-    """One transformer layer."""
+    """One transformer layer of the only stack or of the encoder."""
+    decoder_layer: int
+    """One layer of an encoder_decoder's decoder: another attention, over the encoder's output, and its norm."""
     final_norm: int
+    """Of each stack; 0 where layers normalise their output."""
     head: int
     """v x h of the output head; where tied, the weight is the embedding's and is counted there."""
-    tied: bool
+    head_transform: int
+    """h x h + h and a norm."""
+    head_bias: int
+    """v."""
+    next_sentence: int
+    """Pooler h x h + h, and its two classes 2 h + 2."""
 
-    def total(self, num_layers: int) -> int:
+    @property
+    def tied(self) -> bool:
+        return self.model.tie_embeddings
+
+    @property
+    def total(self) -> int:
         """Parameters of the model: a tied matrix once."""
-        head = 0 if self.tied else self.head
-        return self.embedding + self.position_embedding + num_layers * self.layer + self.final_norm + head
+        return self.stage(stage_contents(self.model, 1)[0])
 
-    def stage(self, num_layers: int, *, first: bool, last: bool) -> int:
-        """Parameters that a pipeline stage holds: the first and the last stage each have a copy of a tied matrix."""
-        count = num_layers * self.layer
-        if first:
-            count += self.embedding + self.position_embedding
-        if last:
-            count += self.final_norm + (0 if self.tied and first else self.head)
-        return count
+    def stage(self, content: StageContent) -> int:
+        """Parameters that a pipeline stage holds.
+
+        The word embedding lies on the first stage, on that where the decoder begins and, where tied, on the last: a
+        copy on each of them, one where they are the same.
+        """
+        count = content.layers * self.layer + content.decoder_layers * self.decoder_layer
+        count += self.relative_bias * ((content.layers > 0) + (content.decoder_layers > 0))
+        if content.first or content.begins_decoder or (content.last and self.tied):
+            count += self.embedding
+        count += (self.position_embedding + self.embedding_norm) * (content.first + content.begins_decoder)
+        if content.first:
+            count += self.segment_embedding
+        if content.last:
+            count += self.head_transform + self.head_bias + self.next_sentence + (0 if self.tied else self.head)
+        return count + self.final_norm * (content.last + content.begins_decoder)
 
 
-def parameter_counts(model: ModelConfig, vocabulary: int, tensor_parallel_size: int = 1) -> ParameterCounts:
+def parameter_counts(
+    model: ModelConfig, vocabulary: int, tensor_parallel_size: int = 1, *, next_sentence: bool = False
+) -> ParameterCounts:
     """Parameters by kind of layer.
 
     Args:
         vocabulary: rows of the embedding over all ranks: padded as they are held, or true as papers count them.
         tensor_parallel_size: ranks that share each matrix; 1 = the whole model.
+        next_sentence: the model has a pooler and a next-sentence head (`has_next_sentence_head`).
     """
     model = complete_model(model)
     hidden, tensor = model.hidden_size, tensor_parallel_size
-    positions = model.max_position_embeddings if model.position_embedding is PositionEmbedding.learned else 0
     norm = hidden * (2 if model.normalization is Normalization.layernorm else 1)
+    dense = hidden * hidden + hidden
     word_matrix = vocabulary * hidden // tensor
+    attention, mlp = _attention_parameters(model, tensor), _mlp_parameters(model, tensor)
     return ParameterCounts(
+        model=model,
         embedding=word_matrix,
-        position_embedding=positions * hidden,
-        layer=_attention_parameters(model, tensor) + _mlp_parameters(model, tensor) + 2 * norm,
-        final_norm=norm,
+        position_embedding=_position_rows(model) * hidden,
+        segment_embedding=model.num_segments * hidden,
+        embedding_norm=norm if model.embedding_norm else 0,
+        relative_bias=_relative_bias(model, tensor),
+        layer=attention + mlp + 2 * norm,
+        decoder_layer=2 * attention + mlp + 3 * norm if model.num_decoder_layers else 0,
+        final_norm=norm if model.norm_placement is NormPlacement.pre else 0,
         head=word_matrix,
-        tied=model.tie_embeddings,
+        head_transform=dense + norm if model.head_transform else 0,
+        head_bias=vocabulary // tensor if model.head_bias else 0,
+        next_sentence=dense + 2 * hidden + 2 if next_sentence else 0,
     )
+
+
+def _position_rows(model: ModelConfig) -> int:
+    if model.position_embedding is not PositionEmbedding.learned:
+        return 0
+    return model.max_position_embeddings + model.position_offset
+
+
+def _relative_bias(model: ModelConfig, tensor: int) -> int:
+    """A number for each bucket and head; the heads are split."""
+    if model.position_embedding is not PositionEmbedding.relative:
+        return 0
+    return model.relative_buckets * model.num_attention_heads // tensor
 
 
 def _attention_parameters(model: ModelConfig, tensor: int) -> int:
@@ -187,6 +298,6 @@ def _attention_parameters(model: ModelConfig, tensor: int) -> int:
 def _mlp_parameters(model: ModelConfig, tensor: int) -> int:
     """Up (and gate) are split by their output, down by its input; the bias of down is whole on every rank."""
     assert model.ffn_hidden_size is not None
-    inner, ups = model.ffn_hidden_size // tensor, (2 if model.activation is Activation.swiglu else 1)
+    inner, ups = model.ffn_hidden_size // tensor, 2 if model.activation.is_gated else 1
     weights = (ups + 1) * model.hidden_size * inner
     return weights + (ups * inner + model.hidden_size if model.mlp_bias else 0)

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "debug",
 )
 GROUPS_THAT_MAY_CHANGE = ("tracking.", "launcher.")
+LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
 
 
 def render(config: RunConfig) -> str:
@@ -75,13 +76,14 @@ def freeze(config: RunConfig, run_dir: Path) -> Path:
 def load_frozen(path: Path | str) -> RunConfig:
     """The configuration of a frozen file. Unknown keys, wrong types and missing groups are errors: nothing is guessed.
 
-    A single setting may be missing: a version that did not have it yet ran with what is now its default.
+    A single setting may be missing, and so may a group of LATER_GROUPS: a version that did not have it yet ran with
+    what is now its default.
     """
     path = Path(path)
     try:
         loaded = OmegaConf.load(path)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
-        missing = [field.name for field in fields(RunConfig) if field.name not in loaded]
+        missing = [field.name for field in fields(RunConfig) if field.name not in (*loaded, *LATER_GROUPS)]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
     except OSError as error:

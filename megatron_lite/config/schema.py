@@ -14,20 +14,44 @@ from enum import StrEnum
 from typing import Any
 
 
+class Architecture(StrEnum):
+    decoder = "decoder"  # each position sees those before it: GPT-2, LLaMA
+    encoder = "encoder"  # each position sees all: BERT, RoBERTa
+    encoder_decoder = "encoder_decoder"  # T5, BART
+
+
 class Normalization(StrEnum):
     layernorm = "layernorm"
     rmsnorm = "rmsnorm"
 
 
+class NormPlacement(StrEnum):
+    pre = "pre"  # ahead of attention and MLP, and once more behind the last layer: GPT-2, LLaMA, T5
+    post = "post"  # of each sum with the residual: BERT, RoBERTa, BART
+
+
 class Activation(StrEnum):
+    relu = "relu"
     gelu = "gelu"  # exact, by the error function
     gelu_tanh = "gelu_tanh"  # GPT-2's tanh approximation
     swiglu = "swiglu"  # silu(gate) * up, three matrices (arXiv 2002.05202)
+    geglu = "geglu"  # gelu_tanh(gate) * up (T5 v1.1)
+
+    @property
+    def is_gated(self) -> bool:
+        return self in (Activation.swiglu, Activation.geglu)
 
 
 class PositionEmbedding(StrEnum):
     learned = "learned"
     rotary = "rotary"  # arXiv 2104.09864, half-rotation as in GPT-NeoX and LLaMA
+    relative = "relative"  # a learned bias on attention scores by distance, shared by all layers of a stack (T5)
+
+
+class InitScheme(StrEnum):
+    normal = "normal"  # N(0, init_std); those into the residual stream / sqrt(2 layers), 3 with cross-attention (GPT-2)
+    plain = "plain"  # N(0, init_std) for all (BERT, RoBERTa, BART)
+    t5 = "t5"  # by fan-in, with 1 / sqrt(head_size) folded into the query (arXiv 1910.10683)
 
 
 class Recompute(StrEnum):
@@ -40,6 +64,17 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class ObjectiveName(StrEnum):
+    causal_lm = "causal_lm"
+    prefix_lm = "prefix_lm"
+    fill_in_the_middle = "fill_in_the_middle"
+    masked_lm = "masked_lm"
+    masked_lm_nsp = "masked_lm_nsp"
+    span_corruption = "span_corruption"
+    bart_denoising = "bart_denoising"
+    ul2 = "ul2"
 
 
 class OptimizerName(StrEnum):
@@ -69,11 +104,15 @@ class LauncherName(StrEnum):
 
 @dataclass
 class ModelConfig:
-    """A decoder-only transformer: GPT-2 and LLaMA are two settings of it."""
+    """A transformer: GPT-2, LLaMA, BERT, RoBERTa, T5 and BART are settings of it."""
 
     name: str = "gpt_tiny"
     """Label for run folders and plots."""
+    architecture: Architecture = Architecture.decoder
     num_layers: int = 4
+    """Of the only stack, or of the encoder."""
+    num_decoder_layers: int | None = None
+    """Of the decoder of an encoder_decoder; None = num_layers."""
     hidden_size: int = 128
     num_attention_heads: int = 4
     num_query_groups: int | None = None
@@ -89,22 +128,42 @@ class ModelConfig:
     vocab_pad_multiple: int = 128
     """The embedding has a multiple of this x tensor_parallel_size rows (Megatron's make-vocab-size-divisible-by)."""
     normalization: Normalization = Normalization.layernorm
+    norm_placement: NormPlacement = NormPlacement.pre
     norm_epsilon: float = 1e-5
+    embedding_norm: bool = False
+    """Normalise the sum of the embeddings (BERT, RoBERTa, BART)."""
     activation: Activation = Activation.gelu_tanh
     position_embedding: PositionEmbedding = PositionEmbedding.learned
+    position_offset: int = 0
+    """Unused rows of the learned position table ahead of position 0 (RoBERTa, BART: 2)."""
     rotary_base: float = 10000.0
+    relative_buckets: int = 32
+    """Of relative positions: distances that are told apart; half of them for each direction in an encoder."""
+    relative_max_distance: int = 128
+    """Of relative positions: all distances from here on share a bucket."""
+    num_segments: int = 0
+    """Rows of the segment (token type) table; 0 = no such table. BERT 2, RoBERTa 1."""
     attention_bias: bool = True
     """Biases of the four attention projections."""
+    attention_scale: bool = True
+    """Divide attention scores by sqrt(head_size); T5 does not."""
     mlp_bias: bool = True
     tie_embeddings: bool = True
     """The output head uses the word embedding's weight."""
+    scale_tied_head: bool = False
+    """Multiply by hidden_size^-0.5 ahead of a tied head (T5 v1.0)."""
+    head_transform: bool = False
+    """A dense layer, the activation and a norm ahead of the head (BERT, RoBERTa)."""
+    head_bias: bool = False
+    """A bias on the logits (BERT, RoBERTa)."""
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     """On attention probabilities."""
     hidden_dropout: float = 0.0
     """On the output of attention and MLP, before the residual sum."""
+    init: InitScheme = InitScheme.normal
     init_std: float = 0.02
-    """Weights ~ N(0, init_std); the two residual projections of a layer ~ N(0, init_std / sqrt(2 num_layers))."""
+    """Of init=normal and init=plain."""
 
 
 @dataclass
@@ -158,6 +217,51 @@ class DataConfig:
     """Folder of prepared shards; each set lies in a subfolder named by the hash of what it was made from."""
     num_workers: int | None = None
     """Threads that tokenise; None = the cores of this machine."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the model is trained to predict. Defaults are those of the papers; each objective reads its own fields."""
+
+    name: ObjectiveName = ObjectiveName.causal_lm
+    masked_fraction: float = 0.15
+    """masked_lm, masked_lm_nsp (BERT, arXiv 1810.04805): share of positions that are predicted."""
+    mask_token_fraction: float = 0.8
+    """Of these, the share that becomes the mask token ..."""
+    random_token_fraction: float = 0.1
+    """... and the share that becomes a random token; the rest stays."""
+    whole_word: bool = False
+    """Mask all tokens of a word together."""
+    next_fraction: float = 0.5
+    """masked_lm_nsp: share of pairs whose second part really follows the first."""
+    short_fraction: float = 0.1
+    """masked_lm_nsp: share of pairs that are cut to a random shorter length."""
+    fim_fraction: float = 0.5
+    """fill_in_the_middle (arXiv 2207.14255): share of documents that are rearranged."""
+    fim_spm_fraction: float = 0.5
+    """Of these, the share in the order suffix, prefix, middle instead of prefix, suffix, middle."""
+    noise_density: float = 0.15
+    """span_corruption (T5, arXiv 1910.10683): share of tokens that are replaced by sentinels."""
+    mean_span_length: float = 3.0
+    """span_corruption: tokens of a replaced span, on average."""
+    infill_fraction: float = 0.3
+    """bart_denoising (arXiv 1910.13461): share of tokens that lie in masked spans."""
+    infill_span_length: float = 3.0
+    """bart_denoising: lambda of the Poisson distribution of span lengths."""
+    permute_sentences: bool = True
+    """bart_denoising: shuffle the sentences of the input."""
+    ul2_mode_tokens: bool = True
+    """ul2 (arXiv 2205.05131): begin the input with the token of its denoiser, [NLU], [S2S] or [NLG]."""
+    ul2_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    """ul2 (arXiv 2205.05131, table 1): weights of its seven denoisers: two R, one S, four X."""
+    ul2_span_lengths: list[float] = field(default_factory=lambda: [3.0, 8.0, 3.0, 8.0, 64.0, 64.0])
+    """ul2: tokens of a span on average, of its two R- and four X-denoisers."""
+    ul2_noise_densities: list[float] = field(default_factory=lambda: [0.15, 0.15, 0.5, 0.5, 0.15, 0.5])
+    """ul2: share of tokens that these six take out."""
+    ul2_s_density: float = 0.25
+    """ul2: share of tokens that the S-denoiser predicts, on average: the suffix begins at a random position."""
+    decoder_seq_length: int | None = None
+    """ul2 only: positions of the decoder; None = half of data.seq_length. The other objectives compute them."""
 
 
 @dataclass
@@ -275,6 +379,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import layout, model, training
+from megatron_lite.config.rules import layout, lengths, model, objective, training
 from megatron_lite.config.rules.case import Case, Rule
 from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import RunConfig
@@ -41,6 +41,8 @@ def values_are_in_range(case: Case) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     values_are_in_range,
     layout.world_size_fits_layout,
+    objective.architecture_fits_script,
+    objective.objective_fits_script,
     model.heads_divide_hidden,
     model.rotary_head_is_even,
     model.groups_divide_heads,
@@ -48,8 +50,21 @@ RULES: tuple[Rule, ...] = (
     model.tensor_divides_groups,
     model.tensor_divides_ffn,
     model.stages_have_layers,
+    model.decoder_layers_need_two_stacks,
+    model.positions_fit_architecture,
+    model.relative_buckets_share_distances,
+    model.groups_are_of_decoders,
+    model.segments_are_of_encoders,
+    model.scaled_head_is_tied,
     model.sequence_fits_positions,
     model.tokenizer_fits_vocabulary,
+    objective.masked_tokens_add_up,
+    objective.next_sentence_needs_segments,
+    objective.weights_name_denoisers,
+    objective.span_denoisers_are_described,
+    objective.decoder_length_can_be_chosen,
+    objective.eod_mask_needs_next_tokens,
+    lengths.lengths_fit,
     layout.sequence_parallel_needs_tensor,
     layout.zero_stage_fits_pipeline,
     layout.zero_0_is_a_reference,

@@ -133,6 +133,8 @@ class IndexedReader:
         tokens: every token of the file in its stored dtype [total tokens], read-only, paged in on use.
         document_starts: first token of each document, int64 [documents].
         document_lengths: tokens of each document, int64 [documents].
+        sequence_starts: first token of each sequence, int64 [sequences]; Megatron writes a sentence as one where it
+            splits documents into sentences.
 
     Raises:
         DataError: a file is missing, is no such file, or its size is not what the index expects.
@@ -147,6 +149,7 @@ class IndexedReader:
         total = int(ends[-1]) if len(ends) else 0
         _check_size(bin_path(prefix), total * self.dtype.itemsize, idx_path(prefix).name)
         starts = ends - lengths
+        self.sequence_starts: npt.NDArray[np.int64] = starts
         if not np.array_equal(pointers, starts * self.dtype.itemsize):
             raise _damaged(idx_path(prefix), "its sequences do not follow each other without a gap")
         edges = np.concatenate([starts, [total]])[document_bounds]

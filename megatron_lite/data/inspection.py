@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.prepared import MANIFEST, Shard, check_shard, read_manifest, shards_of
+from megatron_lite.data.sentences import SENTENCE_DTYPE
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.errors import DataError
@@ -31,7 +32,7 @@ def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
     lines = [f"{folder / MANIFEST}: fingerprint {manifest['fingerprint']}", _tokenizer_line(manifest["tokenizer"])]
     for name in ("train", "validation"):
         for shard in shards_of(manifest, name, folder):
-            check_shard(shard, checksum=verify, remedy=f"remove {folder} to prepare it again")
+            check_shard(shard, folder, checksum=verify)
             lines.append(_shard_line(name, shard) + (", checksums agree" if verify else ""))
             lines += _document_lines(shard.prefix, documents, tokenizer)
     return lines
@@ -80,7 +81,10 @@ def _tokenizer_line(facts: dict[str, Any]) -> str:
 
 def _shard_line(name: str, shard: Shard) -> str:
     part = "" if shard.part == "everything" else f" ({shard.part} part)"
-    return f"{name}: {shard.prefix}{part} from {shard.source}: {shard.documents:,} documents, {shard.tokens:,} tokens"
+    counts = f"{shard.documents:,} documents, {shard.tokens:,} tokens"
+    if shard.sentences:
+        counts += f", {shard.sentences_bytes // SENTENCE_DTYPE.itemsize:,} sentences in the file"
+    return f"{name}: {shard.prefix}{part} from {shard.source}: {counts}"
 
 
 def _document_lines(prefix: Path, count: int, tokenizer: Tokenizer | None) -> list[str]:

@@ -1,102 +1,107 @@
-"""From a global sample index to the tensors of a step.
-
-b: micro-batch size, s: sequence length.
-"""
+"""From a global sample index to the tensors of a step."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-import torch
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.blend import normalised
-from megatron_lite.data.dataset import CausalLMDataset, SampleDataset, blended, samples_in
+from megatron_lite.data.dataset import SampleDataset, WindowDataset, blended
+from megatron_lite.data.pairs import PairDataset
 from megatron_lite.data.prepared import PreparedData, Shard
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.data.sampler import stream_key
+from megatron_lite.data.samples import Example, PairShape, SentencePair, Text, WindowShape
+from megatron_lite.errors import DataError
 
 VALIDATION_SEED = 0  # runs that differ in their seed are compared on the same samples
 
-
-class MicroBatch(NamedTuple):
-    """Input, targets and weights of one forward pass."""
-
-    tokens: torch.Tensor  # [b, s] int64
-    labels: torch.Tensor  # [b, s] int64: the token that follows each
-    loss_weights: torch.Tensor  # [b, s] fp32: 0 where the prediction does not count
+Shape = WindowShape | PairShape
+Dataset = SampleDataset[Text] | SampleDataset[SentencePair]
 
 
-def training_dataset(prepared: PreparedData, config: RunConfig) -> SampleDataset:
+class ExampleMaker(Protocol):
+    """`objectives.base.Objective`, as far as batches go."""
+
+    def example(self, text: Any, key: int) -> Example: ...
+
+
+def training_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) -> Dataset:
     """The training samples of a run, in the order that train.seed decides.
 
     Raises:
-        DataError: a source has fewer tokens than one sample needs.
-        ConfigError: data.mask_loss_after_eod without a known end-of-document token.
+        DataError: a source has not one sample, or does not know its sentences.
     """
-    for shard, weight in zip(prepared.train, prepared.weights, strict=True):
-        if weight > 0 and samples_in(shard.tokens, config.data.seq_length) == 0:
-            raise _too_small(shard, config.data.seq_length, "training", "add text")
     used = [(shard, weight) for shard, weight in zip(prepared.train, prepared.weights, strict=True) if weight > 0]
-    return _dataset(used, prepared, config, config.train.seed)
+    datasets = [_dataset(shard, shape, prepared, config.train.seed) for shard, _ in used]
+    for dataset in datasets:
+        if dataset.samples_per_epoch == 0:
+            raise _no_sample(dataset, config.data.seq_length, shape, "training", "add text")
+    return _blended(datasets, [weight for _, weight in used], config.train.seed)
 
 
-def validation_dataset(prepared: PreparedData, config: RunConfig) -> SampleDataset:
+def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) -> Dataset:
     """The validation samples; sample i is the same at every validation. Sources too small for one sample stay out.
 
     Raises:
-        DataError: no source holds out enough tokens for one sample.
+        DataError: no source holds out enough for one sample, or one does not know its sentences.
     """
     pairs = list(zip(prepared.validation, prepared.validation_weights, strict=True))
-    long_enough = [pair for pair in pairs if pair[1] > 0 and samples_in(pair[0].tokens, config.data.seq_length) > 0]
-    if not long_enough:
-        largest = max(prepared.validation, key=lambda shard: shard.tokens)
-        raise _too_small(largest, config.data.seq_length, "validation", "raise data.validation_fraction")
-    return _dataset(long_enough, prepared, config, VALIDATION_SEED)
+    built = [(_dataset(shard, shape, prepared, VALIDATION_SEED), weight) for shard, weight in pairs if weight > 0]
+    used = [(dataset, weight) for dataset, weight in built if dataset.samples_per_epoch > 0]
+    if not used:
+        largest = max((dataset for dataset, _ in built), key=lambda dataset: dataset.shard.tokens)
+        raise _no_sample(largest, config.data.seq_length, shape, "validation", "raise data.validation_fraction")
+    return _blended([dataset for dataset, _ in used], [weight for _, weight in used], VALIDATION_SEED)
 
 
 def micro_batches(
-    dataset: SampleDataset,
+    dataset: SampleDataset[Any],
+    objective: ExampleMaker,
     first_sample: int,
     micro_batch_size: int,
     num_micro_batches: int,
-    *,
-    mask_loss_after_eod: bool = False,
+    seed: int,
 ) -> list[MicroBatch]:
     """Consecutive samples from `first_sample` on, as micro-batches.
 
     Args:
         first_sample: global index of this rank's first sample of the step.
-        mask_loss_after_eod: weight 0 where the input is the end-of-document token: what follows it is another
-            document's first token.
+        seed: with the global index, the key of a sample's random choices.
     """
-    count = micro_batch_size * num_micro_batches
-    samples = np.empty((count, dataset.seq_length + 1), np.int64)  # [count, s + 1]
-    for row in range(count):
-        dataset.read_into(first_sample + row, samples[row])
-    stacked = torch.from_numpy(samples)
-    tokens = stacked[:, :-1].contiguous()
-    labels = stacked[:, 1:].contiguous()
-    weights = torch.ones(tokens.shape, dtype=torch.float32)
-    if mask_loss_after_eod:
-        assert dataset.eod_id is not None
-        weights = (tokens != dataset.eod_id).to(torch.float32)
-    size = micro_batch_size
-    return list(map(MicroBatch, tokens.split(size), labels.split(size), weights.split(size)))
+    indices = range(first_sample, first_sample + micro_batch_size * num_micro_batches)
+    examples = [objective.example(dataset.sample(index), stream_key(seed, index)) for index in indices]
+    return [stack(examples[row : row + micro_batch_size]) for row in range(0, len(examples), micro_batch_size)]
 
 
-def _dataset(pairs: list[tuple[Shard, float]], prepared: PreparedData, config: RunConfig, seed: int) -> SampleDataset:
-    if config.data.mask_loss_after_eod and prepared.eod_id is None:
-        raise ConfigError(
-            "data.mask_loss_after_eod=true needs the end-of-document token, and the shards came without a tokenizer; "
+def _dataset(shard: Shard, shape: Shape, prepared: PreparedData, seed: int) -> WindowDataset | PairDataset:
+    if (isinstance(shape, PairShape) or shape.sentences) and shard.sentences is None:
+        raise DataError(
+            f"{shard.source} tells no sentences, which this objective needs: these shards came without a tokenizer; "
             "name its folder in data.tokenizer"
         )
-    datasets = [CausalLMDataset(shard, config.data.seq_length, seed, prepared.eod_id) for shard, _ in pairs]
-    return blended(datasets, normalised([weight for _, weight in pairs], len(pairs)), seed)
+    if isinstance(shape, PairShape):
+        return PairDataset(shard, shape, seed, prepared.eod_id)
+    return WindowDataset(shard, shape.tokens, shape.stride, seed, shape.sentences)
 
 
-def _too_small(shard: Shard, seq_length: int, which: str, remedy: str) -> DataError:
+def _blended(datasets: Sequence[WindowDataset | PairDataset], weights: list[float], seed: int) -> Dataset:
+    shares = normalised(weights, len(weights))
+    return blended(datasets, shares, seed)  # type: ignore[return-value]  # all of one kind
+
+
+def _no_sample(
+    dataset: WindowDataset | PairDataset, seq_length: int, shape: Shape, which: str, remedy: str
+) -> DataError:
+    shard = dataset.shard
+    if isinstance(dataset, PairDataset):
+        return DataError(
+            f"{shard.source} has {shard.documents - dataset.skipped_documents} {which} documents of two or more "
+            f"sentences; pairs of sentences need 2 of them ({dataset.skipped_documents:,} shorter ones were skipped); "
+            f"check how data.source is split into documents, or {remedy}"
+        )
     return DataError(
-        f"data.seq_length={seq_length} needs at least {seq_length + 1:,} {which} tokens; {shard.source} has "
+        f"data.seq_length={seq_length} needs at least {shape.tokens:,} {which} tokens; {shard.source} has "
         f"{shard.tokens:,}; use a smaller data.seq_length, or {remedy}"
     )

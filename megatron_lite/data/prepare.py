@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.blend import normalised
+from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.prepared import (
     COUNTS,
     FORMAT,
@@ -26,12 +27,15 @@ from megatron_lite.data.prepared import (
     Part,
     PreparedData,
     load_prepared,
+    model_vocab_size,
     shard_entry,
     write_manifest,
 )
 from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
+from megatron_lite.data.sentences import sentence_kinds
 from megatron_lite.data.sources import Source, identity, resolve_sources
+from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
 from megatron_lite.data.tokenizer import (
     TOKENIZER_FOLDER,
@@ -46,7 +50,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 1  # raise it when the same text would become other tokens
+PIPELINE = 2  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,13 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
 
 
 def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
-    """Make or open the tokenizer, and put it into the folder."""
+    """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
+
+    Raises:
+        ConfigError: the vocabulary does not fit the model, or lacks what the run needs.
+    """
     data = config.data
-    target = folder / TOKENIZER_FOLDER
+    target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
         tokenizer = save_tokenizer(data.tokenizer, target)
@@ -158,15 +166,20 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     else:
         found, facts = shared_tokenizer(sources)
         if found is None:
-            return Job(data, folder, None, facts, report)
-        tokenizer = save_tokenizer(str(found), target)
+            model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
+            require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
+            return Job(data, folder, None, facts, None, report)
+        home, tokenizer = found, save_tokenizer(str(found), target)
+    if plan.trained_vocab_size is None:
+        model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
+        require_tokens_of_run(config, tokenizer.special, home)
     facts = {
         "tokenizer_folder": TOKENIZER_FOLDER,
         "tokenizer_hash": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
+        **tokenizer.special.to_facts(),
     }
-    return Job(data, folder, tokenizer, facts, report)
+    return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
 
 
 def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
@@ -206,7 +219,9 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
     np.savez_compressed(job.folder / COUNTS, **counts)
     tokenizer = job.tokenizer_facts
     shards = [counted.shard for counted in [*train, *validation]]
-    decisive = [[s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index] for s in shards]
+    decisive = [
+        [s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index, s.sentences_xxh3] for s in shards
+    ]
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([decisive, tokenizer["tokenizer_hash"], len(train)]).encode())
     manifest = {
         "format": FORMAT,

@@ -5,6 +5,7 @@ A prepared folder holds
     tokenizer/              a Hugging Face tokenizer folder
     train-<i>.bin .idx      shards of source i, beside them train-<i>.json, the sidecar that goes with a copied pair
     validation-<i>.bin .idx
+    <pair>.sentences        where sentences begin in a pair; also for ready shards whose tokenizer is known
     unigram_counts.npz      how often each token occurs, for each source
 Ready Megatron shards stay where they are; the manifest then names them by their absolute path.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ import numpy.typing as npt
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.sampler import mix64_array
+from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.errors import ConfigError, DataError
@@ -31,7 +35,7 @@ from megatron_lite.files import file_xxh3
 
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
-FORMAT = 1
+FORMAT = 2
 CHEAP_CHECKSUM_BYTES = 64 * 2**20  # up to this size checksums are verified at every opening; sizes always are
 
 
@@ -64,6 +68,10 @@ class Shard:
     idx_bytes: int
     bin_xxh3: str
     idx_xxh3: str
+    sentences: Path | None = None
+    """Where sentences begin in the whole pair (`sentences.read_sentences`); None = unknown."""
+    sentences_bytes: int = 0
+    sentences_xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class PreparedData:
     tokenizer_hash: str | None
     vocab_size: int
     """True vocabulary of the model; every token id is below it."""
-    eod_id: int | None
+    special: SpecialTokens
     fingerprint: str
     """Names exactly these tokens in this order: equal fingerprints, equal samples."""
     unigram_entropy_nats: float
@@ -103,6 +111,18 @@ class PreparedData:
     def validation_documents(self) -> int:
         return sum(shard.documents for shard in self.validation)
 
+    @property
+    def eod_id(self) -> int | None:
+        return self.special.eod
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What objectives know of the tokens. Its tables stay None for ready shards that came without a tokenizer."""
+        tokenizer = self.open_tokenizer()
+        if tokenizer is None:
+            return Vocabulary(self.vocab_size, self.special)
+        return tokenizer.vocabulary().enlarged(self.vocab_size)
+
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, None where there is none."""
         return open_tokenizer(str(self.tokenizer_dir)) if self.tokenizer_dir else None
@@ -113,18 +133,18 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
 
     Raises:
         DataError: the folder is incomplete, or a shard is not what was written.
-        ConfigError: weights or vocabulary of the configuration do not fit it.
+        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks what the run needs.
     """
     manifest = read_manifest(folder)
     train, validation = (shards_of(manifest, name, folder) for name in ("train", "validation"))
     for shard in dict.fromkeys([*train, *validation]):
-        check_shard(shard, checksum=shard.bin_bytes <= CHEAP_CHECKSUM_BYTES, remedy=_remedy(shard, folder))
+        check_shard(shard, folder, checksum=shard.bin_bytes <= CHEAP_CHECKSUM_BYTES)
     tokenizer = manifest["tokenizer"]
     vocab_size = _vocab_size(config, manifest, [*train, *validation])
     weights = _weights(config, train)
     validation_weights = _validation_weights(manifest, weights, validation)
     counts = _read_counts(folder, len(train), len(validation))
-    return PreparedData(
+    prepared = PreparedData(
         folder=folder,
         train=train,
         validation=validation,
@@ -133,10 +153,12 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         tokenizer_dir=_tokenizer_dir(tokenizer, folder),
         tokenizer_hash=tokenizer["tokenizer_hash"],
         vocab_size=vocab_size,
-        eod_id=tokenizer["eod_id"],
+        special=SpecialTokens.from_facts(tokenizer),
         fingerprint=manifest["fingerprint"],
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
     )
+    require_tokens_of_run(config, prepared.special, prepared.tokenizer_dir)
+    return prepared
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -160,38 +182,47 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def shard_entry(shard: Shard, folder: Path) -> dict[str, Any]:
     """A shard as the manifest holds it: own files by name, so that the folder can be moved."""
     inside = shard.prefix.parent == folder
-    return {**asdict(shard), "prefix": shard.prefix.name if inside else str(shard.prefix)}
+    sentences = shard.sentences and shard.sentences.name
+    return {**asdict(shard), "prefix": shard.prefix.name if inside else str(shard.prefix), "sentences": sentences}
 
 
 def shards_of(manifest: dict[str, Any], name: str, folder: Path) -> tuple[Shard, ...]:
     """The `train` or `validation` shards that a manifest lists."""
-    entries = manifest[name]
-    return tuple(Shard(**{**e, "prefix": folder / e["prefix"], "part": Part(e["part"])}) for e in entries)
+    return tuple(_shard_of(entry, folder) for entry in manifest[name])
 
 
-def check_shard(shard: Shard, *, checksum: bool, remedy: str) -> None:
-    """Compare a pair of files with what was recorded when it was made.
+def _shard_of(entry: dict[str, Any], folder: Path) -> Shard:
+    sentences = folder / entry["sentences"] if entry["sentences"] else None
+    return Shard(**entry | {"prefix": folder / entry["prefix"], "part": Part(entry["part"]), "sentences": sentences})
+
+
+def check_shard(shard: Shard, folder: Path, *, checksum: bool) -> None:
+    """Compare the files of a shard of a prepared folder with what was recorded when they were made.
 
     Raises:
         DataError: a file is missing, longer or shorter, or (with `checksum`) has other bytes.
     """
-    recorded = [(bin_path, shard.bin_bytes, shard.bin_xxh3), (idx_path, shard.idx_bytes, shard.idx_xxh3)]
-    for path_of, size, digest in recorded:
-        path = path_of(shard.prefix)
+    index = idx_path(shard.prefix)
+    recorded: list[tuple[Path, int, str | None, str]] = [
+        (bin_path(shard.prefix), shard.bin_bytes, shard.bin_xxh3, index.name),
+        (index, shard.idx_bytes, shard.idx_xxh3, index.name),
+    ]
+    if shard.sentences:
+        recorded.append((shard.sentences, shard.sentences_bytes, shard.sentences_xxh3, MANIFEST))
+    for path, size, digest, expected_by in recorded:
+        remedy = _remedy(path, folder)
         if not path.is_file():
             raise DataError(f"{path} is missing; {remedy}")
         found = path.stat().st_size
         if found != size:
             fault = "truncated" if found < size else "longer than written"
-            raise DataError(
-                f"{path} is {found:,} bytes; {idx_path(shard.prefix).name} expects {size:,} ({fault}); {remedy}"
-            )
+            raise DataError(f"{path} is {found:,} bytes; {expected_by} expects {size:,} ({fault}); {remedy}")
         if checksum and (actual := file_xxh3(path)) != digest:
             raise DataError(f"{path} has checksum {actual}; it was written with {digest} (damaged); {remedy}")
 
 
-def _remedy(shard: Shard, folder: Path) -> str:
-    if shard.prefix.parent == folder:
+def _remedy(path: Path, folder: Path) -> str:
+    if path.parent == folder:
         return f"remove {folder} to prepare it again"
     return "copy it again from where it came"
 
@@ -201,8 +232,26 @@ def _tokenizer_dir(tokenizer: dict[str, Any], folder: Path) -> Path | None:
 
 
 def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]) -> int:
-    vocab_size = config.model.vocab_size or manifest["vocab_size"]
-    needed = manifest["tokenizer"]["vocab_size"]
+    vocab_size = model_vocab_size(config, manifest["vocab_size"], manifest["tokenizer"]["vocab_size"])
+    for shard in shards:
+        if shard.max_token_id >= vocab_size:
+            raise DataError(
+                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}; the vocabulary ends at "
+                f"{vocab_size - 1:,}: it was made with another tokenizer; name that one in data.tokenizer, or set "
+                "model.vocab_size"
+            )
+    return int(vocab_size)
+
+
+def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -> int:
+    """model.vocab_size, or what is known without it.
+
+    Args:
+        needed: size of the tokenizer, None without one.
+    Raises:
+        ConfigError: neither is known, or it cannot hold the tokenizer's tokens.
+    """
+    vocab_size = config.model.vocab_size or known
     if vocab_size is None:
         raise ConfigError(
             "model.vocab_size=null is unknown for ready shards without a tokenizer; set it, or name their tokenizer "
@@ -213,14 +262,7 @@ def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]
             f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
             f"use {needed} or more, or null"
         )
-    for shard in shards:
-        if shard.max_token_id >= vocab_size:
-            raise DataError(
-                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}; the vocabulary ends at "
-                f"{vocab_size - 1:,}: it was made with another tokenizer; name that one in data.tokenizer, or set "
-                "model.vocab_size"
-            )
-    return int(vocab_size)
+    return vocab_size
 
 
 def _weights(config: RunConfig, train: tuple[Shard, ...]) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.sampler import mix64_array
+from megatron_lite.data.sentences import SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, all_held_out
@@ -19,7 +21,13 @@ from megatron_lite.errors import DataError
 from megatron_lite.files import file_xxh3
 
 CHUNK_TOKENS = 2**22  # counted at a time: 8 bytes a token of memory
-NO_TOKENIZER = {"tokenizer_folder": None, "tokenizer_hash": None, "vocab_size": None, "eod_id": None}
+NO_TOKENIZER: dict[str, Any] = {
+    "tokenizer_folder": None,
+    "tokenizer_hash": None,
+    "vocab_size": None,
+    "eod_id": None,
+    "special": {},
+}
 LARGEST_VOCABULARY = 2**24  # far above any in use: an id beyond it means that the file holds no token ids
 
 
@@ -47,7 +55,9 @@ def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float
     documents = np.arange(reader.num_documents, dtype=np.uint64)
     hashes = mix64_array(documents)
     chosen = hashes < np.uint64(validation_threshold(held_out or 0.0))
-    kept_counts, chosen_counts = count_tokens(reader, chosen)
+    sentences = _SentenceFile(job, reader, f"{into}-{index}")
+    kept_counts, chosen_counts = count_tokens(reader, chosen, sentences.add)
+    facts |= sentences.finish()
     if kept_counts.sum() == 0:
         raise all_held_out(source, held_out)
     if not held_out:
@@ -70,7 +80,7 @@ def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]
     for source in sources:
         sidecar = read_sidecar(source.paths[0])
         if sidecar:
-            facts = {**{key: sidecar[key] for key in NO_TOKENIZER}, "tokenizer_folder": None}
+            facts = {**{key: sidecar.get(key) for key in NO_TOKENIZER}, "tokenizer_folder": None}
             found[sidecar["tokenizer_hash"]] = (source.paths[0].parent / sidecar["tokenizer_folder"], facts)
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found.values())
@@ -82,9 +92,35 @@ def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]
     return None, NO_TOKENIZER
 
 
+class _SentenceFile:
+    """Where sentences begin in a ready pair; written into the prepared folder, as the pair stays where it lies.
+
+    A pair whose documents consist of several sequences was split into sentences by Megatron, and those are taken.
+    Otherwise the tokenizer decides; without one nothing is written.
+    """
+
+    def __init__(self, job: Job, reader: IndexedReader, name: str) -> None:
+        self._is_split = len(reader.sequence_starts) > reader.num_documents
+        self._writer: SentenceWriter | None = None
+        if self._is_split or job.sentence_kinds is not None:
+            self._writer = SentenceWriter(sentences_path(job.folder / name), job.sentence_kinds)
+        if self._writer and self._is_split:
+            self._writer.add_places(np.unique(reader.sequence_starts[reader.sequence_starts < reader.num_tokens]))
+
+    def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        if self._writer and not self._is_split:
+            self._writer.add(tokens, lengths)
+
+    def finish(self) -> dict[str, Any]:
+        """The fields of a `Shard`."""
+        return self._writer.finish() if self._writer else {}
+
+
 def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
     sidecar = read_sidecar(prefix)
-    if sidecar is None or job.tokenizer is None or sidecar["tokenizer_hash"] == job.tokenizer.digest:
+    if sidecar is None or job.tokenizer is None:
+        return
+    if sidecar["tokenizer_hash"] in (job.tokenizer.digest, *job.tokenizer.extends):
         return
     raise DataError(
         f"{source} was made with another tokenizer (hash {sidecar['tokenizer_hash'][:12]}) than "
@@ -94,12 +130,15 @@ def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
 
 
 def count_tokens(
-    reader: IndexedReader, chosen: npt.NDArray[np.bool_]
+    reader: IndexedReader,
+    chosen: npt.NDArray[np.bool_],
+    visit: Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], None],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """How often each token occurs in the documents that are not chosen, and in the chosen ones.
 
     Args:
         chosen: one flag a document [documents].
+        visit: is shown all documents in order, some at a time: their tokens, and the length of each.
     Raises:
         DataError: an id is negative, or beyond any vocabulary.
     """
@@ -112,6 +151,7 @@ def count_tokens(
         if len(tokens) == 0:
             continue
         _check_ids(tokens, reader.prefix)
+        visit(tokens, reader.document_lengths[first:last])
         flags = np.repeat(chosen[first:last], reader.document_lengths[first:last])
         counts = [_added(counts[i], np.bincount(tokens[flags == bool(i)])) for i in (0, 1)]
     return counts[0], counts[1]

@@ -40,9 +40,17 @@ def stream_key(*parts: int) -> int:
 
 
 def raw_bits(count: int, *parts: int) -> npt.NDArray[np.uint64]:
-    """`count` pseudo-random 64-bit integers that belong to the key (Philox, Salmon et al. 2011)."""
+    """`count` pseudo-random 64-bit integers that belong to the key."""
+    return np.asarray(bit_stream(*parts).random_raw(count), np.uint64)
+
+
+def bit_stream(*parts: int) -> np.random.Philox:
+    """The pseudo-random 64-bit integers that belong to the key, one after another (Philox, Salmon et al. 2011).
+
+    Only `random_raw` may be used of it.
+    """
     key = np.array([stream_key(*parts), stream_key(len(parts), *parts)], np.uint64)
-    return np.asarray(np.random.Philox(key=key).random_raw(count), np.uint64)
+    return np.random.Philox(key=key)
 
 
 def shuffled_order(count: int, *parts: int) -> npt.NDArray[np.int64]:

@@ -22,6 +22,7 @@ from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.readers import read_documents
+from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenizer import Tokenizer
@@ -42,7 +43,9 @@ class Job:
     tokenizer: Tokenizer | None
     """None for ready shards that came without one."""
     tokenizer_facts: dict[str, Any]
-    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id."""
+    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id, special."""
+    sentence_kinds: Kinds | None
+    """What of its tokens decides where sentences begin, see `sentences`."""
     report: Callable[[str], None]
 
 
@@ -134,6 +137,7 @@ class _Output:
         self._prefix = job.folder / f"{part}-{index}"
         self._vocab_size = job.tokenizer.vocab_size
         self._writer = IndexedWriter(self._prefix, token_dtype(self._vocab_size))
+        self._sentences = SentenceWriter(sentences_path(self._prefix), job.sentence_kinds)
         self._counts = np.zeros(self._vocab_size, np.int64)
         self.documents = 0
 
@@ -144,14 +148,17 @@ class _Output:
         if not chosen.all():
             tokens, lengths = tokens[np.repeat(chosen, lengths)], lengths[chosen]
         self._writer.add(tokens, lengths)
+        self._sentences.add(tokens, lengths)
         self._counts += np.bincount(tokens, minlength=self._vocab_size)
         self.documents += len(lengths)
 
     def finish(self) -> Counted | None:
         """Close the files; None, and no files, where no document came."""
         facts = self._writer.finish()
+        sentence_facts = self._sentences.finish()
         if self.documents == 0:
             self._writer.remove()
+            self._sentences.path.unlink()
             return None
         write_sidecar(self._prefix, {"source": self._source.name, **self._job.tokenizer_facts, **asdict(facts)})
         shard = Shard(
@@ -167,6 +174,7 @@ class _Output:
             idx_bytes=facts.idx_bytes,
             bin_xxh3=facts.bin_xxh3,
             idx_xxh3=facts.idx_xxh3,
+            **sentence_facts,
         )
         return Counted(shard, self._counts)
 

@@ -6,25 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import DataConfig, RunConfig
+from megatron_lite.data.roles import trained_names
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.sources import Source, resolve_sources
 from megatron_lite.errors import ConfigError
 
 TRAIN = "train"
-SMALLEST_BPE = 257  # 256 bytes and the end-of-document token
+SMALLEST_BPE = 256 + len(trained_names())  # every byte, and the special tokens
 
 
 def planned_vocab_size(config: RunConfig) -> int:
-    """True vocabulary of the model, before padding.
-
-    From model.vocab_size; else data.tokenizer_vocab_size for a tokenizer that will be trained; else the tokenizer
-    folder; else the sidecar of ready shards.
+    """`known_vocab_size`, where it has to be known.
 
     Raises:
-        ConfigError: none of them tells it.
+        ConfigError: nothing tells it, too.
     """
-    size = _known_size(config)
+    size = known_vocab_size(config)
     if size is None:
         raise ConfigError(
             f"model.vocab_size=null cannot be derived from data.tokenizer={config.data.tokenizer}: the size stands in "
@@ -33,7 +32,15 @@ def planned_vocab_size(config: RunConfig) -> int:
     return size
 
 
-def _known_size(config: RunConfig) -> int | None:
+def known_vocab_size(config: RunConfig) -> int | None:
+    """True vocabulary of the model, before padding; None where only opening the data would tell it.
+
+    From model.vocab_size; else data.tokenizer_vocab_size for a tokenizer that will be trained; else the tokenizer
+    folder; else the sidecar of ready shards.
+
+    Raises:
+        ConfigError: a setting that it depends on is wrong.
+    """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     if config.data.tokenizer != TRAIN:
@@ -47,12 +54,13 @@ def trained_vocab_size(data: DataConfig) -> int:
     """data.tokenizer_vocab_size, checked.
 
     Raises:
-        ConfigError: it cannot hold the bytes.
+        ConfigError: it cannot hold the bytes and the special tokens.
     """
     if data.tokenizer_vocab_size < SMALLEST_BPE:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} must be {SMALLEST_BPE} or more: a byte-level "
-            "vocabulary holds 256 bytes and the end-of-document token"
+            f"vocabulary holds 256 bytes and the {len(trained_names())} special tokens of the objectives, "
+            f"{TRAINED_SENTINELS} sentinels among them"
         )
     return data.tokenizer_vocab_size
 

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped query heads (arXiv 2305.13245), its heads split over the tensor-parallel group.
+"""Self-attention with grouped query heads (arXiv 2305.13245), its heads split over the tensor-parallel group.
 
 Shapes: b micro-batch, s sequence, h hidden, t tensor-parallel size, n query heads and g query groups of this rank,
 q query heads of one group (n = g q), d head size.
@@ -10,13 +10,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lite.config.derived import residual_init_std
 from megatron_lite.config.schema import ModelConfig
+from megatron_lite.models.initial import StackInit
+from megatron_lite.models.masks import Visibility, masked_attention, self_attention_mask
 from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -30,6 +30,8 @@ sample, so beyond 512 the little that is left to gain is not worth the memory.""
 
 _QUERY_BLOCK = 128
 
+_ALL_VISIBLE = Visibility()
+
 
 class Attention(nn.Module):
     """[b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism).
@@ -39,13 +41,22 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, context: ParallelContext, *, rotary: RotaryTable | None, recompute: bool
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        init: StackInit,
+        *,
+        causal: bool,
+        rotary: RotaryTable | None,
+        recompute: bool,
     ) -> None:
         super().__init__()
         assert model.num_query_groups is not None  # by complete_model
         assert model.head_size is not None
         groups, heads, self.head_size = model.num_query_groups, model.num_attention_heads, model.head_size
         self.context = context
+        self.causal = causal
+        self.scale = None if model.attention_scale else 1.0
         self.rotary = rotary
         self.recompute = recompute
         self.dropout = model.attention_dropout
@@ -55,44 +66,53 @@ class Attention(nn.Module):
             groups * (self.heads_per_group + 2) * self.head_size,
             context,
             bias=model.attention_bias,
-            init_std=model.init_std,
+            init=init.qkv,
         )
         self.projection = RowParallelLinear(
             heads * self.head_size,
             model.hidden_size,
             context,
             bias=model.attention_bias,
-            init_std=residual_init_std(model),
+            init=init.projection,
         )
 
-    def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
+    def forward(self, x: Tensor, key: DropoutKey | None, visibility: Visibility = _ALL_VISIBLE) -> Tensor:
         """`key`: of the dropout masks; None = no dropout."""
         qkv = self.qkv(x)  # [b, s, g (q + 2) d]
         if self.recompute and torch.is_grad_enabled():
-            attended = checkpoint(self._attend, qkv, key, use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(self._attend, qkv, key, visibility, use_reentrant=False, preserve_rng_state=False)
         else:
-            attended = self._attend(qkv, key)
+            attended = self._attend(qkv, key, visibility)
         return self.projection(attended)
 
-    def _attend(self, qkv: Tensor, key: DropoutKey | None) -> Tensor:
+    def _attend(self, qkv: Tensor, key: DropoutKey | None, visibility: Visibility = _ALL_VISIBLE) -> Tensor:
         """[b, s, g (q + 2) d] -> [b, s, n d]."""
         batch, length, _ = qkv.shape
         angles = None if self.rotary is None else self.rotary(length, qkv.device)
         heads = _SplitHeads.apply(qkv.view(batch, length, -1, self.heads_per_group + 2, self.head_size), angles)
         query, key_heads, value = (part.transpose(1, 2) for part in heads)  # [b, n or g, s, d]
-        return self._core(query, key_heads, value, key).transpose(1, 2).flatten(2)
+        mask = self_attention_mask(length, visibility, causal=self.causal)
+        return self._core(query, key_heads, value, mask, key).transpose(1, 2).flatten(2)
 
-    def _core(self, query: Tensor, key_heads: Tensor, value: Tensor, key: DropoutKey | None) -> Tensor:
-        """softmax(causal(query key^T / sqrt(d))) value: [b, n, s, d]; key_heads and value are [b, g, s, d]."""
-        grouped = self.heads_per_group > 1
-        if key is None or self.dropout == 0.0:
-            if query.device.type == "cpu" and query.shape[2] <= _LONGEST_SHORT_SEQUENCE:
-                return short_causal_attention(query, key_heads, value)
-            return F.scaled_dot_product_attention(query, key_heads, value, is_causal=True, enable_gqa=grouped)
-        with self.context.rng.tensor_parallel(key, "attention"):
-            return F.scaled_dot_product_attention(
-                query, key_heads, value, is_causal=True, enable_gqa=grouped, dropout_p=self.dropout
-            )
+    def _core(
+        self, query: Tensor, key_heads: Tensor, value: Tensor, mask: Tensor | None, key: DropoutKey | None
+    ) -> Tensor:
+        """softmax(masked(query key^T / sqrt(d))) value: [b, n, s, d]; key_heads and value are [b, g, s, d]."""
+        plain = self.causal and mask is None and self.scale is None and (key is None or self.dropout == 0.0)
+        if plain and query.device.type == "cpu" and query.shape[2] <= _LONGEST_SHORT_SEQUENCE:
+            return short_causal_attention(query, key_heads, value)
+        return masked_attention(
+            query,
+            key_heads,
+            value,
+            mask,
+            causal=self.causal,
+            scale=self.scale,
+            dropout=self.dropout,
+            key=key,
+            context=self.context,
+            site="attention",
+        )
 
 
 def short_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

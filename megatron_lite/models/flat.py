@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megatron_lite.models.activations import Activations
 from megatron_lite.models.spec import LayerSpec
 
 
@@ -15,8 +16,9 @@ class FlatModel(nn.Module):
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
+        self._specs = specs
         shared: dict[str, nn.Module] = {}
-        self._calls: list[Callable[[Tensor], Tensor]] = []
+        self._calls: list[Callable[[Activations], Activations]] = []
         for spec in specs:
             module = shared.get(spec.tied) if spec.tied else None
             if module is None:
@@ -24,13 +26,29 @@ class FlatModel(nn.Module):
                 _register(self, spec.name, module)
             if spec.tied:
                 shared[spec.tied] = module
-            self._calls.append(module if spec.forward is None else partial(spec.forward, module))
+            self._calls.append(partial(spec.apply, module))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Input of the first layer (token ids [b, s]) -> output of the last (logits [b, s, v/t])."""
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The batch's fields, in the order of the first entry's `takes` -> what `outputs_of` says.
+
+        Tensors and not a dictionary, so that ZeRO-3's hooks see them.
+        """
+        x = inputs_of(self._specs, inputs)
         for call in self._calls:
             x = call(x)
-        return x
+        return outputs_of(x)
+
+
+def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activations:
+    """A batch's fields, in the order of the first entry's `takes`, as the first layer sees them."""
+    assert specs[0].takes is not None, "the first entry takes the batch"
+    return Activations(**dict(zip([field.name for field in specs[0].takes], inputs, strict=True)))
+
+
+def outputs_of(x: Activations) -> Tensor | tuple[Tensor, Tensor]:
+    """What the last layer leaves: logits [b, s, v/t], and with a next-sentence head its logits [b, 2]."""
+    assert x.logits is not None, "the last entry leaves the logits"
+    return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -5,58 +5,69 @@ Shapes: b micro-batch, s sequence, h hidden, f inner channels, t tensor-parallel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.config.derived import residual_init_std
 from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.models.gelu import gelu_tanh
+from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.relu: F.relu,
+    Activation.gelu: F.gelu,
+    Activation.gelu_tanh: gelu_tanh,
+    Activation.swiglu: F.silu,
+    Activation.geglu: gelu_tanh,
+}
+
+
+def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """The function of one argument; of a gated activation, that of its gate."""
+    return _FUNCTIONS[activation]
+
 
 class MLP(nn.Module):
-    """down(gelu(up(x))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
+    """down(activation(up(x))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         assert model.ffn_hidden_size is not None  # by complete_model
-        self.approximate = "tanh" if model.activation is Activation.gelu_tanh else "none"
+        self.activation = activation_function(model.activation)
         self.up = ColumnParallelLinear(
-            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init_std=model.init_std
+            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense
         )
-        self.down = _down(model, context)
+        self.down = _down(model, context, init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.down(self.activation(self.up(x)))
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202), gate and up in one parameter [2, f, h] and one product."""
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202), gate and up in one parameter [2, f, h] and one product."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         assert model.ffn_hidden_size is not None  # by complete_model
+        self.activation = activation_function(model.activation)
         self.gate_up = ColumnParallelLinear(
-            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init_std=model.init_std, stacked=2
+            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense, stacked=2
         )
-        self.down = _down(model, context)
+        self.down = _down(model, context, init)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)  # [b, s, f/t] each
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
-def _down(model: ModelConfig, context: ParallelContext) -> RowParallelLinear:
+def _down(model: ModelConfig, context: ParallelContext, init: StackInit) -> RowParallelLinear:
     assert model.ffn_hidden_size is not None  # by complete_model
-    return RowParallelLinear(
-        model.ffn_hidden_size,
-        model.hidden_size,
-        context,
-        bias=model.mlp_bias,
-        init_std=residual_init_std(model),
-    )
+    return RowParallelLinear(model.ffn_hidden_size, model.hidden_size, context, bias=model.mlp_bias, init=init.down)
 
 
-def build_mlp(model: ModelConfig, context: ParallelContext) -> nn.Module:
+def build_mlp(model: ModelConfig, context: ParallelContext, init: StackInit) -> nn.Module:
     """The feed-forward part that the configuration asks for."""
-    return GatedMLP(model, context) if model.activation is Activation.swiglu else MLP(model, context)
+    return (GatedMLP if model.activation.is_gated else MLP)(model, context, init)

@@ -1,4 +1,4 @@
-"""Where a token stands: the learned table that is added to the embedding, and rotary embedding inside attention.
+"""Where a token stands: learned tables that are added to the embedding, and rotary embedding inside attention.
 
 Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d head size.
 """
@@ -6,41 +6,73 @@ Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import ModelConfig, PositionEmbedding
+from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.dropout import activation_dropout
+from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.collectives import sum_gradients
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
+from megatron_lite.parallel.sharding import ShardSpec, sharded_parameter
 
 
-class PositionLayer(nn.Module):
-    """What happens between the word embedding and the first block: learned positions, where there are any, and dropout.
+class PositionTable(nn.Module):
+    """Adds the learned vector of each position (arXiv 1706.03762, section 3.5): [b, s, h] -> [b, s, h].
 
-    A layer of its own, so that the word embedding holds nothing but the weight that it shares with the head.
-    [b, s, h] -> [b, s, h], or [b, s/t, h] -> [b, s/t, h] under sequence parallelism.
+    Under sequence parallelism [b, s/t, h] -> [b, s/t, h]. A layer of its own, like all that follows the word embedding,
+    so that the latter holds nothing but the weight that it shares with the head.
     """
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+        super().__init__()
+        self.context = context
+        self.offset = model.position_offset
+        shape = (model.position_offset + model.max_position_embeddings, model.hidden_size)
+        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding), context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (weight,) = sum_gradients(self.context, self.weight)
+        first = self.offset + _first_position(x, self.context)
+        return x + weight[first : first + x.shape[1]]
+
+
+class SegmentTable(nn.Module):
+    """Adds the learned vector of each token's segment (arXiv 1810.04805): [b, s, h] -> [b, s, h], or its slice."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+        super().__init__()
+        self.context = context
+        shape = (model.num_segments, model.hidden_size)
+        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding), context)
+
+    def forward(self, x: Tensor, segments: Tensor | None) -> Tensor:
+        """`segments`: [b, s] int64, whole also under sequence parallelism; None = all 0."""
+        (weight,) = sum_gradients(self.context, self.weight)
+        if segments is None:
+            return x + weight[0]
+        first = _first_position(x, self.context)
+        return x + F.embedding(segments[:, first : first + x.shape[1]], weight)
+
+
+class EmbeddingDropout(nn.Module):
+    """Dropout on the sum of the embeddings, [b, s, h] or its slice [b, s/t, h]."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, name: str) -> None:
         super().__init__()
         self.context = context
         self.name = name
         self.dropout = model.embedding_dropout
-        self.weight = None
-        if model.position_embedding is PositionEmbedding.learned:
-            shape = (model.max_position_embeddings, model.hidden_size)
-            self.weight = sharded_parameter(ShardSpec(shape, None, Init.normal(model.init_std)), context)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            (weight,) = sum_gradients(self.context, self.weight)
-            first = self.context.tensor_rank * x.shape[1] if self.context.sequence_parallel else 0
-            x = x + weight[first : first + x.shape[1]]
-        if self.training and self.dropout > 0.0:
-            key = self.context.rng.next_key(self.name)
-            x = activation_dropout(x, self.dropout, key, "embedding", self.context)
-        return x
+        if not self.training or self.dropout == 0.0:
+            return x
+        return activation_dropout(x, self.dropout, self.context.rng.next_key(self.name), "embedding", self.context)
+
+
+def _first_position(x: Tensor, context: ParallelContext) -> int:
+    """Where in the sequence this rank's slice x [b, s/t, h] begins."""
+    return context.tensor_rank * x.shape[1] if context.sequence_parallel else 0
 
 
 class RotaryTable:

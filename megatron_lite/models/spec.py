@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from megatron_lite.models.activations import Activations, Field
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.sharding import initialise, set_global_names
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,30 @@ class LayerSpec:
     """Prefix of its parameters' global names: "embedding", "layers.0", ..., "head"."""
     build: Callable[[], nn.Module]
     """Makes the module, initialised and with global names set."""
+    apply: Callable[[Any, Activations], Activations]
+    """How the module changes the activations, through module(...) so that ZeRO-3's hooks run."""
     tied: str | None = None
     """Entries with the same key share one module, built from the first of them."""
-    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
-    """How this entry applies a shared module, through module(...) so that ZeRO-3's hooks run; None = module(x)."""
+    takes: tuple[Field, ...] | None = None
+    """What this entry and those after it need of those before it, so that a pipeline stage may begin here: the batch's
+    fields on the first entry. None = a stage never begins here."""
+
+
+def layer_spec(
+    name: str,
+    make: Callable[[], nn.Module],
+    apply: Callable[[Any, Activations], Activations],
+    context: ParallelContext,
+    *,
+    tied: str | None = None,
+    takes: tuple[Field, ...] | None = None,
+) -> LayerSpec:
+    """An entry whose module `make` gives uninitialised and unnamed."""
+    return LayerSpec(name, partial(_build, make, name, context), apply, tied, takes)
+
+
+def _build(make: Callable[[], nn.Module], name: str, context: ParallelContext) -> nn.Module:
+    module = make()
+    set_global_names(module, name)
+    initialise(module, name, context.seed, context)
+    return module

@@ -1,37 +1,46 @@
-"""Causal language modelling: predict every token from those before it.
+"""Causal language modelling: predict every token from those before it (GPT, arXiv 2005.14165).
 
-Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
+window   t0 t1 t2 ... ts          s + 1 tokens, the next one starts at ts
+tokens   t0 t1 ... t(s-1)
+labels   t1 t2 ... ts
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numpy as np
 
-import torch
+from megatron_lite.config.schema import DataConfig, ObjectiveConfig
+from megatron_lite.data.special import Vocabulary
+from megatron_lite.models.activations import Field
+from megatron_lite.objectives.assembly import Weights, known
+from megatron_lite.objectives.base import Example, Ids, Objective, Text, WindowShape
 
-from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
+
+class CausalLM(Objective):
+    def __init__(self, objective: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> None:
+        self.inputs = (Field("tokens", data.seq_length),)
+        self.label_length = data.seq_length
+        self.shape = next_token_shape(data)
+        self._weightless = weightless_token(data, vocabulary)
+
+    def example(self, text: Text, key: int) -> Example:
+        assert len(text.tokens) == self.label_length + 1
+        tokens = text.tokens[:-1]
+        return Example((tokens,), text.tokens[1:], next_token_weights(tokens, self._weightless))
 
 
-@dataclass(frozen=True)
-class TokenLoss:
-    """Weighted sum of the tokens' cross-entropies.
+def next_token_shape(data: DataConfig) -> WindowShape:
+    """Windows share a token, so that each token of the stream is predicted once."""
+    return WindowShape(tokens=data.seq_length + 1, stride=data.seq_length)
 
-    The weights carry the denominator (see `train.batches.normalise`), so that summing over micro-batches and averaging
-    over ranks gives the mean over all tokens of the global batch, however unevenly they are spread.
-    """
 
-    context: ParallelContext
-    vocab_size: int
+def weightless_token(data: DataConfig, vocabulary: Vocabulary) -> int | None:
+    """The token behind which nothing is learned: what follows the end of a document is the first of another one."""
+    return known(vocabulary.special.eod) if data.mask_loss_after_eod else None
 
-    def __call__(self, logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """
-        Args:
-            logits: [b, s, v/t], this rank's slice of the padded vocabulary; consumed (overwritten).
-            targets: labels [b, s] and loss weights [b, s].
-        Returns:
-            scalar, fp32
-        """
-        labels, loss_weights = targets
-        losses = vocab_parallel_cross_entropy(logits, labels, self.context, self.vocab_size)  # [b, s]
-        return (losses * loss_weights).sum()
+
+def next_token_weights(tokens: Ids, weightless: int | None) -> Weights:
+    """[s]: 0 where the input is the token `weightless`, else 1."""
+    if weightless is None:
+        return np.ones(len(tokens), np.float32)
+    return (tokens != weightless).astype(np.float32)

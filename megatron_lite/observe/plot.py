@@ -17,11 +17,11 @@ _GRID, _TEXT = "#e3e7eb", "#22303c"
 _Points = tuple[list[int], list[float]]  # steps and values of equal length
 
 
-def plot_run(run_dir: Path, *, title: str, unigram_entropy_nats: float | None = None) -> Path | None:
+def plot_run(run_dir: Path, *, title: str, unigram_loss: float | None = None) -> Path | None:
     """Draw `<run_dir>/loss.png` from the run's own files.
 
-    Training loss as logged and smoothed, validation losses (`evaluation` events with `validation_loss`), the entropy of
-    the corpus' unigram distribution, which a model must beat to have learned any context, and below them the learning
+    Training loss as logged and smoothed, validation losses (`evaluation` events with `validation_loss`), the loss of a
+    model that knows nothing but how often each label occurs, which a real one must beat, and below them the learning
     rate and the gradient norm.
 
     Returns:
@@ -39,7 +39,7 @@ def plot_run(run_dir: Path, *, title: str, unigram_entropy_nats: float | None = 
     figure = Figure(figsize=(9.0, 6.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1.0])
-    _draw_losses(upper, loss, _series(evaluations, "validation_loss"), unigram_entropy_nats)
+    _draw_losses(upper, loss, _series(evaluations, "validation_loss"), unigram_loss)
     upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, pad=12)
     _draw_rate_and_norm(lower, _series(metrics, "learning_rate"), _series(metrics, "grad_norm"))
     lower.set_xlabel("step", color=_TEXT)
@@ -52,7 +52,7 @@ def plot_run(run_dir: Path, *, title: str, unigram_entropy_nats: float | None = 
     return temporary.replace(path)
 
 
-def _draw_losses(axes: Any, loss: _Points, validation: _Points, unigram_entropy_nats: float | None) -> None:
+def _draw_losses(axes: Any, loss: _Points, validation: _Points, unigram_loss: float | None) -> None:
     _style(axes)
     steps, values = loss
     smooth = smoothed(values)
@@ -67,12 +67,12 @@ def _draw_losses(axes: Any, loss: _Points, validation: _Points, unigram_entropy_
             *validation, color=_VALIDATION, linewidth=1.2, marker="o", markersize=5.5, label="validation loss", zorder=4
         )
         _label_last(axes, validation)
-    if unigram_entropy_nats is not None:
-        bounds.append(unigram_entropy_nats)
-        axes.axhline(unigram_entropy_nats, color=_UNIGRAM, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    if unigram_loss is not None:
+        bounds.append(unigram_loss)
+        axes.axhline(unigram_loss, color=_UNIGRAM, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
         axes.annotate(
-            f"unigram entropy {unigram_entropy_nats:.3f}",
-            (1.0, unigram_entropy_nats),
+            f"unigram loss {unigram_loss:.3f}",
+            (1.0, unigram_loss),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 4),
             textcoords="offset points",
@@ -93,7 +93,7 @@ def _label_last(axes: Any, points: _Points) -> None:
         from matplotlib.patheffects import withStroke
 
         axes.annotate(
-            f"{value:.3f}\nperplexity {math.exp(value):,.1f}" if value < 50 else f"{value:.3f}",
+            f"{value:.3f}",
             (step, value),
             xytext=(-2, 11),
             textcoords="offset points",

@@ -146,9 +146,11 @@ def figure_text(figures: StepFigures, eta_seconds: float | None, compact: bool =
     return ("  " if compact else " | ").join(parts)
 
 
-def validation_line(step: int, loss: float, perplexity: float) -> str:
-    """`validation at step 100 | loss 5.123 | perplexity 167.8`"""
-    return f"validation at step {step} | loss {loss:.3f} | perplexity {perplexity:,.1f}"
+def validation_line(step: int, loss: float, perplexity: float, accuracy: float) -> str:
+    """`validation at step 100 | loss 5.123 | perplexity 167.8 | accuracy 12.3 %`"""
+    return (
+        f"validation at step {step} | loss {loss:.3f} | perplexity {perplexity:,.1f} | accuracy {100 * accuracy:.1f} %"
+    )
 
 
 def duration(seconds: float) -> str:

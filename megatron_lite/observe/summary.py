@@ -24,10 +24,16 @@ class RunSummary:
     first_loss: float | None = None
     last_loss: float | None = None
     validation_loss: float | None = None
-    unigram_entropy_nats: float | None = None
+    validation_token_loss: float | None = None  # without the loss of the samples' classes
+    validation_accuracy: float | None = None
+    sequence_accuracy: float | None = None  # of the samples' classes, such as next sentence or not
+    unigram_label: str = "unigram entropy"
+    unigram_entropy_nats: float | None = None  # loss of the labels by their frequencies alone
+    unigram_accuracy: float | None = None  # of always saying the most frequent label
     tokens: int | None = None
     seconds: float | None = None  # of this attempt
     tokens_per_second: float | None = None
+    data_wait: float | None = None  # share of a step's time that was spent on making its batch, 0 .. 1
     model_flops_utilization: float | None = None
     prompt: str = ""
     sample: str = ""  # what the model wrote after the prompt
@@ -53,7 +59,8 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("steps", f"{summary.steps:,}"),
         ("training loss", _training_loss(summary)),
         ("validation loss", _validation_loss(summary)),
-        ("unigram entropy", _unigram(summary)),
+        (summary.unigram_label, _unigram(summary)),
+        ("accuracy", _accuracy(summary)),
         ("speed", _speed(summary)),
         ("loss curve", _place(summary.plot)),
         ("metrics", _place(summary.metrics)),
@@ -99,12 +106,26 @@ def _training_loss(summary: RunSummary) -> str:
 
 
 def _validation_loss(summary: RunSummary) -> str:
-    loss = summary.validation_loss
-    return "" if loss is None else f"{loss:.3f}, perplexity {perplexity(loss):,.1f}"
+    loss, token_loss = summary.validation_loss, summary.validation_token_loss
+    if loss is None or token_loss is None:
+        return ""
+    of_tokens = "" if summary.sequence_accuracy is None else f", {token_loss:.3f} of tokens alone"
+    return f"{loss:.3f}{of_tokens}, perplexity {perplexity(token_loss):,.1f}"
+
+
+def _accuracy(summary: RunSummary) -> str:
+    if summary.validation_accuracy is None:
+        return ""
+    text = f"{summary.validation_accuracy:.1%} of held-out tokens"
+    if summary.unigram_accuracy is not None:
+        text += f" ({summary.unigram_accuracy:.1%} by frequency alone)"
+    if summary.sequence_accuracy is not None:
+        text += f"; {summary.sequence_accuracy:.1%} of next-sentence pairs"
+    return text
 
 
 def _unigram(summary: RunSummary) -> str:
-    entropy, loss = summary.unigram_entropy_nats, summary.validation_loss
+    entropy, loss = summary.unigram_entropy_nats, summary.validation_token_loss
     if entropy is None:
         return ""
     text = f"{entropy:.3f}, perplexity {perplexity(entropy):,.1f}"
@@ -119,6 +140,8 @@ def _speed(summary: RunSummary) -> str:
         parts.append(f"{summary.tokens_per_second:,.0f} tokens/s")
     if summary.model_flops_utilization is not None:
         parts.append(f"MFU {100 * summary.model_flops_utilization:.1f} %")
+    if summary.data_wait is not None:
+        parts.append(f"data wait {100 * summary.data_wait:.2g} %")
     if summary.tokens is not None:
         parts.append(f"{summary.tokens:,} tokens")
     if summary.seconds is not None:

@@ -4,6 +4,7 @@ Each differentiable one is the transpose of its partner in the backward pass (ar
     reduce:          all-reduce     | identity         partial sums -> a replicated activation
     reduce_scatter:  reduce-scatter | all-gather       partial sums -> a slice of the sequence
     sum_gradients:   identity       | all-reduce       a replicated parameter that each rank uses on other data
+    first_position:  broadcast      | rank 0 keeps it  position 0 of a slice of the sequence -> a replicated activation
 
 Shapes: b micro-batch, s sequence, h channels, t tensor-parallel size.
 """
@@ -79,6 +80,29 @@ class _SumGradients(torch.autograd.Function):
         dist.all_reduce(fused, group=ctx.group)
         parts = fused.split([grad.numel() for grad in grads])
         return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
+
+
+class _FirstPosition(torch.autograd.Function):
+    """The gradient arrives complete and alike on all ranks, so the owner of position 0 takes it once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.shape, ctx.owner = x.shape, context.tensor_rank == 0
+        first = x[:, 0].clone()
+        dist.broadcast(first, group=context.tensor_group, group_src=0)
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad_x = grad.new_zeros(ctx.shape)
+        if ctx.owner:
+            grad_x[:, 0] = grad
+        return grad_x, None
+
+
+def first_position(x: Tensor, context: ParallelContext) -> Tensor:
+    """Position 0 of every sample on all ranks: [b, s, h], or [b, s/t, h] under sequence parallelism -> [b, h]."""
+    return _FirstPosition.apply(x, context) if context.sequence_parallel else x[:, 0]
 
 
 def sum_partial(x: Tensor, context: ParallelContext) -> Tensor:

@@ -40,13 +40,45 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, context: Parall
     return _CrossEntropy.apply(logits, labels, context, vocab_size)
 
 
+@torch.no_grad()
+def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
+    """The token of the largest logit, equal on all ranks of the tensor-parallel group.
+
+    Args:
+        logits: [b, s, v/t], this rank's columns.
+        vocab_size: true size; columns from there on are padding and take no part.
+    Returns:
+        [b, s] int64
+    """
+    start, valid = _valid_columns(logits, context, vocab_size)
+    if valid:
+        largest, token = logits[..., :valid].max(-1)
+    else:
+        largest = logits.new_full(logits.shape[:-1], -torch.inf)
+        token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    token = token + start
+    if context.tensor_group is None:
+        return token
+    size = context.tensor_size
+    gathered_largest, gathered_token = largest.new_empty(size, largest.numel()), token.new_empty(size, token.numel())
+    for gathered, own in ((gathered_largest, largest), (gathered_token, token)):
+        dist.all_gather_into_tensor(gathered.view(-1), own.reshape(-1).contiguous(), group=context.tensor_group)
+    owner = gathered_largest.argmax(0, keepdim=True)  # [1, b s]
+    return gathered_token.gather(0, owner).view_as(token)
+
+
+def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) -> tuple[int, int]:
+    """Global token of this rank's first column, and how many of its columns are no padding."""
+    columns = logits.shape[-1]
+    start = context.tensor_rank * columns
+    return start, min(max(vocab_size - start, 0), columns)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
-        columns = logits.shape[-1]
-        start = context.tensor_rank * columns
-        valid = min(max(vocab_size - start, 0), columns)  # columns of this rank that are no padding
-        rows = logits.view(-1, columns)
+        start, valid = _valid_columns(logits, context, vocab_size)
+        rows = logits.view(-1, logits.shape[-1])
         owned, index = _locate(labels.reshape(-1) - start, valid)
         label_logit = torch.where(owned, rows.gather(1, index).squeeze(1).float(), 0.0)  # [r]
         stored_scale = _FP16_SCALE if logits.dtype is torch.float16 else 1.0
@@ -68,9 +100,11 @@ class _CrossEntropy(torch.autograd.Function):
         rows[:, ctx.valid :] = 0.0
         scale = (factor * grad)[:, None]
         for chunk in _chunks(rows):  # all at once, bf16 times fp32 would copy the logits
-            rows[chunk].mul_(scale[chunk])
+            rows[chunk] = rows[chunk].float().mul_(scale[chunk])
         at_label = ((label_probability - 1.0) * grad).to(rows.dtype)
-        rows.scatter_(1, index, torch.where(owned[:, None], at_label[:, None], rows.gather(1, index)))
+        # By index, for a bf16 scatter on a CPU copies the logits to fp32 and back.
+        own_rows = owned.nonzero().squeeze(1)
+        rows[own_rows, index[own_rows, 0]] = at_label[own_rows]
         return logits, None, None, None
 
 

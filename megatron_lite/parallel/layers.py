@@ -85,7 +85,7 @@ class ColumnParallelLinear(nn.Module):
         context: ParallelContext,
         *,
         bias: bool,
-        init_std: float,
+        init: Init,
         stacked: int | None = None,
         padded_out_features: int | None = None,
     ) -> None:
@@ -100,7 +100,7 @@ class ColumnParallelLinear(nn.Module):
         stack = () if stacked is None else (stacked,)
         dim = len(stack)
         self.weight = sharded_parameter(
-            ShardSpec((*stack, out_features, in_features), dim, Init.normal(init_std), padded_out_features), context
+            ShardSpec((*stack, out_features, in_features), dim, init, padded_out_features), context
         )
         self.bias = None
         if bias:
@@ -116,11 +116,11 @@ class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input channels split: [b, s, i/t] -> [b, s, o] (or [b, s/t, o])."""
 
     def __init__(
-        self, in_features: int, out_features: int, context: ParallelContext, *, bias: bool, init_std: float
+        self, in_features: int, out_features: int, context: ParallelContext, *, bias: bool, init: Init
     ) -> None:
         super().__init__()
         self.context = context
-        self.weight = sharded_parameter(ShardSpec((out_features, in_features), 1, Init.normal(init_std)), context)
+        self.weight = sharded_parameter(ShardSpec((out_features, in_features), 1, init), context)
         self.bias = sharded_parameter(ShardSpec((out_features,), None, Init.zeros()), context) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,6 +133,30 @@ class RowParallelLinear(nn.Module):
         return y.add_(bias)  # once, after the sum over the ranks
 
 
+class ReplicatedLinear(nn.Module):
+    """y = x W^T + b, the same whole matrix on every rank: [..., i] -> [..., o]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, context: ParallelContext, *, init: Init, on_slices: bool
+    ) -> None:
+        """
+        Args:
+            on_slices: under sequence parallelism x is this rank's slice [b, s/t, i], so that the gradients of weight
+                and bias must be summed; False = all ranks see the same x.
+        """
+        super().__init__()
+        self.context = context
+        self.on_slices = on_slices
+        self.weight = sharded_parameter(ShardSpec((out_features, in_features), None, init), context)
+        self.bias = sharded_parameter(ShardSpec((out_features,), None, Init.zeros()), context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.on_slices:
+            weight, bias = sum_gradients(self.context, weight, bias)
+        return F.linear(x, weight, bias)
+
+
 class VocabParallelEmbedding(nn.Module):
     """The word table [v, h] with its rows split, as embedding and, where tied, as output head.
 
@@ -140,12 +164,11 @@ class VocabParallelEmbedding(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, context: ParallelContext, *, padded_vocab_size: int, init_std: float
+        self, vocab_size: int, hidden_size: int, context: ParallelContext, *, padded_vocab_size: int, init: Init
     ) -> None:
         super().__init__()
         self.context = context
-        spec = ShardSpec((vocab_size, hidden_size), 0, Init.normal(init_std), padded_vocab_size)
-        self.weight = sharded_parameter(spec, context)
+        self.weight = sharded_parameter(ShardSpec((vocab_size, hidden_size), 0, init, padded_vocab_size), context)
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         if as_head:

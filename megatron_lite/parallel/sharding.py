@@ -24,10 +24,13 @@ class Init:
 
     kind: Literal["normal", "zeros", "ones"]
     std: float = 0.0
+    row_scales: tuple[tuple[int, float], ...] = ()
+    """(rows, factor) in turn, over and over along the first dimension: matrices with different deviations that are
+    fused into one parameter. Empty = no factor."""
 
     @classmethod
-    def normal(cls, std: float) -> Init:
-        return cls("normal", std)
+    def normal(cls, std: float, row_scales: tuple[tuple[int, float], ...] = ()) -> Init:
+        return cls("normal", std, row_scales)
 
     @classmethod
     def zeros(cls) -> Init:
@@ -124,7 +127,11 @@ def _draw(spec: ShardSpec, seed: int) -> Tensor:
     if spec.init.kind == "ones":
         return torch.ones(spec.full_shape)
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(spec.full_shape).normal_(0.0, spec.init.std, generator=generator)
+    full = torch.empty(spec.full_shape).normal_(0.0, spec.init.std, generator=generator)
+    if spec.init.row_scales:
+        pattern = torch.cat([torch.full((rows,), factor) for rows, factor in spec.init.row_scales])
+        full.unflatten(0, (-1, len(pattern))).mul_(pattern.view(-1, *[1] * (full.dim() - 1)))
+    return full
 
 
 @torch.no_grad()

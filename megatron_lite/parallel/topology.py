@@ -8,6 +8,7 @@ Ranks are numbered with the tensor axis innermost, then data, then pipeline (Dee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,28 +69,29 @@ class Topology:
 def layers_per_stage(num_layers: int, pipeline_parallel_size: int) -> list[int]:
     """Transformer layers of each stage, as even as can be; the earlier stages take the remainder.
 
+    An encoder-decoder's layers are those of the encoder and then those of the decoder.
+
     The last stage also holds the output head, the largest matrix of a small model, so it never gets an extra layer.
     """
     base, extra = divmod(num_layers, pipeline_parallel_size)
     return [base + (stage < extra) for stage in range(pipeline_parallel_size)]
 
 
-def stage_bounds(num_layers: int, pipeline_parallel_size: int, *, num_before: int, num_after: int) -> list[int]:
+def stage_bounds(layer_starts: Sequence[int], num_entries: int, pipeline_parallel_size: int) -> list[int]:
     """Boundaries of the stages in the full layer list.
 
     Args:
-        num_before: entries ahead of the first transformer layer (embeddings): they go with the first stage.
-        num_after: entries behind the last one (final norm, head): they go with the last stage.
+        layer_starts: for each transformer layer the first entry that belongs to it. Entries ahead of the first one
+            (embeddings) go with the first stage, those behind the last one (final norm, head) with the last stage.
+        num_entries: length of the list.
     Returns:
         pipeline_parallel_size + 1 indices; stage i holds entries [bounds[i], bounds[i + 1]).
     """
-    bounds = [0]
-    for count in layers_per_stage(num_layers, pipeline_parallel_size):
-        bounds.append(bounds[-1] + count)
-    bounds = [bound + num_before for bound in bounds]
-    bounds[0] = 0
-    bounds[-1] += num_after
-    return bounds
+    bounds, layer = [0], 0
+    for count in layers_per_stage(len(layer_starts), pipeline_parallel_size)[:-1]:
+        layer += count
+        bounds.append(layer_starts[layer])
+    return [*bounds, num_entries]
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:

@@ -4,11 +4,16 @@ Only matrix products count, a multiply-add as two. A training step costs three f
 the backward pass (for the inputs and for the weights). Recomputed activations are not counted: they are work that the
 layout costs, not work that the model needs (MFU, not HFU; PaLM, arXiv 2204.02311, appendix B).
 
-Attention scores count as what a causal model needs: position i looks at i + 1 positions, (s + 1) / 2 on average. PaLM
-and nanoGPT count the full square, s for every position; `causal=False` gives their figure.
+Attention scores count as what the model needs. In a decoder, position i looks at i + 1 positions, (s + 1) / 2 on
+average; in an encoder, and from a decoder into the encoder, each looks at all. PaLM and nanoGPT count the full square
+for decoders too; `causal=False` gives their figure. A prefix LM counts as causal: what its prefix adds, a third of the
+scores on average, differs by sample. A head counts for every position of its stack, also where few are predicted.
+Embeddings are look-ups, and a next-sentence head reads one position a sample: neither counts.
 
-Legend: h hidden size, n heads, g query groups, d head size, f inner width of the MLP, v vocabulary, s sequence,
-L layers.
+A token is a position that the model reads (`config.derived.tokens_per_sample`).
+
+Legend: h hidden size, n heads, g query groups, d head size, f inner width of the MLP, v vocabulary, L layers, s
+sequence of the only stack. An encoder_decoder has L layers on s positions and M on r; its terms are means over s + r.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ import re
 from dataclasses import dataclass
 
 from megatron_lite.config.derived import complete_model
-from megatron_lite.config.schema import Activation, ModelConfig, Precision
+from megatron_lite.config.lengths import decoder_length
+from megatron_lite.config.schema import Architecture, ModelConfig, Precision, RunConfig
 
 PASSES = 3  # forward, gradient of the inputs, gradient of the weights
 
@@ -29,51 +35,79 @@ class FlopsPerToken:
     query_key_value: float
     """2 L h (n + 2g) d."""
     attention_scores: float
-    """Scores and weighted sum: 2 L n d (s + 1), or 4 L n d s for the full square."""
+    """Scores and weighted sum: 2 L n d (s + 1) behind one another, 4 L n d s for the full square."""
     projection: float
     """2 L n d h."""
+    cross_attention: float
+    """M (4 h n d r + 4 h g d s + 4 n d r s) / (s + r): query and projection, key and value, scores and weighted sum."""
     mlp: float
-    """4 L h f, or 6 L h f for SwiGLU."""
+    """4 L h f, or 6 L h f with a gate."""
     head: float
-    """2 h v."""
+    """2 h v, and 2 h^2 of a transform ahead of it."""
 
     @property
     def forward(self) -> float:
-        return self.query_key_value + self.attention_scores + self.projection + self.mlp + self.head
+        return (
+            self.query_key_value + self.attention_scores + self.projection + self.cross_attention + self.mlp + self.head
+        )
 
     @property
     def training(self) -> float:
         return PASSES * self.forward
 
 
-def itemised_flops(model: ModelConfig, seq_length: int, vocab_size: int, *, causal: bool = True) -> FlopsPerToken:
+def itemised_flops(
+    model: ModelConfig, seq_length: int, vocab_size: int, *, decoder_seq_length: int | None = None, causal: bool = True
+) -> FlopsPerToken:
     """Forward FLOPs per token.
 
     Args:
+        seq_length: positions of the only stack, or of the encoder.
         vocab_size: true vocabulary; padded columns of the head are not work that the model needs.
-        causal: count only the scores below the diagonal.
+        decoder_seq_length: positions of the decoder of an encoder_decoder; None = there is no such stack.
+        causal: count only the scores below the diagonal of a decoder.
     """
     model = complete_model(model)
     assert model.num_query_groups is not None
     assert model.head_size is not None
     assert model.ffn_hidden_size is not None
-    layers, hidden = model.num_layers, model.hidden_size
-    heads = model.num_attention_heads * model.head_size
+    first, second = seq_length, decoder_seq_length or 0
+    layers, decoder_layers = model.num_layers, model.num_decoder_layers or 0
+    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_size
     keys_and_values = 2 * model.num_query_groups * model.head_size
-    positions = (seq_length + 1) / 2 if causal else seq_length
-    matrices = 3 if model.activation is Activation.swiglu else 2
+    positions = layers * first + decoder_layers * second  # of a sample, each as often as a layer works on it
+    first_is_causal = causal and model.architecture is Architecture.decoder
+    pairs = layers * _pairs(first, causal=first_is_causal) + decoder_layers * _pairs(second, causal=causal)
+    cross_weights = hidden * (2 * heads * second + keys_and_values * first)
+    transform = hidden * hidden if model.head_transform else 0
+    matrices = 3 if model.activation.is_gated else 2
+    per_token = 2 / (first + second)  # two FLOPs a multiply-add
     return FlopsPerToken(
-        query_key_value=2 * layers * hidden * (heads + keys_and_values),
-        attention_scores=2 * 2 * layers * heads * positions,
-        projection=2 * layers * heads * hidden,
-        mlp=2 * layers * matrices * hidden * model.ffn_hidden_size,
-        head=2 * hidden * vocab_size,
+        query_key_value=per_token * positions * hidden * (heads + keys_and_values),
+        attention_scores=per_token * 2 * heads * pairs,
+        projection=per_token * positions * heads * hidden,
+        cross_attention=per_token * decoder_layers * (cross_weights + 2 * heads * first * second),
+        mlp=per_token * positions * matrices * hidden * model.ffn_hidden_size,
+        head=per_token * (second or first) * (hidden * vocab_size + transform),
     )
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, vocab_size: int) -> float:
+def _pairs(length: int, *, causal: bool) -> float:
+    """Positions that look at a position, counted in pairs."""
+    return length * (length + 1) / 2 if causal else length * length
+
+
+def flops_per_token(
+    model: ModelConfig, seq_length: int, vocab_size: int, *, decoder_seq_length: int | None = None
+) -> float:
     """FLOPs of one token's forward and backward pass: the numerator of MFU."""
-    return itemised_flops(model, seq_length, vocab_size).training
+    return itemised_flops(model, seq_length, vocab_size, decoder_seq_length=decoder_seq_length).training
+
+
+def flops_of_run(config: RunConfig, vocab_size: int) -> FlopsPerToken:
+    """Of a token of this configuration: objective and model decide its two lengths."""
+    length = config.data.seq_length
+    return itemised_flops(config.model, length, vocab_size, decoder_seq_length=decoder_length(config.objective, length))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.parallel.context import ParallelContext
 
 
@@ -16,11 +16,27 @@ def normalise(batches: Sequence[MicroBatch], context: ParallelContext) -> list[M
 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by
     (micro-batches x ranks / total weight), that average equals Σ weight x loss / Σ weight of the whole global batch
-    (transformers PR 34191 tells what happens otherwise). One scalar all-reduce over the data-parallel group.
+    (transformers PR 34191 tells what happens otherwise). The classes of whole samples have weights of their own. One
+    all-reduce of at most two numbers over the data-parallel group.
     """
-    total = torch.stack([batch.loss_weights.sum() for batch in batches]).sum().to(context.device)
+    weights = [[w for w in (b.loss_weights, b.sequence_weights) if w is not None] for b in batches]
+    totals = torch.stack([torch.stack([w.sum() for w in kinds]).sum() for kinds in zip(*weights, strict=True)])
+    totals = totals.to(context.device)  # [1 or 2]
     if context.data_group is not None:
-        dist.all_reduce(total, group=context.data_group)
+        dist.all_reduce(totals, group=context.data_group)
     # A batch without any counted token has loss 0 and no gradient, rather than a division by zero.
-    scale = (len(batches) * context.data_size / total.clamp(min=1e-20)).cpu()
-    return [batch._replace(loss_weights=batch.loss_weights * scale) for batch in batches]
+    scales = (len(batches) * context.data_size / totals.clamp(min=1e-20)).cpu()
+    return [_scaled(batch, scales) for batch in batches]
+
+
+def _scaled(batch: MicroBatch, scales: torch.Tensor) -> MicroBatch:
+    batch = batch._replace(loss_weights=batch.loss_weights * scales[0])
+    if batch.sequence_weights is None:
+        return batch
+    return batch._replace(sequence_weights=batch.sequence_weights * scales[1])
+
+
+def targets_of(batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    """What the loss compares the model's output with."""
+    targets = (batch.labels, batch.loss_weights, batch.sequence_labels, batch.sequence_weights)
+    return tuple(tensor for tensor in targets if tensor is not None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint import native
+from megatron_lite.config.derived import tokens_per_sample
 from megatron_lite.observe.progress import Progress, StepFigures, validation_line
 from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
@@ -23,8 +24,8 @@ class Report:
     peak_flops: float  # dense, of all devices of the job together
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        seq_length = trainer.config.data.seq_length
-        tokens = record.batch.global_batch_size * seq_length
+        sample_tokens = tokens_per_sample(trainer.config)
+        tokens = record.batch.global_batch_size * sample_tokens
         speed = Throughput.of(tokens, record.step_seconds, self.flops_per_token, self.peak_flops)
         if record.step % trainer.config.train.log_interval == 0 or record.step == trainer.config.train.steps:
             samples = record.batch.first_sample + record.batch.global_batch_size
@@ -35,7 +36,7 @@ class Report:
                     "grad_norm": record.result.grad_norm,
                     "learning_rate": record.learning_rate,
                     "samples": samples,
-                    "tokens": samples * seq_length,
+                    "tokens": samples * sample_tokens,
                     "global_batch_size": record.batch.global_batch_size,
                     "tokens_per_second": speed.tokens_per_second,
                     "model_flops_utilization": speed.model_flops_utilization,
@@ -55,7 +56,7 @@ class Report:
 
 @dataclass
 class Validate:
-    """Validation loss at intervals and at the end."""
+    """Validation loss and accuracy at intervals and at the end."""
 
     trackers: Trackers
     progress: Progress
@@ -64,12 +65,18 @@ class Validate:
         interval = trainer.config.train.eval_interval
         if record.step != trainer.config.train.steps and (interval == 0 or record.step % interval):
             return
-        loss = trainer.evaluate()
-        trainer.summary["validation_loss"] = loss
-        self.trackers.event(
-            "evaluation", record.step, {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
-        )
-        self.progress.line(validation_line(record.step, loss, perplexity(loss)))
+        found = trainer.evaluate()
+        trainer.summary["validation_loss"] = found.loss
+        figures = {
+            "validation_loss": found.loss,
+            "validation_token_loss": found.token_loss,
+            "validation_perplexity": perplexity(found.token_loss),
+            "validation_accuracy": found.accuracy,
+        }
+        if found.sequence_accuracy is not None:
+            figures["validation_sequence_accuracy"] = found.sequence_accuracy
+        self.trackers.event("evaluation", record.step, figures)
+        self.progress.line(validation_line(record.step, found.loss, perplexity(found.token_loss), found.accuracy))
 
 
 @dataclass

@@ -20,25 +20,25 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec as PipeLayerSpec
-from deepspeed.pipe import PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.errors import CheckpointError, LaunchError, TrainingError
-from megatron_lite.models.flat import FlatModel
+from megatron_lite.models.activations import Wire
+from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.loss import Hits, Outputs
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.topology import stage_bounds
-from megatron_lite.train.batches import normalise
+from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
+from megatron_lite.train.setup import Task
+from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
 # What DeepSpeed would otherwise import and probe in every rank, done once, before a launcher forks. Its Muon, which
 # is not offered, is decorated with torch.compile, whose first use imports the whole compiler: 6 CPU-seconds a rank.
@@ -62,6 +62,16 @@ class StepResult:
     loss_scale: float  # 1 unless fp16
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How well the model predicts held-out samples; equal on every rank. Fractions are over what the loss counts."""
+
+    loss: float  # what is minimised: nats per token, plus nats per sample where samples have a class
+    token_loss: float  # nats per token alone
+    accuracy: float  # fraction of tokens whose label has the largest logit
+    sequence_accuracy: float | None = None  # of the samples' classes; None = they have none
+
+
 class Engine(ABC):
     """A model under training."""
 
@@ -69,14 +79,14 @@ class Engine(ABC):
         self,
         config: RunConfig,
         context: ParallelContext,
-        specs: Sequence[LayerSpec],
-        loss: TokenLoss,
+        task: Task,
         global_batch_size: int,
     ) -> None:
         """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
         self.config = config
         self.context = context
-        self.loss = loss
+        self.loss = task.loss
+        self.specs = task.specs
         self.dtype = DTYPES[config.train.precision]
         self.gradient_hooks: list[Callable[[], None]] = []
         """Called between the last reduction of a step and clipping."""
@@ -85,7 +95,7 @@ class Engine(ABC):
         require_right_deepspeed(deepspeed.__version__)
         if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
-        self.module, grid = self._wrap(specs)
+        self.module, grid = self._wrap(self.specs)
         self.deepspeed_engine = self._initialize(grid)
 
     @abstractmethod
@@ -112,13 +122,26 @@ class Engine(ABC):
             loss_scale=self._loss_scale(),
         )
 
-    def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
-        """Mean loss in nats per token over the micro-batches of all data-parallel ranks; equal on every rank."""
+    def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
+        """Over the micro-batches of all data-parallel ranks. A collective of all ranks."""
         if self.context.is_last_stage:
             batches = normalise(batches, self.context)
         self.module.eval()
+        self.loss.hits = hits = Hits.none(self.context.device)
         with torch.no_grad():
-            return self._evaluate(batches, num_micro_batches)
+            loss = self._evaluate(batches, num_micro_batches)
+        self.loss.hits = None
+        (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
+        tokens = max(tokens, 1e-20)
+        return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
+
+    def _hits_of_job(self, hits: Hits) -> torch.Tensor:
+        """[2, 3]: `Hits` of the last stage, summed over all data-parallel ranks."""
+        counts = torch.stack([hits.tokens, hits.sequences])
+        if self.context.data_group is not None:
+            dist.all_reduce(counts, group=self.context.data_group)
+        dist.broadcast(counts, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
+        return counts
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """This stage's raw gradients by global name; only within a gradient hook. A collective of the stage's ranks."""
@@ -142,8 +165,13 @@ class Engine(ABC):
         return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
 
     @abstractmethod
-    def forward_local(self, activations: torch.Tensor) -> torch.Tensor:
-        """This stage's layers, for inference: the stage's input to its output."""
+    def forward_local(self, sent: Sent) -> Outputs | Sent:
+        """This stage's layers, for inference: what `wire_in` packs -> what goes to the next stage, or the outputs."""
+
+    @property
+    @abstractmethod
+    def wire_in(self) -> Wire:
+        """How this stage's input is packed: the batch on the first stage."""
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's own files below folder/tag; a collective of all ranks."""
@@ -183,6 +211,9 @@ class Engine(ABC):
             dist_init_required=False,
         )
         _forget_empty_step(engine.optimizer)
+        if self.context.data_size == 1 and self.dtype is torch.bfloat16:
+            # It would flatten all fp32 gradients, sum them over one rank and copy them back: 2 % of a one-rank step.
+            engine.pipeline_enable_backward_allreduce = False
         self._insert_before(engine.optimizer)
         return engine
 
@@ -223,25 +254,39 @@ class Engine(ABC):
 class PipelinedEngine(Engine):
     """Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
 
+    module: StagedModule
+
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        return _StagedModule(specs, self.config.model.num_layers, self.context, self.loss), None
+        self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
+        return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
 
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.deepspeed_engine.train_batch(_as_pairs(batches)))
+        return float(self.deepspeed_engine.train_batch(self._as_pairs(batches)))
 
     def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
-        return float(self.deepspeed_engine.eval_batch(_as_pairs(batches), num_micro_batches=num_micro_batches))
+        return float(self.deepspeed_engine.eval_batch(self._as_pairs(batches), num_micro_batches=num_micro_batches))
 
-    def forward_local(self, activations: torch.Tensor) -> torch.Tensor:
-        return self.module(activations)
+    def forward_local(self, sent: Sent) -> Outputs | Sent:
+        return self.module(sent)
+
+    @property
+    def wire_in(self) -> Wire:
+        return self.module.wire_in
+
+    def _as_pairs(self, batches: Sequence[MicroBatch]) -> Any:
+        """The (inputs, labels) iterator that PipelineEngine pulls from."""
+        return iter(
+            [(self._first_wire.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches]
+        )
 
 
 class FlatEngine(Engine):
     """ZeRO-2 and ZeRO-3 without a pipeline."""
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        self._wire = first_wire(specs, self.config.model.hidden_size, self.context)
         needs_grid = self.context.tensor_size > 1
-        grid = PipelineParallelGrid(topology=_deepspeed_topology(self.context)) if needs_grid else None
+        grid = PipelineParallelGrid(topology=deepspeed_topology(self.context)) if needs_grid else None
         return FlatModel(specs).to(self.context.device), grid
 
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
@@ -261,13 +306,18 @@ class FlatEngine(Engine):
             total += self._micro_batch_loss(batch)
         return self._mean_over_job(total / num_micro_batches)
 
-    def forward_local(self, activations: torch.Tensor) -> torch.Tensor:
-        return self.deepspeed_engine(activations)
+    def forward_local(self, sent: Sent) -> Outputs | Sent:
+        x = self._wire.unpack(sent)
+        return self.deepspeed_engine(*(getattr(x, field.name) for field in self.specs[0].takes or ()))
+
+    @property
+    def wire_in(self) -> Wire:
+        return self._wire
 
     def _micro_batch_loss(self, batch: MicroBatch) -> torch.Tensor:
         device = self.context.device
-        logits = self.deepspeed_engine(batch.tokens.to(device))  # [b, s, v/t]
-        return self.loss(logits, (batch.labels.to(device), batch.loss_weights.to(device)))
+        outputs = self.deepspeed_engine(*(tensor.to(device) for tensor in batch.inputs))
+        return self.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(batch)))
 
     def _mean_over_job(self, loss: torch.Tensor) -> float:
         if self.context.data_group is not None:
@@ -288,73 +338,10 @@ def require_right_deepspeed(version: str) -> None:
         )
 
 
-def build_engine(
-    config: RunConfig,
-    context: ParallelContext,
-    specs: Sequence[LayerSpec],
-    loss: TokenLoss,
-    *,
-    global_batch_size: int,
-) -> Engine:
+def build_engine(config: RunConfig, context: ParallelContext, task: Task, *, global_batch_size: int) -> Engine:
     """The engine for this ZeRO stage; a collective of all ranks."""
     engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
-    return engine(config, context, specs, loss, global_batch_size)
-
-
-class _StagedModule(PipelineModule):
-    """The layer list as DeepSpeed's pipeline module, cut where our own arithmetic says.
-
-    DeepSpeed's own partitioners build every layer on every rank, or count types by regular expression; the planner
-    needs the same answer without building anything.
-    """
-
-    def __init__(self, specs: Sequence[LayerSpec], num_layers: int, context: ParallelContext, loss: TokenLoss) -> None:
-        names = [spec.name for spec in specs]
-        first_block = names.index("layers.0")
-        self._bounds = stage_bounds(
-            num_layers,
-            context.pipeline_size,
-            num_before=first_block,
-            num_after=len(specs) - first_block - num_layers,
-        )
-        super().__init__(
-            layers=[_LaterTiedLayer(spec) if spec.tied else _LaterLayer(spec) for spec in specs],
-            topology=_deepspeed_topology(context),
-            loss_fn=loss,
-            activation_checkpoint_interval=0,
-        )
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = self._bounds
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-
-class _LaterLayer(PipeLayerSpec):
-    """DeepSpeed builds the layers of its own stage only, by calling this."""
-
-    def __init__(self, spec: LayerSpec) -> None:
-        super().__init__(nn.Module)
-        self.spec = spec
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.spec.build()
-
-
-class _LaterTiedLayer(TiedLayerSpec):
-    """The same for a module that several layers share; DeepSpeed sums its gradient over the stages that hold it."""
-
-    def __init__(self, spec: LayerSpec) -> None:
-        super().__init__(spec.tied, nn.Module, forward_fn=spec.forward, tied_weight_attr="weight")
-        self.spec = spec
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.spec.build()
-
-
-def _deepspeed_topology(context: ParallelContext) -> PipeModelDataParallelTopology:
-    return PipeModelDataParallelTopology(
-        num_pp=context.pipeline_size, num_mp=context.tensor_size, num_dp=context.data_size
-    )
+    return engine(config, context, task, global_batch_size)
 
 
 def _defer_scale_update(optimizer: Any) -> Callable[[], None]:
@@ -386,8 +373,3 @@ def _forget_empty_step(optimizer: Any) -> None:
     for state in getattr(optimizer, "optimizer", optimizer).state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
-
-
-def _as_pairs(batches: Sequence[MicroBatch]) -> Any:
-    """The (inputs, labels) iterator that PipelineEngine pulls from."""
-    return iter([(batch.tokens, (batch.labels, batch.loss_weights)) for batch in batches])

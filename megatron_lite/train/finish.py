@@ -7,14 +7,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_lite.config.frozen import frozen_path
-from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.prepared import PreparedData
+from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.plot import plot_run
 from megatron_lite.observe.summary import RunSummary, show_summary
+
+BASELINE_EVENT = "baseline"
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,19 @@ class Outcome:
 
     checkpoint: Path
     started: float  # time.monotonic() of this attempt's start
+    prompt: str = ""
     sample: str = ""
     done: bool = False  # nothing was left to train
 
 
-def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, console: Console, outcome: Outcome) -> None:
+def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
     """Draw the loss curve and print the summary; on the writing rank only."""
     metrics = read_metrics(run_dir / METRICS_FILE)
-    evaluations = [event for event in read_metrics(run_dir / EVENTS_FILE) if event["event"] == "evaluation"]
+    events = read_metrics(run_dir / EVENTS_FILE)
+    evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
     plot = None
     if config.tracking.plot:
-        plot = plot_run(run_dir, title=run_dir.name, unigram_entropy_nats=prepared.unigram_entropy_nats)
+        plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
@@ -45,13 +49,19 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
             steps=config.train.steps,
             first_loss=first.get("loss"),
             last_loss=last.get("loss"),
-            validation_loss=evaluations[-1]["validation_loss"] if evaluations else None,
-            unigram_entropy_nats=prepared.unigram_entropy_nats,
+            validation_loss=evaluation.get("validation_loss"),
+            validation_token_loss=evaluation.get("validation_token_loss"),
+            validation_accuracy=evaluation.get("validation_accuracy"),
+            sequence_accuracy=evaluation.get("validation_sequence_accuracy"),
+            unigram_label="unigram entropy" if config.objective.name is ObjectiveName.causal_lm else "frequencies",
+            unigram_entropy_nats=baseline.get("entropy_nats"),
+            unigram_accuracy=baseline.get("accuracy"),
             tokens=last.get("tokens"),
             seconds=None if outcome.done else time.monotonic() - outcome.started,
             tokens_per_second=tokens / seconds if seconds else None,
+            data_wait=sum(entry["data_seconds"] for entry in steady) / seconds if seconds else None,
             model_flops_utilization=last.get("model_flops_utilization"),
-            prompt=config.train.generate_prompt if outcome.sample else "",
+            prompt=outcome.prompt,
             sample=outcome.sample,
             plot=plot,
             metrics=run_dir / METRICS_FILE,
@@ -61,6 +71,10 @@ def show_outcome(config: RunConfig, prepared: PreparedData, run_dir: Path, conso
             note=_already_done(config) if outcome.done else "",
         ),
     )
+
+
+def _last(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == name), {})
 
 
 def _command(config: RunConfig, run_dir: Path) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
-from megatron_lite.train.engine import Engine, StepResult
+from megatron_lite.train.engine import Engine, Evaluation, StepResult
 
 
 class BatchSource(Protocol):
@@ -81,6 +81,6 @@ class Trainer:
             data_seconds=data_end - start,
         )
 
-    def evaluate(self) -> float:
-        """Validation loss in nats per token; a collective of all ranks."""
+    def evaluate(self) -> Evaluation:
+        """On the held-out samples; a collective of all ranks."""
         return self.engine.evaluate(self.source.validation(), self.source.num_validation_micro_batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,32 @@ import torch.distributed as dist
 from megatron_lite.checkpoint import native
 from megatron_lite.checkpoint.native import checkpoint_name
 from megatron_lite.config.derived import run_directory
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import PreparedData, load_prepared
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.planning.flops import flops_per_token
+from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
+from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import Report, Save, Validate
 from megatron_lite.train.engine import Engine, build_engine
-from megatron_lite.train.finish import Outcome, show_outcome
+from megatron_lite.train.finish import BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Callback, Trainer
 from megatron_lite.train.peak import job_peak_flops
+from megatron_lite.train.preview import preview
+from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
+
+BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,14 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def train(config: RunConfig, *, objective: str) -> None:
+def train(config: RunConfig) -> None:
     """Train one run to its end in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
         config: resolved, and its data prepared.
-        objective: what the entry script trains for: `causal_lm`.
     Raises:
         MegatronLiteError: anything that the user can mend.
     """
-    if objective != "causal_lm":
-        raise ValueError(f"no objective {objective!r}")
     started = time.monotonic()
     folder = run_directory(config)
     environment = distributed.ProcessEnvironment.read()
@@ -92,12 +93,14 @@ def _attempt(run: Run) -> None:
     found = _newest_checkpoint(info, run)
     if found and found[1].step >= run.config.train.steps:
         if run.context.is_writer:
-            show_outcome(run.config, run.prepared, run.folder, run.console, Outcome(found[0], run.started, done=True))
+            show_outcome(run.config, run.folder, run.console, Outcome(found[0], run.started, done=True))
         return
     first_step = found[1].step if found else 0
     schedule = BatchSchedule(run.config.train)
-    source = ShardSource(run.prepared, run.config, run.context)
-    engine = _build_engine(run, schedule)
+    task = build_task(run.config, run.context, run.prepared.vocabulary)
+    source = ShardSource(run.prepared, run.config, task.objective, run.context)
+    first_batch = schedule.at(0).global_batch_size
+    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch)
     if found:
         native.load(engine, found[0])
     trackers = build_trackers(
@@ -105,22 +108,23 @@ def _attempt(run: Run) -> None:
     )
     summary: dict[str, Any] = {}
     try:
-        _announce(run, trackers, first_step)
+        _announce(run, trackers, source, first_step)
         with _progress(run, first_step) as progress:
             callbacks = _callbacks(run, trackers, progress, info)
             trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary)
             trainer.fit()
-        sample = _sample(run, engine)
+        prompt, sample = _sample(run, engine, source)
+        _record_baseline(run, trackers, source)
         trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
     finally:
         trackers.finish(summary)
     if run.context.is_writer:
-        outcome = Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, sample)
-        show_outcome(run.config, run.prepared, run.folder, run.console, outcome)
+        outcome = Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, prompt, sample)
+        show_outcome(run.config, run.folder, run.console, outcome)
 
 
 def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> list[Callback]:
-    flops = flops_per_token(run.config.model, run.config.data.seq_length, run.prepared.vocab_size)
+    flops = flops_of_run(run.config, run.prepared.vocab_size).training
     return [
         Report(trackers, progress, flops, run.peak_flops),
         Validate(trackers, progress),
@@ -136,14 +140,6 @@ def _progress(run: Run, first_step: int) -> Progress:
         log_interval=run.config.train.log_interval,
         enabled=run.config.tracking.progress and run.context.is_writer,
     )
-
-
-def _build_engine(run: Run, schedule: BatchSchedule) -> Engine:
-    vocab_size = run.prepared.vocab_size
-    specs = gpt_layers(run.config.model, run.context, vocab_size=vocab_size, recompute=run.config.parallel.recompute)
-    loss = TokenLoss(run.context, vocab_size)
-    first_batch = schedule.at(0).global_batch_size
-    return build_engine(run.config, run.context, specs, loss, global_batch_size=first_batch)
 
 
 def _checkpoint_info(run: Run) -> native.CheckpointInfo:
@@ -180,7 +176,7 @@ def _newest_checkpoint(info: native.CheckpointInfo, run: Run) -> tuple[Path, nat
     return answer[0]  # type: ignore[return-value]
 
 
-def _announce(run: Run, trackers: Trackers, first_step: int) -> None:
+def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int) -> None:
     kind = "resume" if first_step else "start"
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
@@ -188,18 +184,22 @@ def _announce(run: Run, trackers: Trackers, first_step: int) -> None:
     if first_step:
         run.console.print(f"resuming after step {first_step}")
     seconds = time.monotonic() - run.started
+    if source.skipped_documents:
+        run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")
     run.console.print(
         f"{run.prepared.train_tokens:,} training tokens, {run.prepared.validation_tokens:,} for validation; "
         f"ranks ready after {seconds:.1f} s"
     )
 
 
-def _sample(run: Run, engine: Engine) -> str:
-    """What the model writes after train.generate_prompt; empty without a tokenizer. A collective of all ranks."""
+def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
+    """Prompt and what the model makes of it; empty without a tokenizer. A collective of all ranks."""
     train = run.config.train
     tokenizer = run.prepared.open_tokenizer()
     if tokenizer is None or train.generate_tokens == 0:
-        return ""
+        return "", ""
+    if run.config.model.architecture is not Architecture.decoder:
+        return "", preview(engine, _agreed_example(run, source), tokenizer)
     prompt = tokenizer.encode(train.generate_prompt)
     tokens = generate(
         engine,
@@ -209,4 +209,28 @@ def _sample(run: Run, engine: Engine) -> str:
         vocab_size=run.prepared.vocab_size,
         stop_id=run.prepared.eod_id,
     )
-    return tokenizer.decode(tokens[len(prompt) :])
+    return train.generate_prompt, tokenizer.decode(tokens[len(prompt) :])
+
+
+def _agreed_example(run: Run, source: ShardSource) -> Example:
+    """The first held-out sample, from the writing rank: not every stage reads."""
+    answer: list[Example | None] = [None]
+    if run.context.is_writer:
+        answer = list(source.examples(training=False, count=1))
+    dist.broadcast_object_list(answer)
+    assert answer[0] is not None
+    return answer[0]
+
+
+def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:
+    """What the labels' frequencies alone are worth; on the writing rank, which is on the first stage and so reads."""
+    if not run.context.is_writer:
+        return
+    found = label_baseline(
+        source.examples(training=True, count=BASELINE_SAMPLES),
+        source.examples(training=False, count=BASELINE_SAMPLES // 10),
+        run.prepared.vocabulary,
+    )
+    if run.config.objective.name is ObjectiveName.causal_lm:  # known exactly, of all tokens
+        found = replace(found, entropy_nats=run.prepared.unigram_entropy_nats, loss=run.prepared.unigram_entropy_nats)
+    trackers.event(BASELINE_EVENT, run.config.train.steps, asdict(found))

@@ -12,20 +12,27 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_lite.config.lengths import sentinels_needed
 from megatron_lite.config.schema import Recompute, RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.batch import MicroBatch, stack
+from megatron_lite.data.sampler import stream_key
+from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.objectives.base import Example, Objective, SentencePair, Text, WindowShape
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.batches import normalise
+from megatron_lite.parallel.sharding import join_slices
+from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.engine import Engine, build_engine
+from megatron_lite.train.setup import build_task
 
 TOLERANCE = 1e-5
 """Largest relative difference in fp32: of a parameter's raw gradient, of the gradient norm, of a step's loss."""
@@ -40,43 +47,91 @@ class Trace:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
 
 
-def synthetic_sample(index: int, config: RunConfig, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample `index`: tokens [s + 1], and loss weights [s] of which a share that differs by sample is zero.
+SYNTHETIC_ROLES = (
+    "eod",
+    "cls",
+    "sep",
+    "mask",
+    "pad",
+    "mode_r",
+    "mode_s",
+    "mode_x",
+    "fim_prefix",
+    "fim_suffix",
+    "fim_middle",
+)
 
-    Token k is drawn in proportion to 1 / (k + 1), as words are, so that there is something to learn.
+
+def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
+    """Tokens without text: the first ids have the special roles, of the rest a tenth are sentinels, or more if needed.
+
+    Args:
+        num_sentinels: that the objective needs.
+    Raises:
+        ConfigError: there is no room for them.
     """
-    generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + index)
-    zipf = 1.0 / torch.arange(1, vocab_size + 1)
-    tokens = torch.multinomial(zipf, config.data.seq_length + 1, replacement=True, generator=generator)
-    keep = torch.rand(config.data.seq_length, generator=generator) < (index % 5 + 1) / 6
-    return tokens, keep.float()
+    roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
+    ordinary = len(roles) + max(min(100, size // 10), num_sentinels)
+    if ordinary >= size:
+        raise ConfigError(
+            f"model.vocab_size={size} has no room for {len(roles)} special tokens, {num_sentinels} sentinels and text; "
+            f"use {ordinary + 1} or more"
+        )
+    is_special = np.arange(size) < ordinary
+    special = SpecialTokens(**roles, sentinels=tuple(range(len(roles), ordinary)))
+    return Vocabulary(size, special, is_special, begins_word=np.arange(size) % 3 > 0)
+
+
+class SyntheticSamples:
+    """Samples of an objective over text that is drawn from (seed, index), with uneven loss weights."""
+
+    def __init__(self, objective: Objective, vocabulary: Vocabulary, seed: int) -> None:
+        assert vocabulary.is_special is not None
+        self._objective = objective
+        self._first = int(np.flatnonzero(~vocabulary.is_special)[0])
+        self._eod = SYNTHETIC_ROLES.index("eod")
+        self._weights = 1.0 / torch.arange(1, vocabulary.size - self._first + 1)
+        self._seed = seed
+
+    def example(self, index: int) -> Example:
+        """Sample `index`, of whose tokens a share that differs by sample has no weight."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        example = self._objective.example(self._text(generator), stream_key(self._seed, index))
+        keep = torch.rand(len(example.labels), generator=generator) < (index % 5 + 2) / 7
+        return example._replace(loss_weights=example.loss_weights * keep.numpy())
+
+    def _text(self, generator: torch.Generator) -> Text | SentencePair:
+        shape = self._objective.shape
+        tokens = self._tokens(shape.tokens, generator)
+        if isinstance(shape, WindowShape):
+            tokens[shape.tokens // 2] = self._eod  # two documents
+            starts = np.arange(0, shape.tokens, 5)
+            return Text(tokens, starts if shape.sentences else None)
+        first, second, is_next = torch.randint(1, shape.tokens // 2 + 1, (3,), generator=generator).tolist()
+        return SentencePair(tokens[:first], tokens[first : first + second], bool(is_next % 2))
+
+    def _tokens(self, count: int, generator: torch.Generator) -> npt.NDArray[np.int64]:
+        """Token k is drawn in proportion to 1 / (k + 1), as words are, so that there is something to learn."""
+        drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        return (self._first + drawn).numpy()
 
 
 def synthetic_batches(
-    first_sample: int, num_micro_batches: int, config: RunConfig, vocab_size: int
+    objective: Objective, vocabulary: Vocabulary, first_sample: int, num_micro_batches: int, config: RunConfig
 ) -> list[MicroBatch]:
     """Consecutive samples as micro-batches."""
     size = config.train.micro_batch_size
-    batches = []
-    for start in range(first_sample, first_sample + num_micro_batches * size, size):
-        samples = [synthetic_sample(index, config, vocab_size) for index in range(start, start + size)]
-        tokens = torch.stack([tokens for tokens, _ in samples])  # [b, s + 1]
-        weights = torch.stack([weights for _, weights in samples])  # [b, s]
-        batches.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights))
-    return batches
+    samples = SyntheticSamples(objective, vocabulary, config.train.seed)
+    starts = range(first_sample, first_sample + num_micro_batches * size, size)
+    return [stack([samples.example(index) for index in range(start, start + size)]) for start in starts]
 
 
 def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int) -> Trace:
     """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks."""
-    specs = gpt_layers(config.model, context, vocab_size=vocab_size, recompute=config.parallel.recompute)
+    vocabulary = _vocabulary(config, vocab_size)
+    task = build_task(config, context, vocabulary)
     schedule = BatchSchedule(config.train)
-    engine = build_engine(
-        config,
-        context,
-        specs,
-        TokenLoss(context, vocab_size),
-        global_batch_size=schedule.at(0).global_batch_size,
-    )
+    engine = build_engine(config, context, task, global_batch_size=schedule.at(0).global_batch_size)
     trace = Trace()
     engine.gradient_hooks.append(lambda: _record_first(engine, trace))
     for step in range(num_steps):
@@ -84,7 +139,9 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
         num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
         reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
-        micro_batches = synthetic_batches(own_first, num_micro_batches, config, vocab_size) if reads else []
+        micro_batches = (
+            synthetic_batches(task.objective, vocabulary, own_first, num_micro_batches, config) if reads else []
+        )
         learning_rate = learning_rate_at(step + 1, config.optimizer, config.train.steps)
         result = engine.train_step(micro_batches, batch, learning_rate)
         trace.losses.append(result.loss)
@@ -92,28 +149,33 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
     return trace
 
 
+def _vocabulary(config: RunConfig, size: int) -> Vocabulary:
+    return synthetic_vocabulary(size, sentinels_needed(config.objective, config.data.seq_length))
+
+
 def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
     """The same training by one process and torch alone."""
+    vocabulary = _vocabulary(config, vocab_size)
     context = ParallelContext.single(seed=config.train.seed, device=device)
-    model = FlatModel(gpt_layers(config.model, context, vocab_size=vocab_size, recompute=Recompute.none)).to(device)
+    plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
+    task = build_task(plain, context, vocabulary)
+    model = FlatModel(task.specs).to(device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, context)
-    loss_function = TokenLoss(context, vocab_size)
     schedule = BatchSchedule(config.train)
     trace = Trace()
     for step in range(num_steps):
         batch = schedule.at(step)
-        micro_batches = synthetic_batches(
-            batch.first_sample, batch.global_batch_size // config.train.micro_batch_size, config, vocab_size
-        )
+        count = batch.global_batch_size // config.train.micro_batch_size
+        micro_batches = synthetic_batches(task.objective, vocabulary, batch.first_sample, count, config)
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
         loss = 0.0
         for micro_batch in normalise(micro_batches, context):
-            micro_batch = MicroBatch(*(tensor.to(device) for tensor in micro_batch))
-            part = loss_function(model(micro_batch.tokens), (micro_batch.labels, micro_batch.loss_weights))
-            (part / len(micro_batches)).backward()
-            loss += part.item() / len(micro_batches)
+            outputs = model(*(tensor.to(device) for tensor in micro_batch.inputs))
+            part = task.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(micro_batch)))
+            (part / count).backward()
+            loss += part.item() / count
         if step == 0:
-            trace.gradients = _full_gradients_of_one_rank(model, vocab_size)
+            trace.gradients = _full_gradients_of_one_rank(model)
         trace.grad_norms.append(_clip(model, config.optimizer.clip_grad_norm))
         trace.losses.append(loss)
         for group in optimizer.param_groups:
@@ -193,10 +255,9 @@ def _clip(model: FlatModel, largest: float) -> float:
     return norm
 
 
-def _full_gradients_of_one_rank(model: FlatModel, vocab_size: int) -> dict[str, torch.Tensor]:
+def _full_gradients_of_one_rank(model: FlatModel) -> dict[str, torch.Tensor]:
     found = {}
     for parameter in model.parameters():
-        assert parameter.grad is not None
-        rows = parameter.shard_spec.full_shape[0]
-        found[parameter.global_name] = parameter.grad[:rows].cpu().clone()
+        assert parameter.grad is not None, f"{parameter.global_name} got no gradient"
+        found[parameter.global_name] = join_slices([parameter.grad], parameter.shard_spec).cpu().clone()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -13,19 +14,25 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import megatron_lite.models.norms
-import megatron_lite.objectives.causal_lm
+import megatron_lite.objectives.loss
+import megatron_lite.parallel.collectives
 import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
+import megatron_lite.train.batches
 import megatron_lite.train.engine
+import megatron_lite.train.generate
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.objectives.causal_lm import TokenLoss
+from megatron_lite.data.batch import MicroBatch
+from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.engine import Engine, build_engine
+from megatron_lite.train.engine import Engine, Evaluation, build_engine
 from megatron_lite.train.generate import generate
-from megatron_lite.train.verify import Trace, synthetic_batches, trace_layout
+from megatron_lite.train.preview import predicted_tokens
+from megatron_lite.train.relay import forward_through_stages
+from megatron_lite.train.setup import build_task
+from megatron_lite.train.verify import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 
 
 def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
@@ -36,16 +43,14 @@ def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: st
 
 def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
     """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
-    engine = _engine(config, vocab_size)
+    engine, batches_from = _engine(config, vocab_size)
     context, batch_size = engine.context, config.train.global_batch_size
     own = batch_size // (context.data_size * config.train.micro_batch_size)
     records = []
     for step in range(num_steps):
         first = step * batch_size
         before = engine.full_weights()
-        batches = synthetic_batches(
-            first + context.data_rank * own * config.train.micro_batch_size, own, config, vocab_size
-        )
+        batches = batches_from(first + context.data_rank * own * config.train.micro_batch_size, own)
         result = engine.train_step(batches, BatchStep(first, batch_size), 1e-3)
         after = engine.full_weights()
         changed = any(not torch.equal(before[name], after[name]) for name in before)
@@ -55,11 +60,11 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
 
 def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, float]]:
     """Of each step of plain SGD: how far it moved the weights over (learning rate x gradient norm), and the scale."""
-    engine = _engine(config, vocab_size)
+    engine, batches_from = _engine(config, vocab_size)
     batch_size = config.train.global_batch_size
     records = []
     for step in range(config.train.steps):
-        batches = synthetic_batches(0, batch_size // config.train.micro_batch_size, config, vocab_size)
+        batches = batches_from(0, batch_size // config.train.micro_batch_size)
         before = engine.full_weights()
         result = engine.train_step(batches, BatchStep(step * batch_size, batch_size), 1e-3)
         moved = sum(float((after - before[name]).square().sum()) for name, after in engine.full_weights().items())
@@ -71,7 +76,7 @@ def generate_rank(
     config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
 ) -> list[int]:
     """What an untrained model of this layout writes."""
-    engine = _engine(config, vocab_size)
+    engine, _ = _engine(config, vocab_size)
     if diverged:
         for parameter in engine.module.parameters():
             parameter.data.fill_(float("nan"))
@@ -79,11 +84,41 @@ def generate_rank(
     return generate(engine, prompt, num_tokens=num_tokens, seq_length=seq_length, vocab_size=vocab_size)
 
 
-def _engine(config: RunConfig, vocab_size: int) -> Engine:
+def prefix_rank(config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int) -> list[int]:
+    """The prefix lengths that the model is given, token by token."""
+    seen: list[int] = []
+
+    def spy(engine: Engine, inputs: list[torch.Tensor]) -> Any:
+        seen.append(int(inputs[1]))
+        return forward_through_stages(engine, inputs)
+
+    with mock.patch.object(megatron_lite.train.generate, "forward_through_stages", spy):
+        generate_rank(config, vocab_size, prompt, num_tokens)
+    return seen
+
+
+def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
+    """Of an untrained model."""
+    engine, batches_from = _engine(config, vocab_size)
+    context = engine.context
+    own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
+    return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
+
+
+def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
+    """What an untrained model of this layout predicts for the first sample."""
+    engine, batches_from = _engine(config, vocab_size)
+    batch = batches_from(0, 1)[0]
+    return predicted_tokens(engine, batch)[0].tolist()
+
+
+def _engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
+    """An engine, and its synthetic micro-batches by (first sample, count)."""
     context = _context(config)
-    specs = gpt_layers(config.model, context, vocab_size=vocab_size, recompute=config.parallel.recompute)
-    loss = TokenLoss(context, vocab_size)
-    return build_engine(config, context, specs, loss, global_batch_size=config.train.global_batch_size)
+    vocabulary = synthetic_vocabulary(vocab_size)
+    task = build_task(config, context, vocabulary)
+    engine = build_engine(config, context, task, global_batch_size=config.train.global_batch_size)
+    return engine, lambda first, count: synthetic_batches(task.objective, vocabulary, first, count, config)
 
 
 def _context(config: RunConfig) -> ParallelContext:
@@ -136,22 +171,56 @@ def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: P
     return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
 
 
+def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
+    for key, comm in engine.module.tied_comms.items():
+        if "relative_bias" not in key:
+            torch.distributed.all_reduce(engine.module.tied_modules[key].weight.grad, group=comm["group"])
+
+
+def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
+    scaled = megatron_lite.train.batches.normalise(batches, context)
+    return [batch._replace(sequence_weights=batch.sequence_weights / context.data_size) for batch in scaled]
+
+
+def _every_rank_takes_the_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    grad_x = grad.new_zeros(ctx.shape)
+    grad_x[:, 0] = grad
+    return grad_x, None
+
+
+def _pack_without_memory_gradient(wire: Wire, x: Activations) -> Any:
+    if x.memory is not None:
+        x = replace(x, memory=x.memory.detach())
+    return _PACK(wire, x)
+
+
+_PACK = Wire.pack
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
     ),
     "tied_gradient_doubled": _instruction("ReduceTiedGrads", _double_tied_gradient),
+    "relative_bias_gradient_not_summed": _instruction("ReduceTiedGrads", _sum_all_but_the_relative_bias),
     "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
     ),
+    "replicated_linear_gradient_not_summed_under_sequence_parallel": _patch(
+        megatron_lite.parallel.layers, "sum_gradients", lambda context, *parameters: parameters
+    ),
+    "first_position_gradient_on_every_rank": _patch(
+        megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
+    ),
+    "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
+    "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.train.engine, "normalise", _own_sequence_mean),
     "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),
     "replicated_parameters_counted_on_every_rank": _patch(
         deepspeed.runtime.zero.stage_1_and_2, "is_model_parallel_parameter", lambda parameter: True
     ),
     "padded_vocabulary_in_the_softmax": _patch(
-        megatron_lite.objectives.causal_lm, "vocab_parallel_cross_entropy", _softmax_over_padding
+        megatron_lite.objectives.loss, "vocab_parallel_cross_entropy", _softmax_over_padding
     ),
 }

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.config.schema import ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.models.activations import Field
+from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
@@ -17,6 +18,7 @@ from tests.distributed.harness import RankError, run_ranks
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 37
+INPUTS = (Field("tokens", 16),)
 
 
 def _groups(topology: Topology) -> dict[str, object]:
@@ -77,7 +79,9 @@ def _loss_and_gradient(dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
     )
     topology = Topology(tensor_parallel_size=2)
     context = ParallelContext.build(topology, device=CPU, sequence_parallel=sequence_parallel, seed=5)
-    flat = FlatModel(gpt_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none)).to(dtype)
+    flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)).to(
+        dtype
+    )
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
     loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE).mean()
     loss.backward()

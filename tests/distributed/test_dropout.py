@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.models.activations import Field
+from megatron_lite.models.build import build_layers
 from megatron_lite.models.dropout import activation_dropout
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.rng import DropoutKey
@@ -20,6 +21,7 @@ from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
 
 VOCAB_SIZE = 37
+INPUTS = (Field("tokens", 16),)
 KEY = DropoutKey("layers.0", 4)
 MODEL = ModelConfig(
     num_layers=2,
@@ -46,7 +48,7 @@ def _context(size: int, sequence_parallel: bool) -> ParallelContext:
 def _step(model: ModelConfig, recompute: Recompute, size: int, sequence_parallel: bool) -> tuple[Tensor, dict]:
     """Loss, and gradients with their specs."""
     context = _context(size, sequence_parallel)
-    flat = FlatModel(gpt_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute))
+    flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS))
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
     context.rng.begin_step(first_sample=6, micro_batch_size=2)
     loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE).mean()
@@ -65,8 +67,8 @@ def _hidden_mask(sequence_parallel: bool) -> Tensor:
 def _attention_output() -> Tensor:
     """Of equal local heads on both ranks, so that only the masks can tell them apart."""
     model = replace(MODEL, attention_dropout=0.5)
-    layers = gpt_layers(model, _context(2, False), vocab_size=VOCAB_SIZE, recompute=Recompute.none)
-    attention = layers[2].build().attention
+    layers = build_layers(model, _context(2, False), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
+    attention = next(layer for layer in layers if layer.name == "layers.0").build().attention
     qkv = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     return attention._attend(qkv, KEY).detach()
 

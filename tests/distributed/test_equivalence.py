@@ -11,10 +11,16 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import (
     Activation,
+    Architecture,
+    InitScheme,
     ModelConfig,
     Normalization,
+    NormPlacement,
+    ObjectiveConfig,
+    ObjectiveName,
     OptimizerConfig,
     OptimizerName,
     ParallelConfig,
@@ -24,7 +30,6 @@ from megatron_lite.config.schema import (
     TrainConfig,
 )
 from megatron_lite.config.schema import DataConfig as Data
-from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import layout_rank
@@ -47,20 +52,93 @@ LLAMA = ModelConfig(
     tie_embeddings=False,
     vocab_pad_multiple=8,
 )
+BERT = ModelConfig(
+    name="bert",
+    architecture=Architecture.encoder,
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    norm_placement=NormPlacement.post,
+    embedding_norm=True,
+    activation=Activation.gelu,
+    num_segments=2,
+    head_transform=True,
+    head_bias=True,
+    init=InitScheme.plain,
+    vocab_pad_multiple=8,
+)
+T5 = ModelConfig(
+    name="t5",
+    architecture=Architecture.encoder_decoder,
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    normalization=Normalization.rmsnorm,
+    activation=Activation.relu,
+    position_embedding=PositionEmbedding.relative,
+    relative_max_distance=16,
+    attention_bias=False,
+    attention_scale=False,
+    mlp_bias=False,
+    scale_tied_head=True,
+    init=InitScheme.t5,
+    vocab_pad_multiple=8,
+)
+BART = ModelConfig(
+    name="bart",
+    architecture=Architecture.encoder_decoder,
+    num_layers=1,
+    num_decoder_layers=3,
+    hidden_size=32,
+    num_attention_heads=4,
+    norm_placement=NormPlacement.post,
+    embedding_norm=True,
+    activation=Activation.gelu,
+    position_offset=2,
+    init=InitScheme.plain,
+    vocab_pad_multiple=8,
+)
 MODELS = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "llama_mha": replace(LLAMA, num_query_groups=4, tie_embeddings=True),
     "gpt2_dropout": replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "bert": BERT,
+    "roberta": replace(BERT, name="roberta", num_segments=1, position_offset=2),
+    "bert_untied": replace(BERT, tie_embeddings=False),
+    "bert_dropout": replace(BERT, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "t5": T5,
+    "t5_v1_1": replace(
+        T5, name="t5_v1_1", activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False, head_size=16
+    ),
+    "t5_dropout": replace(T5, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "bart": BART,
+    "bart_dropout": replace(BART, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "prefix_lm": GPT2,
+    "fill_in_the_middle": LLAMA,
 }
+OBJECTIVES = {
+    "bert": ObjectiveName.masked_lm_nsp,
+    "roberta": ObjectiveName.masked_lm,
+    "bert_untied": ObjectiveName.masked_lm_nsp,
+    "bert_dropout": ObjectiveName.masked_lm_nsp,
+    "t5": ObjectiveName.span_corruption,
+    "t5_v1_1": ObjectiveName.ul2,
+    "t5_dropout": ObjectiveName.span_corruption,
+    "bart": ObjectiveName.bart_denoising,
+    "bart_dropout": ObjectiveName.bart_denoising,
+    "prefix_lm": ObjectiveName.prefix_lm,
+    "fill_in_the_middle": ObjectiveName.fill_in_the_middle,
+}  # of the others: causal_lm
 
 
 def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> RunConfig:
     """A tiny run with clipping that bites, uneven loss masks and four micro-batches (two on each of two data ranks)."""
     config = RunConfig(
         model=MODELS[model],
+        objective=ObjectiveConfig(name=OBJECTIVES.get(model, ObjectiveName.causal_lm)),
         parallel=ParallelConfig(data_parallel_size=dp, tensor_parallel_size=tp, pipeline_parallel_size=pp, **parallel),
-        data=Data(seq_length=16),
+        data=Data(seq_length=24 if MODELS[model].architecture is Architecture.encoder_decoder else 16),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, clip_grad_norm=0.5),
         train=TrainConfig(steps=NUM_STEPS, micro_batch_size=2, global_batch_size=8),
     )
@@ -105,6 +183,27 @@ CASES += [
         "dp2_tp2_pp2",
     )
 ]
+EVERY_AXIS = (
+    "tp2",
+    "pp2",
+    "pp4",
+    "dp2",
+    "dp2_tp2_pp2",
+    "zero2_dp2",
+    "zero3_dp2_tp2",
+    "sequence_parallel_dp2_tp2_pp2",
+    "recompute_full_tp2_pp2",
+)
+CASES += [(model, layout) for model in ("bert", "roberta", "t5", "t5_v1_1", "bart") for layout in EVERY_AXIS]
+CASES += [("bert_untied", layout) for layout in ("pp2", "zero3_dp2_tp2")]
+CASES += [(model, layout) for model in ("bert_dropout", "t5_dropout") for layout in ("dp2", "pp4", "dp2_tp2_pp2")]
+CASES += [(model, "recompute_selective_dp2_pp2") for model in ("bert_dropout", "t5_dropout", "bart_dropout")]
+CASES += [("bart_dropout", "pp4")]
+CASES += [
+    (model, layout)
+    for model in ("prefix_lm", "fill_in_the_middle")
+    for layout in ("pp4", "dp2_tp2_pp2", "zero3_dp2", "sequence_parallel_tp2")
+]
 NOT_FOR_GROUPS = {("llama", "tp4")}  # two query groups cannot be split over four ranks: refused by the validation
 
 
@@ -114,12 +213,12 @@ def twin(model: str, tp_comparable: bool, sequence_parallel: bool) -> Trace:
     return trace_twin(config, VOCAB_SIZE, NUM_STEPS)
 
 
+def world_size(config: RunConfig) -> int:
+    return topology(config).world_size
+
+
 def traces(config: RunConfig, mutation: str | None = None) -> list[Trace]:
-    parallel = config.parallel
-    world_size = Topology(
-        parallel.data_parallel_size or 1, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    ).world_size
-    return run_ranks(layout_rank, world_size, config, VOCAB_SIZE, NUM_STEPS, mutation)
+    return run_ranks(layout_rank, world_size(config), config, VOCAB_SIZE, NUM_STEPS, mutation)
 
 
 def worst(model: str, config: RunConfig, layout: list[Trace]) -> tuple[str, float]:
@@ -163,21 +262,28 @@ def test_batch_ramp(layout: str) -> None:
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
 
 
-MUTATIONS = {
-    "row_parallel_without_all_reduce": "tp2",
-    "column_parallel_without_backward_all_reduce": "tp2",
-    "tied_gradient_doubled": "pp2",
-    "tied_gradient_not_summed": "pp2",
-    "norm_gradient_not_summed_under_sequence_parallel": "sequence_parallel_tp2",
-    "data_parallel_gradients_not_reduced": "zero0_dp2_pp2",
-    "mean_of_micro_batch_means": "dp2",
-    "replicated_parameters_counted_on_every_rank": "tp2",
-    "padded_vocabulary_in_the_softmax": "tp2",
-}
+MUTATIONS = [
+    ("row_parallel_without_all_reduce", "gpt2", "tp2"),
+    ("column_parallel_without_backward_all_reduce", "gpt2", "tp2"),
+    ("column_parallel_without_backward_all_reduce", "bart", "tp2"),
+    ("tied_gradient_doubled", "gpt2", "pp2"),
+    ("tied_gradient_not_summed", "gpt2", "pp2"),
+    ("tied_gradient_not_summed", "t5_v1_1", "pp2"),
+    ("relative_bias_gradient_not_summed", "t5", "pp4"),
+    ("norm_gradient_not_summed_under_sequence_parallel", "gpt2", "sequence_parallel_tp2"),
+    ("replicated_linear_gradient_not_summed_under_sequence_parallel", "bert", "sequence_parallel_tp2"),
+    ("first_position_gradient_on_every_rank", "bert", "sequence_parallel_tp2"),
+    ("memory_gradient_lost_between_stages", "t5", "pp4"),
+    ("data_parallel_gradients_not_reduced", "gpt2", "zero0_dp2_pp2"),
+    ("mean_of_micro_batch_means", "gpt2", "dp2"),
+    ("sequence_weights_not_shared_over_data_ranks", "bert", "dp2"),
+    ("replicated_parameters_counted_on_every_rank", "gpt2", "tp2"),
+    ("padded_vocabulary_in_the_softmax", "gpt2", "tp2"),
+]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_planted_mutation_is_caught(mutation: str) -> None:
-    config = run_config("gpt2", **LAYOUTS[MUTATIONS[mutation]])
-    what, difference = worst("gpt2", config, traces(config, mutation))
+@pytest.mark.parametrize(("mutation", "model", "layout"), MUTATIONS)
+def test_planted_mutation_is_caught(mutation: str, model: str, layout: str) -> None:
+    config = run_config(model, **LAYOUTS[layout])
+    what, difference = worst(model, config, traces(config, mutation))
     assert difference > 10 * TOLERANCE, f"{mutation} went unnoticed: {what} differs by {difference:.1e}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import generate_rank
+from tests.distributed.layout_ranks import generate_rank, prefix_rank
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 PROMPT = [5, 17, 3]
@@ -26,6 +26,18 @@ def test_layout_writes_what_one_rank_writes(world_size: int, layout: dict[str, i
     assert len(set(expected)) > 5, "a constant answer would prove nothing"
     results = run_ranks(generate_rank, world_size, run_config("llama", **layout), VOCAB_SIZE, PROMPT, 20)
     assert results == [expected] * world_size
+
+
+def test_prefix_of_a_prefix_lm_slides_out_of_the_window() -> None:
+    """Longer than the window: what was generated must never see itself both ways."""
+    long_prompt = [5, 17, 3, 40, 8, 9, 10, 11, 30, 31, 32, 33]
+    config = run_config("prefix_lm")
+    seen: list[list[int]] = run_ranks(prefix_rank, 1, config, VOCAB_SIZE, long_prompt, 8)[0]
+    window = config.data.seq_length - 1
+    lengths = [len(long_prompt) + made for made in range(8)]
+    assert seen == [max(len(long_prompt) - max(length - window, 0), 1) for length in lengths]
+    (expected,) = run_ranks(generate_rank, 1, config, VOCAB_SIZE, long_prompt, 8)
+    assert run_ranks(generate_rank, 2, run_config("prefix_lm", pp=2), VOCAB_SIZE, long_prompt, 8) == [expected] * 2
 
 
 def test_diverged_model_writes_nothing() -> None:

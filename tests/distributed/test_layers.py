@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding
+from megatron_lite.models.initial import stack_init
 from megatron_lite.models.norms import LayerNorm, RMSNorm
-from megatron_lite.models.positions import PositionLayer
+from megatron_lite.models.positions import PositionTable
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_lite.parallel.sharding import load_full_tensors, set_global_names, take_slice
+from megatron_lite.parallel.sharding import Init, load_full_tensors, set_global_names, take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
 
@@ -76,7 +77,7 @@ class _Head(nn.Module):
 
 def _column(bias: bool) -> Case:
     return Case(
-        lambda context: ColumnParallelLinear(IN, OUT, context, bias=bias, init_std=1.0),
+        lambda context: ColumnParallelLinear(IN, OUT, context, bias=bias, init=Init.normal(1.0)),
         lambda: nn.Linear(IN, OUT, bias=bias),
         split_output=True,
     )
@@ -84,34 +85,34 @@ def _column(bias: bool) -> Case:
 
 def _row(bias: bool) -> Case:
     return Case(
-        lambda context: RowParallelLinear(IN, OUT, context, bias=bias, init_std=1.0),
+        lambda context: RowParallelLinear(IN, OUT, context, bias=bias, init=Init.normal(1.0)),
         lambda: nn.Linear(IN, OUT, bias=bias),
         split_input=True,
     )
 
 
 def _embedding(context: ParallelContext) -> nn.Module:
-    return VocabParallelEmbedding(VOCAB, IN, context, padded_vocab_size=PADDED_VOCAB, init_std=1.0)
+    return VocabParallelEmbedding(VOCAB, IN, context, padded_vocab_size=PADDED_VOCAB, init=Init.normal(1.0))
 
 
 def _position_layer(context: ParallelContext) -> nn.Module:
     model = ModelConfig(
         hidden_size=IN, max_position_embeddings=SEQUENCE + 2, position_embedding=PositionEmbedding.learned
     )
-    return PositionLayer(model, context, "position_embedding")
+    return PositionTable(model, context, stack_init(model, 1))
 
 
 CASES = {
     "column": _column(bias=False),
     "column_bias": _column(bias=True),
     "column_stacked": Case(
-        lambda context: ColumnParallelLinear(IN, OUT, context, bias=True, init_std=1.0, stacked=2),
+        lambda context: ColumnParallelLinear(IN, OUT, context, bias=True, init=Init.normal(1.0), stacked=2),
         _Stacked,
         split_output=True,
     ),
     "column_padded": Case(
         lambda context: ColumnParallelLinear(
-            IN, VOCAB, context, bias=False, init_std=1.0, padded_out_features=PADDED_VOCAB
+            IN, VOCAB, context, bias=False, init=Init.normal(1.0), padded_out_features=PADDED_VOCAB
         ),
         _Head,
         split_output=True,

@@ -22,8 +22,12 @@ LAYOUTS = {
 }
 
 
-def _config(layout: str, precision: Precision) -> RunConfig:
-    config = run_config("llama", **LAYOUTS[layout][1])
+CASES = [("llama", layout) for layout in LAYOUTS]
+CASES += [("bert", "dp2_pp2"), ("t5", "dp2_pp2"), ("bart", "tp2")]
+
+
+def _config(layout: str, precision: Precision, model: str = "llama") -> RunConfig:
+    config = run_config(model, **LAYOUTS[layout][1])
     # A learning rate at which twenty steps move the loss by far more than the tolerance below.
     optimizer = replace(config.optimizer, learning_rate=1e-2, min_learning_rate=1e-3)
     train = replace(config.train, precision=precision, steps=NUM_STEPS, loss_scale=LossScaleConfig(initial_power=10))
@@ -35,9 +39,9 @@ def in_fp32(config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision_follows_fp32(layout: str, precision: Precision) -> None:
-    config = _config(layout, precision)
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_half_precision_follows_fp32(model: str, layout: str, precision: Precision) -> None:
+    config = _config(layout, precision, model)
     reference = trace_twin(in_fp32(config), VOCAB_SIZE, NUM_STEPS)
     trace = run_ranks(layout_rank, LAYOUTS[layout][0], config, VOCAB_SIZE, NUM_STEPS, None)[0]
     drop = reference.losses[0] - reference.losses[-1]

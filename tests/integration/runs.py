@@ -21,7 +21,7 @@ TINY = (
     "model.hidden_size=32",
     "model.num_attention_heads=2",
     "data.seq_length=32",
-    "data.tokenizer_vocab_size=400",
+    "data.tokenizer_vocab_size=512",
     "train.micro_batch_size=2",
     "train.global_batch_size=8",
     "train.steps=12",
@@ -91,8 +91,8 @@ def start(command: Sequence[str], cwd: Path | None = None) -> subprocess.Popen[s
     )
 
 
-def launch(*words: str) -> list[str]:
-    return [sys.executable, "-m", "launch", "pretrain_gpt", *words]
+def launch(*words: str, script: str = "pretrain_gpt") -> list[str]:
+    return [sys.executable, "-m", "launch", script, *words]
 
 
 def losses(run_dir: Path) -> dict[int, Any]:

@@ -35,6 +35,35 @@ def test_demo_ends_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "experiment", "steps", "nats"),
+    [("pretrain_bert", "demo_bert", 340, 0.35), ("pretrain_t5", "demo_t5", 260, 0.15)],
+)
+def test_other_demos_learn_more_than_frequencies(
+    script: str, experiment: str, steps: int, nats: float, tmp_path: Path
+) -> None:
+    """A good part of each demo, on one rank."""
+    words = [
+        f"experiment={experiment}",
+        "parallel=single",
+        f"train.steps={steps}",
+        "train.micro_batch_size=32",
+        "train.eval_interval=0",
+        "train.save_interval=0",
+        f"train.run_dir={tmp_path / 'demo'}",
+        f"data.cache_dir={tmp_path / 'data'}",
+    ]
+    run(launch(*words, script=script), timeout_seconds=900).require_success()
+    events = {event["event"]: event for event in read_metrics(tmp_path / "demo" / EVENTS_FILE)}
+    found, baseline = events["evaluation"], events["baseline"]
+    assert found["validation_token_loss"] < baseline["entropy_nats"] - nats
+    assert found["validation_accuracy"] > baseline["accuracy"]
+    if script == "pretrain_bert":
+        assert found["validation_accuracy"] > 2 * baseline["accuracy"]
+        assert found["validation_sequence_accuracy"] > 0.6
+
+
+@pytest.mark.slow
 def test_verify_certifies_a_layout_and_touches_no_run(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     command = launch(*tiny("run", "parallel=dp1_tp2_pp2"))
     command.insert(command.index("pretrain_gpt"), "verify")

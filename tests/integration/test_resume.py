@@ -31,17 +31,22 @@ def _kill_at(step: int, command: list[str], run_dir: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "precision"),
-    [("parallel=dp2_tp2_pp2", "fp32"), ("parallel=dp2_tp1_pp1", "bf16")],
+    ("script", "layout", "precision"),
+    [
+        ("pretrain_gpt", "parallel=dp2_tp2_pp2", "fp32"),
+        ("pretrain_gpt", "parallel=dp2_tp1_pp1", "bf16"),
+        ("pretrain_bert", "parallel=dp2_tp1_pp2", "bf16"),
+        ("pretrain_t5", "parallel=dp1_tp2_pp2", "fp32"),
+    ],
 )
 def test_killed_run_resumes_bit_identically(
-    layout: str, precision: str, tiny: Callable[..., list[str]], tmp_path: Path
+    script: str, layout: str, precision: str, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = [layout, f"train.precision={precision}", *STEPS, *RAMP]
-    run(launch(*tiny("whole", *words))).require_success()
+    run(launch(*tiny("whole", *words), script=script)).require_success()
     step = random.SystemRandom().randint(6, 36)
-    _kill_at(step, launch(*tiny("killed", *words)), tmp_path / "killed")
-    finished = run(launch(*tiny("killed", *words))).require_success()
+    _kill_at(step, launch(*tiny("killed", *words), script=script), tmp_path / "killed")
+    finished = run(launch(*tiny("killed", *words), script=script)).require_success()
     assert "resuming after step" in finished.out, f"killed at step {step}"
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), f"killed at step {step}"
     assert len(losses(tmp_path / "whole")) == 40

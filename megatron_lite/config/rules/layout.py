@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.derived import all_layers, ranks_per_replica
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import OptimizerName, Precision
 
@@ -43,7 +43,7 @@ def _world_size_remedy(case: Case, given: int) -> str:
         )
         for tensor in divisors(given)
         for pipeline in divisors(given // tensor)
-        if case.model.num_attention_heads % tensor == 0 and pipeline <= case.model.num_layers
+        if case.model.num_attention_heads % tensor == 0 and pipeline <= all_layers(case.model)
     ]
     if layouts:
         _, data, tensor, pipeline = min(layouts)

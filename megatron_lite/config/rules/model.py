@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_lite.config.derived import all_layers
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
-from megatron_lite.config.schema import PositionEmbedding
+from megatron_lite.config.schema import Architecture, PositionEmbedding
 
 
 def heads_divide_hidden(case: Case) -> Iterator[str]:
@@ -30,7 +31,7 @@ def groups_divide_heads(case: Case) -> Iterator[str]:
     groups, heads = case.model.num_query_groups, case.model.num_attention_heads
     if groups is None or not case.sound("model.num_query_groups", "model.num_attention_heads"):
         return
-    if heads % groups:
+    if heads % groups and case.model.architecture is Architecture.decoder:
         yield (
             f"model.num_query_groups={groups} must divide model.num_attention_heads={heads}; "
             f"use {either(divisors(heads))}"
@@ -72,11 +73,88 @@ def tensor_divides_ffn(case: Case) -> Iterator[str]:
 
 
 def stages_have_layers(case: Case) -> Iterator[str]:
-    layers = case.model.num_layers
-    if case.sound(*SIZES, "model.num_layers") and case.pipeline > layers:
+    layers = all_layers(case.model)
+    if not case.sound(*SIZES, "model.num_layers", "model.num_decoder_layers") or case.pipeline <= layers:
+        return
+    name = "model.num_layers" + (" + model.num_decoder_layers" if layers > case.model.num_layers else "")
+    yield (
+        f"parallel.pipeline_parallel_size={case.pipeline} is more than {name}={layers}, so a stage would be empty; use "
+        f"{layers} or fewer"
+    )
+
+
+def decoder_layers_need_two_stacks(case: Case) -> Iterator[str]:
+    model = case.model
+    if model.num_decoder_layers is not None and model.architecture is not Architecture.encoder_decoder:
         yield (
-            f"parallel.pipeline_parallel_size={case.pipeline} is more than model.num_layers={layers}, so a stage would "
-            f"be empty; use {layers} or fewer"
+            f"model.num_decoder_layers={model.num_decoder_layers} needs model.architecture=encoder_decoder, not "
+            f"{model.architecture.value}, whose only stack has model.num_layers; set model.num_decoder_layers=null"
+        )
+
+
+def positions_fit_architecture(case: Case) -> Iterator[str]:
+    model, architecture = case.model, case.model.architecture
+    homes = {
+        PositionEmbedding.relative: (Architecture.encoder_decoder, "learned"),
+        PositionEmbedding.rotary: (Architecture.decoder, "learned"),
+    }
+    home, other = homes.get(model.position_embedding, (architecture, ""))
+    if architecture is not home:
+        if architecture is Architecture.decoder:
+            other = "learned or rotary"
+        elif architecture is Architecture.encoder_decoder:
+            other = "learned or relative"
+        yield (
+            f"model.position_embedding={model.position_embedding.value} needs model.architecture={home.value}, not "
+            f"{architecture.value}; use {other}"
+        )
+
+
+def relative_buckets_share_distances(case: Case) -> Iterator[str]:
+    """An encoder halves the buckets by direction; half of these are single distances, half grow up to the largest."""
+    model = case.model
+    keys = ("model.relative_buckets", "model.relative_max_distance")
+    if model.position_embedding is not PositionEmbedding.relative or not case.sound(*keys):
+        return
+    if model.relative_buckets % 4:
+        yield (
+            f"model.relative_buckets={model.relative_buckets} must be a multiple of 4: two directions, near and far; "
+            f"use {either(nearest_multiples(model.relative_buckets, 4))}"
+        )
+    elif model.relative_max_distance <= model.relative_buckets // 2:
+        yield (
+            f"model.relative_max_distance={model.relative_max_distance} must be more than half of "
+            f"model.relative_buckets={model.relative_buckets}, which are single distances; use "
+            f"{model.relative_buckets // 2 + 1} or more"
+        )
+
+
+def groups_are_of_decoders(case: Case) -> Iterator[str]:
+    model = case.model
+    if model.architecture is Architecture.decoder or model.num_query_groups == model.num_attention_heads:
+        return
+    if case.sound("model.num_query_groups", "model.num_attention_heads"):
+        yield (
+            f"model.num_query_groups={model.num_query_groups} needs model.architecture=decoder, not "
+            f"{model.architecture.value}, whose heads have keys and values of their own; set "
+            "model.num_query_groups=null"
+        )
+
+
+def segments_are_of_encoders(case: Case) -> Iterator[str]:
+    model = case.model
+    if case.sound("model.num_segments") and model.num_segments and model.architecture is not Architecture.encoder:
+        yield (
+            f"model.num_segments={model.num_segments} needs model.architecture=encoder, not "
+            f"{model.architecture.value}, whose samples have no parts; use 0"
+        )
+
+
+def scaled_head_is_tied(case: Case) -> Iterator[str]:
+    if case.model.scale_tied_head and not case.model.tie_embeddings:
+        yield (
+            "model.scale_tied_head=true needs model.tie_embeddings=true: a head of its own learns its scale; set "
+            "model.scale_tied_head=false"
         )
 
 

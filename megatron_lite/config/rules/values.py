@@ -9,6 +9,7 @@ from megatron_lite.config.schema import RunConfig
 
 POSITIVE = (
     "model.num_layers",
+    "model.num_decoder_layers",
     "model.hidden_size",
     "model.num_attention_heads",
     "model.num_query_groups",
@@ -17,12 +18,15 @@ POSITIVE = (
     "model.max_position_embeddings",
     "model.vocab_size",
     "model.vocab_pad_multiple",
+    "model.relative_buckets",
+    "model.relative_max_distance",
     "parallel.data_parallel_size",
     "parallel.tensor_parallel_size",
     "parallel.pipeline_parallel_size",
     "data.tokenizer_vocab_size",
     "data.seq_length",
     "data.num_workers",
+    "objective.decoder_seq_length",
     "optimizer.decay_steps",
     "train.steps",
     "train.micro_batch_size",
@@ -36,6 +40,8 @@ POSITIVE = (
     "launcher.threads_per_process",
 )
 NOT_NEGATIVE = (
+    "model.position_offset",
+    "model.num_segments",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_grad_norm",
@@ -54,6 +60,7 @@ ABOVE_ZERO = (
     "model.norm_epsilon",
     "model.rotary_base",
     "model.init_std",
+    "objective.infill_span_length",
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "train.timeout_seconds",
@@ -67,6 +74,21 @@ FRACTIONS = (  # [0, 1)
     "optimizer.momentum",
     "data.validation_fraction",
 )
+SHARES = (  # [0, 1]
+    "objective.mask_token_fraction",
+    "objective.random_token_fraction",
+    "objective.next_fraction",
+    "objective.short_fraction",
+    "objective.fim_fraction",
+    "objective.fim_spm_fraction",
+)
+PARTS = (  # (0, 1)
+    "objective.masked_fraction",
+    "objective.noise_density",
+    "objective.infill_fraction",
+    "objective.ul2_s_density",
+)
+AT_LEAST_ONE = ("objective.mean_span_length",)
 CHOICES: dict[str, tuple[object, ...]] = {
     "parallel.zero_stage": (0, 1, 2, 3),
     "launcher.device": ("auto", "cpu", "cuda"),
@@ -82,6 +104,9 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
         (NOT_NEGATIVE, lambda value: 0 <= value < float("inf"), "must be a number of at least 0; use 0 or more"),
         (ABOVE_ZERO, lambda value: 0 < value < float("inf"), "must be a positive number; use a value above 0"),
         (FRACTIONS, lambda value: 0 <= value < 1, "must be at least 0 and less than 1; use a fraction such as 0.1"),
+        (SHARES, lambda value: 0 <= value <= 1, "must be at least 0 and at most 1; use a fraction such as 0.1"),
+        (PARTS, lambda value: 0 < value < 1, "must be more than 0 and less than 1; use a fraction such as 0.15"),
+        (AT_LEAST_ONE, lambda value: 1 <= value < float("inf"), "must be a number of at least 1; use 1 or more"),
     )
     for keys, is_right, text in tables:
         for key in keys:

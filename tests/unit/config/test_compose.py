@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
+from megatron_lite.config.keys import ALIASES, leaf_keys, schema_keys
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.errors import ConfigError
 
@@ -89,12 +90,27 @@ def test_lists_nulls_texts_groups_and_interpolations() -> None:
         ("lr=3", "optimizer.learning_rate"),
         ("parallel.tp=2", "parallel.tensor_parallel_size"),
         ("modle=gpt_tiny", "model"),
+        ("mlm_probability=0.2", "objective.masked_fraction"),
+        ("objective.masked_lm_prob=0.2", "objective.masked_fraction"),
+        ("short_seq_prob=0.2", "objective.short_fraction"),
+        ("noise_density=0.2", "objective.noise_density"),
+        ("data.mean_noise_span_length=3", "objective.mean_span_length"),
+        ("fim_rate=0.9", "objective.fim_fraction"),
+        ("poisson_lambda=2", "objective.infill_span_length"),
+        ("num_decoder_layers=2", "model.num_decoder_layers"),
+        ("model.type_vocab_size=2", "model.num_segments"),
+        ("objective.masked_fration=0.2", "objective.masked_fraction"),
         ("train.batch_ramp={star:3}", "train.batch_ramp.start"),
     ],
 )
 def test_unknown_key_names_the_nearest(word: str, meant: str) -> None:
     key = "train.batch_ramp.star" if "{" in word else word.partition("=")[0]
     assert problems_of(word) == [f"{key} is not a setting; did you mean {meant}?"]
+
+
+def test_aliases_name_settings() -> None:
+    assert set(ALIASES.values()) <= set(leaf_keys())
+    assert not set(ALIASES) & set(schema_keys())
 
 
 def test_key_like_nothing_gets_no_guess() -> None:
@@ -118,6 +134,15 @@ def test_key_like_nothing_gets_no_guess() -> None:
         (
             "optimizer.learning_rate=fast",
             "optimizer.learning_rate=fast is not possible: optimizer.learning_rate must be a number",
+        ),
+        (
+            "objective.ul2_weights=[a]",
+            "objective.ul2_weights=[a] is not possible: objective.ul2_weights must be a list of numbers",
+        ),
+        (
+            "objective.name=mlm",
+            "objective.name=mlm is not possible: objective.name must be one of causal_lm, prefix_lm, "
+            "fill_in_the_middle, masked_lm, masked_lm_nsp, span_corruption, bart_denoising, ul2",
         ),
         ("tracking.plot=perhaps", "tracking.plot=perhaps is not possible: tracking.plot must be true or false"),
         (

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import (
+    all_layers,
     complete_model,
     data_parallel_size,
     num_micro_batches,
@@ -13,9 +14,11 @@ from megatron_lite.config.derived import (
     parameter_counts,
     resolve,
     run_directory,
+    stage_contents,
+    tokens_per_sample,
     world_size,
 )
-from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 
 
 def test_complete_model_fills_what_is_open_and_keeps_what_is_set() -> None:
@@ -25,9 +28,15 @@ def test_complete_model_fills_what_is_open_and_keeps_what_is_set() -> None:
     assert complete_model(given) == given
 
 
+def test_only_two_stacks_have_decoder_layers() -> None:
+    assert complete_model(ModelConfig()).num_decoder_layers is None
+    assert complete_model(ModelConfig(architecture=Architecture.encoder_decoder, num_layers=3)).num_decoder_layers == 3
+
+
+@pytest.mark.parametrize("activation", [Activation.swiglu, Activation.geglu])
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 10944), (576, 1536), (128, 384), (48, 128)])
-def test_swiglu_width_is_eight_thirds_rounded_up_to_64(hidden: int, inner: int) -> None:
-    model = ModelConfig(hidden_size=hidden, activation=Activation.swiglu)
+def test_gated_width_is_eight_thirds_rounded_up_to_64(hidden: int, inner: int, activation: Activation) -> None:
+    model = ModelConfig(hidden_size=hidden, activation=activation)
     assert complete_model(model).ffn_hidden_size == inner
 
 
@@ -69,15 +78,74 @@ def test_run_folder_is_stable_and_names_the_layout() -> None:
     assert str(run_directory(compose("pretrain_gpt", ["train.run_dir=mine/run"]))) == "mine/run"
 
 
-@pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-@pytest.mark.parametrize("stages", [1, 2, 4])
-def test_stages_together_hold_the_model(name: str, stages: int) -> None:
-    """A tied matrix lies on the first and on the last stage, and is one matrix where these are one."""
-    model = compose("pretrain_gpt", [f"model={name}"]).model
-    counts = parameter_counts(model, 8192)
-    per_stage = [counts.stage(model.num_layers // stages, first=i == 0, last=i == stages - 1) for i in range(stages)]
-    copies = counts.head if counts.tied and stages > 1 else 0
-    assert sum(per_stage) == counts.total(model.num_layers) + copies
+FAMILIES = [("pretrain_gpt", "gpt_tiny"), ("pretrain_gpt", "llama_tiny"), ("pretrain_bert", "bert_tiny"),
+            ("pretrain_t5", "t5_tiny"), ("pretrain_t5", "t5_v1_1_base"), ("pretrain_t5", "bart_base")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "name"), FAMILIES)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_stages_together_hold_the_model(script: str, name: str, stages: int) -> None:
+    """What several stages need has a copy on each of them, and is there once where these are one."""
+    model = complete_model(compose(script, [f"model={name}"]).model)
+    counts = parameter_counts(model, 8192, next_sentence=name == "bert_tiny")
+    contents = stage_contents(model, stages)
+    words = {0} | {i for i, content in enumerate(contents) if content.begins_decoder}
+    words |= {stages - 1} if counts.tied else set()
+    stacks = sum((content.layers > 0) + (content.decoder_layers > 0) for content in contents)
+    biases = stacks - (2 if counts.decoder_layer else 1)
+    copies = (len(words) - 1) * counts.embedding + biases * counts.relative_bias
+    assert sum(map(counts.stage, contents)) == counts.total + copies
+
+
+def test_contents_of_stages() -> None:
+    """Six encoder and two decoder layers: the encoder may end within a stage or with it."""
+    model = ModelConfig(architecture=Architecture.encoder_decoder, num_layers=6, num_decoder_layers=2)
+    assert all_layers(model) == 8
+    within = stage_contents(model, 2)
+    assert [(content.layers, content.decoder_layers) for content in within] == [(4, 0), (2, 2)]
+    assert [content.begins_decoder for content in within] == [False, True]
+    at_bound = stage_contents(model, 4)
+    assert [(content.layers, content.decoder_layers) for content in at_bound] == [(2, 0), (2, 0), (2, 0), (0, 2)]
+    assert [content.begins_decoder for content in at_bound] == [False, False, False, True]
+    assert [(content.first, content.last) for content in stage_contents(ModelConfig(), 2)] == [
+        (True, False),
+        (False, True),
+    ]
+    assert not any(content.begins_decoder for content in stage_contents(ModelConfig(), 2))
+
+
+def test_tokens_of_a_sample_are_those_of_both_stacks() -> None:
+    assert tokens_per_sample(compose("pretrain_gpt", [])) == 128
+    assert tokens_per_sample(compose("pretrain_bert", [])) == 128
+    assert tokens_per_sample(compose("pretrain_t5", ["data.seq_length=512"])) == 512 + 114
+    assert tokens_per_sample(compose("pretrain_t5", ["objective=bart_denoising"])) == 2 * 128
+
+
+def test_one_tensor_parallel_rank_of_both_stacks_by_hand() -> None:
+    """T5 of h 128, 4 heads of 32, gated f 384, v 8192 on two ranks: relative bias split by heads, norms whole."""
+    model = compose("pretrain_t5", []).model
+    counts = parameter_counts(model, 8192, tensor_parallel_size=2)
+    attention, mlp, norm = 4 * 128 * 64, 3 * 128 * 192, 128
+    assert counts.layer == attention + mlp + 2 * norm
+    assert counts.decoder_layer == 2 * attention + mlp + 3 * norm
+    assert (counts.relative_bias, counts.final_norm, counts.position_embedding) == (32 * 2, norm, 0)
+    assert counts.embedding == counts.head == 4096 * 128
+    first, second = stage_contents(model, 2)
+    assert counts.stage(first) == counts.embedding + 2 * counts.layer + counts.relative_bias
+    on_second = counts.embedding + 2 * counts.decoder_layer + counts.relative_bias + 2 * norm + counts.head
+    assert counts.stage(second) == on_second
+
+
+def test_heads_of_bert_by_hand() -> None:
+    """On two ranks the bias of the head is split; transform, pooler and next-sentence head are whole on each."""
+    model = compose("pretrain_bert", []).model
+    counts = parameter_counts(model, 8192, tensor_parallel_size=2, next_sentence=True)
+    assert counts.head_transform == 128 * 128 + 128 + 256
+    assert counts.head_bias == 4096
+    assert counts.next_sentence == 128 * 128 + 128 + 2 * 128 + 2
+    assert counts.segment_embedding == 2 * 128
+    assert (counts.embedding_norm, counts.final_norm) == (256, 0)
+    assert parameter_counts(model, 8192).next_sentence == 0
 
 
 def test_one_tensor_parallel_rank_by_hand() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from megatron_lite.config import frozen
 from megatron_lite.config.compose import compose, preset_groups
@@ -41,6 +42,17 @@ def test_same_settings_by_other_words_have_the_same_name() -> None:
     by_number = config_of("parallel.data_parallel_size=2", "parallel.tensor_parallel_size=2",
                           "parallel.pipeline_parallel_size=2")  # fmt: skip
     assert frozen.render(by_name) == frozen.render(by_number)
+
+
+def test_group_of_a_later_version_may_be_missing(tmp_path: Path) -> None:
+    """A run that was frozen before there were objectives trained on next-token prediction, and goes on with it."""
+    config = config_of("experiment=demo")
+    text = OmegaConf.to_container(OmegaConf.load(freeze(config, tmp_path)))
+    assert isinstance(text, dict)
+    del text["objective"]
+    earlier = tmp_path / "earlier.yaml"
+    OmegaConf.save(OmegaConf.create(text), earlier)
+    assert load_frozen(earlier) == config
 
 
 @pytest.mark.parametrize("experiment", preset_groups()["experiment"])

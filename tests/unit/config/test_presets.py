@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
-from megatron_lite.config.derived import parameter_counts, resolve, world_size
+from megatron_lite.config.derived import complete_model, has_next_sentence_head, parameter_counts, resolve, world_size
+from megatron_lite.config.schema import Activation, ModelConfig, ObjectiveConfig, ObjectiveName
 from megatron_lite.config.validate import problems
 
-NEEDS = {"data=files": ["data.source=corpus.txt"]}  # presets that ask the user for a value
-PRESETS = [f"{group}={path.stem}" for group in preset_groups() for path in sorted((CONF_DIR / group).glob("*.yaml"))]
+NEEDS = {  # presets that ask the user for another setting
+    "data=files": ["data.source=corpus.txt"],
+    "model=roberta_base": ["objective=masked_lm"],
+}
+OF_ONE_SCRIPT = ("model", "objective", "experiment")  # groups that say what is trained
+PRESETS = {
+    group: [f"{group}={path.stem}" for path in sorted((CONF_DIR / group).glob("*.yaml"))] for group in preset_groups()
+}
+MODELS_OF_BERT_AND_T5 = ("bert_base", "bert_large", "roberta_base", "t5_small", "t5_base", "t5_v1_1_base", "bart_base")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def problems_of(script: str, preset: str) -> list[str]:
+    return problems(resolve(compose(script, [preset, *NEEDS.get(preset, [])]), device="cpu"))
+
+
+def script_of(model: str) -> str:
+    """That which trains BERT and RoBERTa, or T5 and BART."""
+    return "pretrain_bert" if "bert" in model else "pretrain_t5"
+
+
+@pytest.mark.parametrize("preset", [name for group in PRESETS if group not in OF_ONE_SCRIPT for name in PRESETS[group]])
 @pytest.mark.parametrize("script", available_scripts())
-def test_preset_is_valid(script: str, preset: str) -> None:
-    config = resolve(compose(script, [preset, *NEEDS.get(preset, [])]), device="cpu")
-    assert problems(config) == []
+def test_preset_is_valid_everywhere(script: str, preset: str) -> None:
+    assert problems_of(script, preset) == []
+
+
+@pytest.mark.parametrize("preset", [name for group in OF_ONE_SCRIPT for name in PRESETS[group]])
+def test_preset_is_valid_with_its_script_and_refused_by_the_others(preset: str) -> None:
+    found = {script: problems_of(script, preset) for script in available_scripts()}
+    assert len([script for script, texts in found.items() if not texts]) == 1
+    for texts in filter(None, found.values()):
+        assert texts[0].startswith(("model.architecture=", "objective.name="))
+
+
+def test_each_objective_has_its_preset() -> None:
+    names = {compose("pretrain_gpt", [preset]).objective.name for preset in PRESETS["objective"]}
+    assert names == set(ObjectiveName)
+    for preset in PRESETS["objective"]:  # they show the defaults
+        objective = compose("pretrain_gpt", [preset]).objective
+        assert objective == ObjectiveConfig(name=objective.name)
+        assert preset == f"objective={objective.name.value}"
 
 
 def test_preset_that_needs_a_value_says_so() -> None:
@@ -42,11 +77,86 @@ def test_preset_that_needs_a_value_says_so() -> None:
 def test_published_size(name: str, millions: float) -> None:
     model = compose("pretrain_gpt", [f"model={name}"]).model
     assert model.vocab_size is not None
-    assert parameter_counts(model, model.vocab_size).total(model.num_layers) / 1e6 == millions
+    assert parameter_counts(model, model.vocab_size).total / 1e6 == millions
 
 
-def test_demo_uses_all_three_axes() -> None:
-    config = resolve(compose("pretrain_gpt", ["experiment=demo"]))
+def bert(transformers: Any, model: ModelConfig) -> Any:
+    return transformers.BertForPreTraining(transformers.BertConfig(**_of_encoder(model)))
+
+
+def roberta(transformers: Any, model: ModelConfig) -> Any:
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_of_encoder(model)))
+
+
+def _of_encoder(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.max_position_embeddings + model.position_offset,
+        "type_vocab_size": model.num_segments,
+    }
+
+
+def t5(transformers: Any, model: ModelConfig) -> Any:
+    gated = model.activation is Activation.geglu
+    config = transformers.T5Config(
+        vocab_size=model.vocab_size,
+        d_model=model.hidden_size,
+        d_kv=model.head_size,
+        d_ff=model.ffn_hidden_size,
+        num_layers=model.num_layers,
+        num_decoder_layers=model.num_decoder_layers,
+        num_heads=model.num_attention_heads,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+    )
+    reference = transformers.T5ForConditionalGeneration(config)
+    if not model.tie_embeddings:  # transformers 5 ties every T5 until a checkpoint brings a head
+        reference.lm_head = type(reference.lm_head)(model.hidden_size, model.vocab_size, bias=False)
+    return reference
+
+
+def bart(transformers: Any, model: ModelConfig) -> Any:
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=model.vocab_size,
+            d_model=model.hidden_size,
+            encoder_layers=model.num_layers,
+            decoder_layers=model.num_decoder_layers,
+            encoder_attention_heads=model.num_attention_heads,
+            decoder_attention_heads=model.num_attention_heads,
+            encoder_ffn_dim=model.ffn_hidden_size,
+            decoder_ffn_dim=model.ffn_hidden_size,
+            max_position_embeddings=model.max_position_embeddings,
+        )
+    )
+
+
+REFERENCES = {"bert": bert, "roberta": roberta, "t5": t5, "bart": bart}
+
+
+@pytest.mark.parametrize("name", MODELS_OF_BERT_AND_T5)
+def test_as_many_parameters_as_transformers_has(name: str) -> None:
+    """Of the published vocabulary, tied weights once; models on the meta device have sizes and no weights."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = compose(script_of(name), [f"model={name}", *NEEDS.get(f"model={name}", [])])
+    model = complete_model(config.model)
+    with torch.device("meta"):
+        reference = REFERENCES[name.partition("_")[0]](transformers, model)
+    assert model.vocab_size is not None
+    counts = parameter_counts(model, model.vocab_size, next_sentence=has_next_sentence_head(config))
+    assert counts.total == sum(parameter.numel() for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize(
+    ("script", "experiment"), [("pretrain_gpt", "demo"), ("pretrain_bert", "demo_bert"), ("pretrain_t5", "demo_t5")]
+)
+def test_demos_use_all_three_axes(script: str, experiment: str) -> None:
+    config = resolve(compose(script, [f"experiment={experiment}"]))
+    assert config.train.run_dir == f"runs/{experiment}"
     parallel = config.parallel
     sizes = (parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     assert sizes == (2, 2, 2)

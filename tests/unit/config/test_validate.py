@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_lite.config.compose import compose
+from megatron_lite.config.compose import available_scripts, compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.lengths import LENGTH_RULES
 from megatron_lite.config.rules.training import FP16_ON_CPU
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import RULES, problems, validate
 from megatron_lite.errors import ConfigError
+from tests.unit.config.objective_violations import OBJECTIVE_VIOLATIONS
+
+
+def config_of(*words: str, device: str = "cpu") -> RunConfig:
+    """Of pretrain_gpt, unless the first word names another script."""
+    script = words[0] if words and words[0].startswith("pretrain_") else "pretrain_gpt"
+    return resolve(compose(script, [word for word in words if word != script]), device=device)
 
 
 def problems_of(*words: str, world_size: int | None = None, device: str = "cpu") -> list[str]:
-    config = resolve(compose("pretrain_gpt", list(words)), device=device)
-    return problems(config, world_size)
+    return problems(config_of(*words, device=device), world_size)
 
 
-VIOLATIONS: dict[str, tuple[list[str], str]] = {
+VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | {
     # ------------------------------------------------------------------------------------------ processes
     "world size is no multiple": (
         ["parallel=tp2", "parallel.pipeline_parallel_size=4", "parallel.data_parallel_size=null",
@@ -250,13 +258,15 @@ def test_one_violation_gives_one_message(name: str) -> None:
 
 
 def test_every_rule_has_a_case_above() -> None:
-    cases = [Case(resolve(compose("pretrain_gpt", words), device="cpu"), None) for words, _ in VIOLATIONS.values()]
-    silent = [rule.__name__ for rule in RULES if not any(message for case in cases for message in rule(case))]
+    cases = [Case(config_of(*words), None) for words, _ in VIOLATIONS.values()]
+    rules = (*RULES, *LENGTH_RULES)
+    silent = [rule.__name__ for rule in rules if not any(message for case in cases for message in rule(case))]
     assert silent == []
 
 
-def test_defaults_are_valid() -> None:
-    assert problems_of() == []
+@pytest.mark.parametrize("script", available_scripts())
+def test_defaults_are_valid(script: str) -> None:
+    assert problems_of(script) == []
 
 
 def test_world_that_is_there() -> None:
@@ -295,6 +305,20 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["model.vocab_size=5000", "data.tokenizer=/some/folder"],
         ["data.validation_fraction=0", "data.validation_source=held_out.txt"],
         ["train.batch_ramp={start:8,increment:8,samples:100}"],
+        ["objective=prefix_lm", "data.mask_loss_after_eod=true"],
+        ["pretrain_bert", "model=roberta_base", "objective=masked_lm"],
+        ["pretrain_bert", "objective.mask_token_fraction=0.9"],
+        ["pretrain_t5", "model=bart_base", "objective=bart_denoising", "data.seq_length=1024"],
+        ["pretrain_t5", "data.seq_length=10"],
+        ["pretrain_t5", "objective=bart_denoising", "data.seq_length=11"],
+        ["pretrain_t5", "objective=ul2", "data.seq_length=68"],
+        ["pretrain_t5", "objective=ul2", "objective.decoder_seq_length=14"],
+        ["pretrain_t5", "objective=ul2", "data.seq_length=9", "objective.ul2_weights=[0,0,1,0,0,0,0]"],
+        ["pretrain_t5", "data.seq_length=2048", "model.max_position_embeddings=2048", "data.tokenizer=/some/folder"],
+        ["pretrain_t5", "objective=ul2", "objective.decoder_seq_length=200", "objective.ul2_mode_tokens=false"],
+        ["pretrain_t5", "parallel.pipeline_parallel_size=4"],  # a layer a stage, of either stack
+        ["pretrain_t5", "model.num_decoder_layers=4", "parallel.pipeline_parallel_size=6"],
+        ["pretrain_t5", "parallel=tp2", "parallel.sequence_parallel=true", "data.seq_length=130"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
     ],
 )

@@ -13,6 +13,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData, Shard
+from megatron_lite.data.samples import WindowShape
 
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
 WORDS = GREEK.split(" ")
@@ -39,7 +40,7 @@ def config_for(tmp_path: Path) -> Callable[..., RunConfig]:
         config = RunConfig()
         config.data.source = [str(s) for s in source] if isinstance(source, list) else str(source)
         config.data.cache_dir = str(tmp_path / "cache")
-        config.data.tokenizer_vocab_size = 400
+        config.data.tokenizer_vocab_size = 510
         config.data.seq_length = 16
         config.data.validation_fraction = 0.1
         for name, value in settings.items():
@@ -59,6 +60,11 @@ def prepared_corpus(corpus: Path, config_for: Callable[..., RunConfig]) -> tuple
     """`corpus`, prepared, with its configuration."""
     config = config_for(corpus)
     return prepare(config, report=lambda line: None), config
+
+
+def windows(config: RunConfig) -> WindowShape:
+    """The samples of causal language modelling."""
+    return WindowShape(tokens=config.data.seq_length + 1, stride=config.data.seq_length)
 
 
 def texts_of(prepared: PreparedData, shards: tuple[Shard, ...]) -> list[str]:

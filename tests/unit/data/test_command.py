@@ -14,10 +14,10 @@ from megatron_lite.data.prepared import PreparedData
 
 
 def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=400"]
+    overrides = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=510"]
     assert main(["prepare", *overrides, "data.validation_fraction=0.1"]) == 0
     output = capsys.readouterr().out
-    assert "training a byte-level BPE of 400 tokens" in output
+    assert "training a byte-level BPE of 510 tokens" in output
     found = re.search(r"(\S+)/prepared\.json: fingerprint (\w+)", output)
     assert found
     assert main(["inspect", found[1], "--verify", "--documents", "2"]) == 0
@@ -71,3 +71,18 @@ def test_user_errors_exit_with_2_and_one_line(arguments: list[str], capsys: pyte
 def test_wrong_override(capsys: pytest.CaptureFixture[str], silent: Callable[[str], None]) -> None:
     assert main(["prepare", "data.sauce=x"]) == 2
     assert "data.source" in capsys.readouterr().err
+
+
+def test_prepare_checks_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["objective.noise_density=1.5", "data.validation_fraction=0"]
+    assert main(["prepare", "--script", "pretrain_t5", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "objective.noise_density=1.5 must be more than 0 and less than 1; use a fraction such as 0.15" in error
+    assert "data.validation_fraction=0 holds nothing out" in error
+    assert main(["prepare", "--script", "pretrain_t5", "data.seq_length=2"]) == 2
+    assert "data.seq_length=2 has no room for text beside" in capsys.readouterr().err
+
+
+def test_prepare_asks_for_no_processes(tmp_path: Path, corpus: Path) -> None:
+    words = [f"data.source={corpus}", f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=510"]
+    assert main(["prepare", *words, "parallel=dp2_tp2_pp2", "launcher.num_processes=3"]) == 0

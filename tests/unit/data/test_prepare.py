@@ -38,7 +38,7 @@ def test_counts_and_tokens(prepared_corpus: tuple[PreparedData, RunConfig]) -> N
     prepared, config = prepared_corpus
     assert prepared.train_tokens == IndexedReader(prepared.train[0].prefix).num_tokens
     assert prepared.validation_tokens == IndexedReader(prepared.validation[0].prefix).num_tokens
-    assert prepared.vocab_size == planned_vocab_size(config) == 400
+    assert prepared.vocab_size == planned_vocab_size(config) == 510
     assert prepared.eod_id == 0
 
 
@@ -90,7 +90,7 @@ def test_same_text_gives_the_same_fingerprint_anywhere(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tokenizer_vocab_size", 300), ("validation_fraction", 0.2), ("document_separator", " "), ("tokenizer", "other")],
+    [("tokenizer_vocab_size", 410), ("validation_fraction", 0.2), ("document_separator", " "), ("tokenizer", "other")],
 )
 def test_what_decides_the_shards_names_the_folder(corpus: Path, config_for: ConfigFor, key: str, value: object) -> None:
     assert prepared_folder(config_for(corpus, **{key: value})) != prepared_folder(config_for(corpus))
@@ -166,8 +166,8 @@ def test_small_corpus_says_that_its_vocabulary_is_small(corpus: Path, config_for
 def test_unigram_entropy_against_its_definition(prepared_corpus: tuple[PreparedData, RunConfig]) -> None:
     prepared, _ = prepared_corpus
     train, validation = (IndexedReader(s[0].prefix).tokens for s in (prepared.train, prepared.validation))
-    counts = np.bincount(train, minlength=400)
-    losses = [-np.log((counts[token] + 1) / (len(train) + 400)) for token in validation]
+    counts = np.bincount(train, minlength=510)
+    losses = [-np.log((counts[token] + 1) / (len(train) + 510)) for token in validation]
     assert prepared.unigram_entropy_nats == pytest.approx(np.mean(losses), rel=1e-12)
 
 

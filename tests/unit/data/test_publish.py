@@ -31,7 +31,7 @@ from megatron_lite.data.prepare import prepare
 config = RunConfig()
 source, cache, pause = sys.argv[1:]
 config.data.source, config.data.cache_dir = source, cache
-config.data.tokenizer_vocab_size, config.data.validation_fraction = 300, 0.1
+config.data.tokenizer_vocab_size, config.data.validation_fraction = 410, 0.1
 def report(line):
     print(line, flush=True)
     if pause == "pause" and line.startswith("tokenised"):

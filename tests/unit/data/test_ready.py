@@ -16,6 +16,7 @@ from megatron_lite.data.loader import training_dataset, validation_dataset
 from megatron_lite.data.prepare import planned_vocab_size, prepare
 from megatron_lite.data.prepared import Part, PreparedData, documents_of_part
 from megatron_lite.errors import ConfigError, DataError
+from tests.unit.data.conftest import windows
 
 ConfigFor = Callable[..., RunConfig]
 Silent = Callable[[str], None]
@@ -57,7 +58,9 @@ def test_counts_do_not_depend_on_the_chunks(foreign: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ready, "CHUNK_TOKENS", chunk)
     reader = IndexedReader(foreign)
     chosen = np.arange(200) % 3 == 0
-    for found, flags in zip(ready.count_tokens(reader, chosen), (~chosen, chosen), strict=True):
+    for found, flags in zip(
+        ready.count_tokens(reader, chosen, lambda tokens, lengths: None), (~chosen, chosen), strict=True
+    ):
         expected = np.bincount(np.concatenate([reader.document(i) for i in np.flatnonzero(flags)]))
         assert np.array_equal(found, expected)
 
@@ -67,8 +70,8 @@ def test_samples_of_a_part_come_from_its_documents_only(foreign: Path, config_fo
     prepared = prepare(config, report=silent)
     reader = IndexedReader(foreign)
     for shard, dataset in (
-        (prepared.train[0], training_dataset(prepared, config)),
-        (prepared.validation[0], validation_dataset(prepared, config)),
+        (prepared.train[0], training_dataset(prepared, config, windows(config))),
+        (prepared.validation[0], validation_dataset(prepared, config, windows(config))),
     ):
         documents = documents_of_part(reader, shard.part, shard.validation_fraction)
         counts = sum(np.bincount(reader.document(i), minlength=90) for i in documents)
@@ -76,7 +79,7 @@ def test_samples_of_a_part_come_from_its_documents_only(foreign: Path, config_fo
         per_epoch = (shard.tokens - 1) // 5
         seen = np.zeros(90, np.int64)
         for i in range(per_epoch):
-            seen += np.bincount(dataset.sample(i)[:-1], minlength=90)
+            seen += np.bincount(dataset.sample(i).tokens[:-1], minlength=90)
         assert np.all(seen <= counts)
         assert int(seen.sum()) == per_epoch * 5
 
@@ -95,9 +98,9 @@ def test_own_shards_bring_their_tokenizer(
     assert prepared.vocab_size == tokenizer.vocab_size
     assert prepared.train_tokens == made.train_tokens
     assert prepared.validation_tokens == made.validation_tokens
-    dataset = training_dataset(prepared, config)
-    assert [dataset.sample(i).tolist() for i in range(9)] == [
-        training_dataset(made, config).sample(i).tolist() for i in range(9)
+    dataset = training_dataset(prepared, config, windows(config))
+    assert [dataset.sample(i).tokens.tolist() for i in range(9)] == [
+        training_dataset(made, config, windows(config)).sample(i).tokens.tolist() for i in range(9)
     ]
 
 
@@ -106,7 +109,7 @@ def test_wrong_tokenizer_for_a_shard(
 ) -> None:
     made, _ = prepared_corpus
     (tmp_path / "x.txt").write_text("\n\n".join(f"other text {i * i}" for i in range(50)))
-    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=280), report=silent)
+    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
     config = config_for(made.train[0].prefix, tokenizer=str(other.tokenizer_dir))
     with pytest.raises(DataError) as error:
         prepare(config, report=silent)
@@ -122,7 +125,7 @@ def test_shards_of_different_tokenizers(
 ) -> None:
     made, _ = prepared_corpus
     (tmp_path / "x.txt").write_text("\n\n".join(f"other text {i * i}" for i in range(50)))
-    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=280), report=silent)
+    other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
     with pytest.raises(DataError, match=r"data\.source names shards of different tokenizers \(.* and .*\)"):
         prepare(config_for([made.train[0].prefix, other.train[0].prefix]), report=silent)
 
@@ -158,7 +161,7 @@ def test_text_beside_ready_shards_needs_a_named_tokenizer(
     prepared = prepare(config, report=silent)
     assert [shard.source_index for shard in prepared.train] == [0, 1]
     assert prepared.weights == (0.5, 0.5)
-    assert len(training_dataset(prepared, config).sample(0)) == 17
+    assert len(training_dataset(prepared, config, windows(config)).sample(0).tokens) == 17
 
 
 def test_scan_is_done_once(foreign: Path, config_for: ConfigFor) -> None:

@@ -12,8 +12,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import tokenizer as tokenizer_module
+from megatron_lite.data.roles import trained_names
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_tokenizer, split_long, train_bpe
-from megatron_lite.data.vocabulary import planned_vocab_size
+from megatron_lite.data.vocabulary import SMALLEST_BPE, planned_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from tests.unit.data.conftest import document
 
@@ -23,7 +24,7 @@ TEXTS = [document(i) for i in range(60)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(iter(TEXTS), 380, path)
+    train_bpe(iter(TEXTS), 490, path)
     return path
 
 
@@ -33,12 +34,12 @@ def bpe(folder: Path) -> Tokenizer:
 
 
 def test_trained_size_and_eod(bpe: Tokenizer) -> None:
-    assert bpe.vocab_size == 380
+    assert bpe.vocab_size == 490
     assert (bpe.eod, bpe.eod_id) == ("<|endoftext|>", 0)
 
 
 def test_training_is_repeatable(folder: Path, tmp_path: Path) -> None:
-    train_bpe(iter(TEXTS), 380, tmp_path)
+    train_bpe(iter(TEXTS), 490, tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
@@ -61,9 +62,41 @@ def test_name_of_any_special_token_in_a_text_is_text(folder: Path, tmp_path: Pat
     backend.add_special_tokens(["<|pad|>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     opened = open_tokenizer(str(tmp_path))
-    assert opened.vocab_size == 381
-    assert 380 not in opened.encode("a <|pad|> b")
-    assert opened.decode([380]) == "<|pad|>"
+    assert opened.vocab_size == 491
+    assert 490 not in opened.encode("a <|pad|> b")
+    assert opened.decode([490]) == "<|pad|>"
+
+
+@pytest.mark.parametrize("name", trained_names())
+def test_name_of_a_special_token_gives_the_pieces_of_its_letters(bpe: Tokenizer, name: str) -> None:
+    text = f"a{name}b {name} {name}{name}\n"
+    ids = bpe.encode(text)
+    assert not bpe.vocabulary().is_special[ids].any()
+    assert bpe.decode(ids) == text
+
+
+def test_every_trained_tokenizer_has_every_role(bpe: Tokenizer) -> None:
+    special = bpe.special
+    assert [bpe.decode([i]) for i in (special.cls, special.sep, special.mask, special.pad)] == [
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[PAD]",
+    ]
+    assert [bpe.decode([i]) for i in (special.mode_r, special.mode_s, special.mode_x)] == ["[NLU]", "[S2S]", "[NLG]"]
+    assert [bpe.decode([i]) for i in (special.fim_prefix, special.fim_suffix, special.fim_middle)] == [
+        "<fim_prefix>",
+        "<fim_suffix>",
+        "<fim_middle>",
+    ]
+    assert bpe.decode(special.sentinels) == "".join(f"<extra_id_{i}>" for i in range(100))
+    assert bpe.vocabulary().is_special.sum() == len(trained_names()) == 111
+
+
+def test_smallest_trained_vocabulary_is_bytes_and_special_tokens(tmp_path: Path) -> None:
+    smallest = train_bpe(iter(TEXTS), SMALLEST_BPE, tmp_path)
+    assert smallest.vocab_size == SMALLEST_BPE
+    assert smallest.decode(smallest.encode("any größe")) == "any größe"
 
 
 def test_documents_get_one_eod_each(bpe: Tokenizer) -> None:
@@ -100,7 +133,7 @@ def test_split_long_loses_nothing(text: str) -> None:
 
 
 def test_decode_leaves_out_padded_rows(bpe: Tokenizer) -> None:
-    assert bpe.decode([*bpe.encode("word"), 380, 511]) == "word"
+    assert bpe.decode([*bpe.encode("word"), 490, 622]) == "word"
 
 
 def test_truncation_and_padding_of_a_folder_are_switched_off(folder: Path, bpe: Tokenizer, tmp_path: Path) -> None:

@@ -74,11 +74,12 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of pretrain_gpt"),
+        ([], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of pretrain_bert, "
+         "pretrain_gpt, pretrain_t5"),
         (["model=gpt_tiny"], "error: no script is named; write `python -m launch SCRIPT [SETTING ...]` with one of "
-         "pretrain_gpt"),
+         "pretrain_bert, pretrain_gpt, pretrain_t5"),
         (["pretrain_gtp"], "error: 'pretrain_gtp' is not a script; did you mean pretrain_gpt? (choose one of "
-         "pretrain_gpt)"),
+         "pretrain_bert, pretrain_gpt, pretrain_t5)"),
         (["pretrain_gpt", "--dryrun"], "error: --dryrun is not an option; did you mean --dry-run?"),
         (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --debug, --help; settings "
          "are written key=value, without dashes"),
@@ -86,8 +87,6 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
          "folder"),
         (["pretrain_gpt", "--config"], "error: --config needs a file: a config-*.yaml of a run folder"),
-        (["pretrain_gpt", "--config=x.yaml", "train.steps=3"], "error: --config x.yaml is complete; leave out "
-         "train.steps=3"),
         (["pretrain_gpt", "launcher.device=cuda"], "error: launcher.device=cuda needs a GPU for each process and torch "
          "sees none here; use launcher.device=cpu"),
     ],
@@ -144,6 +143,21 @@ def test_frozen_configuration_repeats_its_run(capsys: pytest.CaptureFixture[str]
     (elsewhere / "run" / "metrics.jsonl").write_text("{}\n")
     assert main(["--config", str(path), "--dry-run"]) == 0
     assert f"  run/{path.name}" in capsys.readouterr().out.splitlines(), "the same configuration, under the same name"
+
+
+def test_settings_behind_a_frozen_configuration(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    config = resolve(compose("pretrain_gpt", ["train.run_dir=run", "train.steps=20"]), device="cpu")
+    path = freeze(config, elsewhere / "run")
+    (elsewhere / "run" / "metrics.jsonl").write_text("{}\n")
+    assert main(["--config", str(path), "train.steps=5e1", "--dry-run"]) == 0
+    assert "204,800 in 50 steps" in capsys.readouterr().out
+    assert errors_of(capsys, "--config", str(path), "train.steps=x", "model=gpt2_124m", "train.sed=3") == [
+        "error: train.steps=x is not possible: train.steps must be an integer",
+        "error: model=gpt2_124m names a preset, which would replace a whole group; set single values",
+        "error: train.sed is not a setting; did you mean train.seed?",
+    ]
+    (problem,) = errors_of(capsys, "--config", str(path), "train.seed=3", "--dry-run")
+    assert "train.seed: 1234 there, 3 now" in problem
 
 
 def test_reader_that_has_seen_enough_is_no_error() -> None:

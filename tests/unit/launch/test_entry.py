@@ -118,6 +118,12 @@ def test_frozen_file_in_a_world_of_another_size(capfd: pytest.CaptureFixture[str
     assert "world_size=3 must be data x tensor x pipeline = 1 x 2 x 1 = 2" in capfd.readouterr().err
 
 
+def test_settings_beside_a_frozen_file_are_the_launchers(capfd: pytest.CaptureFixture[str]) -> None:
+    path = frozen_file("train.run_dir=run")
+    assert run_script(Script(), "pretrain_gpt", ["--config", str(path), "train.steps=3"]) == 2
+    assert f"--config {path} is complete; leave out train.steps=3" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_user_error_of_rank_0(capfd: pytest.CaptureFixture[str], debug: bool) -> None:
     script = Script(ConfigError("train.x=3 is bad; use 4"))

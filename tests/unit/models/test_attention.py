@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models import attention
 from megatron_lite.models.attention import Attention, short_causal_attention
+from megatron_lite.models.initial import stack_init
 from megatron_lite.parallel.context import ParallelContext
 
 TOLERANCE = 1e-6  # norm of the difference, relative to the norm
@@ -78,7 +79,8 @@ def test_long_sequences_take_sdpa(monkeypatch: pytest.MonkeyPatch):
     model = ModelConfig(
         num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=2, head_size=8, vocab_size=8
     )
-    layer = Attention(model, ParallelContext.single(), rotary=None, recompute=False)
+    init = stack_init(model, 1)
+    layer = Attention(model, ParallelContext.single(), init, causal=True, rotary=None, recompute=False)
     layer(torch.ones(1, 8, 16), None)
     assert calls == ["short"]
     layer(torch.ones(1, 9, 16), None)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.models.activations import Field
+from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.gpt import gpt_layers
 from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
 
 VOCAB_SIZE = 60
+INPUTS = (Field("tokens", 16),)
 GPT2 = ModelConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16, vocab_pad_multiple=32
 )
@@ -37,7 +39,7 @@ def _model(
     model: ModelConfig, recompute: Recompute = Recompute.none, context: ParallelContext | None = None
 ) -> tuple[FlatModel, ParallelContext]:
     context = context or ParallelContext.single()
-    return FlatModel(gpt_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute)), context
+    return FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS)), context
 
 
 def _tokens() -> Tensor:
@@ -62,14 +64,14 @@ def test_parameters_of_gpt2():
     assert shapes == {
         "embedding.weight": (64, 32),
         "position_embedding.weight": (16, 32),
-        "layers.0.input_norm.weight": (32,),
-        "layers.0.input_norm.bias": (32,),
+        "layers.0.attention_norm.weight": (32,),
+        "layers.0.attention_norm.bias": (32,),
         "layers.0.attention.qkv.weight": (96, 32),
         "layers.0.attention.qkv.bias": (96,),
         "layers.0.attention.projection.weight": (32, 32),
         "layers.0.attention.projection.bias": (32,),
-        "layers.0.post_attention_norm.weight": (32,),
-        "layers.0.post_attention_norm.bias": (32,),
+        "layers.0.mlp_norm.weight": (32,),
+        "layers.0.mlp_norm.bias": (32,),
         "layers.0.mlp.up.weight": (128, 32),
         "layers.0.mlp.up.bias": (128,),
         "layers.0.mlp.down.weight": (32, 128),
@@ -83,10 +85,10 @@ def test_parameters_of_llama():
     shapes = _shapes(replace(LLAMA, num_layers=1))
     assert shapes == {
         "embedding.weight": (64, 32),
-        "layers.0.input_norm.weight": (32,),
+        "layers.0.attention_norm.weight": (32,),
         "layers.0.attention.qkv.weight": (64, 32),  # 2 groups of (2 queries + key + value) x 8
         "layers.0.attention.projection.weight": (32, 32),
-        "layers.0.post_attention_norm.weight": (32,),
+        "layers.0.mlp_norm.weight": (32,),
         "layers.0.mlp.gate_up.weight": (2, 128, 32),
         "layers.0.mlp.down.weight": (32, 128),
         "final_norm.weight": (32,),
@@ -107,19 +109,32 @@ def test_head_size_and_multi_query_change_the_fused_projection():
 
 
 def test_a_tied_head_shares_the_first_layers_module():
-    tied = gpt_layers(GPT2, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none)
+    tied = build_layers(GPT2, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
     assert tied[0].tied == tied[-1].tied == "embedding"
     assert tied[-1].name == "head"
-    untied = gpt_layers(LLAMA, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none)
+    untied = build_layers(
+        LLAMA, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
+    )
     assert all(spec.tied is None for spec in untied)
 
 
-def test_the_position_layer_is_there_only_where_it_does_something():
-    names = [spec.name for spec in gpt_layers(LLAMA, ParallelContext.single(), vocab_size=9, recompute=Recompute.none)]
+def test_positions_and_dropout_are_entries_only_where_they_do_something():
+    names = [
+        spec.name
+        for spec in build_layers(LLAMA, ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS)
+    ]
     assert names == ["embedding", "layers.0", "layers.1", "final_norm", "head"]
     dropping = replace(LLAMA, embedding_dropout=0.1)
-    layers = gpt_layers(dropping, ParallelContext.single(), vocab_size=9, recompute=Recompute.none)
-    assert layers[1].name == "position_embedding"
+    layers = build_layers(dropping, ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS)
+    assert [layer.name for layer in layers][:3] == ["embedding", "embedding_dropout", "layers.0"]
+    layers = build_layers(
+        replace(dropping, position_embedding=PositionEmbedding.learned),
+        ParallelContext.single(),
+        vocab_size=9,
+        recompute=Recompute.none,
+        inputs=INPUTS,
+    )
+    assert [layer.name for layer in layers][:3] == ["embedding", "position_embedding", "embedding_dropout"]
 
 
 def test_initial_weights_follow_the_configuration():

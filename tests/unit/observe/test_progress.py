@@ -36,7 +36,8 @@ def test_the_compact_form_fits_eighty_columns() -> None:
 
 
 def test_validation_line() -> None:
-    assert validation_line(100, 5.1234, 167.9) == "validation at step 100 | loss 5.123 | perplexity 167.9"
+    line = validation_line(100, 5.1234, 167.9, 0.1234)
+    assert line == "validation at step 100 | loss 5.123 | perplexity 167.9 | accuracy 12.3 %"
 
 
 @pytest.mark.parametrize(

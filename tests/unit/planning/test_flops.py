@@ -6,8 +6,8 @@ import pytest
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import parameter_counts
-from megatron_lite.config.schema import ModelConfig, Precision
-from megatron_lite.planning.flops import dense_peak_flops, flops_per_token, itemised_flops
+from megatron_lite.config.schema import Activation, Architecture, ModelConfig, Precision
+from megatron_lite.planning.flops import dense_peak_flops, flops_of_run, flops_per_token, itemised_flops
 
 
 def test_terms_by_hand() -> None:
@@ -44,6 +44,61 @@ def test_against_torch_on_the_matrix_products() -> None:
         tokens @ torch.zeros(128, 1000)
     terms = itemised_flops(model, 16, 1000)
     assert 16 * (terms.forward - terms.attention_scores) == counter.get_total_flops()
+
+
+def test_encoder_looks_both_ways_and_transforms_its_head() -> None:
+    """h 128, 4 layers of 4 heads of 32, s 128, v 8192: every position looks at all 128."""
+    model = compose("pretrain_bert", []).model
+    terms, decoder = itemised_flops(model, 128, 8192), itemised_flops(ModelConfig(), 128, 8192)
+    assert terms.attention_scores == 4 * 2 * 2 * 128 * 128
+    assert terms.head == 2 * 128 * 8192 + 2 * 128 * 128
+    assert (terms.query_key_value, terms.projection, terms.mlp) == (
+        decoder.query_key_value, decoder.projection, decoder.mlp,
+    )  # fmt: skip
+    assert terms.cross_attention == 0
+
+
+def test_encoder_decoder_against_torch_on_the_matrix_products() -> None:
+    """torch's own counter over one sample; below the diagonal of the decoder's scores it counts the full square."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    s, r, layers, decoder_layers, v = 12, 7, 3, 2, 1000
+    model = ModelConfig(
+        architecture=Architecture.encoder_decoder, num_layers=layers, num_decoder_layers=decoder_layers, hidden_size=24,
+        num_attention_heads=4, head_size=8, ffn_hidden_size=40, activation=Activation.geglu,
+    )  # fmt: skip
+
+    def attend(queries: int, keys: int) -> None:
+        torch.zeros(queries, 24) @ torch.zeros(24, 32)
+        torch.zeros(keys, 24) @ torch.zeros(24, 64)
+        (torch.zeros(4, queries, 8) @ torch.zeros(4, 8, keys)) @ torch.zeros(4, keys, 8)
+        torch.zeros(queries, 32) @ torch.zeros(32, 24)
+
+    def feed_forward(length: int) -> None:
+        (torch.zeros(length, 24) @ torch.zeros(24, 80))[:, :40] @ torch.zeros(40, 24)
+
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(layers):
+            attend(s, s)
+            feed_forward(s)
+        for _ in range(decoder_layers):
+            attend(r, r)
+            attend(r, s)
+            feed_forward(r)
+        torch.zeros(r, 24) @ torch.zeros(24, v)
+    full = itemised_flops(model, s, v, decoder_seq_length=r, causal=False)
+    assert full.forward * (s + r) == pytest.approx(counter.get_total_flops(), rel=1e-12)
+    causal = itemised_flops(model, s, v, decoder_seq_length=r)
+    above_diagonal = r * r - r * (r + 1) / 2
+    assert (full.forward - causal.forward) * (s + r) == pytest.approx(decoder_layers * 4 * 32 * above_diagonal)
+
+
+def test_flops_of_a_run_take_both_lengths_from_its_settings() -> None:
+    config = compose("pretrain_t5", ["data.seq_length=512"])
+    assert flops_of_run(config, 8192) == itemised_flops(config.model, 512, 8192, decoder_seq_length=114)
+    config = compose("pretrain_gpt", [])
+    assert flops_of_run(config, 8192).training == flops_per_token(config.model, 128, 8192)
 
 
 def test_training_is_three_forward_passes() -> None:

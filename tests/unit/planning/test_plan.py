@@ -11,8 +11,8 @@ from megatron_lite.planning.memory import model_states
 from megatron_lite.planning.plan import describe
 
 
-def config_of(*words: str) -> RunConfig:
-    return resolve(compose("pretrain_gpt", list(words)), device="cpu")
+def config_of(*words: str, script: str = "pretrain_gpt") -> RunConfig:
+    return resolve(compose(script, list(words)), device="cpu")
 
 
 def rows(text: str) -> dict[str, str]:
@@ -66,10 +66,128 @@ def test_batch_ramp_row() -> None:
     )
 
 
-def test_unknown_vocabulary_leaves_out_what_hangs_on_it() -> None:
-    text = rows(describe(config_of(), None))
-    assert text["vocabulary"] == "known once the data is prepared (model.vocab_size=null)"
-    assert "parameters" not in text
+def stages(text: str) -> list[str]:
+    """What lies on each stage and how many parameters a rank of it holds."""
+    return [line.partition(" = weights")[0].rpartition(";")[0].strip() for line in text.splitlines()
+            if line.startswith("  stage ")]  # fmt: skip
+
+
+T5_WORDS = (
+    "model=t5_small",
+    "model.num_layers=4",
+    "model.num_decoder_layers=4",
+    "model.hidden_size=128",
+    "model.num_attention_heads=4",
+    "model.head_size=32",
+    "model.ffn_hidden_size=512",
+)
+"""A T5 v1.0 of four layers in each stack."""
+
+
+def test_both_stacks_on_one_pipeline() -> None:
+    config = config_of(
+        *T5_WORDS, "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=3", script="pretrain_t5"
+    )
+    text = describe(config, 8192)
+    assert rows(text)["layers"] == "8 = 4 encoder + 4 decoder = 2 stages of 3 + 1 stage of 2"
+    assert rows(text)["tokens"] == "5,024 a step, 1,507,200 in 300 steps"  # 32 x (128 + 29)
+    assert rows(text)["parameters"] == (
+        "2,886,656 = 4 encoder layers of 196,864, 4 decoder layers of 262,528, embedding 1,048,576, relative positions "
+        "256, head tied, final norms 256; padding not counted"
+    )
+    assert rows(text)["FLOPs per token"].endswith(
+        "scores of both stacks 2.19e+05 + projection 1.31e+05 + cross-attention 3.11e+05 + mlp 1.05e+06 + "
+        "head 3.87e+05)"
+    )
+    assert stages(text) == [
+        "stage 0: embedding, 3 encoder layers; 820,032 parameters a rank",
+        "stage 1: 1 encoder layer, encoder's final norm, decoder embedding (copy), 2 decoder layers; 886,016 "
+        "parameters a rank",
+        "stage 2: 2 decoder layers, final norm, head; 787,392 parameters a rank",
+    ]
+
+
+def test_bert_with_its_heads() -> None:
+    text = describe(config_of("parallel=pp2", script="pretrain_bert"), 8192)
+    assert rows(text)["parameters"] == (
+        "2,014,978 = 4 layers of 198,272, embedding 1,048,576, positions 131,072, segments 256, embedding norm 256, "
+        "head transform 16,768, head tied, head bias 8,192, pooler and next-sentence head 16,770; padding not counted"
+    )
+    assert stages(text) == [
+        "stage 0: embedding, positions, segments, 2 layers; 1,576,704 parameters a rank",
+        "stage 1: 2 layers, head, pooler and next-sentence head; 1,486,850 parameters a rank",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("pretrain_gpt", [], "causal_lm: 128 positions; each predicts the next token"),
+        (
+            "pretrain_gpt",
+            ["objective=prefix_lm"],
+            "prefix_lm: 128 positions; 64.5 of them on average, behind a prefix, predict the next token",
+        ),
+        (
+            "pretrain_gpt",
+            ["objective=fill_in_the_middle"],
+            "fill_in_the_middle: 128 positions; each predicts the next token; 50% of the documents are rearranged, 50% "
+            "of these with the suffix first",
+        ),
+        (
+            "pretrain_bert",
+            ["objective=masked_lm", "objective.whole_word=true"],
+            "masked_lm: 128 positions; 19.2 of them predict masked whole words (0.15 x 128: 80% masks, 10% random, 10% "
+            "kept)",
+        ),
+        (
+            "pretrain_bert",
+            ["data.seq_length=512"],
+            "masked_lm_nsp: 512 positions; 76.8 of them predict masked tokens (0.15 x 512: 80% masks, 10% random, 10% "
+            "kept), and one whether the parts follow each other (50% do)",
+        ),
+        (
+            "pretrain_t5",
+            ["data.seq_length=512"],
+            "span_corruption: 512 encoder x 114 decoder positions; 85 of 568 tokens are predicted (15.0%), in 28 spans",
+        ),
+        (
+            "pretrain_t5",
+            ["objective=bart_denoising"],
+            "bart_denoising: 128 encoder x 128 decoder positions; the decoder predicts the whole text; 30% of the "
+            "input is masked in spans of 3 on average, its sentences are shuffled",
+        ),
+        (
+            "pretrain_t5",
+            ["objective=ul2"],
+            "ul2: 128 encoder x 64 decoder positions; 43.43 of the decoder's on average predict what denoisers took "
+            "out (R 29%, S 14%, X 57%), with mode tokens",
+        ),
+    ],
+)
+def test_objective_row(script: str, words: list[str], expected: str) -> None:
+    assert rows(describe(config_of(*words, script=script), 8192))["objective"] == expected
+
+
+def test_unknown_vocabulary_is_a_letter() -> None:
+    text = describe(config_of("model=llama_tiny", "parallel=tp2"), None)
+    assert rows(text)["vocabulary"] == "v, known once the data is prepared (model.vocab_size=null)"
+    assert rows(text)["parameters"] == (
+        "787,584 + v x 256 = 4 layers of 196,864, embedding v x 128, head v x 128, final norm 128; padding not counted"
+    )
+    assert rows(text)["FLOPs per token"] == "5.115e+06 + v x 7.680e+02"
+    assert "compute" not in rows(text)
+    assert "  stage 0: embedding, 4 layers, final norm, head; 394,368 + v/2 x 256 parameters a rank" in text
+
+
+@pytest.mark.parametrize("words", [["experiment=t5_base"], ["model=t5_v1_1_base"], ["experiment=bart_base"]])
+def test_letter_stands_for_the_known_figure(words: list[str]) -> None:
+    """`a + v x b` at a vocabulary gives what the plan prints for that vocabulary."""
+    config = config_of(*words, script="pretrain_t5")
+    symbolic = rows(describe(config, None))["parameters"].partition(" = ")[0].replace(",", "")
+    known = rows(describe(config, 32000))["parameters"].partition(" = ")[0].replace(",", "")
+    constant, _, slope = symbolic.partition(" + v x ")
+    assert int(constant) + 32000 * int(slope) == int(known)
 
 
 @pytest.mark.parametrize(

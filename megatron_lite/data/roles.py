@@ -1,0 +1,87 @@
+"""Names of special tokens: those that a tokenizer trained here gets, and those that other tokenizers use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
+from typing import Any
+
+from megatron_lite.config.lengths import TRAINED_SENTINELS
+from megatron_lite.data.special import SpecialTokens
+
+END_OF_TEXT = "<|endoftext|>"
+EOD_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # tried where the folder names no eos_token
+
+STANDARD_NAMES = {
+    "cls": "[CLS]",
+    "sep": "[SEP]",
+    "mask": "[MASK]",
+    "pad": "[PAD]",
+    "mode_r": "[NLU]",
+    "mode_s": "[S2S]",
+    "mode_x": "[NLG]",
+    "fim_prefix": "<fim_prefix>",
+    "fim_suffix": "<fim_suffix>",
+    "fim_middle": "<fim_middle>",
+}
+"""What a role's token is called where we add it."""
+
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "cls": ("<cls>", "<s>"),
+    "sep": ("<sep>", "</s>"),
+    "mask": ("<mask>", "<|mask|>"),
+    "pad": ("<pad>", "<|pad|>", "<|padding|>"),
+    "fim_prefix": ("<fim-prefix>", "<|fim_prefix|>", "▁<PRE>", "<\uff5cfim▁begin\uff5c>"),
+    "fim_suffix": ("<fim-suffix>", "<|fim_suffix|>", "▁<SUF>", "<\uff5cfim▁hole\uff5c>"),
+    "fim_middle": ("<fim-middle>", "<|fim_middle|>", "▁<MID>", "<\uff5cfim▁end\uff5c>"),
+}
+"""Of RoBERTa, BART and T5, and of SantaCoder, Qwen, CodeLlama and DeepSeek."""
+SETTING_OF_ROLE = {role: f"{role}_token" for role in ("cls", "sep", "mask", "pad")}
+"""Keys of a tokenizer_config.json that name a role's token."""
+
+
+def sentinel_name(number: int) -> str:
+    return f"<extra_id_{number}>"
+
+
+def trained_names() -> list[str]:
+    """Special tokens of a tokenizer that is trained here, in the order of their ids."""
+    return [END_OF_TEXT, *STANDARD_NAMES.values(), *map(sentinel_name, range(TRAINED_SENTINELS))]
+
+
+def named_tokens(settings: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    """Tokens that a tokenizer_config.json names under these keys: as a string, or as the fields of an AddedToken."""
+    for key in keys:
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            yield str(token)
+
+
+def resolve_names(known: set[str], settings: Mapping[str, Any], unknown: str | None) -> dict[str, str]:
+    """The token of each role but eod and sentinels: as the settings name it, else by the usual names.
+
+    A token that stands for unknown text has no role, whatever the settings say: text is made of it.
+    """
+    found = {}
+    for role, standard in STANDARD_NAMES.items():
+        named = named_tokens(settings, (SETTING_OF_ROLE[role],)) if role in SETTING_OF_ROLE else ()
+        candidates = (*named, standard, *OTHER_NAMES.get(role, ()))
+        name = next((name for name in candidates if name in known and name != unknown), None)
+        if name is not None:
+            found[role] = name
+    return found
+
+
+def sentinel_names(known: set[str]) -> list[str]:
+    """Sentinels from number 0 up to the first that is missing; in SentencePiece they may begin with a space."""
+    spellings = ((sentinel_name(number), "▁" + sentinel_name(number)) for number in count())
+    found = (next((name for name in names if name in known), "") for names in spellings)
+    return list(takewhile(bool, found))
+
+
+def resolve_roles(ids: Mapping[str, int], names: Mapping[str, str], sentinels: list[str], eod: str) -> SpecialTokens:
+    """Ids of the tokens that have a role."""
+    roles = {role: ids[name] for role, name in names.items()}
+    return SpecialTokens(eod=ids[eod], sentinels=tuple(ids[name] for name in sentinels), **roles)

@@ -1,0 +1,106 @@
+"""What flows from layer to layer, and what of it crosses from one pipeline stage to the next.
+
+Shapes: b micro-batch, s positions of the running stack, e positions of the encoder, h hidden, n heads, v vocabulary,
+t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_lite.parallel.context import ParallelContext
+
+
+class Field(NamedTuple):
+    """A tensor of `Activations` that a layer takes from those before it, or from the batch."""
+
+    name: str
+    length: int | None = None
+    """Positions of a sample (a hidden state has h channels for each); None = one number a sample."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Everything that layers hand on. A model uses some of the fields; the others stay None."""
+
+    tokens: Tensor | None = None  # [b, s] int64
+    segments: Tensor | None = None  # [b, s] int64: which part of a pair a token belongs to
+    decoder_tokens: Tensor | None = None  # [b, s] int64
+    lengths: Tensor | None = None  # [b] int64: positions of the (encoder's) input that are no padding
+    prefix_lengths: Tensor | None = None  # [b] int64: leading positions that see each other both ways
+    hidden: Tensor | None = None  # [b, s, h], or [b, s/t, h] under sequence parallelism
+    memory: Tensor | None = None  # [b, e, h], or [b, e/t, h]: the encoder's output, for cross-attention
+    position_bias: Tensor | None = None  # [1, n/t, s, s]: of relative positions; made anew on each stage
+    logits: Tensor | None = None  # [b, s, v/t]
+    sequence_logits: Tensor | None = None  # [b, 2]: of the next-sentence head
+
+
+FLOATS = ("hidden", "memory")
+
+
+class Wire:
+    """The activations that cross into a stage, as at most one float and one int64 tensor.
+
+    DeepSpeed sends a stage's output tensor by tensor and runs one backward pass for each float among them. Joined,
+    they cost one message of each kind and one backward pass. Along their second dimension the hidden states are
+    [b, s + e, h]; the integers are [b, sum of their lengths].
+    """
+
+    def __init__(self, takes: Sequence[Field], hidden_size: int, context: ParallelContext) -> None:
+        self._floats = [field for field in takes if field.name in FLOATS]
+        self._integers = [field for field in takes if field.name not in FLOATS]
+        self._hidden_size = hidden_size
+        self._split = context.tensor_size if context.sequence_parallel else 1
+
+    def pack(self, x: Activations) -> Tensor | tuple[Tensor, ...]:
+        """What is sent; a single tensor where there is but one."""
+        parts = []
+        if self._floats:
+            parts.append(_joined([_taken(x, field) for field in self._floats]))
+        if self._integers:
+            columns = [_taken(x, field) for field in self._integers]
+            parts.append(_joined([part.unsqueeze(1) if part.dim() == 1 else part for part in columns]))
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    def unpack(self, sent: Tensor | Sequence[Tensor]) -> Activations:
+        parts = [sent] if isinstance(sent, Tensor) else list(sent)
+        found: dict[str, Tensor] = {}
+        if self._floats:
+            lengths = [self._float_length(field) for field in self._floats]
+            found |= zip([f.name for f in self._floats], parts.pop(0).split(lengths, dim=1), strict=True)
+        if self._integers:
+            columns = parts.pop(0).split([field.length or 1 for field in self._integers], dim=1)
+            for field, column in zip(self._integers, columns, strict=True):
+                found[field.name] = column.squeeze(1) if field.length is None else column
+        assert not parts
+        return Activations(**found)
+
+    def empty(self, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Buffers to receive what `pack` gives for `batch` samples, in the same order."""
+        buffers = []
+        if self._floats:
+            length = sum(map(self._float_length, self._floats))
+            buffers.append(torch.empty(batch, length, self._hidden_size, dtype=dtype, device=device))
+        if self._integers:
+            columns = sum(field.length or 1 for field in self._integers)
+            buffers.append(torch.empty(batch, columns, dtype=torch.int64, device=device))
+        return buffers
+
+    def _float_length(self, field: Field) -> int:
+        assert field.length is not None
+        return field.length // self._split
+
+
+def _taken(x: Activations, field: Field) -> Tensor:
+    tensor = getattr(x, field.name)
+    assert tensor is not None, f"a later stage takes {field.name}, which no layer before it has left"
+    return tensor
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)

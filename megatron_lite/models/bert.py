@@ -1,0 +1,34 @@
+"""An encoder as a list of layers; BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) are settings of it.
+
+    embedding (tokens [b, s]) | position_embedding | segment_embedding (segments [b, s]) | embedding_norm
+    | layers.0 | ... | layers.N | next_sentence (sequence_logits [b, 2]) | head_transform
+    | head (logits [b, s, v/t]) | head_bias
+
+What crosses into a stage that begins at any block: hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and,
+where samples are padded, lengths [b].
+
+Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from megatron_lite.models.activations import Field
+from megatron_lite.models.entries import Entries
+from megatron_lite.models.spec import LayerSpec
+
+
+def bert_layers(entries: Entries, *, next_sentence_head: bool) -> list[LayerSpec]:
+    """Tokens [b, s] -> this rank's logits [b, s, v/t] and, with a next-sentence head, sequence_logits [b, 2]."""
+    model = entries.model
+    takes = (Field("hidden", entries.input("tokens").length), *entries.inputs_among("lengths"))
+    embedding = entries.word_embedding(tied=model.tie_embeddings)
+    return [
+        embedding,
+        *entries.embedding_sum(),
+        *chain(*entries.blocks(num_layers=model.num_layers, causal=False, takes=takes)),
+        *entries.final_norm(),
+        *(entries.next_sentence() if next_sentence_head else []),
+        *entries.head(embedding),
+    ]

@@ -1,0 +1,36 @@
+"""From a model's settings to its layer list: the one way in."""
+
+from __future__ import annotations
+
+from megatron_lite.config.schema import Architecture, ModelConfig, Recompute
+from megatron_lite.models.activations import Field
+from megatron_lite.models.bert import bert_layers
+from megatron_lite.models.encoder_decoder import encoder_decoder_layers
+from megatron_lite.models.entries import Entries
+from megatron_lite.models.gpt import gpt_layers
+from megatron_lite.models.spec import LayerSpec
+from megatron_lite.parallel.context import ParallelContext
+
+
+def build_layers(
+    model: ModelConfig,
+    context: ParallelContext,
+    *,
+    vocab_size: int,
+    recompute: Recompute,
+    inputs: tuple[Field, ...],
+    next_sentence_head: bool = False,
+) -> list[LayerSpec]:
+    """The inputs of a batch -> logits of this rank's part of the vocabulary, layer by layer.
+
+    Args:
+        vocab_size: the tokenizer's true size; the table is padded from it.
+        inputs: what the objective feeds; `lengths` and `prefix_lengths` among them decide the attention masks.
+        next_sentence_head: an encoder also classifies the whole sample: `sequence_logits` [b, 2].
+    """
+    entries = Entries(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)
+    if model.architecture is Architecture.decoder:
+        return gpt_layers(entries)
+    if model.architecture is Architecture.encoder:
+        return bert_layers(entries, next_sentence_head=next_sentence_head)
+    return encoder_decoder_layers(entries)

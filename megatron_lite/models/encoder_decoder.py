@@ -1,0 +1,69 @@
+"""An encoder and a decoder as one list of layers; T5 (arXiv 1910.10683) and BART (arXiv 1910.13461) are settings of it.
+
+    T5:   embedding (tokens [b, e]) | encoder.relative_bias, encoder.layers.0 | ...
+          | encoder.final_norm, decoder.embedding (decoder_tokens [b, d]), decoder.relative_bias, decoder.layers.0
+          | decoder.relative_bias, decoder.layers.1 | ... , decoder.final_norm, head (logits [b, d, v/t])
+    BART: embedding, encoder.position_embedding, encoder.embedding_norm | encoder.layers.0 | ...
+          | decoder.embedding, decoder.position_embedding, decoder.embedding_norm, decoder.layers.0
+          | decoder.layers.1 | ... , head
+
+A pipeline stage may begin at each "|". What crosses there:
+    at a layer of the encoder, or where the decoder begins:  hidden [b, e, h], decoder_tokens [b, d], lengths [b]
+    at a later layer of the decoder:  hidden [b, d, h], memory [b, e, h], lengths [b]
+Hidden states have e/t and d/t positions under sequence parallelism; lengths only where samples are padded. So `Wire`
+sends one float tensor, of e or e + d positions, and at most one of integers. The relative bias does not cross: each
+stage computes it anew from its copy of the table.
+
+One word table serves the encoder's input, the decoder's input and, where tied, the head.
+
+Shapes: b micro-batch, e positions of the encoder, d of the decoder, h hidden, v padded vocabulary, t tensor-parallel
+size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+
+from torch import nn
+
+from megatron_lite.models.activations import Activations, Field
+from megatron_lite.models.entries import Entries
+from megatron_lite.models.spec import LayerSpec
+
+
+def encoder_decoder_layers(entries: Entries) -> list[LayerSpec]:
+    """Tokens [b, e] and decoder_tokens [b, d] -> this rank's logits [b, d, v/t]."""
+    model = entries.model
+    decoder_tokens, lengths = entries.input("decoder_tokens"), entries.inputs_among("lengths")
+    memory = Field("memory", entries.input("tokens").length)
+    into_encoder = (memory._replace(name="hidden"), decoder_tokens, *lengths)
+    into_decoder = (Field("hidden", decoder_tokens.length), memory, *lengths)
+    assert model.num_decoder_layers is not None  # by complete_model
+
+    embedding = entries.word_embedding(tied=True)
+    encoder = entries.blocks("encoder.", num_layers=model.num_layers, causal=False, takes=into_encoder)
+    first, *others = entries.blocks(
+        "decoder.", num_layers=model.num_decoder_layers, causal=True, takes=into_decoder, cross_attention=True
+    )
+    between = [
+        *entries.final_norm("encoder."),
+        replace(embedding, name="decoder.embedding", apply=_begin_decoder, takes=None),
+        *entries.embedding_sum("decoder."),
+        replace(first[0], takes=None),
+        *first[1:],
+    ]
+    between[0] = replace(between[0], takes=into_encoder)  # no stage begins between here and the second decoder layer
+    return [
+        embedding,
+        *entries.embedding_sum("encoder."),
+        *chain(*encoder),
+        *between,
+        *chain(*others),
+        *entries.final_norm("decoder."),
+        *entries.head(embedding),
+    ]
+
+
+def _begin_decoder(embedding: nn.Module, x: Activations) -> Activations:
+    return replace(x, memory=x.hidden, hidden=embedding(x.decoder_tokens), position_bias=None)

@@ -1,0 +1,235 @@
+"""The entries that layer lists are made of, each with what it does to the activations.
+
+Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from megatron_lite.config.derived import complete_model
+from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
+from megatron_lite.models.activations import Activations, Field
+from megatron_lite.models.block import TransformerBlock
+from megatron_lite.models.heads import HeadBias, HeadTransform, NextSentenceHead
+from megatron_lite.models.initial import StackInit, stack_init
+from megatron_lite.models.masks import Visibility
+from megatron_lite.models.norms import build_norm
+from megatron_lite.models.positions import EmbeddingDropout, PositionTable, RotaryTable, SegmentTable
+from megatron_lite.models.relative import RelativeBias
+from megatron_lite.models.spec import LayerSpec, layer_spec
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_lite.parallel.topology import padded_vocab_size
+
+
+class Entries:
+    """Makes the entries of one model's layer list.
+
+    `prefix` of a method is that of the global names: "" in a model of one stack, else "encoder." or "decoder.".
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        *,
+        vocab_size: int,
+        recompute: Recompute,
+        inputs: tuple[Field, ...],
+    ) -> None:
+        """
+        Args:
+            vocab_size: the tokenizer's true size; the table is padded from it.
+            inputs: what a batch holds.
+        """
+        self.model = model = complete_model(model)
+        self.context = context
+        self.inputs = inputs
+        self._vocab_size = vocab_size
+        self._padded = padded_vocab_size(vocab_size, model.vocab_pad_multiple, context.tensor_size)
+        self._recompute = recompute
+        self._embedding_init = stack_init(model, model.num_layers)  # tables and heads depend on no stack
+        self._rotary = None
+        if model.position_embedding is PositionEmbedding.rotary:
+            assert model.head_size is not None  # by complete_model
+            self._rotary = RotaryTable(model.head_size, model.rotary_base)
+
+    def input(self, name: str) -> Field:
+        """The field of that name among the inputs."""
+        return next(field for field in self.inputs if field.name == name)
+
+    def inputs_among(self, *names: str) -> tuple[Field, ...]:
+        """Those of the inputs that have one of these names."""
+        return tuple(field for field in self.inputs if field.name in names)
+
+    def word_embedding(self, *, tied: bool) -> LayerSpec:
+        """The first entry: tokens -> hidden. `tied`: other entries share its table."""
+
+        def make() -> nn.Module:
+            model = self.model
+            init = self._embedding_init.embedding
+            return VocabParallelEmbedding(
+                self._vocab_size, model.hidden_size, self.context, padded_vocab_size=self._padded, init=init
+            )
+
+        key = "embedding" if tied else None
+        return layer_spec("embedding", make, embed_tokens, self.context, tied=key, takes=self.inputs)
+
+    def embedding_sum(self, prefix: str = "") -> list[LayerSpec]:
+        """What lies between the word embedding and the first block."""
+        model, init = self.model, self._embedding_init
+        entries = []
+        if model.position_embedding is PositionEmbedding.learned:
+            entries.append(
+                self._spec(f"{prefix}position_embedding", lambda: PositionTable(model, self.context, init), on_hidden)
+            )
+        if model.num_segments:
+            entries.append(
+                self._spec(f"{prefix}segment_embedding", lambda: SegmentTable(model, self.context, init), add_segments)
+            )
+        if model.embedding_norm:
+            entries.append(self._spec(f"{prefix}embedding_norm", lambda: build_norm(model, self.context), on_hidden))
+        if model.embedding_dropout > 0.0:
+            name = f"{prefix}embedding_dropout"
+            entries.append(self._spec(name, lambda: EmbeddingDropout(model, self.context, name), on_hidden))
+        return entries
+
+    def blocks(
+        self,
+        prefix: str = "",
+        *,
+        num_layers: int,
+        causal: bool,
+        takes: tuple[Field, ...],
+        cross_attention: bool = False,
+    ) -> list[list[LayerSpec]]:
+        """One list for each transformer layer; a pipeline stage may begin with any of them.
+
+        Args:
+            takes: what a stage that begins there needs.
+        """
+        init = stack_init(self.model, num_layers, cross_attention=cross_attention)
+
+        def block(name: str) -> nn.Module:
+            return TransformerBlock(
+                self.model,
+                self.context,
+                name,
+                init,
+                causal=causal,
+                cross_attention=cross_attention,
+                rotary=self._rotary,
+                recompute=self._recompute,
+            )
+
+        names = [f"{prefix}layers.{index}" for index in range(num_layers)]
+        layers = [[self._spec(name, partial(block, name), apply_block)] for name in names]
+        if self.model.position_embedding is PositionEmbedding.relative:
+            bias = self._relative_bias(f"{prefix}relative_bias", init, causal=causal)
+            layers = [[bias, *layer] for layer in layers]
+        return [[replace(layer[0], takes=takes), *layer[1:]] for layer in layers]
+
+    def final_norm(self, prefix: str = "") -> list[LayerSpec]:
+        """Of a pre-norm stack; a post-norm block ends with its norm."""
+        if self.model.norm_placement is NormPlacement.post:
+            return []
+        return [self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden)]
+
+    def next_sentence(self) -> list[LayerSpec]:
+        """hidden -> sequence_logits."""
+
+        def make() -> nn.Module:
+            return NextSentenceHead(self.model, self.context, self._embedding_init)
+
+        return [self._spec("next_sentence", make, apply_next_sentence)]
+
+    def head(self, embedding: LayerSpec) -> list[LayerSpec]:
+        """hidden -> logits [b, s, v/t]. `embedding`: the entry whose table a tied head uses."""
+        model, init = self.model, self._embedding_init
+        entries = []
+        if model.head_transform:
+            entries.append(self._spec("head_transform", lambda: HeadTransform(model, self.context, init), on_hidden))
+        if model.tie_embeddings:
+            scale = model.hidden_size**-0.5 if model.scale_tied_head else None
+            entries.append(replace(embedding, name="head", apply=partial(apply_tied_head, scale=scale), takes=None))
+        else:
+            entries.append(self._spec("head", self._untied_head, apply_head))
+        if model.head_bias:
+
+            def bias() -> nn.Module:
+                return HeadBias(self._vocab_size, self.context, padded_vocab_size=self._padded)
+
+            entries.append(self._spec("head_bias", bias, on_logits))
+        return entries
+
+    def _untied_head(self) -> nn.Module:
+        return ColumnParallelLinear(
+            self.model.hidden_size,
+            self._vocab_size,
+            self.context,
+            bias=False,
+            init=self._embedding_init.head,
+            padded_out_features=self._padded,
+        )
+
+    def _relative_bias(self, name: str, init: StackInit, *, causal: bool) -> LayerSpec:
+        """One table for the stack. It stands in front of every block, so that a stage may begin at each."""
+        apply = partial(add_relative_bias, split=self.context.tensor_size if self.context.sequence_parallel else 1)
+
+        def make() -> nn.Module:
+            return RelativeBias(self.model, self.context, init, causal=causal)
+
+        return layer_spec(name, make, apply, self.context, tied=name.replace(".", "_"))  # a key that DeepSpeed takes
+
+    def _spec(
+        self, name: str, make: Callable[[], nn.Module], apply: Callable[[Any, Activations], Activations]
+    ) -> LayerSpec:
+        return layer_spec(name, make, apply, self.context)
+
+
+def embed_tokens(embedding: nn.Module, x: Activations) -> Activations:
+    return replace(x, hidden=embedding(x.tokens))
+
+
+def on_hidden(module: nn.Module, x: Activations) -> Activations:
+    return replace(x, hidden=module(x.hidden))
+
+
+def on_logits(module: nn.Module, x: Activations) -> Activations:
+    return replace(x, logits=module(x.logits))
+
+
+def add_segments(table: nn.Module, x: Activations) -> Activations:
+    return replace(x, hidden=table(x.hidden, x.segments))
+
+
+def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activations:
+    """Only the first of a stack's entries on this pipeline stage does something. `split`: slices of the sequence."""
+    if x.position_bias is not None:
+        return x
+    assert x.hidden is not None
+    return replace(x, position_bias=bias(x.hidden.shape[1] * split))
+
+
+def apply_block(block: nn.Module, x: Activations) -> Activations:
+    visibility = Visibility(x.lengths, x.prefix_lengths, x.position_bias)
+    return replace(x, hidden=block(x.hidden, visibility, x.memory))
+
+
+def apply_next_sentence(head: nn.Module, x: Activations) -> Activations:
+    return replace(x, sequence_logits=head(x.hidden))
+
+
+def apply_head(head: nn.Module, x: Activations) -> Activations:
+    return replace(x, logits=head(x.hidden))
+
+
+def apply_tied_head(embedding: nn.Module, x: Activations, *, scale: float | None) -> Activations:
+    assert x.hidden is not None
+    return replace(x, logits=embedding(x.hidden if scale is None else x.hidden * scale, True))

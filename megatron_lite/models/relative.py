@@ -1,0 +1,63 @@
+"""Relative positions as a bias on attention scores, learned for buckets of distances (T5, arXiv 1910.10683, 2.1).
+
+Shapes: s sequence, n attention heads of this rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.config.schema import ModelConfig
+from megatron_lite.models.initial import StackInit
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.sharding import ShardSpec, sharded_parameter
+
+
+class RelativeBias(nn.Module):
+    """Length s -> [1, n, s, s], shared by all blocks of a stack; the heads are split over the tensor-parallel group."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.max_distance = model.relative_max_distance
+        shape = (model.relative_buckets, model.num_attention_heads)
+        self.weight = sharded_parameter(ShardSpec(shape, 1, init.relative_bias), context)
+
+    def forward(self, length: int) -> Tensor:
+        """Entry (i, j) is that of the bucket of j - i, so that each row is the one before it, moved by a place.
+
+        In fp32 up to the end: the backward pass sums up to s entries for each distance.
+        """
+        distances = torch.arange(1 - length, length, device=self.weight.device)  # of key from query
+        buckets = relative_buckets(
+            distances,
+            both_directions=not self.causal,
+            num_buckets=self.weight.shape[0],
+            max_distance=self.max_distance,
+        )
+        by_distance = F.embedding(buckets, self.weight.float()).t()  # [n, 2 s - 1]
+        rows = by_distance.unfold(1, length, 1).flip(1)  # [n, s, s]; the first window is the last query's row
+        return rows.unsqueeze(0).to(self.weight.dtype)
+
+
+def relative_buckets(distances: Tensor, *, both_directions: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """The bucket, in [0, num_buckets), of each distance (key position - query position).
+
+    Half of a direction's buckets are for one distance each, the others grow with its logarithm up to max_distance.
+
+    Args:
+        both_directions: the upper half of the buckets is for keys behind the query; False = those share bucket 0.
+    """
+    if both_directions:
+        num_buckets //= 2
+        offset, distances = num_buckets * (distances > 0), distances.abs()
+    else:
+        offset, distances = torch.zeros_like(distances), (-distances).clamp(min=0)
+    exact = num_buckets // 2
+    growth = torch.log(distances.clamp(min=1) / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (growth * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distances < exact, distances, logarithmic)

@@ -1,0 +1,80 @@
+"""From logits and targets to the loss that is minimised, and to how often the model is right.
+
+Shapes: b micro-batch, s positions whose labels are predicted, v vocabulary, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
+
+Outputs: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""Logits [b, s, v/t], this rank's slice of the padded vocabulary; and, where the model has a head for the class of a
+whole sample, its logits [b, classes]."""
+
+Targets: TypeAlias = tuple[Tensor, ...]
+"""Labels [b, s] and loss weights [b, s]; and, where samples have a class, sequence labels [b] and weights [b]."""
+
+
+@dataclass
+class Hits:
+    """Weighted sums over the predictions of one rank's share of a batch."""
+
+    tokens: Tensor  # [3] fp64: how many were right, their nats, all
+    sequences: Tensor  # [3] fp64: the same of the samples' classes
+
+    @classmethod
+    def none(cls, device: torch.device) -> Hits:
+        return cls(*torch.zeros(2, 3, dtype=torch.float64, device=device))
+
+
+@dataclass
+class TokenLoss:
+    """Weighted sum of the tokens' cross-entropies, and of those of the samples' classes.
+
+    The weights carry the denominator (see `train.batches.normalise`), so that summing over micro-batches and averaging
+    over ranks gives the mean over all tokens of the global batch, however unevenly they are spread, plus the mean over
+    all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
+    """
+
+    context: ParallelContext
+    vocab_size: int
+    hits: Hits | None = field(default=None, compare=False)
+    """Where to count right predictions; None = they are not counted. Only without gradients."""
+
+    def __call__(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """
+        Args:
+            outputs: consumed (overwritten) where gradients are wanted.
+        Returns:
+            scalar, fp32
+        """
+        logits, sequence_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        labels, loss_weights, *sequence_targets = targets
+        losses = vocab_parallel_cross_entropy(logits, labels, self.context, self.vocab_size)  # [b, s]
+        if self.hits is not None:  # without gradients, so the logits are still there
+            right = vocab_parallel_argmax(logits, self.context, self.vocab_size) == labels
+            _count(self.hits.tokens, right, losses.detach(), loss_weights)
+        loss = (losses * loss_weights).sum()
+        if sequence_logits is None:
+            return loss
+        return loss + self._sequence_loss(sequence_logits.float(), *sequence_targets)
+
+    def _sequence_loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
+        if self.hits is not None:
+            _count(self.hits.sequences, logits.argmax(-1) == labels, losses, weights)
+        return (losses * weights).sum()
+
+
+def _count(sums: Tensor, right: Tensor, losses: Tensor, weights: Tensor) -> None:
+    sums += torch.stack(
+        [(part * weights).sum(dtype=torch.float64) for part in (right, losses, torch.ones_like(losses))]
+    )

@@ -1,0 +1,58 @@
+"""One forward pass through all stages without training: for samples and previews.
+
+Shapes: b samples, s positions whose labels are predicted, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.models.flat import inputs_of
+from megatron_lite.objectives.loss import Outputs
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.engine import Engine
+
+
+@torch.no_grad()
+def forward_through_stages(engine: Engine, inputs: Sequence[Tensor]) -> Outputs | None:
+    """The model's outputs on the last stage, None on the others. A collective of all ranks.
+
+    Args:
+        inputs: of the model, [b, length] or [b] each, the same on every rank; read by the first stage.
+    """
+    context = engine.context
+    engine.module.eval()
+    if context.is_first_stage:
+        device_inputs = [tensor.to(context.device) for tensor in inputs]
+        sent = engine.wire_in.pack(inputs_of(engine.specs, device_inputs))
+    else:
+        buffers = engine.wire_in.empty(len(inputs[0]), engine.dtype, context.device)
+        for buffer in buffers:
+            dist.recv(buffer, src=_stage_rank(context, -1), group=context.pipeline_group)
+        sent = buffers[0] if len(buffers) == 1 else tuple(buffers)
+    outputs = engine.forward_local(sent)
+    if context.is_last_stage:
+        return outputs
+    for tensor in [outputs] if isinstance(outputs, Tensor) else outputs:
+        dist.send(tensor.contiguous(), dst=_stage_rank(context, +1), group=context.pipeline_group)
+    return None
+
+
+def agree(values: Tensor | None, shape: Sequence[int], context: ParallelContext) -> Tensor:
+    """What the last stage has found, on every rank: [*shape] int64 on the CPU.
+
+    Replicas whose logits differ in the last bit must not part, or one would wait for the other.
+    """
+    message = torch.empty(tuple(shape), dtype=torch.int64, device=context.device)
+    if values is not None:
+        message.copy_(values)
+    dist.broadcast(message, src=context.topology.rank(context.pipeline_size - 1, data=0, tensor=0))
+    return message.cpu()
+
+
+def _stage_rank(context: ParallelContext, offset: int) -> int:
+    return context.topology.rank(context.pipeline_rank + offset, context.data_rank, context.tensor_rank)

@@ -1,0 +1,107 @@
+"""The layer list as DeepSpeed's pipeline module, cut where our own arithmetic says.
+
+DeepSpeed's own partitioners build every layer on every rank, or count types by regular expression; the planner needs
+the same answer without building anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+from deepspeed.pipe import LayerSpec as PipeLayerSpec
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.flat import outputs_of
+from megatron_lite.models.spec import LayerSpec
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.topology import stage_bounds
+
+Sent: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What one stage hands to the next, see `models.activations.Wire`; the last stage's is the model's output."""
+
+
+class StagedModule(PipelineModule):
+    """This rank's stage of the model: what the stage before it has sent -> what is sent on."""
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        hidden_size: int,
+        context: ParallelContext,
+        loss: Callable[[Sent, tuple[Tensor, ...]], Tensor],
+    ) -> None:
+        starts = [index for index, spec in enumerate(specs) if spec.takes is not None]
+        self._bounds = stage_bounds(starts[1:], len(specs), context.pipeline_size)
+        super().__init__(
+            layers=[_LaterTiedLayer(spec) if spec.tied else _LaterLayer(spec) for spec in specs],
+            topology=deepspeed_topology(context),
+            loss_fn=loss,
+            activation_checkpoint_interval=0,
+        )
+        start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
+        own = specs[start:stop]
+        built: list[Any] = getattr(self, "forward_funcs")  # noqa: B009  # not declared in its class
+        modules = [self.tied_modules[spec.tied] if spec.tied else made for spec, made in zip(own, built, strict=True)]
+        self._calls: list[Callable[[Activations], Activations]] = [
+            partial(spec.apply, module) for spec, module in zip(own, modules, strict=True)
+        ]
+        # DeepSpeed's checkpoints hold the modules in this list, and would pass over those that functions apply.
+        self.forward_funcs = [
+            made if module in modules[:index] else module
+            for index, (made, module) in enumerate(zip(built, modules, strict=True))
+        ]
+        self.wire_in = _wire(specs[start], hidden_size, context)
+        self.wire_out = None if context.is_last_stage else _wire(specs[stop], hidden_size, context)
+
+    def forward(self, sent: Sent) -> Sent:
+        x = self.wire_in.unpack(sent)
+        for call in self._calls:
+            x = call(x)
+        return outputs_of(x) if self.wire_out is None else self.wire_out.pack(x)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+
+def first_wire(specs: Sequence[LayerSpec], hidden_size: int, context: ParallelContext) -> Wire:
+    """How the batch is handed to the first stage."""
+    return _wire(specs[0], hidden_size, context)
+
+
+def deepspeed_topology(context: ParallelContext) -> PipeModelDataParallelTopology:
+    return PipeModelDataParallelTopology(
+        num_pp=context.pipeline_size, num_mp=context.tensor_size, num_dp=context.data_size
+    )
+
+
+def _wire(spec: LayerSpec, hidden_size: int, context: ParallelContext) -> Wire:
+    assert spec.takes is not None
+    return Wire(spec.takes, hidden_size, context)
+
+
+class _LaterLayer(PipeLayerSpec):
+    """DeepSpeed builds the layers of its own stage only, by calling this."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(nn.Module)
+        self.spec = spec
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.spec.build()
+
+
+class _LaterTiedLayer(TiedLayerSpec):
+    """The same for a module that several layers share; DeepSpeed sums its gradient over the stages that hold it."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec.tied, nn.Module, forward_fn=spec.apply, tied_weight_attr="weight")
+        self.spec = spec
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.spec.build()

@@ -1,0 +1,44 @@
+"""Validation and the previews at the end of a run are the same under every layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_ranks import argmax_rank, evaluate_rank
+from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config, world_size
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("gpt2", "dp2_tp2_pp2"),
+        ("bert", "dp2_tp2_pp2"),
+        ("bert", "sequence_parallel_zero3_dp2_tp2"),
+        ("t5_v1_1", "pp4"),
+        ("bart", "tp4"),
+    ],
+)
+def test_layout_evaluates_as_one_rank(model: str, layout: str) -> None:
+    (expected,) = run_ranks(evaluate_rank, 1, run_config(model), VOCAB_SIZE)
+    assert 0.0 <= expected.accuracy < 0.5
+    assert (expected.sequence_accuracy is not None) == (model == "bert")
+    assert math.isclose(expected.loss, expected.token_loss, rel_tol=1e-6) == (model != "bert")
+    config = run_config(model, **LAYOUTS[layout])
+    for found in run_ranks(evaluate_rank, world_size(config), config, VOCAB_SIZE):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.token_loss == pytest.approx(expected.token_loss, rel=1e-5)
+        assert found.accuracy == pytest.approx(expected.accuracy, abs=1e-9)
+        assert found.sequence_accuracy == (
+            None if expected.sequence_accuracy is None else pytest.approx(expected.sequence_accuracy, abs=1e-9)
+        )
+
+
+@pytest.mark.parametrize(("model", "layout"), [("t5", "dp2_tp2_pp2"), ("bert", "sequence_parallel_dp2_tp2_pp2")])
+def test_layout_predicts_what_one_rank_predicts(model: str, layout: str) -> None:
+    (expected,) = run_ranks(argmax_rank, 1, run_config(model), VOCAB_SIZE)
+    assert len(set(expected)) > 1, "a constant answer would prove nothing"
+    config = run_config(model, **LAYOUTS[layout])
+    assert run_ranks(argmax_rank, world_size(config), config, VOCAB_SIZE) == [expected] * world_size(config)

@@ -1,0 +1,59 @@
+"""What the planner counts is what the ranks hold: every family, on every stage of every pipeline, whole and split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from megatron_lite.config.derived import all_layers, parameter_counts, stage_contents
+from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
+from megatron_lite.models.build import build_layers
+from megatron_lite.models.flat import FlatModel
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.topology import Topology, padded_vocab_size, stage_bounds
+from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
+
+VOCAB_SIZE = 60
+MODELS = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "bert": BERT,
+    "bert_pre_norm": replace(BERT, norm_placement=NormPlacement.pre, tie_embeddings=False),
+    "roberta": ROBERTA,
+    "t5": T5,
+    "t5_v1_1": T5_V1_1,
+    "bart": BART,
+    "bart_pre_norm": replace(BART, norm_placement=NormPlacement.pre, head_bias=True),
+}
+
+
+def built(model: ModelConfig, stages: int, tensor: int, *, next_sentence: bool) -> list[int]:
+    """Parameters that the modules of each stage have on one rank, those of a tied module once."""
+    context = ParallelContext.single()
+    context.topology = Topology(tensor_parallel_size=tensor)
+    inputs = PAIR if model.num_decoder_layers else (TOKENS, SEGMENTS, LENGTHS) if model.num_segments else (TOKENS,)
+    specs = build_layers(
+        model,
+        context,
+        vocab_size=VOCAB_SIZE,
+        recompute=Recompute.none,
+        inputs=inputs,
+        next_sentence_head=next_sentence,
+    )
+    starts = [index for index, spec in enumerate(specs) if spec.takes is not None and index > 0]
+    bounds = stage_bounds(starts, len(specs), stages)
+    parts = [FlatModel(specs[start:stop]) for start, stop in pairwise(bounds)]
+    return [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_are_those_of_the_built_layers(name: str, tensor: int) -> None:
+    model, next_sentence = MODELS[name], name.startswith("bert")
+    padded = padded_vocab_size(VOCAB_SIZE, model.vocab_pad_multiple, tensor)
+    counts = parameter_counts(model, padded, tensor, next_sentence=next_sentence)
+    for stages in range(1, all_layers(model) + 1):
+        planned = [counts.stage(content) for content in stage_contents(model, stages)]
+        assert planned == built(model, stages, tensor, next_sentence=next_sentence)
