@@ -7,7 +7,9 @@ seem to have learned a nat before it knows a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +30,8 @@ class Baseline:
 
 def label_baseline(training: Iterable[Example], held_out: Iterable[Example], vocabulary: Vocabulary) -> Baseline:
     """From samples of both sets. A label that no training sample has counts as if it had been seen once."""
-    training, held_out = list(training), list(held_out)
-    seen, asked = (_label_counts(examples, vocabulary.size) for examples in (training, held_out))
+    seen, classes = _counts(training, vocabulary.size)
+    asked, _ = _counts(held_out, vocabulary.size)
     total = max(asked.sum(), 1.0)
     given = 0.0
     if vocabulary.is_special is not None:
@@ -39,19 +41,20 @@ def label_baseline(training: Iterable[Example], held_out: Iterable[Example], voc
     log_probability = np.log(smoothed / smoothed.sum())
     entropy = float(-(asked * log_probability).sum() / total)
     accuracy = float((given + asked[seen.argmax()]) / total)
-    return Baseline(entropy, accuracy, entropy + _class_entropy(training))
+    return Baseline(entropy, accuracy, entropy + _class_entropy(classes))
 
 
-def _class_entropy(examples: Sequence[Example]) -> float:
-    """Of the samples' classes, nats; 0 where they have none."""
-    classes = [example.sequence_label for example in examples if example.sequence_label is not None]
-    shares = np.unique(classes, return_counts=True)[1] / max(len(classes), 1)
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _label_counts(examples: Iterable[Example], vocab_size: int) -> npt.NDArray[np.float64]:
-    """[vocab_size]: how often each label counts."""
-    counts = np.zeros(vocab_size)
+def _counts(examples: Iterable[Example], vocab_size: int) -> tuple[npt.NDArray[np.float64], Counter[int]]:
+    """How often each label counts [vocab_size], and each class of a whole sample; no sample is kept."""
+    labels, classes = np.zeros(vocab_size), Counter[int]()
     for example in examples:
-        counts += np.bincount(example.labels, weights=example.loss_weights, minlength=vocab_size)
-    return counts
+        labels += np.bincount(example.labels, weights=example.loss_weights, minlength=vocab_size)
+        if example.sequence_label is not None:
+            classes[example.sequence_label] += 1
+    return labels, classes
+
+
+def _class_entropy(classes: Counter[int]) -> float:
+    """Of the samples' classes, nats; 0 where they have none."""
+    shares = [count / classes.total() for count in classes.values()]
+    return -sum(share * math.log(share) for share in shares)
