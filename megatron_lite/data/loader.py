@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
@@ -71,8 +71,16 @@ def micro_batches(
         seed: with the global index, the key of a sample's random choices.
     """
     indices = range(first_sample, first_sample + micro_batch_size * num_micro_batches)
-    examples = [objective.example(dataset.sample(index), stream_key(seed, index)) for index in indices]
-    return [stack(examples[row : row + micro_batch_size]) for row in range(0, len(examples), micro_batch_size)]
+    rows = list(examples(dataset, objective, indices, seed))
+    return [stack(rows[first : first + micro_batch_size]) for first in range(0, len(rows), micro_batch_size)]
+
+
+def examples(
+    dataset: SampleDataset[Any], objective: ExampleMaker, indices: Iterable[int], seed: int
+) -> Iterator[Example]:
+    """What the objective makes of the samples of these global indices; each has a key of its own."""
+    for index in indices:
+        yield objective.example(dataset.sample(index), stream_key(seed, index))
 
 
 def _dataset(shard: Shard, shape: Shape, prepared: PreparedData, seed: int) -> WindowDataset | PairDataset:

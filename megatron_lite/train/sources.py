@@ -6,9 +6,15 @@ from collections.abc import Iterator
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
-from megatron_lite.data.loader import VALIDATION_SEED, Dataset, micro_batches, training_dataset, validation_dataset
+from megatron_lite.data.loader import (
+    VALIDATION_SEED,
+    Dataset,
+    examples,
+    micro_batches,
+    training_dataset,
+    validation_dataset,
+)
 from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.sampler import stream_key
 from megatron_lite.objectives.base import Example, Objective
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
@@ -58,8 +64,7 @@ class ShardSource:
         dataset = self._training if training else self._validation
         assert dataset is not None
         seed = self._config.train.seed if training else VALIDATION_SEED
-        for index in range(count):
-            yield self._objective.example(dataset.sample(index), stream_key(seed, index))
+        return examples(dataset, self._objective, range(count), seed)
 
     @property
     def _num_validation_samples(self) -> int:
