@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.models.flat import inputs_of
 from megatron_lite.objectives.base import Example
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax
 from megatron_lite.train.engine import Engine
@@ -25,10 +26,13 @@ def preview(engine: Engine, example: Example, tokenizer: Tokenizer) -> str:
     batch = stack([example])
     found = predicted_tokens(engine, batch)[0]
     counted = batch.loss_weights[0] > 0
+    read = inputs_of(engine.specs, batch.inputs)
+    assert read.tokens is not None
+    length = read.tokens.shape[1] if read.lengths is None else int(read.lengths[0])  # padding tells nothing
     return "\n".join(
         f"{title:<9} {_shown(tokens, tokenizer)}"
         for title, tokens in (
-            ("input", batch.inputs[0][0]),
+            ("input", read.tokens[0, :length]),
             ("wanted", batch.labels[0][counted]),
             ("predicted", found[counted]),
         )
