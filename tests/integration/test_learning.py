@@ -59,7 +59,8 @@ def test_other_demos_learn_more_than_frequencies(
     assert found["validation_token_loss"] < baseline["entropy_nats"] - nats
     assert found["validation_accuracy"] > baseline["accuracy"]
     if script == "pretrain_bert":
-        assert found["validation_sequence_accuracy"] > 0.55
+        assert found["validation_accuracy"] > 2 * baseline["accuracy"]
+        assert found["validation_sequence_accuracy"] > 0.6
 
 
 @pytest.mark.slow
