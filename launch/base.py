@@ -15,6 +15,8 @@ from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class LaunchPlan:
@@ -81,10 +83,11 @@ def make_plan(config: RunConfig, argv: Callable[[Path, Path, int], list[str]]) -
     run_dir = Path(config.train.run_dir)
     path = frozen.frozen_path(config, run_dir)
     launcher = config.launcher
-    port = launcher.master_port if launcher.master_port is not None else free_port(launcher.master_address)
+    address = launcher.master_address or LOOPBACK
+    port = launcher.master_port if launcher.master_port is not None else free_port(address)
     environment = rank_environment(config, one_machine=True)
     environment |= {
-        "MASTER_ADDR": launcher.master_address,
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         ERROR_FILE: str(run_dir.absolute() / "logs" / "error.txt"),
     }

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.base import LaunchPlan, make_plan
+from launch.base import LOOPBACK, LaunchPlan, make_plan
 from launch.environment import apply
 from launch.messages import show_error
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
@@ -40,7 +40,7 @@ class DeepSpeedLauncher:
                 deepspeed_command(),
                 "--no_local_rank",
                 *("--num_gpus", str(config.launcher.num_processes)),
-                *("--master_addr", config.launcher.master_address),
+                *("--master_addr", config.launcher.master_address or LOOPBACK),
                 *("--master_port", str(port)),
                 *("--log_level", "critical"),  # it logs every environment and command it touches
                 str(script),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launch.base import Launcher
 from launch.deepspeed import DeepSpeedLauncher
 from launch.local import LocalLauncher
-from megatron_lite.config.schema import LauncherName
+from megatron_lite.config.launcher import LauncherName
 
 LAUNCHERS: dict[LauncherName, type[Launcher]] = {
     LauncherName.local: LocalLauncher,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from megatron_lite.config.launcher import LauncherConfig
+
 
 class Architecture(StrEnum):
     decoder = "decoder"  # each position sees those before it: GPT-2, LLaMA
@@ -95,11 +97,6 @@ class WandbMode(StrEnum):
     auto = "auto"  # online when the user is logged in, offline otherwise
     offline = "offline"
     online = "online"
-
-
-class LauncherName(StrEnum):
-    local = "local"
-    deepspeed = "deepspeed"
 
 
 @dataclass
@@ -354,20 +351,6 @@ class TrackingConfig:
     tensorboard: bool = False
     plot: bool = True
     """Draw loss.png at the end."""
-
-
-@dataclass
-class LauncherConfig:
-    name: LauncherName = LauncherName.local
-    num_processes: int | None = None
-    """Processes to start; None = data x tensor x pipeline, or one per visible GPU where data is None."""
-    threads_per_process: int = 1
-    """OMP_NUM_THREADS of each rank."""
-    master_address: str = "127.0.0.1"
-    master_port: int | None = None
-    """None = a free port."""
-    device: str = "auto"
-    """auto = CUDA where there are enough GPUs, else cpu; or `cpu` / `cuda`."""
 
 
 @dataclass
