@@ -25,10 +25,11 @@ from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError, RunEnd
 
 # Slow to import, in this order. torch's optimizers import torch._dynamo at first use, in every rank.
 WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.run")
+TOLD = (EXIT_USER_ERROR, RunEnd.HUNG)  # ends of a rank that has left a message
 
 
 class LocalLauncher:
@@ -146,9 +147,9 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
         return EXIT_OK
     pid = culprit(ranks.ends)
     rank, end = ranks.pids.index(pid), ranks.ends[pid]
-    if end.status == EXIT_USER_ERROR and plan.error_file.exists():
+    if end.status in TOLD and plan.error_file.exists():
         print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return end.status
     place = topology(plan.config).coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"
     what = _killed_by(-end.status) if end.status < 0 else f"ended with exit code {end.status}"
@@ -170,13 +171,14 @@ def culprit(ends: dict[int, End]) -> int:
     """The process whose end explains the others'.
 
     One failure makes the others lose their connections, sometimes before the failed process is quite gone. So a user's
-    error explains more than a kill from outside, and that more than an exception; among equals the first.
+    error, or a report of who hangs, explains more than a kill from outside, and that more than an exception; among
+    equals the first.
     """
 
     def rank_of_cause(item: tuple[int, End]) -> int:
         end = item[1]
         if end.status == 0 or (end.by_us and end.status < 0):
             return 3
-        return 0 if end.status == EXIT_USER_ERROR else 1 if end.status < 0 else 2
+        return 0 if end.status in TOLD else 1 if end.status < 0 else 2
 
     return min(ends.items(), key=rank_of_cause)[0]

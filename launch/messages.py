@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.files import publish_first
 
 TAIL_LINES = 15
 
@@ -27,15 +28,7 @@ def show_error(error: Exception | str, *, debug: bool = False) -> None:
 
 def leave_error(path: Path, text: str) -> None:
     """Leave the message for the launcher to show. The first rank wins; the others have the same to say."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text + "\n")
-        os.link(temporary, path)  # whole or not at all, and never over another's
-    except FileExistsError:
-        return
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish_first(path, text + "\n")
 
 
 def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:

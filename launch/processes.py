@@ -114,7 +114,8 @@ class Children:
         self._signalled = True
         for pid in self.running:  # not reaped yet, so the number cannot belong to another process
             with contextlib.suppress(ProcessLookupError):
-                (os.killpg if self.as_groups else os.kill)(pid, number)
+                for each in (number, signal.SIGCONT):  # a stopped process would not hear the first
+                    (os.killpg if self.as_groups else os.kill)(pid, each)
 
 
 def start(body: Callable[[], int], *, own_group: bool = False, own_session: bool = False) -> int:

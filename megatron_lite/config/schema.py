@@ -337,7 +337,7 @@ class TrainConfig:
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
     timeout_seconds: float = 600.0
-    """How long a collective may wait for a missing rank before all ranks end."""
+    """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_lite.checkpoint import native
 from megatron_lite.config.derived import tokens_per_sample
+from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.progress import Progress, StepFigures, validation_line
 from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
@@ -24,6 +25,7 @@ class Report:
     peak_flops: float  # dense, of all devices of the job together
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        trainer.heartbeat.enter(Phase.REPORT)
         sample_tokens = tokens_per_sample(trainer.config)
         tokens = record.batch.global_batch_size * sample_tokens
         speed = Throughput.of(tokens, record.step_seconds, self.flops_per_token, self.peak_flops)
@@ -66,6 +68,7 @@ class Validate:
         if record.step != trainer.config.train.steps and (interval == 0 or record.step % interval):
             return
         found = trainer.evaluate()
+        trainer.heartbeat.enter(Phase.REPORT)
         trainer.summary["validation_loss"] = found.loss
         figures = {
             "validation_loss": found.loss,
@@ -91,6 +94,7 @@ class Save:
         train = trainer.config.train
         if record.step != train.steps and (train.save_interval == 0 or record.step % train.save_interval):
             return
+        trainer.heartbeat.enter(Phase.SAVE)
         folder = native.save(
             trainer.engine, self.checkpoints, self.info.at_step(record.step), keep_last=train.keep_last
         )

@@ -14,6 +14,8 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.context import ParallelContext
 
+COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
+
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
@@ -58,10 +60,13 @@ def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
 def start_process_group(device: torch.device, environment: ProcessEnvironment, timeout_seconds: float) -> None:
     """Join the job's default process group, and bound every later group's wait.
 
+    Args:
+        timeout_seconds: train.timeout_seconds, after which the watchdog names who hangs. Collectives wait half as long
+            again: they know only that they have waited.
     Raises:
-        LaunchError: not all ranks came within the limit.
+        LaunchError: not all ranks came within that.
     """
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=COLLECTIVES_PATIENCE * timeout_seconds)
     # Groups that are created without a timeout, as DeepSpeed does, take these defaults of 30 and 10 minutes.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
@@ -79,8 +84,8 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise LaunchError(
             f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
-            f"train.timeout_seconds={timeout_seconds:g}: {error}"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout.total_seconds():g} s = "
+            f"{COLLECTIVES_PATIENCE} x train.timeout_seconds: {error}"
         ) from error
 
 

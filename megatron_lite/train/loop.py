@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.train.engine import Engine, Evaluation, StepResult
@@ -58,6 +59,7 @@ class Trainer:
     first_step: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures that callbacks leave for the end of the run."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def fit(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
@@ -67,6 +69,7 @@ class Trainer:
 
     def _step(self, step: int) -> StepRecord:
         start = time.perf_counter()
+        self.heartbeat.begin_step(step + 1)
         batch = self.schedule.at(step)
         micro_batches = self.source.training(batch)
         data_end = time.perf_counter()
@@ -83,4 +86,5 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """On the held-out samples; a collective of all ranks."""
+        self.heartbeat.enter(Phase.EVALUATE)
         return self.engine.evaluate(self.source.validation(), self.source.num_validation_micro_batches)

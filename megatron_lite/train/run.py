@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import native
 from megatron_lite.checkpoint.native import checkpoint_name
-from megatron_lite.config.derived import run_directory
+from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
@@ -22,6 +22,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -38,6 +39,7 @@ from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.watchdog import Watchdog, place_of
 
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
@@ -53,6 +55,7 @@ class Run:
     folder: Path
     peak_flops: float  # dense, of the whole job; on the writing rank
     started: float  # time.monotonic()
+    heartbeat: Heartbeat
 
     @property
     def checkpoints(self) -> Path:
@@ -71,37 +74,58 @@ def train(config: RunConfig) -> None:
     folder = run_directory(config)
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
+    heartbeat = Heartbeat()
     try:
-        data_folder = os.environ.get(FOLDER_VARIABLE)
-        prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
-        device = distributed.own_device(config.launcher.device, environment)
-        print(enable_fast_float32_matmul(device), flush=True)
-        if device.type == "cpu":
-            reuse_freed_memory()
-        # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
-        peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
-        context = distributed.join(config, device, environment)
-        _attempt(Run(config, context, prepared, console, folder, peak_flops, started))
-        distributed.leave()
+        with _watchdog(config, environment, heartbeat, console):
+            data_folder = os.environ.get(FOLDER_VARIABLE)
+            prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            device = distributed.own_device(config.launcher.device, environment)
+            print(enable_fast_float32_matmul(device), flush=True)
+            if device.type == "cpu":
+                reuse_freed_memory()
+            # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
+            peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
+            heartbeat.enter(Phase.MEET)
+            context = distributed.join(config, device, environment)
+            _attempt(Run(config, context, prepared, console, folder, peak_flops, started, heartbeat))
+            distributed.leave()
     finally:
         console.restore()
 
 
+def _watchdog(
+    config: RunConfig, environment: distributed.ProcessEnvironment, heartbeat: Heartbeat, console: Console
+) -> Watchdog:
+    return Watchdog(
+        run_directory(config),
+        place_of(environment.rank, topology(config)),
+        heartbeat,
+        local_rank=environment.local_rank,
+        world_size=environment.world_size,
+        limit_seconds=config.train.timeout_seconds,
+        console=console,
+    )
+
+
 def _attempt(run: Run) -> None:
     """From the newest checkpoint, or from nothing, to the last step."""
+    run.heartbeat.enter(Phase.LOAD)
     info = _checkpoint_info(run)
     found = _newest_checkpoint(info, run)
     if found and found[1].step >= run.config.train.steps:
+        run.heartbeat.enter(Phase.FINISH)
         if run.context.is_writer:
             show_outcome(run.config, run.folder, run.console, Outcome(found[0], run.started, done=True))
         return
+    run.heartbeat.enter(Phase.BUILD)
     first_step = found[1].step if found else 0
     schedule = BatchSchedule(run.config.train)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context)
     first_batch = schedule.at(0).global_batch_size
-    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch)
+    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
     if found:
+        run.heartbeat.enter(Phase.LOAD)
         native.load(engine, found[0])
     trackers = build_trackers(
         run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
@@ -111,9 +135,11 @@ def _attempt(run: Run) -> None:
         _announce(run, trackers, source, first_step)
         with _progress(run, first_step) as progress:
             callbacks = _callbacks(run, trackers, progress, info)
-            trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary)
+            trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary, run.heartbeat)
             trainer.fit()
+        run.heartbeat.enter(Phase.SAMPLE)
         prompt, sample = _sample(run, engine, source)
+        run.heartbeat.enter(Phase.FINISH)
         _record_baseline(run, trackers, source)
         trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
     finally:
