@@ -133,10 +133,18 @@ def _world_size(config: RunConfig) -> int:
     """Processes of this job. A script that nobody launched is a world of one.
 
     Raises:
-        LaunchError: the layout needs more processes than one, and nobody has started them.
+        LaunchError: the layout needs more processes than one, and nobody has started them; or srun has started several
+            that know nothing of each other.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # of this srun; a batch script has SLURM_NTASKS as well
+    if tasks > 1:
+        raise LaunchError(
+            f"srun has started {tasks} processes of {config.script}.py, each a world of its own, without WORLD_SIZE; "
+            f"use `python -m launch {config.script} launcher=slurm ...`, or one task per node that runs torchrun: "
+            f"`srun --ntasks-per-node=1 torchrun --nproc-per-node GPUS ... {config.script}.py ...`"
+        )
     parallel = config.parallel
     data = parallel.data_parallel_size or 1
     needed = data * ranks_per_replica(config)

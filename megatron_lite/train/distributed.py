@@ -13,6 +13,7 @@ from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.startup import require_same_program
 
 COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
 
@@ -89,16 +90,21 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
         ) from error
 
 
-def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> ParallelContext:
+def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> tuple[ParallelContext, list[str]]:
     """Meet the other ranks and take this one's place in the layout.
 
+    Returns:
+        this rank's context, and the node of each rank
     Raises:
-        LaunchError: not all ranks appeared. (That their number fits the layout was validated with the configuration.)
+        LaunchError: not all ranks appeared, or not all run the same program. (That their number fits the layout was
+            validated with the configuration.)
     """
     start_process_group(device, environment, config.train.timeout_seconds)
-    return ParallelContext.build(
+    nodes = require_same_program(config, device, environment.local_rank)
+    context = ParallelContext.build(
         topology(config), device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
     )
+    return context, nodes
 
 
 def leave() -> None:

@@ -39,6 +39,7 @@ from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.startup import Links, measure_links
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
@@ -56,6 +57,7 @@ class Run:
     peak_flops: float  # dense, of the whole job; on the writing rank
     started: float  # time.monotonic()
     heartbeat: Heartbeat
+    links: Links
 
     @property
     def checkpoints(self) -> Path:
@@ -86,8 +88,11 @@ def train(config: RunConfig) -> None:
             # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
             peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
             heartbeat.enter(Phase.MEET)
-            context = distributed.join(config, device, environment)
-            _attempt(Run(config, context, prepared, console, folder, peak_flops, started, heartbeat))
+            context, nodes = distributed.join(config, device, environment)
+            links = measure_links(context, nodes)
+            for line in (links.line, *links.warnings):
+                console.print(line)
+            _attempt(Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links))
             distributed.leave()
     finally:
         console.restore()
@@ -207,6 +212,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     )
+    trackers.event("links", first_step, run.links.figures)
     if first_step:
         run.console.print(f"resuming after step {first_step}")
     seconds = time.monotonic() - run.started
