@@ -15,11 +15,12 @@ from pathlib import Path
 
 from launch.base import LOOPBACK, LaunchPlan, make_plan
 from launch.environment import apply
-from launch.messages import show_error
+from launch.messages import show_error, told_end
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import POLL_SECONDS, Children, Ending, replace_process, start
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.observe.markers import ask_to_stop
 
 HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
 
@@ -61,9 +62,9 @@ class DeepSpeedLauncher:
                 pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
                 # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
                 children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
-                children.wait(ending)
+                children.wait(ending, lambda: ask_to_stop(plan.run_dir), plan.config.launcher.grace_seconds)
                 left_behind = _end_session(pid)
-                return ending.exit_code if ending.signal else _conclude(plan, children.ends[pid].status, left_behind)
+                return _conclude(plan, ending, children.ends[pid].status, left_behind)
 
 
 def deepspeed_command() -> str:
@@ -88,10 +89,12 @@ def _end_session(pid: int) -> bool:
     return True
 
 
-def _conclude(plan: LaunchPlan, status: int, left_behind: bool) -> int:
-    if plan.error_file.exists():
-        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+def _conclude(plan: LaunchPlan, ending: Ending, status: int, left_behind: bool) -> int:
+    told = told_end(plan.run_dir, plan.error_file)
+    if told is not None:
+        return told
+    if ending.signal:
+        return ending.exit_code
     code = exit_code(status, left_behind)
     if code != EXIT_OK:
         show_error(f"deepspeed ended with exit code {status}; the ranks' logs lie in {plan.error_file.parent}")

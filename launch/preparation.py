@@ -18,6 +18,7 @@ from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+from megatron_lite.observe.markers import clear_markers
 
 PATH_BYTES = 4096  # longest path of Linux
 
@@ -104,6 +105,7 @@ def run_folder(plan: LaunchPlan) -> Iterator[None]:
         path = freeze(plan.config, plan.run_dir)
         assert path == plan.frozen_config
         plan.error_file.unlink(missing_ok=True)
+        clear_markers(plan.run_dir)
         yield
 
 

@@ -37,6 +37,7 @@ from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
+from megatron_lite.train.schedule import call_at_boundaries
 from megatron_lite.train.setup import Task
 from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
@@ -90,6 +91,8 @@ class Engine(ABC):
         self.dtype = DTYPES[config.train.precision]
         self.gradient_hooks: list[Callable[[], None]] = []
         """Called between the last reduction of a step and clipping."""
+        self.at_boundary: Callable[[], None] = lambda: None
+        """Called between micro-batches, equally often on every rank; what it raises ends the training."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
         require_right_deepspeed(deepspeed.__version__)
@@ -128,9 +131,11 @@ class Engine(ABC):
             batches = normalise(batches, self.context)
         self.module.eval()
         self.loss.hits = hits = Hits.none(self.context.device)
-        with torch.no_grad():
-            loss = self._evaluate(batches, num_micro_batches)
-        self.loss.hits = None
+        try:
+            with torch.no_grad():
+                loss = self._evaluate(batches, num_micro_batches)
+        finally:
+            self.loss.hits = None
         (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
         tokens = max(tokens, 1e-20)
         return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
@@ -256,6 +261,11 @@ class PipelinedEngine(Engine):
 
     module: StagedModule
 
+    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
+        engine = super()._initialize(grid)
+        call_at_boundaries(engine, lambda: self.at_boundary())
+        return engine
+
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
         self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
         return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
@@ -292,6 +302,7 @@ class FlatEngine(Engine):
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         total = torch.zeros((), device=self.context.device)
         for index, batch in enumerate(batches):
+            self.at_boundary()
             # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
             self.deepspeed_engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss = self._micro_batch_loss(batch)
@@ -303,6 +314,7 @@ class FlatEngine(Engine):
     def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         total = torch.zeros((), device=self.context.device)
         for batch in batches:
+            self.at_boundary()
             total += self._micro_batch_loss(batch)
         return self._mean_over_job(total / num_micro_batches)
 
