@@ -19,7 +19,7 @@ from launch.messages import show_error, told_end
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import POLL_SECONDS, Children, Ending, replace_process, start
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import ask_to_stop
 
 HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
@@ -113,4 +113,4 @@ def exit_code(status: int, left_behind: bool) -> int:
         return 128 + 256 - status
     if status == EXIT_OK:
         return EXIT_FAILURE if left_behind else EXIT_OK
-    return EXIT_USER_ERROR if status == EXIT_USER_ERROR else EXIT_FAILURE
+    return status if status in frozenset(RunEnd) else EXIT_FAILURE

@@ -1,4 +1,4 @@
-"""A job that is asked to stop: all ranks at the same boundary, and nothing of the broken step is left in what is saved."""
+"""A job that is asked to stop: all ranks at the same boundary, and what is saved knows nothing of the broken step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ STOPPED_STEP = 2  # the step that is broken off
 def _config(layout: str, *words: str) -> RunConfig:
     sizes = ["model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=2", "data.seq_length=16"]
     batch = ["train.micro_batch_size=2", f"train.global_batch_size={BATCH}", f"train.steps={STEPS}"]
-    config = compose("pretrain_gpt", [f"parallel={layout}", *sizes, *batch, "model.hidden_dropout=0.1", *words])
-    resolved = resolve(config)
-    return resolved
+    return resolve(compose("pretrain_gpt", [f"parallel={layout}", *sizes, *batch, "model.hidden_dropout=0.1", *words]))
 
 
 def _step(engine: Engine, batches_from: Any, step: int) -> tuple[float, float]:
@@ -138,7 +137,7 @@ def _counting_rank(seconds_each: list[float]) -> list[int]:
 def test_quick_boundaries_ask_seldom_and_all_ranks_at_the_same() -> None:
     first, second = run_ranks(_counting_rank, 2, [0.001, 0.1])
     assert first == second
-    gaps = [after - before for before, after in zip(first, first[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(first)]
     assert gaps[:4] == [2, 4, 8, 9]  # grows at most twofold, up to one second of the slower rank
     assert max(gaps) <= 10
 
