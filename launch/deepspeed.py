@@ -62,7 +62,9 @@ class DeepSpeedLauncher:
                 pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
                 # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
                 children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
-                children.wait(ending, lambda: ask_to_stop(plan.run_dir), plan.config.launcher.grace_seconds)
+                children.wait(
+                    ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds
+                )
                 left_behind = _end_session(pid)
                 return _conclude(plan, ending, children.ends[pid].status, left_behind)
 

@@ -77,7 +77,7 @@ class LocalLauncher:
             with run_folder(plan):
                 logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
                 ranks = _start_ranks(body, plan.rank_envs)
-                ranks.wait(ending, lambda: ask_to_stop(plan.run_dir), plan.config.launcher.grace_seconds)
+                ranks.wait(ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds)
                 return _conclude(plan, ranks, ending, logs_before)
 
 

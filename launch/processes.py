@@ -33,6 +33,12 @@ class Ending:
         assert self.signal is not None
         return 128 + self.signal
 
+    @property
+    def name(self) -> str:
+        """Such as SIGTERM."""
+        assert self.signal is not None
+        return signal.Signals(self.signal).name
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[Ending]:
         """Catch the signals within the block; the earlier handlers come back after it."""

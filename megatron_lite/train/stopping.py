@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_lite.observe.markers import STOP_FILE
+from megatron_lite.observe.markers import STOP_FILE, asked_because
 from megatron_lite.parallel.context import ParallelContext
 
 CHECK_SECONDS = 1.0  # between two agreements: an all-reduce of two numbers on the CPU each
@@ -35,17 +35,13 @@ class Reason(IntEnum):
     usr1 = 2
     term = 3
 
-    @property
-    def text(self) -> str:
-        return {Reason.file: f"a file named {STOP_FILE}", Reason.usr1: "SIGUSR1", Reason.term: "SIGTERM"}[self]
-
 
 class StopRequested(Exception):  # noqa: N818  # nothing is wrong
     """All ranks have agreed to stop; raised on every one of them at the same boundary."""
 
-    def __init__(self, reason: Reason) -> None:
+    def __init__(self, reason: Reason, text: str) -> None:
         self.reason = reason
-        super().__init__(reason.text)
+        super().__init__(text)
 
 
 class StopRequest:
@@ -58,7 +54,7 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path | None, grace_seconds: float) -> None:
-        self._file = None if run_dir is None else run_dir / STOP_FILE
+        self._run_dir = run_dir
         self._grace_seconds = grace_seconds
         self._heard = Reason.none
 
@@ -83,9 +79,15 @@ class StopRequest:
 
     @property
     def reason(self) -> Reason:
-        if self._heard is Reason.none and self._file is not None and self._file.exists():
+        if self._heard is Reason.none and self._run_dir is not None and (self._run_dir / STOP_FILE).exists():
             return Reason.file
         return self._heard
+
+    def told(self, reason: Reason) -> str:
+        """Why the job stops, as far as this rank knows."""
+        if reason is Reason.file and self._run_dir is not None:
+            return asked_because(self._run_dir)
+        return {Reason.file: f"a file named {STOP_FILE}", Reason.usr1: "SIGUSR1", Reason.term: "SIGTERM"}[reason]
 
 
 class StopAgreement:
@@ -136,7 +138,7 @@ class StopAgreement:
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
         reason, slowest = Reason(int(answer[0])), float(answer[1])
         if reason is not Reason.none:
-            raise StopRequested(reason)
+            raise StopRequested(reason, self._request.told(reason))
         fitting = int(CHECK_SECONDS / max(slowest, 1e-9))
         self._wait = max(1, min(fitting, 2 * self._wait, MOST_BOUNDARIES))
         self._asked, self._passed = self._clock(), 0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
@@ -153,7 +154,7 @@ def _file_rank(folder: str) -> str:
     agreement.ask()
     dist.barrier()
     if dist.get_rank() == 1:
-        (Path(folder) / "STOP").touch()
+        ask_to_stop(Path(folder), "maintenance at noon")
     dist.barrier()
     try:
         agreement.ask()
@@ -164,7 +165,7 @@ def _file_rank(folder: str) -> str:
 
 def test_stop_file_reaches_every_rank() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        assert set(run_ranks(_file_rank, 3, folder)) == {"a file named STOP"}
+        assert run_ranks(_file_rank, 3, folder) == ["maintenance at noon", *["a file named STOP"] * 2]
 
 
 def test_ranks_that_cannot_agree_end_after_the_grace() -> None:

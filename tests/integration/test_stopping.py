@@ -67,7 +67,7 @@ def test_run_that_is_asked_to_stop_goes_on_bit_identically(
     assert end is RunEnd.PREEMPTED
     assert step is not None
     assert 12 <= step < 60
-    assert f"after step {step}" in stopped.out
+    assert f"stopped by {signal.Signals(number).name} after step {step}" in stopped.out
     assert stopped.err == ""
     again = run(launch(*tiny("parts", *words))).require_success()
     assert f"resuming after step {step}" in again.out
