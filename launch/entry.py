@@ -19,6 +19,7 @@ from launch.arguments import Arguments, parse, usage
 from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
+from launch.processes import die_with
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
@@ -31,6 +32,8 @@ from megatron_lite.observe.markers import clear_markers, leave_marker
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
 # than this is not one of many with the same error.
 SILENCE_SECONDS = 3.0
+# Set by torchrun and by deepspeed, which leave their ranks behind when they are killed.
+STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
 
 def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str, argv: list[str] | None = None) -> int:
@@ -149,6 +152,8 @@ def _world_size(config: RunConfig) -> int:
 def _enter(config: RunConfig) -> None:
     """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
     assert config.train.run_dir is not None
+    if not STARTED_BY_OTHERS.isdisjoint(os.environ):
+        die_with(os.getppid())
     world_size = os.environ["WORLD_SIZE"]
     one_machine = os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
     apply(rank_environment(config, one_machine=one_machine), overwrite=False)

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 POLL_SECONDS = 0.05
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GENTLE = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of the end; Ctrl-C means now
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Ending:
@@ -195,6 +198,27 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, instead of init, so that they can be found (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> set[psutil.Process]:
+    """All processes that descend from this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_descendants(seconds: float, others: set[psutil.Process]) -> bool:
+    """End what descends from us, `others` apart, and has not ended by itself within the time; whether there was any."""
+    _, left = psutil.wait_procs(descendants() - others, timeout=seconds)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left)
+    return bool(left)
 
 
 def _close_stdin() -> None:
