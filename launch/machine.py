@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.launcher import LauncherConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
@@ -82,6 +83,15 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
     if setting == "auto":
         return "cuda" if gpus >= num_processes else "cpu"
     return setting
+
+
+def device_of_nodes(launcher: LauncherConfig) -> str:
+    """The device of ranks that run on other machines, which cannot be looked at from here.
+
+    Returns:
+        launcher.device; for `auto` `cuda` where launcher.gpus_per_node says that there are GPUs.
+    """
+    return "cuda" if launcher.device == "auto" and launcher.gpus_per_node else launcher.device
 
 
 def require_capacity(num_processes: int, device: str) -> None:

@@ -208,6 +208,8 @@ class DataConfig:
     """Share of documents held out."""
     validation_source: Any = None
     """A separate source (same forms) to validate on; None = hold out validation_fraction of the documents."""
+    max_epochs: int | None = None
+    """Passes over any source, after which the run ends as out of data; None = as many as train.steps needs."""
     mask_loss_after_eod: bool = False
     """Do not train on predicting the token that follows an end-of-document token (another document's first)."""
     cache_dir: str = "data"
@@ -336,6 +338,8 @@ class TrainConfig:
     generate_prompt: str = "def "
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
+    max_unsound_steps: int = 3
+    """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
     """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
 

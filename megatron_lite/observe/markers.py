@@ -65,6 +65,12 @@ def clear_markers(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def ask_to_stop(run_dir: Path) -> None:
-    """Let the ranks of the run save and end; they look for the file between micro-batches."""
-    (run_dir / STOP_FILE).touch()
+def ask_to_stop(run_dir: Path, reason: str = "") -> None:
+    """Let the ranks of the run save and end; they look for the file between micro-batches, and tell the reason."""
+    (run_dir / STOP_FILE).write_text(reason + "\n")
+
+
+def asked_because(run_dir: Path) -> str:
+    """The reason in the STOP file; anybody may have made it, with nothing in it."""
+    text = (run_dir / STOP_FILE).read_text(errors="replace").strip()
+    return text or f"a file named {STOP_FILE}"

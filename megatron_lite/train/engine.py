@@ -40,6 +40,7 @@ from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
 from megatron_lite.train.mending import defer_scale_update, forget_empty_step
 from megatron_lite.train.phases import EnginePhases
+from megatron_lite.train.schedule import call_at_boundaries
 from megatron_lite.train.setup import Task
 from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
@@ -95,6 +96,8 @@ class Engine(ABC):
         self.dtype = DTYPES[config.train.precision]
         self.gradient_hooks: list[Callable[[], None]] = []
         """Called between the last reduction of a step and clipping."""
+        self.at_boundary: Callable[[], None] = lambda: None
+        """Called between micro-batches, equally often on every rank; what it raises ends the training."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
         require_right_deepspeed(deepspeed.__version__)
@@ -135,9 +138,11 @@ class Engine(ABC):
         self.module.eval()
         self.phases.begin(evaluating=True)
         self.loss.hits = hits = Hits.none(self.context.device)
-        with torch.no_grad():
-            loss = self._evaluate(batches, num_micro_batches)
-        self.loss.hits = None
+        try:
+            with torch.no_grad():
+                loss = self._evaluate(batches, num_micro_batches)
+        finally:
+            self.loss.hits = None
         (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
         tokens = max(tokens, 1e-20)
         return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
@@ -263,14 +268,15 @@ class PipelinedEngine(Engine):
 
     module: StagedModule
 
+    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
+        engine = super()._initialize(grid)
+        call_at_boundaries(engine, lambda: self.at_boundary())
+        self.phases.watch(engine)
+        return engine
+
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
         self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
         return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
-
-    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
-        engine = super()._initialize(grid)
-        self.phases.watch(engine)
-        return engine
 
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         return float(self.deepspeed_engine.train_batch(self._as_pairs(batches)))
@@ -304,6 +310,7 @@ class FlatEngine(Engine):
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         total = torch.zeros((), device=self.context.device)
         for index, batch in enumerate(batches):
+            self.at_boundary()
             # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
             self.deepspeed_engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss = self._micro_batch_loss(batch)
@@ -317,6 +324,7 @@ class FlatEngine(Engine):
     def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         total = torch.zeros((), device=self.context.device)
         for batch in batches:
+            self.at_boundary()
             total += self._micro_batch_loss(batch)
         return self._mean_over_job(total / num_micro_batches)
 

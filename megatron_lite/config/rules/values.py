@@ -29,6 +29,12 @@ POSITIVE = (
     "objective.decoder_seq_length",
     "optimizer.decay_steps",
     "train.steps",
+    "train.max_unsound_steps",
+    "data.max_epochs",
+    "launcher.nodes",
+    "launcher.chain",
+    "launcher.gpus_per_node",
+    "launcher.processes_per_node",
     "train.micro_batch_size",
     "train.global_batch_size",
     "train.log_interval",
@@ -55,6 +61,7 @@ NOT_NEGATIVE = (
     "train.keep_last",
     "train.generate_tokens",
     "train.loss_scale.initial_power",
+    "launcher.node_rank",
 )
 ABOVE_ZERO = (
     "model.norm_epsilon",
@@ -64,6 +71,7 @@ ABOVE_ZERO = (
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "train.timeout_seconds",
+    "launcher.grace_seconds",
 )
 FRACTIONS = (  # [0, 1)
     "model.embedding_dropout",

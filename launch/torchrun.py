@@ -1,0 +1,93 @@
+"""torchrun on one machine or on several, each of which runs this launcher.
+
+Every node comes to the same configuration and so to the same frozen file; what is different, the node's rank, is only
+on torchrun's command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launch.base import LOOPBACK, LaunchPlan, make_plan
+from launch.environment import ERROR_FILE
+from launch.messages import error_text, leave_error
+from launch.nodes import is_loopback
+from launch.program import ProgramLauncher, installed
+from megatron_lite.config.derived import processes_per_node
+from megatron_lite.config.launcher import LauncherConfig, Rendezvous
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR
+
+JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
+
+
+class TorchrunLauncher(ProgramLauncher):
+    """Starts the ranks of this machine through `torchrun`."""
+
+    program = "torchrun"
+
+    def plan(self, config: RunConfig) -> LaunchPlan:
+        def argv(script: Path, frozen_config: Path, port: int) -> list[str]:
+            return [
+                installed("torchrun", "torch"),
+                *("--nnodes", str(config.launcher.nodes)),
+                *("--nproc-per-node", str(processes_per_node(config))),
+                *_meeting_place(config.launcher, port, f"{frozen_config.parent.name}-{frozen_config.stem}"),
+                *("--max-restarts", "0"),  # a restart would come without what happens between attempts at a run
+                *("--shutdown-timeout", str(math.ceil(config.launcher.grace_seconds))),
+                str(script),
+                "--config",
+                str(frozen_config),
+            ]
+
+        plan = make_plan(config, argv)
+        if config.launcher.rendezvous is Rendezvous.static:
+            argvs = tuple(_of_node(plan.argv, rank) for rank in range(config.launcher.nodes))
+            return replace(plan, argv=argvs[0], node_argvs=argvs if len(argvs) > 1 else ())
+        # No node knows its rank before they meet, so the first one takes the run folder for all of this job.
+        job = " ".join(plan.argv[1:]) if config.launcher.nodes > 1 else ""
+        return replace(plan, job=job)
+
+    def _become(self, argv: Sequence[str]) -> int:
+        """What the `torchrun` command does, but for its traceback about a rank that has said itself why it failed."""
+        from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main
+
+        logging.disable(logging.CRITICAL)
+        try:
+            main(list(argv[1:]))
+        except ChildFailedError as error:
+            status = error.get_first_failure()[1].exitcode
+            return 128 - status if status < 0 else status
+        except SignalException as error:
+            return 128 + error.sigval
+        except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            text = f"torchrun could not start the ranks: {type(error).__name__}: {first_line}"
+            leave_error(Path(os.environ[ERROR_FILE]), error_text(text))
+            return EXIT_USER_ERROR
+        return EXIT_OK
+
+
+def _meeting_place(launcher: LauncherConfig, port: int, run: str) -> list[str]:
+    """torchrun's options on where the nodes meet, but for the node's rank."""
+    address = launcher.master_address or LOOPBACK
+    local = ["--local-addr", address] if is_loopback(address) else []  # else its own name, which may not resolve
+    if launcher.rendezvous is Rendezvous.static:
+        return ["--master-addr", address, "--master-port", str(port), *local]
+    return [
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"),
+        *("--rdzv-id", launcher.rendezvous_id or run),
+        *("--rdzv-conf", f"read_timeout={JOIN_SECONDS}"),
+        *local,
+    ]
+
+
+def _of_node(argv: tuple[str, ...], rank: int) -> tuple[str, ...]:
+    return (*argv[:3], "--node-rank", str(rank), *argv[3:])
