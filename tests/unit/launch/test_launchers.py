@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import local, processes
@@ -211,6 +213,50 @@ def test_sigterm_leaves_no_deepspeed_worker_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 143
     wait_for(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_and_passes_their_ends_on(tmp_path: Path) -> None:
+    assert finish(start("torchrun", tmp_path, "report", "parallel=tp2")) == (0, "")
+    reports = [(tmp_path / f"env-{rank}").read_text().split("\n") for rank in range(2)]
+    assert [report[:5] for report in reports] == [[str(rank), str(rank), "2", "2", "127.0.0.1"] for rank in range(2)]
+    errors = "error: train.steps=3 is bad; use 4\nerror: train.seed=1 is bad; use 2\n"
+    assert finish(start("torchrun", tmp_path, "user error", "parallel=tp2", rank=1)) == (2, errors)
+    code, errors = finish(start("torchrun", tmp_path, "killed", "parallel=tp2", rank=1))
+    assert (code, errors) == (
+        137,
+        f"error: torchrun ended with exit code 137; the ranks' logs lie in {tmp_path}/logs\n",
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_that_cannot_start_says_so_in_a_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, errors = finish(start("torchrun", tmp_path, "report", f"launcher.master_port={port}"))
+    assert code == 2
+    assert errors.startswith("error: torchrun could not start the ranks: DistNetworkError: ")
+    assert (errors.count("\n"), str(port) in errors) == (1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_rank_of_torchrun_outlives_its_launcher(tmp_path: Path, number: int, code: int) -> None:
+    process = start("torchrun", tmp_path, "wait", "parallel=tp2")
+    pids = ranks_of(tmp_path, 2)
+    process.send_signal(number)
+    assert finish(process) == (code, "")
+    wait_for(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_torchrun_are_ended(tmp_path: Path) -> None:
+    """They are in sessions of their own, and would wait for each other."""
+    process = start("torchrun", tmp_path, "wait", "parallel=tp2")
+    pids = ranks_of(tmp_path, 2)
+    psutil.Process(pids[0]).parent().kill()
+    assert finish(process)[0] == 137
+    assert not any(map(is_running, pids))
 
 
 @pytest.mark.parametrize(
