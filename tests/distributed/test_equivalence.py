@@ -98,22 +98,23 @@ BART = ModelConfig(
     init=InitScheme.plain,
     vocab_pad_multiple=8,
 )
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 MODELS = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "llama_mha": replace(LLAMA, num_query_groups=4, tie_embeddings=True),
-    "gpt2_dropout": replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "gpt2_dropout": replace(GPT2, **DROPOUT),
     "bert": BERT,
     "roberta": replace(BERT, name="roberta", num_segments=1, position_offset=2),
     "bert_untied": replace(BERT, tie_embeddings=False),
-    "bert_dropout": replace(BERT, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "bert_dropout": replace(BERT, **DROPOUT),
     "t5": T5,
     "t5_v1_1": replace(
         T5, name="t5_v1_1", activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False, head_size=16
     ),
-    "t5_dropout": replace(T5, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "t5_dropout": replace(T5, **DROPOUT, ffn_dropout=0.1, final_dropout=0.1),
     "bart": BART,
-    "bart_dropout": replace(BART, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "bart_dropout": replace(BART, **DROPOUT),
     "prefix_lm": GPT2,
     "fill_in_the_middle": LLAMA,
 }
@@ -198,7 +199,7 @@ CASES += [(model, layout) for model in ("bert", "roberta", "t5", "t5_v1_1", "bar
 CASES += [("bert_untied", layout) for layout in ("pp2", "zero3_dp2_tp2")]
 CASES += [(model, layout) for model in ("bert_dropout", "t5_dropout") for layout in ("dp2", "pp4", "dp2_tp2_pp2")]
 CASES += [(model, "recompute_selective_dp2_pp2") for model in ("bert_dropout", "t5_dropout", "bart_dropout")]
-CASES += [("bart_dropout", "pp4")]
+CASES += [("bart_dropout", "pp4"), ("t5_dropout", "zero3_dp2_tp2"), ("t5_dropout", "sequence_parallel_tp2")]
 CASES += [
     (model, layout)
     for model in ("prefix_lm", "fill_in_the_middle")

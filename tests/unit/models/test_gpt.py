@@ -32,7 +32,13 @@ LLAMA = replace(
     mlp_bias=False,
     tie_embeddings=False,
 )
-DROPOUT = {"embedding_dropout": 0.2, "attention_dropout": 0.3, "hidden_dropout": 0.1}
+DROPOUT = {
+    "embedding_dropout": 0.2,
+    "attention_dropout": 0.3,
+    "hidden_dropout": 0.1,
+    "ffn_dropout": 0.2,
+    "final_dropout": 0.1,
+}
 
 
 def _model(
