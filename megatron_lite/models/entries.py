@@ -218,7 +218,7 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
     if x.position_bias is not None:
         return x
     assert x.hidden is not None
-    return replace(x, position_bias=bias(x.hidden.shape[1] * split))
+    return replace(x, position_bias=bias(x.hidden.shape[1] * split, x.lengths))
 
 
 def apply_block(block: nn.Module, x: Activations) -> Activations:
