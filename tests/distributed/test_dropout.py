@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.config.schema import Activation, ModelConfig, Normalization, Recompute
 from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.dropout import activation_dropout, inner_dropout
@@ -19,20 +19,16 @@ from megatron_lite.parallel.rng import DropoutKey
 from megatron_lite.parallel.sharding import join_slices
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
+from tests.tiny_models import GPT2
 
 VOCAB_SIZE = 37
 INPUTS = (Field("tokens", 16),)
 KEY = DropoutKey("layers.0", 4)
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
+MODEL = replace(
+    GPT2,
     num_query_groups=2,
-    max_position_embeddings=16,
-    vocab_pad_multiple=8,
     normalization=Normalization.rmsnorm,
     activation=Activation.swiglu,
-    position_embedding=PositionEmbedding.learned,
     embedding_dropout=0.2,
     hidden_dropout=0.1,
     ffn_dropout=0.2,
