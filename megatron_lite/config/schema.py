@@ -158,6 +158,10 @@ class ModelConfig:
     """On attention probabilities."""
     hidden_dropout: float = 0.0
     """On the output of attention and MLP, before the residual sum."""
+    ffn_dropout: float = 0.0
+    """Inside the MLP, between the activation and the last matrix (T5)."""
+    final_dropout: float = 0.0
+    """On the output of each stack, behind its last norm (T5)."""
     init: InitScheme = InitScheme.normal
     init_std: float = 0.02
     """Of init=normal and init=plain."""

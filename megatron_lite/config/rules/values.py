@@ -77,6 +77,8 @@ FRACTIONS = (  # [0, 1)
     "model.embedding_dropout",
     "model.attention_dropout",
     "model.hidden_dropout",
+    "model.ffn_dropout",
+    "model.final_dropout",
     "optimizer.beta1",
     "optimizer.beta2",
     "optimizer.momentum",
