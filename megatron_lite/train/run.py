@@ -47,6 +47,7 @@ from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequest
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
+Found = tuple[Path, native.CheckpointInfo]
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
@@ -132,16 +133,8 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     if found and found[1].step >= run.config.train.steps and evaluated:
         _conclude(run, Outcome(found[0], run.started, done=True))
         return RunEnd.DONE
-    run.heartbeat.enter(Phase.BUILD)
     first_step = found[1].step if found else 0
-    schedule = BatchSchedule(run.config.train)
-    task = build_task(run.config, run.context, run.prepared.vocabulary)
-    source = ShardSource(run.prepared, run.config, task.objective, run.context)
-    first_batch = schedule.at(0).global_batch_size
-    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
-    if found:
-        run.heartbeat.enter(Phase.LOAD)
-        native.load(engine, found[0])
+    engine, source = _build(run, found)
     trackers = build_trackers(
         run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
     )
@@ -150,7 +143,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         _announce(run, trackers, source, first_step)
         with _progress(run, first_step) as progress:
             callbacks = _callbacks(run, trackers, progress, info)
-            last_step = _last_step(run, source, schedule)
+            schedule = BatchSchedule(run.config.train)
             trainer = Trainer(
                 run.config,
                 engine,
@@ -159,7 +152,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 agreement,
                 callbacks.in_order,
                 first_step,
-                last_step,
+                _last_step(run, source, schedule),
                 summary,
                 run.heartbeat,
             )
@@ -170,17 +163,39 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 trainer.fit()
             except StopRequested as request:
                 return _stop(run, trackers, trainer, callbacks.save, request)
-        _require_data(run, last_step)
-        run.heartbeat.enter(Phase.SAMPLE)
-        prompt, sample = _sample(run, engine, source)
-        run.heartbeat.enter(Phase.FINISH)
-        _record_baseline(run, trackers, source)
-        trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
+        outcome = _complete(run, trackers, trainer, source)
     finally:
         trackers.finish(summary)
-    checkpoint = run.checkpoints / checkpoint_name(run.config.train.steps)
-    _conclude(run, Outcome(checkpoint, run.started, prompt, sample))
+    _conclude(run, outcome)
     return RunEnd.DONE
+
+
+def _build(run: Run, found: Found | None) -> tuple[Engine, ShardSource]:
+    """The model under training, as the checkpoint has it, and what it is trained on. A collective of all ranks."""
+    run.heartbeat.enter(Phase.BUILD)
+    task = build_task(run.config, run.context, run.prepared.vocabulary)
+    source = ShardSource(run.prepared, run.config, task.objective, run.context)
+    first_batch = BatchSchedule(run.config.train).at(0).global_batch_size
+    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
+    if found:
+        run.heartbeat.enter(Phase.LOAD)
+        native.load(engine, found[0])
+    return engine, source
+
+
+def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSource) -> Outcome:
+    """What follows the last step.
+
+    Raises:
+        OutOfDataError: it came before train.steps.
+    """
+    _require_data(run, trainer.last_step)
+    run.heartbeat.enter(Phase.SAMPLE)
+    prompt, sample = _sample(run, trainer.engine, source)
+    run.heartbeat.enter(Phase.FINISH)
+    _record_baseline(run, trackers, source)
+    trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
+    return Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, prompt, sample)
 
 
 def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
@@ -191,10 +206,8 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
     trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
         leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
-        kept = (
-            f"saved in {run.checkpoints / checkpoint_name(step)}; the same command resumes" if step else "no step yet"
-        )
-        run.console.print(f"stopped by {request} after step {step}: {kept}")
+        kept = f"saved in {run.checkpoints / checkpoint_name(step)}" if step else "nothing to save yet"
+        run.console.print(f"stopped by {request} after step {step}: {kept}; the same command goes on")
     return RunEnd.PREEMPTED
 
 
@@ -210,9 +223,8 @@ def _last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
     steps, epochs = run.config.train.steps, run.config.data.max_epochs
     if epochs is None:
         return steps
-    return _agreed(
-        run, min(steps, schedule.steps_within(source.samples_in(epochs))) if run.context.is_writer else steps
-    )
+    within = schedule.steps_within(source.samples_in(epochs)) if run.context.is_writer else steps
+    return min(steps, _agreed(run, within))
 
 
 def _require_data(run: Run, last_step: int) -> None:
@@ -267,9 +279,6 @@ def _checkpoint_info(run: Run) -> native.CheckpointInfo:
         precision=str(run.config.train.precision),
         data_fingerprint=run.prepared.fingerprint,
     )
-
-
-Found = tuple[Path, native.CheckpointInfo]
 
 
 def _where_to_begin(info: native.CheckpointInfo, run: Run) -> tuple[Found | None, bool]:
