@@ -31,6 +31,8 @@ class ProgramLauncher:
     """
 
     program: ClassVar[str]
+    names_culprit: ClassVar[bool] = False
+    """It has said which rank failed when it ends with an exit code."""
 
     def __init__(self, prepare: Prepare = prepare_data) -> None:
         self._prepare = prepare
@@ -75,7 +77,7 @@ class ProgramLauncher:
             print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
         code = self.exit_code(status, left_behind)
-        if code != EXIT_OK:
+        if code != EXIT_OK and not (self.names_culprit and status > 0):
             logs = plan.error_file.parent
             show_error(f"{self.program} ended with exit code {status}; the ranks' logs lie in {logs}")
         return code
