@@ -18,7 +18,7 @@ from launch.base import LOOPBACK, LaunchPlan, make_plan
 from launch.hostfile import read_hostfile
 from launch.program import ProgramLauncher, installed
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, ConfigError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, RunEnd
 
 ENV_FILE_VARIABLE = "DS_ENV_FILE"  # names DeepSpeed's file of variables for remote ranks, .deepspeed_env by default
 ENV_FILE = "deepspeed.env"
@@ -49,7 +49,7 @@ def exit_code(status: int, left_behind: bool) -> int:
         return 128 + 256 - status
     if status == EXIT_OK:
         return EXIT_FAILURE if left_behind else EXIT_OK
-    return EXIT_USER_ERROR if status == EXIT_USER_ERROR else EXIT_FAILURE
+    return status if status in frozenset(RunEnd) else EXIT_FAILURE
 
 
 def _command(config: RunConfig, where: list[str], address: str, port: int, script: Path, frozen: Path) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+from megatron_lite.observe.markers import clear_markers
 
 LOCK_FILE = ".lock"
 OWNER_SECONDS = 10.0  # that a launcher may take from its claim to its name in the file, seen from another machine
@@ -112,6 +113,7 @@ def run_folder(plan: LaunchPlan) -> Iterator[None]:
             further.write_text(plan.files[further])
         if claimed:
             plan.error_file.unlink(missing_ok=True)
+            clear_markers(plan.run_dir)
         yield
 
 

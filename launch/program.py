@@ -12,12 +12,13 @@ from typing import ClassVar
 
 from launch.base import LaunchPlan
 from launch.environment import apply
-from launch.messages import show_error
+from launch.messages import show_error, told_end
 from launch.nodes import own_node_rank
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, Ending, adopt_orphans, descendants, end_descendants, replace_process, start
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.errors import EXIT_OK, LaunchError
+from megatron_lite.observe.markers import ask_to_stop
 
 HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
 
@@ -50,21 +51,16 @@ class ProgramLauncher:
             apply(plan.env, overwrite=True)
             with run_folder(plan):
                 status, left_behind = self._run_program(plan, ending)
-                return ending.exit_code if ending.signal else self._conclude(plan, status, left_behind)
+                return self._conclude(plan, ending, status, left_behind)
 
     def _run_program(self, plan: LaunchPlan, ending: Ending) -> tuple[int, bool]:
         """The program's exit code, or minus its signal, and whether it has left processes behind, which are ended."""
         adopt_orphans()  # torchrun's ranks are in sessions of their own: only as descendants can all be found
         others = descendants()
         pid = start(lambda: self._become(plan.argv), own_session=True)
-        # The program itself ends the ranks when one fails, or when it is asked to: nothing to wait for beyond that.
-        children = Children(
-            [pid],
-            as_groups=True,
-            failure_grace_seconds=0.0,
-            ending_grace_seconds=plan.config.launcher.grace_seconds + HELPERS_SECONDS,
-        )
-        children.wait(ending)
+        # The program itself ends the ranks when one fails: nothing to wait for beyond that.
+        children = Children([pid], as_groups=True, failure_grace_seconds=0.0, ending_grace_seconds=HELPERS_SECONDS)
+        children.wait(ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds)
         left_behind = end_descendants(HELPERS_SECONDS, others)
         return children.ends[pid].status, left_behind
 
@@ -72,10 +68,12 @@ class ProgramLauncher:
         """Be the program, in a process of its own."""
         replace_process(argv, dict(os.environ))
 
-    def _conclude(self, plan: LaunchPlan, status: int, left_behind: bool) -> int:
-        if plan.error_file.exists():
-            print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
-            return EXIT_USER_ERROR
+    def _conclude(self, plan: LaunchPlan, ending: Ending, status: int, left_behind: bool) -> int:
+        told = told_end(plan.run_dir, plan.error_file)
+        if told is not None:
+            return told
+        if ending.signal:
+            return ending.exit_code
         code = self.exit_code(status, left_behind)
         if code != EXIT_OK and not (self.names_culprit and status > 0):
             logs = plan.error_file.parent

@@ -25,13 +25,16 @@ LAYOUT = "parallel=dp2_tp2_pp2"
 BOUND_SECONDS = 120  # only to fail instead of hanging
 
 
+GRACE = "launcher.grace_seconds=0.5"
+
+
 def start(
     launcher: str, run_dir: Path, what: str, layout: str = LAYOUT, rank: int | None = None
 ) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STUB": what}
     if rank is not None:
         environment["STUB_RANK"] = str(rank)
-    command = [sys.executable, "-m", "tests.unit.launch.driver", launcher, str(run_dir), layout]
+    command = [sys.executable, "-m", "tests.unit.launch.driver", launcher, str(run_dir), layout, GRACE]
     return subprocess.Popen(command, env=environment, text=True, cwd=ROOT, stdout=-1, stderr=-1)
 
 
@@ -134,6 +137,17 @@ def test_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, number: int, code
     process.send_signal(number)
     assert finish(process) == (code, "")
     assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("launcher", ["fork", "deepspeed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_that_stop_when_asked_are_not_killed(tmp_path: Path, launcher: str, number: int) -> None:
+    process = start(launcher, tmp_path, "stop when asked", "parallel=tp2")
+    ranks_of(tmp_path, 2)
+    process.send_signal(number)
+    assert finish(process)[0] == 75
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
@@ -263,6 +277,7 @@ def test_ranks_of_a_killed_torchrun_are_ended(tmp_path: Path) -> None:
         (247, False, 137),  # a worker was killed by signal 9
         (241, True, 143),
         (-15, True, 143),
+        (75, False, 75),
         (77, False, 1),
     ],
 )
