@@ -32,6 +32,8 @@ class ProgramLauncher:
     """
 
     program: ClassVar[str]
+    names_culprit: ClassVar[bool] = False
+    """It has said which rank failed when it ends with an exit code."""
 
     def __init__(self, prepare: Prepare = prepare_data) -> None:
         self._prepare = prepare
@@ -73,7 +75,7 @@ class ProgramLauncher:
         if ending.signal:
             return ending.exit_code
         code = self.exit_code(status, left_behind)
-        if code != EXIT_OK:
+        if code != EXIT_OK and not (self.names_culprit and status > 0):
             logs = plan.error_file.parent
             show_error(f"{self.program} ended with exit code {status}; the ranks' logs lie in {logs}")
         return code

@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launch.base import LOOPBACK, LaunchPlan, make_plan
 from launch.environment import ERROR_FILE
-from launch.messages import error_text, leave_error
+from launch.messages import error_text, leave_error, show_error
 from launch.nodes import is_loopback
 from launch.program import ProgramLauncher, installed
 from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.launcher import LauncherConfig, Rendezvous
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
 
 JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
 
@@ -30,6 +31,7 @@ class TorchrunLauncher(ProgramLauncher):
     """Starts the ranks of this machine through `torchrun`."""
 
     program = "torchrun"
+    names_culprit = True
 
     def plan(self, config: RunConfig) -> LaunchPlan:
         def argv(script: Path, frozen_config: Path, port: int) -> list[str]:
@@ -63,8 +65,8 @@ class TorchrunLauncher(ProgramLauncher):
         try:
             main(list(argv[1:]))
         except ChildFailedError as error:
-            status = error.get_first_failure()[1].exitcode
-            return 128 - status if status < 0 else status
+            rank, failure = error.get_first_failure()
+            return _tell(rank, failure.exitcode)
         except SignalException as error:
             return 128 + error.sigval
         except Exception as error:
@@ -73,6 +75,17 @@ class TorchrunLauncher(ProgramLauncher):
             leave_error(Path(os.environ[ERROR_FILE]), error_text(text))
             return EXIT_USER_ERROR
         return EXIT_OK
+
+
+def _tell(rank: int, status: int) -> int:
+    """Name the rank that failed first, unless it has said itself why; our exit code for its status."""
+    log = Path(os.environ[ERROR_FILE]).with_name(f"rank-{rank}.log")
+    if status < 0:
+        show_error(f"rank {rank} was killed by signal {-status} ({signal.Signals(-status).name}); see {log}")
+        return 128 - status
+    if status == RunEnd.FAILED or status not in frozenset(RunEnd):
+        show_error(f"rank {rank} ended with exit code {status}; see {log}")
+    return status
 
 
 def _meeting_place(launcher: LauncherConfig, port: int, run: str) -> list[str]:

@@ -225,8 +225,15 @@ def test_torchrun_starts_the_ranks_and_passes_their_ends_on(tmp_path: Path) -> N
     code, errors = finish(start("torchrun", tmp_path, "killed", "parallel=tp2", rank=1))
     assert (code, errors) == (
         137,
-        f"error: torchrun ended with exit code 137; the ranks' logs lie in {tmp_path}/logs\n",
+        f"error: rank 1 was killed by signal 9 (SIGKILL); see {tmp_path}/logs/rank-1.log\n",
     )
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_rank_with_an_exception(tmp_path: Path) -> None:
+    code, errors = finish(start("torchrun", tmp_path, "exception", "parallel=tp2", rank=1))
+    assert (code, errors) == (1, f"error: rank 1 ended with exit code 1; see {tmp_path}/logs/rank-1.log\n")
+    assert (tmp_path / "logs" / "rank-1.log").read_text().endswith("ValueError: the layer is broken\n")
 
 
 @pytest.mark.slow
@@ -255,7 +262,8 @@ def test_ranks_of_a_killed_torchrun_are_ended(tmp_path: Path) -> None:
     process = start("torchrun", tmp_path, "wait", "parallel=tp2")
     pids = ranks_of(tmp_path, 2)
     psutil.Process(pids[0]).parent().kill()
-    assert finish(process)[0] == 137
+    errors = f"error: torchrun ended with exit code -9; the ranks' logs lie in {tmp_path}/logs\n"
+    assert finish(process) == (137, errors)
     assert not any(map(is_running, pids))
 
 

@@ -226,7 +226,8 @@ def test_variable_that_a_shell_would_read() -> None:
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
-    assert main(["pretrain_gpt", "--dry-run", "launcher.device=cpu", *words]) == 0
+    verb = ["verify"] if "verify" in words else []
+    assert main([*verb, "pretrain_gpt", "--dry-run", "launcher.device=cpu", *words[len(verb) :]]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -278,3 +279,12 @@ def test_gpus_of_this_machine_do_not_matter_to_several_nodes(
 def test_plan_with_a_command_for_all_is_left_as_it_is() -> None:
     plan = plan_of(*C10D)
     assert on_this_node(replace(plan, asked_node_rank=1)).argv == plan.argv
+
+
+def test_verification_runs_all_ranks_here_whatever_the_run_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (TWO, PDSH, ("launcher.nodes=2", "launcher.processes_per_node=2", "parallel=dp2_tp2")):
+        lines = dry_run(capsys, "verify", *words)
+        assert lines[0].startswith("pretrain_gpt: gpt_tiny on 4 processes (cpu)")
+        assert "  MASTER_ADDR=127.0.0.1" in lines
+        assert lines[-2] == "command of each rank, with RANK and LOCAL_RANK from 0 to 3, WORLD_SIZE=4"
+        assert lines[-1].endswith(" --verify")
