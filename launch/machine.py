@@ -9,7 +9,7 @@ import secrets
 import socket
 from pathlib import Path
 
-from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.derived import configured_processes, ranks_per_replica
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
@@ -57,9 +57,9 @@ def choose_world_size(config: RunConfig, gpus: int) -> int | None:
     """Processes to start where the configuration leaves it open: one per GPU, in whole replicas of the model.
 
     Returns:
-        None where the configuration decides (the sizes, launcher.num_processes, or no GPU to count).
+        None where the configuration decides (the sizes, the launcher's settings, or no GPU to count).
     """
-    open_size = config.parallel.data_parallel_size is None and config.launcher.num_processes is None
+    open_size = config.parallel.data_parallel_size is None and configured_processes(config.launcher) is None
     replica = ranks_per_replica(config)
     if not open_size or config.launcher.device == "cpu" or gpus < replica:
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_lite.config.launcher import LauncherConfig
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import (
     Architecture,
@@ -60,11 +61,11 @@ def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
     """Replicas: the setting, or as many as the processes allow, or 1.
 
     Args:
-        world_size: processes that are there; None = launcher.num_processes.
+        world_size: processes that are there; None = those that the launcher's settings ask for.
     """
     if config.parallel.data_parallel_size is not None:
         return config.parallel.data_parallel_size
-    processes = world_size if world_size is not None else config.launcher.num_processes
+    processes = world_size if world_size is not None else configured_processes(config.launcher)
     return max(1, (processes or 1) // ranks_per_replica(config))
 
 
@@ -76,6 +77,23 @@ def ranks_per_replica(config: RunConfig) -> int:
 def world_size(config: RunConfig) -> int:
     """Processes of the layout: data x tensor x pipeline."""
     return data_parallel_size(config) * ranks_per_replica(config)
+
+
+def cluster_size(launcher: LauncherConfig) -> int | None:
+    """Processes of all nodes together: nodes x processes of each; None = the layout or the machine decides."""
+    per_node = launcher.processes_per_node or launcher.gpus_per_node
+    return None if per_node is None else launcher.nodes * per_node
+
+
+def configured_processes(launcher: LauncherConfig) -> int | None:
+    """Processes that the launcher's settings ask for; None = the layout or the machine decides."""
+    return cluster_size(launcher) if launcher.num_processes is None else launcher.num_processes
+
+
+def processes_per_node(launcher: LauncherConfig) -> int:
+    """Ranks of each node, of a resolved configuration."""
+    assert launcher.num_processes is not None
+    return launcher.processes_per_node or launcher.num_processes // launcher.nodes
 
 
 def topology(config: RunConfig) -> Topology:
@@ -131,7 +149,7 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
         world_size: processes that are there, which decide data_parallel_size where that is None.
         device: `cpu` or `cuda`, where launcher.device is `auto`.
     """
-    processes = world_size if world_size is not None else config.launcher.num_processes
+    processes = world_size if world_size is not None else configured_processes(config.launcher)
     if processes is not None and processes % ranks_per_replica(config):
         return config  # no layout has so many processes: validation says so, and nothing can be derived from them
     replicas = data_parallel_size(config, processes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import layout, lengths, model, objective, training
+from megatron_lite.config.rules import launcher, layout, lengths, model, objective, training
 from megatron_lite.config.rules.case import Case, Rule
 from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import RunConfig
@@ -81,4 +81,5 @@ RULES: tuple[Rule, ...] = (
     training.something_is_held_out,
     training.weights_match_sources,
     training.prompt_is_given,
+    *launcher.LAUNCHER_RULES,
 )

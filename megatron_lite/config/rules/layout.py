@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import all_layers, ranks_per_replica
-from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.derived import all_layers, cluster_size, configured_processes, ranks_per_replica
+from megatron_lite.config.rules.case import COUNTS, SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import OptimizerName, Precision
 
 
 def world_size_fits_layout(case: Case) -> Iterator[str]:
     """world_size = data x tensor x pipeline."""
     launcher, data = case.config.launcher, case.config.parallel.data_parallel_size
-    given = case.world_size if case.world_size is not None else launcher.num_processes
-    if given is None or not case.sound(*SIZES, "launcher.num_processes"):
+    given = case.world_size if case.world_size is not None else configured_processes(launcher)
+    if given is None or not case.sound(*SIZES, *COUNTS):
         return
-    name = "launcher.num_processes" if case.world_size is None else "world_size"
+    name = _name_of_size(case)
     replica = ranks_per_replica(case.config)
     if given % replica and data is None:
         yield (
@@ -27,6 +27,16 @@ def world_size_fits_layout(case: Case) -> Iterator[str]:
             f"{name}={given} must be data x tensor x pipeline = {data} x {case.tensor} x {case.pipeline} = "
             f"{data * replica}; use {_world_size_remedy(case, given)}"
         )
+
+
+def _name_of_size(case: Case) -> str:
+    """What the number of processes comes from."""
+    launcher = case.config.launcher
+    if case.world_size is not None:
+        return "world_size"
+    if launcher.num_processes not in (None, cluster_size(launcher)):
+        return "launcher.num_processes"
+    return f"launcher.nodes x launcher.{'processes' if launcher.processes_per_node else 'gpus'}_per_node"
 
 
 def _world_size_remedy(case: Case, given: int) -> str:

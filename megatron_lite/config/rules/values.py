@@ -38,6 +38,10 @@ POSITIVE = (
     "train.loss_scale.minimum",
     "launcher.num_processes",
     "launcher.threads_per_process",
+    "launcher.nodes",
+    "launcher.gpus_per_node",
+    "launcher.processes_per_node",
+    "launcher.chain",
 )
 NOT_NEGATIVE = (
     "model.position_offset",
@@ -55,6 +59,8 @@ NOT_NEGATIVE = (
     "train.keep_last",
     "train.generate_tokens",
     "train.loss_scale.initial_power",
+    "launcher.max_requeues",
+    "launcher.max_stalled_requeues",
 )
 ABOVE_ZERO = (
     "model.norm_epsilon",
@@ -64,6 +70,7 @@ ABOVE_ZERO = (
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "train.timeout_seconds",
+    "launcher.grace_seconds",
 )
 FRACTIONS = (  # [0, 1)
     "model.embedding_dropout",
