@@ -26,13 +26,15 @@ class LaunchPlan:
     """Resolved and valid."""
     run_dir: Path
     files: dict[Path, str]
-    """Written before the start: the frozen configuration."""
+    """Written before the start: the frozen configuration, and a batch script."""
     argv: tuple[str, ...]
     """The command: of each rank, or of the one program that starts all ranks."""
     env: dict[str, str]
     """Added to the environment of every rank."""
     rank_envs: list[dict[str, str]] = field(default_factory=list)
     """Added for one rank each; empty where the command itself tells its ranks who they are."""
+    batch_script: Path | None = None
+    """That of `files` which a scheduler is given; None = the ranks start here and now."""
 
     @property
     def num_processes(self) -> int:
@@ -62,7 +64,8 @@ class Launcher(Protocol):
         """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
 
     def run(self, plan: LaunchPlan) -> int:
-        """Do it, wait for the end, and return the exit code: 0, 2 for a user's error, 128 + n for a signal, else 1."""
+        """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
+        128 + n for a signal."""
 
 
 def script_path(script: str) -> Path:

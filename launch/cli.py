@@ -13,12 +13,14 @@ from pathlib import Path
 from launch import verification
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import LaunchPlan
-from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
+from launch.machine import choose_device, choose_world_size, device_of_nodes, require_capacity, visible_gpus
 from launch.messages import show_error
 from launch.registry import LAUNCHERS
+from launch.slurm import scheduler
 from megatron_lite.config.compose import available_scripts, change, compose
-from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
+from megatron_lite.config.derived import configured_processes, data_parallel_size, ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, load_frozen
+from megatron_lite.config.launcher import LauncherName
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.vocabulary import known_vocab_size
@@ -58,8 +60,11 @@ def _launch(arguments: Arguments) -> int:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if arguments.dry_run:
         print(plan_text(plan))
+        if plan.batch_script is not None and scheduler.is_present():
+            print(f"\nslurm says: {scheduler.rehearse(plan.files[plan.batch_script])}")
         return EXIT_OK
-    require_capacity(plan.num_processes, config.launcher.device)
+    if plan.batch_script is None:
+        require_capacity(plan.num_processes, config.launcher.device)
     print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
     try:
         return launcher.run(plan)
@@ -92,13 +97,20 @@ def resolve_for_this_machine(config: RunConfig) -> RunConfig:
         ConfigError: settings do not fit each other.
         LaunchError: launcher.device=cuda with too few GPUs.
     """
-    gpus = visible_gpus() if config.launcher.device != "cpu" else 0
-    world_size = choose_world_size(config, gpus) or config.launcher.num_processes
-    if world_size is None:
-        world_size = data_parallel_size(config) * ranks_per_replica(config)
-    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
+    if config.launcher.name is LauncherName.slurm:  # this machine is not the one
+        world_size, device = wanted_processes(config), device_of_nodes(config.launcher)
+    else:
+        gpus = visible_gpus() if config.launcher.device != "cpu" else 0
+        world_size = choose_world_size(config, gpus) or wanted_processes(config)
+        device = choose_device(config.launcher.device, world_size, gpus)
+    resolved = resolve(config, world_size=world_size, device=device)
     validate(resolved)
     return resolved
+
+
+def wanted_processes(config: RunConfig) -> int:
+    """Processes that the settings ask for: those of the launcher, or else the layout's."""
+    return configured_processes(config.launcher) or data_parallel_size(config) * ranks_per_replica(config)
 
 
 def _headline(config: RunConfig) -> str:
@@ -118,7 +130,14 @@ def plan_text(plan: LaunchPlan) -> str:
         lines.append(f"command of each rank, with RANK and LOCAL_RANK from 0 to {last}, WORLD_SIZE={last + 1}")
     else:
         lines.append("command")
-    return "\n".join([*lines, f"  {plan.command_line()}"])
+    lines.append(f"  {plan.command_line()}")
+    if plan.batch_script is not None:
+        lines += [
+            "",
+            plan.batch_script.name,
+            *(f"  {line}".rstrip() for line in plan.files[plan.batch_script].splitlines()),
+        ]
+    return "\n".join(lines)
 
 
 def run() -> None:

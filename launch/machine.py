@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from megatron_lite.config.derived import configured_processes, ranks_per_replica
+from megatron_lite.config.launcher import LauncherConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
@@ -82,6 +83,13 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
     if setting == "auto":
         return "cuda" if gpus >= num_processes else "cpu"
     return setting
+
+
+def device_of_nodes(launcher: LauncherConfig) -> str:
+    """What the ranks of a batch job compute on: the setting, or what the job asks its nodes for."""
+    if launcher.device == "auto":
+        return "cpu" if launcher.gpus_per_node is None else "cuda"
+    return launcher.device
 
 
 def require_capacity(num_processes: int, device: str) -> None:

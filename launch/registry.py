@@ -5,9 +5,11 @@ from __future__ import annotations
 from launch.base import Launcher
 from launch.deepspeed import DeepSpeedLauncher
 from launch.local import LocalLauncher
+from launch.slurm.launcher import SlurmLauncher
 from megatron_lite.config.launcher import LauncherName
 
 LAUNCHERS: dict[LauncherName, type[Launcher]] = {
     LauncherName.local: LocalLauncher,
     LauncherName.deepspeed: DeepSpeedLauncher,
+    LauncherName.slurm: SlurmLauncher,
 }
