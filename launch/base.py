@@ -28,7 +28,7 @@ class LaunchPlan:
     """Resolved and valid."""
     run_dir: Path
     files: dict[Path, str]
-    """Written before the start: the frozen configuration."""
+    """Written before the start: the frozen configuration, and a batch script."""
     argv: tuple[str, ...]
     """The command: of each rank, or of the one program that starts all ranks."""
     env: dict[str, str]
@@ -45,6 +45,8 @@ class LaunchPlan:
     """Of this machine, once it is to be known; None = there is one machine, or all nodes are alike."""
     job: str = ""
     """What nodes of one job have in common and no other job has; empty where one machine starts everything."""
+    batch_script: Path | None = None
+    """That of `files` which a scheduler is given; None = the ranks start here and now."""
 
     @property
     def num_processes(self) -> int:
@@ -74,7 +76,8 @@ class Launcher(Protocol):
         """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
 
     def run(self, plan: LaunchPlan) -> int:
-        """Do it, wait for the end, and return the exit code: 0, 2 for a user's error, 128 + n for a signal, else 1."""
+        """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
+        128 + n for a signal."""
 
 
 def script_path(script: str) -> Path:

@@ -20,6 +20,7 @@ from launch.machine import choose_device, choose_world_size, device_of_nodes, re
 from launch.messages import show_error
 from launch.processes import SIGNALS
 from launch.registry import LAUNCHERS
+from launch.slurm import scheduler
 from launch.sweep import Point
 from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import (
@@ -66,6 +67,8 @@ def _launch(arguments: Arguments) -> int:
     sweep.require_own_folders(points, [plan.run_dir for plan in plans])
     if arguments.dry_run:
         print(_dry_run_text(points, plans, arguments))
+        if plans[0].batch_script is not None and scheduler.is_present():
+            print(f"\nslurm says: {scheduler.rehearse(plans[0].files[plans[0].batch_script])}")
         return EXIT_OK
     if len(plans) == 1:
         return _start(plans[0], arguments)
@@ -91,7 +94,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     plan = _launcher(config, arguments).plan(config)
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
-    if not arguments.dry_run:
+    if not arguments.dry_run and plan.batch_script is None:
         require_capacity(processes_per_node(config), config.launcher.device)
     return plan
 
@@ -203,6 +206,9 @@ def _commands(plan: LaunchPlan, arguments: Arguments) -> Iterator[str]:
         yield from ("command", f"  {plan.command_line()}")
         if plan.by_hand:
             yield from _commands_of_nodes("or, without ssh, on each host", plan.by_hand, arguments)
+        if plan.batch_script is not None:
+            yield from ("", plan.batch_script.name)
+            yield from (f"  {line}".rstrip() for line in plan.files[plan.batch_script].splitlines())
 
 
 def _commands_of_nodes(where: str, argvs: Sequence[Sequence[str]], arguments: Arguments) -> Iterator[str]:

@@ -63,6 +63,8 @@ def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str,
         _enter(config)
         if not arguments.config_file:
             _make_ready(config)
+        elif FOLDER_VARIABLE not in os.environ and not arguments.verify:  # no launcher of this machine has done it
+            _prepare_data(config)
         return (_certify if arguments.verify else main_function)(config) or RunEnd.DONE
     except MegatronLiteError as error:
         _leave_marker(config, error.end, str(error))
@@ -169,16 +171,21 @@ def _enter(config: RunConfig) -> None:
 
 
 def _make_ready(config: RunConfig) -> None:
-    """What a launcher does before it starts the ranks. One rank builds the data; the others wait for its lock."""
+    """What a launcher does before it starts the ranks."""
+    _prepare_data(config)
+    if _rank() == 0:
+        assert config.train.run_dir is not None
+        freeze(config, Path(config.train.run_dir))
+        clear_markers(Path(config.train.run_dir))
+
+
+def _prepare_data(config: RunConfig) -> None:
+    """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
     from megatron_lite.data.prepare import prepare
 
     is_first = _rank() == 0
     prepared = prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
     os.environ[FOLDER_VARIABLE] = str(prepared.folder)
-    if is_first:
-        assert config.train.run_dir is not None
-        freeze(config, Path(config.train.run_dir))
-        clear_markers(Path(config.train.run_dir))
 
 
 def _leave_marker(config: RunConfig | None, end: RunEnd, message: str) -> None:

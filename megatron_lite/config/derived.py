@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_lite.config.launcher import LauncherName
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import (
     Architecture,
@@ -85,8 +86,9 @@ def processes_per_node(config: RunConfig) -> int:
 
 
 def spans_machines(config: RunConfig) -> bool:
-    """Whether ranks run elsewhere than on the machine that torchrun or deepspeed is started on."""
-    return config.launcher.nodes > 1 or config.launcher.hostfile is not None
+    """Whether ranks run elsewhere than on the machine that the launcher is started on."""
+    launcher = config.launcher
+    return launcher.nodes > 1 or launcher.hostfile is not None or launcher.name is LauncherName.slurm
 
 
 def ranks_per_replica(config: RunConfig) -> int:

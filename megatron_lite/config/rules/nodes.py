@@ -6,28 +6,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.launcher import LauncherName, Rendezvous
-from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, either, nearest_multiples
-
-
-def processes_fill_nodes(case: Case) -> Iterator[str]:
-    """Every node has the same number of ranks."""
-    launcher = case.config.launcher
-    total, nodes = launcher.num_processes, launcher.nodes
-    if total is None or not case.sound(*SIZES, *PROCESSES):
-        return
-    key, here = "processes_per_node", launcher.processes_per_node
-    if here is None:
-        key, here = "gpus_per_node", launcher.gpus_per_node
-    if here is not None and nodes * here != total:
-        yield (
-            f"launcher.num_processes={total} must be launcher.nodes x launcher.{key} = {nodes} x {here} = "
-            f"{nodes * here}; leave launcher.num_processes out"
-        )
-    elif total % nodes:
-        yield (
-            f"launcher.nodes={nodes} must divide the {total} processes of the layout; use a layout of "
-            f"{either(nearest_multiples(total, nodes))} processes, or another launcher.nodes"
-        )
+from megatron_lite.config.rules.case import Case
 
 
 def nodes_know_where_to_meet(case: Case) -> Iterator[str]:

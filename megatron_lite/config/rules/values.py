@@ -44,6 +44,10 @@ POSITIVE = (
     "train.loss_scale.minimum",
     "launcher.num_processes",
     "launcher.threads_per_process",
+    "launcher.nodes",
+    "launcher.gpus_per_node",
+    "launcher.processes_per_node",
+    "launcher.chain",
 )
 NOT_NEGATIVE = (
     "model.position_offset",
@@ -62,6 +66,8 @@ NOT_NEGATIVE = (
     "train.generate_tokens",
     "train.loss_scale.initial_power",
     "launcher.node_rank",
+    "launcher.max_requeues",
+    "launcher.max_stalled_requeues",
 )
 ABOVE_ZERO = (
     "model.norm_epsilon",

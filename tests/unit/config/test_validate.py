@@ -7,11 +7,13 @@ import pytest
 from megatron_lite.config.compose import available_scripts, compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.launcher import job_seconds
 from megatron_lite.config.rules.lengths import LENGTH_RULES
 from megatron_lite.config.rules.training import FP16_ON_CPU
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import RULES, problems, validate
 from megatron_lite.errors import ConfigError
+from tests.unit.config.launcher_violations import LAUNCHER_VIOLATIONS
 from tests.unit.config.objective_violations import OBJECTIVE_VIOLATIONS
 
 
@@ -26,7 +28,7 @@ def problems_of(*words: str, world_size: int | None = None, device: str = "cpu")
     return problems(config_of(*words, device=device), world_size)
 
 
-VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | {
+VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_VIOLATIONS | {
     # ------------------------------------------------------------------------------------------ processes
     "world size is no multiple": (
         ["parallel=tp2", "parallel.pipeline_parallel_size=4", "parallel.data_parallel_size=null",
@@ -375,9 +377,11 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["pretrain_t5", "parallel.pipeline_parallel_size=4"],  # a layer a stage, of either stack
         ["pretrain_t5", "model.num_decoder_layers=4", "parallel.pipeline_parallel_size=6"],
         ["pretrain_t5", "parallel=tp2", "parallel.sequence_parallel=true", "data.seq_length=130"],
+        ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.time=24:00:00", "launcher.chain=3",
+         "launcher.sbatch_options=['--constraint=h100']", "launcher.environment={A: b}", "parallel=dp8_tp1_pp1"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
     ],
-)
+)  # fmt: skip
 def test_what_is_allowed(words: list[str]) -> None:
     assert problems_of(*words) == []
 
@@ -409,3 +413,17 @@ def test_everything_at_once() -> None:
         "optimizer.warmup_steps",
     ]
     assert str(caught.value) == "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:1", 86401)],
+)
+def test_time_limits_as_slurm_reads_them(time: str, seconds: int) -> None:
+    """The forms of sbatch's manual, --time."""
+    assert job_seconds(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["", "24h", "1:2:3:4", "1-", "-5", "1:00 ", "infinite"])
+def test_what_is_no_time_limit(time: str) -> None:
+    assert job_seconds(time) is None
