@@ -16,14 +16,16 @@ from pathlib import Path
 
 from launch.base import LOOPBACK, LaunchPlan, make_plan
 from launch.environment import ERROR_FILE
-from launch.messages import error_text, leave_error, show_error
+from launch.messages import show_error
 from launch.nodes import is_loopback
+from launch.processes import Ending
 from launch.program import ProgramLauncher, installed
 from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.launcher import LauncherConfig, Rendezvous
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
 
+CANNOT_START = 126  # no rank ends with it; shells say so of a program that they cannot run
 JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
 
 
@@ -71,10 +73,14 @@ class TorchrunLauncher(ProgramLauncher):
             return 128 + error.sigval
         except Exception as error:
             first_line = str(error).partition("\n")[0]
-            text = f"torchrun could not start the ranks: {type(error).__name__}: {first_line}"
-            leave_error(Path(os.environ[ERROR_FILE]), error_text(text))
-            return EXIT_USER_ERROR
+            show_error(f"torchrun could not start the ranks: {type(error).__name__}: {first_line}")
+            return CANNOT_START
         return EXIT_OK
+
+    def _conclude(self, plan: LaunchPlan, ending: Ending, status: int, left_behind: bool) -> int:
+        if status == CANNOT_START:  # a marker in the folder is then of an earlier attempt
+            return EXIT_USER_ERROR
+        return super()._conclude(plan, ending, status, left_behind)
 
 
 def _tell(rank: int, status: int) -> int:

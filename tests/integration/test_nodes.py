@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.machine import free_port
+from megatron_lite.errors import RunEnd
+from megatron_lite.observe.metrics import METRICS_FILE
 from tests.integration import runs
 from tests.integration.runs import TINY, Finished, end_tree, launch, losses, run
 
@@ -64,6 +68,25 @@ def test_torchrun_on_two_nodes(
     assert len(list((tmp_path / "run").glob("config-*.yaml"))) == 1, "the nodes came to different configurations"
     assert sum("validation loss" in end.out for end in ends) == 1, "one node has rank 0"
     assert "Traceback" not in "".join(end.err for end in ends)
+
+
+@pytest.mark.slow
+def test_one_node_that_is_asked_to_stop_stops_them_all(
+    tiny: Callable[..., list[str]], tmp_path: Path, start: Callable
+) -> None:
+    words = tiny(
+        "run", *SHORT, "train.steps=100000", "parallel=tp2", "launcher=torchrun", "launcher.nodes=2",
+        f"launcher.master_address={HERE}", f"launcher.master_port={free_port(HERE)}",
+    )  # fmt: skip
+    nodes = [start(launch(*words, f"launcher.node_rank={rank}")) for rank in (0, 1)]
+    metrics = tmp_path / "run" / METRICS_FILE
+    deadline = time.monotonic() + BOUND_SECONDS
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.1)
+    nodes[1].send_signal(signal.SIGTERM)
+    assert [finish(node).code for node in nodes] == [RunEnd.PREEMPTED] * 2
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
 
 def _hosts(folder: Path) -> list[str]:

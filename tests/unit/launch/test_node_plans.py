@@ -13,10 +13,13 @@ from launch.base import LaunchPlan
 from launch.cli import main
 from launch.nodes import is_loopback, own_node_rank
 from launch.preparation import LOCK_FILE, run_folder
+from launch.processes import Ending
 from launch.program import on_this_node
 from launch.registry import LAUNCHERS
+from launch.torchrun import CANNOT_START, TorchrunLauncher
 from megatron_lite.config import frozen
-from megatron_lite.errors import ConfigError, LaunchError
+from megatron_lite.errors import ConfigError, LaunchError, RunEnd
+from megatron_lite.observe.markers import leave_marker
 from tests.unit.launch.test_launch_plan import SCRIPT, plan_of
 
 TWO = ("parallel=dp2_tp2", "launcher=torchrun", "launcher.nodes=2", "launcher.master_address=n0", "train.run_dir=run")
@@ -168,6 +171,14 @@ def test_owner_that_has_not_signed_yet_is_waited_for(monkeypatch: pytest.MonkeyP
         fcntl.flock(lock, fcntl.LOCK_EX)
         with run_folder(plan):
             assert len(waits) == 1
+
+
+def test_node_that_met_no_other_does_not_take_an_earlier_end_for_its_own() -> None:
+    plan = plan_of(*TWO)
+    with run_folder(plan):
+        leave_marker(plan.run_dir, RunEnd.DONE, "of an earlier attempt")
+    assert TorchrunLauncher()._conclude(plan, Ending(), CANNOT_START, left_behind=False) == RunEnd.CONFIG_ERROR
+    assert TorchrunLauncher()._conclude(plan, Ending(), 0, left_behind=False) == RunEnd.DONE
 
 
 def test_deepspeed_through_pdsh() -> None:
