@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
+from megatron_lite.train.phases import EnginePhases
 
 PLACE = Place(rank=3, node="n2", pid=77, pipeline=1, data=0, tensor=1)
 
@@ -91,6 +93,16 @@ def test_another_thread_sees_where_the_main_thread_is() -> None:
     finally:
         dist.destroy_process_group()
     assert beats[0].call == "all_gather_object"
+
+
+def test_a_wrapped_method_is_no_place_of_ours() -> None:
+    """What it wraps is what takes the time."""
+    beats: list[Beat] = []
+    reader = threading.Thread(target=lambda: beats.append(Beat.of(PLACE, Heartbeat())))
+    engine = SimpleNamespace(_INSTRUCTION_MAP={}, _aggregate_total_loss=lambda: (reader.start(), reader.join()))
+    EnginePhases(Heartbeat()).watch(engine)
+    engine._aggregate_total_loss()
+    assert beats[0].where == ""
 
 
 def test_no_collective_no_call() -> None:
