@@ -28,7 +28,6 @@ WRAPPERS = tuple(os.path.join("train", name) for name in ("phases.py", "schedule
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
 WAITING_CALLS = ("wait", "synchronize")  # of an asynchronous collective's handle, or of a GPU
-LINE_BYTES = 1024
 
 
 class Phase(StrEnum):
@@ -171,9 +170,10 @@ def publish(folder: Path, beat: Beat) -> None:
     """Replace the rank's line.
 
     Written in place and closed, which is what shared filesystems promise to show to the next that opens the file; a new
-    file for each would cost their metadata server three requests more. The padding makes each line cover the last.
+    file for each would cost their metadata server three requests more. What is left of a longer line before counts for
+    nothing: a reader reads to the first end of a line.
     """
-    line = json.dumps(asdict(beat)).ljust(LINE_BYTES - 1) + "\n"
+    line = json.dumps(asdict(beat)) + "\n"
     descriptor = os.open(_path(folder, beat.rank), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
