@@ -1,6 +1,7 @@
 """`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started.
 
-`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it.
+`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it. The commands of
+`launch/follow.py` tell what has become of a run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch import verification
+from launch import follow, verification
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import LaunchPlan
 from launch.machine import choose_device, choose_world_size, device_of_nodes, require_capacity, visible_gpus
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     debug = "--debug" in argv
     try:
-        return _launch(parse(argv))
+        return follow.main(argv) if argv[:1] and argv[0] in follow.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
         return EXIT_USER_ERROR

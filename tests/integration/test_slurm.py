@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,11 @@ from launch.slurm.launcher import SlurmLauncher
 from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import LaunchError
 from megatron_lite.observe.markers import read_marker
 from tests.integration.slurm_cluster import CPUS, Cluster
+
+pytestmark = pytest.mark.slow
 
 STUB = Path(__file__).with_name("stub_torchrun.py")
 HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` ${HOME} #; & %j'
@@ -231,3 +234,52 @@ def test_dry_run_asks_slurm(slurm: Cluster, capsys: pytest.CaptureFixture[str], 
     assert main([*words, "launcher.nodes=9", "parallel=dp9", "train.global_batch_size=36"]) == 2
     assert capsys.readouterr().err.startswith("error: slurm would refuse the job (")
     assert not (tmp_path / "x").exists()
+
+
+def words_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_job_is_followed(submitted: dict[str, Submitted], capsys: pytest.CaptureFixture[str]) -> None:
+    """Status, logs, a second submission, cancel and requeue of one run folder."""
+    run = submitted["follower"]
+    run.wait_for_ranks()
+    folder, job = str(run.run_dir), run.jobs[0]
+    run.wait_for_state("RUNNING")
+    status = words_of(capsys, "status", folder)
+    assert "\nstate       running\n" in status
+    assert f"\njob         {job}: RUNNING on {run.nodes()[0][0]}; restarts: 0\n" in status
+    assert f"job {job}: attempt 1 on " in words_of(capsys, "logs", folder)
+    launcher = SlurmLauncher()
+    with pytest.raises(LaunchError, match=rf"has job {job} \(RUNNING\) already; wait for it"):
+        launcher.run(launcher.plan(run.config))
+    assert words_of(capsys, "cancel", folder).startswith(f"cancelled job {job}; `python -m launch requeue ")
+    run.wait_for_state("CANCELLED")
+    again = words_of(capsys, "requeue", folder)
+    second = records.submissions(run.run_dir)[1][0]
+    assert again.startswith(f"submitted job {second}; run folder {folder}\n")
+    assert "DONE at step" in words_of(capsys, "logs", "--follow", folder)
+    status = words_of(capsys, "status", folder)
+    assert "\nstate       DONE at step " in status
+    assert f"\njob         {second}: COMPLETED on " in status
+    assert words_of(capsys, "status", folder).count("\njob ") == 1
+
+
+def test_done_run_is_submitted_again_only_with_more_steps(
+    submitted: dict[str, Submitted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, launcher = submitted["simple"], SlurmLauncher(torchrun=[sys.executable, str(STUB)])
+    run.wait_for_state("COMPLETED")
+    config = replace(run.config, train=replace(run.config.train, steps=5))
+    assert launcher.run(launcher.plan(config)) == 0
+    assert capsys.readouterr().out == "the run is done: it has reached train.steps=5, and nothing is submitted\n"
+    assert len(records.submissions(run.run_dir)) == 1
+    config = replace(run.config, train=replace(run.config.train, steps=10))
+    assert launcher.run(launcher.plan(config)) == 0
+    (job,) = records.submissions(run.run_dir)[1]
+    run.wait_for(lambda: run.cluster.job(job)["JobState"] == "COMPLETED", "the second job")
+    marker = read_marker(run.run_dir)
+    assert marker is not None
+    assert marker.step == 10

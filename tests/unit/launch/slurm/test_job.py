@@ -162,5 +162,5 @@ def test_without_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["pretrain_gpt", *WORDS, f"train.run_dir={tmp_path / 'x'}"]) == 2
     assert capsys.readouterr().err == (
-        "error: slurm's `sbatch` is not on this machine; log in to the cluster, or add --dry-run to see the job\n"
+        "error: slurm's `sbatch` is not on this machine; log in to the cluster (--dry-run shows the job anywhere)\n"
     )
