@@ -61,7 +61,7 @@ def _launch(arguments: Arguments) -> int:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if arguments.dry_run:
         print(plan_text(plan))
-        if plan.batch_script is not None and scheduler.is_present():
+        if plan.batch_script is not None and scheduler.answers():
             print(f"\nslurm says: {scheduler.rehearse(plan.files[plan.batch_script])}")
         return EXIT_OK
     if plan.batch_script is None:

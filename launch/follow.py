@@ -82,7 +82,7 @@ def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
     if process is not None:
         yield "process", f"{process} of this machine"
     if jobs is None:
-        yield "jobs", "slurm is not on this machine"
+        yield "jobs", "no slurm answers on this machine"
     for job in jobs or []:
         restarts = max((entry["restart"] for entry in records.attempts(run_dir, "begin", job.number)), default=0)
         where = f"on {job.nodes}" if job.nodes else f"({job.reason})"
@@ -99,7 +99,7 @@ def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
     submissions = records.submissions(run_dir)
     if not submissions:
         return []
-    return scheduler.jobs(submissions[-1]) if scheduler.is_present() else None
+    return scheduler.jobs(submissions[-1]) if scheduler.answers() else None
 
 
 def _process_of_this_machine(run_dir: Path) -> str | None:

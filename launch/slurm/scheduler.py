@@ -35,9 +35,9 @@ class Job:
         return self.state in PENDING_OR_RUNNING
 
 
-def is_present() -> bool:
-    """Whether this machine can submit jobs."""
-    return shutil.which("sbatch") is not None
+def answers() -> bool:
+    """Whether a cluster can be asked from this machine; its programs alone do not make one."""
+    return shutil.which("scontrol") is not None and _run("scontrol", "ping").returncode == 0
 
 
 def submit(script: Path) -> int:

@@ -130,7 +130,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_dir
 
 def test_jobs_without_slurm(capsys: pytest.CaptureFixture[str], run_dir: Path, no_slurm: None) -> None:
     records.record_submission(run_dir, [12])
-    assert fields_of(capsys, run_dir)["jobs"] == "slurm is not on this machine"
+    assert fields_of(capsys, run_dir)["jobs"] == "no slurm answers on this machine"
     assert error_of(capsys, "cancel", str(run_dir)) == (
         "error: slurm's `squeue` is not on this machine; log in to the cluster (--dry-run shows the job anywhere)\n"
     )
