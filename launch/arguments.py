@@ -82,6 +82,7 @@ settings
 
 scripts: {", ".join(available_scripts())}
 `python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
+`python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
 
 presets
 {groups}

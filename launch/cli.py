@@ -1,6 +1,7 @@
 """`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started.
 
-`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it.
+`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it. The commands of
+`launch/follow.py` tell what has become of a run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import sweep, verification
+from launch import follow, sweep, verification
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import Launcher, LaunchPlan
 from launch.hostfile import with_hosts
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     debug = "--debug" in argv
     try:
-        return _launch(parse(argv))
+        return follow.main(argv) if argv[:1] and argv[0] in follow.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
         return EXIT_USER_ERROR
@@ -67,7 +68,7 @@ def _launch(arguments: Arguments) -> int:
     sweep.require_own_folders(points, [plan.run_dir for plan in plans])
     if arguments.dry_run:
         print(_dry_run_text(points, plans, arguments))
-        if plans[0].batch_script is not None and scheduler.is_present():
+        if plans[0].batch_script is not None and scheduler.answers():
             print(f"\nslurm says: {scheduler.rehearse(plans[0].files[plans[0].batch_script])}")
         return EXIT_OK
     if len(plans) == 1:

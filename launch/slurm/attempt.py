@@ -6,6 +6,7 @@ It imports no torch and needs only the run folder and Slurm's commands. Every de
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -76,7 +77,15 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) ->
     _say(job, f"{verdict.reason}; newest checkpoint: {_step(run_dir)}")
     _show_error(run_dir)
     if verdict.requeue:
-        _requeue(run_dir, job, marker, begun["nodes"])
+        excluded = _nodes_to_exclude(run_dir, job, marker, begun["nodes"])
+        # From here on Slurm ends the batch script and all in it, with SIGTERM, and with SIGKILL after KillWait (30 s by
+        # default). In between it takes the nodes to exclude, which it refuses while the job runs.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        scheduler.requeue(job)
+        _exclude(job, excluded)
+    elif terminated:
+        with contextlib.suppress(LaunchError):  # it was cancelled, not requeued by Slurm because a node was lost
+            _exclude(job, _nodes_to_exclude(run_dir, job, None, begun["nodes"]))
     return verdict.exit_code
 
 
@@ -85,12 +94,8 @@ def _stalled(advanced: list[bool]) -> int:
     return next((count for count, one in enumerate(reversed(advanced)) if one), len(advanced))
 
 
-def _requeue(run_dir: Path, job: int, marker: Marker | None, nodes: list[str]) -> None:
-    """Put the job back into the queue, without the nodes that its attempt has suffered from.
-
-    Slurm then ends the batch script and all in it, first with SIGTERM, after KillWait (30 s by default) with SIGKILL.
-    In between it takes the nodes to exclude, which it refuses while the job runs.
-    """
+def _nodes_to_exclude(run_dir: Path, job: int, marker: Marker | None, nodes: list[str]) -> list[str]:
+    """Those that the next attempt must not get; says so where none can be spared."""
     states = scheduler.node_states(os.environ["SLURM_JOB_PARTITION"])
     lost = [node for node in nodes if scheduler.is_lost(states.get(node, ""))]
     usable = [node for node, state in states.items() if state in scheduler.USABLE]
@@ -98,10 +103,13 @@ def _requeue(run_dir: Path, job: int, marker: Marker | None, nodes: list[str]) -
     excluded, remark = to_exclude(suspected, scheduler.excluded(job), usable, len(nodes))
     if remark:
         _say(job, remark)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    scheduler.requeue(job)
-    if excluded:
-        scheduler.exclude(job, excluded)
+    return excluded
+
+
+def _exclude(job: int, nodes: list[str]) -> None:
+    if nodes:
+        scheduler.exclude(job, nodes)
+        _say(job, f"the next attempt will do without {', '.join(nodes)}")
 
 
 def _reported_node(run_dir: Path) -> str | None:

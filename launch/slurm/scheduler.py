@@ -35,9 +35,9 @@ class Job:
         return self.state in PENDING_OR_RUNNING
 
 
-def is_present() -> bool:
-    """Whether this machine can submit jobs."""
-    return shutil.which("sbatch") is not None
+def answers() -> bool:
+    """Whether a cluster can be asked from this machine; its programs alone do not make one."""
+    return shutil.which("scontrol") is not None and _run("scontrol", "ping").returncode == 0
 
 
 def submit(script: Path) -> int:
@@ -131,7 +131,7 @@ def _run(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[st
         return subprocess.run(argv, capture_output=True, text=True, input=stdin, timeout=ANSWER_SECONDS, check=False)
     except FileNotFoundError as error:
         raise LaunchError(
-            f"slurm's `{argv[0]}` is not on this machine; log in to the cluster, or add --dry-run to see the job"
+            f"slurm's `{argv[0]}` is not on this machine; log in to the cluster (--dry-run shows the job anywhere)"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"`{argv[0]}` has not answered for {ANSWER_SECONDS:g} s; try again later") from error

@@ -100,7 +100,7 @@ def suspects(marker: Marker | None, reported: str | None, lost: Collection[str],
 def to_exclude(
     suspected: Collection[str], excluded: Collection[str], usable: Collection[str], needed: int
 ) -> tuple[list[str], str | None]:
-    """All nodes that the requeued job must not get, and a remark for the log; none where too few would be left.
+    """All nodes that the requeued job must not get, or none, and why, where too few would be left.
 
     Args:
         suspected: those of this attempt.
@@ -117,4 +117,4 @@ def to_exclude(
             [],
             f"{names} not excluded: of its partition's nodes {len(left)} would be left, and the job needs {needed}",
         )
-    return sorted({*suspected, *excluded}), f"{names} excluded"
+    return sorted({*suspected, *excluded}), None

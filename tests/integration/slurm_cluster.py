@@ -1,4 +1,4 @@
-"""A real Slurm of three nodes on this machine: its daemons run below one temporary folder and end with the block.
+"""A real Slurm of seven nodes on this machine: its daemons run below one temporary folder and end with the block.
 
 Debian's build has --enable-multiple-slurmd, so one machine can be several nodes, each with a port of its own. They have
 no names of their own: jobs are told `launcher.master_address=127.0.0.1`.
@@ -18,7 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3")
+MAIN = ("n1", "n2", "n3")
+FRAGILE = ("n4", "n5", "n6")  # for tests that take nodes down
+CONTESTED = ("n7",)  # for jobs that take it from each other
+NODES = (*MAIN, *FRAGILE, *CONTESTED)
+CPUS = 16  # of each node, in Slurm's books
 GPUS = 4  # of each node, made of /dev/null's device number: enough for Slurm to count and hand out
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 30.0
@@ -50,25 +54,26 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
-ReturnToService=2
+ReturnToService=1
 KillWait=5
 MinJobAge=3600
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES PreemptMode=off State=UP
-PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=requeue GraceTime=15 State=UP
-PartitionName=high Nodes=ALL PriorityTier=100 PreemptMode=off State=UP
+PartitionName=main Nodes={main} Default=YES PreemptMode=off State=UP
+PartitionName=fragile Nodes={fragile} PreemptMode=off State=UP
+PartitionName=low Nodes={contested} PriorityTier=1 PreemptMode=requeue GraceTime=15 State=UP
+PartitionName=high Nodes={contested} PriorityTier=100 PreemptMode=off State=UP
 """
 NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 CoresPerSocket=16 RealMemory=8000 "
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} CoresPerSocket={cpus} "
     "Gres=gpu:{gpus} State=UNKNOWN"
 )
 
 
 class SlurmMissingError(Exception):
-    """The programs of Slurm are not installed."""
+    """Slurm cannot be started here."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,10 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     """The cluster for the length of the block.
 
     Raises:
-        SlurmMissingError: naming the first program that is not there.
+        SlurmMissingError: naming the first program that is not there; or we are not root, as slurmd has to be.
     """
+    if os.geteuid() != 0:
+        raise SlurmMissingError("a cluster of tests needs root")
     for program in PROGRAMS:
         if shutil.which(program) is None:
             raise SlurmMissingError(f"{program} is not installed: apt-get install slurmctld slurmd slurm-client munge")
@@ -125,9 +132,18 @@ def _configure(folder: Path) -> None:
     host = socket.gethostname().partition(".")[0]
     ports = _free_ports(len(NODES) + 1)
     nodes = [
-        NODE.format(name=name, host=host, port=port, gpus=GPUS) for name, port in zip(NODES, ports[1:], strict=True)
+        NODE.format(name=name, host=host, port=port, cpus=CPUS, gpus=GPUS)
+        for name, port in zip(NODES, ports[1:], strict=True)
     ]
-    text = SLURM_CONF.format(host=host, folder=folder, controller_port=ports[0], nodes="\n".join(nodes))
+    text = SLURM_CONF.format(
+        host=host,
+        folder=folder,
+        controller_port=ports[0],
+        nodes="\n".join(nodes),
+        main=",".join(MAIN),
+        fragile=",".join(FRAGILE),
+        contested=",".join(CONTESTED),
+    )
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "gres.conf").write_text(
@@ -177,7 +193,7 @@ def _start(folder: Path, command: list[str], name: str) -> subprocess.Popen[byte
 
 def _idle_nodes(cluster: Cluster) -> int:
     finished = subprocess.run(
-        ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"],
+        ["sinfo", "-h", "-N", "-p", "main,fragile,high", "-o", "%T"],
         capture_output=True,
         text=True,
         env=os.environ | cluster.environment,

@@ -40,6 +40,8 @@ def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
         (["pretrain_gpt", "parallel.tensor_parallel_size=3"], 2),
         (["pretrain_gpt", "experiment=demo", "--dry-run"], 0),
         (["pretrain_gpt", "experiment=gpt3_175b", "launcher=deepspeed", "--dry-run"], 0),
+        (["pretrain_gpt", "experiment=gpt3_1b3", "launcher=slurm", "launcher.gpus_per_node=32", "--dry-run"], 0),
+        (["status", "runs/none"], 2),
         (["--help"], 0),
     ],
 )
@@ -87,6 +89,8 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
          "folder"),
         (["pretrain_gpt", "--config"], "error: --config needs a file: a config-*.yaml of a run folder"),
+        (["verify", "pretrain_gpt", "launcher=slurm"], "error: launcher.name=slurm submits jobs, and `python -m launch "
+         "verify` runs on this machine; leave it out"),
         (["pretrain_gpt", "launcher.device=cuda"], "error: launcher.device=cuda needs a GPU for each process and torch "
          "sees none here; use launcher.device=cpu"),
     ],

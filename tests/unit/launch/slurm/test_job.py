@@ -162,5 +162,25 @@ def test_without_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["pretrain_gpt", *WORDS, f"train.run_dir={tmp_path / 'x'}"]) == 2
     assert capsys.readouterr().err == (
-        "error: slurm's `sbatch` is not on this machine; log in to the cluster, or add --dry-run to see the job\n"
+        "error: slurm's `sbatch` is not on this machine; log in to the cluster (--dry-run shows the job anywhere)\n"
     )
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """Those of its section on Slurm that start something."""
+    section = (CONF_DIR.parent / "README.md").read_text().partition("### On Slurm")[2].partition("\n### ")[0]
+    lines = section.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m launch pretrain")]
+
+
+@pytest.mark.parametrize("words", commands_of_the_readme(), ids=lambda words: words[-1])
+def test_the_readmes_commands_are_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main([*words, "--dry-run"]) == 0
+    assert "#SBATCH --nodes=" in capsys.readouterr().out
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands_of_the_readme()) == 3
