@@ -44,10 +44,6 @@ POSITIVE = (
     "train.loss_scale.minimum",
     "launcher.num_processes",
     "launcher.threads_per_process",
-    "launcher.nodes",
-    "launcher.gpus_per_node",
-    "launcher.processes_per_node",
-    "launcher.chain",
 )
 NOT_NEGATIVE = (
     "model.position_offset",

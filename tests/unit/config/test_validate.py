@@ -257,18 +257,6 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         ["launcher.master_port=70000"],
         "launcher.master_port=70000 is no port; use 1 to 65535, or null for a free one",
     ),
-    "nodes that are not filled": (
-        ["parallel=dp3", "train.global_batch_size=24", "launcher=torchrun", "launcher.nodes=2",
-         "launcher.master_address=n0"],
-        "launcher.nodes=2 must divide the 3 processes of the layout; use a layout of 2 or 4 processes, or another "
-        "launcher.nodes",
-    ),
-    "processes that nodes do not have": (
-        ["parallel=dp2", "launcher.num_processes=2", "launcher=torchrun", "launcher.nodes=2",
-         "launcher.processes_per_node=4", "launcher.master_address=n0"],
-        "launcher.num_processes=2 must be launcher.nodes x launcher.processes_per_node = 2 x 4 = 8; leave "
-        "launcher.num_processes out",
-    ),
     "layout that nodes do not have": (
         ["parallel=dp2_tp2", "launcher=torchrun", "launcher.nodes=2", "launcher.processes_per_node=4",
          "launcher.master_address=n0"],
