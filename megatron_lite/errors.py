@@ -50,6 +50,12 @@ class DataError(MegatronLiteError):
     """A corpus, tokenizer or shard cannot be used as it is."""
 
 
+class OutOfDataError(DataError):
+    """data.max_epochs passes over the data are done before train.steps."""
+
+    end = RunEnd.OUT_OF_DATA
+
+
 class CheckpointError(MegatronLiteError):
     """A checkpoint is missing, incomplete or does not fit this run."""
 

@@ -71,7 +71,7 @@ def batch_options(config: RunConfig, run_dir: Path) -> list[str]:
         "job-name": launcher.job_name or run_dir.name,
         "nodes": launcher.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": processes_per_node(launcher) * launcher.threads_per_process,
+        "cpus-per-task": processes_per_node(config) * launcher.threads_per_process,
         "gres": None if launcher.gpus_per_node is None else f"gpu:{launcher.gpus_per_node}",
         "time": launcher.time,
         "partition": launcher.partition,
@@ -104,6 +104,6 @@ def _srun_arguments(config: RunConfig) -> list[str]:
 def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
     """What each node's shell runs: only there are its number and the master's address known."""
     launcher = config.launcher
-    counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(launcher)}", "--max-restarts=0"]
+    counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
     return f"exec {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

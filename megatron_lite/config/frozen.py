@@ -30,8 +30,10 @@ MAY_CHANGE = (
     "train.generate_tokens",
     "train.generate_prompt",
     "train.run_dir",
+    "train.max_unsound_steps",
     "train.timeout_seconds",
     "data.cache_dir",
+    "data.max_epochs",
     "data.num_workers",
     "debug",
 )

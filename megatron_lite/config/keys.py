@@ -69,6 +69,8 @@ ALIASES = {
     "tie_word_embeddings": "model.tie_embeddings",
     "hidden_dropout_prob": "model.hidden_dropout",
     "attention_probs_dropout_prob": "model.attention_dropout",
+    "activation_dropout": "model.ffn_dropout",
+    "relu_dropout": "model.ffn_dropout",
     "mlm_probability": "objective.masked_fraction",
     "mlm_prob": "objective.masked_fraction",
     "mask_prob": "objective.masked_fraction",

@@ -158,6 +158,10 @@ class ModelConfig:
     """On attention probabilities."""
     hidden_dropout: float = 0.0
     """On the output of attention and MLP, before the residual sum."""
+    ffn_dropout: float = 0.0
+    """Inside the MLP, between the activation and the last matrix (T5)."""
+    final_dropout: float = 0.0
+    """On the output of each stack, behind its last norm (T5)."""
     init: InitScheme = InitScheme.normal
     init_std: float = 0.02
     """Of init=normal and init=plain."""
@@ -208,6 +212,8 @@ class DataConfig:
     """Share of documents held out."""
     validation_source: Any = None
     """A separate source (same forms) to validate on; None = hold out validation_fraction of the documents."""
+    max_epochs: int | None = None
+    """Passes over any source, after which the run ends as out of data; None = as many as train.steps needs."""
     mask_loss_after_eod: bool = False
     """Do not train on predicting the token that follows an end-of-document token (another document's first)."""
     cache_dir: str = "data"
@@ -336,8 +342,10 @@ class TrainConfig:
     generate_prompt: str = "def "
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
+    max_unsound_steps: int = 3
+    """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
-    """How long a collective may wait for a missing rank before all ranks end."""
+    """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
 
 
 @dataclass

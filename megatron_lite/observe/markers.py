@@ -7,14 +7,17 @@ asks the ranks to stop.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lite.errors import RunEnd
+from megatron_lite.files import publish_first
 
 STOP_FILE = "STOP"
+HANG_FILE = "hang.json"
+ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"
+"""The variable by which a launcher names the file whose text it shows: the first rank with an error leaves it there."""
 # Where several ranks leave different ones: what explains the others comes first, FAILED last.
 TELLING = (
     RunEnd.DONE,
@@ -42,14 +45,7 @@ class Marker:
 
 def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = None) -> None:
     """Write the marker, whole or not at all; the first rank with the same end wins."""
-    temporary = run_dir / f".{end.name}.{os.uname().nodename}.{os.getpid()}"
-    try:
-        temporary.write_text(json.dumps(asdict(Marker(end, step, message, time.time()))) + "\n")
-        os.link(temporary, run_dir / end.name)
-    except FileExistsError:
-        return
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish_first(run_dir / end.name, json.dumps(asdict(Marker(end, step, message, time.time()))) + "\n")
 
 
 def read_marker(run_dir: Path) -> Marker | None:
@@ -65,10 +61,16 @@ def read_marker(run_dir: Path) -> Marker | None:
 
 def clear_markers(run_dir: Path) -> None:
     """Begin a new attempt: nothing is known of its end, and nobody has asked it to stop."""
-    for name in (STOP_FILE, *(end.name for end in RunEnd)):
+    for name in (STOP_FILE, HANG_FILE, *(end.name for end in RunEnd)):
         (run_dir / name).unlink(missing_ok=True)
 
 
-def ask_to_stop(run_dir: Path) -> None:
-    """Let the ranks of the run save and end; they look for the file between micro-batches."""
-    (run_dir / STOP_FILE).touch()
+def ask_to_stop(run_dir: Path, reason: str = "") -> None:
+    """Let the ranks of the run save and end; they look for the file between micro-batches, and tell the reason."""
+    (run_dir / STOP_FILE).write_text(reason + "\n")
+
+
+def asked_because(run_dir: Path) -> str:
+    """The reason in the STOP file; anybody may have made it, with nothing in it."""
+    text = (run_dir / STOP_FILE).read_text(errors="replace").strip()
+    return text or f"a file named {STOP_FILE}"

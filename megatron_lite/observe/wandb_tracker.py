@@ -15,16 +15,19 @@ import wandb
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.trackers import numbers
+from megatron_lite.observe.wandb_record import history
 
 _SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|credential|(access|auth|hub|hf)_token)s?$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+OF_ATTEMPTS = ("start", "resume", "stop", "finish")  # events of each attempt, not of a step that may be repeated
 
 
 class WandbTracker:
     """Logs to the wandb run whose id is kept in `<run>/wandb/run-id`.
 
-    wandb drops a row whose own step counter is not above the last one, so the steps that a resumed run repeats would
-    vanish (wandb issues 4482, 9449). Here `step` is an ordinary value, made the axis of every chart.
+    wandb drops a row whose own step counter is not above the last one (wandb issues 4482, 9449). Here `step` is an
+    ordinary value, made the axis of every chart. A run that resumes from a checkpoint repeats the steps behind it, bit
+    for bit: what the run's record has already is not logged again, so that it holds every step once.
 
     Args:
         mode: `auto` (online when the user is logged in, offline otherwise), `offline` or `online`.
@@ -58,16 +61,20 @@ class WandbTracker:
             report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")
             mode = "offline"
             self._run = _start(mode, arguments)
+        self._logged = _last_steps(run_dir)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         report(f"wandb: {self._run.url}" if mode == "online" else f"wandb: offline, in {run_dir / 'wandb'}")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({**{f"train/{name}": value for name, value in numbers(values).items()}, "step": step})
+        self._add("train", step, values)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._add(kind, step, values)
+
+    def _add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         figures = {f"{kind}/{name}": value for name, value in numbers(values).items()}
-        if figures:
+        if figures and (kind in OF_ATTEMPTS or step > self._logged.get(kind, -1)):
             self._run.log({**figures, "step": step})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -110,6 +117,15 @@ def run_id(run_dir: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(new + "\n")
     return new
+
+
+def _last_steps(run_dir: Path) -> dict[str, int]:
+    """The last step of each kind of row that earlier attempts have logged."""
+    last: dict[str, int] = {}
+    for row in history(run_dir, run_id(run_dir)):
+        for kind in {name.partition("/")[0] for name in row if "/" in name}:
+            last[kind] = max(last.get(kind, -1), row["step"])
+    return last
 
 
 def without_secrets(value: Any) -> Any:

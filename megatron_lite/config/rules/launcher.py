@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import cluster_size
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
-from megatron_lite.config.rules.case import COUNTS, Case, either, nearest_multiples
+from megatron_lite.config.rules.case import PROCESSES, Case, either, nearest_multiples
 
 SECONDS_TO_CONCLUDE = 30
 """Between the end of the ranks' grace and a job's time limit: to kill what is left and to requeue the job."""
@@ -62,28 +61,28 @@ def processes_fill_the_nodes(case: Case) -> Iterator[str]:
     """num_processes = nodes x processes_per_node."""
     launcher = case.config.launcher
     count = launcher.num_processes
-    if not case.sound(*COUNTS) or count is None:
+    if not case.sound(*PROCESSES) or count is None:
         return
-    size, nodes = cluster_size(launcher), launcher.nodes
-    if size is not None and size != count:
+    nodes, here = launcher.nodes, launcher.processes_per_node or launcher.gpus_per_node
+    if here is not None and nodes * here != count:
         key = "gpus_per_node" if launcher.processes_per_node is None else "processes_per_node"
         yield (
-            f"launcher.num_processes={count} must be launcher.nodes x launcher.{key} = {nodes} x {size // nodes} = "
-            f"{size}; leave launcher.num_processes out, or use {size}"
+            f"launcher.num_processes={count} must be launcher.nodes x launcher.{key} = {nodes} x {here} = "
+            f"{nodes * here}; leave launcher.num_processes out"
         )
     elif count < nodes:
         yield f"launcher.nodes={nodes} is more than the {count} processes of the layout; use at most {count}"
     elif count % nodes:
         yield (
-            f"launcher.num_processes={count} must be a multiple of launcher.nodes={nodes}, which all start equally "
-            f"many; use {either(nearest_multiples(count, nodes))}"
+            f"launcher.nodes={nodes} must divide the {count} processes of the layout; use a layout of "
+            f"{either(nearest_multiples(count, nodes))} processes, or another launcher.nodes"
         )
 
 
 def processes_have_gpus(case: Case) -> Iterator[str]:
     launcher = case.config.launcher
     processes, gpus = launcher.processes_per_node, launcher.gpus_per_node
-    if not case.sound(*COUNTS) or processes is None or gpus is None:
+    if not case.sound(*PROCESSES) or processes is None or gpus is None:
         return
     if processes > gpus:
         yield (

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.base import Launcher
 from launch.deepspeed import DeepSpeedLauncher
 from launch.local import LocalLauncher
+from launch.torchrun import TorchrunLauncher
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
@@ -28,6 +29,8 @@ def prepare(config: RunConfig) -> Path:
 def build(name: str) -> Launcher:
     if name == "deepspeed":
         return DeepSpeedLauncher(prepare)
+    if name == "torchrun":
+        return TorchrunLauncher(prepare)
     return LocalLauncher(fork=name == "fork", warm_modules=("json",), prepare=prepare)
 
 

@@ -89,8 +89,6 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
          "folder"),
         (["pretrain_gpt", "--config"], "error: --config needs a file: a config-*.yaml of a run folder"),
-        (["verify", "pretrain_gpt", "launcher=slurm"], "error: launcher.name=slurm submits jobs, and `python -m launch "
-         "verify` runs on this machine; leave it out"),
         (["pretrain_gpt", "launcher.device=cuda"], "error: launcher.device=cuda needs a GPU for each process and torch "
          "sees none here; use launcher.device=cpu"),
     ],

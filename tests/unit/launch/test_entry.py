@@ -19,7 +19,7 @@ from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import ConfigError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", ERROR_FILE,
-                  "TORCH_EXTENSIONS_DIR", FOLDER_VARIABLE)  # fmt: skip
+                  "TORCH_EXTENSIONS_DIR", "SLURM_STEP_NUM_TASKS", FOLDER_VARIABLE)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,23 @@ def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.Captur
         "error: pretrain_gpt.py was started as 1 process, but the layout needs 8 = 2 data x 2 tensor x 2 pipeline; "
         "start it with `python -m launch pretrain_gpt ...` or `torchrun --nproc-per-node 8 pretrain_gpt.py ...`\n"
     )
+
+
+def test_srun_without_torchrun_makes_worlds_of_one(capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["SLURM_STEP_NUM_TASKS"] = "8"
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.run_dir=run"]) == 2
+    assert script.config is None
+    error = capfd.readouterr().err
+    assert error.startswith("error: srun has started 8 processes of pretrain_gpt.py, each a world of its own")
+    assert "srun --ntasks-per-node=1 torchrun" in error
+
+
+def test_one_process_within_a_large_allocation() -> None:
+    os.environ.update({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"})
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.run_dir=run"]) == 0
+    assert script.config is not None
 
 
 def test_torchrun_decides_an_open_data_parallel_size() -> None:
