@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.messages import tail
+from launch.preparation import LOCK_FILE
 from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
@@ -105,12 +106,12 @@ def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
 def _process_of_this_machine(run_dir: Path) -> str | None:
     """The launcher that holds the run folder's lock; None = there is none here."""
     try:
-        with (run_dir / ".lock").open() as lock:
+        with (run_dir / LOCK_FILE).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return None
     except BlockingIOError:
-        return (run_dir / ".lock").read_text().strip()
+        return (run_dir / LOCK_FILE).read_text().partition("\n")[0]
     return None
 
 
@@ -201,7 +202,7 @@ def cancel(run_dir: Path) -> int:
     process = _process_of_this_machine(run_dir)
     if process is None:
         raise LaunchError(f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status")
-    ask_to_stop(run_dir)
+    ask_to_stop(run_dir, "`python -m launch cancel`")
     print(f"asked process {process} and its ranks to save and to stop")
     return EXIT_OK
 

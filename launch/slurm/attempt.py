@@ -16,9 +16,7 @@ from pathlib import Path
 from launch.slurm import records, scheduler
 from launch.slurm.verdict import FINAL, Limits, Outcome, decide, suspects, to_exclude
 from megatron_lite.errors import EXIT_OK, LaunchError
-from megatron_lite.observe.markers import Marker, clear_markers, read_marker
-
-HANG_FILE = "hang.json"  # of the watchdog; its key `node` names the culprit's
+from megatron_lite.observe.markers import HANG_FILE, Marker, clear_markers, read_marker
 
 
 def begin(run_dir: Path, job: int) -> int:
@@ -29,8 +27,7 @@ def begin(run_dir: Path, job: int) -> int:
     if code != EXIT_OK:
         return code
     clear_markers(run_dir)
-    for name in (HANG_FILE, "logs/error.txt"):
-        (run_dir / name).unlink(missing_ok=True)
+    (run_dir / "logs" / "error.txt").unlink(missing_ok=True)
     nodes = scheduler.host_names(os.environ["SLURM_JOB_NODELIST"])
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     records.record_begin(run_dir, job=job, restart=restart, nodes=nodes)
@@ -114,8 +111,8 @@ def _exclude(job: int, nodes: list[str]) -> None:
 
 def _reported_node(run_dir: Path) -> str | None:
     try:
-        return str(json.loads((run_dir / HANG_FILE).read_text())["node"])
-    except (OSError, ValueError, KeyError):  # there is no such report, or a rank died while it wrote
+        return json.loads((run_dir / HANG_FILE).read_text())["node"]
+    except (OSError, ValueError):  # there is no such report, or it was cut short
         return None
 
 

@@ -15,7 +15,7 @@ from launch.slurm.script import batch_script
 from megatron_lite.config import frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_OK, LaunchError, RunEnd
-from megatron_lite.observe.markers import clear_markers, read_marker
+from megatron_lite.observe.markers import read_marker
 
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds between torchrun's SIGTERM and SIGKILL to its ranks, 30 by itself
 
@@ -53,15 +53,12 @@ class SlurmLauncher:
         )
 
     def run(self, plan: LaunchPlan) -> int:
-        assert plan.batch_script is not None
         marker, steps = read_marker(plan.run_dir), plan.config.train.steps
         if marker is not None and marker.end is RunEnd.DONE and marker.step is not None and marker.step >= steps:
             print(f"the run is done: it has reached train.steps={steps}, and nothing is submitted")
             return EXIT_OK
         refuse_second_job(plan.run_dir)
         with run_folder(plan):
-            clear_markers(plan.run_dir)
-            plan.batch_script.write_text(plan.files[plan.batch_script])
             submit(plan.run_dir, plan.config.launcher.chain)
         return EXIT_OK
 

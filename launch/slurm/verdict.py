@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -85,15 +84,13 @@ def suspects(marker: Marker | None, reported: str | None, lost: Collection[str],
     """The job's nodes that the next attempt should do without.
 
     Args:
-        reported: the node that the report of a hang names, which may be a whole host name.
+        reported: the node that the report of a hang names, which may be a whole host name; None = it names none.
         lost: nodes that Slurm has lost.
         nodes: those of the job, by Slurm's names.
     """
     named = set(lost)
-    if marker is not None and marker.end is RunEnd.HUNG:
-        found = re.search(r"\bnode ([\w.-]+)", marker.message)
-        host = reported or (found[1] if found else "")
-        named |= {host, host.partition(".")[0]}
+    if marker is not None and marker.end is RunEnd.HUNG and reported is not None:
+        named |= {reported, reported.partition(".")[0]}
     return [node for node in nodes if node in named]
 
 

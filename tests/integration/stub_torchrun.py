@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.slurm.records import attempts, newest_checkpoint
 from megatron_lite.errors import RunEnd
-from megatron_lite.observe.markers import STOP_FILE, leave_marker
+from megatron_lite.observe.markers import HANG_FILE, STOP_FILE, leave_marker
 
 STEP_SECONDS = 0.1
 STEPS_OF_LAST_ATTEMPT = 5
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         time.sleep(600)
     if what == "hung" and number == 1:
         time.sleep(0.5)  # until all nodes have begun
+        (run_dir / HANG_FILE).write_text(json.dumps({"node": "n2"}))
         leave_marker(run_dir, RunEnd.HUNG, "rank 1 (node n2) has been in 'data' for 92 s")
         return 1
     return train(run_dir, until_stopped=what == "stopped once" and number == 1, first=first)

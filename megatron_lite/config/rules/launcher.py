@@ -68,14 +68,14 @@ def processes_fill_the_nodes(case: Case) -> Iterator[str]:
         key = "gpus_per_node" if launcher.processes_per_node is None else "processes_per_node"
         yield (
             f"launcher.num_processes={count} must be launcher.nodes x launcher.{key} = {nodes} x {here} = "
-            f"{nodes * here}; leave launcher.num_processes out, or use {nodes * here}"
+            f"{nodes * here}; leave launcher.num_processes out"
         )
     elif count < nodes:
         yield f"launcher.nodes={nodes} is more than the {count} processes of the layout; use at most {count}"
     elif count % nodes:
         yield (
-            f"launcher.num_processes={count} must be a multiple of launcher.nodes={nodes}, which all start equally "
-            f"many; use {either(nearest_multiples(count, nodes))}"
+            f"launcher.nodes={nodes} must divide the {count} processes of the layout; use a layout of "
+            f"{either(nearest_multiples(count, nodes))} processes, or another launcher.nodes"
         )
 
 

@@ -19,12 +19,13 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         ["launcher=slurm", "launcher.processes_per_node=4", "launcher.nodes=2", "launcher.num_processes=2",
          "parallel=dp2"],
         "launcher.num_processes=2 must be launcher.nodes x launcher.processes_per_node = 2 x 4 = 8; leave "
-        "launcher.num_processes out, or use 8",
+        "launcher.num_processes out",
     ),
     "processes that nodes do not share": (
         ["launcher=slurm", "launcher.nodes=2", "launcher.num_processes=3", "train.global_batch_size=24",
          "parallel.data_parallel_size=null"],
-        "launcher.num_processes=3 must be a multiple of launcher.nodes=2, which all start equally many; use 2 or 4",
+        "launcher.nodes=2 must divide the 3 processes of the layout; use a layout of 2 or 4 processes, or another "
+        "launcher.nodes",
     ),
     "more nodes than processes": (
         ["launcher=slurm", "launcher.nodes=4", "parallel=dp2"],

@@ -84,9 +84,10 @@ HANG = marker(RunEnd.HUNG, "rank 5 (node n2, tp1 pp0 dp2) has been in 'data' for
 @pytest.mark.parametrize(
     ("end", "reported", "lost", "expected"),
     [
-        (HANG, None, [], ["n2"]),
+        (HANG, None, [], []),
+        (HANG, "n2", [], ["n2"]),
         (HANG, "n3.cluster.example", [], ["n3"]),
-        (HANG, None, ["n1"], ["n1", "n2"]),
+        (HANG, "n2", ["n1"], ["n1", "n2"]),
         (HANG, "another", [], []),
         (marker(RunEnd.PREEMPTED, "node n2"), "n2", [], []),
         (None, "n2", ["n3"], ["n3"]),
