@@ -54,6 +54,7 @@ def test_a_rank_that_sleeps_in_its_loader(tiny: Callable[..., list[str]], tmp_pa
     _require_report(finished, tmp_path / "run", message, 1, "data")
     assert finished.code == RunEnd.HUNG
     assert len(re.findall("^error:", finished.err, re.MULTILINE)) == 1
+    assert "it was at train/loop.py:" in finished.err
     assert "raise train.timeout_seconds=6" in finished.err
     stacks = _stacks(tmp_path / "run")
     assert "sitecustomize.py" in stacks[1], "where it slept"

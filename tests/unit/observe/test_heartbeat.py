@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
+from megatron_lite.train.phases import EnginePhases
 
 PLACE = Place(rank=3, node="n2", pid=77, pipeline=1, data=0, tensor=1)
 
@@ -91,6 +94,37 @@ def test_another_thread_sees_where_the_main_thread_is() -> None:
     finally:
         dist.destroy_process_group()
     assert beats[0].call == "all_gather_object"
+
+
+@pytest.mark.parametrize(("library", "call"), [("deepspeed", "wait"), ("elsewhere", None)])
+def test_a_wait_for_an_asynchronous_collective(library: str, call: str | None) -> None:
+    """Its frame is of the library that holds the handle; below it there is only C."""
+    names: dict[str, Any] = {}
+    exec(compile("def wait(lock):\n    lock.acquire()", f"/site-packages/{library}/handle.py", "exec"), names)
+    lock = threading.Lock()
+    lock.acquire()
+    beats: list[Beat] = []
+
+    def read() -> None:
+        time.sleep(0.2)  # until the main thread waits; before, it would be in no call at all
+        beats.append(Beat.of(PLACE, Heartbeat()))
+        lock.release()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    names["wait"](lock)
+    reader.join()
+    assert beats[0].call == call
+
+
+def test_a_wrapped_method_is_no_place_of_ours() -> None:
+    """What it wraps is what takes the time."""
+    beats: list[Beat] = []
+    reader = threading.Thread(target=lambda: beats.append(Beat.of(PLACE, Heartbeat())))
+    engine = SimpleNamespace(_INSTRUCTION_MAP={}, _aggregate_total_loss=lambda: (reader.start(), reader.join()))
+    EnginePhases(Heartbeat()).watch(engine)
+    engine._aggregate_total_loss()
+    assert beats[0].where == ""
 
 
 def test_no_collective_no_call() -> None:

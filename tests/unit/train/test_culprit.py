@@ -122,13 +122,20 @@ def test_a_rank_that_has_ended_is_waited_for() -> None:
 
 
 def test_someone_who_has_just_begun_to_work_is_not_accused() -> None:
-    found = find(job(beat(4, Phase.FORWARD, call=None, seconds=0.01), beat(5, Phase.DATA, call=None)))
+    found = find(job(beat(4, Phase.DATA, call=None, seconds=0.01)))
+    assert found.kind is Kind.BEHIND
+    found = find(job(beat(4, Phase.DATA, call=None, seconds=0.01), beat(5, Phase.FORWARD, call=None)))
     assert found.ranks == [5]
 
 
 def test_work_that_asks_nobody_comes_before_a_computation() -> None:
     """On a GPU collectives leave no trace on the stack, and all others seem to compute."""
     beats = job(beat(5, Phase.DATA, call=None, seconds=90.1), phase=Phase.BACKWARD, call=None)
+    assert find(beats).ranks == [5]
+
+
+def test_a_phase_that_waits_by_its_nature_is_no_work() -> None:
+    beats = job(beat(5, Phase.BACKWARD, call=None, seconds=90.1), phase=Phase.RECEIVE, call=None)
     assert find(beats).ranks == [5]
 
 
