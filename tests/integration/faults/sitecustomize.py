@@ -1,6 +1,8 @@
 """Plants a fault in one rank of a real run: Python imports this at its start where the folder is on PYTHONPATH.
 
 FAULT="<what> <rank> <step>" makes the rank sleep, stop, kill itself or raise when it reads the data of that step.
+"pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
+happen at a known step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +25,18 @@ def _raise() -> None:
     raise ValueError("the loader is broken")
 
 
+def _pause() -> None:
+    folder = Path(os.environ["FAULT_DIR"])
+    try:
+        (folder / "paused").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    while not (folder / "STOP").exists():
+        time.sleep(0.05)
+
+
 FAULTS = {
+    "pause": _pause,
     "sleep": lambda: time.sleep(3600),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -123,6 +123,26 @@ def test_wandb_resumes_one_run_and_logs_each_step_once(tmp_path: Path, monkeypat
     assert [row["step"] for row in rows if "resume/world_size" in row] == [0, 1]
 
 
+def test_wandb_is_told_late_what_its_record_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that ends a job kills wandb's own process as well, with what it had not written yet."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = RunConfig()
+    for attempt, mode in enumerate((WandbMode.disabled, WandbMode.offline, WandbMode.offline)):
+        config.tracking.wandb = mode
+        trackers = build_trackers(config, tmp_path, True, resume_step=3 * attempt)
+        for step in range(3 * attempt + 1, 3 * attempt + 4):
+            trackers.log(step, {"loss": 10.0 * step})
+        trackers.event("evaluation", 3, {"validation_loss": 2.0})
+        trackers.finish({})
+        wandb.teardown()
+    rows = list(history(tmp_path, run_id(tmp_path)))
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
+        (step, 10.0 * step) for step in range(1, 10)
+    ]
+    assert [row["step"] for row in rows if "evaluation/validation_loss" in row] == [3]
+
+
 def test_a_record_that_was_cut_short_is_read_up_to_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     tracker = WandbTracker(tmp_path, mode="offline", project="p", name="n", config={})
