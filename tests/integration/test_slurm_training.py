@@ -32,12 +32,12 @@ SETTINGS = (
     "tracking.wandb=offline",
 )
 TWO_NODES = ("launcher.nodes=2",)
-JOBS: dict[str, tuple[str, ...]] = {
-    "time limit": (*TWO_NODES, "launcher.time=1", "launcher.grace_seconds=5"),
-    "preempted": ("launcher.partition=low", "launcher.sbatch_options=[--exclusive]"),
-    "requeued": TWO_NODES,
-    "node lost": (*TWO_NODES, "launcher.partition=fragile"),
-    "cancelled": TWO_NODES,
+JOBS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> how rank 1 waits for the disturbance, settings
+    "time limit": ("pause", (*TWO_NODES, "launcher.time=1", "launcher.grace_seconds=5")),
+    "preempted": ("pause", ("launcher.partition=low", "launcher.sbatch_options=[--exclusive]")),
+    "requeued": ("pause", TWO_NODES),
+    "node lost": ("hold", (*TWO_NODES, "launcher.partition=fragile")),
+    "cancelled": ("pause", TWO_NODES),
 }
 WAIT_SECONDS = 300.0
 pytestmark = pytest.mark.slow
@@ -90,12 +90,12 @@ def trained(
     folder = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield {name: _submit(slurm, folder / name, corpus, words) for name, words in JOBS.items()}
+        yield {name: _submit(slurm, folder / name, corpus, *job) for name, job in JOBS.items()}
 
 
-def _submit(cluster: Cluster, run_dir: Path, corpus: list[str], words: tuple[str, ...]) -> Trained:
+def _submit(cluster: Cluster, run_dir: Path, corpus: list[str], fault: str, words: tuple[str, ...]) -> Trained:
     environment = {
-        "FAULT": f"pause 1 {DISTURBED_STEP}",
+        "FAULT": f"{fault} 1 {DISTURBED_STEP}",
         "FAULT_DIR": str(run_dir),
         "PYTHONPATH": f"{FAULTS}:{REPOSITORY}",
         "HF_HUB_OFFLINE": "1",

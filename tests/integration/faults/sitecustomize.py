@@ -2,7 +2,7 @@
 
 FAULT="<what> <rank> <step>" makes the rank sleep, stop, kill itself or raise when it reads the data of that step.
 "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
-happen at a known step.
+happen at a known step. "hold" waits there, once, whoever asks.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def _raise() -> None:
     raise ValueError("the loader is broken")
 
 
-def _pause() -> None:
+def _pause(until_stop: bool = True) -> None:
     folder = Path(os.environ["FAULT_DIR"])
     try:
         (folder / "paused").touch(exist_ok=False)
     except FileExistsError:
         return
-    while not (folder / "STOP").exists():
+    while not (until_stop and (folder / "STOP").exists()):
         time.sleep(0.05)
 
 
 FAULTS = {
     "pause": _pause,
+    "hold": lambda: _pause(until_stop=False),
     "sleep": lambda: time.sleep(3600),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

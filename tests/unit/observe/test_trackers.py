@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_wandb_resumes_one_run_and_logs_each_step_once(tmp_path: Path, monkeypat
         trackers.event("evaluation", 3, {"validation_loss": 2.0})
         trackers.finish({"loss": 1.0})
         wandb.teardown()  # the next attempt is another process
+        time.sleep(1.0)  # wandb names the folder of an attempt by its second
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2
     rows = list(history(run_dir, run_id(run_dir)))
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
@@ -136,6 +138,7 @@ def test_wandb_is_told_late_what_its_record_has_lost(tmp_path: Path, monkeypatch
         trackers.event("evaluation", 3, {"validation_loss": 2.0})
         trackers.finish({})
         wandb.teardown()
+        time.sleep(1.0)  # wandb names the folder of an attempt by its second
     rows = list(history(tmp_path, run_id(tmp_path)))
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
         (step, 10.0 * step) for step in range(1, 10)
