@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,15 @@ def start(command: Sequence[str], cwd: Path | None = None, fault: str = "") -> s
         cwd=cwd or REPOSITORY,
         start_new_session=True,
     )
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the running command has logged so many steps."""
+    deadline = time.monotonic() + 200
+    while len(losses(run_dir)) < step:
+        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def launch(*words: str, script: str = "pretrain_gpt") -> list[str]:

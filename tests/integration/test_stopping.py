@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_lite.observe.markers import read_marker
 from megatron_lite.observe.metrics import read_metrics
 from megatron_lite.observe.wandb_record import history
 from megatron_lite.observe.wandb_tracker import run_id
-from tests.integration.runs import Finished, launch, losses, run, start
+from tests.integration.runs import Finished, launch, losses, run, start, wait_for_step
 
 STEPS = ("train.steps=60", "train.save_interval=0", "train.eval_interval=10", "model.hidden_dropout=0.1")
 USED_UP = ["data.max_epochs=1", "data.validation_fraction=0.9", "train.steps=1000", "train.global_batch_size=64"]
@@ -24,11 +23,7 @@ WANDB = ("tracking.wandb=offline",)
 
 def _ask_after(step: int, command: list[str], run_dir: Path, number: int) -> Finished:
     process = start(command)
-    deadline = time.monotonic() + 200
-    while len(losses(run_dir)) < step:
-        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_step(process, run_dir, step)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     return Finished(process.returncode, out, err)

@@ -114,4 +114,51 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         ["launcher.max_requeues=-1"],
         "launcher.max_requeues=-1 must be a number of at least 0; use 0 or more",
     ),
+    "port": (
+        ["launcher.master_port=70000"],
+        "launcher.master_port=70000 is no port; use 1 to 65535, or null for a free one",
+    ),
+    "layout that nodes do not have": (
+        ["parallel=dp2_tp2", "launcher=torchrun", "launcher.nodes=2", "launcher.processes_per_node=4",
+         "launcher.master_address=n0"],
+        "launcher.nodes x launcher.processes_per_node=8 must be data x tensor x pipeline = 2 x 2 x 1 = 4; use 4 "
+        "processes (dp=2), or the layout dp=2 tp=2 pp=2",
+    ),
+    "no meeting place, static": (
+        ["parallel=dp2", "launcher=torchrun", "launcher.nodes=2"],
+        "launcher.master_address is needed for launcher.nodes=2 with launcher.name=torchrun, and every node must be "
+        "able to reach it; set launcher.master_address to the address of the node of rank 0",
+    ),
+    "no meeting place, c10d": (
+        ["parallel=dp2", "launcher=torchrun", "launcher.nodes=2", "launcher.rendezvous=c10d"],
+        "launcher.master_address is needed for launcher.nodes=2 with launcher.name=torchrun, and every node must be "
+        "able to reach it; set launcher.master_address to that of any node",
+    ),
+    "no hosts": (
+        ["parallel=dp2", "launcher=deepspeed", "launcher.nodes=2"],
+        "launcher.nodes=2 with launcher.name=deepspeed needs launcher.hostfile, a file of lines `HOST slots=N`; give "
+        "one, or use launcher=torchrun",
+    ),
+    "hosts of another launcher": (
+        ["launcher=torchrun", "launcher.hostfile=hosts"],
+        "launcher.hostfile=hosts is read by launcher.name=deepspeed only, not torchrun; use launcher=deepspeed, or "
+        "launcher.hostfile=null",
+    ),
+    "node beyond the last": (
+        ["parallel=dp2", "launcher=torchrun", "launcher.nodes=2", "launcher.master_address=n0",
+         "launcher.node_rank=2"],
+        "launcher.node_rank=2 is not among the ranks of launcher.nodes=2, 0 to 1; use one of these, or more "
+        "launcher.nodes",
+    ),
+    "node rank that torchrun decides": (
+        ["parallel=dp2", "launcher=torchrun", "launcher.nodes=2", "launcher.master_address=n0",
+         "launcher.node_rank=1", "launcher.rendezvous=c10d"],
+        "launcher.node_rank=1 has no meaning with launcher.rendezvous=c10d, where torchrun numbers the nodes; leave it "
+        "out, or use launcher.rendezvous=static",
+    ),
+    "device that cannot be seen from here": (
+        ["parallel=dp2", "launcher=torchrun", "launcher.nodes=2", "launcher.master_address=n0", "launcher.device=auto"],
+        "launcher.device=auto looks at this machine only, and the ranks run on several; use launcher.device=cuda or "
+        "cpu",
+    ),
 }  # fmt: skip
