@@ -283,3 +283,17 @@ def test_done_run_is_submitted_again_only_with_more_steps(
     marker = read_marker(run.run_dir)
     assert marker is not None
     assert marker.step == 10
+
+
+def test_sweep_submits_one_job_for_each_point(
+    slurm: Cluster, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["pretrain_gpt", "launcher=slurm", 'launcher.sbatch_options=["--begin=now+1hour"]']
+    assert main([*words, f"train.run_dir={tmp_path / 'run'}", "train.seed=1,2"]) == 0
+    folders = sorted(tmp_path.iterdir())
+    assert [folder.name for folder in folders] == ["run-seed_1", "run-seed_2"]
+    jobs = [records.submissions(folder)[0][0] for folder in folders]
+    assert jobs[1] == jobs[0] + 1
+    assert [slurm.job(job)["JobState"] for job in jobs] == ["PENDING", "PENDING"]
+    for folder, job in zip(folders, jobs, strict=True):
+        assert words_of(capsys, "cancel", str(folder)).startswith(f"cancelled job {job}; ")
