@@ -173,7 +173,10 @@ def test_node_lost(submitted: dict[str, Submitted]) -> None:
     run.wait_for_ranks()
     lost = run.nodes()[0][1]
     run.cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
-    assert run.wait_for_state("COMPLETED")["Restarts"] == "1"
+    try:
+        assert run.wait_for_state("COMPLETED")["Restarts"] == "1"
+    finally:  # other tests need it
+        run.cluster.call("scontrol", "update", f"nodename={lost}", "state=resume")
     assert lost not in run.nodes()[1]
     assert f"job {run.jobs[0]}: the next attempt will do without {lost}\n" in run.log
 
