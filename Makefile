@@ -46,7 +46,7 @@ train-t5: $(INSTALLED) ## Train the T5 demo, on the same layout and corpus
 
 .PHONY: test
 test: $(INSTALLED) ## Run all tests, in two processes (ARGS="-n0 tests/unit" runs some, in one)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) ## Lint, check formatting, types and the layers of imports
