@@ -45,8 +45,8 @@ train-t5: $(INSTALLED) ## Train the T5 demo, on the same layout and corpus
 	$(BIN)/python -m launch pretrain_t5 experiment=demo_t5 $(ARGS)
 
 .PHONY: test
-test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## Run all tests, in two processes (ARGS="-n0 tests/unit" runs some, in one)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) ## Lint, check formatting, types and the layers of imports

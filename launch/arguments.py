@@ -78,9 +78,11 @@ settings
   group=preset          choose a preset of a group, such as model=gpt2_124m
   group.key=value       set one value, such as train.steps=1000 (all of them: megatron_lite/config/schema.py)
   parallel=dpD_tpT_ppP  any layout, such as parallel=dp2_tp2_pp2
+  group.key=A,B         a sweep: one run for each value, also choice(A,B) and range(START,STOP,STEP)
 
 scripts: {", ".join(available_scripts())}
 `python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
+`python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
 
 presets
 {groups}

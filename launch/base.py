@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from launch.environment import ERROR_FILE, rank_environment
 from launch.machine import free_port
+from launch.nodes import NODES_PORT, is_loopback
 from megatron_lite.config import frozen
 from megatron_lite.config.compose import CONF_DIR
+from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,25 @@ class LaunchPlan:
     """Resolved and valid."""
     run_dir: Path
     files: dict[Path, str]
-    """Written before the start: the frozen configuration."""
+    """Written before the start: the frozen configuration, and a batch script."""
     argv: tuple[str, ...]
     """The command: of each rank, or of the one program that starts all ranks."""
     env: dict[str, str]
     """Added to the environment of every rank."""
     rank_envs: list[dict[str, str]] = field(default_factory=list)
     """Added for one rank each; empty where the command itself tells its ranks who they are."""
+    node_argvs: tuple[tuple[str, ...], ...] = ()
+    """The command of each node, where each has its own and is started by itself."""
+    by_hand: tuple[tuple[str, ...], ...] = ()
+    """A command for each node that does the same without ssh, to be shown."""
+    asked_node_rank: int | None = None
+    """What the settings say of this machine. It is in no file: all nodes come to the same configuration."""
+    node_rank: int | None = None
+    """Of this machine, once it is to be known; None = there is one machine, or all nodes are alike."""
+    job: str = ""
+    """What nodes of one job have in common and no other job has; empty where one machine starts everything."""
+    batch_script: Path | None = None
+    """That of `files` which a scheduler is given; None = the ranks start here and now."""
 
     @property
     def num_processes(self) -> int:
@@ -60,7 +76,8 @@ class Launcher(Protocol):
         """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
 
     def run(self, plan: LaunchPlan) -> int:
-        """Do it, wait for the end, and return the exit code: 0, 2 for a user's error, 128 + n for a signal, else 1."""
+        """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
+        128 + n for a signal."""
 
 
 def script_path(script: str) -> Path:
@@ -71,20 +88,30 @@ def script_path(script: str) -> Path:
     return path
 
 
-def make_plan(config: RunConfig, argv: Callable[[Path, Path, int], list[str]]) -> LaunchPlan:
+def make_plan(
+    config: RunConfig, argv: Callable[[Path, Path, int], list[str]], address: str | None = None
+) -> LaunchPlan:
     """The parts of a plan that all launchers share.
 
     Args:
         argv: builds the command from (script, frozen configuration, port).
+        address: where rank 0 listens, unless launcher.master_address says so; None = on this machine.
     """
+    asked_node_rank = config.launcher.node_rank
+    config = replace(config, launcher=replace(config.launcher, node_rank=None))
     assert config.train.run_dir is not None
     run_dir = Path(config.train.run_dir)
     path = frozen.frozen_path(config, run_dir)
     launcher = config.launcher
-    port = launcher.master_port if launcher.master_port is not None else free_port(launcher.master_address)
-    environment = rank_environment(config, one_machine=True)
+    several = spans_machines(config)
+    address = launcher.master_address or address or LOOPBACK
+    port = launcher.master_port
+    if port is None:
+        port = NODES_PORT if several else free_port(address)
+    environment = rank_environment(config, one_machine=not several or is_loopback(address))
+    environment |= launcher.environment
     environment |= {
-        "MASTER_ADDR": launcher.master_address,
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         ERROR_FILE: str(run_dir.absolute() / "logs" / "error.txt"),
     }
@@ -94,4 +121,5 @@ def make_plan(config: RunConfig, argv: Callable[[Path, Path, int], list[str]]) -
         files={path: frozen.render(config)},
         argv=tuple(argv(script_path(config.script), path, port)),
         env=environment,
+        asked_node_rank=asked_node_rank,
     )

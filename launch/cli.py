@@ -1,39 +1,57 @@
 """`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started.
 
-`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it.
+`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it. The commands of
+`launch/follow.py` tell what has become of a run.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import verification
+from launch import follow, sweep, verification
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
-from launch.base import LaunchPlan
-from launch.machine import choose_device, choose_world_size, require_capacity, visible_gpus
+from launch.base import Launcher, LaunchPlan
+from launch.hostfile import with_hosts
+from launch.machine import choose_device, choose_world_size, device_of_nodes, require_capacity, visible_gpus
 from launch.messages import show_error
+from launch.processes import SIGNALS
 from launch.registry import LAUNCHERS
+from launch.slurm import scheduler
+from launch.sweep import Point
 from megatron_lite.config.compose import available_scripts, change, compose
-from megatron_lite.config.derived import data_parallel_size, ranks_per_replica, resolve
+from megatron_lite.config.derived import (
+    data_parallel_size,
+    given_processes,
+    processes_per_node,
+    ranks_per_replica,
+    resolve,
+    spans_machines,
+)
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.vocabulary import known_vocab_size
-from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
+from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError, RunEnd
+from megatron_lite.planning.placement import placement_warnings
 from megatron_lite.planning.plan import describe
 
 SHOW_CURSOR = "\x1b[?25h"
 PROGRAM = "python -m launch SCRIPT"
+LISTED_NODES = 8  # up to which the command of each one is shown
+NODE_RANK = "launcher.node_rank="
+ASKED_TO_END = {RunEnd.PREEMPTED, *(128 + number for number in SIGNALS)}
 
 
 def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     debug = "--debug" in argv
     try:
-        return _launch(parse(argv))
+        return follow.main(argv) if argv[:1] and argv[0] in follow.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
         return EXIT_USER_ERROR
@@ -45,27 +63,73 @@ def _launch(arguments: Arguments) -> int:
         return EXIT_OK
     if arguments.words[:1] == ["verify"]:
         arguments = replace(arguments, words=arguments.words[1:], verify=True)
-    config = resolve_for_this_machine(_typed(arguments))
+    points = sweep.expand(arguments.words)
+    plans = sweep.build_all(points, lambda point: _plan(point, arguments))
+    sweep.require_own_folders(points, [plan.run_dir for plan in plans])
+    if arguments.dry_run:
+        print(_dry_run_text(points, plans, arguments))
+        if plans[0].batch_script is not None and scheduler.answers():
+            print(f"\nslurm says: {scheduler.rehearse(plans[0].files[plans[0].batch_script])}")
+        return EXIT_OK
+    if len(plans) == 1:
+        return _start(plans[0], arguments)
+    return _start_all(points, plans, arguments)
+
+
+def _launcher(config: RunConfig, arguments: Arguments) -> Launcher:
+    return verification.LAUNCHER if arguments.verify else LAUNCHERS[config.launcher.name]()
+
+
+def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
+    """What is going to be done for one run, once everything about it has been checked."""
+    config = _typed(replace(arguments, words=list(point.words)))
+    if arguments.verify:
+        config = verification.on_this_machine(config)
+    config = sweep.in_own_folder(resolve_for_this_machine(config), point)
     if arguments.verify:
         config = verification.in_own_folder(config)
     if arguments.debug:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
     check_run_folder(config, Path(config.train.run_dir))
-    launcher = verification.LAUNCHER if arguments.verify else LAUNCHERS[config.launcher.name]()
-    plan = launcher.plan(config)
+    plan = _launcher(config, arguments).plan(config)
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
-    if arguments.dry_run:
-        print(plan_text(plan))
-        return EXIT_OK
-    require_capacity(plan.num_processes, config.launcher.device)
-    print(f"{_headline(config)}; run folder {plan.run_dir}", flush=True)
+    if not arguments.dry_run and plan.batch_script is None:
+        require_capacity(processes_per_node(config), config.launcher.device)
+    return plan
+
+
+def _start(plan: LaunchPlan, arguments: Arguments) -> int:
+    for warning in placement_warnings(plan.config):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{_headline(plan.config)}; run folder {plan.run_dir}", flush=True)
     try:
-        return launcher.run(plan)
+        return _launcher(plan.config, arguments).run(plan)
     finally:
         if sys.stdout.isatty():  # the progress bar hides the cursor, and a rank that is killed cannot show it again
             print(SHOW_CURSOR, end="", flush=True)
+
+
+def _start_all(points: list[Point], plans: list[LaunchPlan], arguments: Arguments) -> int:
+    """Start the runs of a sweep in turn. One that fails does not keep the next from starting; a request to end does."""
+    codes: list[int] = []
+    environment = dict(os.environ)
+    for point, plan in zip(points, plans, strict=True):
+        print(f"run {len(codes) + 1} of {len(plans)}: {point.name}", flush=True)
+        try:
+            codes.append(_start(plan, arguments))
+        except MegatronLiteError as error:
+            show_error(error, debug=arguments.debug)
+            codes.append(EXIT_USER_ERROR)
+        os.environ.clear()  # of what the launcher has set for the ranks of this run
+        os.environ.update(environment)
+        if codes[-1] in ASKED_TO_END:
+            break
+    ends = [str(code) for code in codes] + ["not started"] * (len(plans) - len(codes))
+    rows = [(end, str(plan.run_dir)) for end, plan in zip(ends, plans, strict=True)]
+    print(sweep.table(points, rows, ("exit code", "run folder")), flush=True)
+    return next((code for code in codes if code != EXIT_OK), EXIT_OK)
 
 
 def _typed(arguments: Arguments) -> RunConfig:
@@ -92,8 +156,13 @@ def resolve_for_this_machine(config: RunConfig) -> RunConfig:
         ConfigError: settings do not fit each other.
         LaunchError: launcher.device=cuda with too few GPUs.
     """
+    config = with_hosts(config)
+    if spans_machines(config):
+        resolved = resolve(config, device=device_of_nodes(config.launcher))
+        validate(resolved)
+        return resolved
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
-    world_size = choose_world_size(config, gpus) or config.launcher.num_processes
+    world_size = choose_world_size(config, gpus) or given_processes(config)
     if world_size is None:
         world_size = data_parallel_size(config) * ranks_per_replica(config)
     resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
@@ -107,18 +176,59 @@ def _headline(config: RunConfig) -> str:
     return f"{config.script}: {config.model.name} on {processes} ({config.launcher.device})"
 
 
-def plan_text(plan: LaunchPlan) -> str:
+def _dry_run_text(points: list[Point], plans: list[LaunchPlan], arguments: Arguments) -> str:
+    """Everything that would happen; of the runs of a sweep the first one, and where the others' folders lie."""
+    if len(plans) == 1:
+        return plan_text(plans[0], arguments)
+    folders = sweep.table(points, [(str(plan.run_dir),) for plan in plans], ("run folder",))
+    return f"{len(plans)} runs, of which the first is planned below\n{folders}\n\n{plan_text(plans[0], arguments)}"
+
+
+def plan_text(plan: LaunchPlan, arguments: Arguments) -> str:
     """Everything that would happen, for --dry-run."""
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
     lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
+    return "\n".join([*lines, *_commands(plan, arguments)])
+
+
+def _commands(plan: LaunchPlan, arguments: Arguments) -> Iterator[str]:
     if plan.rank_envs:
         last = plan.num_processes - 1
-        lines.append(f"command of each rank, with RANK and LOCAL_RANK from 0 to {last}, WORLD_SIZE={last + 1}")
+        yield f"command of each rank, with RANK and LOCAL_RANK from 0 to {last}, WORLD_SIZE={last + 1}"
+        yield f"  {plan.command_line()}"
+    elif plan.job:
+        yield from ("on every node", f"  {_typed_again(arguments, None)}", "which there writes the file above and runs")
+        yield f"  {plan.command_line()}"
+    elif plan.node_argvs:
+        yield from _commands_of_nodes("on each node", plan.node_argvs, arguments)
     else:
-        lines.append("command")
-    return "\n".join([*lines, f"  {plan.command_line()}"])
+        yield from ("command", f"  {plan.command_line()}")
+        if plan.by_hand:
+            yield from _commands_of_nodes("or, without ssh, on each host", plan.by_hand, arguments)
+        if plan.batch_script is not None:
+            yield from ("", plan.batch_script.name)
+            yield from (f"  {line}".rstrip() for line in plan.files[plan.batch_script].splitlines())
+
+
+def _commands_of_nodes(where: str, argvs: Sequence[Sequence[str]], arguments: Arguments) -> Iterator[str]:
+    """What is typed on each node and what that runs; of many nodes the first and the last."""
+    ranks = range(len(argvs)) if len(argvs) <= LISTED_NODES else (0, len(argvs) - 1)
+    yield where if len(argvs) <= LISTED_NODES else f"{where}, here the first and the last of {len(argvs)}"
+    yield from (f"  {_typed_again(arguments, rank)}" for rank in ranks)
+    yield "which there writes the file above and runs"
+    yield from (f"  {shlex.join(argvs[rank])}" for rank in ranks)
+
+
+def _typed_again(arguments: Arguments, node_rank: int | None) -> str:
+    """The command line without --dry-run, for one of several nodes."""
+    words = [word for word in arguments.words if not word.startswith(NODE_RANK)]
+    if arguments.config_file is not None:
+        words = ["--config", str(arguments.config_file), *words]
+    if node_rank is not None:
+        words.append(f"{NODE_RANK}{node_rank}")
+    return shlex.join([sys.executable, "-m", "launch", *words])
 
 
 def run() -> None:

@@ -1,101 +1,40 @@
-"""DeepSpeed's own launcher: `deepspeed --no_local_rank --num_gpus N ... script.py --config FILE`.
+"""DeepSpeed's own launcher: on this machine, or with a hostfile on all of its hosts.
 
-On a CPU `--num_gpus` counts processes. A SIGTERM to `deepspeed` would leave its workers behind, so it runs in a session
-of its own that is ended as a whole.
+Here: `deepspeed --no_local_rank --num_gpus N ... script.py --config FILE`; on a CPU `--num_gpus` counts processes.
+With a hostfile it starts all hosts from here through pdsh and ssh, or, where launcher.node_rank is given, this host
+only, so that each host is started by itself. A SIGTERM to `deepspeed` may leave its workers behind, so all that
+descends from it is ended with it.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import signal
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
-from launch.base import LaunchPlan, make_plan
-from launch.environment import apply
-from launch.messages import show_error
-from launch.preparation import Preparation, Prepare, prepare_data, run_folder
-from launch.processes import POLL_SECONDS, Children, Ending, replace_process, start
+from launch.base import LOOPBACK, LaunchPlan, make_plan
+from launch.hostfile import read_hostfile
+from launch.program import ProgramLauncher, installed
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, RunEnd
 
-HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
+ENV_FILE_VARIABLE = "DS_ENV_FILE"  # names DeepSpeed's file of variables for remote ranks, .deepspeed_env by default
+ENV_FILE = "deepspeed.env"
+PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # what neither a shell nor pdsh, with its %h and %n, takes for its own
 
 
-class DeepSpeedLauncher:
-    """Starts the ranks of one machine through the `deepspeed` command.
+class DeepSpeedLauncher(ProgramLauncher):
+    """Starts the ranks through the `deepspeed` command."""
 
-    Args:
-        prepare: makes the data ready, in a process of its own.
-    """
-
-    def __init__(self, prepare: Prepare = prepare_data) -> None:
-        self._prepare = prepare
+    program = "deepspeed"
 
     def plan(self, config: RunConfig) -> LaunchPlan:
-        def argv(script: Path, frozen_config: Path, port: int) -> list[str]:
-            return [
-                deepspeed_command(),
-                "--no_local_rank",
-                *("--num_gpus", str(config.launcher.num_processes)),
-                *("--master_addr", config.launcher.master_address),
-                *("--master_port", str(port)),
-                *("--log_level", "critical"),  # it logs every environment and command it touches
-                str(script),
-                "--config",
-                str(frozen_config),
-            ]
+        return _plan_of_hosts(config) if config.launcher.hostfile is not None else _plan_of_this_machine(config)
 
-        return make_plan(config, argv)
-
-    def run(self, plan: LaunchPlan) -> int:
-        with Ending().watching() as ending:
-            with Preparation(plan.config, self._prepare) as preparation:
-                code = preparation.wait(ending)
-            if code != EXIT_OK:
-                return code
-            apply(plan.env, overwrite=True)
-            with run_folder(plan):
-                pid = start(lambda: replace_process(plan.argv, dict(os.environ)), own_session=True)
-                # DeepSpeed itself ends the others when one worker fails: nothing to wait for, only to clean up.
-                children = Children([pid], as_groups=True, failure_grace_seconds=0.0)
-                children.wait(ending)
-                left_behind = _end_session(pid)
-                return ending.exit_code if ending.signal else _conclude(plan, children.ends[pid].status, left_behind)
-
-
-def deepspeed_command() -> str:
-    """The `deepspeed` of this interpreter's environment, activated or not."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    found = str(beside) if beside.exists() else shutil.which("deepspeed")
-    if found is None:
-        raise LaunchError("launcher.name=deepspeed needs the `deepspeed` command; run `make install`, or use local")
-    return found
-
-
-def _end_session(pid: int) -> bool:
-    """Kill what is left of the group that `pid` led; whether there was anything that did not end by itself."""
-    deadline = time.monotonic() + HELPERS_SECONDS
-    try:
-        while time.monotonic() < deadline:
-            os.killpg(pid, 0)  # raises once the group is empty
-            time.sleep(POLL_SECONDS)
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _conclude(plan: LaunchPlan, status: int, left_behind: bool) -> int:
-    if plan.error_file.exists():
-        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    code = exit_code(status, left_behind)
-    if code != EXIT_OK:
-        show_error(f"deepspeed ended with exit code {status}; the ranks' logs lie in {plan.error_file.parent}")
-    return code
+    def exit_code(self, status: int, left_behind: bool) -> int:
+        return exit_code(status, left_behind)
 
 
 def exit_code(status: int, left_behind: bool) -> int:
@@ -110,4 +49,78 @@ def exit_code(status: int, left_behind: bool) -> int:
         return 128 + 256 - status
     if status == EXIT_OK:
         return EXIT_FAILURE if left_behind else EXIT_OK
-    return EXIT_USER_ERROR if status == EXIT_USER_ERROR else EXIT_FAILURE
+    return status if status in frozenset(RunEnd) else EXIT_FAILURE
+
+
+def _command(config: RunConfig, where: list[str], address: str, port: int, script: Path, frozen: Path) -> list[str]:
+    return [
+        installed("deepspeed", "deepspeed"),
+        "--no_local_rank",
+        *where,
+        *("--master_addr", address),
+        *("--master_port", str(port)),
+        *("--log_level", "critical"),  # it logs every environment and command it touches
+        str(script),
+        "--config",
+        str(frozen),
+    ]
+
+
+def _plan_of_this_machine(config: RunConfig) -> LaunchPlan:
+    address = config.launcher.master_address or LOOPBACK
+    where = ["--num_gpus", str(config.launcher.num_processes)]
+    return make_plan(config, lambda script, frozen, port: _command(config, where, address, port, script, frozen))
+
+
+def _plan_of_hosts(config: RunConfig) -> LaunchPlan:
+    hostfile = config.launcher.hostfile
+    assert hostfile is not None
+    hosts = read_hostfile(hostfile)
+    address = config.launcher.master_address or hosts[0].name
+
+    def plan(*where: str) -> LaunchPlan:
+        options = ["--hostfile", hostfile, *where]
+        return make_plan(
+            config,
+            lambda script, frozen, port: _command(config, options, address, port, script, frozen),
+            address=hosts[0].name,
+        )
+
+    by_hand = [plan("--no_ssh", "--node_rank", str(rank)) for rank in range(len(hosts))]
+    node_argvs = tuple(each.argv for each in by_hand)
+    if config.launcher.node_rank is not None:
+        return replace(by_hand[config.launcher.node_rank], node_argvs=node_argvs)
+    # --force_multi: a hostfile of one host means that host, not this machine
+    return _through_shells(replace(plan("--force_multi", "--launcher", "pdsh"), by_hand=node_argvs))
+
+
+def _through_shells(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with a file of the variables that remote ranks get: DeepSpeed itself passes on only Python's and NCCL's.
+
+    Raises:
+        ConfigError: a path or variable that the hosts' shells would not take as it stands; DeepSpeed does not quote.
+    """
+    paths = {"train.run_dir": str(plan.run_dir), "the working folder": os.getcwd()}
+    variables = {f"the variable {name}": value for name, value in plan.env.items()}
+    problems = [
+        f"{name}={value!r} would be read by a shell on every host, and DeepSpeed does not quote it; use only letters, "
+        "digits and @ + = : , . / - _, or start each host with launcher.node_rank"
+        for name, value in (paths | variables).items()
+        if not PLAIN.fullmatch(value)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    file = plan.run_dir / ENV_FILE
+    lines = [*_own_variables(), *(f"{name}={value}" for name, value in sorted(plan.env.items()))]
+    return replace(
+        plan,
+        files={**plan.files, file: "".join(line + "\n" for line in lines)},
+        env={**plan.env, ENV_FILE_VARIABLE: str(file.absolute())},
+    )
+
+
+def _own_variables() -> list[str]:
+    """Lines of the user's own files of variables, which DeepSpeed would read if it were not told of ours."""
+    name = os.environ.get(ENV_FILE_VARIABLE, ".deepspeed_env")
+    files = [folder / name for folder in (Path.home(), Path.cwd())]
+    return [line for file in files if file.is_file() for line in file.read_text().splitlines() if "=" in line]

@@ -6,6 +6,7 @@ of its own (each rank composes the same configuration), or by hand as a world of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,31 +19,28 @@ from launch.arguments import Arguments, parse, usage
 from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
+from launch.processes import die_with
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.errors import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_USER_ERROR,
-    ConfigError,
-    LaunchError,
-    MegatronLiteError,
-)
+from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, LaunchError, MegatronLiteError, RunEnd
+from megatron_lite.observe.markers import clear_markers, leave_marker
 
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
 # than this is not one of many with the same error.
 SILENCE_SECONDS = 3.0
+# Set by torchrun and by deepspeed, which leave their ranks behind when they are killed.
+STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
 
-def run_script(main_function: Callable[[RunConfig], None], script: str, argv: list[str] | None = None) -> int:
+def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str, argv: list[str] | None = None) -> int:
     """Run `main_function` on the configuration that the command line describes; returns the exit code.
 
-    A user's error is shown once per job, without a traceback unless --debug asks for it, and ends every rank with 2.
+    A user's error is shown once per job, without a traceback unless --debug asks for it, and ends every rank with the
+    exit code of its `RunEnd`, which the run folder's marker names, too.
 
     Args:
         script: name of the entry script, without `.py`: it has a configuration of the same name.
@@ -65,25 +63,28 @@ def run_script(main_function: Callable[[RunConfig], None], script: str, argv: li
         _enter(config)
         if not arguments.config_file:
             _make_ready(config)
-        (_certify if arguments.verify else main_function)(config)
+        elif FOLDER_VARIABLE not in os.environ and not arguments.verify:  # no launcher of this machine has done it
+            _prepare_data(config)
+        return (_certify if arguments.verify else main_function)(config) or RunEnd.DONE
     except MegatronLiteError as error:
+        _leave_marker(config, error.end, str(error))
         _tell(error_text(error, debug=debug), terminal)
-        return EXIT_USER_ERROR
+        return error.end
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
+        _leave_marker(config, RunEnd.FAILED, f"rank {_rank()}: {type(error).__name__}: {error}")
         _tell_failure(error, config, terminal)
-        return EXIT_FAILURE
+        return RunEnd.FAILED
     finally:
         os.close(terminal)
-    return EXIT_OK
 
 
-def pretrain(config: RunConfig) -> None:
+def pretrain(config: RunConfig) -> RunEnd:
     """Train as configured; called in every rank."""
     from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
 
-    train(config)
+    return train(config)
 
 
 def _certify(config: RunConfig) -> None:
@@ -133,10 +134,18 @@ def _world_size(config: RunConfig) -> int:
     """Processes of this job. A script that nobody launched is a world of one.
 
     Raises:
-        LaunchError: the layout needs more processes than one, and nobody has started them.
+        LaunchError: the layout needs more processes than one, and nobody has started them; or srun has started several
+            that know nothing of each other.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # of this srun; a batch script has SLURM_NTASKS as well
+    if tasks > 1:
+        raise LaunchError(
+            f"srun has started {tasks} processes of {config.script}.py, each a world of its own, without WORLD_SIZE; "
+            f"use `python -m launch {config.script} launcher=slurm ...`, or one task per node that runs torchrun: "
+            f"`srun --ntasks-per-node=1 torchrun --nproc-per-node GPUS ... {config.script}.py ...`"
+        )
     parallel = config.parallel
     data = parallel.data_parallel_size or 1
     needed = data * ranks_per_replica(config)
@@ -153,6 +162,8 @@ def _world_size(config: RunConfig) -> int:
 def _enter(config: RunConfig) -> None:
     """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
     assert config.train.run_dir is not None
+    if not STARTED_BY_OTHERS.isdisjoint(os.environ):
+        die_with(os.getppid())
     world_size = os.environ["WORLD_SIZE"]
     one_machine = os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
     apply(rank_environment(config, one_machine=one_machine), overwrite=False)
@@ -160,15 +171,29 @@ def _enter(config: RunConfig) -> None:
 
 
 def _make_ready(config: RunConfig) -> None:
-    """What a launcher does before it starts the ranks. One rank builds the data; the others wait for its lock."""
+    """What a launcher does before it starts the ranks."""
+    _prepare_data(config)
+    if _rank() == 0:
+        assert config.train.run_dir is not None
+        freeze(config, Path(config.train.run_dir))
+        clear_markers(Path(config.train.run_dir))
+
+
+def _prepare_data(config: RunConfig) -> None:
+    """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
     from megatron_lite.data.prepare import prepare
 
     is_first = _rank() == 0
     prepared = prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
     os.environ[FOLDER_VARIABLE] = str(prepared.folder)
-    if is_first:
-        assert config.train.run_dir is not None
-        freeze(config, Path(config.train.run_dir))
+
+
+def _leave_marker(config: RunConfig | None, end: RunEnd, message: str) -> None:
+    """For whoever looks at the run folder later; there is none where the run has not begun."""
+    if config is None or config.train.run_dir is None or not Path(config.train.run_dir).is_dir():
+        return
+    with contextlib.suppress(OSError):  # a full or lost disk: the error itself is shown all the same
+        leave_marker(Path(config.train.run_dir), end, message)
 
 
 def _tell(text: str, terminal: int) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # every launcher sets it, any rank may fill it
 
-ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"  # where the first rank with a user error leaves its message
 QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could mend
 
 

@@ -25,9 +25,12 @@ from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, LaunchError
+from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, LaunchError, RunEnd
+from megatron_lite.observe.markers import ask_to_stop
 
 # Slow to import, in this order. torch's optimizers import torch._dynamo at first use, in every rank.
+EXPLAINED = frozenset(RunEnd) - {RunEnd.DONE, RunEnd.FAILED}
+"""Exit codes of ranks that know why they ended, and have left a message."""
 WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.run")
 
 
@@ -74,7 +77,7 @@ class LocalLauncher:
             with run_folder(plan):
                 logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
                 ranks = _start_ranks(body, plan.rank_envs)
-                ranks.wait(ending)
+                ranks.wait(ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds)
                 return _conclude(plan, ranks, ending, logs_before)
 
 
@@ -87,7 +90,7 @@ def _start_ranks(body: Body, rank_envs: list[dict[str, str]]) -> Children:
     Raises:
         LaunchError: the system does not let us start so many processes.
     """
-    ranks = Children([])
+    ranks = Children([], ending_grace_seconds=0.0)
     try:
         for rank_env in rank_envs:
             ranks.pids.append(start(_rank_body(body, rank_env)))
@@ -140,15 +143,17 @@ def _size(path: Path) -> int:
 
 def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: list[int]) -> int:
     """Say what went wrong, once, and turn the ends of all ranks into one exit code."""
+    if not ranks.failed and not ending.signal:
+        return EXIT_OK
+    if all(end.status == RunEnd.PREEMPTED for end in ranks.ends.values()):
+        return RunEnd.PREEMPTED  # they have said so
     if ending.signal:
         return ending.exit_code
-    if not ranks.failed:
-        return EXIT_OK
     pid = culprit(ranks.ends)
     rank, end = ranks.pids.index(pid), ranks.ends[pid]
-    if end.status == EXIT_USER_ERROR and plan.error_file.exists():
+    if end.status in EXPLAINED and plan.error_file.exists():
         print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return end.status
     place = topology(plan.config).coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"
     what = _killed_by(-end.status) if end.status < 0 else f"ended with exit code {end.status}"
@@ -158,7 +163,7 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
     for line in last if end.status > 0 else []:
         print(f"  | {line}", file=sys.stderr)
     sys.stderr.flush()
-    return 128 - end.status if end.status < 0 else EXIT_USER_ERROR if end.status == EXIT_USER_ERROR else EXIT_FAILURE
+    return 128 - end.status if end.status < 0 else end.status if end.status in EXPLAINED else EXIT_FAILURE
 
 
 def _killed_by(number: int) -> str:
@@ -170,13 +175,14 @@ def culprit(ends: dict[int, End]) -> int:
     """The process whose end explains the others'.
 
     One failure makes the others lose their connections, sometimes before the failed process is quite gone. So a user's
-    error explains more than a kill from outside, and that more than an exception; among equals the first.
+    error, or a report of who hangs, explains more than a kill from outside, and that more than an exception; among
+    equals the first.
     """
 
     def rank_of_cause(item: tuple[int, End]) -> int:
         end = item[1]
         if end.status == 0 or (end.by_us and end.status < 0):
             return 3
-        return 0 if end.status == EXIT_USER_ERROR else 1 if end.status < 0 else 2
+        return 0 if end.status in EXPLAINED else 1 if end.status < 0 else 2
 
     return min(ends.items(), key=rank_of_cause)[0]

@@ -9,7 +9,8 @@ import secrets
 import socket
 from pathlib import Path
 
-from megatron_lite.config.derived import ranks_per_replica
+from megatron_lite.config.derived import given_processes, ranks_per_replica
+from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
@@ -57,9 +58,9 @@ def choose_world_size(config: RunConfig, gpus: int) -> int | None:
     """Processes to start where the configuration leaves it open: one per GPU, in whole replicas of the model.
 
     Returns:
-        None where the configuration decides (the sizes, launcher.num_processes, or no GPU to count).
+        None where the configuration decides (the sizes, the launcher's settings, or no GPU to count).
     """
-    open_size = config.parallel.data_parallel_size is None and config.launcher.num_processes is None
+    open_size = config.parallel.data_parallel_size is None and given_processes(config) is None
     replica = ranks_per_replica(config)
     if not open_size or config.launcher.device == "cpu" or gpus < replica:
         return None
@@ -82,6 +83,18 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
     if setting == "auto":
         return "cuda" if gpus >= num_processes else "cpu"
     return setting
+
+
+def device_of_nodes(launcher: LauncherConfig) -> str:
+    """The device of ranks that run on other machines, which cannot be looked at from here.
+
+    Returns:
+        launcher.device; for `auto` `cuda` where launcher.gpus_per_node says that there are GPUs, and `cpu` in a job of
+        Slurm, which gives none that it was not asked for.
+    """
+    if launcher.device != "auto":
+        return launcher.device
+    return "cuda" if launcher.gpus_per_node else "cpu" if launcher.name is LauncherName.slurm else "auto"
 
 
 def require_capacity(num_processes: int, device: str) -> None:

@@ -7,7 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, RunEnd
+from megatron_lite.files import publish_first
+from megatron_lite.observe.markers import read_marker
 
 TAIL_LINES = 15
 
@@ -27,15 +29,17 @@ def show_error(error: Exception | str, *, debug: bool = False) -> None:
 
 def leave_error(path: Path, text: str) -> None:
     """Leave the message for the launcher to show. The first rank wins; the others have the same to say."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text + "\n")
-        os.link(temporary, path)  # whole or not at all, and never over another's
-    except FileExistsError:
-        return
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish_first(path, text + "\n")
+
+
+def told_end(run_dir: Path, error_file: Path) -> RunEnd | None:
+    """What the ranks themselves say of their end, its message shown; None where they cannot say why they ended."""
+    marker = read_marker(run_dir)
+    if marker is None or marker.end is RunEnd.FAILED:
+        return None
+    if error_file.exists():
+        print(error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+    return marker.end
 
 
 def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:

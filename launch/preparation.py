@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import IO
 
 from launch.base import LaunchPlan
 from launch.messages import show_error
-from launch.processes import Children, Ending, start
+from launch.processes import POLL_SECONDS, Children, Ending, start
 from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+from megatron_lite.observe.markers import clear_markers
 
+LOCK_FILE = ".lock"
+OWNER_SECONDS = 10.0  # that a launcher may take from its claim to its name in the file, seen from another machine
 PATH_BYTES = 4096  # longest path of Linux
 
 
@@ -86,9 +90,11 @@ def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
 
 @contextlib.contextmanager
 def run_folder(plan: LaunchPlan) -> Iterator[None]:
-    """The run folder for the length of the block: ours alone, with the frozen configuration and room for logs.
+    """The run folder for the length of the block: ours alone, with the files of the plan and room for logs.
 
     These are the only writes of a launcher itself. Forked ranks share the claim, so it ends with the last of them.
+    Nodes of one job share it, too: that of rank 0 claims it or, where they have no ranks yet, the first one. The others
+    write the same files again, in case the folder is not the same.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -96,25 +102,49 @@ def run_folder(plan: LaunchPlan) -> Iterator[None]:
     """
     try:
         plan.error_file.parent.mkdir(parents=True, exist_ok=True)
-        lock = (plan.run_dir / ".lock").open("a+")
+        lock = (plan.run_dir / LOCK_FILE).open("a+")
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
     with lock:
-        _claim(lock, plan.run_dir)
+        claimed = not plan.node_rank and _claim(lock, plan)
         path = freeze(plan.config, plan.run_dir)
         assert path == plan.frozen_config
-        plan.error_file.unlink(missing_ok=True)
+        for further in set(plan.files) - {path}:
+            further.write_text(plan.files[further])
+        if claimed:
+            plan.error_file.unlink(missing_ok=True)
+            clear_markers(plan.run_dir)
         yield
 
 
-def _claim(lock: IO[str], run_dir: Path) -> None:
+def _claim(lock: IO[str], plan: LaunchPlan) -> bool:
+    """Take the folder, or find that it belongs to another node of this job."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
+        if plan.job and _owned_by_job(plan):
+            return False
+        owner = _read_owner(plan)[0]
         raise LaunchError(
-            f"train.run_dir={run_dir} is in use by process {lock.read().strip()}; wait for it, or give another folder"
+            f"train.run_dir={plan.run_dir} is in use by process {owner}; wait for it, or give another folder"
         ) from None
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()}\n{plan.job}")
     lock.flush()
+    return True
+
+
+def _owned_by_job(plan: LaunchPlan) -> bool:
+    """Whether the owner is of our job: nodes start at the same time, so it may be about to write that."""
+    deadline = time.monotonic() + OWNER_SECONDS
+    while _read_owner(plan)[1] != plan.job:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _read_owner(plan: LaunchPlan) -> tuple[str, str]:
+    """Process and job that the lock's file names; read anew, as what other machines write reaches no open file."""
+    owner, _, job = (plan.run_dir / LOCK_FILE).read_text().partition("\n")
+    return owner, job

@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 POLL_SECONDS = 0.05
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+GENTLE = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of the end; Ctrl-C means now
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Ending:
@@ -24,11 +28,19 @@ class Ending:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.times = 0
+        """How often we have been asked."""
 
     @property
     def exit_code(self) -> int:
         assert self.signal is not None
         return 128 + self.signal
+
+    @property
+    def name(self) -> str:
+        """Such as SIGTERM."""
+        assert self.signal is not None
+        return signal.Signals(self.signal).name
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Ending]:
@@ -43,6 +55,7 @@ class Ending:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        self.times += 1
 
 
 @dataclass
@@ -61,7 +74,8 @@ class Children:
 
     Args:
         failure_grace_seconds: how long the others may take to notice the failure and to log it.
-        ending_grace_seconds: how long a process may take to end after SIGTERM; then comes SIGKILL.
+        ending_grace_seconds: how long a process may take to end after SIGTERM; then comes SIGKILL. 0 = SIGKILL at once,
+            for ranks, which take SIGTERM as a request to save first.
     """
 
     pids: list[int]
@@ -84,29 +98,39 @@ class Children:
             if reaped:
                 self.ends[pid] = End(os.waitstatus_to_exitcode(status), by_us=self._signalled)
 
-    def wait(self, ending: Ending) -> None:
-        """Until all have ended: by themselves, because one failed, or because we are asked to end."""
-        while self.running and not ending.signal and not self.failed:
-            time.sleep(POLL_SECONDS)
-            self.poll()
-        if self.running and not ending.signal:
-            self._pause(self.failure_grace_seconds, ending)
+    def wait(self, ending: Ending, stop: Callable[[], None] | None = None, stop_grace_seconds: float = 0.0) -> None:
+        """Until all have ended: by themselves, because one failed, or because we are asked to end.
+
+        Args:
+            stop: asks the processes to end in their own time after a gentle signal; None = there is no such way.
+            stop_grace_seconds: that they then have; a second signal cuts it short.
+        """
+        self._pause(float("inf"), lambda: self.failed or ending.signal is not None)
+        if self.running and stop is not None and ending.signal in GENTLE:
+            asked = ending.times
+            stop()
+            self._pause(stop_grace_seconds, lambda: self.failed or ending.times > asked)
+        if self.running and self.failed:
+            self._pause(self.failure_grace_seconds, lambda: ending.times > 1)
         self.end()
 
     def end(self) -> None:
         """End those that still run: SIGTERM, and after the grace SIGKILL."""
-        for number, seconds in ((signal.SIGTERM, self.ending_grace_seconds), (signal.SIGKILL, float("inf"))):
-            if self.running:
-                self._send(number)
-                self._pause(seconds, None)
+        if self.ending_grace_seconds and self.running:
+            self._send(signal.SIGTERM)
+            self._pause(self.ending_grace_seconds)
+        if self.running:
+            self._send(signal.SIGKILL)
+            self._pause(float("inf"))
 
     @property
     def failed(self) -> bool:
         return any(end.status != 0 for end in self.ends.values())
 
-    def _pause(self, seconds: float, ending: Ending | None) -> None:
+    def _pause(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Until all have ended, or it is enough, or the time is over."""
         deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline and not (ending and ending.signal):
+        while self.running and time.monotonic() < deadline and not enough():
             time.sleep(POLL_SECONDS)
             self.poll()
 
@@ -174,6 +198,27 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, instead of init, so that they can be found (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> set[psutil.Process]:
+    """All processes that descend from this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_descendants(seconds: float, others: set[psutil.Process]) -> bool:
+    """End what descends from us, `others` apart, and has not ended by itself within the time; whether there was any."""
+    _, left = psutil.wait_procs(descendants() - others, timeout=seconds)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left)
+    return bool(left)
 
 
 def _close_stdin() -> None:

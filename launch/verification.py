@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launch.local import LocalLauncher
+from megatron_lite.config.derived import given_processes
+from megatron_lite.config.launcher import LauncherConfig
 from megatron_lite.config.schema import RunConfig
 
 FOLDER_SUFFIX = "-verify"
@@ -14,6 +16,17 @@ def in_own_folder(config: RunConfig) -> RunConfig:
     """The configuration with a run folder beside that of the run, which a verification must not touch."""
     assert config.train.run_dir is not None
     return replace(config, train=replace(config.train, run_dir=config.train.run_dir + FOLDER_SUFFIX))
+
+
+def on_this_machine(config: RunConfig) -> RunConfig:
+    """The same layout for the local launcher, whatever launcher, nodes and hosts the run itself is for."""
+    local = LauncherConfig(
+        num_processes=given_processes(config),
+        threads_per_process=config.launcher.threads_per_process,
+        device=config.launcher.device,
+        grace_seconds=config.launcher.grace_seconds,
+    )
+    return replace(config, launcher=local)
 
 
 def _no_data(config: RunConfig) -> None:

@@ -7,6 +7,8 @@ invariants of our own; anything that a wrong config, file or machine can trigger
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
+from typing import ClassVar
 
 EXIT_OK = 0
 EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
@@ -14,8 +16,23 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
 
 
+class RunEnd(IntEnum):
+    """How an attempt at a run ended: the exit code of its processes, and the name of the marker in its run folder."""
+
+    DONE = EXIT_OK
+    FAILED = EXIT_FAILURE
+    CONFIG_ERROR = EXIT_USER_ERROR
+    PREEMPTED = 75  # asked to stop; saved, and can go on (EX_TEMPFAIL of sysexits.h)
+    DIVERGED = 81
+    OUT_OF_DATA = 82
+    OUT_OF_MEMORY = 83
+    HUNG = 84
+
+
 class MegatronLiteError(Exception):
     """Base of all errors that the user can mend."""
+
+    end: ClassVar[RunEnd] = RunEnd.CONFIG_ERROR
 
 
 class ConfigError(MegatronLiteError):
@@ -33,6 +50,12 @@ class DataError(MegatronLiteError):
     """A corpus, tokenizer or shard cannot be used as it is."""
 
 
+class OutOfDataError(DataError):
+    """data.max_epochs passes over the data are done before train.steps."""
+
+    end = RunEnd.OUT_OF_DATA
+
+
 class CheckpointError(MegatronLiteError):
     """A checkpoint is missing, incomplete or does not fit this run."""
 
@@ -43,6 +66,24 @@ class LaunchError(MegatronLiteError):
 
 class TrainingError(MegatronLiteError):
     """Training cannot go on with these settings."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no number any more."""
+
+    end = RunEnd.DIVERGED
+
+
+class DeviceMemoryError(MegatronLiteError):
+    """A rank got no memory for its part of the model."""
+
+    end = RunEnd.OUT_OF_MEMORY
+
+
+class HungError(MegatronLiteError):
+    """A rank has made no progress for longer than train.timeout_seconds."""
+
+    end = RunEnd.HUNG
 
 
 class VerificationError(MegatronLiteError):

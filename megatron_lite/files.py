@@ -1,4 +1,4 @@
-"""What everything that publishes files needs: a checksum of their content, and the certainty that it is on the disk."""
+"""What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish_first(path: Path, text: str) -> bool:
+    """Write a file whole or not at all, unless it is there already; whether we were the first, of all nodes."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.link(temporary, path)  # atomic on shared filesystems as well, where O_EXCL has not always been
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True

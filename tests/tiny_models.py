@@ -1,4 +1,4 @@
-"""Small settings of every model family, and the fields that feed them."""
+"""Small settings of every model family, and the fields that feed them: the one list that all tests of models use."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from megatron_lite.config.keys import expects, is_group, nearest, nearest_key, schema_keys
+from megatron_lite.config.frozen import as_node
+from megatron_lite.config.keys import expects, is_group, is_map, nearest, nearest_key, schema_keys
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -62,7 +63,7 @@ def change(config: RunConfig, words: list[str], conf_dir: Path = CONF_DIR) -> Ru
     Raises:
         ConfigError: with every unknown key, unreadable value and preset among the words.
     """
-    changed, problems = OmegaConf.structured(config), []
+    changed, problems = as_node(config), []
     for word in words:
         try:
             if _parse(word).key_or_group in preset_groups(conf_dir):
@@ -117,6 +118,8 @@ def _check_word(word: str, conf_dir: Path) -> list[str]:
     if key in groups:
         _check_preset(key, override.value(), groups[key])
         return [text]
+    if is_map(key) or is_map(key.rpartition(".")[0]):
+        return [_check_map(key, override.value(), text)]
     if key not in schema_keys():
         raise _unknown_key(key, also=groups)
     return _check_value(key, override.value(), text)
@@ -163,6 +166,17 @@ def _check_value(key: str, value: Any, text: str) -> list[str]:
     if not _accepts(key, value):
         raise ConfigError(f"{text} is not possible: {key} must be {expects(key)}")
     return [text]
+
+
+def _check_map(key: str, value: Any, text: str) -> str:
+    """A whole map, or one of its entries, whose name the schema does not know and Hydra has to be told to add."""
+    entries = value if is_map(key) else {key: value}
+    if not isinstance(entries, dict) or any(
+        isinstance(entry, dict | list) or entry is None for entry in entries.values()
+    ):
+        wanted = expects(key) if is_map(key) else "a text"
+        raise ConfigError(f"{text} is not possible: {key} must be {wanted}")
+    return f"++{text}"
 
 
 def _check_part(key: str, value: Any) -> list[str]:

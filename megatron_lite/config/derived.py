@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_lite.config.launcher import LauncherName
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import (
     Architecture,
@@ -60,12 +61,34 @@ def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
     """Replicas: the setting, or as many as the processes allow, or 1.
 
     Args:
-        world_size: processes that are there; None = launcher.num_processes.
+        world_size: processes that are there; None = those that the launcher's settings ask for.
     """
     if config.parallel.data_parallel_size is not None:
         return config.parallel.data_parallel_size
-    processes = world_size if world_size is not None else config.launcher.num_processes
+    processes = world_size if world_size is not None else given_processes(config)
     return max(1, (processes or 1) // ranks_per_replica(config))
+
+
+def given_processes(config: RunConfig) -> int | None:
+    """Processes that the launcher's settings ask for; None = the layout decides."""
+    launcher = config.launcher
+    if launcher.num_processes is not None:
+        return launcher.num_processes
+    here = launcher.processes_per_node or launcher.gpus_per_node
+    return None if here is None else launcher.nodes * here
+
+
+def processes_per_node(config: RunConfig) -> int:
+    """Ranks on each node of a resolved configuration; node k has those from k times as many on."""
+    launcher = config.launcher
+    assert launcher.num_processes is not None
+    return launcher.processes_per_node or launcher.gpus_per_node or launcher.num_processes // launcher.nodes
+
+
+def spans_machines(config: RunConfig) -> bool:
+    """Whether ranks run elsewhere than on the machine that the launcher is started on."""
+    launcher = config.launcher
+    return launcher.nodes > 1 or launcher.hostfile is not None or launcher.name is LauncherName.slurm
 
 
 def ranks_per_replica(config: RunConfig) -> int:
@@ -131,7 +154,7 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
         world_size: processes that are there, which decide data_parallel_size where that is None.
         device: `cpu` or `cuda`, where launcher.device is `auto`.
     """
-    processes = world_size if world_size is not None else config.launcher.num_processes
+    processes = world_size if world_size is not None else given_processes(config)
     if processes is not None and processes % ranks_per_replica(config):
         return config  # no layout has so many processes: validation says so, and nothing can be derived from them
     replicas = data_parallel_size(config, processes)

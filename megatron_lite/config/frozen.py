@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -27,18 +30,38 @@ MAY_CHANGE = (
     "train.generate_tokens",
     "train.generate_prompt",
     "train.run_dir",
+    "train.max_unsound_steps",
     "train.timeout_seconds",
     "data.cache_dir",
+    "data.max_epochs",
     "data.num_workers",
     "debug",
 )
 GROUPS_THAT_MAY_CHANGE = ("tracking.", "launcher.")
+INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
 LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
 
 
 def render(config: RunConfig) -> str:
     """The configuration as YAML: the same text for the same settings, whatever presets and words led to them."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(as_node(config))
+
+
+def as_node(config: RunConfig) -> DictConfig:
+    """The configuration as OmegaConf holds it, each text as it is: `${HOME}` of a shell line refers to nothing."""
+    return OmegaConf.structured(_escaped(config))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return INTERPOLATION.sub(lambda found: 2 * found[1] + r"\${", value)
+    if isinstance(value, list):
+        return [_escaped(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _escaped(entry) for name, entry in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _escaped(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 def frozen_path(config: RunConfig, run_dir: Path) -> Path:

@@ -69,6 +69,8 @@ ALIASES = {
     "tie_word_embeddings": "model.tie_embeddings",
     "hidden_dropout_prob": "model.hidden_dropout",
     "attention_probs_dropout_prob": "model.attention_dropout",
+    "activation_dropout": "model.ffn_dropout",
+    "relu_dropout": "model.ffn_dropout",
     "mlm_probability": "objective.masked_fraction",
     "mlm_prob": "objective.masked_fraction",
     "mask_prob": "objective.masked_fraction",
@@ -113,6 +115,11 @@ def is_group(key: str) -> bool:
     return is_dataclass(schema_keys().get(key))
 
 
+def is_map(key: str) -> bool:
+    """Whether the key's value is a map with names of the user's choice."""
+    return typing.get_origin(schema_keys().get(key)) is dict
+
+
 def leaf_keys() -> list[str]:
     """The dotted keys that hold a value."""
     return [key for key in schema_keys() if not is_group(key)]
@@ -139,6 +146,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"a list of {_describe(typing.get_args(hint)[0]).split(' ', 1)[1]}s"
+    if typing.get_origin(hint) is dict:
+        return "a map of names to texts, such as {NAME: value}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(member.name for member in hint)
     if is_dataclass(hint):

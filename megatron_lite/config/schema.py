@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from megatron_lite.config.launcher import LauncherConfig
+
 
 class Architecture(StrEnum):
     decoder = "decoder"  # each position sees those before it: GPT-2, LLaMA
@@ -97,11 +99,6 @@ class WandbMode(StrEnum):
     online = "online"
 
 
-class LauncherName(StrEnum):
-    local = "local"
-    deepspeed = "deepspeed"
-
-
 @dataclass
 class ModelConfig:
     """A transformer: GPT-2, LLaMA, BERT, RoBERTa, T5 and BART are settings of it."""
@@ -161,6 +158,10 @@ class ModelConfig:
     """On attention probabilities."""
     hidden_dropout: float = 0.0
     """On the output of attention and MLP, before the residual sum."""
+    ffn_dropout: float = 0.0
+    """Inside the MLP, between the activation and the last matrix (T5)."""
+    final_dropout: float = 0.0
+    """On the output of each stack, behind its last norm (T5)."""
     init: InitScheme = InitScheme.normal
     init_std: float = 0.02
     """Of init=normal and init=plain."""
@@ -211,6 +212,8 @@ class DataConfig:
     """Share of documents held out."""
     validation_source: Any = None
     """A separate source (same forms) to validate on; None = hold out validation_fraction of the documents."""
+    max_epochs: int | None = None
+    """Passes over any source, after which the run ends as out of data; None = as many as train.steps needs."""
     mask_loss_after_eod: bool = False
     """Do not train on predicting the token that follows an end-of-document token (another document's first)."""
     cache_dir: str = "data"
@@ -339,8 +342,10 @@ class TrainConfig:
     generate_prompt: str = "def "
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
+    max_unsound_steps: int = 3
+    """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
-    """How long a collective may wait for a missing rank before all ranks end."""
+    """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
 
 
 @dataclass
@@ -354,20 +359,6 @@ class TrackingConfig:
     tensorboard: bool = False
     plot: bool = True
     """Draw loss.png at the end."""
-
-
-@dataclass
-class LauncherConfig:
-    name: LauncherName = LauncherName.local
-    num_processes: int | None = None
-    """Processes to start; None = data x tensor x pipeline, or one per visible GPU where data is None."""
-    threads_per_process: int = 1
-    """OMP_NUM_THREADS of each rank."""
-    master_address: str = "127.0.0.1"
-    master_port: int | None = None
-    """None = a free port."""
-    device: str = "auto"
-    """auto = CUDA where there are enough GPUs, else cpu; or `cpu` / `cuda`."""
 
 
 @dataclass

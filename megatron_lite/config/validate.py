@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import layout, lengths, model, objective, training
+from megatron_lite.config.rules import launcher, layout, lengths, model, nodes, objective, training
 from megatron_lite.config.rules.case import Case, Rule
 from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import RunConfig
@@ -41,6 +41,11 @@ def values_are_in_range(case: Case) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     values_are_in_range,
     layout.world_size_fits_layout,
+    nodes.nodes_know_where_to_meet,
+    nodes.deepspeed_knows_its_hosts,
+    nodes.hostfile_is_of_deepspeed,
+    nodes.node_rank_is_of_a_node,
+    nodes.device_of_other_machines_is_given,
     objective.architecture_fits_script,
     objective.objective_fits_script,
     model.heads_divide_hidden,
@@ -81,4 +86,5 @@ RULES: tuple[Rule, ...] = (
     training.something_is_held_out,
     training.weights_match_sources,
     training.prompt_is_given,
+    *launcher.LAUNCHER_RULES,
 )

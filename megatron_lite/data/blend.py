@@ -73,6 +73,12 @@ class Blend:
         source = int(sources[place])
         return source, block * int(self.places[source]) + int(ranks[place])
 
+    def index_of(self, source: int, inner: int) -> int:
+        """The global index of a source's sample: the inverse of a call. The source must have places."""
+        block, rank = divmod(inner, int(self.places[source]))
+        sources, ranks = self._table(block)
+        return block * self._block + int(np.flatnonzero((sources == source) & (ranks == rank))[0])
+
     def _build_table(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Source of every place of a block, and its rank among the places of that source: two arrays [block]."""
         sources = np.repeat(np.arange(len(self.places), dtype=np.int32), self.places)

@@ -34,6 +34,10 @@ class SampleDataset(Protocol[Sample_co]):
         """The index-th sample; index may be any number from 0 up."""
         ...
 
+    def samples_in(self, epochs: int) -> int:
+        """Samples before one would come from pass `epochs + 1` over a source."""
+        ...
+
 
 class WindowDataset:
     """Windows of one shard.
@@ -92,6 +96,9 @@ class WindowDataset:
         found = np.concatenate(sentences)
         return Text(out, found[1:] if len(found) > 1 and found[1] == 0 else found)
 
+    def samples_in(self, epochs: int) -> int:
+        return epochs * self.samples_per_epoch
+
     def _sentences_in(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Places in the file, from `begin` up to `end`, where sentences begin."""
         assert self._sentences is not None
@@ -116,6 +123,11 @@ class BlendedDataset(Generic[Sample]):
     def sample(self, index: int) -> Sample:
         source, inner = self._blend(index)
         return self.datasets[source].sample(inner)
+
+    def samples_in(self, epochs: int) -> int:
+        """Where the first source of the blend is used up."""
+        used = [source for source, places in enumerate(self._blend.places) if places]
+        return min(self._blend.index_of(source, self.datasets[source].samples_in(epochs)) for source in used)
 
 
 def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:

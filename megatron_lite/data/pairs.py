@@ -82,6 +82,9 @@ class PairDataset:
         first, second = truncated(first, second, target, key)
         return SentencePair(self._read(first), self._read(second), is_next)
 
+    def samples_in(self, epochs: int) -> int:
+        return epochs * self.samples_per_epoch
+
     def _of_another(self, sentence: int, wanted: int, key: int) -> Range:
         """Sentences of another document than that of `sentence`, up to `wanted` tokens, at least one."""
         own = int(self._first.searchsorted(sentence, side="right")) - 1

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron_lite.data.prepared import (
     write_manifest,
 )
 from megatron_lite.data.publish import publish_folder
+from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
 from megatron_lite.data.sentences import sentence_kinds
 from megatron_lite.data.sources import Source, identity, resolve_sources
@@ -137,8 +139,10 @@ def _check_tokenizer(config: RunConfig, sources: list[Source]) -> int | None:
 def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
     started = time.monotonic()
     limit_threads(config.data.num_workers)
-    job = _make_job(plan, config, folder, report)
     held_out = None if plan.validation else config.data.validation_fraction
+    if held_out and _is_one_document(plan.train, config.data):  # said before a tokenizer is trained on it
+        raise _one_document()
+    job = _make_job(plan, config, folder, report)
     sets = [_ingest(job, source, i, Part.train, held_out) for i, source in enumerate(plan.train)]
     sets += [_ingest(job, source, i, Part.validation, None) for i, source in enumerate(plan.validation)]
     train = [found.train for found in sets if found.train is not None]
@@ -199,13 +203,25 @@ def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | 
     return scan_ready(job, source, index, into, held_out)
 
 
+def _is_one_document(sources: list[Source], data: DataConfig) -> bool:
+    """Whether that is all text there is; reads no further than into the second document."""
+    if not all(source.is_text for source in sources):
+        return False
+    documents = chain.from_iterable(read_documents(source, data) for source in sources)
+    return sum(1 for _ in islice(documents, 2)) == 1
+
+
+def _one_document() -> DataError:
+    return DataError(
+        "data.source has 1 document; holding out a validation set takes 2 or more: set data.document_separator, or "
+        "name a data.validation_source"
+    )
+
+
 def _nothing_held_out(data: DataConfig, sets: list[SourceSets]) -> DataError:
     documents = sum(found.train.shard.documents for found in sets if found.train is not None)
     if documents < 2:
-        return DataError(
-            "data.source has 1 document; holding out a validation set takes 2 or more: set data.document_separator, or "
-            "name a data.validation_source"
-        )
+        return _one_document()
     smallest = min(found.lowest_hash for found in sets) / 2**64
     return DataError(
         f"data.validation_fraction={data.validation_fraction} holds out none of the {documents} documents; use "

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_lite.data.hub import quiet_hub
+from megatron_lite.data.foreign import cannot_open, read_through_transformers
 from megatron_lite.data.pieces import Pieces, read_pieces, unknown_token
 from megatron_lite.data.roles import (
     END_OF_TEXT,
@@ -248,6 +248,14 @@ def open_tokenizer(name: str) -> Tokenizer:
     return _from_transformers(name)
 
 
+def _from_transformers(name: str) -> Tokenizer:
+    prepared = Path(name).expanduser() / TOKENIZER_FOLDER
+    if (prepared / TOKENIZER_FILE).is_file():
+        raise cannot_open(name, f"it is a folder of prepared data; its tokenizer is {prepared}")
+    content, settings = read_through_transformers(name)
+    return _from_json(content, settings, name)
+
+
 def save_tokenizer(name: str, folder: Path) -> Tokenizer:
     """Copy what `open_tokenizer(name)` opens into `folder`, so that prepared data never depends on another place."""
     source = Path(name).expanduser()
@@ -323,33 +331,13 @@ def _from_json(content: bytes, settings: dict[str, Any], name: str) -> Tokenizer
     except ConfigError:
         raise
     except Exception as error:  # the Rust library raises plain Exception
-        raise _cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
+        raise cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
     return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content), tuple(settings.get("extends", ())))
 
 
 def _vocabulary_names(spec: dict[str, Any]) -> set[str]:
     vocab = spec.get("model", {}).get("vocab", {})
     return set(vocab) if isinstance(vocab, dict) else {entry[0] for entry in vocab}
-
-
-def _from_transformers(name: str) -> Tokenizer:
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise _cannot_open(name, f"it is not a folder (looked from {Path.cwd()})")
-    if (folder / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file():
-        raise _cannot_open(name, f"it is a folder of prepared data; its tokenizer is {folder / TOKENIZER_FOLDER}")
-    quiet_hub()
-    from transformers import AutoTokenizer
-
-    try:
-        opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # files of many kinds and the network: errors of many kinds
-        raise _cannot_open(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-    backend = getattr(opened, "backend_tokenizer", None)
-    if backend is None:
-        raise _cannot_open(name, f"it has no fast version; save one as {TOKENIZER_FILE}")
-    content = str(backend.to_str()).encode()
-    return _from_json(content, dict(opened.special_tokens_map), name)
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
@@ -366,24 +354,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _cannot_open(str(path.parent), f"its {path.name} cannot be read ({error})") from None
+        raise cannot_open(str(path.parent), f"its {path.name} cannot be read ({error})") from None
     if not isinstance(settings, dict):
-        raise _cannot_open(str(path.parent), f"its {path.name} holds no JSON object")
+        raise cannot_open(str(path.parent), f"its {path.name} holds no JSON object")
     return settings
 
 
 def _choose_eod(eos: str | None, known: set[str], name: str) -> str:
     if eos is not None:
         if eos not in known:
-            raise _cannot_open(name, f"its {TOKENIZER_CONFIG_FILE} names the end token {eos!r}, which it does not have")
+            raise cannot_open(name, f"its {TOKENIZER_CONFIG_FILE} names the end token {eos!r}, which it does not have")
         return eos
     for candidate in EOD_NAMES:
         if candidate in known:
             return candidate
-    raise _cannot_open(name, f"it has no end-of-document token; name one as eos_token in its {TOKENIZER_CONFIG_FILE}")
-
-
-def _cannot_open(name: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"data.tokenizer={name} cannot be opened: {reason}; use `train`, or the folder or hub name of a tokenizer"
-    )
+    raise cannot_open(name, f"it has no end-of-document token; name one as eos_token in its {TOKENIZER_CONFIG_FILE}")

@@ -35,7 +35,7 @@ class Activations:
     prefix_lengths: Tensor | None = None  # [b] int64: leading positions that see each other both ways
     hidden: Tensor | None = None  # [b, s, h], or [b, s/t, h] under sequence parallelism
     memory: Tensor | None = None  # [b, e, h], or [b, e/t, h]: the encoder's output, for cross-attention
-    position_bias: Tensor | None = None  # [1, n/t, s, s]: of relative positions; made anew on each stage
+    position_bias: Tensor | None = None  # [1 or b, n/t, s, s]: of relative positions; made anew on each stage
     logits: Tensor | None = None  # [b, s, v/t]
     sequence_logits: Tensor | None = None  # [b, 2]: of the next-sentence head
 

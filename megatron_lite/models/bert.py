@@ -28,7 +28,7 @@ def bert_layers(entries: Entries, *, next_sentence_head: bool) -> list[LayerSpec
         embedding,
         *entries.embedding_sum(),
         *chain(*entries.blocks(num_layers=model.num_layers, causal=False, takes=takes)),
-        *entries.final_norm(),
+        *entries.stack_end(),
         *(entries.next_sentence() if next_sentence_head else []),
         *entries.head(embedding),
     ]

@@ -47,7 +47,7 @@ class TransformerBlock(nn.Module):
         self.name = name
         self.norm_first = model.norm_placement is NormPlacement.pre
         self.hidden_dropout = model.hidden_dropout
-        self.has_dropout = model.hidden_dropout > 0.0 or model.attention_dropout > 0.0
+        self.has_dropout = max(model.hidden_dropout, model.attention_dropout, model.ffn_dropout) > 0.0
         self.recompute = recompute is Recompute.full
         selective = recompute is Recompute.selective
         self.attention_norm = build_norm(model, context)
@@ -81,4 +81,4 @@ class TransformerBlock(nn.Module):
         if self.cross_attention is not None:
             cross, lengths = self.cross_attention, visibility.lengths
             x = add(x, lambda y: cross(y, memory, lengths, key), self.cross_attention_norm, "cross_attention_output")
-        return add(x, self.mlp, self.mlp_norm, "mlp_output")
+        return add(x, lambda y: self.mlp(y, key), self.mlp_norm, "mlp_output")

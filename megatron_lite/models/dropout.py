@@ -1,9 +1,12 @@
-"""Dropout of activations with explicit keys, so that recomputation draws the same mask."""
+"""Dropout of activations with explicit keys, so that recomputation draws the same mask.
+
+Shapes: b micro-batch, s sequence, h hidden, f inner channels of the MLP, t tensor-parallel size.
+"""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.rng import DropoutKey
@@ -23,3 +26,35 @@ def activation_dropout(
     draw = context.rng.tensor_parallel if context.sequence_parallel else context.rng.replicated
     with draw(key, site):
         return F.dropout(x, probability)
+
+
+def inner_dropout(x: Tensor, probability: float, key: DropoutKey | None, context: ParallelContext) -> Tensor:
+    """Dropout on this rank's inner channels x [b, s, f/t] of an MLP.
+
+    Every rank draws the mask [b, s, f] of all channels and takes its part of it, so that the layout changes nothing;
+    beside the products of the MLP the draw is small.
+    """
+    if key is None or probability == 0.0:
+        return x
+    with context.rng.replicated(key, "mlp_inner"):
+        if context.tensor_size == 1:
+            return F.dropout(x, probability)
+        mask = F.dropout(x.new_ones(*x.shape[:-1], context.tensor_size * x.shape[-1]), probability)
+    own = mask.chunk(context.tensor_size, -1)[context.tensor_rank] > 0  # the backward pass keeps a byte a channel
+    return x * own * (1.0 / (1.0 - probability))
+
+
+class HiddenDropout(nn.Module):
+    """Dropout as a layer of its own, ahead of the blocks or behind them: [b, s, h], or its slice [b, s/t, h]."""
+
+    def __init__(self, probability: float, context: ParallelContext, name: str, site: str) -> None:
+        super().__init__()
+        self.probability = probability
+        self.context = context
+        self.name = name
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return activation_dropout(x, self.probability, self.context.rng.next_key(self.name), self.site, self.context)

@@ -47,7 +47,7 @@ def encoder_decoder_layers(entries: Entries) -> list[LayerSpec]:
         "decoder.", num_layers=model.num_decoder_layers, causal=True, takes=into_decoder, cross_attention=True
     )
     between = [
-        *entries.final_norm("encoder."),
+        *entries.stack_end("encoder."),
         replace(embedding, name="decoder.embedding", apply=_begin_decoder, takes=None),
         *entries.embedding_sum("decoder."),
         replace(first[0], takes=None),
@@ -60,7 +60,7 @@ def encoder_decoder_layers(entries: Entries) -> list[LayerSpec]:
         *chain(*encoder),
         *between,
         *chain(*others),
-        *entries.final_norm("decoder."),
+        *entries.stack_end("decoder."),
         *entries.head(embedding),
     ]
 

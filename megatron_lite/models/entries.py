@@ -16,11 +16,12 @@ from megatron_lite.config.derived import complete_model
 from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
 from megatron_lite.models.activations import Activations, Field
 from megatron_lite.models.block import TransformerBlock
+from megatron_lite.models.dropout import HiddenDropout
 from megatron_lite.models.heads import HeadBias, HeadTransform, NextSentenceHead
 from megatron_lite.models.initial import StackInit, stack_init
 from megatron_lite.models.masks import Visibility
 from megatron_lite.models.norms import build_norm
-from megatron_lite.models.positions import EmbeddingDropout, PositionTable, RotaryTable, SegmentTable
+from megatron_lite.models.positions import PositionTable, RotaryTable, SegmentTable
 from megatron_lite.models.relative import RelativeBias
 from megatron_lite.models.spec import LayerSpec, layer_spec
 from megatron_lite.parallel.context import ParallelContext
@@ -95,10 +96,7 @@ class Entries:
             )
         if model.embedding_norm:
             entries.append(self._spec(f"{prefix}embedding_norm", lambda: build_norm(model, self.context), on_hidden))
-        if model.embedding_dropout > 0.0:
-            name = f"{prefix}embedding_dropout"
-            entries.append(self._spec(name, lambda: EmbeddingDropout(model, self.context, name), on_hidden))
-        return entries
+        return entries + self._dropout(f"{prefix}embedding_dropout", model.embedding_dropout, "embedding")
 
     def blocks(
         self,
@@ -135,11 +133,12 @@ class Entries:
             layers = [[bias, *layer] for layer in layers]
         return [[replace(layer[0], takes=takes), *layer[1:]] for layer in layers]
 
-    def final_norm(self, prefix: str = "") -> list[LayerSpec]:
-        """Of a pre-norm stack; a post-norm block ends with its norm."""
-        if self.model.norm_placement is NormPlacement.post:
-            return []
-        return [self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden)]
+    def stack_end(self, prefix: str = "") -> list[LayerSpec]:
+        """What lies behind the last block: the norm of a pre-norm stack (a post-norm block ends with its own)."""
+        entries = []
+        if self.model.norm_placement is NormPlacement.pre:
+            entries.append(self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden))
+        return entries + self._dropout(f"{prefix}final_dropout", self.model.final_dropout, "final")
 
     def next_sentence(self) -> list[LayerSpec]:
         """hidden -> sequence_logits."""
@@ -187,6 +186,11 @@ class Entries:
 
         return layer_spec(name, make, apply, self.context, tied=name.replace(".", "_"))  # a key that DeepSpeed takes
 
+    def _dropout(self, name: str, probability: float, site: str) -> list[LayerSpec]:
+        if probability == 0.0:
+            return []
+        return [self._spec(name, lambda: HiddenDropout(probability, self.context, name, site), on_hidden)]
+
     def _spec(
         self, name: str, make: Callable[[], nn.Module], apply: Callable[[Any, Activations], Activations]
     ) -> LayerSpec:
@@ -214,7 +218,7 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
     if x.position_bias is not None:
         return x
     assert x.hidden is not None
-    return replace(x, position_bias=bias(x.hidden.shape[1] * split))
+    return replace(x, position_bias=bias(x.hidden.shape[1] * split, x.lengths))
 
 
 def apply_block(block: nn.Module, x: Activations) -> Activations:

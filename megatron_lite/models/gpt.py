@@ -26,6 +26,6 @@ def gpt_layers(entries: Entries) -> list[LayerSpec]:
         embedding,
         *entries.embedding_sum(),
         *chain(*entries.blocks(num_layers=model.num_layers, causal=True, takes=takes)),
-        *entries.final_norm(),
+        *entries.stack_end(),
         *entries.head(embedding),
     ]

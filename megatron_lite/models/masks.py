@@ -20,7 +20,7 @@ class Visibility(NamedTuple):
 
     lengths: Tensor | None = None  # [b] int64, at least 1: keys from there on are padding
     prefix_lengths: Tensor | None = None  # [b] int64: keys before it are seen from everywhere
-    position_bias: Tensor | None = None  # [1, n, s, s]: added to the scores
+    position_bias: Tensor | None = None  # [1 or b, n, s, s]: added to the scores; it holds the rest as -inf
 
 
 def self_attention_mask(length: int, visibility: Visibility, *, causal: bool) -> Tensor | None:
@@ -30,25 +30,19 @@ def self_attention_mask(length: int, visibility: Visibility, *, causal: bool) ->
     counts.
     """
     lengths, prefix_lengths, bias = visibility
+    if bias is not None:
+        return bias
     if not causal:
-        seen = None if lengths is None else key_mask(length, lengths)
-    elif prefix_lengths is not None:
-        seen = _not_after(length, prefix_lengths.device) | key_mask(length, prefix_lengths)  # [b, 1, s, s]
-    else:
-        seen = None if bias is None else _not_after(length, bias.device)
-    if bias is None or seen is None:
-        return seen if bias is None else bias
-    return torch.where(seen, bias, -torch.inf)
+        return None if lengths is None else key_mask(length, lengths)
+    if prefix_lengths is None:
+        return None
+    not_after = torch.ones(length, length, dtype=torch.bool, device=prefix_lengths.device).tril_()
+    return not_after | key_mask(length, prefix_lengths)  # [b, 1, s, s]
 
 
 def key_mask(num_keys: int, lengths: Tensor) -> Tensor:
     """[b] -> [b, 1, 1, k]: True for each sample's first `lengths` keys."""
     return (torch.arange(num_keys, device=lengths.device) < lengths[:, None])[:, None, None]
-
-
-def _not_after(length: int, device: torch.device) -> Tensor:
-    """[s, s]: True where the key is not after the query."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril_()
 
 
 def masked_attention(

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.models.dropout import inner_dropout
 from megatron_lite.models.gelu import gelu_tanh
 from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.parallel.rng import DropoutKey
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: F.relu,
@@ -31,36 +33,42 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
+    """down(dropout(activation(up(x)))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         assert model.ffn_hidden_size is not None  # by complete_model
+        self.context = context
+        self.dropout = model.ffn_dropout
         self.activation = activation_function(model.activation)
         self.up = ColumnParallelLinear(
             model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense
         )
         self.down = _down(model, context, init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """`key`: of the dropout mask; None = no dropout."""
+        return self.down(inner_dropout(self.activation(self.up(x)), self.dropout, key, self.context))
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202), gate and up in one parameter [2, f, h] and one product."""
+    """down(dropout(activation(gate(x)) * up(x))) (arXiv 2002.05202), gate and up in one parameter [2, f, h]."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         assert model.ffn_hidden_size is not None  # by complete_model
+        self.context = context
+        self.dropout = model.ffn_dropout
         self.activation = activation_function(model.activation)
         self.gate_up = ColumnParallelLinear(
             model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense, stacked=2
         )
         self.down = _down(model, context, init)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """`key`: of the dropout mask; None = no dropout."""
         gate, up = self.gate_up(x).chunk(2, -1)  # [b, s, f/t] each
-        return self.down(self.activation(gate) * up)
+        return self.down(inner_dropout(self.activation(gate) * up, self.dropout, key, self.context))
 
 
 def _down(model: ModelConfig, context: ParallelContext, init: StackInit) -> RowParallelLinear:

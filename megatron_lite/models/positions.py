@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.models.dropout import activation_dropout
 from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.collectives import sum_gradients
 from megatron_lite.parallel.context import ParallelContext
@@ -53,21 +52,6 @@ class SegmentTable(nn.Module):
             return x + weight[0]
         first = _first_position(x, self.context)
         return x + F.embedding(segments[:, first : first + x.shape[1]], weight)
-
-
-class EmbeddingDropout(nn.Module):
-    """Dropout on the sum of the embeddings, [b, s, h] or its slice [b, s/t, h]."""
-
-    def __init__(self, model: ModelConfig, context: ParallelContext, name: str) -> None:
-        super().__init__()
-        self.context = context
-        self.name = name
-        self.dropout = model.embedding_dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropout == 0.0:
-            return x
-        return activation_dropout(x, self.dropout, self.context.rng.next_key(self.name), "embedding", self.context)
 
 
 def _first_position(x: Tensor, context: ParallelContext) -> int:

@@ -1,6 +1,6 @@
 """Relative positions as a bias on attention scores, learned for buckets of distances (T5, arXiv 1910.10683, 2.1).
 
-Shapes: s sequence, n attention heads of this rank.
+Shapes: b micro-batch, s sequence, n attention heads of this rank.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.initial import StackInit
+from megatron_lite.models.masks import key_mask
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import ShardSpec, sharded_parameter
 
 
 class RelativeBias(nn.Module):
-    """Length s -> [1, n, s, s], shared by all blocks of a stack; the heads are split over the tensor-parallel group."""
+    """Length s -> [1 or b, n, s, s] for all blocks of a stack; the heads are split over the tensor-parallel group.
+
+    With the stack's mask in it, so that blocks need not make theirs: -inf where a query does not see a key.
+    """
 
     def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit, *, causal: bool) -> None:
         super().__init__()
@@ -27,10 +31,13 @@ class RelativeBias(nn.Module):
         shape = (model.relative_buckets, model.num_attention_heads)
         self.weight = sharded_parameter(ShardSpec(shape, 1, init.relative_bias), context)
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, lengths: Tensor | None = None) -> Tensor:
         """Entry (i, j) is that of the bucket of j - i, so that each row is the one before it, moved by a place.
 
-        In fp32 up to the end: the backward pass sums up to s entries for each distance.
+        In fp32 up to the rows: the backward pass sums up to s entries for each distance.
+
+        Args:
+            lengths: [b] keys of an encoder that are no padding; None = all. In a causal stack padding needs no mask.
         """
         distances = torch.arange(1 - length, length, device=self.weight.device)  # of key from query
         buckets = relative_buckets(
@@ -40,8 +47,13 @@ class RelativeBias(nn.Module):
             max_distance=self.max_distance,
         )
         by_distance = F.embedding(buckets, self.weight.float()).t()  # [n, 2 s - 1]
+        if self.causal:
+            by_distance = by_distance.masked_fill(distances > 0, -torch.inf)
         rows = by_distance.unfold(1, length, 1).flip(1)  # [n, s, s]; the first window is the last query's row
-        return rows.unsqueeze(0).to(self.weight.dtype)
+        bias = rows.unsqueeze(0).to(self.weight.dtype)
+        if self.causal or lengths is None:
+            return bias
+        return torch.where(key_mask(length, lengths), bias, -torch.inf)
 
 
 def relative_buckets(distances: Tensor, *, both_directions: bool, num_buckets: int, max_distance: int) -> Tensor:

@@ -82,13 +82,22 @@ class Console:
         if self.rich is not None:
             _show(self.rich, message)
 
-    def error(self, message: RenderableType) -> None:
-        """Show an error on the original stderr, from any rank, and keep it in the rank's log."""
-        if isinstance(message, str) and self._label:
+    def error(self, message: RenderableType, *, own: bool = True) -> None:
+        """Show an error on the original stderr, from any rank, and keep it in the rank's log.
+
+        Args:
+            own: it is about this rank, which is named; else it speaks for the whole job.
+        """
+        if isinstance(message, str) and self._label and own:
             message = f"{self._label}: {message}"
         _show(self._errors, message)
         if self.log_path is not None and isinstance(message, str):
             print(message, file=sys.stderr, flush=True)
+
+    def release(self) -> None:
+        """Give a terminal back, from any thread, when the process is about to end without another word."""
+        if self.rich is not None and self.is_terminal:
+            self.rich.show_cursor()  # which a moving bar has hidden
 
     def restore(self) -> None:
         """Undo `redirect_output`; nothing to undo for a console made by hand."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter, MetricsWriter
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter, MetricsWriter, read_metrics
 
 
 class Tracker(Protocol):
@@ -116,25 +116,26 @@ def build_trackers(
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
+    truth = JsonlTracker(run_dir, resume_step)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
 
-        views.append(
-            WandbTracker(
-                run_dir,
-                mode=str(tracking.wandb),
-                project=tracking.wandb_project,
-                name=tracking.wandb_name or run_dir.name,
-                config=_as_dict(config),
-                report=report,
-            )
+        wandb = WandbTracker(
+            run_dir,
+            mode=str(tracking.wandb),
+            project=tracking.wandb_project,
+            name=tracking.wandb_name or run_dir.name,
+            config=_as_dict(config),
+            report=report,
         )
+        wandb.catch_up(read_metrics(run_dir / METRICS_FILE), read_metrics(run_dir / EVENTS_FILE))
+        views.append(wandb)
     if tracking.tensorboard:
         from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
 
         views.append(TensorBoardTracker(run_dir, resume_step))
-    return Trackers([JsonlTracker(run_dir, resume_step)], views, report)
+    return Trackers([truth], views, report)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

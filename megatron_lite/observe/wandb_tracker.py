@@ -6,7 +6,7 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,16 +15,21 @@ import wandb
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.trackers import numbers
+from megatron_lite.observe.wandb_record import history
 
 _SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|credential|(access|auth|hub|hf)_token)s?$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+OF_ATTEMPTS = ("start", "resume", "stop", "finish")  # events of each attempt, not of a step that may be repeated
+OF_LINES = ("event", "step", "time")  # what lines of metrics.jsonl and events.jsonl have besides figures
 
 
 class WandbTracker:
     """Logs to the wandb run whose id is kept in `<run>/wandb/run-id`.
 
-    wandb drops a row whose own step counter is not above the last one, so the steps that a resumed run repeats would
-    vanish (wandb issues 4482, 9449). Here `step` is an ordinary value, made the axis of every chart.
+    wandb drops a row whose own step counter is not above the last one (wandb issues 4482, 9449). Here `step` is an
+    ordinary value, made the axis of every chart. A run that resumes from a checkpoint repeats the steps behind it, bit
+    for bit: what the run's record has already is not logged again. What it lost, because wandb's own process was killed
+    with the ranks, is logged late (`catch_up`). So it holds every step once.
 
     Args:
         mode: `auto` (online when the user is logged in, offline otherwise), `offline` or `online`.
@@ -58,16 +63,28 @@ class WandbTracker:
             report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")
             mode = "offline"
             self._run = _start(mode, arguments)
+        self._logged = _logged_steps(run_dir)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         report(f"wandb: {self._run.url}" if mode == "online" else f"wandb: offline, in {run_dir / 'wandb'}")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({**{f"train/{name}": value for name, value in numbers(values).items()}, "step": step})
+        self._add("train", step, values)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._add(kind, step, values)
+
+    def catch_up(self, metrics: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
+        """Log what `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has not."""
+        rows = [("train", entry) for entry in metrics]
+        rows += [(entry["event"], entry) for entry in events if entry["event"] not in OF_ATTEMPTS]
+        for kind, entry in rows:
+            self._add(kind, entry["step"], {name: entry[name] for name in entry if name not in OF_LINES})
+            self._logged.add((kind, entry["step"]))  # an event may be told twice, by two attempts
+
+    def _add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         figures = {f"{kind}/{name}": value for name, value in numbers(values).items()}
-        if figures:
+        if figures and (kind in OF_ATTEMPTS or (kind, step) not in self._logged):
             self._run.log({**figures, "step": step})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -110,6 +127,12 @@ def run_id(run_dir: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(new + "\n")
     return new
+
+
+def _logged_steps(run_dir: Path) -> set[tuple[str, int]]:
+    """(kind, step) of each row that earlier attempts have logged."""
+    rows = history(run_dir, run_id(run_dir))
+    return {(name.partition("/")[0], row["step"]) for row in rows for name in row if "/" in name}
 
 
 def without_secrets(value: Any) -> Any:

@@ -47,6 +47,11 @@ class BatchSchedule:
         first_sample = stage.first_sample + (step - stage.first_step) * stage.global_batch_size
         return BatchStep(first_sample, stage.global_batch_size)
 
+    def steps_within(self, samples: int) -> int:
+        """Whole steps that need no more than so many samples."""
+        stage = self.stages[bisect.bisect_right([stage.first_sample for stage in self.stages], samples) - 1]
+        return stage.first_step + (samples - stage.first_sample) // stage.global_batch_size
+
 
 def _stages(ramp: BatchRampConfig, global_batch_size: int) -> list[BatchStage]:
     stages: list[BatchStage] = []

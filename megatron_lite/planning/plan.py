@@ -9,12 +9,14 @@ from megatron_lite.config.derived import (
     all_layers,
     data_parallel_size,
     num_micro_batches,
+    processes_per_node,
     tokens_per_sample,
     topology,
 )
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.parallel.topology import Topology, layers_per_stage
+from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted
 from megatron_lite.planning.sizes import model_lines, stage_lines
 
@@ -30,6 +32,7 @@ def describe(config: RunConfig, vocab_size: int | None) -> str:
     lines = [*_layout(config), _objective(config), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
     lines += ["stages (model states of one rank; activations not counted)", *stage_lines(config, vocab_size), ""]
+    lines += [f"warning: {warning}" for warning in placement_warnings(config)]
     return "\n".join([*lines, *_grid(config)])
 
 
@@ -44,6 +47,8 @@ def _layout(config: RunConfig) -> Iterator[str]:
         f"{grid.world_size} = {grid.data_parallel_size} data x {grid.tensor_parallel_size} tensor x "
         f"{grid.pipeline_parallel_size} pipeline",
     )
+    if config.launcher.nodes > 1:
+        yield _row("nodes", f"{config.launcher.nodes} of {processes_per_node(config)} ranks each")
     extras = [f"ZeRO-{parallel.zero_stage}", config.train.precision.value, f"recompute {parallel.recompute.value}"]
     if parallel.sequence_parallel:
         extras.append("sequence parallel")
@@ -98,19 +103,25 @@ def _grid(config: RunConfig) -> Iterator[str]:
     shown_whole = grid.world_size <= GRID_LIMIT
     yield "rank grid" if shown_whole else f"rank grid (first and last of {grid.world_size} ranks on each stage)"
     for stage in range(grid.pipeline_parallel_size):
-        yield from _stage_grid(grid, stage) if shown_whole else _stage_range(grid, stage)
+        yield from _stage_grid(config, grid, stage) if shown_whole else _stage_range(config, grid, stage)
 
 
-def _stage_grid(grid: Topology, stage: int) -> Iterator[str]:
+def _stage_grid(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]:
     tensor = range(grid.tensor_parallel_size)
     yield f"  pp{stage}   " + "".join(f"{f'tp{t}':>6}" for t in tensor)
     for data in range(grid.data_parallel_size):
-        yield f"    dp{data:<3}" + "".join(f"{grid.rank(stage, data, t):>6}" for t in tensor)
+        ranks = [grid.rank(stage, data, t) for t in tensor]
+        yield f"    dp{data:<3}" + "".join(f"{rank:>6}" for rank in ranks) + _where(config, ranks[0], ranks[-1])
 
 
-def _stage_range(grid: Topology, stage: int) -> Iterator[str]:
+def _stage_range(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]:
+    first = grid.rank(stage, 0, 0)
     last = grid.rank(stage, grid.data_parallel_size - 1, grid.tensor_parallel_size - 1)
     yield (
-        f"  pp{stage:<4}ranks {grid.rank(stage, 0, 0)} to {last}: dp0-{grid.data_parallel_size - 1}, "
-        f"tp0-{grid.tensor_parallel_size - 1}"
+        f"  pp{stage:<4}ranks {first} to {last}: dp0-{grid.data_parallel_size - 1}, "
+        f"tp0-{grid.tensor_parallel_size - 1}{_where(config, first, last)}"
     )
+
+
+def _where(config: RunConfig, first: int, last: int) -> str:
+    return f"   {nodes_of(config, first, last)}" if config.launcher.nodes > 1 else ""

@@ -1,4 +1,4 @@
-"""What a run does besides stepping: report, validate, save."""
+"""What a run does besides stepping: report, watch for divergence, validate, save."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 
 from megatron_lite.checkpoint import native
 from megatron_lite.config.derived import tokens_per_sample
+from megatron_lite.errors import DivergedError
+from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.progress import Progress, StepFigures, validation_line
 from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.loop import StepRecord, Trainer
+
+EVALUATION_EVENT = "evaluation"
 
 
 @dataclass
@@ -24,10 +28,11 @@ class Report:
     peak_flops: float  # dense, of all devices of the job together
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        trainer.heartbeat.enter(Phase.REPORT)
         sample_tokens = tokens_per_sample(trainer.config)
         tokens = record.batch.global_batch_size * sample_tokens
         speed = Throughput.of(tokens, record.step_seconds, self.flops_per_token, self.peak_flops)
-        if record.step % trainer.config.train.log_interval == 0 or record.step == trainer.config.train.steps:
+        if record.step % trainer.config.train.log_interval == 0 or record.step == trainer.last_step:
             samples = record.batch.first_sample + record.batch.global_batch_size
             self.trackers.log(
                 record.step,
@@ -55,17 +60,39 @@ class Report:
 
 
 @dataclass
+class Guard:
+    """Ends a run whose loss is no number any more, before it spends a night on it."""
+
+    unsound_steps: int = 0  # in a row
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.unsound_steps = 0 if record.is_sound else self.unsound_steps + 1
+        limit = trainer.config.train.max_unsound_steps
+        if self.unsound_steps >= limit or (self.unsound_steps and record.step == trainer.last_step):
+            first = record.step - self.unsound_steps + 1
+            raise DivergedError(
+                f"diverged: loss {record.result.loss:g} and gradient norm {record.result.grad_norm:g} at step "
+                f"{record.step}, and no numbers since step {first} (train.max_unsound_steps={limit}); the last "
+                "checkpoint is from before: use a lower optimizer.learning_rate, more optimizer.warmup_steps or "
+                "train.precision=fp32 in a new train.run_dir"
+            )
+
+
+@dataclass
 class Validate:
-    """Validation loss and accuracy at intervals and at the end."""
+    """Loss, perplexity and accuracy at intervals and at the end."""
 
     trackers: Trackers
     progress: Progress
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        interval = trainer.config.train.eval_interval
-        if record.step != trainer.config.train.steps and (interval == 0 or record.step % interval):
-            return
+        if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
+            self.at(trainer, record.step)
+
+    def at(self, trainer: Trainer, step: int) -> None:
+        """Now, as the evaluation of this step."""
         found = trainer.evaluate()
+        trainer.heartbeat.enter(Phase.REPORT)
         trainer.summary["validation_loss"] = found.loss
         figures = {
             "validation_loss": found.loss,
@@ -75,23 +102,31 @@ class Validate:
         }
         if found.sequence_accuracy is not None:
             figures["validation_sequence_accuracy"] = found.sequence_accuracy
-        self.trackers.event("evaluation", record.step, figures)
-        self.progress.line(validation_line(record.step, found.loss, perplexity(found.token_loss), found.accuracy))
+        self.trackers.event(EVALUATION_EVENT, step, figures)
+        self.progress.line(validation_line(step, found.loss, perplexity(found.token_loss), found.accuracy))
 
 
 @dataclass
 class Save:
-    """Checkpoints at intervals and at the end."""
+    """Checkpoints at intervals and at the end, never of weights that are no numbers."""
 
     trackers: Trackers
     checkpoints: Path
     info: native.CheckpointInfo  # of step 0
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        train = trainer.config.train
-        if record.step != train.steps and (train.save_interval == 0 or record.step % train.save_interval):
-            return
+        if record.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
+            self.at(trainer, record.step)
+
+    def at(self, trainer: Trainer, step: int) -> None:
+        """Now, as the checkpoint of this step."""
+        trainer.heartbeat.enter(Phase.SAVE)
         folder = native.save(
-            trainer.engine, self.checkpoints, self.info.at_step(record.step), keep_last=train.keep_last
+            trainer.engine, self.checkpoints, self.info.at_step(step), keep_last=trainer.config.train.keep_last
         )
-        self.trackers.event("save", record.step, {"folder": folder.name})
+        self.trackers.event("save", step, {"folder": folder.name})
+
+
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Whether what happens every `interval` steps (0 = never) and at the end happens after this one."""
+    return step == last_step or (interval > 0 and step % interval == 0)

@@ -36,7 +36,8 @@ def certify(config: RunConfig) -> None:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(run_directory(config), environment.rank)
     try:
-        context = distributed.join(config, distributed.own_device(config.launcher.device, environment), environment)
+        device = distributed.own_device(config.launcher.device, environment)
+        context, _ = distributed.join(config, device, environment)
         vocab_size = planned_vocab_size(config)
         traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS), context)
         if context.is_writer:

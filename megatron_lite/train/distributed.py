@@ -13,6 +13,9 @@ from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.startup import require_same_program
+
+COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,13 @@ def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
 def start_process_group(device: torch.device, environment: ProcessEnvironment, timeout_seconds: float) -> None:
     """Join the job's default process group, and bound every later group's wait.
 
+    Args:
+        timeout_seconds: train.timeout_seconds, after which the watchdog names who hangs. Collectives wait half as long
+            again: they know only that they have waited.
     Raises:
-        LaunchError: not all ranks came within the limit.
+        LaunchError: not all ranks came within that.
     """
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=COLLECTIVES_PATIENCE * timeout_seconds)
     # Groups that are created without a timeout, as DeepSpeed does, take these defaults of 30 and 10 minutes.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
@@ -79,21 +85,26 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise LaunchError(
             f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
-            f"train.timeout_seconds={timeout_seconds:g}: {error}"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout.total_seconds():g} s = "
+            f"{COLLECTIVES_PATIENCE} x train.timeout_seconds: {error}"
         ) from error
 
 
-def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> ParallelContext:
+def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> tuple[ParallelContext, list[str]]:
     """Meet the other ranks and take this one's place in the layout.
 
+    Returns:
+        this rank's context, and the node of each rank
     Raises:
-        LaunchError: not all ranks appeared. (That their number fits the layout was validated with the configuration.)
+        LaunchError: not all ranks appeared, or not all run the same program. (That their number fits the layout was
+            validated with the configuration.)
     """
     start_process_group(device, environment, config.train.timeout_seconds)
-    return ParallelContext.build(
+    nodes = require_same_program(config, device, environment.local_rank)
+    context = ParallelContext.build(
         topology(config), device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
     )
+    return context, nodes
 
 
 def leave() -> None:

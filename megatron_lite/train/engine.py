@@ -27,16 +27,20 @@ from torch import nn
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.data.batch import MicroBatch
-from megatron_lite.errors import CheckpointError, LaunchError, TrainingError
+from megatron_lite.errors import CheckpointError, LaunchError
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Hits, Outputs
+from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
+from megatron_lite.train.mending import defer_scale_update, forget_empty_step
+from megatron_lite.train.phases import EnginePhases
+from megatron_lite.train.schedule import call_at_boundaries
 from megatron_lite.train.setup import Task
 from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
@@ -81,8 +85,10 @@ class Engine(ABC):
         context: ParallelContext,
         task: Task,
         global_batch_size: int,
+        heartbeat: Heartbeat,
     ) -> None:
         """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
+        self.phases = EnginePhases(heartbeat)
         self.config = config
         self.context = context
         self.loss = task.loss
@@ -90,6 +96,8 @@ class Engine(ABC):
         self.dtype = DTYPES[config.train.precision]
         self.gradient_hooks: list[Callable[[], None]] = []
         """Called between the last reduction of a step and clipping."""
+        self.at_boundary: Callable[[], None] = lambda: None
+        """Called between micro-batches, equally often on every rank; what it raises ends the training."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
         require_right_deepspeed(deepspeed.__version__)
@@ -114,6 +122,7 @@ class Engine(ABC):
         if self.context.is_last_stage:
             batches = normalise(batches, self.context)
         self.module.train()
+        self.phases.begin()
         loss = self._accumulate_and_step(batches)
         return StepResult(
             loss=loss,
@@ -127,10 +136,13 @@ class Engine(ABC):
         if self.context.is_last_stage:
             batches = normalise(batches, self.context)
         self.module.eval()
+        self.phases.begin(evaluating=True)
         self.loss.hits = hits = Hits.none(self.context.device)
-        with torch.no_grad():
-            loss = self._evaluate(batches, num_micro_batches)
-        self.loss.hits = None
+        try:
+            with torch.no_grad():
+                loss = self._evaluate(batches, num_micro_batches)
+        finally:
+            self.loss.hits = None
         (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
         tokens = max(tokens, 1e-20)
         return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
@@ -210,7 +222,7 @@ class Engine(ABC):
             mpu=grid,
             dist_init_required=False,
         )
-        _forget_empty_step(engine.optimizer)
+        forget_empty_step(engine.optimizer)
         if self.context.data_size == 1 and self.dtype is torch.bfloat16:
             # It would flatten all fp32 gradients, sum them over one rank and copy them back: 2 % of a one-rank step.
             engine.pipeline_enable_backward_allreduce = False
@@ -220,7 +232,7 @@ class Engine(ABC):
     def _insert_before(self, optimizer: Any) -> None:
         """Run the gradient hooks, and ZeRO-0's clipping, between the last reduction and the update."""
         original_step = optimizer.step
-        update_scale = _defer_scale_update(optimizer) if self.dtype is torch.float16 else None
+        update_scale = defer_scale_update(optimizer) if self.dtype is torch.float16 else None
 
         def step(*args: Any, **kwargs: Any) -> Any:
             for hook in self.gradient_hooks:
@@ -255,6 +267,12 @@ class PipelinedEngine(Engine):
     """Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
 
     module: StagedModule
+
+    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
+        engine = super()._initialize(grid)
+        call_at_boundaries(engine, lambda: self.at_boundary())
+        self.phases.watch(engine)
+        return engine
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
         self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
@@ -292,17 +310,21 @@ class FlatEngine(Engine):
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
         total = torch.zeros((), device=self.context.device)
         for index, batch in enumerate(batches):
+            self.at_boundary()
             # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
             self.deepspeed_engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss = self._micro_batch_loss(batch)
+            self.phases.backward()
             self.deepspeed_engine.backward(loss)
             total += loss.detach()
+        self.phases.optimizer()
         self.deepspeed_engine.step()
         return self._mean_over_job(total / len(batches))
 
     def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
         total = torch.zeros((), device=self.context.device)
         for batch in batches:
+            self.at_boundary()
             total += self._micro_batch_loss(batch)
         return self._mean_over_job(total / num_micro_batches)
 
@@ -315,11 +337,13 @@ class FlatEngine(Engine):
         return self._wire
 
     def _micro_batch_loss(self, batch: MicroBatch) -> torch.Tensor:
+        self.phases.forward()
         device = self.context.device
         outputs = self.deepspeed_engine(*(tensor.to(device) for tensor in batch.inputs))
         return self.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(batch)))
 
     def _mean_over_job(self, loss: torch.Tensor) -> float:
+        self.phases.reduce()
         if self.context.data_group is not None:
             dist.all_reduce(loss, group=self.context.data_group)
         return float(loss) / self.context.data_size
@@ -338,38 +362,14 @@ def require_right_deepspeed(version: str) -> None:
         )
 
 
-def build_engine(config: RunConfig, context: ParallelContext, task: Task, *, global_batch_size: int) -> Engine:
-    """The engine for this ZeRO stage; a collective of all ranks."""
+def build_engine(
+    config: RunConfig,
+    context: ParallelContext,
+    task: Task,
+    *,
+    global_batch_size: int,
+    heartbeat: Heartbeat | None = None,
+) -> Engine:
+    """The engine for this ZeRO stage; a collective of all ranks. `heartbeat`: None = nobody watches."""
     engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
-    return engine(config, context, task, global_batch_size)
-
-
-def _defer_scale_update(optimizer: Any) -> Callable[[], None]:
-    """Let ZeRO change fp16's loss scale after a step, not within it.
-
-    DeepSpeed 0.19.8 updates the scale before it divides the gradients by it: in a step in which the scale doubles,
-    every unclipped gradient would be halved. The returned function makes the update that the last step asked for.
-    """
-    asked: list[bool] = []
-    original = optimizer._update_scale
-    optimizer._update_scale = lambda has_overflow=False: asked.append(has_overflow)
-
-    def update() -> None:
-        for has_overflow in asked:
-            try:
-                original(has_overflow)
-            except Exception as error:  # DeepSpeed raises nothing more specific
-                raise TrainingError(
-                    f"the gradients overflow fp16 even at a loss scale of train.loss_scale.minimum="
-                    f"{optimizer.loss_scale:g} ({error}); use train.precision=bf16 or a lower optimizer.learning_rate"
-                ) from error
-        asked.clear()
-
-    return update
-
-
-def _forget_empty_step(optimizer: Any) -> None:
-    """Undo the step count of DeepSpeed's allocation step, which would shift Adam's bias correction."""
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
-        if "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+    return engine(config, context, task, global_batch_size, heartbeat or Heartbeat())

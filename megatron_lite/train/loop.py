@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.train.engine import Engine, Evaluation, StepResult
+from megatron_lite.train.stopping import StopAgreement
 
 
 class BatchSource(Protocol):
@@ -39,6 +42,11 @@ class StepRecord:
     step_seconds: float  # data included
     data_seconds: float
 
+    @property
+    def is_sound(self) -> bool:
+        """The loss is a number, and so is what was added to the weights."""
+        return math.isfinite(self.result.loss) and (math.isfinite(self.result.grad_norm) or self.result.skipped)
+
 
 class Callback(Protocol):
     """What a run does besides stepping. Called on every rank, in the order of the list."""
@@ -48,25 +56,39 @@ class Callback(Protocol):
 
 @dataclass
 class Trainer:
-    """One attempt at a run: from `first_step` (0 unless resumed) to `train.steps`."""
+    """One attempt at a run: from `first_step` (0 unless resumed) to `last_step`, or until it is asked to stop."""
 
     config: RunConfig
     engine: Engine
     source: BatchSource
     schedule: BatchSchedule
+    agreement: StopAgreement
     callbacks: Sequence[Callback]
-    first_step: int = 0
+    first_step: int
+    last_step: int  # train.steps, or less where the data ends before
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures that callbacks leave for the end of the run."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+
+    def __post_init__(self) -> None:
+        self.finished_step = self.first_step
+        self.engine.at_boundary = self.agreement.at_boundary
 
     def fit(self) -> None:
-        for step in range(self.first_step, self.config.train.steps):
+        """
+        Raises:
+            StopRequested: the ranks were asked to stop, after `finished_step`; on every rank alike.
+        """
+        for step in range(self.first_step, self.last_step):
+            self.agreement.at_boundary()
             record = self._step(step)
+            self.finished_step = record.step
             for callback in self.callbacks:
                 callback.after_step(self, record)
 
     def _step(self, step: int) -> StepRecord:
         start = time.perf_counter()
+        self.heartbeat.begin_step(step + 1)
         batch = self.schedule.at(step)
         micro_batches = self.source.training(batch)
         data_end = time.perf_counter()
@@ -83,4 +105,5 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """On the held-out samples; a collective of all ranks."""
+        self.heartbeat.enter(Phase.EVALUATE)
         return self.engine.evaluate(self.source.validation(), self.source.num_validation_micro_batches)

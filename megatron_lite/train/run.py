@@ -7,21 +7,24 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import native
 from megatron_lite.checkpoint.native import checkpoint_name
-from megatron_lite.config.derived import run_directory
+from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import PreparedData, load_prepared
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
+from megatron_lite.observe.markers import leave_marker
+from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -29,16 +32,22 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
-from megatron_lite.train.callbacks import Report, Save, Validate
+from megatron_lite.train.callbacks import EVALUATION_EVENT, Guard, Report, Save, Validate, is_due
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Callback, Trainer
+from megatron_lite.train.memory import memory_errors_explained
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.startup import Links, measure_links
+from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.watchdog import Watchdog, place_of
 
+T = TypeVar("T")
+Found = tuple[Path, native.CheckpointInfo]
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
@@ -53,17 +62,21 @@ class Run:
     folder: Path
     peak_flops: float  # dense, of the whole job; on the writing rank
     started: float  # time.monotonic()
+    heartbeat: Heartbeat
+    links: Links
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
 
-def train(config: RunConfig) -> None:
-    """Train one run to its end in this rank, from the newest checkpoint in its folder if there is one.
+def train(config: RunConfig) -> RunEnd:
+    """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
         config: resolved, and its data prepared.
+    Returns:
+        DONE, or PREEMPTED where the ranks were asked to stop and saved what they had.
     Raises:
         MegatronLiteError: anything that the user can mend.
     """
@@ -71,38 +84,57 @@ def train(config: RunConfig) -> None:
     folder = run_directory(config)
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
+    heartbeat = Heartbeat()
+    watchdog = _watchdog(config, environment, heartbeat, console)
+    request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
     try:
-        data_folder = os.environ.get(FOLDER_VARIABLE)
-        prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
-        device = distributed.own_device(config.launcher.device, environment)
-        print(enable_fast_float32_matmul(device), flush=True)
-        if device.type == "cpu":
-            reuse_freed_memory()
-        # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
-        peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
-        context = distributed.join(config, device, environment)
-        _attempt(Run(config, context, prepared, console, folder, peak_flops, started))
-        distributed.leave()
+        with request.listening(), memory_errors_explained(config, environment), watchdog:
+            data_folder = os.environ.get(FOLDER_VARIABLE)
+            prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            device = distributed.own_device(config.launcher.device, environment)
+            print(enable_fast_float32_matmul(device), flush=True)
+            if device.type == "cpu":
+                reuse_freed_memory()
+            # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
+            peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
+            heartbeat.enter(Phase.MEET)
+            context, nodes = distributed.join(config, device, environment)
+            links = measure_links(context, nodes)
+            for line in (links.line, *links.warnings):
+                console.print(line)
+            agreement = StopAgreement.of_job(request, context)
+            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links)
+            end = _attempt(run, agreement)
+            distributed.leave()
+            return end
     finally:
         console.restore()
 
 
-def _attempt(run: Run) -> None:
-    """From the newest checkpoint, or from nothing, to the last step."""
+def _watchdog(
+    config: RunConfig, environment: distributed.ProcessEnvironment, heartbeat: Heartbeat, console: Console
+) -> Watchdog:
+    return Watchdog(
+        run_directory(config),
+        place_of(environment.rank, topology(config)),
+        heartbeat,
+        local_rank=environment.local_rank,
+        world_size=environment.world_size,
+        limit_seconds=config.train.timeout_seconds,
+        console=console,
+    )
+
+
+def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
+    """From the newest checkpoint, or from nothing, to the last step or to a request to stop."""
+    run.heartbeat.enter(Phase.LOAD)
     info = _checkpoint_info(run)
-    found = _newest_checkpoint(info, run)
-    if found and found[1].step >= run.config.train.steps:
-        if run.context.is_writer:
-            show_outcome(run.config, run.folder, run.console, Outcome(found[0], run.started, done=True))
-        return
+    found, evaluated = _where_to_begin(info, run)
+    if found and found[1].step >= run.config.train.steps and evaluated:
+        _conclude(run, Outcome(found[0], run.started, done=True))
+        return RunEnd.DONE
     first_step = found[1].step if found else 0
-    schedule = BatchSchedule(run.config.train)
-    task = build_task(run.config, run.context, run.prepared.vocabulary)
-    source = ShardSource(run.prepared, run.config, task.objective, run.context)
-    first_batch = schedule.at(0).global_batch_size
-    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch)
-    if found:
-        native.load(engine, found[0])
+    engine, source = _build(run, found)
     trackers = build_trackers(
         run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
     )
@@ -111,25 +143,119 @@ def _attempt(run: Run) -> None:
         _announce(run, trackers, source, first_step)
         with _progress(run, first_step) as progress:
             callbacks = _callbacks(run, trackers, progress, info)
-            trainer = Trainer(run.config, engine, source, schedule, callbacks, first_step, summary)
-            trainer.fit()
-        prompt, sample = _sample(run, engine, source)
-        _record_baseline(run, trackers, source)
-        trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
+            schedule = BatchSchedule(run.config.train)
+            trainer = Trainer(
+                run.config,
+                engine,
+                source,
+                schedule,
+                agreement,
+                callbacks.in_order,
+                first_step,
+                _last_step(run, source, schedule),
+                summary,
+                run.heartbeat,
+            )
+            try:
+                agreement.ask()
+                if not evaluated:
+                    callbacks.validate.at(trainer, first_step)
+                trainer.fit()
+            except StopRequested as request:
+                return _stop(run, trackers, trainer, callbacks.save, request)
+        outcome = _complete(run, trackers, trainer, source)
     finally:
         trackers.finish(summary)
+    _conclude(run, outcome)
+    return RunEnd.DONE
+
+
+def _build(run: Run, found: Found | None) -> tuple[Engine, ShardSource]:
+    """The model under training, as the checkpoint has it, and what it is trained on. A collective of all ranks."""
+    run.heartbeat.enter(Phase.BUILD)
+    task = build_task(run.config, run.context, run.prepared.vocabulary)
+    source = ShardSource(run.prepared, run.config, task.objective, run.context)
+    first_batch = BatchSchedule(run.config.train).at(0).global_batch_size
+    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
+    if found:
+        run.heartbeat.enter(Phase.LOAD)
+        native.load(engine, found[0])
+    return engine, source
+
+
+def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSource) -> Outcome:
+    """What follows the last step.
+
+    Raises:
+        OutOfDataError: it came before train.steps.
+    """
+    _require_data(run, trainer.last_step)
+    run.heartbeat.enter(Phase.SAMPLE)
+    prompt, sample = _sample(run, trainer.engine, source)
+    run.heartbeat.enter(Phase.FINISH)
+    _record_baseline(run, trackers, source)
+    trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
+    return Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, prompt, sample)
+
+
+def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
+    """Save what is finished and not saved yet; a collective of all ranks."""
+    step = trainer.finished_step
+    if step > 0 and not _agreed(run, (run.checkpoints / checkpoint_name(step)).is_dir()):
+        save.at(trainer, step)
+    trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
-        outcome = Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, prompt, sample)
+        leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
+        kept = f"saved in {run.checkpoints / checkpoint_name(step)}" if step else "nothing to save yet"
+        run.console.print(f"stopped by {request} after step {step}: {kept}; the same command goes on")
+    return RunEnd.PREEMPTED
+
+
+def _conclude(run: Run, outcome: Outcome) -> None:
+    run.heartbeat.enter(Phase.FINISH)
+    if run.context.is_writer:
         show_outcome(run.config, run.folder, run.console, outcome)
+        leave_marker(run.folder, RunEnd.DONE, "all steps are trained", run.config.train.steps)
 
 
-def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> list[Callback]:
+def _last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
+    """train.steps, or fewer where data.max_epochs passes hold no more; a collective of all ranks."""
+    steps, epochs = run.config.train.steps, run.config.data.max_epochs
+    if epochs is None:
+        return steps
+    within = schedule.steps_within(source.samples_in(epochs)) if run.context.is_writer else steps
+    return min(steps, _agreed(run, within))
+
+
+def _require_data(run: Run, last_step: int) -> None:
+    if last_step < run.config.train.steps:
+        raise OutOfDataError(
+            f"data.max_epochs={run.config.data.max_epochs} is used up after step {last_step:,} of train.steps="
+            f"{run.config.train.steps:,}, which is trained and saved; raise data.max_epochs, add text in a new "
+            f"train.run_dir, or set train.steps={last_step}"
+        )
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    report: Report
+    guard: Guard
+    validate: Validate
+    save: Save
+
+    @property
+    def in_order(self) -> list[Callback]:
+        return [self.report, self.guard, self.validate, self.save]
+
+
+def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> Callbacks:
     flops = flops_of_run(run.config, run.prepared.vocab_size).training
-    return [
+    return Callbacks(
         Report(trackers, progress, flops, run.peak_flops),
+        Guard(),
         Validate(trackers, progress),
         Save(trackers, run.checkpoints, info),
-    ]
+    )
 
 
 def _progress(run: Run, first_step: int) -> Progress:
@@ -155,25 +281,43 @@ def _checkpoint_info(run: Run) -> native.CheckpointInfo:
     )
 
 
-def _newest_checkpoint(info: native.CheckpointInfo, run: Run) -> tuple[Path, native.CheckpointInfo] | None:
-    """What the writing rank finds, on every rank: two ranks must never choose differently.
+def _where_to_begin(info: native.CheckpointInfo, run: Run) -> tuple[Found | None, bool]:
+    """The newest checkpoint, and whether the evaluation that belongs to its step was made (or none does).
+
+    What the writing rank finds, on every rank: two ranks must never choose differently.
 
     Raises:
         CheckpointError: it does not fit this run; on every rank alike.
     """
-    answer: list[object] = [None]
+    answer: object = None
     if run.context.is_writer:
         try:
             found = native.newest_complete(run.checkpoints, run.console.print)
             if found:
                 native.require_fit(found[0], found[1], info)
-            answer = [found]
+            answer = found, found is None or _is_evaluated(run, found[1].step)
         except CheckpointError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], CheckpointError):
-        raise answer[0]
-    return answer[0]  # type: ignore[return-value]
+            answer = error
+    answer = _agreed(run, answer)
+    if isinstance(answer, CheckpointError):
+        raise answer
+    return answer  # type: ignore[return-value]
+
+
+def _is_evaluated(run: Run, step: int) -> bool:
+    """A run may have been stopped in the middle of an evaluation, after the step was saved."""
+    train = run.config.train
+    if not is_due(step, train.eval_interval, train.steps):
+        return True
+    events = read_metrics(run.folder / EVENTS_FILE)
+    return any(event["event"] == EVALUATION_EVENT and event["step"] == step for event in events)
+
+
+def _agreed(run: Run, answer: T) -> T:
+    """What the writing rank says, on every rank; a collective."""
+    answers = [answer]
+    dist.broadcast_object_list(answers)
+    return answers[0]
 
 
 def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int) -> None:
@@ -181,6 +325,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     )
+    trackers.event("links", first_step, run.links.figures)
     if first_step:
         run.console.print(f"resuming after step {first_step}")
     seconds = time.monotonic() - run.started
@@ -214,12 +359,10 @@ def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
 
 def _agreed_example(run: Run, source: ShardSource) -> Example:
     """The first held-out sample, from the writing rank: not every stage reads."""
-    answer: list[Example | None] = [None]
-    if run.context.is_writer:
-        answer = list(source.examples(training=False, count=1))
-    dist.broadcast_object_list(answer)
-    assert answer[0] is not None
-    return answer[0]
+    own = next(source.examples(training=False, count=1)) if run.context.is_writer else None
+    example = _agreed(run, own)
+    assert example is not None
+    return example
 
 
 def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:

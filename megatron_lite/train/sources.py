@@ -48,6 +48,11 @@ class ShardSource:
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
 
+    def samples_in(self, epochs: int) -> int:
+        """Training samples that so many passes over the data give, on ranks that read."""
+        assert self._training is not None
+        return self._training.samples_in(epochs)
+
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         seed = self._config.train.seed
         return self._part(self._training, batch.first_sample, batch.global_batch_size, seed)

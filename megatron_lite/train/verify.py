@@ -217,14 +217,15 @@ def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float
 def comparable(config: RunConfig) -> RunConfig:
     """The configuration without the randomness that a layout cannot share.
 
-    Dropout masks agree over data, pipeline and ZeRO. Attention heads, and under sequence parallelism all activations,
-    are different slices on different tensor ranks, and so draw different masks than one rank would.
+    Dropout masks agree over data, pipeline and ZeRO, and inside the MLP everywhere. Attention heads, and under sequence
+    parallelism hidden states, are different slices on different tensor ranks, and so draw different masks than one rank
+    would.
     """
     if config.parallel.tensor_parallel_size == 1:
         return config
     model = replace(config.model, attention_dropout=0.0)
     if config.parallel.sequence_parallel:
-        model = replace(model, hidden_dropout=0.0, embedding_dropout=0.0)
+        model = replace(model, hidden_dropout=0.0, embedding_dropout=0.0, final_dropout=0.0)
     return replace(config, model=model)
 
 

@@ -1,7 +1,8 @@
 """Run a function on several gloo ranks of this machine, each started in well under a second.
 
-Importing torch and deepspeed takes seconds. A fork server imports them once per pytest session, and every rank is a
-fork of it. Ranks meet in a file, so that no port can be taken, and are killed when the time is over.
+Importing torch, deepspeed and what we build on them takes seconds. A fork server imports all that once per pytest
+session, and every rank is a fork of it. Ranks meet in a file, so that no port can be taken, and are killed when the
+time is over.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch._dynamo", "torch.distributed", "deepspeed", "deepspeed.pipe", "transformers"]
+_PRELOAD = ["torch", "torch._dynamo", "transformers", "pytest", "tests.distributed.layout_ranks"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",

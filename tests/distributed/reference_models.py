@@ -141,9 +141,9 @@ def _gpt2(model: ModelConfig) -> transformers.PreTrainedModel:
         activation_function="gelu_new" if model.activation is Activation.gelu_tanh else "gelu",
         layer_norm_epsilon=model.norm_epsilon,
         tie_word_embeddings=model.tie_embeddings,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=model.hidden_dropout,
+        embd_pdrop=model.embedding_dropout,
+        attn_pdrop=model.attention_dropout,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -179,8 +179,8 @@ def _encoder_settings(model: ModelConfig) -> dict[str, Any]:
         "type_vocab_size": model.num_segments,
         "layer_norm_eps": model.norm_epsilon,
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": model.hidden_dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
         "tie_word_embeddings": model.tie_embeddings,
     }
 
@@ -206,7 +206,7 @@ def _t5(model: ModelConfig) -> transformers.PreTrainedModel:
         relative_attention_max_distance=model.relative_max_distance,
         layer_norm_epsilon=model.norm_epsilon,
         feed_forward_proj="gated-gelu" if model.activation is Activation.geglu else "relu",
-        dropout_rate=0.0,
+        dropout_rate=model.hidden_dropout,  # the one rate of all places
         tie_word_embeddings=model.tie_embeddings,
     )
     reference = transformers.T5ForConditionalGeneration(config)
@@ -228,7 +228,9 @@ def _bart(model: ModelConfig) -> transformers.PreTrainedModel:
         decoder_ffn_dim=inner,
         max_position_embeddings=model.max_position_embeddings,
         activation_function="gelu",
-        dropout=0.0,
+        dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        activation_dropout=model.ffn_dropout,
     )
     return transformers.BartForConditionalGeneration(config)
 

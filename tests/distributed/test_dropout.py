@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.config.schema import Activation, ModelConfig, Normalization, Recompute
 from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
-from megatron_lite.models.dropout import activation_dropout
+from megatron_lite.models.dropout import activation_dropout, inner_dropout
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -19,22 +19,20 @@ from megatron_lite.parallel.rng import DropoutKey
 from megatron_lite.parallel.sharding import join_slices
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
+from tests.tiny_models import GPT2
 
 VOCAB_SIZE = 37
 INPUTS = (Field("tokens", 16),)
 KEY = DropoutKey("layers.0", 4)
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
+MODEL = replace(
+    GPT2,
     num_query_groups=2,
-    max_position_embeddings=16,
-    vocab_pad_multiple=8,
     normalization=Normalization.rmsnorm,
     activation=Activation.swiglu,
-    position_embedding=PositionEmbedding.learned,
     embedding_dropout=0.2,
     hidden_dropout=0.1,
+    ffn_dropout=0.2,
+    final_dropout=0.1,
 )
 
 
@@ -64,6 +62,11 @@ def _hidden_mask(sequence_parallel: bool) -> Tensor:
     return activation_dropout(torch.ones(2, 8, 16), 0.5, KEY, "mlp_output", _context(2, sequence_parallel))
 
 
+def _inner_mask(size: int, sequence_parallel: bool) -> Tensor:
+    """Of this rank's share of 12 channels."""
+    return inner_dropout(torch.ones(2, 8, 12 // size), 0.5, KEY, _context(size, sequence_parallel))
+
+
 def _attention_output() -> Tensor:
     """Of equal local heads on both ranks, so that only the masks can tell them apart."""
     model = replace(MODEL, attention_dropout=0.5)
@@ -82,6 +85,14 @@ def test_replicated_activations_share_their_masks():
 def test_slices_of_the_sequence_have_their_own_masks():
     first, second = run_ranks(_hidden_mask, 2, True)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_inner_channels_have_their_part_of_one_mask(size: int, sequence_parallel: bool):
+    whole = _inner_mask(1, False)
+    assert 0.4 < (whole == 0).float().mean() < 0.6
+    assert torch.equal(torch.cat(run_ranks(_inner_mask, size, size, sequence_parallel), -1), whole)
 
 
 def test_heads_have_their_own_masks():

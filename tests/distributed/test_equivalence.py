@@ -13,18 +13,12 @@ import pytest
 
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import (
-    Activation,
     Architecture,
-    InitScheme,
-    ModelConfig,
-    Normalization,
-    NormPlacement,
     ObjectiveConfig,
     ObjectiveName,
     OptimizerConfig,
     OptimizerName,
     ParallelConfig,
-    PositionEmbedding,
     Recompute,
     RunConfig,
     TrainConfig,
@@ -33,89 +27,29 @@ from megatron_lite.config.schema import DataConfig as Data
 from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import layout_rank
+from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
 
 VOCAB_SIZE = 301  # a prime: no tensor-parallel size divides it
 NUM_STEPS = 10
 
-GPT2 = ModelConfig(name="gpt2", num_layers=4, hidden_size=32, num_attention_heads=4, vocab_pad_multiple=8)
-LLAMA = ModelConfig(
-    name="llama",
-    num_layers=4,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    normalization=Normalization.rmsnorm,
-    activation=Activation.swiglu,
-    position_embedding=PositionEmbedding.rotary,
-    attention_bias=False,
-    mlp_bias=False,
-    tie_embeddings=False,
-    vocab_pad_multiple=8,
-)
-BERT = ModelConfig(
-    name="bert",
-    architecture=Architecture.encoder,
-    num_layers=4,
-    hidden_size=32,
-    num_attention_heads=4,
-    norm_placement=NormPlacement.post,
-    embedding_norm=True,
-    activation=Activation.gelu,
-    num_segments=2,
-    head_transform=True,
-    head_bias=True,
-    init=InitScheme.plain,
-    vocab_pad_multiple=8,
-)
-T5 = ModelConfig(
-    name="t5",
-    architecture=Architecture.encoder_decoder,
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    normalization=Normalization.rmsnorm,
-    activation=Activation.relu,
-    position_embedding=PositionEmbedding.relative,
-    relative_max_distance=16,
-    attention_bias=False,
-    attention_scale=False,
-    mlp_bias=False,
-    scale_tied_head=True,
-    init=InitScheme.t5,
-    vocab_pad_multiple=8,
-)
-BART = ModelConfig(
-    name="bart",
-    architecture=Architecture.encoder_decoder,
-    num_layers=1,
-    num_decoder_layers=3,
-    hidden_size=32,
-    num_attention_heads=4,
-    norm_placement=NormPlacement.post,
-    embedding_norm=True,
-    activation=Activation.gelu,
-    position_offset=2,
-    init=InitScheme.plain,
-    vocab_pad_multiple=8,
-)
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
+DEEP = {"num_layers": 4}  # one layer for each of four stages; encoder-decoders have as many, or five
 MODELS = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "llama_mha": replace(LLAMA, num_query_groups=4, tie_embeddings=True),
-    "gpt2_dropout": replace(GPT2, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
-    "bert": BERT,
-    "roberta": replace(BERT, name="roberta", num_segments=1, position_offset=2),
-    "bert_untied": replace(BERT, tie_embeddings=False),
-    "bert_dropout": replace(BERT, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
+    "gpt2": replace(GPT2, **DEEP),
+    "llama": replace(LLAMA, **DEEP, num_query_groups=2),
+    "llama_mha": replace(LLAMA, **DEEP, tie_embeddings=True),
+    "gpt2_dropout": replace(GPT2, **DEEP, **DROPOUT),
+    "bert": replace(BERT, **DEEP),
+    "roberta": replace(ROBERTA, **DEEP),
+    "bert_untied": replace(BERT, **DEEP, tie_embeddings=False),
+    "bert_dropout": replace(BERT, **DEEP, **DROPOUT),
     "t5": T5,
-    "t5_v1_1": replace(
-        T5, name="t5_v1_1", activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False, head_size=16
-    ),
-    "t5_dropout": replace(T5, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
-    "bart": BART,
-    "bart_dropout": replace(BART, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1),
-    "prefix_lm": GPT2,
-    "fill_in_the_middle": LLAMA,
+    "t5_v1_1": T5_V1_1,
+    "t5_dropout": replace(T5, **DROPOUT, ffn_dropout=0.1, final_dropout=0.1),
+    "bart": replace(BART, num_layers=1),
+    "bart_dropout": replace(BART, **DROPOUT, num_layers=1),
+    "prefix_lm": replace(GPT2, **DEEP),
+    "fill_in_the_middle": replace(LLAMA, **DEEP, num_query_groups=2),
 }
 OBJECTIVES = {
     "bert": ObjectiveName.masked_lm_nsp,
@@ -198,7 +132,7 @@ CASES += [(model, layout) for model in ("bert", "roberta", "t5", "t5_v1_1", "bar
 CASES += [("bert_untied", layout) for layout in ("pp2", "zero3_dp2_tp2")]
 CASES += [(model, layout) for model in ("bert_dropout", "t5_dropout") for layout in ("dp2", "pp4", "dp2_tp2_pp2")]
 CASES += [(model, "recompute_selective_dp2_pp2") for model in ("bert_dropout", "t5_dropout", "bart_dropout")]
-CASES += [("bart_dropout", "pp4")]
+CASES += [("bart_dropout", "pp4"), ("t5_dropout", "zero3_dp2_tp2"), ("t5_dropout", "sequence_parallel_tp2")]
 CASES += [
     (model, layout)
     for model in ("prefix_lm", "fill_in_the_middle")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.config.schema import Recompute
@@ -33,6 +34,15 @@ TENSOR_PARALLEL_CASES = [
     "t5_v1_1",
     "bart_padded",
 ]
+HIDDEN = {"embedding_dropout": 0.1, "hidden_dropout": 0.1}  # transformers has one rate for both
+DROPPING_CASES = {
+    "gpt2": {"embedding_dropout": 0.2, "hidden_dropout": 0.1, "attention_dropout": 0.3},
+    "bert_padded": HIDDEN | {"attention_dropout": 0.2},
+    "roberta": HIDDEN | {"attention_dropout": 0.2},
+    "t5": HIDDEN | {"attention_dropout": 0.1, "ffn_dropout": 0.1, "final_dropout": 0.1},
+    "t5_v1_1_padded": HIDDEN | {"attention_dropout": 0.1, "ffn_dropout": 0.1, "final_dropout": 0.1},
+    "bart_padded": HIDDEN | {"attention_dropout": 0.2, "ffn_dropout": 0.3},
+}
 
 
 class Found(NamedTuple):
@@ -92,6 +102,25 @@ def test_one_rank_matches_transformers(name: str, recompute: Recompute):
     assert ours.gradients.keys() == theirs.gradients.keys()
     for parameter, gradient in theirs.gradients.items():
         _compare(ours.gradients[parameter][: gradient.shape[0]], gradient, gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("name", DROPPING_CASES)
+def test_dropout_stands_where_transformers_has_it(name: str, monkeypatch: pytest.MonkeyPatch):
+    """With dropout that shrinks everything instead of dropping some: then a place too many or too few would show."""
+    attention = F.scaled_dot_product_attention
+
+    def shrunk_attention(*args: Tensor, dropout_p: float = 0.0, **settings: Any) -> Tensor:
+        return attention(*args, **settings) * (1 - dropout_p)
+
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x * (1 - p) if training else x)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", shrunk_attention)
+    case = CASES[name]
+    case = replace(case, model=replace(case.model, **DROPPING_CASES[name]))
+    theirs = expected(case)
+    ours = _ours(case, theirs.weights, ParallelContext.single())
+    _compare_logits(case, ours.logits, theirs.logits)
+    without = _theirs(name).logits
+    assert (theirs.logits - without).abs().max() > 100 * TOLERANCE, "nothing was dropped"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

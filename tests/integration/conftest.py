@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from tests.integration.runs import TINY
+from tests.integration.slurm_cluster import Cluster, SlurmMissingError, running_cluster
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,21 @@ def tiny(corpus: list[str], tmp_path: Path) -> Callable[..., list[str]]:
         return [*TINY, *corpus, f"train.run_dir={tmp_path / name}", *more]
 
     return words
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm, which commands of this process find. Where it must not be missing, it fails."""
+    before = os.environ.get("SLURM_CONF")
+    try:
+        with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+            os.environ.update(cluster.environment)
+            yield cluster
+    except SlurmMissingError as missing:
+        if os.environ.get("CI"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    finally:
+        os.environ.pop("SLURM_CONF", None)
+        if before is not None:
+            os.environ["SLURM_CONF"] = before

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,12 @@ class Finished:
         return self
 
 
-def environment() -> dict[str, str]:
+FAULTS = REPOSITORY / "tests" / "integration" / "faults"
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    """Of a run's process; `fault`: see faults/sitecustomize.py."""
+    planted = {"FAULT": fault, "PYTHONPATH": f"{FAULTS}{os.pathsep}{REPOSITORY}"} if fault else {}
     return {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
@@ -55,12 +61,15 @@ def environment() -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        **planted,
     }
 
 
-def run(command: Sequence[str], *, timeout_seconds: float = 240.0, cwd: Path | None = None) -> Finished:
+def run(
+    command: Sequence[str], *, timeout_seconds: float = 240.0, cwd: Path | None = None, fault: str = ""
+) -> Finished:
     """Run a command to its end; it is ended with its children when it takes longer."""
-    process = start(command, cwd=cwd)
+    process = start(command, cwd=cwd, fault=fault)
     try:
         out, err = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
@@ -78,17 +87,26 @@ def end_tree(pid: int) -> None:
             process.kill()
 
 
-def start(command: Sequence[str], cwd: Path | None = None) -> subprocess.Popen[str]:
+def start(command: Sequence[str], cwd: Path | None = None, fault: str = "") -> subprocess.Popen[str]:
     """A command in a session of its own, so that it can be ended with all its ranks."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(fault),
         cwd=cwd or REPOSITORY,
         start_new_session=True,
     )
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the running command has logged so many steps."""
+    deadline = time.monotonic() + 200
+    while len(losses(run_dir)) < step:
+        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def launch(*words: str, script: str = "pretrain_gpt") -> list[str]:

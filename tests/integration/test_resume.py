@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import end_tree, launch, losses, run, start
+from tests.integration.runs import end_tree, launch, losses, run, start, wait_for_step
 
 STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
 
@@ -20,11 +19,7 @@ RAMP = ["train.batch_ramp.start=4", "train.batch_ramp.increment=4", "train.batch
 def _kill_at(step: int, command: list[str], run_dir: Path) -> None:
     """SIGKILL the launcher and all ranks once `step` has been logged."""
     process = start(command)
-    deadline = time.monotonic() + 200
-    while len(losses(run_dir)) < step:
-        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_step(process, run_dir, step)
     end_tree(process.pid)
     process.communicate()
 

@@ -11,6 +11,7 @@ from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import ModelConfig, RunConfig
 
 SIZES = ("parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
+PROCESSES = ("launcher.num_processes", "launcher.nodes", "launcher.processes_per_node", "launcher.gpus_per_node")
 ALTERNATIVES = 12  # that a message names at most
 
 

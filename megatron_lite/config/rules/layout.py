@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import all_layers, ranks_per_replica
-from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
-from megatron_lite.config.schema import OptimizerName, Precision
+from megatron_lite.config.derived import all_layers, given_processes, ranks_per_replica
+from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
 
 
 def world_size_fits_layout(case: Case) -> Iterator[str]:
     """world_size = data x tensor x pipeline."""
-    launcher, data = case.config.launcher, case.config.parallel.data_parallel_size
-    given = case.world_size if case.world_size is not None else launcher.num_processes
-    if given is None or not case.sound(*SIZES, "launcher.num_processes"):
+    data = case.config.parallel.data_parallel_size
+    given = case.world_size if case.world_size is not None else given_processes(case.config)
+    if given is None or not case.sound(*SIZES, *PROCESSES):
         return
-    name = "launcher.num_processes" if case.world_size is None else "world_size"
+    name = "world_size" if case.world_size is not None else _keys_of_processes(case.config)
     replica = ranks_per_replica(case.config)
     if given % replica and data is None:
         yield (
@@ -27,6 +27,15 @@ def world_size_fits_layout(case: Case) -> Iterator[str]:
             f"{name}={given} must be data x tensor x pipeline = {data} x {case.tensor} x {case.pipeline} = "
             f"{data * replica}; use {_world_size_remedy(case, given)}"
         )
+
+
+def _keys_of_processes(config: RunConfig) -> str:
+    """The settings that the number of processes comes from; a resolved configuration has num_processes in any case."""
+    launcher = config.launcher
+    for key, here in (("processes_per_node", launcher.processes_per_node), ("gpus_per_node", launcher.gpus_per_node)):
+        if here is not None and launcher.num_processes in (None, launcher.nodes * here):
+            return f"launcher.nodes x launcher.{key}"
+    return "launcher.num_processes"
 
 
 def _world_size_remedy(case: Case, given: int) -> str:

@@ -29,6 +29,12 @@ POSITIVE = (
     "objective.decoder_seq_length",
     "optimizer.decay_steps",
     "train.steps",
+    "train.max_unsound_steps",
+    "data.max_epochs",
+    "launcher.nodes",
+    "launcher.chain",
+    "launcher.gpus_per_node",
+    "launcher.processes_per_node",
     "train.micro_batch_size",
     "train.global_batch_size",
     "train.log_interval",
@@ -55,6 +61,9 @@ NOT_NEGATIVE = (
     "train.keep_last",
     "train.generate_tokens",
     "train.loss_scale.initial_power",
+    "launcher.node_rank",
+    "launcher.max_requeues",
+    "launcher.max_stalled_requeues",
 )
 ABOVE_ZERO = (
     "model.norm_epsilon",
@@ -64,11 +73,14 @@ ABOVE_ZERO = (
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "train.timeout_seconds",
+    "launcher.grace_seconds",
 )
 FRACTIONS = (  # [0, 1)
     "model.embedding_dropout",
     "model.attention_dropout",
     "model.hidden_dropout",
+    "model.ffn_dropout",
+    "model.final_dropout",
     "optimizer.beta1",
     "optimizer.beta2",
     "optimizer.momentum",

@@ -222,3 +222,25 @@ def test_composition_does_not_depend_on_the_folder_it_runs_in(monkeypatch: pytes
 def test_missing_conf_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is missing; install megatron_lite from a checkout"):
         available_scripts(tmp_path / "none")
+
+
+def test_map_as_a_whole_and_by_name() -> None:
+    words = ["launcher.environment={A: b, N: 3}", "launcher.environment.C='d \"e\" $(id)'"]
+    assert compose("pretrain_gpt", words).launcher.environment == {"A": "b", "N": "3", "C": 'd "e" $(id)'}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("launcher.environment=[1]", "launcher.environment=[1] is not possible: launcher.environment must be a map of "
+         "names to texts, such as {NAME: value}"),
+        ("launcher.environment.A=[1]", "launcher.environment.A=[1] is not possible: launcher.environment.A must be a "
+         "text"),
+        ("launcher.environment={A: null}", "launcher.environment={A: null} is not possible: launcher.environment must "
+         "be a map of names to texts, such as {NAME: value}"),
+    ],
+)  # fmt: skip
+def test_what_a_map_cannot_be(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain_gpt", [word])
+    assert caught.value.problems == [message]

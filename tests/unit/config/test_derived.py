@@ -12,6 +12,7 @@ from megatron_lite.config.derived import (
     num_micro_batches,
     padded_vocabulary,
     parameter_counts,
+    processes_per_node,
     resolve,
     run_directory,
     stage_contents,
@@ -58,6 +59,17 @@ def test_open_data_parallel_size_follows_the_processes() -> None:
     with_processes = compose("pretrain_gpt", ["parallel=tp2", "parallel.data_parallel_size=null",
                                               "launcher.num_processes=6"])  # fmt: skip
     assert world_size(with_processes) == 6
+
+
+@pytest.mark.parametrize("key", ["processes_per_node", "gpus_per_node"])
+def test_nodes_and_what_each_has_are_the_number_of_processes(key: str) -> None:
+    words = ["parallel=tp2", "parallel.data_parallel_size=null", "launcher.nodes=3", f"launcher.{key}=4"]
+    config = resolve(compose("pretrain_gpt", words))
+    assert (config.launcher.num_processes, config.parallel.data_parallel_size, processes_per_node(config)) == (12, 6, 4)
+
+
+def test_processes_of_a_layout_are_dealt_out_to_the_nodes() -> None:
+    assert processes_per_node(resolve(compose("pretrain_gpt", ["parallel=dp2_tp2", "launcher.nodes=2"]))) == 2
 
 
 def test_micro_batches() -> None:

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_lite.config import frozen
-from megatron_lite.config.compose import compose, preset_groups
+from megatron_lite.config.compose import change, compose, preset_groups
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
 from megatron_lite.config.schema import RunConfig
@@ -197,3 +197,12 @@ def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path} holds a run .* give another train\.run_dir"):
         check_run_folder(config, tmp_path)
+
+
+def test_shell_text_stays_as_it_is(tmp_path: Path) -> None:
+    """OmegaConf would take `${...}` for a reference, here and when the file is loaded."""
+    lines = ["export A=${HOME}/x", r"echo \${B} \\${C}", "x=$(date) `id`", "a: b # c\n'\"d"]
+    config = resolve(compose("pretrain_gpt", []), device="cpu")
+    config = replace(config, launcher=replace(config.launcher, setup=lines, environment={"A": "${B:-c}"}))
+    assert load_frozen(freeze(config, tmp_path)) == config
+    assert change(config, ["train.steps=7"]) == replace(config, train=replace(config.train, steps=7))

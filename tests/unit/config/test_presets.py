@@ -14,6 +14,7 @@ from megatron_lite.config.validate import problems
 NEEDS = {  # presets that ask the user for another setting
     "data=files": ["data.source=corpus.txt"],
     "model=roberta_base": ["objective=masked_lm"],
+    "launcher=example_site": ["parallel.data_parallel_size=null"],  # one process for each of its GPUs
 }
 OF_ONE_SCRIPT = ("model", "objective", "experiment")  # groups that say what is trained
 PRESETS = {

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from megatron_lite.config.compose import available_scripts, compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.launcher import job_seconds
 from megatron_lite.config.rules.lengths import LENGTH_RULES
 from megatron_lite.config.rules.training import FP16_ON_CPU
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import RULES, problems, validate
 from megatron_lite.errors import ConfigError
+from tests.unit.config.launcher_violations import LAUNCHER_VIOLATIONS
 from tests.unit.config.objective_violations import OBJECTIVE_VIOLATIONS
 
 
+@cache
 def config_of(*words: str, device: str = "cpu") -> RunConfig:
-    """Of pretrain_gpt, unless the first word names another script."""
+    """Of pretrain_gpt, unless the first word names another script; the device is found unless `auto` is asked for.
+
+    Only read: what composing takes is kept.
+    """
+    device = "auto" if "launcher.device=auto" in words else device
     script = words[0] if words and words[0].startswith("pretrain_") else "pretrain_gpt"
     return resolve(compose(script, [word for word in words if word != script]), device=device)
 
@@ -25,7 +34,7 @@ def problems_of(*words: str, world_size: int | None = None, device: str = "cpu")
     return problems(config_of(*words, device=device), world_size)
 
 
-VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | {
+VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_VIOLATIONS | {
     # ------------------------------------------------------------------------------------------ processes
     "world size is no multiple": (
         ["parallel=tp2", "parallel.pipeline_parallel_size=4", "parallel.data_parallel_size=null",
@@ -243,11 +252,6 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | {
         ["train.generate_prompt=''"],
         "train.generate_prompt='' is empty; give the text that the sample starts from, or train.generate_tokens=0",
     ),
-    # ------------------------------------------------------------------------------------------- launcher
-    "port": (
-        ["launcher.master_port=70000"],
-        "launcher.master_port=70000 is no port; use 1 to 65535, or null for a free one",
-    ),
 }  # fmt: skip
 
 
@@ -258,7 +262,7 @@ def test_one_violation_gives_one_message(name: str) -> None:
 
 
 def test_every_rule_has_a_case_above() -> None:
-    cases = [Case(config_of(*words), None) for words, _ in VIOLATIONS.values()]
+    cases = [Case(config_of(*words, device="cpu"), None) for words, _ in VIOLATIONS.values()]
     rules = (*RULES, *LENGTH_RULES)
     silent = [rule.__name__ for rule in rules if not any(message for case in cases for message in rule(case))]
     assert silent == []
@@ -319,9 +323,11 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["pretrain_t5", "parallel.pipeline_parallel_size=4"],  # a layer a stage, of either stack
         ["pretrain_t5", "model.num_decoder_layers=4", "parallel.pipeline_parallel_size=6"],
         ["pretrain_t5", "parallel=tp2", "parallel.sequence_parallel=true", "data.seq_length=130"],
+        ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.time=24:00:00", "launcher.chain=3",
+         "launcher.sbatch_options=['--constraint=h100']", "launcher.environment={A: b}", "parallel=dp8_tp1_pp1"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
     ],
-)
+)  # fmt: skip
 def test_what_is_allowed(words: list[str]) -> None:
     assert problems_of(*words) == []
 
@@ -353,3 +359,17 @@ def test_everything_at_once() -> None:
         "optimizer.warmup_steps",
     ]
     assert str(caught.value) == "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:1", 86401)],
+)
+def test_time_limits_as_slurm_reads_them(time: str, seconds: int) -> None:
+    """The forms of sbatch's manual, --time."""
+    assert job_seconds(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["", "24h", "1:2:3:4", "1-", "-5", "1:00 ", "infinite"])
+def test_what_is_no_time_limit(time: str) -> None:
+    assert job_seconds(time) is None

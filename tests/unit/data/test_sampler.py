@@ -60,6 +60,11 @@ def test_keys_depend_on_every_part_and_its_place() -> None:
     assert raw_bits(4, 1).tolist() != raw_bits(4, 2).tolist()
 
 
+def test_bits_are_those_of_philox_with_two_keys() -> None:
+    key = np.array([stream_key(7, 3), stream_key(2, 7, 3)], np.uint64)
+    assert np.array_equal(raw_bits(9, 7, 3), np.random.Philox(key=key).random_raw(9))
+
+
 def test_vector_and_scalar_hash_agree() -> None:
     values = [0, 1, 2, 2**63, 2**64 - 1, 123456789]
     assert mix64_array(np.array(values, np.uint64)).tolist() == [mix64(value) for value in values]

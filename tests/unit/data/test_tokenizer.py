@@ -248,3 +248,32 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
         open_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path} cannot be opened: "):
         open_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "file_name"), [("BertTokenizer", "vocab.txt"), ("GPT2Tokenizer", "merges.txt")])
+def test_files_of_an_unknown_kind(tmp_path: Path, kind: str, file_name: str) -> None:
+    """As Megatron's --vocab-file and --merge-file name them: nothing beside them tells their kind."""
+    letters = ["a", "b", "Ġ", "ab"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "##b"]))
+    (tmp_path / "vocab.json").write_text(json.dumps({text: i for i, text in enumerate([*letters, "<|endoftext|>"])}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    for other in {"vocab.txt", "merges.txt"} - {file_name}:
+        (tmp_path / other).unlink()
+    with pytest.raises(ConfigError) as error:
+        open_tokenizer(str(tmp_path))
+    remedy = f'{{"tokenizer_class": "{kind}"}}'
+    assert str(error.value) == (
+        f"data.tokenizer={tmp_path} cannot be opened: nothing tells which kind its {file_name} is of; write the kind "
+        f"into tokenizer_config.json beside it, such as {remedy}; use `train`, or the folder or hub name of a tokenizer"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(remedy)
+    opened = open_tokenizer(str(tmp_path))
+    assert opened.decode(opened.encode("ab")) == "ab"
+
+
+def test_sentencepiece_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lite.data.foreign.find_spec", lambda name: None)
+    (tmp_path / "spiece.model").write_bytes(b"\n\x0b")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(ConfigError, match=r"need two more packages; run `pip install sentencepiece protobuf`; use `tr"):
+        open_tokenizer(str(tmp_path))

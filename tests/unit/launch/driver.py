@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.base import Launcher
 from launch.deepspeed import DeepSpeedLauncher
 from launch.local import LocalLauncher
+from launch.torchrun import TorchrunLauncher
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
@@ -19,14 +20,17 @@ from megatron_lite.errors import DataError
 STUB = Path(__file__).with_name("stub.py")
 
 
-def prepare(config: RunConfig) -> None:
+def prepare(config: RunConfig) -> Path:
     if os.environ.get("STUB") == "bad data":
         raise DataError("corpus.txt is empty; give a file with text")
+    return Path("data")  # the stub reads none
 
 
 def build(name: str) -> Launcher:
     if name == "deepspeed":
         return DeepSpeedLauncher(prepare)
+    if name == "torchrun":
+        return TorchrunLauncher(prepare)
     return LocalLauncher(fork=name == "fork", warm_modules=("json",), prepare=prepare)
 
 

@@ -40,6 +40,8 @@ def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
         (["pretrain_gpt", "parallel.tensor_parallel_size=3"], 2),
         (["pretrain_gpt", "experiment=demo", "--dry-run"], 0),
         (["pretrain_gpt", "experiment=gpt3_175b", "launcher=deepspeed", "--dry-run"], 0),
+        (["pretrain_gpt", "experiment=gpt3_1b3", "launcher=slurm", "launcher.gpus_per_node=32", "--dry-run"], 0),
+        (["status", "runs/none"], 2),
         (["--help"], 0),
     ],
 )

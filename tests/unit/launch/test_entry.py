@@ -15,10 +15,11 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import ConfigError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", ERROR_FILE,
-                  "TORCH_EXTENSIONS_DIR")  # fmt: skip
+                  "TORCH_EXTENSIONS_DIR", "SLURM_STEP_NUM_TASKS", FOLDER_VARIABLE)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(entry, "_make_ready", lambda config: None)
+    monkeypatch.setattr(entry, "_prepare_data", lambda config: os.environ.update({FOLDER_VARIABLE: "made by a rank"}))
     monkeypatch.setattr(entry, "SILENCE_SECONDS", 0.0)
     yield
     os.environ.clear()
@@ -78,6 +80,23 @@ def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.Captur
         "error: pretrain_gpt.py was started as 1 process, but the layout needs 8 = 2 data x 2 tensor x 2 pipeline; "
         "start it with `python -m launch pretrain_gpt ...` or `torchrun --nproc-per-node 8 pretrain_gpt.py ...`\n"
     )
+
+
+def test_srun_without_torchrun_makes_worlds_of_one(capfd: pytest.CaptureFixture[str]) -> None:
+    os.environ["SLURM_STEP_NUM_TASKS"] = "8"
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.run_dir=run"]) == 2
+    assert script.config is None
+    error = capfd.readouterr().err
+    assert error.startswith("error: srun has started 8 processes of pretrain_gpt.py, each a world of its own")
+    assert "srun --ntasks-per-node=1 torchrun" in error
+
+
+def test_one_process_within_a_large_allocation() -> None:
+    os.environ.update({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"})
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.run_dir=run"]) == 0
+    assert script.config is not None
 
 
 def test_torchrun_decides_an_open_data_parallel_size() -> None:
@@ -210,3 +229,22 @@ def test_dry_run_of_a_script_is_that_of_the_launcher(capfd: pytest.CaptureFixtur
 def test_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_script(Script(), "pretrain_gpt", ["--help"]) == 0
     assert capfd.readouterr().out.startswith("usage: python pretrain_gpt.py [SETTING ...]")
+
+
+@pytest.mark.parametrize(
+    ("words", "folder", "expected"),
+    [
+        ([], None, "made by a rank"),  # a node of a cluster
+        ([], "made by the launcher", "made by the launcher"),
+        (["--verify"], None, None),
+    ],
+)
+def test_data_is_made_ready_by_the_ranks_where_no_launcher_could(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], folder: str | None, expected: str | None
+) -> None:
+    monkeypatch.setattr(entry, "_certify", lambda config: None)
+    as_rank(1, 2)
+    if folder is not None:
+        os.environ[FOLDER_VARIABLE] = folder
+    assert run_script(Script(), "pretrain_gpt", ["--config", str(frozen_file("parallel=dp2")), *words]) == 0
+    assert os.environ.get(FOLDER_VARIABLE) == expected

@@ -13,7 +13,7 @@ from launch.registry import LAUNCHERS
 from megatron_lite.config import frozen
 from megatron_lite.config.compose import CONF_DIR, compose
 from megatron_lite.config.derived import resolve
-from megatron_lite.config.schema import LauncherName
+from megatron_lite.config.launcher import LauncherName
 
 SCRIPT = str(CONF_DIR.parent / "pretrain_gpt.py")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import local, processes
@@ -23,13 +25,16 @@ LAYOUT = "parallel=dp2_tp2_pp2"
 BOUND_SECONDS = 120  # only to fail instead of hanging
 
 
+GRACE = "launcher.grace_seconds=0.5"
+
+
 def start(
     launcher: str, run_dir: Path, what: str, layout: str = LAYOUT, rank: int | None = None
 ) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STUB": what}
     if rank is not None:
         environment["STUB_RANK"] = str(rank)
-    command = [sys.executable, "-m", "tests.unit.launch.driver", launcher, str(run_dir), layout]
+    command = [sys.executable, "-m", "tests.unit.launch.driver", launcher, str(run_dir), layout, GRACE]
     return subprocess.Popen(command, env=environment, text=True, cwd=ROOT, stdout=-1, stderr=-1)
 
 
@@ -134,6 +139,17 @@ def test_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, number: int, code
     assert not any(map(is_running, pids))
 
 
+@pytest.mark.parametrize("launcher", ["fork", "deepspeed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_that_stop_when_asked_are_not_killed(tmp_path: Path, launcher: str, number: int) -> None:
+    process = start(launcher, tmp_path, "stop when asked", "parallel=tp2")
+    ranks_of(tmp_path, 2)
+    process.send_signal(number)
+    assert finish(process)[0] == 75
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 @pytest.mark.parametrize("launcher", ["fork", "fresh"])
 def test_ranks_die_with_a_killed_launcher(tmp_path: Path, launcher: str) -> None:
@@ -199,6 +215,58 @@ def test_sigterm_leaves_no_deepspeed_worker_behind(tmp_path: Path) -> None:
     wait_for(lambda: not any(map(is_running, pids)))
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_and_passes_their_ends_on(tmp_path: Path) -> None:
+    assert finish(start("torchrun", tmp_path, "report", "parallel=tp2")) == (0, "")
+    reports = [(tmp_path / f"env-{rank}").read_text().split("\n") for rank in range(2)]
+    assert [report[:5] for report in reports] == [[str(rank), str(rank), "2", "2", "127.0.0.1"] for rank in range(2)]
+    errors = "error: train.steps=3 is bad; use 4\nerror: train.seed=1 is bad; use 2\n"
+    assert finish(start("torchrun", tmp_path, "user error", "parallel=tp2", rank=1)) == (2, errors)
+    code, errors = finish(start("torchrun", tmp_path, "killed", "parallel=tp2", rank=1))
+    assert (code, errors) == (
+        137,
+        f"error: rank 1 was killed by signal 9 (SIGKILL); see {tmp_path}/logs/rank-1.log\n",
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_rank_with_an_exception(tmp_path: Path) -> None:
+    code, errors = finish(start("torchrun", tmp_path, "exception", "parallel=tp2", rank=1))
+    assert (code, errors) == (1, f"error: rank 1 ended with exit code 1; see {tmp_path}/logs/rank-1.log\n")
+    assert (tmp_path / "logs" / "rank-1.log").read_text().endswith("ValueError: the layer is broken\n")
+
+
+@pytest.mark.slow
+def test_torchrun_that_cannot_start_says_so_in_a_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, errors = finish(start("torchrun", tmp_path, "report", f"launcher.master_port={port}"))
+    assert code == 2
+    assert errors.startswith("error: torchrun could not start the ranks: DistNetworkError: ")
+    assert (errors.count("\n"), str(port) in errors) == (1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_rank_of_torchrun_outlives_its_launcher(tmp_path: Path, number: int, code: int) -> None:
+    process = start("torchrun", tmp_path, "wait", "parallel=tp2")
+    pids = ranks_of(tmp_path, 2)
+    process.send_signal(number)
+    assert finish(process) == (code, "")
+    wait_for(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_torchrun_are_ended(tmp_path: Path) -> None:
+    """They are in sessions of their own, and would wait for each other."""
+    process = start("torchrun", tmp_path, "wait", "parallel=tp2")
+    pids = ranks_of(tmp_path, 2)
+    psutil.Process(pids[0]).parent().kill()
+    errors = f"error: torchrun ended with exit code -9; the ranks' logs lie in {tmp_path}/logs\n"
+    assert finish(process) == (137, errors)
+    assert not any(map(is_running, pids))
+
+
 @pytest.mark.parametrize(
     ("status", "left_behind", "code"),
     [
@@ -209,6 +277,7 @@ def test_sigterm_leaves_no_deepspeed_worker_behind(tmp_path: Path) -> None:
         (247, False, 137),  # a worker was killed by signal 9
         (241, True, 143),
         (-15, True, 143),
+        (75, False, 75),
         (77, False, 1),
     ],
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launch.processes import Children, Ending, start
+from launch.processes import Children, Ending, adopt_orphans, descendants, end_descendants, start
 
 
 def sleeper() -> int:
@@ -51,6 +53,28 @@ def test_exception_in_the_body_does_not_run_on_in_the_parents_place(capfd: pytes
     assert os.getpid() == here
     assert children.ends[children.pids[0]].status == 1
     assert "broken body" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_CHILD_SUBREAPER")
+def test_orphans_in_sessions_of_their_own_are_found_and_ended(tmp_path: Path) -> None:
+    """As torchrun's ranks are when it has been killed; a process that was there before is left alone."""
+    file = tmp_path / "pids"
+
+    def body() -> int:
+        adopt_orphans()
+        bystander = start(sleeper)
+        others = descendants()
+        subprocess.run(["sh", "-c", f"setsid sleep 600 & echo $! > {file}"], check=True)
+        first = end_descendants(0.2, others)
+        second = end_descendants(0.2, others)
+        spared = os.waitpid(bystander, os.WNOHANG) == (0, 0)
+        os.kill(bystander, signal.SIGKILL)
+        return 0 if (first, second, spared) == (True, False, True) else 1
+
+    children = group_of(body)
+    children.wait(Ending())
+    assert not children.failed
+    assert not psutil.pid_exists(int(file.read_text()))
 
 
 def test_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.config.schema import Activation, ModelConfig, Normalization, PositionEmbedding, Recompute
+from megatron_lite.config.schema import ModelConfig, PositionEmbedding, Recompute
 from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
@@ -16,23 +16,19 @@ from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
+from tests import tiny_models
 
 VOCAB_SIZE = 60
 INPUTS = (Field("tokens", 16),)
-GPT2 = ModelConfig(
-    num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16, vocab_pad_multiple=32
-)
-LLAMA = replace(
-    GPT2,
-    num_query_groups=2,
-    normalization=Normalization.rmsnorm,
-    activation=Activation.swiglu,
-    position_embedding=PositionEmbedding.rotary,
-    attention_bias=False,
-    mlp_bias=False,
-    tie_embeddings=False,
-)
-DROPOUT = {"embedding_dropout": 0.2, "attention_dropout": 0.3, "hidden_dropout": 0.1}
+GPT2 = replace(tiny_models.GPT2, max_position_embeddings=16, vocab_pad_multiple=32)
+LLAMA = replace(tiny_models.LLAMA, num_query_groups=2, max_position_embeddings=16, vocab_pad_multiple=32)
+DROPOUT = {
+    "embedding_dropout": 0.2,
+    "attention_dropout": 0.3,
+    "hidden_dropout": 0.1,
+    "ffn_dropout": 0.2,
+    "final_dropout": 0.1,
+}
 
 
 def _model(

@@ -34,7 +34,13 @@ from tests.tiny_models import (
 )
 
 VOCAB_SIZE = 60
-DROPOUT = {"embedding_dropout": 0.2, "attention_dropout": 0.3, "hidden_dropout": 0.1}
+DROPOUT = {
+    "embedding_dropout": 0.2,
+    "attention_dropout": 0.3,
+    "hidden_dropout": 0.1,
+    "ffn_dropout": 0.2,
+    "final_dropout": 0.1,
+}
 PREFIX = Field("prefix_lengths")
 
 

@@ -51,16 +51,9 @@ def test_a_prefix_is_seen_from_everywhere():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_bias_is_kept_where_a_key_is_seen(causal: bool):
+def test_a_bias_is_a_mask_already(causal: bool):
     bias = torch.randn(1, 2, LENGTH, LENGTH)
-    mask = _mask(Visibility(SOME, SOME if causal else None, bias), causal=causal)
-    seen = _written_out(lambda b, i, j: (j <= i or j < SOME[b]) if causal else j < SOME[b]).expand_as(mask)
-    assert torch.equal(mask, torch.where(seen, bias, -torch.inf))
-
-
-def test_a_bias_alone_is_the_mask_of_an_encoder():
-    bias = torch.randn(1, 2, LENGTH, LENGTH)
-    assert self_attention_mask(LENGTH, Visibility(position_bias=bias), causal=False) is bias
+    assert self_attention_mask(LENGTH, Visibility(SOME, None, bias), causal=causal) is bias
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])

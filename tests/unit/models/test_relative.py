@@ -39,12 +39,13 @@ def _bias(causal: bool, dtype: torch.dtype = torch.float32) -> RelativeBias:
 
 
 def _written_out(weight: Tensor, length: int, causal: bool) -> Tensor:
-    """[1, n, s, s] entry by entry."""
+    """[1, n, s, s] entry by entry; a causal stack sees no key behind the query."""
     positions = torch.arange(length)
     buckets = T5Attention._relative_position_bucket(
         positions[None] - positions[:, None], bidirectional=not causal, num_buckets=16, max_distance=20
     )
-    return F.embedding(buckets, weight).permute(2, 0, 1)[None]
+    bias = F.embedding(buckets, weight).permute(2, 0, 1)[None]
+    return bias.masked_fill(positions > positions[:, None], -torch.inf) if causal else bias
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])
@@ -59,6 +60,17 @@ def test_the_bias_and_its_gradient_are_those_of_an_embedding(causal: bool, lengt
     out.backward(upstream)
     expected.backward(upstream.double())
     torch.testing.assert_close(bias.weight.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_seen_in_no_encoder():
+    lengths = torch.tensor([6, 2, 1])
+    whole, padded = _bias(causal=False)(6), _bias(causal=False)(6, lengths)
+    assert padded.shape == (3, 4, 6, 6)
+    for sample, length in enumerate(lengths.tolist()):
+        assert torch.equal(padded[sample, ..., :length], whole[0, ..., :length])
+        assert (padded[sample, ..., length:] == -torch.inf).all()
+    causal = _bias(causal=True)
+    assert torch.equal(causal(6, lengths), causal(6)), "there it lies behind everything that counts"
 
 
 def test_in_bf16_the_gradient_is_summed_in_fp32():

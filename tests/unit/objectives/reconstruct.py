@@ -20,6 +20,7 @@ from tests.unit.objectives.samples import (
 )
 
 Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 def next_token(example: Example) -> list[int]:
@@ -34,23 +35,38 @@ def masked(example: Example) -> list[int]:
     return np.where(example.loss_weights > 0, example.labels, example.inputs[0]).tolist()
 
 
-def spans(tokens: Ids, labels: Ids) -> list[int]:
-    """span_corruption and ul2: every sentinel of the input gives way to what follows it in the target."""
-    read, target = tokens.tolist(), labels.tolist()
-    if MODE_R <= read[0] <= MODE_X:
-        read = read[1:]
-    assert read.pop() == EOD
-    assert target.pop() == EOD
-    pieces: dict[int, list[int]] = {}
-    for token in target:
-        if token in SENTINELS:
-            assert token not in pieces
-            current = pieces[token] = []
-        else:
-            current.append(token)
-    assert all(pieces.values())
-    assert [token for token in read if token in SENTINELS] == list(pieces) == list(SENTINELS[: len(pieces)])
-    return [token for place in read for token in pieces.get(place, [place])]
+def spans(tokens: Ids, labels: Ids) -> Ids:
+    """span_corruption and ul2: every sentinel of the input gives way to what follows it in the target.
+
+    Of many samples at once: [n, s] and [n, d] -> [n, s + d], with padding behind each text.
+    """
+    (pieces, is_kept), (spans, is_taken) = _between_sentinels(tokens), _between_sentinels(labels)
+    assert np.array_equal(pieces[:, -1], spans[:, -1])
+    assert (labels[:, 0] == SENTINELS[0]).all()
+    assert is_taken[:, 1:][_is_sentinel(labels)[:, :-1]].all()  # no span is empty
+    both, places = np.hstack([tokens, labels]), np.hstack([2 * pieces, 2 * spans - 1])
+    return _arranged(both, places, np.hstack([is_kept, is_taken]))
+
+
+def _between_sentinels(part: Ids) -> tuple[Ids, Flags]:
+    """Of an input or a target [n, m]: the sentinels up to each place, and which tokens are of the text."""
+    is_sentinel = _is_sentinel(part)
+    count = np.cumsum(is_sentinel, axis=1)
+    assert np.array_equal(part[is_sentinel], SENTINELS[0] - 1 + count[is_sentinel])
+    end = (part != PAD).sum(1, keepdims=True) - 1
+    assert (np.take_along_axis(part, end, axis=1) == EOD).all()
+    is_mode = (part >= MODE_R) & (part <= MODE_X)
+    return count, (np.arange(part.shape[1]) < end) & ~is_sentinel & ~is_mode
+
+
+def _is_sentinel(part: Ids) -> Flags:
+    return (part >= SENTINELS[0]) & (part <= SENTINELS[-1])
+
+
+def _arranged(tokens: Ids, places: Ids, stays: Flags) -> Ids:
+    """[n, m]: each row's tokens that stay, by their places and where these are equal as before; then padding."""
+    order = np.argsort(np.where(stays, places, np.iinfo(np.int16).max).astype(np.int16), axis=1, kind="stable")
+    return np.take_along_axis(np.where(stays, tokens, PAD), order, axis=1)
 
 
 def unpadded(example: Example) -> tuple[Ids, Ids]:
@@ -88,3 +104,11 @@ def _document_in_order(tokens: list[int]) -> list[int]:
     at_suffix, at_middle = tokens.index(FIM_SUFFIX), tokens.index(FIM_MIDDLE)
     prefix, suffix, behind = tokens[1:at_suffix], tokens[at_suffix + 1 : at_middle], tokens[at_middle + 1 :]
     return prefix + behind + suffix  # of SPM `prefix` is empty, and `behind` holds prefix and middle
+
+
+def one_document(windows: Ids) -> Ids:
+    """fill_in_the_middle: windows [n, s + 1] of one rearranged document each, with its parts where they were."""
+    at_suffix, at_middle = (np.argmax(windows == token, axis=1)[:, None] for token in (FIM_SUFFIX, FIM_MIDDLE))
+    at = np.arange(windows.shape[1])
+    places = np.select([at < at_suffix, at > at_middle], [0, 1], 2)  # prefix, middle (in SPM both behind), suffix
+    return _arranged(windows, places, (windows < FIM_PREFIX) | (windows > FIM_MIDDLE))

@@ -66,23 +66,25 @@ def random_text(rng: np.random.Generator, objective: Objective, end_rate: float 
 
 
 class Samples(NamedTuple):
-    """Many samples of one objective; the first dimension is the sample."""
+    """Many samples of one objective; the first dimension is the sample. Two bytes a token: there are many."""
 
-    inputs: dict[str, npt.NDArray[np.int64]]
-    labels: npt.NDArray[np.int64]
+    inputs: dict[str, npt.NDArray[np.int16]]
+    labels: npt.NDArray[np.int16]
     weights: npt.NDArray[np.float32]
 
 
-def many(objective: Objective, text: Text, count: int = SAMPLES, first_key: int = 0) -> Samples:
-    """What the same text becomes under `count` keys."""
-    examples = [objective.example(text, key) for key in range(first_key, first_key + count)]
-    columns = zip(*(example.inputs for example in examples), strict=True)
-    inputs = {field.name: np.array(column) for field, column in zip(objective.inputs, columns, strict=True)}
-    return Samples(
-        inputs,
-        np.array([example.labels for example in examples]),
-        np.array([example.loss_weights for example in examples]),
-    )
+def many(objective: Objective, text: Text, count: int = SAMPLES) -> Samples:
+    """What the same text becomes under the keys 0 ... count - 1."""
+    fields = objective.inputs
+    inputs = [np.empty((count, *([] if field.length is None else [field.length])), np.int16) for field in fields]
+    labels = np.empty((count, objective.label_length), np.int16)
+    weights = np.empty(labels.shape, np.float32)
+    for key in range(count):
+        example = objective.example(text, key)
+        for column, value in zip(inputs, example.inputs, strict=True):
+            column[key] = value
+        labels[key], weights[key] = example.labels, example.loss_weights
+    return Samples({field.name: column for field, column in zip(fields, inputs, strict=True)}, labels, weights)
 
 
 def close_to_rate(successes: int, trials: int, rate: float) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.objectives.base import Text
+from megatron_lite.objectives.draws import poisson_table
 from tests.unit.objectives import reconstruct
 from tests.unit.objectives.samples import (
     CLS,
@@ -17,6 +18,7 @@ from tests.unit.objectives.samples import (
     FIRST,
     MASK,
     PAD,
+    SAMPLES,
     SEP,
     counting,
     fits,
@@ -60,34 +62,43 @@ def test_without_shuffling_masks_stand_where_tokens_are_missing(length: int, key
         following, masks = token + 1, 0
 
 
-def test_infilling_rate_and_spans() -> None:
-    """60 tokens: exactly 18 of them (0.3) are covered; the spans are those of Poisson(3), drawn here by numpy."""
-    samples = many(objective_of("bart_denoising", 62, permute_sentences=False), Text(counting(60)))
+def test_infilling_rate_and_spans_at_full_length() -> None:
+    """510 tokens: exactly 153 of them (0.3) are covered, in as many spans as Poisson(3) needs for that."""
+    objective, text = objective_of("bart_denoising", 512, permute_sentences=False), Text(counting(510))
+    masks, kept = np.empty(SAMPLES, np.int64), np.empty(SAMPLES, np.int64)
+    for key in range(SAMPLES):
+        example = objective.example(text, key)
+        masks[key] = np.count_nonzero(example.inputs[0] == MASK)
+        kept[key] = np.count_nonzero(example.inputs[0] >= FIRST)
+        assert np.array_equal(example.labels[1:-1], text.tokens)
+    assert (kept == 357).all()
+    assert fits(np.bincount(masks.clip(38, 66), minlength=67)[38:], span_count_chances(153, 38, 66))
+    assert abs(153 / masks.mean() - 3) < 0.05  # the last span is cut, hence a bit below 3
+
+
+def span_count_chances(covered: int, fewest: int, most: int) -> np.ndarray:
+    """Of `fewest` or fewer, ..., `most` or more Poisson(3) spans until `covered` tokens are.
+
+    The sum of k of them is Poisson(3 k): there are more than k spans where that is below `covered`.
+    """
+    more_than = [poisson_table(3.0 * k)[covered - 1] for k in range(fewest, most)]
+    return -np.diff([1.0, *more_than, 0.0])
+
+
+def test_spans_of_a_short_text_are_spread_evenly() -> None:
+    """By symmetry a place is covered as often as its mirror image, and inner places at nearly the rate itself."""
+    samples = many(objective_of("bart_denoising", 62, permute_sentences=False), Text(counting(60)), 20_000)
     tokens, lengths = samples.inputs["tokens"], samples.inputs["lengths"]
-    assert ((tokens >= FIRST).sum(1) == 42).all()
+    kept = tokens[tokens >= FIRST].reshape(-1, 42)
+    assert (np.diff(kept) > 0).all()
     masks = (tokens == MASK).sum(1)
     assert np.array_equal(lengths, 42 + masks + 2)
     assert np.array_equal((tokens == PAD).sum(1), 62 - lengths)
     assert (np.count_nonzero(samples.weights, axis=1) == 62).all()
-    drawn = np.random.default_rng(0).poisson(3, (200_000, 40))
-    expected = 1 + (drawn.cumsum(1) < 18).sum(1)
-    chances = np.bincount(expected.clip(3, 13), minlength=14)[3:] / len(expected)
-    assert fits(np.bincount(masks.clip(3, 13), minlength=14)[3:], chances)
-    assert abs(18 / masks.mean() / 3 - 1) < 0.1  # the last span is cut, hence a bit below 3
-
-
-def test_spans_are_spread_evenly() -> None:
-    """By symmetry a place is covered as often as its mirror image, and inner places at nearly the rate itself."""
-    samples = many(objective_of("bart_denoising", 62, permute_sentences=False), Text(counting(60)), 20_000)
-    tokens = samples.inputs["tokens"]
-    covered = 1 - np.bincount(tokens[tokens >= FIRST] - FIRST, minlength=60) / len(tokens)
+    assert fits(np.bincount(masks.clip(3, 13), minlength=14)[3:], span_count_chances(18, 3, 13))
+    covered = 1 - np.bincount(kept.ravel() - FIRST, minlength=60) / len(kept)
     assert np.abs(covered - covered[::-1]).max() < 0.02
     assert np.abs(covered[10:50] - 0.3).max() < 0.03
-
-
-def test_poisson_mean_at_full_length() -> None:
-    samples = many(objective_of("bart_denoising", 512, permute_sentences=False), Text(counting(510)), 2000)
-    assert abs(153 / (samples.inputs["tokens"] == MASK).sum(1).mean() - 3) < 0.05
 
 
 def test_sentences_are_in_any_order_and_documents_stay() -> None:

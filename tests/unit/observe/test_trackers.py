@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import stat
-import struct
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2
 
 from megatron_lite.config.schema import RunConfig, WandbMode
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.metrics import read_metrics
 from megatron_lite.observe.trackers import Trackers, build_trackers, numbers
+from megatron_lite.observe.wandb_record import history
 from megatron_lite.observe.wandb_tracker import WandbTracker, has_api_key, resolve_mode, run_id, without_secrets
 
 
@@ -98,26 +97,69 @@ def test_tensorboard_hides_replayed_steps(tmp_path: Path) -> None:
     assert events.Scalars("evaluation/validation_loss")[-1].step == 6
 
 
-def test_wandb_resumes_one_run_and_keeps_replayed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_resumes_one_run_and_logs_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = RunConfig()
     config.tracking.wandb = WandbMode.offline
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    rows = []
     for resume_step, steps in ((0, range(1, 4)), (1, range(2, 5))):
         trackers = build_trackers(config, run_dir, True, resume_step=resume_step)
+        trackers.event("resume", resume_step, {"world_size": 8})
         for step in steps:
             trackers.log(step, {"loss": 10.0 * step})
+        trackers.event("evaluation", 3, {"validation_loss": 2.0})
         trackers.finish({"loss": 1.0})
         wandb.teardown()  # the next attempt is another process
-    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2
-    for folder in folders:
-        assert folder.name.endswith(run_id(run_dir))
-        rows.append(_wandb_history(next(folder.glob("*.wandb"))))
-    assert rows == [[(1, 10.0), (2, 20.0), (3, 30.0)], [(2, 20.0), (3, 30.0), (4, 40.0)]]
+        time.sleep(1.0)  # wandb names the folder of an attempt by its second
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2
+    rows = list(history(run_dir, run_id(run_dir)))
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
+        (1, 10.0),
+        (2, 20.0),
+        (3, 30.0),
+        (4, 40.0),
+    ]
+    assert [row["step"] for row in rows if "evaluation/validation_loss" in row] == [3]
+    assert [row["step"] for row in rows if "resume/world_size" in row] == [0, 1]
+
+
+def test_wandb_is_told_late_what_its_record_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that ends a job kills wandb's own process as well, with what it had not written yet."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = RunConfig()
+    for attempt, mode in enumerate((WandbMode.disabled, WandbMode.offline, WandbMode.offline)):
+        config.tracking.wandb = mode
+        trackers = build_trackers(config, tmp_path, True, resume_step=3 * attempt)
+        for step in range(3 * attempt + 1, 3 * attempt + 4):
+            trackers.log(step, {"loss": 10.0 * step})
+        trackers.event("evaluation", 3, {"validation_loss": 2.0})
+        trackers.finish({})
+        wandb.teardown()
+        time.sleep(1.0)  # wandb names the folder of an attempt by its second
+    rows = list(history(tmp_path, run_id(tmp_path)))
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
+        (step, 10.0 * step) for step in range(1, 10)
+    ]
+    assert [row["step"] for row in rows if "evaluation/validation_loss" in row] == [3]
+
+
+def test_a_record_that_was_cut_short_is_read_up_to_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = WandbTracker(tmp_path, mode="offline", project="p", name="n", config={})
+    for step in range(1, 2000):
+        tracker.log(step, {"loss": 1.0})
+    tracker.finish({})
+    wandb.teardown()
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    whole = log.read_bytes()
+    assert [row["step"] for row in history(tmp_path, run_id(tmp_path))] == list(range(1, 2000))
+    log.write_bytes(whole[: len(whole) // 2])
+    steps = [row["step"] for row in history(tmp_path, run_id(tmp_path))]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 500 < len(steps) < 1500
 
 
 def test_without_a_network_wandb_goes_offline_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,33 +186,6 @@ def test_without_a_network_wandb_goes_offline_and_says_so(tmp_path: Path, monkey
     assert started == [("online", "allow", identity), ("offline", None, identity)]
     assert lines[0].startswith("wandb is not available (no route to host)")
     assert "k" * 40 not in "".join(lines)
-
-
-def _wandb_history(path: Path) -> list[tuple[int, float]]:
-    """Step and loss of each history row in wandb's own transaction log."""
-    rows = []
-    for data in _wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append((row["step"], row["train/loss"]))
-    return rows
-
-
-def _wandb_records(log: bytes) -> Iterator[bytes]:
-    """LevelDB's log format: blocks of 32 KiB; in them chunks of checksum (4), length (2), kind (1) and data."""
-    position, record = 7, b""  # behind the file's own header
-    while position < len(log):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", log, position + 4)
-        record += log[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield record
-            record = b""
 
 
 @pytest.mark.parametrize(

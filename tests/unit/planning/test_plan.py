@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import processes_per_node, resolve, topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.planning.memory import model_states
+from megatron_lite.planning.placement import placement_warnings
 from megatron_lite.planning.plan import describe
+
+NODES = ("launcher=torchrun", "launcher.master_address=n0")
 
 
 def config_of(*words: str, script: str = "pretrain_gpt") -> RunConfig:
@@ -48,6 +51,51 @@ def test_rank_grid_names_every_rank_at_its_place() -> None:
         "    dp0       4     5\n"
         "    dp1       6     7"
     )
+
+
+def test_rank_grid_names_the_node_of_every_tensor_parallel_group() -> None:
+    text = describe(config_of("parallel=dp2_tp2_pp2", *NODES, "launcher.nodes=4"), 8000)
+    assert rows(text)["nodes"] == "4 of 2 ranks each"
+    assert "warning" not in text
+    assert text.endswith(
+        "  pp1      tp0   tp1\n"
+        "    dp0       4     5   node 2\n"
+        "    dp1       6     7   node 3"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (
+            ["parallel=dp1_tp4_pp2", "launcher.nodes=4"],
+            "parallel.tensor_parallel_size=4 crosses nodes of launcher.processes_per_node=2: the all-reduces of every "
+            "layer go over the network; use parallel.tensor_parallel_size=2 with parallel.pipeline_parallel_size=4, or "
+            "a launcher.processes_per_node that 4 divides",
+        ),
+        (
+            ["parallel=dp1_tp4_pp4", "launcher.nodes=8"],  # 8 stages would be more than the 4 layers
+            "parallel.tensor_parallel_size=4 crosses nodes of launcher.processes_per_node=2: the all-reduces of every "
+            "layer go over the network; use parallel.tensor_parallel_size=2, or a launcher.processes_per_node that 4 "
+            "divides",
+        ),
+        (["parallel=dp2_tp4_pp1", "launcher.nodes=2"], None),
+        (["parallel=dp2_tp4_pp1", "launcher.nodes=1"], None),
+        (["parallel=dp4_tp1_pp2", "launcher.nodes=2"], None),  # replicas and stages may cross nodes
+    ],
+)
+def test_tensor_parallel_group_that_crosses_nodes_is_warned_of(words: list[str], warning: str | None) -> None:
+    config = config_of(*NODES, *words)
+    here = processes_per_node(config)
+    crosses = any(len({rank // here for rank in group}) > 1 for group in topology(config).tensor_groups())
+    assert crosses is (warning is not None), "the case itself"
+    assert placement_warnings(config) == ([warning] if warning else [])
+    assert describe(config, 8000).count("warning: ") == int(crosses)
+
+
+def test_large_grid_on_nodes_is_abbreviated() -> None:
+    text = describe(config_of("experiment=gpt3_175b", *NODES, "launcher.nodes=384"), 50257)
+    assert "  pp63  ranks 3024 to 3071: dp0-5, tp0-7   nodes 378-383" in text
 
 
 def test_large_grid_is_abbreviated() -> None:

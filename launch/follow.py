@@ -1,0 +1,235 @@
+"""`python -m launch status|logs|cancel|requeue RUN_FOLDER`: what has become of a run, here or on a cluster."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.messages import tail
+from launch.preparation import LOCK_FILE
+from launch.slurm import records, scheduler
+from launch.slurm.launcher import live_jobs, submit
+from megatron_lite.config.frozen import load_frozen
+from megatron_lite.errors import EXIT_OK, ConfigError, LaunchError, RunEnd
+from megatron_lite.observe.markers import ask_to_stop, read_marker
+from megatron_lite.observe.metrics import METRICS_FILE
+
+FOLLOW_FLAG = "--follow"
+POLL_SECONDS = 1.0
+IN_WORDS = {
+    RunEnd.DONE: "done",
+    RunEnd.FAILED: "failed",
+    RunEnd.CONFIG_ERROR: "ended by an error that a setting, a file or the machine has to mend",
+    RunEnd.PREEMPTED: "asked to stop; it has saved and can go on",
+    RunEnd.DIVERGED: "diverged",
+    RunEnd.OUT_OF_DATA: "out of data",
+    RunEnd.OUT_OF_MEMORY: "out of memory",
+    RunEnd.HUNG: "hung",
+}
+
+
+def main(argv: list[str]) -> int:
+    """One of COMMANDS and its words; returns the exit code.
+
+    Raises:
+        ConfigError: no run folder, or another word that has no meaning here.
+        LaunchError: there is nothing to cancel or to requeue, or no Slurm to ask.
+    """
+    command, words = argv[0], argv[1:]
+    flags = [word for word in words if word.startswith("-")]
+    folders = [word for word in words if not word.startswith("-")]
+    if command != "logs" and FOLLOW_FLAG in flags:
+        raise ConfigError(f"{FOLLOW_FLAG} belongs to `python -m launch logs`; leave it out")
+    unknown = [flag for flag in flags if flag not in (FOLLOW_FLAG, "--debug")]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is not an option of `python -m launch {command}`; leave it out")
+    if len(folders) != 1:
+        raise ConfigError(f"`python -m launch {command}` needs one run folder, not {len(folders)}; write runs/NAME")
+    run_dir = _run_folder(folders[0])
+    if FOLLOW_FLAG in flags:
+        return follow_logs(run_dir)
+    return COMMANDS[command](run_dir)
+
+
+def _run_folder(word: str) -> Path:
+    path = Path(word)
+    if not path.is_dir():
+        raise ConfigError(f"{word} is no folder; give the run folder that the launcher has named")
+    if not any(path.glob("config-*.yaml")):
+        raise ConfigError(f"{word} holds no run: there is no config-*.yaml in it; give a run folder")
+    return path.absolute()
+
+
+def status(run_dir: Path) -> int:
+    for name, text in _status(run_dir):
+        print(f"{name:<12}{text}")
+    return EXIT_OK
+
+
+def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
+    yield "run folder", str(run_dir)
+    process = _process_of_this_machine(run_dir)
+    jobs = _known_jobs(run_dir)
+    running = process is not None or any(job.state == "RUNNING" for job in jobs or [])
+    yield "state", "running" if running else _end_in_words(run_dir)
+    yield "progress", _progress(run_dir)
+    if process is not None:
+        yield "process", f"{process} of this machine"
+    if jobs is None:
+        yield "jobs", "no slurm answers on this machine"
+    for job in jobs or []:
+        restarts = max((entry["restart"] for entry in records.attempts(run_dir, "begin", job.number)), default=0)
+        where = f"on {job.nodes}" if job.nodes else f"({job.reason})"
+        yield "job", f"{job.number}: {job.state} {where}; restarts: {restarts}"
+    ends = records.attempts(run_dir, "end")
+    if ends:
+        yield "last end", f"job {ends[-1]['job']}: {ends[-1]['reason']}"
+    step = records.newest_checkpoint(run_dir)
+    yield "checkpoint", "none" if step is None else f"step {step}"
+
+
+def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
+    """Of the latest submission; None = nobody here to ask."""
+    submissions = records.submissions(run_dir)
+    if not submissions:
+        return []
+    return scheduler.jobs(submissions[-1]) if scheduler.answers() else None
+
+
+def _process_of_this_machine(run_dir: Path) -> str | None:
+    """The launcher that holds the run folder's lock; None = there is none here."""
+    try:
+        with (run_dir / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return (run_dir / LOCK_FILE).read_text().partition("\n")[0]
+    return None
+
+
+def _end_in_words(run_dir: Path) -> str:
+    marker = read_marker(run_dir)
+    if marker is None:
+        return "not running; no attempt has left word of its end"
+    step = "" if marker.step is None else f" at step {marker.step}"
+    message = " ".join(marker.message.split())
+    return f"{marker.end.name}{step}: {IN_WORDS[marker.end]}" + (f" ({message})" if message else "")
+
+
+def _progress(run_dir: Path) -> str:
+    frozen = max(run_dir.glob("config-*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    steps, last = load_frozen(frozen).train.steps, _last_metrics(run_dir)
+    if last is None:
+        return f"step 0 of {steps}"
+    loss, speed = last.get("loss"), last.get("tokens_per_second")
+    text = f"step {last['step']} of {steps}"
+    text += "" if loss is None else f", loss {float(loss):.4g}"
+    return text + ("" if speed is None else f", {float(speed):,.0f} tokens/s")
+
+
+def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl."""
+    for line in reversed(tail(run_dir / METRICS_FILE, lines=2)):  # the very last may be half written
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None
+
+
+def logs(run_dir: Path) -> int:
+    paths = [path for path in (_job_log(run_dir), _telling_rank_log(run_dir)) if path is not None]
+    if not paths:
+        raise LaunchError(f"{run_dir} has no logs: no rank has started yet; see `python -m launch status`")
+    for path in paths:
+        print(f"== {path}")
+        print("\n".join(tail(path, lines=40)))
+    return EXIT_OK
+
+
+def _job_log(run_dir: Path) -> Path | None:
+    """The log of the newest job that has begun."""
+    found = (run_dir / "logs").glob("slurm-*.out")
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _telling_rank_log(run_dir: Path) -> Path | None:
+    """The log of the rank that the marker names, or else of rank 0."""
+    marker = read_marker(run_dir)
+    named = re.search(r"\brank (\d+)", marker.message) if marker is not None else None
+    path = run_dir / "logs" / f"rank-{named[1] if named else 0}.log"
+    return path if path.exists() else None
+
+
+def follow_logs(run_dir: Path) -> int:
+    """Print what the job writes, and the jobs after it, until none waits or runs; Ctrl-C ends it sooner."""
+    path, position = None, 0
+    while True:
+        alive = _process_of_this_machine(run_dir) is not None or bool(live_jobs(run_dir))
+        newest = _job_log(run_dir) or _telling_rank_log(run_dir)
+        if newest is not None:
+            path, position = newest, position if newest == path else 0
+            position += _print_from(path, position)
+        if not alive:
+            return EXIT_OK
+        time.sleep(POLL_SECONDS)
+
+
+def _print_from(path: Path, position: int) -> int:
+    """Print what stands in a file from this byte on; returns its length in bytes."""
+    with path.open("rb") as file:
+        file.seek(position)
+        new = file.read()
+    sys.stdout.write(new.decode(errors="replace"))
+    sys.stdout.flush()
+    return len(new)
+
+
+def cancel(run_dir: Path) -> int:
+    jobs = [job.number for job in live_jobs(run_dir)]
+    if jobs:
+        scheduler.cancel(jobs)
+        print(f"cancelled job {', '.join(map(str, jobs))}; {_how_to_go_on(run_dir)}")
+        return EXIT_OK
+    process = _process_of_this_machine(run_dir)
+    if process is None:
+        raise LaunchError(f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status")
+    ask_to_stop(run_dir, "`python -m launch cancel`")
+    print(f"asked process {process} and its ranks to save and to stop")
+    return EXIT_OK
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    return f"`python -m launch requeue {shlex.quote(str(run_dir))}` goes on with the run"
+
+
+def requeue(run_dir: Path) -> int:
+    if not (run_dir / records.SCRIPT_FILE).exists():
+        raise LaunchError(
+            f"{run_dir} has no {records.SCRIPT_FILE}: launcher=slurm has not submitted it; start it as before, and it "
+            "goes on from its newest checkpoint"
+        )
+    marker = read_marker(run_dir)
+    if marker is not None and marker.end is RunEnd.DONE:
+        raise LaunchError(f"{run_dir} is done at step {marker.step}; to go on, submit it with more train.steps")
+    jobs = live_jobs(run_dir)
+    running = [job.number for job in jobs if job.state == "RUNNING"]
+    if running:
+        scheduler.requeue(running[0])
+        print(f"job {running[0]} goes back into the queue, and on from its newest checkpoint")
+    elif jobs:
+        raise LaunchError(f"job {jobs[0].number} of {run_dir} is {jobs[0].state} already; wait for it, or cancel it")
+    else:
+        submit(run_dir, links=1)
+    return EXIT_OK
+
+
+COMMANDS: dict[str, Callable[[Path], int]] = {"status": status, "logs": logs, "cancel": cancel, "requeue": requeue}

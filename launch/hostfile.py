@@ -1,0 +1,90 @@
+"""deepspeed's hostfile: a line `HOST slots=N` for each machine, in the order of their ranks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
+
+LINE = re.compile(r"([\w.:-]+)\s+slots=(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    slots: int
+    """Ranks on this machine."""
+
+
+def read_hostfile(path: Path | str) -> list[Host]:
+    """The hosts of a file; empty lines and those that begin with # say nothing.
+
+    Raises:
+        ConfigError: with every line that is wrong.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text"
+        raise ConfigError(
+            f"launcher.hostfile={path} cannot be read ({reason}); give a file of lines `HOST slots=N`"
+        ) from error
+    hosts: list[Host] = []
+    problems: list[str] = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        host = Host(match[1], int(match[2])) if match else None
+        problem = _problem(line, host, hosts)
+        if problem:
+            problems.append(f"launcher.hostfile={path} line {number}: {problem}")
+        elif host is not None:
+            hosts.append(host)
+    if not hosts and not problems:
+        problems.append(f"launcher.hostfile={path} names no host; write lines `HOST slots=N`")
+    if problems:
+        raise ConfigError(problems)
+    return hosts
+
+
+def _problem(line: str, host: Host | None, above: list[Host]) -> str | None:
+    """What is wrong with a line, by itself or beside those above it."""
+    if host is None or host.slots == 0:
+        return f"{line!r} is not `HOST slots=N` with N of at least 1; write it like `node1 slots=8`"
+    if host.name in [other.name for other in above]:
+        return f"{host.name} stands above already; give each host one line, with all its slots"
+    if above and host.slots != above[0].slots:
+        return (
+            f"{host.name} has slots={host.slots}, {above[0].name} has slots={above[0].slots}; give every host the same "
+            "number"
+        )
+    return None
+
+
+def with_hosts(config: RunConfig) -> RunConfig:
+    """The configuration with the nodes and the processes per node that its hostfile, if it has one, says.
+
+    Raises:
+        ConfigError: the file is wrong, or a setting says otherwise.
+    """
+    launcher = config.launcher
+    if launcher.hostfile is None:
+        return config
+    hosts = read_hostfile(launcher.hostfile)
+    nodes, slots = len(hosts), hosts[0].slots
+    problems = [
+        f"launcher.{key}={given}, but {launcher.hostfile} has {what}; leave launcher.{key} out, or change the file"
+        for key, given, found, what in (
+            ("nodes", launcher.nodes if launcher.nodes != 1 else nodes, nodes, f"{nodes} hosts"),
+            ("processes_per_node", launcher.processes_per_node, slots, f"slots={slots}"),
+            ("num_processes", launcher.num_processes, nodes * slots, f"{nodes} hosts x {slots} slots"),
+        )
+        if given is not None and given != found
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return replace(config, launcher=replace(launcher, nodes=nodes, processes_per_node=slots))

@@ -1,0 +1,48 @@
+"""Several machines: which one this is, and where they meet."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+
+from megatron_lite.errors import LaunchError
+
+NODE_RANK_VARIABLES = ("NODE_RANK", "GROUP_RANK")
+"""Where schedulers (Kubernetes' PyTorchJob, cloud services) say which of its nodes a job's process is on."""
+NODES_PORT = 29500
+"""Where several nodes meet unless told otherwise: a free port of one machine is not known to the others."""
+
+
+def own_node_rank(asked: int | None, nodes: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The rank of this machine among the nodes.
+
+    Args:
+        asked: launcher.node_rank, which goes before the environment.
+    Raises:
+        LaunchError: neither says it, or the environment says something else than a rank.
+    """
+    if asked is not None:
+        return asked
+    name = next((name for name in NODE_RANK_VARIABLES if name in environment), None)
+    if name is None:
+        raise LaunchError(
+            f"launcher.node_rank=null does not say which of launcher.nodes={nodes} this machine is; give "
+            f"launcher.node_rank=0 to {nodes - 1}, or {NODE_RANK_VARIABLES[0]} in the environment, or use "
+            "launcher.rendezvous=c10d with launcher=torchrun"
+        )
+    value = environment[name]
+    if not (value.isascii() and value.isdigit() and int(value) < nodes):
+        raise LaunchError(
+            f"{name}={value!r} in the environment is not among the ranks of launcher.nodes={nodes}, 0 to {nodes - 1}; "
+            "correct it, or give launcher.node_rank"
+        )
+    return int(value)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address leads back to the machine that uses it; no name is looked up."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

@@ -1,0 +1,109 @@
+"""The text of a batch job: values of the configuration, quoted, in the places that `job.sh.j2` leaves for them.
+
+The settings of the run itself never pass a shell: the ranks read them from the frozen file.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from launch.machine import PORTS
+from megatron_lite.config.derived import processes_per_node
+from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
+from megatron_lite.config.schema import RunConfig
+
+TEMPLATE = Path(__file__).with_name("job.sh.j2")
+TORCHRUN = ("-m", "torch.distributed.run")  # what `torchrun` runs, whatever the PATH holds
+# A port that differs between jobs that share a node, and between a job's attempts should one be taken.
+PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0}}) % {len(PORTS)}))"
+
+
+def batch_script(
+    config: RunConfig,
+    run_dir: Path,
+    environment: dict[str, str],
+    rank_argv: Sequence[str],
+    torchrun: Sequence[str] | None = None,
+) -> str:
+    """The script that `sbatch` takes.
+
+    Args:
+        config: resolved and valid.
+        run_dir: absolute.
+        environment: of every rank.
+        rank_argv: script and arguments of a rank, without the interpreter.
+        torchrun: the program that starts the ranks of one node; None = this interpreter's, or that of the container.
+    """
+    launcher = config.launcher
+    python = "python3" if launcher.container is not None else sys.executable
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    jinja.filters["quote"] = shlex.quote
+    return jinja.from_string(TEMPLATE.read_text()).render(
+        options=batch_options(config, run_dir),
+        run_dir=str(run_dir),
+        cwd=str(Path.cwd()),
+        repository=str(TEMPLATE.parents[2]),
+        python=sys.executable,
+        grace_seconds=math.ceil(launcher.grace_seconds),
+        modules=launcher.modules,
+        setup=launcher.setup,
+        environment=environment,
+        master_address=launcher.master_address,
+        master_port=PORT_OF_JOB if launcher.master_port is None else launcher.master_port,
+        srun_arguments=_srun_arguments(config),
+        node_command=_node_command(config, (python, *TORCHRUN) if torchrun is None else torchrun, rank_argv),
+        max_requeues=launcher.max_requeues,
+        max_stalled=launcher.max_stalled_requeues,
+    )
+
+
+def batch_options(config: RunConfig, run_dir: Path) -> list[str]:
+    """The options of the `#SBATCH` lines. sbatch reads quotes as a shell does, and `%` in a file's name as its own."""
+    launcher = config.launcher
+    warning = math.ceil(launcher.grace_seconds) + SECONDS_TO_CONCLUDE
+    options: dict[str, object] = {
+        "job-name": launcher.job_name or run_dir.name,
+        "nodes": launcher.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": processes_per_node(config) * launcher.threads_per_process,
+        "gres": None if launcher.gpus_per_node is None else f"gpu:{launcher.gpus_per_node}",
+        "time": launcher.time,
+        "partition": launcher.partition,
+        "account": launcher.account,
+        "qos": launcher.qos,
+        "output": str(run_dir / "logs").replace("%", "%%") + "/slurm-%j.out",
+        "open-mode": "append",
+        "signal": f"B:USR1@{warning}",
+        "dependency": "singleton" if launcher.chain > 1 else None,
+    }
+    lines = [shlex.quote(f"--{name}={value}") for name, value in options.items() if value is not None]
+    return [*lines, "--requeue", *map(shlex.quote, launcher.sbatch_options)]
+
+
+def _srun_arguments(config: RunConfig) -> list[str]:
+    """Explicit counts: srun would take those of the batch job over its own options otherwise.
+
+    When the tasks of one node have ended, those of the others have the grace to follow; then srun kills them.
+    """
+    launcher = config.launcher
+    arguments = [f"--nodes={launcher.nodes}", f"--ntasks={launcher.nodes}", "--ntasks-per-node=1"]
+    arguments.append(f"--wait={math.ceil(launcher.grace_seconds)}")
+    if launcher.container is not None:
+        arguments += [f"--container-image={launcher.container}", f"--container-workdir={Path.cwd()}"]
+    if launcher.container_mounts:
+        arguments.append(f"--container-mounts={','.join(launcher.container_mounts)}")
+    return [*arguments, *launcher.srun_arguments]
+
+
+def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
+    """What each node's shell runs: only there are its number and the master's address known."""
+    launcher = config.launcher
+    counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
+    place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
+    return f"exec {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

@@ -1,0 +1,117 @@
+"""What a job does when its ranks have ended: back into the queue, or the end. Pure: no files, no Slurm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_lite.errors import EXIT_FAILURE, RunEnd
+from megatron_lite.observe.markers import Marker
+
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+# Trying again would end the same way; somebody has to change something first.
+FINAL = frozenset({RunEnd.CONFIG_ERROR, RunEnd.DIVERGED, RunEnd.OUT_OF_DATA, RunEnd.OUT_OF_MEMORY})
+
+
+@dataclass(frozen=True)
+class Limits:
+    requeues: int
+    """launcher.max_requeues."""
+    stalled: int
+    """launcher.max_stalled_requeues."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended, and what the job has done before."""
+
+    marker: Marker | None
+    """None = the ranks were killed before they could say anything."""
+    code: int
+    """Exit code of srun: tells what no marker does."""
+    terminated: bool
+    """Slurm is ending the job: somebody cancelled it, or it goes back into the queue by itself."""
+    requeues: int
+    """Times that this job has already put itself back."""
+    stalled: int
+    """Of these, the last in a row that had left no newer checkpoint."""
+    advanced: bool
+    """The newest checkpoint is newer than when this attempt began."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    requeue: bool
+    exit_code: int
+    """Of the job where it is not requeued."""
+    reason: str
+    """In one line."""
+
+
+def decide(outcome: Outcome, limits: Limits) -> Verdict:
+    """Whether the job goes back into the queue."""
+    marker = outcome.marker
+    what, code = _told(marker, outcome.code)
+    if marker is not None and marker.end is RunEnd.DONE:
+        return Verdict(False, code, what)
+    if outcome.terminated:
+        return Verdict(False, EXIT_TERMINATED, f"{what}; not requeued from here: Slurm is ending the job itself")
+    if marker is not None and marker.end in FINAL:
+        return Verdict(False, code, f"{what}; not requeued: another attempt would end the same way")
+    if outcome.requeues >= limits.requeues:
+        return Verdict(False, code, f"{what}; not requeued: launcher.max_requeues={limits.requeues} is reached")
+    if not outcome.advanced and outcome.stalled >= limits.stalled:
+        return Verdict(
+            False,
+            code,
+            f"{what}; not requeued: {outcome.stalled + 1} attempts in a row have left no newer checkpoint "
+            f"(launcher.max_stalled_requeues={limits.stalled})",
+        )
+    return Verdict(True, code, f"{what}; requeued, {outcome.requeues + 1} of at most {limits.requeues}")
+
+
+def _told(marker: Marker | None, code: int) -> tuple[str, int]:
+    """What happened, in one line, and the exit code for it."""
+    if marker is None:
+        what = f"the ranks ended without a word (srun ended with {code}): killed, or their node was lost"
+        return what, code or EXIT_FAILURE
+    step = "" if marker.step is None else f" at step {marker.step}"
+    message = " ".join(marker.message.split())
+    return f"{marker.end.name}{step}" + (f": {message}" if message else ""), int(marker.end)
+
+
+def suspects(marker: Marker | None, reported: str | None, lost: Collection[str], nodes: Collection[str]) -> list[str]:
+    """The job's nodes that the next attempt should do without.
+
+    Args:
+        reported: the node that the report of a hang names, which may be a whole host name; None = it names none.
+        lost: nodes that Slurm has lost.
+        nodes: those of the job, by Slurm's names.
+    """
+    named = set(lost)
+    if marker is not None and marker.end is RunEnd.HUNG and reported is not None:
+        named |= {reported, reported.partition(".")[0]}
+    return [node for node in nodes if node in named]
+
+
+def to_exclude(
+    suspected: Collection[str], excluded: Collection[str], usable: Collection[str], needed: int
+) -> tuple[list[str], str | None]:
+    """All nodes that the requeued job must not get, or none, and why, where too few would be left.
+
+    Args:
+        suspected: those of this attempt.
+        excluded: those of earlier attempts.
+        usable: nodes of the partition that are up.
+        needed: nodes of the job.
+    """
+    if not suspected:
+        return [], None
+    names = ", ".join(suspected)
+    left = set(usable) - set(suspected) - set(excluded)
+    if len(left) < needed:
+        return (
+            [],
+            f"{names} not excluded: of its partition's nodes {len(left)} would be left, and the job needs {needed}",
+        )
+    return sorted({*suspected, *excluded}), None

@@ -1,0 +1,163 @@
+"""A sweep: `model.hidden_size=128,256 train.seed=1,2` is one run for each combination, each in a folder of its own.
+
+The values are Hydra's, `choice(...)` and `range(...)` included, but Hydra only reads them: a run of its multirun would
+be started in every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError, MegatronLiteError
+
+RUN_DIR = "train.run_dir"
+NAME_LIMIT = 120  # characters that a sweep adds to a folder's name, of the 255 that file systems allow
+NAMED_POINTS = 3  # that a message about several points names
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    words: tuple[str, ...]
+    """Its whole command line: of the varied words one value each."""
+    varied: tuple[tuple[str, str], ...] = ()
+    """(key, value) of the varied words; empty = the command line is no sweep."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.varied)
+
+
+def expand(words: Sequence[str]) -> list[Point]:
+    """The points of a command line, the last varied word changing fastest; a single one where no word is varied.
+
+    Raises:
+        ConfigError: with every word whose values cannot be counted.
+    """
+    choices: list[list[str]] = []
+    keys: list[str | None] = []
+    problems: list[str] = []
+    for word in words:
+        override = _sweep(word)
+        keys.append(override.key_or_group if override else None)
+        try:
+            choices.append(_values(word, override) if override else [word])
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return [
+        Point(
+            words=combination,
+            varied=tuple((key, word.partition("=")[2]) for key, word in zip(keys, combination, strict=True) if key),
+        )
+        for combination in itertools.product(*choices)
+    ]
+
+
+def _sweep(word: str) -> Override | None:
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None  # whoever reads the word for its value says what is wrong
+    return override if override.is_sweep_override() else None
+
+
+def _values(word: str, override: Override) -> list[str]:
+    """The word once for each of its values."""
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        raise ConfigError(f"{word} names no values one by one; write them as KEY=A,B,C or KEY=range(START,STOP,STEP)")
+    start = word.partition("=")[0]
+    return [f"{start}={value}" for value in override.sweep_string_iterator()]
+
+
+def build_all(points: Sequence[Point], build: Callable[[Point], Result]) -> list[Result]:
+    """What `build` makes of every point, or every problem of all points at once.
+
+    Raises:
+        MegatronLiteError: of the only point, as it is.
+        ConfigError: each problem once, with the points that have it unless all do.
+    """
+    if len(points) == 1:
+        return [build(points[0])]
+    built: list[Result] = []
+    found: dict[str, list[str]] = {}
+    for point in points:
+        try:
+            built.append(build(point))
+        except MegatronLiteError as error:
+            for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+                found.setdefault(problem, []).append(point.name)
+    if found:
+        raise ConfigError([_of_points(problem, names, len(points)) for problem, names in found.items()])
+    return built
+
+
+def _of_points(problem: str, names: list[str], all_points: int) -> str:
+    if len(names) == all_points:
+        return problem
+    more = f" and {len(names) - NAMED_POINTS} more" if len(names) > NAMED_POINTS else ""
+    return f"{'; '.join(names[:NAMED_POINTS])}{more}: {problem}"
+
+
+def in_own_folder(config: RunConfig, point: Point) -> RunConfig:
+    """The configuration with the point's values behind the name of its run folder; resolved, so that it has one."""
+    suffix = _suffix([(key, value) for key, value in point.varied if key != RUN_DIR])
+    if not suffix:
+        return config
+    return replace(config, train=replace(config.train, run_dir=f"{config.train.run_dir}{suffix}"))
+
+
+def _suffix(varied: list[tuple[str, str]]) -> str:
+    """`-hidden_size_128-seed_1`. Where letters had to be replaced or left out, a hash tells equal names apart."""
+    short = [key.rpartition(".")[2] for key, _ in varied]
+    plain = "".join(
+        f"-{key if short.count(last) > 1 else last}_{value}" for (key, value), last in zip(varied, short, strict=True)
+    )
+    safe = re.sub(r"[^\w.+-]+", "_", plain, flags=re.ASCII)[:NAME_LIMIT]
+    if safe == plain:
+        return safe
+    return f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+def require_own_folders(points: Sequence[Point], folders: Sequence[Path]) -> None:
+    """Refuse points that would write over each other.
+
+    Raises:
+        ConfigError: naming the points of each such folder.
+    """
+    users: dict[Path, list[str]] = {}
+    for point, folder in zip(points, folders, strict=True):
+        users.setdefault(folder, []).append(point.name)
+    shared = {folder: names for folder, names in users.items() if len(names) > 1}
+    if shared:
+        raise ConfigError(
+            [
+                f"{RUN_DIR}={folder} would be the folder of {len(names)} runs ({'; '.join(names[:NAMED_POINTS])}); "
+                "give each value once"
+                for folder, names in shared.items()
+            ]
+        )
+
+
+def table(points: Sequence[Point], rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
+    """A line for each point, its columns below their titles."""
+    lines = [("run", *titles), *((point.name, *row) for point, row in zip(points, rows, strict=True))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

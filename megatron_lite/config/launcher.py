@@ -1,0 +1,79 @@
+"""The settings of launchers: who starts the processes of a run, where, and what happens when they are stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class LauncherName(StrEnum):
+    local = "local"  # one warm process of this machine forks the ranks
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
+    slurm = "slurm"  # a batch job: srun starts torchrun on every node
+
+
+class Rendezvous(StrEnum):
+    static = "static"  # node ranks are given; the node of rank 0 is at master_address
+    c10d = "c10d"  # the same command on every node; torchrun numbers them
+
+
+@dataclass
+class LauncherConfig:
+    name: LauncherName = LauncherName.local
+    num_processes: int | None = None
+    """Processes to start; None = nodes x processes_per_node where that is given, else data x tensor x pipeline, or one
+    per visible GPU where data is None."""
+    threads_per_process: int = 1
+    """OMP_NUM_THREADS of each rank."""
+    master_address: str | None = None
+    """Where rank 0 listens; None = this machine (127.0.0.1), or the first node of a job."""
+    master_port: int | None = None
+    """None = a free port, or one that follows from the job's number."""
+    device: str = "auto"
+    """auto = CUDA where there are enough GPUs, else cpu; or `cpu` / `cuda`."""
+    nodes: int = 1
+    """Machines of the job; more than one needs launcher=torchrun, deepspeed or slurm."""
+    gpus_per_node: int | None = None
+    """GPUs that slurm is asked for on each node; None = none, and the ranks compute on CPUs."""
+    processes_per_node: int | None = None
+    """None = gpus_per_node, or num_processes / nodes."""
+    grace_seconds: float = 120.0
+    """How long the ranks may take, once asked to stop, to save and to end; then they are killed."""
+    # launcher=torchrun
+    node_rank: int | None = None
+    """Of this machine among `nodes`; None = 0 on one machine, NODE_RANK or GROUP_RANK of the environment on several."""
+    rendezvous: Rendezvous = Rendezvous.static
+    rendezvous_id: str | None = None
+    """Of c10d: tells jobs with one endpoint apart; None = from the run folder."""
+    # launcher=deepspeed
+    hostfile: str | None = None
+    """Lines `host slots=N`: deepspeed starts the ranks of all hosts from here. None = this machine only."""
+    # launcher=slurm; a preset of a site in conf/launcher/ is the place for what all its users share
+    time: str | None = None
+    """Time limit of a job, such as 24:00:00 or 2-12:00:00; None = the partition's."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    job_name: str | None = None
+    """None = the run folder's name."""
+    chain: int = 1
+    """Jobs that are submitted at once, each beginning when the one before it ends, for runs beyond the time limit."""
+    max_requeues: int = 20
+    """Times that a job may put itself back into the queue."""
+    max_stalled_requeues: int = 2
+    """Times in a row that it may do so without a newer checkpoint."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load on every node."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines that the batch script runs before srun, such as `source /apps/env.sh`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of every rank."""
+    container: str | None = None
+    """Image for srun's --container-image (pyxis)."""
+    container_mounts: list[str] = field(default_factory=list)
+    """For srun's --container-mounts: `/host/folder:/container/folder`."""
+    sbatch_options: list[str] = field(default_factory=list)
+    """Further `#SBATCH` options, such as `--constraint=h100`."""
+    srun_arguments: list[str] = field(default_factory=list)
+    """Further arguments of srun."""

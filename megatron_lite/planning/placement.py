@@ -1,0 +1,35 @@
+"""Which node each rank is on, and what that costs: node k has the ranks from k times processes_per_node on."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lite.config.derived import all_layers, processes_per_node
+from megatron_lite.config.schema import RunConfig
+
+
+def nodes_of(config: RunConfig, first_rank: int, last_rank: int) -> str:
+    """`node 0` or `nodes 0-3` for neighbouring ranks, first and last included."""
+    here = processes_per_node(config)
+    first, last = first_rank // here, last_rank // here
+    return f"node {first}" if first == last else f"nodes {first}-{last}"
+
+
+def placement_warnings(config: RunConfig) -> list[str]:
+    """What is slow in where the ranks of a valid configuration lie, as lines with keys and remedy.
+
+    Tensor-parallel ranks are neighbours, and exchange activations four times a layer and micro-batch; the exchanges of
+    pipeline and data-parallel ranks are smaller, or hidden behind computation, and may cross nodes.
+    """
+    tensor, here = config.parallel.tensor_parallel_size, processes_per_node(config)
+    if config.launcher.nodes == 1 or here % tensor == 0:
+        return []
+    inside = math.gcd(tensor, here)
+    remedy = f"parallel.tensor_parallel_size={inside}"
+    stages = config.parallel.pipeline_parallel_size * tensor // inside
+    if stages <= all_layers(config.model) and config.parallel.zero_stage <= 1:
+        remedy += f" with parallel.pipeline_parallel_size={stages}"
+    return [
+        f"parallel.tensor_parallel_size={tensor} crosses nodes of launcher.processes_per_node={here}: the all-reduces "
+        f"of every layer go over the network; use {remedy}, or a launcher.processes_per_node that {tensor} divides"
+    ]

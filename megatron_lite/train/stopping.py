@@ -1,0 +1,144 @@
+"""Stopping in time: a signal or a STOP file reaches one rank; all ranks agree at a boundary between micro-batches.
+
+A scheduler gives seconds to minutes between its warning and the end, and a step of a large model may take as long. So
+the ranks look between micro-batches, not only between steps. What they break off costs nothing but time: weights and
+optimizer are those of the last finished step, and every random choice belongs to a sample's number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.observe.markers import STOP_FILE, asked_because
+from megatron_lite.parallel.context import ParallelContext
+
+CHECK_SECONDS = 1.0  # between two agreements: an all-reduce of two numbers on the CPU each
+MOST_BOUNDARIES = 64  # between two agreements, should a run slow down all of a sudden
+
+
+class Reason(IntEnum):
+    """Why a run stops early; of several, the largest is told."""
+
+    none = 0
+    file = 1
+    usr1 = 2
+    term = 3
+
+
+class StopRequested(Exception):  # noqa: N818  # nothing is wrong
+    """All ranks have agreed to stop; raised on every one of them at the same boundary."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        self.reason = reason
+        super().__init__(text)
+
+
+class StopRequest:
+    """What this rank has been asked.
+
+    Args:
+        run_dir: where a STOP file may appear; None = another rank looks for it.
+        grace_seconds: a rank that was sent SIGTERM and is still here after this time ends at once, with 143: the others
+            may be gone, and a collective would wait for them.
+    """
+
+    def __init__(self, run_dir: Path | None, grace_seconds: float) -> None:
+        self._run_dir = run_dir
+        self._grace_seconds = grace_seconds
+        self._heard = Reason.none
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catch SIGTERM and SIGUSR1 within the block; only the main thread of a process can."""
+        heard = {signal.SIGUSR1: Reason.usr1, signal.SIGTERM: Reason.term}
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGTERM and self._heard is not Reason.term:
+                timer = threading.Timer(self._grace_seconds, os._exit, (128 + number,))
+                timer.daemon = True
+                timer.start()
+            self._heard = max(self._heard, heard[signal.Signals(number)])
+
+        earlier = {number: signal.signal(number, remember) for number in heard}
+        try:
+            yield self
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    @property
+    def reason(self) -> Reason:
+        if self._heard is Reason.none and self._run_dir is not None and (self._run_dir / STOP_FILE).exists():
+            return Reason.file
+        return self._heard
+
+    def told(self, reason: Reason) -> str:
+        """Why the job stops, as far as this rank knows."""
+        if reason is Reason.file and self._run_dir is not None:
+            return asked_because(self._run_dir)
+        return {Reason.file: f"a file named {STOP_FILE}", Reason.usr1: "SIGUSR1", Reason.term: "SIGTERM"}[reason]
+
+
+class StopAgreement:
+    """Asks all ranks, about every CHECK_SECONDS, whether one of them has been asked to stop.
+
+    Every rank passes the same boundaries, so counting them tells all ranks alike when to ask next; how many fit into
+    CHECK_SECONDS follows from the slowest rank's time, which travels with the question.
+
+    Args:
+        group: of all ranks, on the CPU: asking must not wait for a GPU's queue. None = the default group.
+    """
+
+    def __init__(
+        self,
+        request: StopRequest,
+        group: dist.ProcessGroup | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._request = request
+        self._group = group
+        self._clock = clock
+        self._asked = clock()
+        self._passed = 0
+        self._wait = 1  # boundaries from one question to the next
+
+    @classmethod
+    def of_job(cls, request: StopRequest, context: ParallelContext) -> StopAgreement:
+        """A collective of all ranks."""
+        return cls(request, dist.new_group(backend="gloo") if context.device.type == "cuda" else None)
+
+    def at_boundary(self) -> None:
+        """
+        Raises:
+            StopRequested: on every rank, at the same boundary.
+        """
+        self._passed += 1
+        if self._passed >= self._wait:
+            self.ask()
+
+    def ask(self) -> None:
+        """At once; a collective of all ranks.
+
+        Raises:
+            StopRequested: a rank has been asked to stop.
+        """
+        seconds_each = (self._clock() - self._asked) / max(self._passed, 1)
+        answer = torch.tensor([float(self._request.reason), seconds_each], dtype=torch.float64)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
+        reason, slowest = Reason(int(answer[0])), float(answer[1])
+        if reason is not Reason.none:
+            raise StopRequested(reason, self._request.told(reason))
+        fitting = int(CHECK_SECONDS / max(slowest, 1e-9))
+        self._wait = max(1, min(fitting, 2 * self._wait, MOST_BOUNDARIES))
+        self._asked, self._passed = self._clock(), 0

@@ -1,0 +1,56 @@
+"""Each engine says what it does, in the order in which it does it."""
+
+from __future__ import annotations
+
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.optim.batch_ramp import BatchStep
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_ranks import _engine
+
+VOCAB = 256
+BATCH = 4  # two micro-batches of two
+
+
+def _config(layout: str) -> RunConfig:
+    sizes = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "data.seq_length=16"]
+    batch = ["train.micro_batch_size=2", f"train.global_batch_size={BATCH}", "train.steps=2"]
+    return resolve(compose("pretrain_gpt", [f"parallel={layout}", *sizes, *batch]))
+
+
+def _phases_of_rank(config: RunConfig) -> tuple[str, str]:
+    """Of the second step, and of the evaluation after it."""
+    engine, batches_from = _engine(config, VOCAB)
+    entered: list[str] = []
+
+    def enter(phase: Phase, micro_batch: int | None = None) -> None:
+        entered.append(phase if micro_batch is None else f"{phase} {micro_batch}")
+
+    engine.phases._enter = enter
+    engine.train_step(batches_from(0, 2), BatchStep(0, BATCH), 1e-2)
+    entered.clear()
+    engine.train_step(batches_from(BATCH, 2), BatchStep(BATCH, BATCH), 1e-2)
+    step = ", ".join(entered)
+    entered.clear()
+    engine.evaluate(batches_from(0, 2), 2)
+    return step, ", ".join(entered)
+
+
+def test_stages_of_a_pipeline() -> None:
+    first, last = run_ranks(_phases_of_rank, 2, _config("pp2"))
+    assert first == (
+        "forward 1, send, forward 2, receive, send, backward 1, receive, backward 2, reduce, reduce, optimizer, reduce",
+        "evaluate 1, send, evaluate 2, send",
+    )
+    assert last == (
+        "receive, forward 1, backward 1, send, receive, forward 2, backward 2, send, reduce, reduce, optimizer, reduce",
+        "receive, evaluate 1, receive, evaluate 2",
+    )
+
+
+def test_partitioned_gradients() -> None:
+    ((step, evaluation),) = run_ranks(_phases_of_rank, 1, _config("zero2"))
+    assert step == "forward 1, backward 1, forward 2, backward 2, optimizer, reduce"
+    assert evaluation == "evaluate 1, evaluate 2, reduce"

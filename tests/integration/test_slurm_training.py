@@ -1,0 +1,182 @@
+"""Real training on a real Slurm, disturbed in each way that clusters know: the curve is that of an undisturbed run.
+
+One local run is the reference. All jobs are submitted at once; each waits at a known step for what is to happen to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.slurm import records
+from megatron_lite.errors import RunEnd
+from megatron_lite.observe.markers import read_marker
+from megatron_lite.observe.wandb_record import history
+from megatron_lite.observe.wandb_tracker import run_id
+from tests.integration.runs import FAULTS, REPOSITORY, TINY, launch, losses, run
+from tests.integration.slurm_cluster import Cluster
+
+STEPS = 24
+DISTURBED_STEP = 13
+SETTINGS = (
+    *TINY,
+    "parallel=dp2",
+    f"train.steps={STEPS}",
+    "train.save_interval=5",
+    "model.hidden_dropout=0.1",
+    "tracking.wandb=offline",
+)
+TWO_NODES = ("launcher.nodes=2",)
+JOBS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> how rank 1 waits for the disturbance, settings
+    "time limit": ("pause", (*TWO_NODES, "launcher.time=1", "launcher.grace_seconds=5")),
+    "preempted": ("pause", ("launcher.partition=low", "launcher.sbatch_options=[--exclusive]")),
+    "requeued": ("pause", TWO_NODES),
+    "node lost": ("hold", (*TWO_NODES, "launcher.partition=fragile")),
+    "cancelled": ("pause", TWO_NODES),
+}
+WAIT_SECONDS = 300.0
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Trained:
+    """A run folder whose job has been submitted."""
+
+    run_dir: Path
+    cluster: Cluster
+
+    @property
+    def job(self) -> int:
+        """The newest."""
+        return records.submissions(self.run_dir)[-1][-1]
+
+    @property
+    def nodes(self) -> list[list[str]]:
+        """Of each attempt."""
+        return [entry["nodes"] for entry in records.attempts(self.run_dir, "begin")]
+
+    def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not is_so():
+            log = "".join(path.read_text() for path in sorted((self.run_dir / "logs").glob("slurm-*.out")))
+            assert time.monotonic() < deadline, f"{what} has not come\n{self.cluster.job(self.job)}\n{log}"
+            time.sleep(0.2)
+
+    def wait_for_pause(self) -> None:
+        self.wait_for(lambda: (self.run_dir / "paused").exists(), f"step {DISTURBED_STEP}")
+
+    def wait_for_end(self, state: str = "COMPLETED") -> None:
+        self.wait_for(lambda: self.cluster.job(self.job)["JobState"] == state, state)
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the same training, on this machine and left alone."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run(launch(*SETTINGS, *corpus, f"train.run_dir={folder}")).require_success()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(
+    slurm: Cluster, corpus: list[str], reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Trained]]:
+    """`reference` comes first: it prepares the data."""
+    folder = tmp_path_factory.mktemp("jobs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield {name: _submit(slurm, folder / name, corpus, *job) for name, job in JOBS.items()}
+
+
+def _submit(cluster: Cluster, run_dir: Path, corpus: list[str], fault: str, words: tuple[str, ...]) -> Trained:
+    environment = {
+        "FAULT": f"{fault} 1 {DISTURBED_STEP}",
+        "FAULT_DIR": str(run_dir),
+        "PYTHONPATH": f"{FAULTS}:{REPOSITORY}",
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    variables = [f'launcher.environment.{name}="{value}"' for name, value in environment.items()]
+    place = [f"train.run_dir={run_dir}", "launcher=slurm", "launcher.master_address=127.0.0.1"]
+    quoted = [word.replace(f"={run_dir}", f"='{run_dir}'") for word in place]
+    assert main(["pretrain_gpt", *SETTINGS, *corpus, *quoted, *variables, *words]) == 0
+    return Trained(run_dir, cluster)
+
+
+def _require_undisturbed(found: Trained, reference: Path) -> None:
+    """The same curve, bit for bit; in wandb's record one run with each step once."""
+    marker = read_marker(found.run_dir)
+    assert marker is not None
+    assert (marker.end, marker.step) == (RunEnd.DONE, STEPS)
+    assert losses(found.run_dir) == losses(reference)
+    assert len(losses(reference)) == STEPS
+    rows = list(history(found.run_dir, run_id(found.run_dir)))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [
+        loss for loss, _ in losses(reference).values()
+    ]
+    folders = {path.name.rpartition("-")[2] for path in (found.run_dir / "wandb").glob("offline-run-*")}
+    assert folders == {run_id(found.run_dir)}
+
+
+def test_requeued_by_scontrol(trained: dict[str, Trained], reference: Path) -> None:
+    found = trained["requeued"]
+    found.wait_for_pause()
+    found.cluster.call("scontrol", "requeue", str(found.job))
+    found.wait_for_end()
+    assert found.cluster.job(found.job)["Restarts"] == "1"
+    assert len(found.nodes[0]) == 2, "a job of two nodes"
+    _require_undisturbed(found, reference)
+
+
+def test_node_lost(trained: dict[str, Trained], reference: Path) -> None:
+    """Nothing can be saved: the steps since the last checkpoint are trained again."""
+    found = trained["node lost"]
+    found.wait_for_pause()
+    lost = found.nodes[0][1]
+    found.cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    try:
+        found.wait_for_end()
+    finally:
+        found.cluster.call("scontrol", "update", f"nodename={lost}", "state=resume")
+    assert lost not in found.nodes[1]
+    assert records.attempts(found.run_dir, "begin")[1]["checkpoint"] == 10
+    _require_undisturbed(found, reference)
+
+
+def test_preempted_by_a_job_of_higher_priority(trained: dict[str, Trained], reference: Path) -> None:
+    found = trained["preempted"]
+    found.wait_for_pause()
+    other = found.run_dir.with_name("higher")
+    other.mkdir()
+    script = other / "job.sh"
+    script.write_text("#!/bin/sh\nsleep 1\n")
+    found.cluster.call("sbatch", "--partition=high", "--exclusive", f"--output={other}/out", str(script))
+    found.wait_for_end()
+    assert found.cluster.job(found.job)["Restarts"] == "1"
+    _require_undisturbed(found, reference)
+
+
+def test_cancelled_and_requeued(trained: dict[str, Trained], reference: Path) -> None:
+    found = trained["cancelled"]
+    found.wait_for_pause()
+    cancelled = found.job
+    found.cluster.call("scancel", str(cancelled))
+    found.wait_for_end("CANCELLED")
+    found.wait_for(lambda: bool(records.attempts(found.run_dir, "end")), "the decision")
+    assert main(["requeue", str(found.run_dir)]) == 0
+    assert found.job != cancelled
+    found.wait_for_end()
+    _require_undisturbed(found, reference)
+
+
+def test_time_limit(trained: dict[str, Trained], reference: Path) -> None:
+    found = trained["time limit"]
+    found.wait_for_end()
+    assert int(found.cluster.job(found.job)["Restarts"]) >= 1
+    _require_undisturbed(found, reference)
