@@ -23,7 +23,7 @@ def test_demo_ends_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
         f"train.run_dir={tmp_path / 'demo'}",
         f"data.cache_dir={tmp_path / 'data'}",
     ]
-    finished = run(launch(*words), timeout_seconds=500).require_success()
+    finished = run(launch(*words), timeout_seconds=1200).require_success()
     summary = next(line for line in finished.out.splitlines() if line.startswith("unigram entropy"))
     assert "below it" in summary
     entropy = float(summary.split()[2].rstrip(","))
@@ -53,7 +53,7 @@ def test_other_demos_learn_more_than_frequencies(
         f"train.run_dir={tmp_path / 'demo'}",
         f"data.cache_dir={tmp_path / 'data'}",
     ]
-    run(launch(*words, script=script), timeout_seconds=900).require_success()
+    run(launch(*words, script=script), timeout_seconds=2400).require_success()
     events = {event["event"]: event for event in read_metrics(tmp_path / "demo" / EVENTS_FILE)}
     found, baseline = events["evaluation"], events["baseline"]
     assert found["validation_token_loss"] < baseline["entropy_nats"] - nats
