@@ -27,6 +27,7 @@ GPUS = 4  # of each node, made of /dev/null's device number: enough for Slurm to
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 30.0
 END_SECONDS = 10.0
+JOBS_END_SECONDS = 20.0  # KillWait, and some
 
 # cred_expire: a requeued job waits until the credential of its last start has expired, 121 s with the default of 120.
 # KillWait: between TERM and KILL. GraceTime: what a preempted job gets before both.
@@ -216,6 +217,9 @@ def _end(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
         cluster.call("scancel", "--user=root", "--signal=KILL", "--full")
         cluster.call("scancel", "--user=root")
+        deadline = time.monotonic() + JOBS_END_SECONDS  # what slurmd has started would outlive it
+        while cluster.call("squeue", "--noheader").strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for daemon in daemons:
             if daemon.poll() is None:
