@@ -80,11 +80,5 @@ class DeviceMemoryError(MegatronLiteError):
     end = RunEnd.OUT_OF_MEMORY
 
 
-class HungError(MegatronLiteError):
-    """A rank has made no progress for longer than train.timeout_seconds."""
-
-    end = RunEnd.HUNG
-
-
 class VerificationError(MegatronLiteError):
     """A layout does not compute what one rank computes."""

@@ -108,15 +108,9 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Beat(Place):
     """A rank's sign of life, as others read it."""
 
-    rank: int
-    node: str
-    pid: int
-    pipeline: int
-    data: int
-    tensor: int
     phase: str
     micro_batch: int | None
     step: int
