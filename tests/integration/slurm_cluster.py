@@ -27,7 +27,7 @@ GPUS = 4  # of each node, made of /dev/null's device number: enough for Slurm to
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 30.0
 END_SECONDS = 10.0
-JOBS_END_SECONDS = 20.0  # KillWait, and some
+JOBS_END_SECONDS = 40.0  # KillWait, and some
 
 # cred_expire: a requeued job waits until the credential of its last start has expired, 121 s with the default of 120.
 # KillWait: between TERM and KILL. GraceTime: what a preempted job gets before both.
@@ -56,7 +56,7 @@ SlurmdSpoolDir={folder}/spool/%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
 ReturnToService=1
-KillWait=5
+KillWait=15
 MinJobAge=3600
 GresTypes=gpu
 PreemptType=preempt/partition_prio
