@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region, share
+from megatron_lite.checkpoint.plan import Shapes
 from megatron_lite.checkpoint.state import LossScaleState
-from megatron_lite.config.schema import OptimizerConfig
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName
+from megatron_lite.models.stored import Shape
 from megatron_lite.optim.moments import kept_dims, moments_of
 from megatron_lite.parallel.context import ParallelContext
 
@@ -38,6 +40,16 @@ class Shards:
             for kind in (WEIGHT, *moments_of(self.config))
             for fragment in self._of(parameter, kind)
         ]
+
+    def shapes(self) -> Shapes:
+        """Of the full tensors that this rank's stage has a part in, by kind and global name."""
+        found: dict[str, dict[str, Shape]] = {}
+        for parameter in self.module.parameters():
+            for kind in (WEIGHT, *moments_of(self.config)):
+                region = self._region(parameter, kind)
+                if region is not None:
+                    found.setdefault(kind, {})[parameter.global_name] = region.full_shape
+        return found
 
     def weights_changed(self) -> None:
         """Let the model compute with master weights that were written from outside. A collective of all ranks."""
@@ -73,15 +85,20 @@ class Shards:
     def prepare(self) -> None:
         """Make the state that the first step would make, so that there is something to load into."""
         for parameter in self.module.parameters():
-            state = self.optimizer.state[parameter]
-            if self.config.name == "adamw":
-                state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            elif self.config.name == "adafactor":
-                state.setdefault("step", 0)
             for moment in moments_of(self.config):
                 region = self._region(parameter, moment)
-                if region is not None and moment not in state:
-                    state[moment] = torch.zeros(region.local_shape, device=parameter.device)
+                if region is not None:
+                    self._make_state(parameter, moment, region.local_shape)
+
+    def _make_state(self, values: Tensor, moment: str, shape: Shape) -> None:
+        """`values`: what torch's optimizer takes for a parameter."""
+        state = getattr(self.optimizer, "optimizer", self.optimizer).state[values]
+        if self.config.name is OptimizerName.adamw:
+            state.setdefault("step", torch.zeros((), device=values.device))
+        elif self.config.name is OptimizerName.adafactor:
+            state.setdefault("step", 0)
+        if moment not in state:
+            state[moment] = torch.zeros(shape, device=values.device)
 
     @property
     def _states(self) -> Iterable[dict[str, Any]]:
@@ -96,7 +113,7 @@ class Shards:
         region = self._region(parameter, kind)
         values = parameter if kind == WEIGHT else self.optimizer.state[parameter].get(kind)
         if region is not None and values is not None:
-            flat = values.detach().view(-1)
+            flat = values.view(-1)
             # Every data-parallel rank has all of it: each writes its share.
             own = share(flat.numel(), self.context.data_size, self.context.data_rank)
             yield self._fragment(parameter, kind, region, 0, flat, own)
@@ -111,7 +128,7 @@ class Shards:
         elif region.dim is None:
             part = share(stop - first, self.context.tensor_size, self.context.tensor_rank)
             first, stop = first + part[0], first + part[1]
-        return Fragment(kind, parameter.global_name, region, start, values, (first, stop))
+        return Fragment(kind, parameter.global_name, region, start, values.detach(), (first, stop))
 
     def _region(self, parameter: nn.Parameter, kind: str) -> Region | None:
         """Where this rank's slice of a weight or moment lies; None = the parameter has no such moment."""
@@ -125,7 +142,7 @@ class Shards:
         if spec.dim is None or spec.dim not in kept:
             return Region(full_shape, tuple(local[dim] for dim in kept))
         offset = self.context.tensor_rank * local[spec.dim]
-        if self.config.name == "adafactor" and kind != WEIGHT:  # it keeps no statistics of padding
+        if self.config.name is OptimizerName.adafactor and kind != WEIGHT:  # it keeps no statistics of padding
             local[spec.dim] = min(max(spec.full_shape[spec.dim] - offset, 0), local[spec.dim])
         return Region(full_shape, tuple(local[dim] for dim in kept), kept.index(spec.dim), offset)
 
@@ -134,10 +151,18 @@ class PartitionedShards(Shards):
     """ZeRO-1 and 2, bf16 too: a flat vector of all parameters, of which each data-parallel rank has a stretch."""
 
     def prepare(self) -> None:
-        """DeepSpeed has made it already, by an empty step."""
+        for partition in self._partitions:
+            for moment in moments_of(self.config):
+                self._make_state(partition, moment, partition.shape)
 
     def weights_changed(self) -> None:
         self.optimizer.update_lp_params()
+
+    @property
+    def _partitions(self) -> list[Tensor]:
+        """This rank's stretch of each group's flat vector."""
+        in_bf16 = getattr(self.optimizer, "fp32_groups_flat_partition", None)
+        return self.optimizer.single_partition_of_fp32_groups if in_bf16 is None else in_bf16
 
     def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
         mapping = parameter._hp_mapping
@@ -150,17 +175,16 @@ class PartitionedShards(Shards):
         yield self._fragment(parameter, kind, region, mapping.lp_fragment_address.start, flat, (0, flat.numel()))
 
     def _moment(self, group: int, kind: str, place: Any) -> Tensor:
-        partitions = getattr(self.optimizer, "single_partition_of_fp32_groups", None)
-        if partitions is None:  # the optimizer of bf16
-            partitions = self.optimizer.fp32_groups_flat_partition
-        return self.optimizer.optimizer.state[partitions[group]][kind].narrow(0, place.start, place.numel)
+        return self.optimizer.optimizer.state[self._partitions[group]][kind].narrow(0, place.start, place.numel)
 
 
 class ParameterShards(Shards):
     """ZeRO-3: each parameter by itself in equal parts, the last ones padded."""
 
     def prepare(self) -> None:
-        """DeepSpeed has made it already, by an empty step."""
+        for partition in self.optimizer.fp32_partitioned_groups_flat:
+            for moment in moments_of(self.config):
+                self._make_state(partition, moment, partition.shape)
 
     def weights_changed(self) -> None:
         for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
@@ -175,14 +199,12 @@ class ParameterShards(Shards):
         valid = min(max(parameter.ds_numel - start, 0), part.numel())
         region = self._region(parameter, kind)
         assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
-        yield self._fragment(parameter, kind, region, start, part.detach()[:valid], (0, valid))
+        yield self._fragment(parameter, kind, region, start, part[:valid], (0, valid))
 
 
 def shards_of(
     module: nn.Module, optimizer: Any, zero_stage: int, config: OptimizerConfig, context: ParallelContext
 ) -> Shards:
-    """What this ZeRO stage's optimizer holds, with all its state made."""
+    """What this ZeRO stage's optimizer holds."""
     kinds = {0: Shards, 1: PartitionedShards, 2: PartitionedShards, 3: ParameterShards}
-    shards = kinds[zero_stage](module, optimizer, config, context)
-    shards.prepare()
-    return shards
+    return kinds[zero_stage](module, optimizer, config, context)
