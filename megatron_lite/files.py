@@ -1,4 +1,5 @@
-"""What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer."""
+"""What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer;
+and sizes in words."""
 
 from __future__ import annotations
 
@@ -40,3 +41,16 @@ def publish_first(path: Path, text: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def size_text(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{_three_digits(count)} {unit}"
+        count /= 1024
+    return f"{_three_digits(count)} TiB"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"  # which %g would write with an exponent

@@ -337,6 +337,12 @@ class TrainConfig:
     """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; 0 = all."""
+    keep_every: int = 0
+    """Steps whose multiples keep their checkpoints for ever, beside keep_last; 0 = none."""
+    keep_best: int = 0
+    """Checkpoints of the lowest validation losses that are kept, beside keep_last; 0 = none."""
+    async_save: bool = True
+    """Train on while a checkpoint is written."""
     generate_tokens: int = 40
     """Tokens of the sample that the summary shows; 0 = none."""
     generate_prompt: str = "def "

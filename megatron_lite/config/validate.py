@@ -86,5 +86,6 @@ RULES: tuple[Rule, ...] = (
     training.something_is_held_out,
     training.weights_match_sources,
     training.prompt_is_given,
+    training.kept_checkpoints_exist,
     *launcher.LAUNCHER_RULES,
 )

@@ -18,6 +18,7 @@ from megatron_lite.config.derived import (
     tokens_per_sample,
 )
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.files import size_text
 from megatron_lite.planning.flops import PASSES, flops_of_run
 from megatron_lite.planning.memory import model_states
 
@@ -132,8 +133,9 @@ def stage_lines(config: RunConfig, vocab_size: int | None) -> Iterator[str]:
         parameters = _counts(config, padded_vocabulary(config, vocab_size), tensor).stage(content)
         states = model_states(config, parameters, data_parallel_size(config))
         yield (
-            f"{line}{parameters:,} parameters a rank; {_size(states.total)} = weights {_size(states.weights)} + "
-            f"gradients {_size(states.gradients)} + optimizer {_size(states.optimizer)}"
+            f"{line}{parameters:,} parameters a rank; {size_text(states.total)} = weights "
+            f"{size_text(states.weights)} + gradients {size_text(states.gradients)} + optimizer "
+            f"{size_text(states.optimizer)}"
         )
 
 
@@ -167,12 +169,3 @@ def _what_lies_on(content: StageContent, config: RunConfig) -> str:
 
 def _plural(count: int, name: str) -> str:
     return f"{count} {name}{'s' if count != 1 else ''}"
-
-
-def _size(count: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -136,3 +136,27 @@ def prompt_is_given(case: Case) -> Iterator[str]:
     train = case.config.train
     if train.generate_tokens > 0 and not train.generate_prompt:
         yield "train.generate_prompt='' is empty; give the text that the sample starts from, or train.generate_tokens=0"
+
+
+def kept_checkpoints_exist(case: Case) -> Iterator[str]:
+    """Checkpoints that are kept beside the last ones are some that would go, and that are written."""
+    train = case.config.train
+    if not case.sound("train.keep_last", "train.keep_every", "train.keep_best", "train.save_interval"):
+        return
+    for key in ("keep_every", "keep_best"):
+        if getattr(train, key) and train.keep_last == 0:
+            yield (
+                f"train.{key}={getattr(train, key)} has no effect while train.keep_last=0 keeps all checkpoints; set "
+                "train.keep_last to the number of the newest ones to keep"
+            )
+    if train.keep_every and train.save_interval and train.keep_every % train.save_interval:
+        multiples = either(nearest_multiples(train.keep_every, train.save_interval))
+        yield (
+            f"train.keep_every={train.keep_every} must be a multiple of train.save_interval={train.save_interval}, "
+            f"after which checkpoints are written; use {multiples}"
+        )
+    if train.keep_best and train.eval_interval == 0:
+        yield (
+            f"train.keep_best={train.keep_best} has no effect while train.eval_interval=0: no checkpoint but the last "
+            f"gets a validation loss; set train.eval_interval={train.save_interval or 100}"
+        )

@@ -59,6 +59,8 @@ NOT_NEGATIVE = (
     "train.eval_interval",
     "train.save_interval",
     "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
     "train.generate_tokens",
     "train.loss_scale.initial_power",
     "launcher.node_rank",

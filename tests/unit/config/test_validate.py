@@ -252,6 +252,31 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         ["train.generate_prompt=''"],
         "train.generate_prompt='' is empty; give the text that the sample starts from, or train.generate_tokens=0",
     ),
+    # ---------------------------------------------------------------------------------------- checkpoints
+    "negative multiple": (
+        ["train.keep_every=-1"],
+        "train.keep_every=-1 must be a number of at least 0; use 0 or more",
+    ),
+    "multiple of all": (
+        ["train.keep_last=0", "train.keep_every=200"],
+        "train.keep_every=200 has no effect while train.keep_last=0 keeps all checkpoints; set train.keep_last to the "
+        "number of the newest ones to keep",
+    ),
+    "best of all": (
+        ["train.keep_last=0", "train.keep_best=2"],
+        "train.keep_best=2 has no effect while train.keep_last=0 keeps all checkpoints; set train.keep_last to the "
+        "number of the newest ones to keep",
+    ),
+    "multiple of no save": (
+        ["train.keep_every=150"],
+        "train.keep_every=150 must be a multiple of train.save_interval=100, after which checkpoints are written; use "
+        "100 or 200",
+    ),
+    "best without validation": (
+        ["train.keep_best=1", "train.eval_interval=0"],
+        "train.keep_best=1 has no effect while train.eval_interval=0: no checkpoint but the last gets a validation "
+        "loss; set train.eval_interval=100",
+    ),
 }  # fmt: skip
 
 
@@ -326,6 +351,8 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.time=24:00:00", "launcher.chain=3",
          "launcher.sbatch_options=['--constraint=h100']", "launcher.environment={A: b}", "parallel=dp8_tp1_pp1"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
+        ["train.keep_every=300", "train.keep_best=1"],
+        ["train.keep_every=7", "train.save_interval=0"],
     ],
 )  # fmt: skip
 def test_what_is_allowed(words: list[str]) -> None:
