@@ -11,9 +11,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.config.schema import Activation, ModelConfig, Recompute
 from megatron_lite.models.activations import Field
-from megatron_lite.models.hf import from_bart, from_bert, from_gpt2, from_llama, from_roberta, from_t5
+from megatron_lite.models.build import build_layers
+from megatron_lite.models.flat import FlatModel
+from megatron_lite.models.hf import stored_form
+from megatron_lite.models.hf.tensors import from_stored
+from megatron_lite.parallel.context import ParallelContext
 from tests.tiny_models import (
     BART,
     BERT,
@@ -41,13 +45,23 @@ class Case:
 
     model: ModelConfig
     reference: Callable[[ModelConfig], transformers.PreTrainedModel]
-    convert: Callable[[Mapping[str, Tensor], ModelConfig], dict[str, Tensor]]
     inputs: tuple[Field, ...] = (TOKENS,)
     next_sentence: bool = False
 
     @property
     def label_length(self) -> int:
         return DECODER_LENGTH if DECODER_TOKENS in self.inputs else LENGTH
+
+    def flat(self, context: ParallelContext, recompute: Recompute = Recompute.none) -> FlatModel:
+        specs = build_layers(
+            self.model,
+            context,
+            vocab_size=VOCAB_SIZE,
+            recompute=recompute,
+            inputs=self.inputs,
+            next_sentence_head=self.next_sentence,
+        )
+        return FlatModel(specs)
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,19 @@ def expected(case: Case) -> Expected:
     sequence_logits = out.seq_relationship_logits if case.next_sentence else None
     token_losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     total_loss(token_losses.view_as(batch["labels"]), sequence_logits, batch).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    flat = case.flat(ParallelContext.single())
+    shapes = {name: parameter.shard_spec.full_shape for name, parameter in flat.named_parameters()}
+    form = stored_form(case.model, shapes)
+
+    def convert(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_stored({name: tensor.detach() for name, tensor in stored.items()}, form, shapes)
+
     return Expected(
-        _detached(case.convert(model.state_dict(), case.model)),
+        convert(model.state_dict()),
         logits.detach(),
         None if sequence_logits is None else sequence_logits.detach(),
-        _detached(case.convert(gradients, case.model)),
+        convert(gradients),
     )
 
 
@@ -125,10 +146,6 @@ def _randomise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         mean = 1.0 if parameter.ndim == 1 and "bias" not in name else 0.0
         parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _gpt2(model: ModelConfig) -> transformers.PreTrainedModel:
@@ -189,6 +206,10 @@ def _bert(model: ModelConfig) -> transformers.PreTrainedModel:
     return transformers.BertForPreTraining(transformers.BertConfig(**_encoder_settings(model)))
 
 
+def _bert_without_pairs(model: ModelConfig) -> transformers.PreTrainedModel:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_encoder_settings(model)))
+
+
 def _roberta(model: ModelConfig) -> transformers.PreTrainedModel:
     return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_encoder_settings(model), pad_token_id=1))
 
@@ -236,24 +257,27 @@ def _bart(model: ModelConfig) -> transformers.PreTrainedModel:
 
 
 CASES = {
-    "gpt2": Case(GPT2, _gpt2, from_gpt2),
-    "gpt2_untied": Case(replace(GPT2, tie_embeddings=False), _gpt2, from_gpt2),
-    "gpt2_exact_gelu": Case(replace(GPT2, activation=Activation.gelu), _gpt2, from_gpt2),
-    "llama_multi_head": Case(LLAMA, _llama, from_llama),
-    "llama_grouped_query": Case(replace(LLAMA, num_query_groups=2), _llama, from_llama),
-    "llama_multi_query": Case(replace(LLAMA, num_query_groups=1), _llama, from_llama),
-    "llama_tied": Case(replace(LLAMA, tie_embeddings=True), _llama, from_llama),
-    "llama_biases": Case(replace(LLAMA, attention_bias=True, mlp_bias=True, num_query_groups=2), _llama, from_llama),
-    "llama_wide_heads": Case(replace(LLAMA, head_size=16, rotary_base=500.0, ffn_hidden_size=48), _llama, from_llama),
-    "bert": Case(BERT, _bert, from_bert, (TOKENS, SEGMENTS), next_sentence=True),
-    "bert_padded": Case(BERT, _bert, from_bert, (TOKENS, SEGMENTS, LENGTHS), next_sentence=True),
-    "bert_no_segments": Case(BERT, _bert, from_bert, (TOKENS, LENGTHS), next_sentence=True),
-    "roberta": Case(ROBERTA, _roberta, from_roberta),
-    "roberta_padded": Case(ROBERTA, _roberta, from_roberta, (TOKENS, LENGTHS)),
-    "t5": Case(T5, _t5, from_t5, PAIR),
-    "t5_padded": Case(T5, _t5, from_t5, (*PAIR, LENGTHS)),
-    "t5_v1_1": Case(T5_V1_1, _t5, from_t5, PAIR),
-    "t5_v1_1_padded": Case(T5_V1_1, _t5, from_t5, (*PAIR, LENGTHS)),
-    "bart": Case(BART, _bart, from_bart, PAIR),
-    "bart_padded": Case(BART, _bart, from_bart, (*PAIR, LENGTHS)),
+    "gpt2": Case(GPT2, _gpt2),
+    "gpt2_untied": Case(replace(GPT2, tie_embeddings=False), _gpt2),
+    "gpt2_exact_gelu": Case(replace(GPT2, activation=Activation.gelu), _gpt2),
+    "llama_multi_head": Case(LLAMA, _llama),
+    "llama_grouped_query": Case(replace(LLAMA, num_query_groups=2), _llama),
+    "llama_multi_query": Case(replace(LLAMA, num_query_groups=1), _llama),
+    "llama_tied": Case(replace(LLAMA, tie_embeddings=True), _llama),
+    "llama_biases": Case(replace(LLAMA, attention_bias=True, mlp_bias=True, num_query_groups=2), _llama),
+    "llama_wide_heads": Case(replace(LLAMA, head_size=16, rotary_base=500.0, ffn_hidden_size=48), _llama),
+    "bert": Case(BERT, _bert, (TOKENS, SEGMENTS), next_sentence=True),
+    "bert_padded": Case(BERT, _bert, (TOKENS, SEGMENTS, LENGTHS), next_sentence=True),
+    "bert_no_segments": Case(BERT, _bert, (TOKENS, LENGTHS), next_sentence=True),
+    "bert_untied": Case(replace(BERT, tie_embeddings=False), _bert, (TOKENS, SEGMENTS), next_sentence=True),
+    "bert_without_pairs": Case(BERT, _bert_without_pairs, (TOKENS, SEGMENTS)),
+    "roberta": Case(ROBERTA, _roberta),
+    "roberta_untied": Case(replace(ROBERTA, tie_embeddings=False), _roberta),
+    "roberta_padded": Case(ROBERTA, _roberta, (TOKENS, LENGTHS)),
+    "t5": Case(T5, _t5, PAIR),
+    "t5_padded": Case(T5, _t5, (*PAIR, LENGTHS)),
+    "t5_v1_1": Case(T5_V1_1, _t5, PAIR),
+    "t5_v1_1_padded": Case(T5_V1_1, _t5, (*PAIR, LENGTHS)),
+    "bart": Case(BART, _bart, PAIR),
+    "bart_padded": Case(BART, _bart, (*PAIR, LENGTHS)),
 }
