@@ -114,6 +114,7 @@ BART = Family(
         **_ADDITIVE,
         "architecture": (Architecture.encoder_decoder,),
         "norm_placement": (NormPlacement.post,),
+        "norm_epsilon": (1e-5,),  # torch's own: its config.json has no word for it
         "embedding_norm": (True,),
         "position_offset": (2,),
         "num_segments": (0,),
@@ -122,6 +123,9 @@ BART = Family(
         **_PLAIN_HEAD,
     },
 )
+
+
+FAMILIES = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, T5, BART)
 
 
 def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
