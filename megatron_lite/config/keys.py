@@ -133,6 +133,15 @@ def get_value(config: RunConfig, key: str) -> Any:
     return value
 
 
+def as_word(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return str(value.value)
+    return format(value, "g") if isinstance(value, float) else str(value)
+
+
 def expects(key: str) -> str:
     """What a key's value has to be, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
     return _describe(schema_keys()[key])
