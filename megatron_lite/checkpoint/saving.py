@@ -35,6 +35,7 @@ T = TypeVar("T")
 class SaveReport:
     """How one save went."""
 
+    step: int
     folder: Path
     stall_seconds: float  # how long training waited
     total_seconds: float  # until the folder was published
@@ -52,20 +53,17 @@ class Saver:
         kept: Kept,
         *,
         asynchronous: bool,
-        at_point: Callable[[str], None] = lambda name: None,
     ) -> None:
         """
         Args:
             documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
             asynchronous: `save` returns when the rank's memory is copied.
-            at_point: is told each stage of a save, in the thread that makes it.
         """
         self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
         self.documents = dict(documents)
         if plan.index is not None:
             self.documents[INDEX_FILE] = plan.index.encode()
         self.asynchronous = asynchronous
-        self.at_point = at_point
         self.reports: list[SaveReport] = []
         """Of the saves that are complete, oldest first; whoever has read them may clear the list."""
         self._group = dist.new_group(backend="gloo")
@@ -97,6 +95,18 @@ class Saver:
         self._thread.start()
         return final
 
+    def finish(self) -> str | None:
+        """Wait on the way out of a run that has failed: what was being written is still worth having.
+
+        Returns:
+            why it cannot be written
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            return str(error)
+        return None
+
     def wait(self) -> None:
         """Until nothing is being written any more.
 
@@ -116,7 +126,7 @@ class Saver:
     def _require_space(self) -> None:
         """A full disk is told at once, before anything is written."""
         needed = self.plan.bytes + sum(map(len, self.documents.values()))
-        self._together("space", lambda: folders.require_space(self.checkpoints, needed), by_writer=True)
+        self._together(lambda: folders.require_space(self.checkpoints, needed), by_writer=True)
 
     def _copied(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """The owned values in host memory, which the next save uses again: its pages are then mapped already."""
@@ -137,12 +147,12 @@ class Saver:
         """`stall_seconds`: None = training waits for all of it."""
         temporary = self.checkpoints / f".{folders.folder_name(state.step)}.incomplete"
         try:
-            self._together("begin", lambda: self._begin(state), by_writer=True)
-            self._together("write", lambda: self._write_tensors(temporary, fragments))
-            hashes = self._together("hash", lambda: self._hash_share(temporary))
+            self._together(lambda: self._begin(state), by_writer=True)
+            self._together(lambda: self._write_tensors(temporary, fragments))
+            hashes = self._together(lambda: self._hash_share(temporary))
             records = {name: record for share in hashes for name, record in (share or {}).items()}
-            self._together("publish", lambda: folders.publish(temporary, records), by_writer=True)
-            self._together("prune", lambda: prune(self.checkpoints, self.kept, state.step), by_writer=True)
+            self._together(lambda: folders.publish(temporary, records), by_writer=True)
+            self._together(lambda: prune(self.checkpoints, self.kept, state.step), by_writer=True)
         except CheckpointError as error:
             self._error = error
             if self._is_writer:
@@ -151,7 +161,7 @@ class Saver:
         total = time.perf_counter() - began
         final = self.checkpoints / folders.folder_name(state.step)
         stall = total if stall_seconds is None else stall_seconds
-        self.reports.append(SaveReport(final, stall, total, self.plan.bytes))
+        self.reports.append(SaveReport(state.step, final, stall, total, self.plan.bytes))
 
     def _begin(self, state: CheckpointState) -> None:
         temporary = folders.begin(self.checkpoints, state.step)
@@ -171,7 +181,7 @@ class Saver:
         own = self.plan.files[dist.get_rank() :: dist.get_world_size()]
         return {file.name: FileRecord(file.size_bytes, file_xxh3(temporary / file.name)) for file in own}
 
-    def _together(self, point: str, do: Callable[[], T], *, by_writer: bool = False) -> list[T | None]:
+    def _together(self, do: Callable[[], T], *, by_writer: bool = False) -> list[T | None]:
         """One stage on every rank, or on the writing one; over when it is over on all.
 
         Returns:
@@ -181,7 +191,6 @@ class Saver:
         """
         answer: tuple[str | None, T | None] = (None, None)
         try:
-            self.at_point(point)
             if self._is_writer or not by_writer:
                 answer = (None, do())
         except (OSError, CheckpointError) as error:
