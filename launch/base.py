@@ -12,6 +12,7 @@ from launch.environment import ERROR_FILE, rank_environment
 from launch.machine import free_port
 from launch.nodes import NODES_PORT, is_loopback
 from megatron_lite.config import frozen
+from megatron_lite.config.changes import Change
 from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.schema import RunConfig
@@ -45,6 +46,8 @@ class LaunchPlan:
     """Of this machine, once it is to be known; None = there is one machine, or all nodes are alike."""
     job: str = ""
     """What nodes of one job have in common and no other job has; empty where one machine starts everything."""
+    changes: tuple[Change, ...] = ()
+    """What differs from the configuration with which the run in this folder last ran, for --dry-run."""
     batch_script: Path | None = None
     """That of `files` which a scheduler is given; None = the ranks start here and now."""
 

@@ -23,6 +23,7 @@ from launch.processes import SIGNALS
 from launch.registry import LAUNCHERS
 from launch.slurm import scheduler
 from launch.sweep import Point
+from megatron_lite.config.changes import table
 from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import (
     data_parallel_size,
@@ -91,8 +92,8 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     if arguments.debug:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
-    check_run_folder(config, Path(config.train.run_dir))
-    plan = _launcher(config, arguments).plan(config)
+    changes = check_run_folder(config, Path(config.train.run_dir))
+    plan = replace(_launcher(config, arguments).plan(config), changes=tuple(changes))
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if not arguments.dry_run and plan.batch_script is None:
@@ -189,6 +190,8 @@ def plan_text(plan: LaunchPlan, arguments: Arguments) -> str:
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
     lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
+    if plan.changes:
+        lines += ["changed since the run in this folder last ran", *(f"  {line}" for line in table(plan.changes)), ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     return "\n".join([*lines, *_commands(plan, arguments)])
 

@@ -11,33 +11,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_lite.config.keys import get_value, leaf_keys
+from megatron_lite.config.changes import Change, grade_changes, refusals
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
-# Settings that decide how long, where and how visibly a run goes on, but not what it computes.
-MAY_CHANGE = (
-    "train.steps",
-    "train.log_interval",
-    "train.eval_interval",
-    "train.eval_batches",
-    "train.save_interval",
-    "train.keep_last",
-    "train.generate_tokens",
-    "train.generate_prompt",
-    "train.run_dir",
-    "train.max_unsound_steps",
-    "train.timeout_seconds",
-    "data.cache_dir",
-    "data.max_epochs",
-    "data.num_workers",
-    "debug",
-)
-GROUPS_THAT_MAY_CHANGE = ("tracking.", "launcher.")
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
 LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
 
@@ -104,11 +85,7 @@ def load_frozen(path: Path | str) -> RunConfig:
     """
     path = Path(path)
     try:
-        loaded = OmegaConf.load(path)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
-        missing = [field.name for field in fields(RunConfig) if field.name not in (*loaded, *LATER_GROUPS)]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
+        return _typed(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -116,25 +93,51 @@ def load_frozen(path: Path | str) -> RunConfig:
         raise ConfigError(
             f"--config {path} is no frozen configuration: {first_line}; give a config-*.yaml of a run folder"
         ) from error
+
+
+def as_containers(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists, for JSON; `from_containers` reads it."""
+    return OmegaConf.to_container(as_node(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def from_containers(content: dict[str, Any]) -> RunConfig:
+    """What `as_containers` gave, in this version or an earlier one; as strict as `load_frozen`.
+
+    Raises:
+        ConfigError: this version does not know one of its settings.
+    """
+    try:
+        return _typed(OmegaConf.create(content))
+    except (OmegaConfBaseException, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ConfigError(f"this version cannot read the configuration ({first_line})") from error
+
+
+def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
+    missing = [field.name for field in fields(RunConfig) if field.name not in (*loaded, *LATER_GROUPS)]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
     assert isinstance(config, RunConfig)
     return config
 
 
-def check_run_folder(config: RunConfig, run_dir: Path) -> None:
-    """Refuse a folder that cannot be written, or in which another configuration has already trained.
+def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
+    """Refuse a folder that cannot be written, or whose run cannot go on with this configuration.
 
-    Settings of `MAY_CHANGE` and of tracking and launcher may differ from the earlier run's. A folder whose run never
-    got to its first step is free.
+    A folder whose run never got to its first step is free.
 
     Args:
         config: resolved, as it is frozen.
+    Returns:
+        what differs from the configuration that the folder's run last had.
     Raises:
-        ConfigError: naming train.run_dir, with every setting that differs.
+        ConfigError: every change that a run cannot make, or train.run_dir where the folder itself is the matter.
     """
     _check_writable(run_dir)
     earlier = _last_trained(run_dir)
     if earlier is None:
-        return
+        return []
     try:
         previous = load_frozen(earlier)
     except ConfigError as error:
@@ -142,19 +145,12 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> None:
             f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
             "give another train.run_dir, or go on with the version that began it"
         ) from error
-    differing = [
-        f"{key}: {get_value(previous, key)} there, {get_value(config, key)} now"
-        for key in leaf_keys()
-        if key not in MAY_CHANGE
-        and not key.startswith(GROUPS_THAT_MAY_CHANGE)
-        and get_value(previous, key) != get_value(config, key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"train.run_dir={run_dir} holds a run of another configuration ({earlier.name}): "
-            + "; ".join(differing)
-            + ". Give another train.run_dir, or repeat the earlier settings to resume it"
-        )
+    newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
+    changes = grade_changes(previous, config, newest)
+    refused = refusals(changes, f"the run in train.run_dir={run_dir} ({earlier.name})")
+    if refused:
+        raise ConfigError(refused)
+    return changes
 
 
 def _last_trained(run_dir: Path) -> Path | None:

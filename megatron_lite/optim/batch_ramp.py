@@ -1,4 +1,7 @@
-"""Which samples each step consumes, with or without a growing batch: a pure function of the step."""
+"""Which samples each step consumes, with or without a growing batch: a pure function of the step.
+
+A run that is resumed with another batch size counts from where its checkpoint says that it was.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,17 @@ class BatchStage:
     global_batch_size: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a schedule begins: so many steps are made, and so many samples consumed."""
+
+    step: int
+    samples: int
+
+
+BEGINNING = Origin(0, 0)
+
+
 class BatchSchedule:
     """Batch sizes over the run: the ramp of `--rampup-batch-size` in Megatron, unrolled into stages.
 
@@ -33,29 +47,37 @@ class BatchSchedule:
     still counts whole, and sizes whose share was already consumed are left out. The first step that starts
     after `samples` samples, and all later ones, use the full batch.
 
+    The size is a function of the samples consumed so far alone. So a schedule that begins at any step of another one,
+    with the same settings, goes on as that one; and with other settings nothing is read twice or left out.
+
     Steps and samples count from 0; sizes are in sequences.
 
     The validation of the configuration has seen that the ramp leads from `start` to the full batch.
+
+    Args:
+        origin: of a resumed run, what its checkpoint says; earlier steps are unknown.
     """
 
-    def __init__(self, train: TrainConfig) -> None:
-        self.stages = _stages(train.batch_ramp, train.global_batch_size)
+    def __init__(self, train: TrainConfig, origin: Origin = BEGINNING) -> None:
+        self.stages = _stages(train.batch_ramp, train.global_batch_size, origin)
         self._first_steps = [stage.first_step for stage in self.stages]
 
     def at(self, step: int) -> BatchStep:
+        assert step >= self.stages[0].first_step
         stage = self.stages[bisect.bisect_right(self._first_steps, step) - 1]
         first_sample = stage.first_sample + (step - stage.first_step) * stage.global_batch_size
         return BatchStep(first_sample, stage.global_batch_size)
 
     def steps_within(self, samples: int) -> int:
-        """Whole steps that need no more than so many samples."""
+        """Whole steps that need no more than so many samples, those before the origin included."""
+        samples = max(samples, self.stages[0].first_sample)
         stage = self.stages[bisect.bisect_right([stage.first_sample for stage in self.stages], samples) - 1]
         return stage.first_step + (samples - stage.first_sample) // stage.global_batch_size
 
 
-def _stages(ramp: BatchRampConfig, global_batch_size: int) -> list[BatchStage]:
+def _stages(ramp: BatchRampConfig, global_batch_size: int, origin: Origin) -> list[BatchStage]:
     stages: list[BatchStage] = []
-    step = sample = 0
+    step, sample = origin.step, origin.samples
     if ramp.start:
         num_increments = (global_batch_size - ramp.start) // ramp.increment
         for index in range(num_increments):

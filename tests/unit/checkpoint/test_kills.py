@@ -89,7 +89,7 @@ def test_killed_anywhere(tmp_path: Path) -> None:
         assert newest(checkpoints) == "step_00000300"
         if not killed:
             break
-    assert count > 30
+    assert count > 20
     assert set(states) == {"step_00000100", "step_00000200"}
     assert states == sorted(states)  # old, old, ..., new, new
 
@@ -126,7 +126,7 @@ def test_killed_while_pruning(tmp_path: Path) -> None:
         assert found is not None
         assert (found[0].name, messages) == ("step_00000300", [])
         assert all((folder / SHARD).exists() for folder in checkpoints.glob("step_*"))
-    assert count > 15
+    assert count > 10
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

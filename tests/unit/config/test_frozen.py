@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_lite.config import frozen
+from megatron_lite.config.changes import Grade
 from megatron_lite.config.compose import change, compose, preset_groups
 from megatron_lite.config.derived import resolve
-from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
+from megatron_lite.config.frozen import as_containers, check_run_folder, freeze, from_containers, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -119,15 +121,39 @@ def test_folder_of_the_same_run_is_taken_again(tmp_path: Path) -> None:
         check_run_folder(config_of("train.steps=100", word), tmp_path)
 
 
-def test_folder_of_another_run_is_refused_with_all_differences(tmp_path: Path) -> None:
+def test_folder_of_another_run_is_refused_with_all_reasons(tmp_path: Path) -> None:
     trained(tmp_path, config_of())
     name = next(tmp_path.glob("config-*.yaml")).name
-    with pytest.raises(ConfigError) as caught:
-        check_run_folder(config_of("model.num_layers=3", "optimizer.learning_rate=1e-3", "train.steps=7"), tmp_path)
-    assert caught.value.problems == [
-        f"train.run_dir={tmp_path} holds a run of another configuration ({name}): model.num_layers: 4 there, 3 now; "
-        "optimizer.learning_rate: 0.0003 there, 0.001 now. Give another train.run_dir, or repeat the earlier settings "
-        "to resume it"
+    words = ["model.num_layers=3", "optimizer.learning_rate=1e-3", "train.seed=7", "train.run_dir=elsewhere"]
+    where = f"the run in train.run_dir={tmp_path} ({name})"
+
+    def refused() -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            check_run_folder(config_of(*words), tmp_path)
+        return caught.value.problems
+
+    layers = (
+        f"model.num_layers=3 cannot go on from 4 of {where}: the weights have the shapes of the earlier value; keep "
+        "model.num_layers=4, or begin another run in a new train.run_dir"
+    )
+    seed = (
+        f"train.seed=7 cannot go on from 1234 of {where}: the order of the data follows from it, and so which samples "
+        "are left to train on; keep train.seed=1234, or begin another run in a new train.run_dir"
+    )
+    assert refused() == [layers, seed]
+    for step in (100, 200):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    assert refused() == [layers, f"{seed} with model.init_from={tmp_path}/checkpoints/step_00000200"]
+
+
+def test_what_changes_within_a_run_is_told(tmp_path: Path) -> None:
+    assert check_run_folder(config_of(), tmp_path) == []
+    trained(tmp_path, config_of())
+    changes = check_run_folder(config_of("optimizer.learning_rate=1e-3", "parallel=dp2"), tmp_path)
+    assert [(change.key, change.grade) for change in changes if not change.key.startswith("launcher.")] == [
+        ("parallel.data_parallel_size", Grade.safe),
+        ("optimizer.learning_rate", Grade.resets),
+        ("train.run_dir", Grade.safe),
     ]
 
 
@@ -197,6 +223,19 @@ def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path} holds a run .* give another train\.run_dir"):
         check_run_folder(config, tmp_path)
+
+
+def test_containers_of_json_give_the_same_configuration() -> None:
+    """What a checkpoint keeps of its configuration."""
+    config = config_of("experiment=llama_7b", "data.source=[a.txt,b.txt]", "data.weights=[1,2]")
+    config = replace(config, launcher=replace(config.launcher, setup=["export A=${HOME}/x"], environment={"A": "${B}"}))
+    content = json.loads(json.dumps(as_containers(config)))
+    assert from_containers(content) == config
+    del content["objective"], content["train"]["async_save"]  # of a version that did not have them yet
+    assert from_containers(content) == config
+    content["train"]["flavour"] = 1
+    with pytest.raises(ConfigError, match=r"this version cannot read the configuration \(Key 'flavour' not in"):
+        from_containers(content)
 
 
 def test_shell_text_stays_as_it_is(tmp_path: Path) -> None:

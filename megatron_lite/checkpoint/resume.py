@@ -1,0 +1,191 @@
+"""What a run takes over from a checkpoint, and what it says of that. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from megatron_lite.checkpoint.state import CheckpointState, Layout
+from megatron_lite.config.changes import Change, Grade, grade_changes, refusals, table
+from megatron_lite.config.frozen import from_containers
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Precision, RunConfig
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.optim.batch_ramp import Origin
+from megatron_lite.optim.schedule import learning_rate_at
+
+# Settings by what of a run they change; a change of one of them may still reset nothing.
+OF_SCHEDULE = {
+    "train.steps",
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.decay",
+    "optimizer.decay_steps",
+}
+OF_MASKS = {
+    "parallel.tensor_parallel_size",
+    "parallel.sequence_parallel",
+    "launcher.device",
+    "train.micro_batch_size",
+}
+OF_BATCHES = "train.global_batch_size", "train.batch_ramp."
+
+
+class Fate(StrEnum):
+    restored = "restored"
+    resharded = "resharded"  # restored, onto another layout
+    reset = "reset"
+
+
+@dataclass(frozen=True)
+class Subsystem:
+    """What becomes of one part of a run's state."""
+
+    name: str
+    fate: Fate
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<11} {self.fate:<10} {self.reason}"
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """What the loader has to know, and what the user is told."""
+
+    origin: Origin
+    """Of the batch schedule."""
+    subsystems: tuple[Subsystem, ...]
+    changes: tuple[Change, ...]
+    load_moments: bool
+    """Moments and the optimizer's step; otherwise both start from zero."""
+    load_loss_scale: bool
+
+    def lines(self) -> list[str]:
+        head = f"resuming after step {self.origin.step:,} and {self.origin.samples:,} samples"
+        changed = ["changed settings", *(f"  {line}" for line in table(self.changes))] if self.changes else []
+        return [head, *(f"  {subsystem}" for subsystem in self.subsystems), *changed]
+
+
+def describe(
+    state: CheckpointState, config: RunConfig, layout: Layout, data_fingerprint: str, folder: Path | None = None
+) -> ResumeReport:
+    """How a run of this configuration and layout goes on from a checkpoint.
+
+    Args:
+        folder: of the checkpoint, for messages.
+    Raises:
+        CheckpointError: something differs that makes another run of it.
+    """
+    where = "the checkpoint" if folder is None else str(folder)
+    try:
+        previous = from_containers(state.config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{where}: {error}; go on with the version of megatron_lite that wrote it, or begin another run in a new "
+            "train.run_dir"
+        ) from error
+    changes = grade_changes(previous, config, folder)
+    refused = refusals(changes, where)
+    if not refused and state.data_fingerprint != data_fingerprint:
+        refused = [_other_data(state, data_fingerprint, where, folder)]
+    if refused:
+        raise CheckpointError("\n".join(refused))
+    load_moments = _keeps_moments(state, config.optimizer)
+    load_loss_scale = config.train.precision is Precision.fp16 and state.loss_scale is not None
+    return ResumeReport(
+        origin=Origin(state.step, state.samples),
+        subsystems=(
+            _weights(state, config, layout),
+            _optimizer(state, config.optimizer, layout, load_moments),
+            _schedule(state, config, changes),
+            _loss_scale(state, config),
+            _randomness(config, changes),
+            _data(state, config, changes),
+        ),
+        changes=tuple(changes),
+        load_moments=load_moments,
+        load_loss_scale=load_loss_scale,
+    )
+
+
+def _other_data(state: CheckpointState, data_fingerprint: str, where: str, folder: Path | None) -> str:
+    weights = "" if folder is None else f" with model.init_from={folder}"
+    return (
+        f"data.source holds other tokens (fingerprint {data_fingerprint}) than those that {where} was trained on "
+        f"({state.data_fingerprint}): which of them are left to train on is unknown; bring back the earlier files and "
+        f"tokenizer, or begin another run in a new train.run_dir{weights}"
+    )
+
+
+def _keeps_moments(state: CheckpointState, optimizer: OptimizerConfig) -> bool:
+    return state.optimizer.name == optimizer.name and _has_moments(optimizer) and bool(state.optimizer.moments)
+
+
+def _has_moments(optimizer: OptimizerConfig) -> bool:
+    return optimizer.name is not OptimizerName.sgd or optimizer.momentum > 0
+
+
+def _weights(state: CheckpointState, config: RunConfig, layout: Layout) -> Subsystem:
+    precision = config.train.precision
+    cast = "" if precision == state.precision else f"; computes in {precision} instead of {state.precision}"
+    if layout == state.layout:
+        return Subsystem("weights", Fate.restored, f"{layout}{cast}")
+    return Subsystem("weights", Fate.resharded, f"{state.layout} -> {layout}{cast}")
+
+
+def _optimizer(state: CheckpointState, optimizer: OptimizerConfig, layout: Layout, load_moments: bool) -> Subsystem:
+    name, stored = "optimizer", state.optimizer
+    if stored.name != optimizer.name:
+        return Subsystem(name, Fate.reset, f"{stored.name} -> {optimizer.name}: moments start from zero")
+    if not _has_moments(optimizer):
+        return Subsystem(name, Fate.restored, f"{optimizer.name} without momentum has no moments")
+    if not load_moments:
+        return Subsystem(name, Fate.reset, f"the checkpoint has no moments of {optimizer.name}: they start from zero")
+    moments = ", ".join(stored.moments)
+    if layout == state.layout:
+        return Subsystem(name, Fate.restored, f"{moments} after {stored.step:,} updates")
+    return Subsystem(name, Fate.resharded, f"{moments} after {stored.step:,} updates: {state.layout} -> {layout}")
+
+
+def _schedule(state: CheckpointState, config: RunConfig, changes: Sequence[Change]) -> Subsystem:
+    step = state.step + 1
+    rate = f"step {step:,} has learning rate {learning_rate_at(step, config.optimizer, config.train.steps):.4g}"
+    new = [change.key for change in _resetting(changes) if change.key in OF_SCHEDULE]
+    if new:
+        return Subsystem("schedule", Fate.reset, f"new {', '.join(new)}: {rate}")
+    return Subsystem("schedule", Fate.restored, rate)
+
+
+def _loss_scale(state: CheckpointState, config: RunConfig) -> Subsystem:
+    name, precision, stored = "loss scale", config.train.precision, state.loss_scale
+    if precision is not Precision.fp16:
+        if stored is None:
+            return Subsystem(name, Fate.restored, f"{precision} has none")
+        return Subsystem(name, Fate.reset, f"{stored.scale:,g} is dropped: {precision} needs none")
+    if stored is None:
+        power = config.train.loss_scale.initial_power
+        return Subsystem(name, Fate.reset, f"starts at 2^{power}: {state.precision} had none")
+    return Subsystem(name, Fate.restored, f"{stored.scale:,g}, {stored.steps_since_change:,} steps since it changed")
+
+
+def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
+    other = [f"{change.key}: {change.consequence}" for change in _resetting(changes) if change.key in OF_MASKS]
+    seed = f"seed {config.train.seed}"
+    if other:
+        return Subsystem("randomness", Fate.reset, f"{seed}; {'; '.join(other)}")
+    return Subsystem("randomness", Fate.restored, f"{seed}; masks follow from (seed, sample, layer), nothing is stored")
+
+
+def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change]) -> Subsystem:
+    position = f"goes on with sample {state.samples:,}"
+    if any(change.key.startswith(OF_BATCHES) for change in changes):
+        ramp = " at the end of the ramp" if config.train.batch_ramp.start else ""
+        position += f", in batches of {config.train.global_batch_size}{ramp}"
+    return Subsystem("data", Fate.restored, position)
+
+
+def _resetting(changes: Sequence[Change]) -> Iterator[Change]:
+    return (change for change in changes if change.grade is Grade.resets)

@@ -1,0 +1,317 @@
+"""What may change between the attempts of one run: every setting has a grade.
+
+A run goes on from its newest checkpoint with whatever is safe, says what a change resets, and refuses what would make
+another run of it. A new setting must be put into exactly one of the tables below; a test sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.keys import get_value, leaf_keys
+from megatron_lite.config.schema import Decay, ModelConfig, OptimizerName, Precision, RunConfig
+
+Consequence = Callable[[RunConfig, RunConfig], str]
+"""From the configurations before and after the change to what it resets; empty = nothing, with these values."""
+
+
+class Grade(StrEnum):
+    safe = "safe"
+    resets = "resets"
+    forbidden = "forbidden"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that is not what it was."""
+
+    key: str
+    before: Any
+    after: Any
+    grade: Grade
+    consequence: str
+    """What follows; of a forbidden one the rule it breaks. Empty where there is nothing to say."""
+    remedy: str = ""
+    """The way round; of forbidden ones only."""
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {shown(self.before)} -> {shown(self.after)}"
+        return f"{text}; {self.consequence}" if self.consequence else text
+
+
+SAFE = (
+    "debug",
+    "model.name",
+    "model.vocab_pad_multiple",  # padding is in no file
+    "parallel.pipeline_parallel_size",
+    "parallel.data_parallel_size",
+    "parallel.zero_stage",
+    "parallel.offload_optimizer",
+    "parallel.recompute",
+    "data.max_epochs",
+    "data.cache_dir",
+    "data.num_workers",
+    "train.loss_scale.initial_power",  # the scale has long left it
+    "train.log_interval",
+    "train.eval_interval",
+    "train.save_interval",
+    "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.async_save",
+    "train.generate_tokens",
+    "train.generate_prompt",
+    "train.run_dir",
+    "train.max_unsound_steps",
+    "train.timeout_seconds",
+    "tracking.progress",
+    "tracking.wandb",
+    "tracking.wandb_project",
+    "tracking.wandb_name",
+    "tracking.tensorboard",
+    "tracking.plot",
+    "launcher.name",
+    "launcher.num_processes",
+    "launcher.threads_per_process",
+    "launcher.master_address",
+    "launcher.master_port",
+    "launcher.nodes",
+    "launcher.gpus_per_node",
+    "launcher.processes_per_node",
+    "launcher.grace_seconds",
+    "launcher.node_rank",
+    "launcher.rendezvous",
+    "launcher.rendezvous_id",
+    "launcher.hostfile",
+    "launcher.time",
+    "launcher.partition",
+    "launcher.account",
+    "launcher.qos",
+    "launcher.job_name",
+    "launcher.chain",
+    "launcher.max_requeues",
+    "launcher.max_stalled_requeues",
+    "launcher.modules",
+    "launcher.setup",
+    "launcher.environment",
+    "launcher.container",
+    "launcher.container_mounts",
+    "launcher.sbatch_options",
+    "launcher.srun_arguments",
+)
+
+
+def _always(text: str) -> Consequence:
+    return lambda before, after: text
+
+
+def _masks(*dropouts: str) -> Consequence:
+    """Dropout masks are functions of (seed, first sample of the micro-batch, layer, site), some also of the rank."""
+
+    def consequence(before: RunConfig, after: RunConfig) -> str:
+        used = [name for name in dropouts if _dropout(before.model, name) or _dropout(after.model, name)]
+        return f"other masks of {' and '.join(f'model.{name}' for name in used)} from here on" if used else ""
+
+    return consequence
+
+
+def _dropout(model: ModelConfig, name: str) -> float:
+    value = getattr(model, name)
+    assert isinstance(value, float)
+    return value
+
+
+# Of activations that sequence parallelism cuts: each rank draws the masks of its own positions.
+_OF_POSITIONS = ("embedding_dropout", "hidden_dropout", "final_dropout")
+
+
+def _tensor_size(before: RunConfig, after: RunConfig) -> str:
+    """Each rank draws for its own attention heads, and under sequence parallelism for its own positions."""
+    cut = before.parallel.sequence_parallel or after.parallel.sequence_parallel
+    return _masks("attention_dropout", *(_OF_POSITIONS if cut else ()))(before, after)
+
+
+def _steps(before: RunConfig, after: RunConfig) -> str:
+    optimizer = after.optimizer
+    stretched = optimizer.decay_steps is None and optimizer.decay in (Decay.linear, Decay.cosine)
+    if not stretched:
+        return ""
+    return (
+        f"the learning rate now decays until step {after.train.steps:,}; optimizer.decay_steps={before.train.steps} "
+        "keeps the earlier course"
+    )
+
+
+def _decay_steps(before: RunConfig, after: RunConfig) -> str:
+    ends = [one.optimizer.decay_steps or one.train.steps for one in (before, after)]
+    decays = after.optimizer.decay in (Decay.linear, Decay.cosine)
+    return f"the learning rate now decays until step {ends[1]:,}" if decays and ends[0] != ends[1] else ""
+
+
+def _precision(before: RunConfig, after: RunConfig) -> str:
+    if after.train.precision is Precision.fp16:
+        return f"fp16's loss scale starts at 2^{after.train.loss_scale.initial_power}"
+    return "fp16's loss scale is dropped" if before.train.precision is Precision.fp16 else ""
+
+
+def _loss_scale(text: str) -> Consequence:
+    both = Precision.fp16
+    return lambda before, after: text if before.train.precision is after.train.precision is both else ""
+
+
+def _of_optimizer(name: OptimizerName, text: str) -> Consequence:
+    """Where the setting is of one optimizer and others do not look at it."""
+    return lambda before, after: text if after.optimizer.name is name else ""
+
+
+_SCHEDULE = "the schedule goes on with the new values from here"
+_UPDATES = "updates from here on have the new value"
+_BATCH = "steps from here on take batches of the new size; the data goes on with the next sample"
+_RATE = "this dropout has the new rate from here on"
+
+
+def _validation(before: RunConfig, after: RunConfig) -> str:
+    was, now = (one.train.eval_batches * one.train.global_batch_size for one in (before, after))
+    return f"validation is over {now:,} samples instead of {was:,}" if was != now else ""
+
+
+def _batch(before: RunConfig, after: RunConfig) -> str:
+    return "; ".join(filter(None, (_BATCH, _validation(before, after))))
+
+
+RESETS: dict[str, Consequence] = {
+    "parallel.tensor_parallel_size": _tensor_size,
+    "parallel.sequence_parallel": _masks(*_OF_POSITIONS),
+    "launcher.device": _masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS),  # each kind draws in its own way
+    "model.embedding_dropout": _always(_RATE),
+    "model.attention_dropout": _always(_RATE),
+    "model.hidden_dropout": _always(_RATE),
+    "model.ffn_dropout": _always(_RATE),
+    "model.final_dropout": _always(_RATE),
+    "optimizer.name": _always("moments start from zero"),
+    "optimizer.learning_rate": _always(_SCHEDULE),
+    "optimizer.min_learning_rate": _always(_SCHEDULE),
+    "optimizer.warmup_steps": _always(_SCHEDULE),
+    "optimizer.decay": _always(_SCHEDULE),
+    "optimizer.decay_steps": _decay_steps,
+    "optimizer.beta1": _of_optimizer(OptimizerName.adamw, _UPDATES),
+    "optimizer.beta2": _of_optimizer(OptimizerName.adamw, _UPDATES),
+    "optimizer.epsilon": _of_optimizer(OptimizerName.adamw, _UPDATES),
+    "optimizer.momentum": _of_optimizer(OptimizerName.sgd, _UPDATES),
+    "optimizer.weight_decay": _always(_UPDATES),
+    "optimizer.clip_grad_norm": _always(_UPDATES),
+    "train.steps": _steps,
+    "train.micro_batch_size": _masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS),
+    "train.global_batch_size": _batch,
+    "train.batch_ramp.start": _always(_BATCH),
+    "train.batch_ramp.increment": _always(_BATCH),
+    "train.batch_ramp.samples": _always(_BATCH),
+    "train.eval_batches": _validation,
+    "train.precision": _precision,
+    "train.loss_scale.window": _loss_scale("the loss scale keeps its value and follows the new rule"),
+    "train.loss_scale.hysteresis": _loss_scale("the loss scale keeps its value and follows the new rule"),
+    "train.loss_scale.minimum": _loss_scale("the loss scale keeps its value and follows the new rule"),
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why some settings cannot change within a run."""
+
+    rule: str
+    weights_fit: bool
+    """Whether another run can begin with these weights."""
+    keys: tuple[str, ...]
+
+
+FORBIDDEN = (
+    Refusal("the weights have the shapes of the earlier value", False, (
+        "model.architecture", "model.num_layers", "model.num_decoder_layers", "model.hidden_size",
+        "model.num_attention_heads", "model.num_query_groups", "model.head_size", "model.ffn_hidden_size",
+        "model.max_position_embeddings", "model.vocab_size", "model.normalization", "model.norm_placement",
+        "model.embedding_norm",
+        "model.position_embedding", "model.position_offset", "model.relative_buckets", "model.num_segments",
+        "model.attention_bias", "model.mlp_bias", "model.tie_embeddings", "model.head_transform", "model.head_bias",
+    )),
+    Refusal("the first weights were drawn with the earlier value", False, ("model.init", "model.init_std")),
+    Refusal("the model has learnt the tokens of the earlier value", False, (
+        "data.tokenizer", "data.tokenizer_vocab_size",
+    )),
+    Refusal("the weights are trained to compute with the earlier value", True, (
+        "model.norm_epsilon", "model.activation", "model.rotary_base",
+        "model.relative_max_distance", "model.attention_scale", "model.scale_tied_head",
+    )),
+    Refusal("it decides which samples there are, and so which of them are left to train on", True, (
+        "data.source", "data.weights", "data.text_key", "data.document_separator", "data.dataset_split",
+        "data.dataset_config", "data.seq_length", "data.validation_fraction", "data.validation_source",
+        "objective.decoder_seq_length",
+    )),
+    Refusal("it decides what the model is trained to predict", True, (
+        "script", "data.mask_loss_after_eod", "objective.name", "objective.masked_fraction",
+        "objective.mask_token_fraction", "objective.random_token_fraction", "objective.whole_word",
+        "objective.next_fraction", "objective.short_fraction", "objective.fim_fraction", "objective.fim_spm_fraction",
+        "objective.noise_density", "objective.mean_span_length", "objective.infill_fraction",
+        "objective.infill_span_length", "objective.permute_sentences", "objective.ul2_mode_tokens",
+        "objective.ul2_weights", "objective.ul2_span_lengths", "objective.ul2_noise_densities",
+        "objective.ul2_s_density",
+    )),
+    Refusal("the order of the data follows from it, and so which samples are left to train on", True, ("train.seed",)),
+)  # fmt: skip
+
+
+def grade_changes(previous: RunConfig, current: RunConfig, checkpoint: Path | None = None) -> list[Change]:
+    """Every setting that differs between two resolved configurations of one run, in the order of the schema.
+
+    Args:
+        checkpoint: of the run, that a remedy proposes to begin another one with.
+    """
+    differing = [key for key in leaf_keys() if get_value(previous, key) != get_value(current, key)]
+    return [_graded(key, previous, current, checkpoint) for key in differing]
+
+
+def refusals(changes: Sequence[Change], where: str) -> list[str]:
+    """One message for each change that is forbidden: `key=value rule; remedy`.
+
+    Args:
+        where: the settings were the earlier ones.
+    """
+    return [
+        f"{change.key}={shown(change.after)} cannot go on from {shown(change.before)} of {where}: "
+        f"{change.consequence}; {change.remedy}"
+        for change in changes
+        if change.grade is Grade.forbidden
+    ]
+
+
+def table(changes: Sequence[Change]) -> list[str]:
+    """A line for each change, what resets something first."""
+    order = [Grade.forbidden, Grade.resets, Grade.safe]
+    return [f"{change.grade:<10} {change}" for change in sorted(changes, key=lambda change: order.index(change.grade))]
+
+
+def shown(value: Any) -> str:
+    """A value as it would be typed, but for secrets."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, dict):  # launcher.environment, whose values may be secrets
+        return f"{{{','.join(f'{name}: ...' for name in value)}}}"
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text else repr(text)
+
+
+def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path | None) -> Change:
+    before, after = get_value(previous, key), get_value(current, key)
+    refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
+    if refusal is None:
+        consequence = RESETS[key](previous, current) if key in RESETS else ""
+        return Change(key, before, after, Grade.resets if consequence else Grade.safe, consequence)
+    remedy = f"keep {key}={shown(before)}, or begin another run in a new train.run_dir"
+    if refusal.weights_fit and checkpoint is not None:
+        remedy += f" with model.init_from={checkpoint}"
+    return Change(key, before, after, Grade.forbidden, refusal.rule, remedy)

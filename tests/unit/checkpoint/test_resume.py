@@ -1,0 +1,214 @@
+"""What a resumed run says of its state, word for word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_lite.checkpoint.resume import Fate, ResumeReport, describe
+from megatron_lite.checkpoint.state import CheckpointState, Layout, LossScaleState, OptimizerState
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.frozen import as_containers, from_containers
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.optim.batch_ramp import Origin
+from tests.unit.checkpoint.examples import STATE
+
+FOLDER = Path("run/checkpoints/step_00000100")
+
+
+@cache
+def base() -> RunConfig:
+    return compose("pretrain_gpt", ["parallel=dp2_tp2_pp2", "train.run_dir=run"])
+
+
+def config_of(*words: str) -> RunConfig:
+    content = OmegaConf.merge(as_containers(base()), OmegaConf.from_dotlist(list(words)))
+    return resolve(from_containers(OmegaConf.to_container(content)), device="cpu")  # type: ignore[arg-type]
+
+
+def state_of(*words: str, **fields: object) -> CheckpointState:
+    content = json.loads(json.dumps(as_containers(config_of(*words))))
+    return replace(STATE, **{"config": content, **fields})  # type: ignore[arg-type]
+
+
+def layout_of(config: RunConfig) -> Layout:
+    parallel = config.parallel
+    assert parallel.data_parallel_size is not None
+    return Layout(
+        parallel.data_parallel_size,
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.zero_stage,
+        parallel.sequence_parallel,
+    )
+
+
+def report_of(state: CheckpointState, *words: str, fingerprint: str = STATE.data_fingerprint) -> ResumeReport:
+    config = config_of(*words)
+    return describe(state, config, layout_of(config), fingerprint, FOLDER)
+
+
+def fate_of(report: ResumeReport, name: str) -> tuple[Fate, str]:
+    (found,) = (subsystem for subsystem in report.subsystems if subsystem.name == name)
+    return found.fate, found.reason
+
+
+def test_nothing_has_changed() -> None:
+    report = report_of(state_of())
+    assert (report.origin, report.load_moments, report.load_loss_scale) == (Origin(100, 3200), True, False)
+    assert report.lines() == [
+        "resuming after step 100 and 3,200 samples",
+        "  weights     restored   dp2 tp2 pp2 zero1",
+        "  optimizer   restored   exp_avg, exp_avg_sq after 100 updates",
+        "  schedule    restored   step 101 has learning rate 0.0002395",
+        "  loss scale  restored   fp32 has none",
+        "  randomness  restored   seed 1234; masks follow from (seed, sample, layer), nothing is stored",
+        "  data        restored   goes on with sample 3,200",
+    ]
+
+
+def test_everything_has_changed() -> None:
+    before = state_of("model.attention_dropout=0.1", "model.hidden_dropout=0.1")
+    report = report_of(
+        before,
+        "model.attention_dropout=0.1",
+        "model.hidden_dropout=0.2",
+        "parallel.data_parallel_size=1",
+        "parallel.tensor_parallel_size=1",
+        "parallel.pipeline_parallel_size=4",
+        "optimizer.learning_rate=0.001",
+        "train.steps=600",
+        "train.global_batch_size=64",
+        "train.precision=bf16",
+        "train.keep_every=1000",
+    )
+    assert (report.origin, report.load_moments, report.load_loss_scale) == (Origin(100, 3200), True, False)
+    assert report.lines() == [
+        "resuming after step 100 and 3,200 samples",
+        "  weights     resharded  dp2 tp2 pp2 zero1 -> dp1 tp1 pp4 zero1; computes in bf16 instead of fp32",
+        "  optimizer   resharded  exp_avg, exp_avg_sq after 100 updates: dp2 tp2 pp2 zero1 -> dp1 tp1 pp4 zero1",
+        "  schedule    reset      new optimizer.learning_rate, train.steps: step 101 has learning rate 0.0009442",
+        "  loss scale  restored   bf16 has none",
+        "  randomness  reset      seed 1234; parallel.tensor_parallel_size: other masks of model.attention_dropout "
+        "from here on",
+        "  data        restored   goes on with sample 3,200, in batches of 64",
+        "changed settings",
+        "  resets     model.hidden_dropout: 0.1 -> 0.2; this dropout has the new rate from here on",
+        "  resets     parallel.tensor_parallel_size: 2 -> 1; other masks of model.attention_dropout from here on",
+        "  resets     optimizer.learning_rate: 0.0003 -> 0.001; the schedule goes on with the new values from here",
+        "  resets     train.steps: 300 -> 600; the learning rate now decays until step 600; optimizer.decay_steps=300 "
+        "keeps the earlier course",
+        "  resets     train.global_batch_size: 32 -> 64; steps from here on take batches of the new size; the data "
+        "goes on with the next sample; validation is over 512 samples instead of 256",
+        "  safe       parallel.pipeline_parallel_size: 2 -> 4",
+        "  safe       parallel.data_parallel_size: 2 -> 1",
+        "  safe       train.precision: fp32 -> bf16",
+        "  safe       train.keep_every: 0 -> 1000",
+        "  safe       launcher.num_processes: 8 -> 4",
+    ]
+
+
+ADAMW, SGD = OptimizerState("adamw", 98, ("exp_avg", "exp_avg_sq")), "optimizer.name=sgd"
+MOMENTUM, PLAIN = OptimizerState("sgd", 98, ("momentum_buffer",)), OptimizerState("sgd", 98, ())
+
+
+@pytest.mark.parametrize(
+    ("stored", "before", "after", "loads", "fate", "reason"),
+    [
+        (ADAMW, [], [], True, Fate.restored, "exp_avg, exp_avg_sq after 98 updates"),
+        (ADAMW, [], [SGD], False, Fate.reset, "adamw -> sgd: moments start from zero"),
+        (PLAIN, [SGD], [SGD], False, Fate.restored, "sgd without momentum has no moments"),
+        (
+            PLAIN,
+            [SGD],
+            [SGD, "optimizer.momentum=0.9"],
+            False,
+            Fate.reset,
+            "the checkpoint has no moments of sgd: they start from zero",
+        ),
+        (
+            MOMENTUM,
+            [SGD, "optimizer.momentum=0.9"],
+            [SGD],
+            False,
+            Fate.restored,
+            "sgd without momentum has no moments",
+        ),
+        (
+            MOMENTUM,
+            [SGD, "optimizer.momentum=0.9"],
+            [SGD, "optimizer.momentum=0.8", "parallel.zero_stage=0"],
+            True,
+            Fate.resharded,
+            "momentum_buffer after 98 updates: dp2 tp2 pp2 zero1 -> dp2 tp2 pp2 zero0",
+        ),
+    ],
+)
+def test_moments(
+    stored: OptimizerState, before: list[str], after: list[str], loads: bool, fate: Fate, reason: str
+) -> None:
+    report = report_of(state_of(*before, optimizer=stored), *after)
+    assert report.load_moments == loads
+    assert fate_of(report, "optimizer") == (fate, reason)
+
+
+SCALE = LossScaleState(32768.0, 12, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "loads", "fate", "reason"),
+    [
+        ("fp16", "fp16", True, Fate.restored, "32,768, 12 steps since it changed"),
+        ("fp16", "bf16", False, Fate.reset, "32,768 is dropped: bf16 needs none"),
+        ("fp32", "fp16", False, Fate.reset, "starts at 2^16: fp32 had none"),
+        ("fp32", "bf16", False, Fate.restored, "bf16 has none"),
+    ],
+)
+def test_loss_scale(before: str, after: str, loads: bool, fate: Fate, reason: str) -> None:
+    scale = SCALE if before == "fp16" else None
+    state = state_of(f"train.precision={before}", precision=before, loss_scale=scale)
+    report = report_of(state, f"train.precision={after}")
+    assert report.load_loss_scale == loads
+    assert fate_of(report, "loss scale") == (fate, reason)
+
+
+def test_ramp_is_told() -> None:
+    ramp = ["train.batch_ramp.start=8", "train.batch_ramp.increment=8", "train.batch_ramp.samples=9999"]
+    assert fate_of(report_of(state_of(), *ramp), "data") == (
+        Fate.restored,
+        "goes on with sample 3,200, in batches of 32 at the end of the ramp",
+    )
+
+
+def test_another_run_is_refused_with_every_reason() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        report_of(state_of(), "train.seed=7", "model.num_layers=8", "debug=true")
+    assert str(caught.value).splitlines() == [
+        f"model.num_layers=8 cannot go on from 4 of {FOLDER}: the weights have the shapes of the earlier value; keep "
+        "model.num_layers=4, or begin another run in a new train.run_dir",
+        f"train.seed=7 cannot go on from 1234 of {FOLDER}: the order of the data follows from it, and so which samples "
+        "are left to train on; keep train.seed=1234, or begin another run in a new train.run_dir with "
+        f"model.init_from={FOLDER}",
+    ]
+
+
+def test_other_data_is_refused() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        report_of(state_of(), fingerprint="a0a0")
+    assert str(caught.value) == (
+        f"data.source holds other tokens (fingerprint a0a0) than those that {FOLDER} was trained on (b5c1): which of "
+        "them are left to train on is unknown; bring back the earlier files and tokenizer, or begin another run in a "
+        f"new train.run_dir with model.init_from={FOLDER}"
+    )
+
+
+def test_configuration_of_another_version() -> None:
+    with pytest.raises(CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*go on with the ver"):
+        report_of(state_of(config={**state_of().config, "train": {"flavour": 1}}))

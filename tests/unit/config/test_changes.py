@@ -1,0 +1,203 @@
+"""Every setting has one grade, and every change says what it does to a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_lite.config.changes import FORBIDDEN, RESETS, SAFE, Change, Grade, grade_changes, refusals, shown, table
+from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.frozen import as_node
+from megatron_lite.config.keys import leaf_keys
+from megatron_lite.config.schema import Precision, RunConfig
+
+DROPOUT = "model.attention_dropout=0.1,model.hidden_dropout=0.1"
+
+
+@cache
+def base() -> DictConfig:
+    return as_node(compose("pretrain_gpt", ["train.run_dir=run", "launcher.num_processes=8"]))
+
+
+@cache
+def config_of(words: str) -> RunConfig:
+    """Without Hydra, which takes a third of a second for each."""
+    merged = OmegaConf.merge(base(), OmegaConf.from_dotlist(words.split(",") if words else []))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, RunConfig)
+    return resolve(config, device=None if "device=" in words else "cpu")
+
+
+def changes_of(before: str, after: str) -> list[Change]:
+    return grade_changes(config_of(before), config_of(after))
+
+
+def consequence_of(before: str, after: str, key: str) -> str:
+    (change,) = (change for change in changes_of(before, after) if change.key == key)
+    assert (change.grade is Grade.resets) == bool(change.consequence)
+    return change.consequence
+
+
+def test_every_setting_has_exactly_one_grade() -> None:
+    """A new one: into a table of config/changes.py with it."""
+    graded = Counter([*SAFE, *RESETS, *(key for refusal in FORBIDDEN for key in refusal.keys)])
+    assert sorted(set(leaf_keys()) - set(graded)) == []
+    assert sorted(set(graded) - set(leaf_keys())) == []
+    assert [key for key, count in graded.items() if count > 1] == []
+
+
+def test_equal_configurations_have_no_changes() -> None:
+    assert changes_of("train.steps=7", "train.steps=7") == []
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+def test_layout_is_safe_without_dropout(layout: str) -> None:
+    changes = changes_of("", f"parallel.{layout}_parallel_size=2,parallel.zero_stage=3,parallel.recompute=full")
+    assert len(changes) >= 3
+    for change in changes:
+        assert (change.grade, change.consequence, change.remedy) == (Grade.safe, "", ""), change
+
+
+MASKS = "other masks of model.attention_dropout"
+CONSEQUENCES = [
+    ("", "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", ""),
+    (DROPOUT, f"{DROPOUT},parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", f"{MASKS} from here on"),
+    (DROPOUT, f"{DROPOUT},parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size", ""),
+    (
+        "model.hidden_dropout=0.1",
+        "model.hidden_dropout=0.1,parallel.tensor_parallel_size=2",
+        "parallel.tensor_parallel_size",
+        "",
+    ),
+    (
+        DROPOUT,
+        f"{DROPOUT},parallel.tensor_parallel_size=2,parallel.sequence_parallel=true",
+        "parallel.tensor_parallel_size",
+        f"{MASKS} and model.hidden_dropout from here on",
+    ),
+    (
+        f"{DROPOUT},parallel.tensor_parallel_size=2",
+        f"{DROPOUT},parallel.tensor_parallel_size=2,parallel.sequence_parallel=true",
+        "parallel.sequence_parallel",
+        "other masks of model.hidden_dropout from here on",
+    ),
+    ("", "train.micro_batch_size=8", "train.micro_batch_size", ""),
+    (
+        "model.ffn_dropout=0.1",
+        "model.ffn_dropout=0.1,train.micro_batch_size=8",
+        "train.micro_batch_size",
+        "other masks of model.ffn_dropout from here on",
+    ),
+    ("", "launcher.device=cuda", "launcher.device", ""),
+    (
+        "model.final_dropout=0.1",
+        "model.final_dropout=0.1,launcher.device=cuda",
+        "launcher.device",
+        "other masks of model.final_dropout from here on",
+    ),
+    (
+        "",
+        "train.steps=600",
+        "train.steps",
+        "the learning rate now decays until step 600; optimizer.decay_steps=300 keeps the earlier course",
+    ),
+    ("optimizer.decay_steps=300", "optimizer.decay_steps=300,train.steps=600", "train.steps", ""),
+    ("optimizer.decay=constant", "optimizer.decay=constant,train.steps=600", "train.steps", ""),
+    ("", "train.steps=600,optimizer.decay_steps=300", "train.steps", ""),
+    ("", "train.steps=600,optimizer.decay_steps=300", "optimizer.decay_steps", ""),
+    ("", "optimizer.decay_steps=200", "optimizer.decay_steps", "the learning rate now decays until step 200"),
+    ("", "train.precision=bf16", "train.precision", ""),
+    ("", "train.precision=fp16", "train.precision", "fp16's loss scale starts at 2^16"),
+    ("train.precision=fp16", "train.precision=bf16", "train.precision", "fp16's loss scale is dropped"),
+    ("", "train.loss_scale.window=5", "train.loss_scale.window", ""),
+    (
+        "train.precision=fp16",
+        "train.precision=fp16,train.loss_scale.window=5",
+        "train.loss_scale.window",
+        "the loss scale keeps its value and follows the new rule",
+    ),
+    ("", "optimizer.name=sgd", "optimizer.name", "moments start from zero"),
+    ("optimizer.name=sgd", "optimizer.name=sgd,optimizer.beta1=0.8", "optimizer.beta1", ""),
+    ("", "optimizer.beta1=0.8", "optimizer.beta1", "updates from here on have the new value"),
+    ("", "optimizer.warmup_steps=20", "optimizer.warmup_steps", "the schedule goes on with the new values from here"),
+    (
+        "",
+        "train.global_batch_size=64",
+        "train.global_batch_size",
+        "steps from here on take batches of the new size; the data goes on with the next sample; validation is over "
+        "512 samples instead of 256",
+    ),
+    ("", "train.eval_batches=4", "train.eval_batches", "validation is over 128 samples instead of 256"),
+    ("", "train.eval_batches=4,train.global_batch_size=64", "train.eval_batches", ""),
+    ("", "model.hidden_dropout=0.2", "model.hidden_dropout", "this dropout has the new rate from here on"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "key", "consequence"), CONSEQUENCES)
+def test_consequence(before: str, after: str, key: str, consequence: str) -> None:
+    assert consequence_of(before, after, key) == consequence
+
+
+def test_what_resets_under_no_values_is_safe() -> None:
+    """Each entry of the table can have something to say."""
+    told = {key for before, after, key, consequence in CONSEQUENCES if consequence}
+    always = {key for key, rule in RESETS.items() if _says_always(rule)}
+    assert set(RESETS) - told - always <= {
+        "optimizer.beta2", "optimizer.epsilon", "optimizer.momentum",  # as beta1
+        "train.loss_scale.hysteresis", "train.loss_scale.minimum",  # as the window
+    }  # fmt: skip
+
+
+def _says_always(rule) -> bool:
+    config = config_of("train.precision=fp32")
+    assert config.train.precision is Precision.fp32
+    return bool(rule(config, config))
+
+
+def test_forbidden_ones_come_with_a_way_round() -> None:
+    changes = grade_changes(
+        config_of(""), config_of("data.seq_length=64,model.hidden_size=64,debug=true"), Path("run/checkpoints/step_7")
+    )
+    assert refusals(changes, "the run in FOLDER") == [
+        "model.hidden_size=64 cannot go on from 128 of the run in FOLDER: the weights have the shapes of the earlier "
+        "value; keep model.hidden_size=128, or begin another run in a new train.run_dir",
+        "model.head_size=16 cannot go on from 32 of the run in FOLDER: the weights have the shapes of the earlier "
+        "value; keep model.head_size=32, or begin another run in a new train.run_dir",
+        "model.ffn_hidden_size=256 cannot go on from 512 of the run in FOLDER: the weights have the shapes of the "
+        "earlier value; keep model.ffn_hidden_size=512, or begin another run in a new train.run_dir",
+        "data.seq_length=64 cannot go on from 128 of the run in FOLDER: it decides which samples there are, and so "
+        "which of them are left to train on; keep data.seq_length=128, or begin another run in a new train.run_dir "
+        "with model.init_from=run/checkpoints/step_7",
+    ]
+
+
+def test_table_has_the_grave_ones_first() -> None:
+    changes = changes_of("", "train.seed=1,optimizer.momentum=0.9,debug=true,optimizer.clip_grad_norm=0")
+    assert [line.split(":")[0] for line in table(changes)] == [
+        "forbidden  train.seed",
+        "resets     optimizer.clip_grad_norm",
+        "safe       optimizer.momentum",
+        "safe       debug",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (1e-05, "1e-05"),
+        (["a", 2], "[a,2]"),
+        (Precision.bf16, "bf16"),
+        ("\n\n", r"'\n\n'"),
+        ("", "''"),
+        ({"WANDB_API_KEY": "secret"}, "{WANDB_API_KEY: ...}"),
+    ],
+)
+def test_values_as_they_are_typed(value: object, text: str) -> None:
+    assert shown(value) == text
