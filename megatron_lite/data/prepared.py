@@ -29,7 +29,7 @@ from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
-from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_lite.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, open_tokenizer
 from megatron_lite.data.vocabulary import model_vocab_size
 from megatron_lite.errors import DataError
 from megatron_lite.files import file_xxh3
@@ -123,6 +123,12 @@ class PreparedData:
         if tokenizer is None:
             return Vocabulary(self.vocab_size, self.special)
         return tokenizer.vocabulary().enlarged(self.vocab_size)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that make any folder one from which AutoTokenizer reads this tokenizer."""
+        if self.tokenizer_dir is None:
+            return {}
+        return {name: (self.tokenizer_dir / name).read_bytes() for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)}
 
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, None where there is none."""
