@@ -1,6 +1,6 @@
 """Our weights as those of transformers' models, in both directions: one list of boxes for each family."""
 
 from megatron_lite.config.hf.families import NoCounterpart
-from megatron_lite.models.hf.forms import find_name, stored_form
+from megatron_lite.models.hf.forms import find_name, locate, stored_form
 
-__all__ = ["NoCounterpart", "find_name", "stored_form"]
+__all__ = ["NoCounterpart", "find_name", "locate", "stored_form"]

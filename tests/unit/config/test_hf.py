@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from megatron_lite.config.compose import compose, preset_groups
+from megatron_lite.config.compose import CONF_DIR, preset_groups
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 from megatron_lite.errors import ConfigError
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
-
-
-@dataclass
-class Ids:
-    eod: int | None = 0
-    cls: int | None = 2
-    sep: int | None = 3
-    pad: int | None = 1
-
+from tests.unit.config.hf_folders import Ids
 
 SCRIPTS = {
     Architecture.decoder: "pretrain_gpt",
@@ -45,7 +38,10 @@ VARIANTS = {
 
 
 def preset(name: str) -> ModelConfig:
-    return compose("pretrain_gpt", [f"model={name}"]).model
+    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
+    model = OmegaConf.to_object(loaded)
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 PRESETS = [name for name in preset_groups()["model"] if name != "t5_tiny"]

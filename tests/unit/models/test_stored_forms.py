@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, NormPlacement, Recompute
+from megatron_lite.errors import CheckpointError
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.models.hf import NoCounterpart, find_name, stored_form
+from megatron_lite.models.hf import NoCounterpart, find_name, locate, stored_form
 from megatron_lite.models.hf.tensors import from_stored, to_stored
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.parallel.context import ParallelContext
@@ -111,6 +114,33 @@ def test_a_model_that_transformers_lacks_has_no_form(model: ModelConfig, setting
 def test_roberta_has_no_next_sentence_head() -> None:
     with pytest.raises(NoCounterpart, match="next-sentence head"):
         stored_form(ROBERTA, shapes_of(ROBERTA, next_sentence=True))
+
+
+def test_tensors_are_found_in_files_of_other_classes() -> None:
+    form, _ = case("gpt2")
+    files = {
+        name.removeprefix("transformer."): TensorEntry(Path("f"), "BF16", shape, (0, 0))
+        for name, shape in form.shapes.items()
+    }
+    assert locate(form, files, "model.init_from=DIR").keys() == form.shapes.keys()
+    files["wte.weight"] = replace(files["wte.weight"], shape=(VOCAB_SIZE, 16))
+    files["h.0.ln_1.bias"] = replace(files["h.0.ln_1.bias"], dtype="I8")
+    del files["ln_f.weight"]
+    with pytest.raises(CheckpointError) as caught:
+        locate(form, files, "model.init_from=DIR")
+    assert str(caught.value) == (
+        "model.init_from=DIR does not hold the weights of this model: wte.weight is [61, 16], and the model's is "
+        "[61, 32]; h.0.ln_1.bias is of type I8, and weights are F32, BF16, F16, F64; transformer.ln_f.weight [32] is "
+        "missing; give the folder of such a model, or the settings of its own"
+    )
+
+
+def test_what_transformers_wants_beyond_ours_may_be_missing() -> None:
+    form, _ = case("bart")
+    assert "final_logits_bias" in form.shapes
+    files = {name: TensorEntry(Path("f"), "F32", shape, (0, 0)) for name, shape in form.shapes.items()}
+    del files["final_logits_bias"]
+    assert locate(form, files, "") == files
 
 
 @pytest.mark.parametrize(
