@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint.fragments import Fragment, transfers
-from megatron_lite.checkpoint.plan import Plan, TensorSet
+from megatron_lite.checkpoint.plan import Plan, files_of
 from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.checkpoint.tensor_files import TensorReader
+from megatron_lite.config.hf.headers import TensorEntry, entries_of
 from megatron_lite.errors import CheckpointError
+from megatron_lite.models.hf import find_name
+from megatron_lite.models.stored import StoredForm
 from megatron_lite.parallel.agreement import agreed
 
 
@@ -59,17 +62,32 @@ def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterabl
         CheckpointError: a tensor is missing or has another shape than the model needs.
     """
     for kind in kinds:
-        own = [one for one in fragments if one.kind == kind]
-        read_set([folder / file.name for file in plan.sets[kind].files], plan.sets[kind], own)
+        entries = {name: entry for path in files_of(folder, kind) for name, entry in entries_of(path).items()}
+        _read(entries, plan.sets[kind].form, [one for one in fragments if one.kind == kind], {})
 
 
-def read_set(paths: Iterable[Path], tensors: TensorSet, fragments: Sequence[Fragment]) -> None:
-    with TensorReader(paths) as reader:
-        wrong = [
-            f"{name}: {reader.shape(name) if name in reader else 'missing'} in the files, {shape} in the model"
-            for name, shape in tensors.form.shapes.items()
-            if name not in reader or reader.shape(name) != shape
-        ]
-        if wrong:
-            raise CheckpointError("the checkpoint's tensors are not those of the model: " + "; ".join(wrong))
-        reader.read(transfers(fragments, tensors.form))
+def start_from(entries: Mapping[str, TensorEntry], form: StoredForm, fragments: Sequence[Fragment]) -> None:
+    """Fill this rank's fragments of the weights from a model folder of transformers, or one like it.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the model needs.
+    """
+    found = {name: find_name(name, entries) for name in form.shapes}
+    _read(entries, form, fragments, {name: other for name, other in found.items() if other is not None})
+
+
+def _read(
+    entries: Mapping[str, TensorEntry], form: StoredForm, fragments: Sequence[Fragment], names: Mapping[str, str]
+) -> None:
+    """`names`: of tensors that the files call otherwise than the form."""
+    needed = {piece.target for piece in form.pieces}  # what no box covers is zero, and may as well be missing
+    wrong = [
+        f"{name}: {entry.shape if entry else 'missing'} in the files, {shape} in the model"
+        for name, shape in form.shapes.items()
+        for entry in [entries.get(names.get(name, name))]
+        if name in needed and (entry is None or entry.shape != shape)
+    ]
+    if wrong:
+        raise CheckpointError("the tensors in the files are not those of the model: " + "; ".join(wrong))
+    with TensorReader(sorted({entry.file for entry in entries.values()})) as reader:
+        reader.read(transfers(fragments, form), names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -12,8 +13,6 @@ from megatron_lite.checkpoint.fragments import WEIGHT
 from megatron_lite.checkpoint.state import TRAINING
 from megatron_lite.checkpoint.tensor_files import LARGEST_FILE_BYTES, TensorFile, index_of, split_into_files
 from megatron_lite.models.stored import Shape, StoredForm, same_names
-
-INDEX_FILE = "model.safetensors.index.json"
 
 Shapes = Mapping[str, Mapping[str, Shape]]
 """Of full, unpadded tensors: by kind (the weights, each moment), then by global name."""
@@ -50,8 +49,7 @@ class Plan:
         sets = {}
         for kind, own in shapes.items():
             form = weights_form(own) if weights_form and kind == WEIGHT else same_names(own)
-            stem = "model" if kind == WEIGHT else f"{TRAINING}/{kind}"
-            sets[kind] = TensorSet(form, split_into_files(stem, form, largest_bytes))
+            sets[kind] = TensorSet(form, split_into_files(stem_of(kind), form, largest_bytes))
         return cls(sets, weights_form is not None)
 
     @property
@@ -66,6 +64,17 @@ class Plan:
     def index(self) -> str | None:
         """Of the weights' files, where there are several."""
         return index_of(self.sets[WEIGHT].files)
+
+
+def stem_of(kind: str) -> str:
+    """What the names of a kind's files begin with."""
+    return "model" if kind == WEIGHT else f"{TRAINING}/{kind}"
+
+
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """A kind's files in a checkpoint, one or many."""
+    path = folder / stem_of(kind)
+    return sorted([*path.parent.glob(f"{path.name}.safetensors"), *path.parent.glob(f"{path.name}-*.safetensors")])
 
 
 def shapes_of_all_ranks(own: Shapes) -> Shapes:

@@ -6,7 +6,6 @@ their own, so that what they agree on is independent of where training is.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,11 @@ from torch import Tensor
 from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint.folder import FileRecord
 from megatron_lite.checkpoint.fragments import Fragment, transfers
-from megatron_lite.checkpoint.plan import INDEX_FILE, Plan
+from megatron_lite.checkpoint.plan import Plan
 from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
 from megatron_lite.checkpoint.tensor_files import write
+from megatron_lite.config.hf.headers import INDEX_FILE
 from megatron_lite.errors import CheckpointError
 from megatron_lite.files import file_xxh3
 
@@ -213,8 +213,3 @@ def _explained(error: OSError | CheckpointError, checkpoints: Path) -> str:
         f"{checkpoints} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
         "from the last complete checkpoint"
     )
-
-
-def as_document(content: object) -> bytes:
-    """A JSON file of a checkpoint."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -156,11 +156,11 @@ class TensorReader:
         Raises:
             CheckpointError: a file is no whole safetensors file.
         """
-        self._places: dict[str, tuple[Path, Any]] = {}
+        self._files: dict[str, Any] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")
-                self._places |= dict.fromkeys(file.keys(), (path, file))  # no mapping
+                self._files |= dict.fromkeys(file.keys(), file)  # no mapping
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
 
@@ -170,33 +170,19 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._places.clear()  # closes the files
+        self._files.clear()  # closes the files
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def shape(self, name: str) -> Shape:
-        return tuple(self._slice(name).get_shape())
-
-    def read(self, moved: Iterable[Transfer]) -> None:
+    def read(self, moved: Iterable[Transfer], names: Mapping[str, str]) -> None:
         """Fill each transfer's memory.
 
-        Raises:
-            CheckpointError: a tensor is missing.
+        Args:
+            names: of tensors that the files call otherwise than the transfers.
         """
         for transfer in moved:
-            if transfer.target not in self._places:
-                raise CheckpointError(f"the tensor {transfer.target} is in none of the files")
+            name = names.get(transfer.target, transfer.target)
+            file = self._files[name]
             box = tuple(
                 slice(start, start + size) for start, size in zip(transfer.start, transfer.view.shape, strict=True)
             )
-            source = self._slice(transfer.target)
-            values = source[box] if box else self._places[transfer.target][1].get_tensor(transfer.target)
             with torch.no_grad():
-                transfer.view.copy_(values)
-
-    def _slice(self, name: str) -> Any:
-        return self._places[name][1].get_slice(name)
+                transfer.view.copy_(file.get_slice(name)[box] if box else file.get_tensor(name))

@@ -12,23 +12,60 @@ import deepspeed
 import torch
 from omegaconf import OmegaConf
 
-from megatron_lite.checkpoint.fragments import WEIGHT
-from megatron_lite.checkpoint.loading import load
+from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
+from megatron_lite.checkpoint.hf_files import model_files
+from megatron_lite.checkpoint.loading import load, newest_complete, start_from
 from megatron_lite.checkpoint.plan import Plan, Shapes, shapes_of_all_ranks
+from megatron_lite.checkpoint.resume import ResumeReport, describe
 from megatron_lite.checkpoint.retention import Kept
-from megatron_lite.checkpoint.saving import Saver, as_document
+from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
-from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.frozen import as_node
-from megatron_lite.config.hf import generation_config, hf_config
+from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm
+from megatron_lite.observe.console import Console
+from megatron_lite.optim.batch_ramp import BEGINNING, Origin
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.startup import code_fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt at a run begins: at a checkpoint of it, or before the first step."""
+
+    folder: Path | None = None
+    report: ResumeReport | None = None
+    """With every `folder`."""
+    state: CheckpointState | None = None
+    """With every `folder`."""
+
+    @classmethod
+    def find(
+        cls, checkpoints: Path, config: RunConfig, context: ParallelContext, prepared: PreparedData, console: Console
+    ) -> Start:
+        """The newest complete checkpoint, if there is one. A collective of all ranks.
+
+        Raises:
+            CheckpointError: it is of another run than this configuration's; on every rank alike.
+        """
+        found = newest_complete(checkpoints, console.print)
+        if found is None:
+            return cls()
+        folder, state = found
+        return cls(folder, describe(state, config, layout_of(config, context), prepared.fingerprint, folder), state)
+
+    @property
+    def origin(self) -> Origin:
+        return BEGINNING if self.report is None else self.report.origin
+
+    @property
+    def step(self) -> int:
+        return self.origin.step
 
 
 @dataclass
@@ -46,7 +83,7 @@ class Checkpoints:
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
         form, documents = None, {}
         try:
-            documents = _documents(config, prepared)
+            documents = model_files(config, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32")
             form = _hugging_face(config.model)
         except NoCounterpart as reason:
             report(f"checkpoints keep the weights under our own names: {reason}")
@@ -54,28 +91,43 @@ class Checkpoints:
         saver = Saver(
             folder,
             Plan.of(shapes, form),
-            documents,
+            documents | prepared.tokenizer_files(),
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
         )
         return cls(engine, prepared.fingerprint, shapes, saver)
 
-    def restore(self, folder: Path, state: CheckpointState, *, moments: bool, loss_scale: bool) -> None:
-        """Weights, and as asked for the optimizer's moments and fp16's loss scale.
+    def begin(self, start: Start) -> None:
+        """Give the model what the checkpoint has, or in a new run the weights of model.init_from.
 
         Raises:
             CheckpointError: the files hold other tensors than the model has.
         """
-        shards = self.engine.shards
-        plan = Plan.of(self.shapes, _hugging_face(self.engine.config.model) if state.hugging_face else None)
-        if moments:
+        if start.report is not None and start.state is not None and start.folder is not None:
+            self._restore(start.folder, start.state, start.report)
+        elif (name := self.engine.config.model.init_from) is not None:
+            weights = read_weights(name)
+            form = self._plan(weights.has_hf_names).sets[WEIGHT].form
+            start_from(weights.tensors, form, self._fragments(WEIGHT))
+            self.engine.shards.weights_changed()
+
+    def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
+        shards, kinds = self.engine.shards, [WEIGHT]
+        if report.load_moments:
             shards.prepare()
-        load(folder, plan, shards.fragments(), (WEIGHT, *state.optimizer.moments) if moments else (WEIGHT,))
-        if moments:
+            kinds += state.optimizer.moments
+        load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
+        if report.load_moments:
             shards.updates = state.optimizer.step
-        if loss_scale and state.loss_scale is not None:
+        if report.load_loss_scale and state.loss_scale is not None:
             shards.loss_scale = state.loss_scale
         shards.weights_changed()
+
+    def _plan(self, hugging_face: bool) -> Plan:
+        return Plan.of(self.shapes, _hugging_face(self.engine.config.model) if hugging_face else None)
+
+    def _fragments(self, *kinds: str) -> list[Fragment]:
+        return [fragment for fragment in self.engine.shards.fragments() if fragment.kind in kinds]
 
     def save(self, step: int, samples: int, validation_loss: float | None) -> Path:
         """Write a checkpoint, or begin to; the folder that it will be.
@@ -120,16 +172,3 @@ def layout_of(config: RunConfig, context: ParallelContext) -> Layout:
 
 def _hugging_face(model: ModelConfig) -> Callable[[Mapping[str, Shape]], StoredForm]:
     return partial(stored_form, model)
-
-
-def _documents(config: RunConfig, prepared: PreparedData) -> dict[str, bytes]:
-    """config.json and generation_config.json, for transformers."""
-    described = hf_config(
-        config.model,
-        vocab_size=prepared.vocab_size,
-        tokens=prepared.special,
-        next_sentence=has_next_sentence_head(config),
-    )
-    found = {"config.json": as_document(described)}
-    generation = generation_config(described)
-    return found if generation is None else found | {"generation_config.json": as_document(generation)}

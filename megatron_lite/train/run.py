@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
-from megatron_lite.checkpoint.loading import newest_complete
-from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
@@ -35,7 +33,7 @@ from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Guard, Report, Save, Validate, is_due
-from megatron_lite.train.checkpoints import Checkpoints
+from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
@@ -50,7 +48,6 @@ from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequest
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
-Found = tuple[Path, CheckpointState]
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
@@ -131,22 +128,21 @@ def _watchdog(
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     """From the newest checkpoint, or from nothing, to the last step or to a request to stop."""
     run.heartbeat.enter(Phase.LOAD)
-    found = newest_complete(run.checkpoints, run.console.print)
-    evaluated = found is None or agreed(run.context.is_writer and _is_evaluated(run, found[1].step))
-    if found and found[1].step >= run.config.train.steps and evaluated:
-        _conclude(run, Outcome(found[0], run.started, done=True))
+    start = Start.find(run.checkpoints, run.config, run.context, run.prepared, run.console)
+    evaluated = start.folder is None or agreed(run.context.is_writer and _is_evaluated(run, start.step))
+    if start.folder and start.step >= run.config.train.steps and evaluated:
+        _conclude(run, Outcome(start.folder, run.started, done=True))
         return RunEnd.DONE
-    first_step = found[1].step if found else 0
-    engine, source, checkpoints = _build(run, found)
+    schedule = BatchSchedule(run.config.train, start.origin)
+    engine, source, checkpoints = _build(run, start, schedule)
     trackers = build_trackers(
-        run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
+        run.config, run.folder, run.context.is_writer, resume_step=start.step, report=run.console.print
     )
     summary: dict[str, Any] = {}
     try:
-        _announce(run, trackers, source, first_step)
-        with _progress(run, first_step) as progress:
+        _announce(run, trackers, source, start)
+        with _progress(run, start.step) as progress:
             callbacks = _callbacks(run, trackers, progress, checkpoints)
-            schedule = BatchSchedule(run.config.train)
             trainer = Trainer(
                 run.config,
                 engine,
@@ -154,7 +150,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 schedule,
                 agreement,
                 callbacks.in_order,
-                first_step,
+                start.step,
                 _last_step(run, source, schedule),
                 summary,
                 run.heartbeat,
@@ -162,7 +158,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
             try:
                 agreement.ask()
                 if not evaluated:
-                    callbacks.validate.at(trainer, first_step)
+                    callbacks.validate.at(trainer, start.step)
                 trainer.fit()
                 callbacks.save.wait(trainer)
             except StopRequested as request:
@@ -177,17 +173,16 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     return RunEnd.DONE
 
 
-def _build(run: Run, found: Found | None) -> tuple[Engine, ShardSource, Checkpoints]:
-    """The model under training, as the checkpoint has it, and what it is trained on. A collective of all ranks."""
+def _build(run: Run, start: Start, schedule: BatchSchedule) -> tuple[Engine, ShardSource, Checkpoints]:
+    """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context)
-    first_batch = BatchSchedule(run.config.train).at(0).global_batch_size
+    first_batch = schedule.at(start.step).global_batch_size
     engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
     run.heartbeat.enter(Phase.LOAD)
     checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print)
-    if found:
-        checkpoints.restore(*found, moments=True, loss_scale=True)
+    checkpoints.begin(start)
     return engine, source, checkpoints
 
 
@@ -288,14 +283,15 @@ def _is_evaluated(run: Run, step: int) -> bool:
     return any(event["event"] == EVALUATION_EVENT and event["step"] == step for event in events)
 
 
-def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int) -> None:
-    kind = "resume" if first_step else "start"
+def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -> None:
+    first_step = start.step
+    kind = "resume" if start.report else "start"
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     )
     trackers.event("links", first_step, run.links.figures)
-    if first_step:
-        run.console.print(f"resuming after step {first_step}")
+    for line in start.report.lines() if start.report else ():
+        run.console.print(line)
     seconds = time.monotonic() - run.started
     if source.skipped_documents:
         run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")

@@ -42,6 +42,8 @@ class Weights:
     settings: dict[str, Any]
     """Fields of ModelConfig, as the weights ask for them; dropouts too."""
     tensors: dict[str, TensorEntry]
+    has_hf_names: bool = True
+    """False = the tensors have our names and shapes."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -111,7 +113,7 @@ def _under_our_names(folder: Path, name: str, own: dict[str, Any], tensors: dict
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), frozen["model"]))
         vocab_size = tensors["embedding.weight"].shape[0]
         settings = {key: getattr(model, key) for key in frozen["model"] if key not in ("name", "init_from")}
-        return Weights(folder, frozen["script"], "of ours", {**settings, "vocab_size": vocab_size}, tensors)
+        return Weights(folder, frozen["script"], "of ours", {**settings, "vocab_size": vocab_size}, tensors, False)
     except (KeyError, TypeError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"model.init_from={name}: {folder / STATE_FILE} describes no model ({error}); give another checkpoint"
