@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_lite.checkpoint.state import read_state
+from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
 from tests.integration.runs import end_tree, launch, losses, run, start, wait_for_step
 
 STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
@@ -62,13 +63,12 @@ def test_damaged_checkpoint_is_skipped(tiny: Callable[..., list[str]], tmp_path:
     words = ["optimizer.decay_steps=12"]
     run(launch(*tiny("whole", *words))).require_success()
     run(launch(*tiny("run", *words, "train.steps=8"))).require_success()
-    newest = tmp_path / "run" / "checkpoints" / "step_00000008"
-    victim = max((path for path in newest.rglob("*.pt")), key=lambda path: path.stat().st_size)
+    victim = tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors"
     with victim.open("r+b") as file:
         file.truncate(victim.stat().st_size - 4)
     finished = run(launch(*tiny("run", *words))).require_success()
-    assert "Skipping checkpoint step_00000008" in finished.out
-    assert "resuming after step 4" in finished.out
+    assert "Skipping step_00000008: model.safetensors is" in finished.out
+    assert "resuming after step 4 " in finished.out
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -80,16 +80,28 @@ def test_second_start_says_done_and_keeps_few_checkpoints(tiny: Callable[..., li
     finished = run(launch(*words)).require_success()
     assert "This run is done" in finished.out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_00000010", "step_00000012"]
-    manifest = json.loads((tmp_path / "run" / "checkpoints" / kept[-1] / "manifest.json").read_text())
-    assert manifest["info"]["step"] == 12
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000010", "step_00000012"]
+    assert read_state(checkpoints / "step_00000012").step == 12
+    saves = [event for event in read_metrics(tmp_path / "run" / EVENTS_FILE) if event["event"] == "save"]
+    assert [event["step"] for event in saves] == [2, 4, 6, 8, 10, 12]
+    assert all(0 < event["stall_seconds"] <= event["total_seconds"] for event in saves)
 
 
 @pytest.mark.slow
-def test_other_layout_is_refused_with_the_way_round(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    run(launch(*tiny("run"))).require_success()
-    finished = run(launch(*tiny("run", "parallel=dp2_tp1_pp1")))
-    assert finished.code == 2
-    assert "parallel.data_parallel_size" in finished.err
-    assert "Traceback" not in finished.err
+def test_goes_on_under_another_layout_and_another_zero_stage(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = ["optimizer.decay_steps=12", "train.save_interval=0"]
+    run(launch(*tiny("whole", *words))).require_success()
+    run(launch(*tiny("run", *words, "parallel=dp2_tp2_pp2", "train.steps=4"))).require_success()
+    second = run(launch(*tiny("run", *words, "parallel=tp2", "train.steps=8"))).require_success()
+    assert "weights     resharded  dp2 tp2 pp2 zero1 -> dp1 tp2 pp1 zero1" in second.out
+    assert "data        restored   goes on with sample 32" in second.out
+    third = ["parallel=dp2", "parallel.zero_stage=3"]
+    run(launch(*tiny("run", *words, *third))).require_success()
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    refused = run(launch(*tiny("run", *words, "model.hidden_size=64", "data.seq_length=16")))
+    assert refused.code == 2
+    assert "model.hidden_size" in refused.err
+    assert "data.seq_length" in refused.err
+    assert f"model.init_from={tmp_path / 'run' / 'checkpoints' / 'step_00000012'}" in refused.err
+    assert "Traceback" not in refused.err
