@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from yaml import YAMLError
 
 from megatron_lite.config.frozen import as_node
+from megatron_lite.config.hf.start import with_weights
 from megatron_lite.config.keys import expects, is_group, is_map, nearest, nearest_key, schema_keys
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
@@ -36,7 +37,8 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
 
     Args:
         script: name of an entry script, without `.py`.
-        overrides: words such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value).
+        overrides: words such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value). The weights that
+            model.init_from names stand between presets and values.
     Returns:
         a typed configuration, complete but not yet validated; fields that are None are still to be derived.
     Raises:
@@ -54,7 +56,8 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return _compose_checked(script, accepted, conf_dir)
+    explicit = {_parse(word).key_or_group for word in accepted}
+    return with_weights(_compose_checked(script, accepted, conf_dir), explicit)
 
 
 def change(config: RunConfig, words: list[str], conf_dir: Path = CONF_DIR) -> RunConfig:
@@ -63,18 +66,20 @@ def change(config: RunConfig, words: list[str], conf_dir: Path = CONF_DIR) -> Ru
     Raises:
         ConfigError: with every unknown key, unreadable value and preset among the words.
     """
-    changed, problems = as_node(config), []
+    changed, problems, explicit = as_node(config), [], set()
     for word in words:
         try:
             if _parse(word).key_or_group in preset_groups(conf_dir):
                 raise ConfigError(f"{word} names a preset, which would replace a whole group; set single values")
             for accepted in map(_parse, _check_word(word, conf_dir)):
                 OmegaConf.update(changed, accepted.key_or_group, accepted.value(), merge=True)
+                explicit.add(accepted.key_or_group)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return _to_typed(changed)
+    typed = _to_typed(changed)
+    return with_weights(typed, explicit) if "model.init_from" in explicit else typed
 
 
 def available_scripts(conf_dir: Path = CONF_DIR) -> list[str]:

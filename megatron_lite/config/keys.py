@@ -66,6 +66,9 @@ ALIASES = {
     "num_tokentypes": "model.num_segments",
     "relative_attention_num_buckets": "model.relative_buckets",
     "relative_attention_max_distance": "model.relative_max_distance",
+    "model_name_or_path": "model.init_from",
+    "pretrained_model_name_or_path": "model.init_from",
+    "pretrained_checkpoint": "model.init_from",
     "tie_word_embeddings": "model.tie_embeddings",
     "hidden_dropout_prob": "model.hidden_dropout",
     "attention_probs_dropout_prob": "model.attention_dropout",
@@ -131,6 +134,15 @@ def get_value(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def as_word(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return str(value.value)
+    return format(value, "g") if isinstance(value, float) else str(value)
 
 
 def expects(key: str) -> str:

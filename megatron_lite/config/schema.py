@@ -105,6 +105,9 @@ class ModelConfig:
 
     name: str = "gpt_tiny"
     """Label for run folders and plots."""
+    init_from: str | None = None
+    """Weights to start from: a Hugging Face folder (or hub name) with safetensors, or a checkpoint of ours. They bring
+    the settings of the model, and data.tokenizer where none is named; None = draw them."""
     architecture: Architecture = Architecture.decoder
     num_layers: int = 4
     """Of the only stack, or of the encoder."""

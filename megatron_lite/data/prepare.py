@@ -28,7 +28,6 @@ from megatron_lite.data.prepared import (
     Part,
     PreparedData,
     load_prepared,
-    model_vocab_size,
     shard_entry,
     write_manifest,
 )
@@ -47,7 +46,7 @@ from megatron_lite.data.tokenizer import (
     tokenizer_identity,
     train_bpe,
 )
-from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size, trained_vocab_size
+from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]

@@ -29,8 +29,9 @@ from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
-from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, open_tokenizer
+from megatron_lite.data.vocabulary import model_vocab_size
+from megatron_lite.errors import DataError
 from megatron_lite.files import file_xxh3
 
 MANIFEST = "prepared.json"
@@ -122,6 +123,12 @@ class PreparedData:
         if tokenizer is None:
             return Vocabulary(self.vocab_size, self.special)
         return tokenizer.vocabulary().enlarged(self.vocab_size)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that make any folder one from which AutoTokenizer reads this tokenizer."""
+        if self.tokenizer_dir is None:
+            return {}
+        return {name: (self.tokenizer_dir / name).read_bytes() for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)}
 
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, None where there is none."""
@@ -241,28 +248,6 @@ def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]
                 "model.vocab_size"
             )
     return int(vocab_size)
-
-
-def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -> int:
-    """model.vocab_size, or what is known without it.
-
-    Args:
-        needed: size of the tokenizer, None without one.
-    Raises:
-        ConfigError: neither is known, or it cannot hold the tokenizer's tokens.
-    """
-    vocab_size = config.model.vocab_size or known
-    if vocab_size is None:
-        raise ConfigError(
-            "model.vocab_size=null is unknown for ready shards without a tokenizer; set it, or name their tokenizer "
-            "folder in data.tokenizer"
-        )
-    if needed is not None and needed > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
-            f"use {needed} or more, or null"
-        )
-    return vocab_size
 
 
 def _weights(config: RunConfig, train: tuple[Shard, ...]) -> tuple[float, ...]:

@@ -53,6 +53,8 @@ FILES = (  # all that may decide the ids of a folder
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+KEPT_TOKENS = ("bos_token", "unk_token")
+KEPT_SETTINGS = ("model_max_length", "clean_up_tokenization_spaces", "chat_template")
 PIECE_CHARACTERS = 2**18  # a longer document is encoded in pieces, so that one document uses all threads too
 
 
@@ -76,10 +78,16 @@ class Tokenizer:
         names: its tokens that have a role.
         digest: xxh3-128 of the tokenizer.json; shards remember it.
         extends: digests of the tokenizers that this one has all ids of, and more.
+        settings: what else of its tokenizer_config.json its copies keep.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, names: RoleNames, digest: str, extends: tuple[str, ...] = ()
+        self,
+        backend: tokenizers.Tokenizer,
+        names: RoleNames,
+        digest: str,
+        extends: tuple[str, ...] = (),
+        settings: dict[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -89,6 +97,7 @@ class Tokenizer:
         self.eod = names.eod
         self.digest = digest
         self.extends = extends
+        self.settings = settings or {}
         ids = backend.get_vocab(with_added_tokens=True)
         self.special = resolve_roles(ids, names.roles, names.sentinels, names.eod)
         self.eod_id = ids[names.eod]
@@ -221,7 +230,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
     backend.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / TOKENIZER_FILE))
-    write_settings(folder, RoleNames(END_OF_TEXT, STANDARD_NAMES, []), bos_token=END_OF_TEXT)
+    names = RoleNames(END_OF_TEXT, STANDARD_NAMES, [])
+    write_settings(folder, names, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
     return open_tokenizer(str(folder))
 
 
@@ -266,7 +276,7 @@ def save_tokenizer(name: str, folder: Path) -> Tokenizer:
     else:
         opened = _from_transformers(name)
         opened._backend.save(str(folder / TOKENIZER_FILE))
-    write_settings(folder, opened.names, **_extending(opened.extends))
+    write_settings(folder, opened.names, **opened.settings, **_extending(opened.extends))
     return open_tokenizer(str(folder))
 
 
@@ -289,9 +299,9 @@ def save_extended(opened: Tokenizer, names: list[str], folder: Path) -> Tokenize
         )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / TOKENIZER_FILE))
-    extends = _extending((*opened.extends, opened.digest))
-    write_settings(folder, opened.names, **extends)
-    write_settings(folder, open_tokenizer(str(folder)).names, **extends)  # now the new roles too
+    more = opened.settings | _extending((*opened.extends, opened.digest))
+    write_settings(folder, opened.names, **more)
+    write_settings(folder, open_tokenizer(str(folder)).names, **more)  # now the new roles too
     return open_tokenizer(str(folder))
 
 
@@ -332,7 +342,15 @@ def _from_json(content: bytes, settings: dict[str, Any], name: str) -> Tokenizer
         raise
     except Exception as error:  # the Rust library raises plain Exception
         raise cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
-    return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content), tuple(settings.get("extends", ())))
+    extends = tuple(settings.get("extends", ()))
+    return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content), extends, _kept(settings, known))
+
+
+def _kept(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """What copies keep beside the tokens with a role. A name that the tokenizer lacks would become a new token."""
+    tokens = {key: next(named_tokens(settings, (key,)), None) for key in KEPT_TOKENS}
+    kept = {key: name for key, name in tokens.items() if name in known}
+    return kept | {key: settings[key] for key in KEPT_SETTINGS if key in settings}
 
 
 def _vocabulary_names(spec: dict[str, Any]) -> set[str]:
@@ -346,7 +364,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     for file_name in (TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE):
         if (folder / file_name).is_file():
             found = _read_settings(folder / file_name)
-            settings |= {key: value for key, value in found.items() if value}
+            settings |= {key: value for key, value in found.items() if value not in (None, "", {})}
     return settings
 
 

@@ -41,13 +41,36 @@ def known_vocab_size(config: RunConfig) -> int | None:
     Raises:
         ConfigError: a setting that it depends on is wrong.
     """
+    if config.data.tokenizer != TRAIN:
+        size = _size_of_folder(config.data.tokenizer)
+        return size if config.model.vocab_size is None else model_vocab_size(config, None, size)
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    if config.data.tokenizer != TRAIN:
-        return _size_of_folder(config.data.tokenizer)
     if any(source.is_text for source in resolve_sources(config.data.source, "data.source")):
         return trained_vocab_size(config.data)
     return _size_of_shards(config.data)
+
+
+def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -> int:
+    """model.vocab_size, or what is known without it.
+
+    Args:
+        needed: size of the tokenizer, None without one.
+    Raises:
+        ConfigError: neither is known, or it cannot hold the tokenizer's tokens.
+    """
+    vocab_size = config.model.vocab_size or known
+    if vocab_size is None:
+        raise ConfigError(
+            "model.vocab_size=null is unknown for ready shards without a tokenizer; set it, or name their tokenizer "
+            "folder in data.tokenizer"
+        )
+    if needed is not None and needed > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
+            f"use {needed} or more, or null"
+        )
+    return vocab_size
 
 
 def trained_vocab_size(data: DataConfig) -> int:

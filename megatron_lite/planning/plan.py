@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from megatron_lite.config.derived import (
     all_layers,
     data_parallel_size,
+    has_next_sentence_head,
     num_micro_batches,
     processes_per_node,
     tokens_per_sample,
     topology,
 )
+from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.parallel.topology import Topology, layers_per_stage
@@ -31,6 +33,7 @@ def describe(config: RunConfig, vocab_size: int | None) -> str:
     """
     lines = [*_layout(config), _objective(config), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
+    lines += _weights(config)
     lines += ["stages (model states of one rank; activations not counted)", *stage_lines(config, vocab_size), ""]
     lines += [f"warning: {warning}" for warning in placement_warnings(config)]
     return "\n".join([*lines, *_grid(config)])
@@ -61,6 +64,17 @@ def _layout(config: RunConfig) -> Iterator[str]:
     decoder = layers - config.model.num_layers
     stacks = f"{config.model.num_layers} encoder + {decoder} decoder = " if decoder else ""
     yield _row("layers", f"{layers} = {stacks}{' + '.join(stages)}")
+
+
+def _weights(config: RunConfig) -> Iterator[str]:
+    """Where they come from, and whose they are in checkpoints."""
+    if config.model.init_from is not None:
+        yield _row("starts from", config.model.init_from)
+    try:
+        family = counterpart(config.model, next_sentence=has_next_sentence_head(config))
+        yield _row("checkpoints", f"folders of transformers' {family.architecture}")
+    except NoCounterpart as reason:
+        yield _row("checkpoints", f"under our own names: {reason}")
 
 
 def _objective(config: RunConfig) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_lite.checkpoint import native
 from megatron_lite.config.derived import tokens_per_sample
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.heartbeat import Phase
@@ -13,6 +11,7 @@ from megatron_lite.observe.progress import Progress, StepFigures, validation_lin
 from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
+from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.loop import StepRecord, Trainer
 
 EVALUATION_EVENT = "evaluation"
@@ -84,6 +83,8 @@ class Validate:
 
     trackers: Trackers
     progress: Progress
+    newest: tuple[int, float] | None = None
+    """Step and loss of the last validation of this attempt."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
@@ -94,6 +95,7 @@ class Validate:
         found = trainer.evaluate()
         trainer.heartbeat.enter(Phase.REPORT)
         trainer.summary["validation_loss"] = found.loss
+        self.newest = (step, found.loss)
         figures = {
             "validation_loss": found.loss,
             "validation_token_loss": found.token_loss,
@@ -111,20 +113,42 @@ class Save:
     """Checkpoints at intervals and at the end, never of weights that are no numbers."""
 
     trackers: Trackers
-    checkpoints: Path
-    info: native.CheckpointInfo  # of step 0
+    checkpoints: Checkpoints
+    validate: Validate
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.report()
         if record.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 
     def at(self, trainer: Trainer, step: int) -> None:
         """Now, as the checkpoint of this step."""
         trainer.heartbeat.enter(Phase.SAVE)
-        folder = native.save(
-            trainer.engine, self.checkpoints, self.info.at_step(step), keep_last=trainer.config.train.keep_last
-        )
-        self.trackers.event("save", step, {"folder": folder.name})
+        validated = self.validate.newest
+        loss = validated[1] if validated and validated[0] == step else None
+        self.checkpoints.save(step, trainer.schedule.at(step).first_sample, loss)
+        self.report()
+
+    def wait(self, trainer: Trainer) -> None:
+        """Until the last checkpoint is complete."""
+        trainer.heartbeat.enter(Phase.SAVE)
+        self.checkpoints.saver.wait()
+        self.report()
+
+    def report(self) -> None:
+        """Record the saves that have become complete."""
+        while self.checkpoints.saver.reports:
+            done = self.checkpoints.saver.reports.pop(0)
+            self.trackers.event(
+                "save",
+                done.step,
+                {
+                    "folder": done.folder.name,
+                    "stall_seconds": done.stall_seconds,
+                    "total_seconds": done.total_seconds,
+                    "bytes": done.bytes,
+                },
+            )
 
 
 def is_due(step: int, interval: int, last_step: int) -> bool:

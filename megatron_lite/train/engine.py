@@ -12,7 +12,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +26,7 @@ from torch import nn
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.data.batch import MicroBatch
-from megatron_lite.errors import CheckpointError, LaunchError
+from megatron_lite.errors import LaunchError
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
@@ -42,6 +41,7 @@ from megatron_lite.train.mending import defer_scale_update, forget_empty_step
 from megatron_lite.train.phases import EnginePhases
 from megatron_lite.train.schedule import call_at_boundaries
 from megatron_lite.train.setup import Task
+from megatron_lite.train.shards import shards_of
 from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
 # What DeepSpeed would otherwise import and probe in every rank, done once, before a launcher forks. Its Muon, which
@@ -105,6 +105,9 @@ class Engine(ABC):
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
         self.module, grid = self._wrap(self.specs)
         self.deepspeed_engine = self._initialize(grid)
+        self.shards = shards_of(
+            self.module, self.deepspeed_engine.optimizer, config.parallel.zero_stage, config.optimizer, context
+        )
 
     @abstractmethod
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
@@ -184,20 +187,6 @@ class Engine(ABC):
     @abstractmethod
     def wire_in(self) -> Wire:
         """How this stage's input is packed: the batch on the first stage."""
-
-    def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's own files below folder/tag; a collective of all ranks."""
-        self.deepspeed_engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote under the same layout; a collective of all ranks.
-
-        Raises:
-            CheckpointError: DeepSpeed found nothing to load, which it only logs.
-        """
-        path, _ = self.deepspeed_engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise CheckpointError(f"{folder / tag} holds no state that DeepSpeed can load; see this rank's log")
 
     @abstractmethod
     def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float: ...

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_lite.checkpoint import native
-from megatron_lite.checkpoint.native import checkpoint_name
+from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import PreparedData, load_prepared
-from megatron_lite.errors import CheckpointError, OutOfDataError, RunEnd
+from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
@@ -28,11 +27,13 @@ from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
+from megatron_lite.parallel.agreement import agreed
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Guard, Report, Save, Validate, is_due
+from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
@@ -47,7 +48,6 @@ from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequest
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
-Found = tuple[Path, native.CheckpointInfo]
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
@@ -128,22 +128,21 @@ def _watchdog(
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     """From the newest checkpoint, or from nothing, to the last step or to a request to stop."""
     run.heartbeat.enter(Phase.LOAD)
-    info = _checkpoint_info(run)
-    found, evaluated = _where_to_begin(info, run)
-    if found and found[1].step >= run.config.train.steps and evaluated:
-        _conclude(run, Outcome(found[0], run.started, done=True))
+    start = Start.find(run.checkpoints, run.config, run.context, run.prepared, run.console)
+    evaluated = start.folder is None or agreed(run.context.is_writer and _is_evaluated(run, start.step))
+    if start.folder and start.step >= run.config.train.steps and evaluated:
+        _conclude(run, Outcome(start.folder, run.started, done=True))
         return RunEnd.DONE
-    first_step = found[1].step if found else 0
-    engine, source = _build(run, found)
+    schedule = BatchSchedule(run.config.train, start.origin)
+    engine, source, checkpoints = _build(run, start, schedule)
     trackers = build_trackers(
-        run.config, run.folder, run.context.is_writer, resume_step=first_step, report=run.console.print
+        run.config, run.folder, run.context.is_writer, resume_step=start.step, report=run.console.print
     )
     summary: dict[str, Any] = {}
     try:
-        _announce(run, trackers, source, first_step)
-        with _progress(run, first_step) as progress:
-            callbacks = _callbacks(run, trackers, progress, info)
-            schedule = BatchSchedule(run.config.train)
+        _announce(run, trackers, source, start)
+        with _progress(run, start.step) as progress:
+            callbacks = _callbacks(run, trackers, progress, checkpoints)
             trainer = Trainer(
                 run.config,
                 engine,
@@ -151,7 +150,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 schedule,
                 agreement,
                 callbacks.in_order,
-                first_step,
+                start.step,
                 _last_step(run, source, schedule),
                 summary,
                 run.heartbeat,
@@ -159,28 +158,32 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
             try:
                 agreement.ask()
                 if not evaluated:
-                    callbacks.validate.at(trainer, first_step)
+                    callbacks.validate.at(trainer, start.step)
                 trainer.fit()
+                callbacks.save.wait(trainer)
             except StopRequested as request:
                 return _stop(run, trackers, trainer, callbacks.save, request)
         outcome = _complete(run, trackers, trainer, source)
     finally:
+        problem = checkpoints.saver.finish()
+        if problem:
+            run.console.print(problem)
         trackers.finish(summary)
     _conclude(run, outcome)
     return RunEnd.DONE
 
 
-def _build(run: Run, found: Found | None) -> tuple[Engine, ShardSource]:
-    """The model under training, as the checkpoint has it, and what it is trained on. A collective of all ranks."""
+def _build(run: Run, start: Start, schedule: BatchSchedule) -> tuple[Engine, ShardSource, Checkpoints]:
+    """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context)
-    first_batch = BatchSchedule(run.config.train).at(0).global_batch_size
+    first_batch = schedule.at(start.step).global_batch_size
     engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
-    if found:
-        run.heartbeat.enter(Phase.LOAD)
-        native.load(engine, found[0])
-    return engine, source
+    run.heartbeat.enter(Phase.LOAD)
+    checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print)
+    checkpoints.begin(start)
+    return engine, source, checkpoints
 
 
 def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSource) -> Outcome:
@@ -195,18 +198,20 @@ def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSourc
     run.heartbeat.enter(Phase.FINISH)
     _record_baseline(run, trackers, source)
     trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
-    return Outcome(run.checkpoints / checkpoint_name(run.config.train.steps), run.started, prompt, sample)
+    return Outcome(run.checkpoints / folder_name(run.config.train.steps), run.started, prompt, sample)
 
 
 def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
     """Save what is finished and not saved yet; a collective of all ranks."""
     step = trainer.finished_step
-    if step > 0 and not _agreed(run, (run.checkpoints / checkpoint_name(step)).is_dir()):
+    save.wait(trainer)
+    if step > 0 and not agreed((run.checkpoints / folder_name(step)).is_dir()):
         save.at(trainer, step)
+        save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
         leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
-        kept = f"saved in {run.checkpoints / checkpoint_name(step)}" if step else "nothing to save yet"
+        kept = f"saved in {run.checkpoints / folder_name(step)}" if step else "nothing to save yet"
         run.console.print(f"stopped by {request} after step {step}: {kept}; the same command goes on")
     return RunEnd.PREEMPTED
 
@@ -224,7 +229,7 @@ def _last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
     if epochs is None:
         return steps
     within = schedule.steps_within(source.samples_in(epochs)) if run.context.is_writer else steps
-    return min(steps, _agreed(run, within))
+    return min(steps, agreed(within))
 
 
 def _require_data(run: Run, last_step: int) -> None:
@@ -248,13 +253,14 @@ class Callbacks:
         return [self.report, self.guard, self.validate, self.save]
 
 
-def _callbacks(run: Run, trackers: Trackers, progress: Progress, info: native.CheckpointInfo) -> Callbacks:
+def _callbacks(run: Run, trackers: Trackers, progress: Progress, checkpoints: Checkpoints) -> Callbacks:
     flops = flops_of_run(run.config, run.prepared.vocab_size).training
+    validate = Validate(trackers, progress)
     return Callbacks(
         Report(trackers, progress, flops, run.peak_flops),
         Guard(),
-        Validate(trackers, progress),
-        Save(trackers, run.checkpoints, info),
+        validate,
+        Save(trackers, checkpoints, validate),
     )
 
 
@@ -268,42 +274,6 @@ def _progress(run: Run, first_step: int) -> Progress:
     )
 
 
-def _checkpoint_info(run: Run) -> native.CheckpointInfo:
-    topology = run.context.topology
-    return native.CheckpointInfo(
-        step=0,
-        data_parallel_size=topology.data_parallel_size,
-        tensor_parallel_size=topology.tensor_parallel_size,
-        pipeline_parallel_size=topology.pipeline_parallel_size,
-        zero_stage=run.config.parallel.zero_stage,
-        precision=str(run.config.train.precision),
-        data_fingerprint=run.prepared.fingerprint,
-    )
-
-
-def _where_to_begin(info: native.CheckpointInfo, run: Run) -> tuple[Found | None, bool]:
-    """The newest checkpoint, and whether the evaluation that belongs to its step was made (or none does).
-
-    What the writing rank finds, on every rank: two ranks must never choose differently.
-
-    Raises:
-        CheckpointError: it does not fit this run; on every rank alike.
-    """
-    answer: object = None
-    if run.context.is_writer:
-        try:
-            found = native.newest_complete(run.checkpoints, run.console.print)
-            if found:
-                native.require_fit(found[0], found[1], info)
-            answer = found, found is None or _is_evaluated(run, found[1].step)
-        except CheckpointError as error:
-            answer = error
-    answer = _agreed(run, answer)
-    if isinstance(answer, CheckpointError):
-        raise answer
-    return answer  # type: ignore[return-value]
-
-
 def _is_evaluated(run: Run, step: int) -> bool:
     """A run may have been stopped in the middle of an evaluation, after the step was saved."""
     train = run.config.train
@@ -313,21 +283,15 @@ def _is_evaluated(run: Run, step: int) -> bool:
     return any(event["event"] == EVALUATION_EVENT and event["step"] == step for event in events)
 
 
-def _agreed(run: Run, answer: T) -> T:
-    """What the writing rank says, on every rank; a collective."""
-    answers = [answer]
-    dist.broadcast_object_list(answers)
-    return answers[0]
-
-
-def _announce(run: Run, trackers: Trackers, source: ShardSource, first_step: int) -> None:
-    kind = "resume" if first_step else "start"
+def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -> None:
+    first_step = start.step
+    kind = "resume" if start.report else "start"
     trackers.event(
         kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     )
     trackers.event("links", first_step, run.links.figures)
-    if first_step:
-        run.console.print(f"resuming after step {first_step}")
+    for line in start.report.lines() if start.report else ():
+        run.console.print(line)
     seconds = time.monotonic() - run.started
     if source.skipped_documents:
         run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")
@@ -360,7 +324,7 @@ def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
 def _agreed_example(run: Run, source: ShardSource) -> Example:
     """The first held-out sample, from the writing rank: not every stage reads."""
     own = next(source.examples(training=False, count=1)) if run.context.is_writer else None
-    example = _agreed(run, own)
+    example = agreed(own)
     assert example is not None
     return example
 

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch._dynamo", "transformers", "pytest", "tests.distributed.layout_ranks"]
+_PRELOAD = ["torch", "torch._dynamo", "transformers", "pytest", "tests.distributed.checkpoint_ranks"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",

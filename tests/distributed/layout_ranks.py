@@ -24,7 +24,8 @@ import megatron_lite.train.generate
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.models.activations import Activations, Wire
-from megatron_lite.optim.batch_ramp import BatchStep
+from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
+from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.engine import Engine, Evaluation, build_engine
@@ -43,7 +44,7 @@ def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: st
 
 def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
     """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
-    engine, batches_from = _engine(config, vocab_size)
+    engine, batches_from = synthetic_engine(config, vocab_size)
     context, batch_size = engine.context, config.train.global_batch_size
     own = batch_size // (context.data_size * config.train.micro_batch_size)
     records = []
@@ -60,7 +61,7 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
 
 def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, float]]:
     """Of each step of plain SGD: how far it moved the weights over (learning rate x gradient norm), and the scale."""
-    engine, batches_from = _engine(config, vocab_size)
+    engine, batches_from = synthetic_engine(config, vocab_size)
     batch_size = config.train.global_batch_size
     records = []
     for step in range(config.train.steps):
@@ -76,7 +77,7 @@ def generate_rank(
     config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
 ) -> list[int]:
     """What an untrained model of this layout writes."""
-    engine, _ = _engine(config, vocab_size)
+    engine, _ = synthetic_engine(config, vocab_size)
     if diverged:
         for parameter in engine.module.parameters():
             parameter.data.fill_(float("nan"))
@@ -99,7 +100,7 @@ def prefix_rank(config: RunConfig, vocab_size: int, prompt: list[int], num_token
 
 def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     """Of an untrained model."""
-    engine, batches_from = _engine(config, vocab_size)
+    engine, batches_from = synthetic_engine(config, vocab_size)
     context = engine.context
     own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
@@ -107,18 +108,34 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
 
 def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
     """What an untrained model of this layout predicts for the first sample."""
-    engine, batches_from = _engine(config, vocab_size)
+    engine, batches_from = synthetic_engine(config, vocab_size)
     batch = batches_from(0, 1)[0]
     return predicted_tokens(engine, batch)[0].tolist()
 
 
-def _engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
+def synthetic_engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
     """An engine, and its synthetic micro-batches by (first sample, count)."""
     context = _context(config)
     vocabulary = synthetic_vocabulary(vocab_size)
     task = build_task(config, context, vocabulary)
     engine = build_engine(config, context, task, global_batch_size=config.train.global_batch_size)
     return engine, lambda first, count: synthetic_batches(task.objective, vocabulary, first, count, config)
+
+
+def train_steps(
+    engine: Engine, batches_from: Callable[[int, int], list[MicroBatch]], config: RunConfig, first: int, count: int
+) -> list[float]:
+    """Losses of the steps [first, first + count) of a run, at its learning rates."""
+    context, train = engine.context, config.train
+    own = train.global_batch_size // (context.data_size * train.micro_batch_size)
+    losses = []
+    for step in range(first, first + count):
+        batch = BatchSchedule(train).at(step)
+        start = batch.first_sample + context.data_rank * own * train.micro_batch_size
+        reads = context.is_first_stage or context.is_last_stage
+        rate = learning_rate_at(step + 1, config.optimizer, train.steps)
+        losses.append(engine.train_step(batches_from(start, own) if reads else [], batch, rate).loss)
+    return losses
 
 
 def _context(config: RunConfig) -> ParallelContext:

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.config.schema import Recompute
-from megatron_lite.models.build import build_layers
-from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.sharding import load_full_tensors, take_slice
@@ -58,22 +56,10 @@ def _theirs(name: str) -> Expected:
     return expected(CASES[name])
 
 
-def _flat(case: Case, context: ParallelContext, recompute: Recompute = Recompute.none) -> FlatModel:
-    specs = build_layers(
-        case.model,
-        context,
-        vocab_size=VOCAB_SIZE,
-        recompute=recompute,
-        inputs=case.inputs,
-        next_sentence_head=case.next_sentence,
-    )
-    return FlatModel(specs)
-
-
 def _ours(
     case: Case, weights: dict[str, Tensor], context: ParallelContext, recompute: Recompute = Recompute.none
 ) -> Found:
-    flat = _flat(case, context, recompute)
+    flat = case.flat(context, recompute)
     load_full_tensors(flat, weights, context)
     batch = batch_of(case)
     out = flat(*(batch[field.name] for field in case.inputs))
@@ -131,7 +117,7 @@ def test_two_tensor_parallel_ranks_match_transformers(name: str, sequence_parall
     ranks = run_ranks(_on_rank, 2, name, theirs.weights, Topology(tensor_parallel_size=2), sequence_parallel)
     _compare_logits(case, torch.cat([rank.logits for rank in ranks], -1), theirs.logits)
     context = replace(ParallelContext.single(), topology=Topology(tensor_parallel_size=2))
-    specs = {name: parameter.shard_spec for name, parameter in _flat(case, context).named_parameters()}
+    specs = {name: parameter.shard_spec for name, parameter in case.flat(context).named_parameters()}
     for rank, found in enumerate(ranks):
         if theirs.sequence_logits is not None:
             _compare(found.sequence_logits, theirs.sequence_logits)

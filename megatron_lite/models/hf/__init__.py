@@ -1,12 +1,6 @@
-"""Weights of Hugging Face models under our global names, as full tensors.
+"""Our weights as those of transformers' models, in both directions: one list of boxes for each family."""
 
-Pure functions of a state dict. They only rename, transpose and join, so they map a dictionary of gradients as well.
+from megatron_lite.config.hf.families import NoCounterpart
+from megatron_lite.models.hf.forms import find_name, locate, stored_form
 
-Shapes: h hidden, n attention heads, g query groups, d head size, f inner channels of the MLP.
-"""
-
-from megatron_lite.models.hf.decoders import from_gpt2, from_llama
-from megatron_lite.models.hf.encoder_decoders import from_bart, from_t5
-from megatron_lite.models.hf.encoders import from_bert, from_roberta
-
-__all__ = ["from_bart", "from_bert", "from_gpt2", "from_llama", "from_roberta", "from_t5"]
+__all__ = ["NoCounterpart", "find_name", "locate", "stored_form"]

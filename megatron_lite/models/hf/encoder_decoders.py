@@ -2,78 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from megatron_lite.config.derived import complete_model
-from megatron_lite.config.schema import ModelConfig
-from megatron_lite.models.hf.parts import affine, cross_attention, gated_mlp, self_attention
+from megatron_lite.models.hf.builder import FormBuilder
 
 
-def from_t5(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def t5_form(form: FormBuilder) -> None:
     """Of transformers' T5ForConditionalGeneration: v1.0, and v1.1 with its gated MLP and its own head."""
-    full = {"embedding.weight": state["shared.weight"]}
-    if not model.tie_embeddings:
-        full["head.weight"] = state["lm_head.weight"]
-    for stack, num_layers in _stacks(model).items():
-        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        full[f"{stack}.relative_bias.weight"] = state[table]
-        full |= affine(state, f"{stack}.final_layer_norm", f"{stack}.final_norm")
+    form.tensor("embedding.weight", "shared.weight")
+    for stack, num_layers in _stacks(form).items():
         for index in range(num_layers):
-            full |= _t5_layer(state, f"{stack}.block.{index}.layer", f"{stack}.layers.{index}", model)
-    return full
+            target = f"{stack}.block.{index}.layer"
+            _t5_layer(form, f"{stack}.layers.{index}", target, decoder=stack == "decoder")
+            if index == 0:
+                table = f"{target}.0.SelfAttention.relative_attention_bias.weight"
+                form.tensor(f"{stack}.relative_bias.weight", table)
+        form.module(f"{stack}.final_norm", f"{stack}.final_layer_norm")
+    form.module("head", "lm_head")
 
 
-def from_bart(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Of transformers' BartForConditionalGeneration."""
-    full = {"embedding.weight": state["model.shared.weight"]}
-    if not model.tie_embeddings:
-        full["head.weight"] = state["lm_head.weight"]
-    for stack, num_layers in _stacks(model).items():
-        full[f"{stack}.position_embedding.weight"] = state[f"model.{stack}.embed_positions.weight"]
-        full |= affine(state, f"model.{stack}.layernorm_embedding", f"{stack}.embedding_norm")
+def bart_form(form: FormBuilder) -> None:
+    """Of transformers' BartForConditionalGeneration, whose bias on the logits is never trained."""
+    form.tensor("embedding.weight", "model.shared.weight")
+    for stack, num_layers in _stacks(form).items():
+        form.tensor(f"{stack}.position_embedding.weight", f"model.{stack}.embed_positions.weight")
+        form.module(f"{stack}.embedding_norm", f"model.{stack}.layernorm_embedding")
         for index in range(num_layers):
-            full |= _bart_layer(state, f"model.{stack}.layers.{index}", f"{stack}.layers.{index}", model)
-    return full
+            source, target = f"{stack}.layers.{index}", f"model.{stack}.layers.{index}"
+            _bart_layer(form, source, target, decoder=stack == "decoder")
+    form.zeros("final_logits_bias", (1, form.shapes["embedding.weight"][0]))
 
 
-def _stacks(model: ModelConfig) -> dict[str, int]:
+def _stacks(form: FormBuilder) -> dict[str, int]:
     """Layers of each stack."""
-    decoder_layers = complete_model(model).num_decoder_layers
+    decoder_layers = form.model.num_decoder_layers
     assert decoder_layers is not None  # of an encoder_decoder
-    return {"encoder": model.num_layers, "decoder": decoder_layers}
+    return {"encoder": form.model.num_layers, "decoder": decoder_layers}
 
 
-def _t5_layer(state: Mapping[str, Tensor], source: str, target: str, model: ModelConfig) -> dict[str, Tensor]:
-    """`source`: its parts are numbered, self-attention, in a decoder cross-attention, MLP."""
+def _t5_layer(form: FormBuilder, source: str, target: str, *, decoder: bool) -> None:
+    """`target`: its parts are numbered, self-attention, in a decoder cross-attention, MLP."""
+    own = f"{target}.0.SelfAttention"
+    form.split_qkv(f"{source}.attention.qkv", (f"{own}.q", f"{own}.k", f"{own}.v"))
+    form.module(f"{source}.attention.projection", f"{own}.o")
+    form.module(f"{source}.attention_norm", f"{target}.0.layer_norm")
+    if decoder:
+        cross = f"{target}.1.EncDecAttention"
+        form.module(f"{source}.cross_attention.query", f"{cross}.q")
+        form.stacked(f"{source}.cross_attention.key_value", (f"{cross}.k", f"{cross}.v"))
+        form.module(f"{source}.cross_attention.projection", f"{cross}.o")
+        form.module(f"{source}.cross_attention_norm", f"{target}.1.layer_norm")
+    part = f"{target}.{2 if decoder else 1}"
+    mlp = f"{part}.DenseReluDense"
+    form.module(f"{source}.mlp.up", f"{mlp}.wi")
+    form.stacked(f"{source}.mlp.gate_up", (f"{mlp}.wi_0", f"{mlp}.wi_1"))
+    form.module(f"{source}.mlp.down", f"{mlp}.wo")
+    form.module(f"{source}.mlp_norm", f"{part}.layer_norm")
 
-    def projections(attention: str) -> tuple[str, str, str, str]:
-        return f"{attention}.q", f"{attention}.k", f"{attention}.v", f"{attention}.o"
 
-    full = self_attention(state, projections(f"{source}.0.SelfAttention"), f"{target}.attention", model)
-    full |= affine(state, f"{source}.0.layer_norm", f"{target}.attention_norm")
-    last = 1
-    if f"{source}.1.EncDecAttention.q.weight" in state:
-        full |= cross_attention(state, projections(f"{source}.1.EncDecAttention"), f"{target}.cross_attention")
-        full |= affine(state, f"{source}.1.layer_norm", f"{target}.cross_attention_norm")
-        last = 2
-    mlp = f"{source}.{last}.DenseReluDense"
-    full |= affine(state, f"{source}.{last}.layer_norm", f"{target}.mlp_norm")
-    if model.activation.is_gated:
-        return full | gated_mlp(state, (f"{mlp}.wi_0", f"{mlp}.wi_1", f"{mlp}.wo"), f"{target}.mlp")
-    return full | affine(state, f"{mlp}.wi", f"{target}.mlp.up") | affine(state, f"{mlp}.wo", f"{target}.mlp.down")
-
-
-def _bart_layer(state: Mapping[str, Tensor], source: str, target: str, model: ModelConfig) -> dict[str, Tensor]:
-    def projections(attention: str) -> tuple[str, str, str, str]:
-        return f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj", f"{attention}.out_proj"
-
-    full = self_attention(state, projections(f"{source}.self_attn"), f"{target}.attention", model)
-    full |= affine(state, f"{source}.self_attn_layer_norm", f"{target}.attention_norm")
-    if f"{source}.encoder_attn.q_proj.weight" in state:
-        full |= cross_attention(state, projections(f"{source}.encoder_attn"), f"{target}.cross_attention")
-        full |= affine(state, f"{source}.encoder_attn_layer_norm", f"{target}.cross_attention_norm")
-    full |= affine(state, f"{source}.fc1", f"{target}.mlp.up")
-    full |= affine(state, f"{source}.fc2", f"{target}.mlp.down")
-    return full | affine(state, f"{source}.final_layer_norm", f"{target}.mlp_norm")
+def _bart_layer(form: FormBuilder, source: str, target: str, *, decoder: bool) -> None:
+    own = f"{target}.self_attn"
+    form.split_qkv(f"{source}.attention.qkv", (f"{own}.q_proj", f"{own}.k_proj", f"{own}.v_proj"))
+    form.module(f"{source}.attention.projection", f"{own}.out_proj")
+    form.module(f"{source}.attention_norm", f"{own}_layer_norm")
+    if decoder:
+        cross = f"{target}.encoder_attn"
+        form.module(f"{source}.cross_attention.query", f"{cross}.q_proj")
+        form.stacked(f"{source}.cross_attention.key_value", (f"{cross}.k_proj", f"{cross}.v_proj"))
+        form.module(f"{source}.cross_attention.projection", f"{cross}.out_proj")
+        form.module(f"{source}.cross_attention_norm", f"{cross}_layer_norm")
+    form.module(f"{source}.mlp.up", f"{target}.fc1")
+    form.module(f"{source}.mlp.down", f"{target}.fc2")
+    form.module(f"{source}.mlp_norm", f"{target}.final_layer_norm")

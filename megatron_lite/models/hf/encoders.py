@@ -2,58 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from megatron_lite.config.schema import ModelConfig
-from megatron_lite.models.hf.parts import affine, self_attention
+from megatron_lite.models.hf.builder import FormBuilder
 
 
-def from_bert(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Of transformers' BertForPreTraining."""
-    full = {
-        **_stack(state, "bert", model),
-        **affine(state, "bert.pooler.dense", "next_sentence.pooler"),
-        **affine(state, "cls.seq_relationship", "next_sentence.classifier"),
-        **affine(state, "cls.predictions.transform.dense", "head_transform.dense"),
-        **affine(state, "cls.predictions.transform.LayerNorm", "head_transform.norm"),
-        "head_bias.bias": state["cls.predictions.bias"],
-    }
-    if not model.tie_embeddings:
-        full["head.weight"] = state["cls.predictions.decoder.weight"]
-    return full
+def bert_form(form: FormBuilder) -> None:
+    """Of transformers' BertForPreTraining; without a next-sentence head of ours, of BertForMaskedLM."""
+    _stack(form, "bert")
+    form.module("next_sentence.pooler", "bert.pooler.dense")
+    form.module("head_transform.dense", "cls.predictions.transform.dense")
+    form.module("head_transform.norm", "cls.predictions.transform.LayerNorm")
+    _head(form, "cls.predictions")
+    form.module("next_sentence.classifier", "cls.seq_relationship")
 
 
-def from_roberta(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def roberta_form(form: FormBuilder) -> None:
     """Of transformers' RobertaForMaskedLM."""
-    full = {
-        **_stack(state, "roberta", model),
-        **affine(state, "lm_head.dense", "head_transform.dense"),
-        **affine(state, "lm_head.layer_norm", "head_transform.norm"),
-        "head_bias.bias": state["lm_head.bias"],
-    }
-    if not model.tie_embeddings:
-        full["head.weight"] = state["lm_head.decoder.weight"]
-    return full
+    _stack(form, "roberta")
+    form.module("head_transform.dense", "lm_head.dense")
+    form.module("head_transform.norm", "lm_head.layer_norm")
+    _head(form, "lm_head")
 
 
-def _stack(state: Mapping[str, Tensor], prefix: str, model: ModelConfig) -> dict[str, Tensor]:
+def _head(form: FormBuilder, prefix: str) -> None:
+    """The bias of the logits is called twice: a tied head uses `bias`, one of its own `decoder.bias`."""
+    bias = "head_bias.bias"
+    if "head.weight" not in form.shapes:
+        form.tensor(bias, f"{prefix}.bias")
+        return
+    form.zeros(f"{prefix}.bias", form.shapes[bias])
+    form.tensor("head.weight", f"{prefix}.decoder.weight")
+    form.tensor(bias, f"{prefix}.decoder.bias")
+
+
+def _stack(form: FormBuilder, prefix: str) -> None:
     """The embeddings and the layers."""
     embeddings = f"{prefix}.embeddings"
-    full = {
-        "embedding.weight": state[f"{embeddings}.word_embeddings.weight"],
-        "position_embedding.weight": state[f"{embeddings}.position_embeddings.weight"],
-        "segment_embedding.weight": state[f"{embeddings}.token_type_embeddings.weight"],
-        **affine(state, f"{embeddings}.LayerNorm", "embedding_norm"),
-    }
-    for index in range(model.num_layers):
-        source, target = f"{prefix}.encoder.layer.{index}", f"layers.{index}"
-        own, out = f"{source}.attention.self", f"{source}.attention.output"
-        projections = (f"{own}.query", f"{own}.key", f"{own}.value", f"{out}.dense")
-        full |= self_attention(state, projections, f"{target}.attention", model)
-        full |= affine(state, f"{out}.LayerNorm", f"{target}.attention_norm")
-        full |= affine(state, f"{source}.intermediate.dense", f"{target}.mlp.up")
-        full |= affine(state, f"{source}.output.dense", f"{target}.mlp.down")
-        full |= affine(state, f"{source}.output.LayerNorm", f"{target}.mlp_norm")
-    return full
+    form.tensor("embedding.weight", f"{embeddings}.word_embeddings.weight")
+    form.tensor("position_embedding.weight", f"{embeddings}.position_embeddings.weight")
+    form.tensor("segment_embedding.weight", f"{embeddings}.token_type_embeddings.weight")
+    form.module("embedding_norm", f"{embeddings}.LayerNorm")
+    for index in range(form.model.num_layers):
+        source, target = f"layers.{index}", f"{prefix}.encoder.layer.{index}"
+        own, out = f"{target}.attention.self", f"{target}.attention.output"
+        form.split_qkv(f"{source}.attention.qkv", (f"{own}.query", f"{own}.key", f"{own}.value"))
+        form.module(f"{source}.attention.projection", f"{out}.dense")
+        form.module(f"{source}.attention_norm", f"{out}.LayerNorm")
+        form.module(f"{source}.mlp.up", f"{target}.intermediate.dense")
+        form.module(f"{source}.mlp.down", f"{target}.output.dense")
+        form.module(f"{source}.mlp_norm", f"{target}.output.LayerNorm")

@@ -1,0 +1,94 @@
+"""Which tensors a checkpoint has, and in which files: the same on every rank and for every layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_lite.checkpoint.fragments import WEIGHT
+from megatron_lite.checkpoint.state import TRAINING
+from megatron_lite.checkpoint.tensor_files import LARGEST_FILE_BYTES, TensorFile, index_of, split_into_files
+from megatron_lite.models.stored import Shape, StoredForm, same_names
+
+Shapes = Mapping[str, Mapping[str, Shape]]
+"""Of full, unpadded tensors: by kind (the weights, each moment), then by global name."""
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """All tensors of one kind."""
+
+    form: StoredForm
+    files: Sequence[TensorFile]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a checkpoint's tensor files are, by kind of tensor."""
+
+    sets: Mapping[str, TensorSet]
+    hugging_face: bool
+    """The weights are in transformers' names and shapes."""
+
+    @classmethod
+    def of(
+        cls,
+        shapes: Shapes,
+        weights_form: Callable[[Mapping[str, Shape]], StoredForm] | None,
+        largest_bytes: int = LARGEST_FILE_BYTES,
+    ) -> Plan:
+        """
+        Args:
+            shapes: of the whole model, see `shapes_of_all_ranks`.
+            weights_form: how the weights lie in the files; None = as we name and shape them. Moments always do.
+        """
+        sets = {}
+        for kind, own in shapes.items():
+            form = weights_form(own) if weights_form and kind == WEIGHT else same_names(own)
+            sets[kind] = TensorSet(form, split_into_files(stem_of(kind), form, largest_bytes))
+        return cls(sets, weights_form is not None)
+
+    @property
+    def files(self) -> list[TensorFile]:
+        return [file for one in self.sets.values() for file in one.files]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def index(self) -> str | None:
+        """Of the weights' files, where there are several."""
+        return index_of(self.sets[WEIGHT].files)
+
+
+def stem_of(kind: str) -> str:
+    """What the names of a kind's files begin with."""
+    return "model" if kind == WEIGHT else f"{TRAINING}/{kind}"
+
+
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """A kind's files in a checkpoint, one or many."""
+    path = folder / stem_of(kind)
+    return sorted([*path.parent.glob(f"{path.name}.safetensors"), *path.parent.glob(f"{path.name}-*.safetensors")])
+
+
+def shapes_of_all_ranks(own: Shapes) -> Shapes:
+    """What the ranks hold together, in an order that no layout changes. A collective of all ranks."""
+    found: list[Shapes | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    joined: dict[str, dict[str, Shape]] = {}
+    for shapes in found:
+        assert shapes is not None
+        for kind, named in shapes.items():
+            joined.setdefault(kind, {}).update(named)
+    return {kind: {name: named[name] for name in sorted(named, key=_by_number)} for kind, named in joined.items()}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.10 behind layers.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

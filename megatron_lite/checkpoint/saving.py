@@ -1,0 +1,215 @@
+"""Saving: every rank writes what it owns, and one of them publishes the folder when all is on the disk.
+
+While training goes on, a thread of each rank does it from a copy in host memory. The threads meet in a process group of
+their own, so that what they agree on is independent of where training is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.checkpoint import folder as folders
+from megatron_lite.checkpoint.folder import FileRecord
+from megatron_lite.checkpoint.fragments import Fragment, transfers
+from megatron_lite.checkpoint.plan import Plan
+from megatron_lite.checkpoint.retention import Kept, prune
+from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
+from megatron_lite.checkpoint.tensor_files import write
+from megatron_lite.config.hf.headers import INDEX_FILE
+from megatron_lite.errors import CheckpointError
+from megatron_lite.files import file_xxh3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How one save went."""
+
+    step: int
+    folder: Path
+    stall_seconds: float  # how long training waited
+    total_seconds: float  # until the folder was published
+    bytes: int  # of all its tensor files
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time. All of it is called on every rank alike."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        plan: Plan,
+        documents: Mapping[str, bytes],
+        kept: Kept,
+        *,
+        asynchronous: bool,
+    ) -> None:
+        """
+        Args:
+            documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
+            asynchronous: `save` returns when the rank's memory is copied.
+        """
+        self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
+        self.documents = dict(documents)
+        if plan.index is not None:
+            self.documents[INDEX_FILE] = plan.index.encode()
+        self.asynchronous = asynchronous
+        self.reports: list[SaveReport] = []
+        """Of the saves that are complete, oldest first; whoever has read them may clear the list."""
+        self._group = dist.new_group(backend="gloo")
+        self._is_writer = dist.get_rank() == 0
+        self._host_copy: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+
+    def save(self, fragments: Sequence[Fragment], state: CheckpointState) -> Path:
+        """Write a checkpoint, or begin to; a second save waits for the first. A collective of all ranks.
+
+        Returns:
+            the folder that it will be
+        Raises:
+            CheckpointError: this save or the one before cannot be written; on every rank alike.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self._require_space()
+        final = self.checkpoints / folders.folder_name(state.step)
+        if not self.asynchronous:
+            self._write([one.of_owned(one.owned_values) for one in fragments], state, began, None)
+            self._raise()
+            return final
+        copies = self._copied(fragments)
+        arguments = (copies, state, began, time.perf_counter() - began)
+        # No daemon: an interpreter that ends waits for what is being written.
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+        return final
+
+    def finish(self) -> str | None:
+        """Wait on the way out of a run that has failed: what was being written is still worth having.
+
+        Returns:
+            why it cannot be written
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            CheckpointError: what was being written cannot be; on every rank alike.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _require_space(self) -> None:
+        """A full disk is told at once, before anything is written."""
+        needed = self.plan.bytes + sum(map(len, self.documents.values()))
+        self._together(lambda: folders.require_space(self.checkpoints, needed), by_writer=True)
+
+    def _copied(self, fragments: Sequence[Fragment]) -> list[Fragment]:
+        """The owned values in host memory, which the next save uses again: its pages are then mapped already."""
+        sizes = [one.owned_values.numel() for one in fragments]
+        if self._host_copy is None or self._host_copy.numel() != sum(sizes):
+            on_gpu = any(one.values.is_cuda for one in fragments)
+            self._host_copy = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_gpu)
+        parts = self._host_copy.split(sizes)
+        for one, part in zip(fragments, parts, strict=True):
+            part.copy_(one.owned_values, non_blocking=one.values.is_cuda)
+        if any(one.values.is_cuda for one in fragments):
+            torch.cuda.synchronize()
+        return [one.of_owned(part) for one, part in zip(fragments, parts, strict=True)]
+
+    def _write(
+        self, fragments: Sequence[Fragment], state: CheckpointState, began: float, stall_seconds: float | None
+    ) -> None:
+        """`stall_seconds`: None = training waits for all of it."""
+        temporary = self.checkpoints / f".{folders.folder_name(state.step)}.incomplete"
+        try:
+            self._together(lambda: self._begin(state), by_writer=True)
+            self._together(lambda: self._write_tensors(temporary, fragments))
+            hashes = self._together(lambda: self._hash_share(temporary))
+            records = {name: record for share in hashes for name, record in (share or {}).items()}
+            self._together(lambda: folders.publish(temporary, records), by_writer=True)
+            self._together(lambda: prune(self.checkpoints, self.kept, state.step), by_writer=True)
+        except CheckpointError as error:
+            self._error = error
+            if self._is_writer:
+                folders.abandon(temporary)
+            return
+        total = time.perf_counter() - began
+        final = self.checkpoints / folders.folder_name(state.step)
+        stall = total if stall_seconds is None else stall_seconds
+        self.reports.append(SaveReport(state.step, final, stall, total, self.plan.bytes))
+
+    def _begin(self, state: CheckpointState) -> None:
+        temporary = folders.begin(self.checkpoints, state.step)
+        for file in self.plan.files:
+            file.create(temporary)
+        for name, content in self.documents.items():
+            (temporary / name).write_bytes(content)
+        (temporary / STATE_FILE).write_text(state.as_text())
+
+    def _write_tensors(self, temporary: Path, fragments: Sequence[Fragment]) -> None:
+        for kind, tensors in self.plan.sets.items():
+            own = [one for one in fragments if one.kind == kind and one.values.numel()]
+            write(temporary, tensors.files, transfers(own, tensors.form))
+
+    def _hash_share(self, temporary: Path) -> dict[str, FileRecord]:
+        """Of every world-size-th file: what the disk gives back, whoever has written it."""
+        own = self.plan.files[dist.get_rank() :: dist.get_world_size()]
+        return {file.name: FileRecord(file.size_bytes, file_xxh3(temporary / file.name)) for file in own}
+
+    def _together(self, do: Callable[[], T], *, by_writer: bool = False) -> list[T | None]:
+        """One stage on every rank, or on the writing one; over when it is over on all.
+
+        Returns:
+            what it gave on each rank
+        Raises:
+            CheckpointError: it failed on some rank; on every rank alike.
+        """
+        answer: tuple[str | None, T | None] = (None, None)
+        try:
+            if self._is_writer or not by_writer:
+                answer = (None, do())
+        except (OSError, CheckpointError) as error:
+            answer = (_explained(error, self.checkpoints), None)
+        answers: list[tuple[str | None, T | None]] = [(None, None)] * dist.get_world_size()
+        try:
+            dist.all_gather_object(answers, answer, group=self._group)
+        except RuntimeError as error:  # a rank is gone
+            raise CheckpointError(f"a checkpoint was not finished, for a rank has ended ({error})") from error
+        errors = [error for error, _ in answers if error is not None]
+        if errors:
+            raise CheckpointError(errors[0])
+        return [given for _, given in answers]
+
+
+def _explained(error: OSError | CheckpointError, checkpoints: Path) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return (
+        f"{checkpoints} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
+        "from the last complete checkpoint"
+    )

@@ -1,0 +1,16 @@
+"""Models of transformers by their config.json: which one ours is, and which of ours one is."""
+
+from megatron_lite.config.hf.export import TokenRoles, generation_config, hf_config
+from megatron_lite.config.hf.families import Family, NoCounterpart, counterpart
+from megatron_lite.config.hf.settings import Described, settings_of
+
+__all__ = [
+    "Described",
+    "Family",
+    "NoCounterpart",
+    "TokenRoles",
+    "counterpart",
+    "generation_config",
+    "hf_config",
+    "settings_of",
+]

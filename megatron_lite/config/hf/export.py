@@ -1,0 +1,118 @@
+"""config.json and generation_config.json of a model that we train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from megatron_lite.config.derived import complete_model
+from megatron_lite.config.hf.families import BART, GPT2, LLAMA, ROBERTA, T5, NoCounterpart, counterpart
+from megatron_lite.config.hf.translation import WORDS
+from megatron_lite.config.schema import ModelConfig
+
+GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+class TokenRoles(Protocol):
+    """Ids of the tokens with a role, such as `data.special.SpecialTokens`; None = there is none."""
+
+    @property
+    def eod(self) -> int | None: ...
+    @property
+    def cls(self) -> int | None: ...
+    @property
+    def sep(self) -> int | None: ...
+    @property
+    def pad(self) -> int | None: ...
+
+
+def hf_config(
+    model: ModelConfig, *, vocab_size: int, tokens: TokenRoles, dtype: str = "float32", next_sentence: bool = False
+) -> dict[str, Any]:
+    """What transformers needs to compute the same logits from the same weights.
+
+    Args:
+        vocab_size: true vocabulary, without padded rows.
+        tokens: with which the data was made.
+        dtype: of the stored weights, such as "bfloat16".
+        next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
+    Raises:
+        NoCounterpart: transformers has no model of these settings.
+    """
+    family, model = counterpart(model, next_sentence=next_sentence), complete_model(model)
+    words = WORDS[family.model_type]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": vocab_size,
+        "torch_dtype": dtype,
+        **{key: getattr(model, entry.fields[0]) for key, entry in words.keys.items()},
+        words.activation_key: next(word for word, ours in words.activations.items() if ours is model.activation),
+        **_SPECIAL.get(family.model_type, _nothing_special)(model),
+        **_token_ids(family.model_type, model, tokens),
+    }
+
+
+def generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """generation_config.json beside this config.json; None for a model that generates nothing."""
+    if config["model_type"] not in (GPT2.model_type, LLAMA.model_type, T5.model_type, BART.model_type):
+        return None
+    return {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+
+
+def _nothing_special(model: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+def _llama(model: ModelConfig) -> dict[str, Any]:
+    base = model.rotary_base  # twice: transformers 4 reads the one, 5 the other
+    return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+
+
+def _roberta(model: ModelConfig) -> dict[str, Any]:
+    return {"max_position_embeddings": model.position_offset + model.max_position_embeddings}
+
+
+def _t5(model: ModelConfig) -> dict[str, Any]:
+    """Its head: v1.0's is tied and scaled, v1.1's neither. transformers 4 takes the first setting for both."""
+    return {
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": model.tie_embeddings,
+        "scale_decoder_outputs": model.tie_embeddings and model.scale_tied_head,
+    }
+
+
+def _bart(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "is_encoder_decoder": True,
+        "decoder_attention_heads": model.num_attention_heads,
+        "decoder_ffn_dim": model.ffn_hidden_size,
+        "scale_embedding": False,
+    }
+
+
+_SPECIAL: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    LLAMA.model_type: _llama,
+    ROBERTA.model_type: _roberta,
+    T5.model_type: _t5,
+    BART.model_type: _bart,
+}
+
+
+def _token_ids(model_type: str, model: ModelConfig, tokens: TokenRoles) -> dict[str, int | None]:
+    """As our objectives use them."""
+    if model_type in (GPT2.model_type, LLAMA.model_type):
+        return {"bos_token_id": tokens.eod, "eos_token_id": tokens.eod, "pad_token_id": tokens.pad}
+    if model_type == T5.model_type:
+        return {"eos_token_id": tokens.eod, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
+    if model_type == BART.model_type:
+        ends = {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "forced_eos_token_id": tokens.sep}
+        return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.sep}
+    if model_type == ROBERTA.model_type:
+        if tokens.pad != model.position_offset - 1:
+            raise NoCounterpart(
+                f"{ROBERTA.architecture} of transformers counts positions from the id of its padding token + 1, which "
+                f"is {tokens.pad} here, for model.position_offset={model.position_offset}"
+            )
+        return {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "pad_token_id": tokens.pad}
+    return {"pad_token_id": tokens.pad}

@@ -1,0 +1,173 @@
+"""Which model of transformers computes what a model of ours computes, if any does.
+
+Dropouts and initialisation decide nothing here: a trained model has no use for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lite.config.derived import complete_model
+from megatron_lite.config.keys import as_word
+from megatron_lite.config.schema import (
+    Activation,
+    Architecture,
+    ModelConfig,
+    Normalization,
+    NormPlacement,
+    PositionEmbedding,
+)
+
+
+class NoCounterpart(Exception):  # noqa: N818 - an answer more than an error: such a model is saved under our names
+    """transformers has no model of these settings; the text says why."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model, in transformers' words and in our settings."""
+
+    model_type: str
+    architecture: str
+    """Of transformers: the class that config.json names."""
+    script: str
+    fixed: Mapping[str, tuple[Any, ...]]
+    """Fields of ModelConfig -> the values that the family has; all others are free."""
+    query_groups: bool = False
+    """Heads may share keys and values."""
+    free_head_size: bool = False
+    """Heads may be wider or narrower than hidden_size / num_attention_heads."""
+
+
+_UNGATED = (Activation.relu, Activation.gelu, Activation.gelu_tanh)
+_GATED = (Activation.swiglu, Activation.geglu)
+_PLAIN_HEAD: dict[str, tuple[Any, ...]] = {"head_transform": (False,), "head_bias": (False,)}
+_ADDITIVE: dict[str, tuple[Any, ...]] = {  # of the time before rotary positions
+    "normalization": (Normalization.layernorm,),
+    "position_embedding": (PositionEmbedding.learned,),
+    "attention_bias": (True,),
+    "mlp_bias": (True,),
+    "activation": _UNGATED,
+    "scale_tied_head": (False,),
+}
+_ENCODER: dict[str, tuple[Any, ...]] = {
+    **_ADDITIVE,
+    "architecture": (Architecture.encoder,),
+    "norm_placement": (NormPlacement.post,),
+    "embedding_norm": (True,),
+    "attention_scale": (True,),
+    "head_transform": (True,),
+    "head_bias": (True,),
+}
+_DECODER: dict[str, tuple[Any, ...]] = {
+    "architecture": (Architecture.decoder,),
+    "norm_placement": (NormPlacement.pre,),
+    "embedding_norm": (False,),
+    "num_segments": (0,),
+    "scale_tied_head": (False,),
+    **_PLAIN_HEAD,
+}
+
+GPT2 = Family("gpt2", "GPT2LMHeadModel", "pretrain_gpt", {**_ADDITIVE, **_DECODER, "position_offset": (0,)})
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    "pretrain_gpt",
+    {
+        **_DECODER,
+        "normalization": (Normalization.rmsnorm,),
+        "position_embedding": (PositionEmbedding.rotary,),
+        "activation": _GATED,
+        "attention_scale": (True,),
+    },
+    query_groups=True,
+    free_head_size=True,
+)
+BERT = Family("bert", "BertForPreTraining", "pretrain_bert", {**_ENCODER, "position_offset": (0,)})
+BERT_WITHOUT_PAIRS = Family("bert", "BertForMaskedLM", "pretrain_bert", BERT.fixed)
+ROBERTA = Family("roberta", "RobertaForMaskedLM", "pretrain_bert", {**_ENCODER, "activation": (Activation.gelu,)})
+T5 = Family(
+    "t5",
+    "T5ForConditionalGeneration",
+    "pretrain_t5",
+    {
+        "architecture": (Architecture.encoder_decoder,),
+        "normalization": (Normalization.rmsnorm,),
+        "norm_placement": (NormPlacement.pre,),
+        "embedding_norm": (False,),
+        "position_embedding": (PositionEmbedding.relative,),
+        "num_segments": (0,),
+        "attention_bias": (False,),
+        "attention_scale": (False,),
+        "mlp_bias": (False,),
+        **_PLAIN_HEAD,
+    },
+    free_head_size=True,
+)
+BART = Family(
+    "bart",
+    "BartForConditionalGeneration",
+    "pretrain_t5",
+    {
+        **_ADDITIVE,
+        "architecture": (Architecture.encoder_decoder,),
+        "norm_placement": (NormPlacement.post,),
+        "norm_epsilon": (1e-5,),  # torch's own: its config.json has no word for it
+        "embedding_norm": (True,),
+        "position_offset": (2,),
+        "num_segments": (0,),
+        "attention_scale": (True,),
+        "tie_embeddings": (True,),  # one that is not tied has three tables of words, of which we have one
+        **_PLAIN_HEAD,
+    },
+)
+
+
+FAMILIES = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, T5, BART)
+
+
+def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
+    """The family whose model of these sizes gives the same logits.
+
+    Args:
+        next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
+    Raises:
+        NoCounterpart: naming every setting that stands against the most likely family.
+    """
+    model = complete_model(model)
+    family = _likely(model, next_sentence)
+    reasons = list(_differences(model, family, next_sentence))
+    if reasons:
+        raise NoCounterpart(f"{family.architecture} of transformers has {', and '.join(reasons)}")
+    return family
+
+
+def _likely(model: ModelConfig, next_sentence: bool) -> Family:
+    if model.architecture is Architecture.decoder:
+        return LLAMA if model.position_embedding is PositionEmbedding.rotary else GPT2
+    if model.architecture is Architecture.encoder:
+        if model.position_offset:
+            return ROBERTA
+        return BERT if next_sentence else BERT_WITHOUT_PAIRS
+    return T5 if model.position_embedding is PositionEmbedding.relative else BART
+
+
+def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Iterator[str]:
+    """What the family has, and the model has not, in words."""
+    for name, values in family.fixed.items():
+        found = getattr(model, name)
+        if found not in values:
+            yield f"{' or '.join(map(as_word, values))} for model.{name}={as_word(found)}"
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    if model.num_query_groups != heads and not family.query_groups:
+        yield f"keys and values for each of {heads} heads, not model.num_query_groups={model.num_query_groups}"
+    if not family.free_head_size and model.head_size != hidden / heads:
+        yield f"heads of model.hidden_size={hidden} / {heads} channels, not model.head_size={model.head_size}"
+    if family is LLAMA and hidden % heads:
+        yield f"no model.num_attention_heads={heads} that does not divide model.hidden_size={hidden}"
+    if family.script == "pretrain_bert" and not model.num_segments:
+        yield "a segment table for model.num_segments=0"
+    if family is ROBERTA and next_sentence:
+        yield "no next-sentence head beside model.position_offset; BERT's is 0"

@@ -1,0 +1,142 @@
+"""The folder that `model.init_from` names: found, and read as far as it takes no tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_lite.config.hf.headers import TensorEntry, has_tensors, tensors_of
+from megatron_lite.config.hf.settings import settings_of
+from megatron_lite.config.schema import ModelConfig
+from megatron_lite.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+STATE_FILE = "training/state.json"  # of our checkpoints; `checkpoint.state` writes it
+CHECKPOINT = "a checkpoint, such as RUN/checkpoints/step_00000100"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+    ("vocab.txt",),
+)
+"""Any of these makes a folder a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A folder with the weights of a model."""
+
+    folder: Path
+    script: str
+    """The one that trains such models."""
+    kind: str
+    """What the weights are of, in words."""
+    settings: dict[str, Any]
+    """Fields of ModelConfig, as the weights ask for them; dropouts too."""
+    tensors: dict[str, TensorEntry]
+    has_hf_names: bool = True
+    """False = the tensors have our names and shapes."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(all((self.folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
+
+
+def read_weights(name: str) -> Weights:
+    """
+    Args:
+        name: the value of model.init_from.
+    Raises:
+        ConfigError: there is no such folder, it holds no weights that can be used, or a model that we do not have.
+        CheckpointError: a file of it is cut off or damaged.
+    """
+    folder = local_folder(name)
+    own = _own_state(folder)
+    if own is None and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"model.init_from={name} holds no {CONFIG_FILE}; give a folder that transformers' save_pretrained wrote, "
+            f"or {CHECKPOINT}"
+        )
+    _require_safetensors(folder, name)
+    tensors = tensors_of(folder)
+    if own is not None and not own.get("hugging_face", True):
+        return _under_our_names(folder, name, own, tensors)
+    path = folder / CONFIG_FILE
+    described = settings_of(_read_json(path, name), names=tensors, where=f"model.init_from: {path}")
+    return Weights(folder, described.family.script, described.family.architecture, described.settings, tensors)
+
+
+def local_folder(name: str) -> Path:
+    """The folder itself, or where a model of the hub lies on this machine, downloaded now if need be.
+
+    Raises:
+        ConfigError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(
+            f"model.init_from={name} is no folder (looked from {Path.cwd()}); give a Hugging Face folder, or "
+            f"{CHECKPOINT}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # of names, of access and of networks: errors of many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ConfigError(
+            f"model.init_from={name} is no folder here, and the hub does not give it ({reason}); correct the name, or "
+            f"run `hf download {name} --local-dir FOLDER` where there is a network and give FOLDER"
+        ) from error
+
+
+def _own_state(folder: Path) -> dict[str, Any] | None:
+    """What one of our checkpoints says of itself; None for other folders."""
+    path = folder / STATE_FILE
+    return _read_json(path, str(folder)) if path.is_file() else None
+
+
+def _under_our_names(folder: Path, name: str, own: dict[str, Any], tensors: dict[str, TensorEntry]) -> Weights:
+    """Of a checkpoint whose model transformers does not have."""
+    try:
+        frozen = own["config"]
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), frozen["model"]))
+        vocab_size = tensors["embedding.weight"].shape[0]
+        settings = {key: getattr(model, key) for key in frozen["model"] if key not in ("name", "init_from")}
+        return Weights(folder, frozen["script"], "of ours", {**settings, "vocab_size": vocab_size}, tensors, False)
+    except (KeyError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"model.init_from={name}: {folder / STATE_FILE} describes no model ({error}); give another checkpoint"
+        ) from error
+
+
+def _require_safetensors(folder: Path, name: str) -> None:
+    if has_tensors(folder):
+        return
+    if any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError(
+            f"model.init_from={name} holds its weights as pickle (pytorch_model.bin), which may run code when it is "
+            f"read; convert it with transformers: AutoModel.from_pretrained({str(folder)!r})"
+            ".save_pretrained(FOLDER, safe_serialization=True), with the class that its config.json names for AutoModel"
+        )
+    raise ConfigError(f"model.init_from={name} holds no model.safetensors; give a folder with weights")
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.init_from={name}: {path} cannot be read ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.init_from={name}: {path} holds no JSON object; copy it again")
+    return content

@@ -1,0 +1,81 @@
+"""`model.init_from`: the weights decide what the model is; what the user said must not contradict them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from megatron_lite.config.derived import complete_model, has_next_sentence_head
+from megatron_lite.config.hf.folder import Weights, read_weights
+from megatron_lite.config.hf.settings import DECISIVE
+from megatron_lite.config.keys import as_word
+from megatron_lite.config.schema import ModelConfig, PositionEmbedding, RunConfig
+from megatron_lite.errors import ConfigError
+
+NEXT_SENTENCE_HEADS = ("next_sentence.classifier.weight", "cls.seq_relationship.weight")
+
+
+def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
+    """The configuration with the settings of the weights that model.init_from names.
+
+    They stand above those of presets and below those that the user has typed, which they must agree with. Where no
+    tokenizer is named, the one beside the weights is used.
+
+    Args:
+        explicit: dotted keys that the user has typed.
+    Raises:
+        ConfigError: the weights cannot be used, or with every typed setting that contradicts them.
+        CheckpointError: a file is cut off or damaged.
+    """
+    name = config.model.init_from
+    if name is None:
+        return config
+    weights = read_weights(name)
+    if weights.script != config.script:
+        raise ConfigError(
+            f"model.init_from={name} is a model of {weights.script} ({weights.kind}), not of {config.script}; run "
+            f"{weights.script}"
+        )
+    problems = [*_contradictions(config.model, weights, explicit), *_lacking(config, weights, explicit)]
+    if problems:
+        raise ConfigError(problems)
+    free = {key: value for key, value in weights.settings.items() if f"model.{key}" not in explicit}
+    if "model.name" not in explicit:
+        free["name"] = name.rstrip("/").rpartition("/")[2]
+    config = replace(config, model=replace(config.model, **free))
+    if weights.has_tokenizer and "data.tokenizer" not in explicit:
+        config = replace(config, data=replace(config.data, tokenizer=str(weights.folder)))
+    return config
+
+
+def _contradictions(model: ModelConfig, weights: Weights, explicit: Collection[str]) -> Iterator[str]:
+    """Typed settings that the weights do not have."""
+    there = complete_model(replace(model, **weights.settings))
+    for key in DECISIVE:
+        typed, found = getattr(model, key), getattr(there, key)
+        if f"model.{key}" not in explicit or typed is None or typed == found or _is_free(key, there):
+            continue
+        yield (
+            f"model.{key}={as_word(typed)} contradicts model.init_from={model.init_from}, whose weights "
+            f"({weights.kind}) have {as_word(found)}; leave model.{key} out, or set model.init_from=null"
+        )
+
+
+def _is_free(key: str, model: ModelConfig) -> bool:
+    """Whether weights do not depend on it: without a table of positions, sequences may become longer."""
+    return key == "max_position_embeddings" and model.position_embedding is not PositionEmbedding.learned
+
+
+def _lacking(config: RunConfig, weights: Weights, explicit: Collection[str]) -> Iterator[str]:
+    """What the run needs beside the weights of the model."""
+    name = config.model.init_from
+    if has_next_sentence_head(config) and not any(head in weights.tensors for head in NEXT_SENTENCE_HEADS):
+        yield (
+            f"objective.name={config.objective.name.value} needs a next-sentence head, which the weights of "
+            f"model.init_from={name} ({weights.kind}) lack; use objective=masked_lm"
+        )
+    if not weights.has_tokenizer and config.data.tokenizer == "train" and "data.tokenizer" not in explicit:
+        yield (
+            f"model.init_from={name} holds no tokenizer, and its embeddings belong to one; name that in data.tokenizer "
+            "(data.tokenizer=train, typed, trains another)"
+        )

@@ -1,0 +1,95 @@
+"""The stored form of a model: its weights under the names and in the shapes of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+
+from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, counterpart
+from megatron_lite.config.hf.headers import TensorEntry
+from megatron_lite.config.schema import ModelConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.hf.builder import FormBuilder
+from megatron_lite.models.hf.decoders import gpt2_form, llama_form
+from megatron_lite.models.hf.encoder_decoders import bart_form, t5_form
+from megatron_lite.models.hf.encoders import bert_form, roberta_form
+from megatron_lite.models.stored import Shape, StoredForm
+
+_FORMS: dict[str, Callable[[FormBuilder], None]] = {
+    GPT2.model_type: gpt2_form,
+    LLAMA.model_type: llama_form,
+    BERT.model_type: bert_form,
+    ROBERTA.model_type: roberta_form,
+    T5.model_type: t5_form,
+    BART.model_type: bart_form,
+}
+FLOATS = ("F32", "BF16", "F16", "F64")
+NAMED_FAULTS = 5  # that a message names
+_BODIES = ("transformer.", "model.", "bert.", "roberta.")  # prefixes that files of a model without its head lack
+_OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_COPIES = {"shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+
+
+def stored_form(model: ModelConfig, shapes: Mapping[str, Shape]) -> StoredForm:
+    """Every element of ours at its one place in transformers' tensors.
+
+    Args:
+        shapes: of all our parameters, full and unpadded, by global name.
+    Raises:
+        NoCounterpart: transformers has no model of these settings.
+    """
+    family = counterpart(model, next_sentence="next_sentence.pooler.weight" in shapes)
+    builder = FormBuilder(model, shapes)
+    _FORMS[family.model_type](builder)
+    form = builder.form()
+    left = shapes.keys() - {piece.source for piece in form.pieces}
+    assert not left, f"{family.architecture} has no place for {sorted(left)}"
+    return form
+
+
+def locate(form: StoredForm, tensors: Mapping[str, TensorEntry], where: str) -> dict[str, TensorEntry]:
+    """The entry in the files of each tensor of the form that holds something of ours.
+
+    Args:
+        tensors: of the files, as `config.hf.headers.tensors_of` reads them.
+        where: what is read, for messages: `model.init_from=DIR`, or a checkpoint's folder.
+    Raises:
+        CheckpointError: naming every tensor that is missing, or of another shape or kind.
+    """
+    found, faults = {}, []
+    for name in dict.fromkeys(piece.target for piece in form.pieces):
+        there = find_name(name, tensors)
+        if there is None:
+            faults.append(f"{name} {list(form.shapes[name])} is missing")
+            continue
+        entry = found[name] = tensors[there]
+        if entry.shape != form.shapes[name]:
+            faults.append(f"{there} is {list(entry.shape)}, and the model's is {list(form.shapes[name])}")
+        elif entry.dtype not in FLOATS:
+            faults.append(f"{there} is of type {entry.dtype}, and weights are {', '.join(FLOATS)}")
+    if faults:
+        more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
+        raise CheckpointError(
+            f"{where} does not hold the weights of this model: {'; '.join(faults[:NAMED_FAULTS])}{more}; give the "
+            "folder of such a model, or the settings of its own"
+        )
+    return found
+
+
+def find_name(name: str, available: Container[str]) -> str | None:
+    """What a tensor of a stored form is called in files that another version or class of transformers wrote.
+
+    Files of a model without its head lack the body's prefix (GPT-2's do); old files of BERT call the weights of a norm
+    gamma and beta; the one table of words of T5 and BART may lie there as that of a stack.
+    """
+    return next((candidate for candidate in _spellings(name) if candidate in available), None)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    for whole in (name, *(name.removeprefix(body) for body in _BODIES if name.startswith(body))):
+        yield whole
+        for ours, old in _OLD_NORMS.items():
+            if whole.endswith(ours):
+                yield whole.removesuffix(ours) + old
+        for table, copies in _COPIES.items():
+            if whole.endswith(table):
+                yield from (whole.removesuffix(table) + copy for copy in copies)

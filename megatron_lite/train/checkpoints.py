@@ -1,0 +1,174 @@
+"""The checkpoints of one run: what lies in them, and how training begins from one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+from omegaconf import OmegaConf
+
+from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
+from megatron_lite.checkpoint.hf_files import model_files
+from megatron_lite.checkpoint.loading import load, newest_complete, start_from
+from megatron_lite.checkpoint.plan import Plan, Shapes, shapes_of_all_ranks
+from megatron_lite.checkpoint.resume import ResumeReport, describe
+from megatron_lite.checkpoint.retention import Kept
+from megatron_lite.checkpoint.saving import Saver
+from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
+from megatron_lite.config.frozen import as_node
+from megatron_lite.config.hf.folder import read_weights
+from megatron_lite.config.schema import ModelConfig, RunConfig
+from megatron_lite.data.prepared import PreparedData
+from megatron_lite.models.hf import NoCounterpart, stored_form
+from megatron_lite.models.stored import Shape, StoredForm
+from megatron_lite.observe.console import Console
+from megatron_lite.optim.batch_ramp import BEGINNING, Origin
+from megatron_lite.optim.moments import moments_of
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.engine import Engine
+from megatron_lite.train.startup import code_fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt at a run begins: at a checkpoint of it, or before the first step."""
+
+    folder: Path | None = None
+    report: ResumeReport | None = None
+    """With every `folder`."""
+    state: CheckpointState | None = None
+    """With every `folder`."""
+
+    @classmethod
+    def find(
+        cls, checkpoints: Path, config: RunConfig, context: ParallelContext, prepared: PreparedData, console: Console
+    ) -> Start:
+        """The newest complete checkpoint, if there is one. A collective of all ranks.
+
+        Raises:
+            CheckpointError: it is of another run than this configuration's; on every rank alike.
+        """
+        found = newest_complete(checkpoints, console.print)
+        if found is None:
+            return cls()
+        folder, state = found
+        return cls(folder, describe(state, config, layout_of(config, context), prepared.fingerprint, folder), state)
+
+    @property
+    def origin(self) -> Origin:
+        return BEGINNING if self.report is None else self.report.origin
+
+    @property
+    def step(self) -> int:
+        return self.origin.step
+
+
+@dataclass
+class Checkpoints:
+    """Built once the engine is; everything here is called on every rank alike."""
+
+    engine: Engine
+    data_fingerprint: str
+    shapes: Shapes
+    saver: Saver
+
+    @classmethod
+    def of(cls, folder: Path, engine: Engine, prepared: PreparedData, report: Callable[[str], None]) -> Checkpoints:
+        """A collective of all ranks. `report` is told where a checkpoint will be no model folder of transformers."""
+        config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
+        form, documents = None, {}
+        try:
+            documents = model_files(config, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32")
+            form = _hugging_face(config.model)
+        except NoCounterpart as reason:
+            report(f"checkpoints keep the weights under our own names: {reason}")
+        train = config.train
+        saver = Saver(
+            folder,
+            Plan.of(shapes, form),
+            documents | prepared.tokenizer_files(),
+            Kept(train.keep_last, train.keep_every, train.keep_best),
+            asynchronous=train.async_save,
+        )
+        return cls(engine, prepared.fingerprint, shapes, saver)
+
+    def begin(self, start: Start) -> None:
+        """Give the model what the checkpoint has, or in a new run the weights of model.init_from.
+
+        Raises:
+            CheckpointError: the files hold other tensors than the model has.
+        """
+        if start.report is not None and start.state is not None and start.folder is not None:
+            self._restore(start.folder, start.state, start.report)
+        elif (name := self.engine.config.model.init_from) is not None:
+            weights = read_weights(name)
+            form = self._plan(weights.has_hf_names).sets[WEIGHT].form
+            start_from(weights.tensors, form, self._fragments(WEIGHT))
+            self.engine.shards.weights_changed()
+
+    def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
+        shards, kinds = self.engine.shards, [WEIGHT]
+        if report.load_moments:
+            shards.prepare()
+            kinds += state.optimizer.moments
+        load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
+        if report.load_moments:
+            shards.updates = state.optimizer.step
+        if report.load_loss_scale and state.loss_scale is not None:
+            shards.loss_scale = state.loss_scale
+        shards.weights_changed()
+
+    def _plan(self, hugging_face: bool) -> Plan:
+        return Plan.of(self.shapes, _hugging_face(self.engine.config.model) if hugging_face else None)
+
+    def _fragments(self, *kinds: str) -> list[Fragment]:
+        return [fragment for fragment in self.engine.shards.fragments() if fragment.kind in kinds]
+
+    def save(self, step: int, samples: int, validation_loss: float | None) -> Path:
+        """Write a checkpoint, or begin to; the folder that it will be.
+
+        Args:
+            step: finished optimizer steps.
+            samples: consumed in them.
+            validation_loss: where the run was validated after this very step.
+        """
+        config, shards = self.engine.config, self.engine.shards
+        state = CheckpointState(
+            step=step,
+            samples=samples,
+            layout=layout_of(config, self.engine.context),
+            precision=str(config.train.precision),
+            optimizer=OptimizerState(str(config.optimizer.name), shards.updates, moments_of(config.optimizer)),
+            loss_scale=shards.loss_scale,
+            data_fingerprint=self.data_fingerprint,
+            hugging_face=self.saver.plan.hugging_face,
+            validation_loss=validation_loss,
+            config=OmegaConf.to_container(as_node(config), enum_to_str=True),  # type: ignore[arg-type]  # a mapping
+            versions={
+                "megatron_lite": code_fingerprint(),
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "python": platform.python_version(),
+            },
+        )
+        return self.saver.save(shards.fragments(), state)
+
+
+def layout_of(config: RunConfig, context: ParallelContext) -> Layout:
+    topology = context.topology
+    return Layout(
+        topology.data_parallel_size,
+        topology.tensor_parallel_size,
+        topology.pipeline_parallel_size,
+        config.parallel.zero_stage,
+        config.parallel.sequence_parallel,
+    )
+
+
+def _hugging_face(model: ModelConfig) -> Callable[[Mapping[str, Shape]], StoredForm]:
+    return partial(stored_form, model)

@@ -1,0 +1,210 @@
+"""What DeepSpeed's optimizers hold on this rank, as fragments that know their place in the full tensors.
+
+One class for each way in which DeepSpeed keeps master weights and moments. All of them give views into its memory, so
+that saving copies nothing and loading writes where training reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region, share
+from megatron_lite.checkpoint.plan import Shapes
+from megatron_lite.checkpoint.state import LossScaleState
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName
+from megatron_lite.models.stored import Shape
+from megatron_lite.optim.moments import kept_dims, moments_of
+from megatron_lite.parallel.context import ParallelContext
+
+
+@dataclass
+class Shards:
+    """The fp32 master weights and the optimizer's state of one rank. This class: whole tensors (ZeRO-0)."""
+
+    module: nn.Module
+    optimizer: Any  # DeepSpeed's, or torch's where DeepSpeed has none around it
+    config: OptimizerConfig
+    context: ParallelContext
+
+    def fragments(self) -> list[Fragment]:
+        """Of every weight and every moment that exists, in a fixed order."""
+        return [
+            fragment
+            for parameter in self.module.parameters()
+            if parameter.requires_grad
+            for kind in (WEIGHT, *moments_of(self.config))
+            for fragment in self._of(parameter, kind)
+        ]
+
+    def shapes(self) -> Shapes:
+        """Of the full tensors that this rank's stage has a part in, by kind and global name."""
+        found: dict[str, dict[str, Shape]] = {}
+        for parameter in self.module.parameters():
+            for kind in (WEIGHT, *moments_of(self.config)):
+                region = self._region(parameter, kind)
+                if region is not None:
+                    found.setdefault(kind, {})[parameter.global_name] = region.full_shape
+        return found
+
+    def weights_changed(self) -> None:
+        """Let the model compute with master weights that were written from outside. A collective of all ranks."""
+
+    @property
+    def updates(self) -> int:
+        """How many the optimizer has made: what Adam's bias correction counts."""
+        return max((int(state["step"]) for state in self._states if "step" in state), default=0)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self._states:
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], count) if torch.is_tensor(state["step"]) else count
+
+    @property
+    def loss_scale(self) -> LossScaleState | None:
+        """Of fp16."""
+        scaler = self._scaler
+        if scaler is None:
+            return None
+        stable = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return LossScaleState(float(scaler.cur_scale), stable, scaler.cur_hysteresis)
+
+    @loss_scale.setter
+    def loss_scale(self, state: LossScaleState) -> None:
+        scaler = self._scaler
+        assert scaler is not None, "only fp16 has a loss scale"
+        scaler.cur_scale = state.scale
+        scaler.cur_iter, scaler.last_overflow_iter = state.steps_since_change, -1
+        scaler.cur_hysteresis = state.hysteresis_left
+
+    def prepare(self) -> None:
+        """Make the state that the first step would make, so that there is something to load into."""
+        for parameter in self.module.parameters():
+            for moment in moments_of(self.config):
+                region = self._region(parameter, moment)
+                if region is not None:
+                    self._make_state(parameter, moment, region.local_shape)
+
+    def _make_state(self, values: Tensor, moment: str, shape: Shape) -> None:
+        """`values`: what torch's optimizer takes for a parameter."""
+        state = getattr(self.optimizer, "optimizer", self.optimizer).state[values]
+        if self.config.name is OptimizerName.adamw:
+            state.setdefault("step", torch.zeros((), device=values.device))
+        elif self.config.name is OptimizerName.adafactor:
+            state.setdefault("step", 0)
+        if moment not in state:
+            state[moment] = torch.zeros(shape, device=values.device)
+
+    @property
+    def _states(self) -> Iterable[dict[str, Any]]:
+        return getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+
+    @property
+    def _scaler(self) -> Any:
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return scaler if hasattr(scaler, "cur_hysteresis") else None
+
+    def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
+        region = self._region(parameter, kind)
+        values = parameter if kind == WEIGHT else self.optimizer.state[parameter].get(kind)
+        if region is not None and values is not None:
+            flat = values.view(-1)
+            # Every data-parallel rank has all of it: each writes its share.
+            own = share(flat.numel(), self.context.data_size, self.context.data_rank)
+            yield self._fragment(parameter, kind, region, 0, flat, own)
+
+    def _fragment(
+        self, parameter: nn.Parameter, kind: str, region: Region, start: int, values: Tensor, own: tuple[int, int]
+    ) -> Fragment:
+        """`own`: of `values`, what no other data-parallel rank writes."""
+        first, stop = own
+        if getattr(parameter, "ds_pipe_replicated", False):
+            stop = first  # the first stage that has this tied parameter writes it
+        elif region.dim is None:
+            part = share(stop - first, self.context.tensor_size, self.context.tensor_rank)
+            first, stop = first + part[0], first + part[1]
+        return Fragment(kind, parameter.global_name, region, start, values.detach(), (first, stop))
+
+    def _region(self, parameter: nn.Parameter, kind: str) -> Region | None:
+        """Where this rank's slice of a weight or moment lies; None = the parameter has no such moment."""
+        spec = parameter.shard_spec
+        dims = len(spec.full_shape)
+        kept = tuple(range(dims)) if kind == WEIGHT else kept_dims(kind, dims)
+        if kept is None:
+            return None
+        local = list(spec.local_shape(self.context.tensor_size))
+        full_shape = tuple(spec.full_shape[dim] for dim in kept)
+        if spec.dim is None or spec.dim not in kept:
+            return Region(full_shape, tuple(local[dim] for dim in kept))
+        offset = self.context.tensor_rank * local[spec.dim]
+        if self.config.name is OptimizerName.adafactor and kind != WEIGHT:  # it keeps no statistics of padding
+            local[spec.dim] = min(max(spec.full_shape[spec.dim] - offset, 0), local[spec.dim])
+        return Region(full_shape, tuple(local[dim] for dim in kept), kept.index(spec.dim), offset)
+
+
+class PartitionedShards(Shards):
+    """ZeRO-1 and 2, bf16 too: a flat vector of all parameters, of which each data-parallel rank has a stretch."""
+
+    def prepare(self) -> None:
+        for partition in self._partitions:
+            for moment in moments_of(self.config):
+                self._make_state(partition, moment, partition.shape)
+
+    def weights_changed(self) -> None:
+        self.optimizer.update_lp_params()
+
+    @property
+    def _partitions(self) -> list[Tensor]:
+        """This rank's stretch of each group's flat vector."""
+        in_bf16 = getattr(self.optimizer, "fp32_groups_flat_partition", None)
+        return self.optimizer.single_partition_of_fp32_groups if in_bf16 is None else in_bf16
+
+    def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another rank's
+            return
+        place = mapping.hp_fragment_address
+        flat = mapping.hp_fragment if kind == WEIGHT else self._moment(mapping.param_group_index, kind, place)
+        region = self._region(parameter, kind)
+        assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
+        yield self._fragment(parameter, kind, region, mapping.lp_fragment_address.start, flat, (0, flat.numel()))
+
+    def _moment(self, group: int, kind: str, place: Any) -> Tensor:
+        return self.optimizer.optimizer.state[self._partitions[group]][kind].narrow(0, place.start, place.numel)
+
+
+class ParameterShards(Shards):
+    """ZeRO-3: each parameter by itself in equal parts, the last ones padded."""
+
+    def prepare(self) -> None:
+        for partition in self.optimizer.fp32_partitioned_groups_flat:
+            for moment in moments_of(self.config):
+                self._make_state(partition, moment, partition.shape)
+
+    def weights_changed(self) -> None:
+        for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+
+    def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
+        key = None if kind == WEIGHT else kind
+        part, _ = self.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        start = self.context.data_rank * part.numel()
+        valid = min(max(parameter.ds_numel - start, 0), part.numel())
+        region = self._region(parameter, kind)
+        assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
+        yield self._fragment(parameter, kind, region, start, part[:valid], (0, valid))
+
+
+def shards_of(
+    module: nn.Module, optimizer: Any, zero_stage: int, config: OptimizerConfig, context: ParallelContext
+) -> Shards:
+    """What this ZeRO stage's optimizer holds."""
+    kinds = {0: Shards, 1: PartitionedShards, 2: PartitionedShards, 3: ParameterShards}
+    return kinds[zero_stage](module, optimizer, config, context)

@@ -1,0 +1,102 @@
+"""Save under any layout, resume under any other: bitwise the same state, the same losses, the same files.
+
+Chains of random layouts. Each link resumes what the one before has saved, saves it again at once (the tensor files must
+be the same to the last byte), trains, saves, and trains on without a break: the losses that the next link must repeat.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.checkpoint.folder import read_manifest
+from megatron_lite.config.schema import RunConfig
+from tests.distributed.checkpoint_ranks import Link, link_rank
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+
+SEED = 20261125
+NUM_STEPS = 5
+CHAIN_LENGTH = 12  # layouts; one pair fewer
+LARGEST_WORLD = 4
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout."""
+
+    dp: int
+    tp: int
+    pp: int
+    zero_stage: int
+    sequence_parallel: bool
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    def config(self, model: str) -> RunConfig:
+        config = run_config(
+            model,
+            dp=self.dp,
+            tp=self.tp,
+            pp=self.pp,
+            zero_stage=self.zero_stage,
+            sequence_parallel=self.sequence_parallel,
+        )
+        return replace(config, train=replace(config.train, steps=NUM_STEPS * (CHAIN_LENGTH + 1)))
+
+
+def random_layouts(model: str, count: int) -> list[Case]:
+    """No two in a row are the same; each chain has a 2 x 2 x 2."""
+    draw = random.Random(f"{SEED} {model}")
+    found: list[Case] = []
+    while len(found) < count:
+        tp, pp = draw.choice([1, 2, 2, 4]), draw.choice([1, 1, 2, 4])
+        dp = draw.choice([1, 2, 2, 4])
+        stage = draw.choice([0, 1, 1]) if pp > 1 else draw.choice([0, 1, 2, 3])
+        case = Case(dp, tp, pp, stage, tp > 1 and model != "t5" and draw.random() < 0.5)
+        fits = case.world_size <= LARGEST_WORLD and (model not in ("llama",) or tp <= 2)
+        if fits and (not found or case != found[-1]):
+            found.append(case)
+    found[count // 2] = Case(2, 2, 2, 1, sequence_parallel=False)
+    return found
+
+
+def files(folder: Path, step: int) -> dict[str, str]:
+    """Hashes of a checkpoint's tensor files."""
+    records = read_manifest(folder / f"step_{step:08d}")
+    return {name: record.xxh3 for name, record in records.items() if name.endswith(".safetensors")}
+
+
+def run_chain(configs: list[RunConfig], folder: Path) -> list[Link]:
+    """Each resumes from what the one before has left. Checks that nothing is lost on the way."""
+    links = []
+    for index, config in enumerate(configs):
+        parallel = config.parallel
+        world_size = (
+            (parallel.data_parallel_size or 1) * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        )
+        copy = folder / f"copy{index}"
+        link = run_ranks(link_rank, world_size, config, VOCAB_SIZE, folder / "run", copy, NUM_STEPS, None)[0]
+        assert link.loaded_step == index * NUM_STEPS
+        if index:
+            saved = files(folder / "run", link.loaded_step)
+            assert len(saved) > 3, "several files of each kind"
+            assert files(copy, link.loaded_step) == saved, "the layout has changed a weight, a moment or a file"
+        links.append(link)
+    return links
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "bert", "t5"])
+def test_chains_of_random_layouts(model: str, tmp_path: Path) -> None:
+    layouts = random_layouts(model, CHAIN_LENGTH)
+    links = run_chain([case.config(model) for case in layouts], tmp_path)
+    for (before, unbroken), (after, resumed) in pairwise(zip(layouts, links, strict=True)):
+        expected = pytest.approx(unbroken.losses[NUM_STEPS:], rel=TOLERANCE)
+        assert resumed.losses[:NUM_STEPS] == expected, f"{before} -> {after}"

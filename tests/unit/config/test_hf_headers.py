@@ -1,0 +1,93 @@
+"""Headers of safetensors: what is whole is read, what is not is refused with its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.hf.headers import INDEX_FILE, SINGLE_FILE, tensors_of
+from megatron_lite.errors import CheckpointError
+from tests.unit.config.hf_folders import write_safetensors
+
+SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "empty": (0, 4), "scalar": ()}
+
+
+def rewrite(file: Path, header: bytes, data: int = 0) -> None:
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data))
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / SINGLE_FILE, SHAPES)
+    found = tensors_of(tmp_path)
+    assert {name: entry.shape for name, entry in found.items()} == SHAPES
+    assert found["a.bias"].offsets[1] - found["a.bias"].offsets[0] == 12
+    assert found["scalar"].offsets[1] == (tmp_path / SINGLE_FILE).stat().st_size
+
+
+def test_offsets_are_those_at_which_safetensors_itself_reads(tmp_path: Path) -> None:
+    numpy, safetensors = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy")
+    array = numpy.arange(12, dtype=numpy.float32).reshape(3, 4)
+    safetensors.save_file({"x": array, "y": array[:1] + 1}, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
+    entry = tensors_of(tmp_path)["x"]
+    start, stop = entry.offsets
+    assert entry.file.read_bytes()[start:stop] == array.tobytes()
+    assert (entry.dtype, entry.shape) == ("F32", (3, 4))
+
+
+def test_an_index_of_several_files(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "one.safetensors", {"a": (2,), "stray": (2,)})
+    write_safetensors(tmp_path / "two.safetensors", {"b": (3,)})
+    places = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert {name: entry.file.name for name, entry in tensors_of(tmp_path).items()} == places
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": places | {"c": "two.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"names c in two\.safetensors, which does not hold it"):
+        tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}'])
+def test_an_index_that_is_none(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(index)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 12, 40])
+def test_a_file_that_is_cut_off(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / SINGLE_FILE
+    write_safetensors(file, SHAPES)
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(CheckpointError, match=r"cut off or damaged: its header describes"):
+        tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 30])
+def test_a_header_that_is_cut_off(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / SINGLE_FILE
+    write_safetensors(file, SHAPES)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1]},
+        {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]},
+        [1, 2],
+    ],
+)
+def test_an_entry_that_cannot_be(tmp_path: Path, entry: object) -> None:
+    rewrite(tmp_path / SINGLE_FILE, json.dumps({"x": entry}).encode(), 4)
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        tensors_of(tmp_path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        tensors_of(tmp_path)
