@@ -88,8 +88,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _print_tensors(found: Inspection) -> None:
     for kind in found.kinds:
         print(f"\n{kind.name}")
-        for tensor in kind.tensors:
-            print(f"  {tensor.name}  {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+        for name, tensor in kind.tensors.items():
+            print(f"  {name}  {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from megatron_lite.checkpoint.folder import (
     read_manifest,
 )
 from megatron_lite.checkpoint.state import STATE_FILE, TRAINING, CheckpointState, read_state
-from megatron_lite.checkpoint.tensors import StoredTensor, difference, read_header
+from megatron_lite.checkpoint.tensors import difference
 from megatron_lite.config.changes import Change, grade_changes
 from megatron_lite.config.frozen import from_containers
+from megatron_lite.config.hf.headers import TensorEntry, entries_of
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.files import size_text
@@ -36,14 +38,14 @@ class Kind:
     name: str
     files: tuple[str, ...]
     bytes: int
-    tensors: tuple[StoredTensor, ...]
+    tensors: Mapping[str, TensorEntry]
 
     @property
     def elements(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors)
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def __str__(self) -> str:
-        dtypes = ", ".join(sorted({tensor.dtype for tensor in self.tensors})) or "empty"
+        dtypes = ", ".join(sorted({tensor.dtype for tensor in self.tensors.values()})) or "empty"
         count = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
         return f"{size_text(self.bytes)} in {count}: {len(self.tensors)} tensors, {dtypes}"
 
@@ -203,7 +205,7 @@ def _kind_of(name: str) -> str:
 
 
 def _kind(folder: Path, name: str, files: Sequence[str]) -> Kind:
-    tensors = tuple(tensor for file in files for tensor in read_header(folder / file))
+    tensors = {tensor: entry for file in files for tensor, entry in entries_of(folder / file).items()}
     return Kind(name, tuple(files), sum((folder / file).stat().st_size for file in files), tensors)
 
 
@@ -211,12 +213,12 @@ def _kind_as_json(kind: Kind, tensors: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"files": list(kind.files), "bytes": kind.bytes}
     if tensors:
         content["tensors"] = {
-            tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file.name}
-            for tensor in kind.tensors
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file.name}
+            for name, tensor in kind.tensors.items()
         }
     return content
 
 
-def _by_name(kinds: Sequence[Kind]) -> dict[str, StoredTensor]:
+def _by_name(kinds: Sequence[Kind]) -> dict[str, TensorEntry]:
     """Tensors by `kind: name`: moments have the names of their parameters."""
-    return {f"{kind.name}: {tensor.name}": tensor for kind in kinds for tensor in kind.tensors}
+    return {f"{kind.name}: {name}": tensor for kind in kinds for name, tensor in kind.tensors.items()}

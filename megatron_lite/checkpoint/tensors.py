@@ -1,26 +1,17 @@
-"""Tensors of safetensors files, found by their headers and compared block by block. Free of torch.
-
-A file begins with the length of its header (8 bytes, little-endian) and the header, JSON of each tensor's dtype, shape
-and place behind the header (https://huggingface.co/docs/safetensors, section Format).
-"""
+"""How tensors of safetensors files differ, block by block. Free of torch."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.errors import CheckpointError
 
 BLOCK_ELEMENTS = 2**20
-LENGTH_BYTES = 8
-METADATA = "__metadata__"
 # By safetensors' names; bf16, which numpy lacks, is read as the upper halves of fp32.
 DTYPES: Mapping[str, str] = {
     "F64": "<f8",
@@ -36,46 +27,7 @@ DTYPES: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of one file."""
-
-    name: str
-    dtype: str  # safetensors' name: F32, BF16, ...
-    shape: tuple[int, ...]
-    file: Path
-    offset: int  # of its first byte in the file
-    bytes: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a file, in the order of their content.
-
-    Raises:
-        CheckpointError: it is no whole safetensors file.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            size = path.stat().st_size
-            if length > size - LENGTH_BYTES:
-                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length))
-        start = LENGTH_BYTES + length
-        found = [_tensor(name, entry, path, start) for name, entry in header.items() if name != METADATA]
-        end = max((tensor.offset + tensor.bytes for tensor in found), default=start)
-        if end > size:
-            raise ValueError(f"tensors up to byte {end:,} in a file of {size:,}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-    return sorted(found, key=lambda tensor: tensor.offset)
-
-
-def difference(first: StoredTensor, second: StoredTensor) -> str | None:
+def difference(first: TensorEntry, second: TensorEntry) -> str | None:
     """How two tensors differ, in words; None where every bit is the same.
 
     Raises:
@@ -97,28 +49,24 @@ def difference(first: StoredTensor, second: StoredTensor) -> str | None:
     return None if same else f"max abs {largest:.3g}{dtypes}"
 
 
-def _tensor(name: str, entry: dict[str, Any], path: Path, start: int) -> StoredTensor:
-    first, last = entry["data_offsets"]
-    return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + first, last - first)
-
-
-def _shape(tensor: StoredTensor) -> str:
+def _shape(tensor: TensorEntry) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 
 
-def _bytes(tensor: StoredTensor, block_bytes: int = BLOCK_ELEMENTS) -> Iterator[bytes]:
+def _bytes(tensor: TensorEntry, block_bytes: int = BLOCK_ELEMENTS) -> Iterator[bytes]:
     with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        left = tensor.bytes
+        start, stop = tensor.offsets
+        file.seek(start)
+        left = stop - start
         while left:
             block = file.read(min(block_bytes, left))
             if not block:
-                raise CheckpointError(f"{tensor.file} ends within {tensor.name}; see `verify` of its checkpoint")
+                raise CheckpointError(f"{tensor.file} is shorter than its header says; see `verify` of its checkpoint")
             left -= len(block)
             yield block
 
 
-def _blocks(tensor: StoredTensor) -> Iterator[npt.NDArray[Any]]:
+def _blocks(tensor: TensorEntry) -> Iterator[npt.NDArray[Any]]:
     """Consecutive elements, equally many a block for any dtype."""
     dtype = np.dtype(DTYPES[tensor.dtype])
     return (np.frombuffer(block, dtype) for block in _bytes(tensor, BLOCK_ELEMENTS * dtype.itemsize))

@@ -221,7 +221,7 @@ def test_errors_name_the_file(run_folder: Path, command: Command) -> None:
     assert errors[0].startswith(f"error: {folder}/{STATE_FILE} cannot be read (")
     code, _, errors = command("inspect", run_folder / "checkpoints/step_00000300")
     assert code == 2
-    assert errors[0].startswith(f"error: {run_folder}/checkpoints/step_00000300/{SHARD} cannot be read as safetensors")
+    assert errors[0].startswith(f"error: {run_folder}/checkpoints/step_00000300/{SHARD} is cut off or damaged: ")
 
 
 def test_settings_of_another_version(run_folder: Path, tmp_path: Path, command: Command) -> None:

@@ -1,4 +1,4 @@
-"""Headers and differences of safetensors files."""
+"""Differences of tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -11,57 +11,21 @@ import pytest
 from safetensors.numpy import save_file
 
 from megatron_lite.checkpoint import tensors
-from megatron_lite.checkpoint.tensors import StoredTensor, difference, read_header
-from megatron_lite.errors import CheckpointError
+from megatron_lite.checkpoint.tensors import difference
+from megatron_lite.config.hf.headers import TensorEntry, entries_of
 
 
-def one_tensor(path: Path, values: object, dtype: str = "float32") -> StoredTensor:
+def one_tensor(path: Path, values: object, dtype: str = "float32") -> TensorEntry:
     save_file({"x": np.array(values, dtype)}, path)
-    (tensor,) = read_header(path)
-    return tensor
+    return entries_of(path)["x"]
 
 
-def by_hand(path: Path, dtype: str, shape: list[int], content: bytes) -> StoredTensor:
+def by_hand(path: Path, dtype: str, shape: list[int], content: bytes) -> TensorEntry:
     """Of types that numpy lacks."""
     entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, len(content)]}
     header = json.dumps({"__metadata__": {"format": "pt"}, "x": entry}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + content)
-    (tensor,) = read_header(path)
-    return tensor
-
-
-def test_header(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(7, np.int64)}, path, {"format": "pt"})
-    found = {tensor.name: tensor for tensor in read_header(path)}
-    assert {name: (tensor.dtype, tensor.shape, tensor.elements, tensor.bytes) for name, tensor in found.items()} == {
-        "a": ("I64", (), 1, 8),
-        "b": ("F32", (2, 3), 6, 24),
-    }
-    place = found["b"].offset
-    assert path.read_bytes()[place : place + 24] == np.arange(6, dtype=np.float32).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "a header of 0 bytes in a file of 0"),
-        (b"\xff" * 9, "a header of 18,446,744,073,709,551,615 bytes in a file of 9"),
-        (struct.pack("<Q", 2) + b"[]", "list"),
-        (struct.pack("<Q", 8) + b'{"x": 1}', "int"),
-    ],
-)
-def test_what_is_no_safetensors_file(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"x\.safetensors cannot be read as safetensors \(.*{message}"):
-        read_header(tmp_path / "x.safetensors")
-
-
-def test_truncated_file_is_seen_by_its_header(tmp_path: Path) -> None:
-    tensor = one_tensor(tmp_path / "x", [1, 2, 3])
-    tensor.file.write_bytes(tensor.file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"tensors up to byte [\d,]+ in a file of "):
-        read_header(tensor.file)
+    return entries_of(path)["x"]
 
 
 @pytest.mark.parametrize("block_elements", [1, 3, 2**20])
