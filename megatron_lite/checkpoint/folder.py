@@ -170,17 +170,22 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 def quick_problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint as far as sizes tell, or None. Files that the manifest does not name are fine."""
+    return next(quick_problems(folder), None)
+
+
+def quick_problems(folder: Path) -> Iterator[str]:
+    """All that is wrong with a checkpoint as far as sizes tell."""
     try:
         records, state = read_manifest(folder), read_state(folder)
     except CheckpointError as error:
-        return str(error)
+        yield str(error)
+        return
     for name, record in records.items():
-        problem = _size_problem(folder / name, name, record.bytes)
-        if problem:
-            return problem
+        found = _size_problem(folder / name, name, record.bytes)
+        if found:
+            yield found
     if NAME.fullmatch(folder.name) and state.step != step_of(folder):
-        return f"it holds step {state.step}, and not what its name says"
-    return None
+        yield f"it holds step {state.step}, and not what its name says"
 
 
 def content_problems(folder: Path, names: Iterable[str]) -> list[str]:

@@ -56,12 +56,21 @@ def prune(checkpoints: Path, kept: Kept, newest_step: int) -> list[Path]:
     """
     folders = {step_of(folder): folder for folder in candidates(checkpoints)}
     dropped = [folders[step] for step in to_drop([examine(folder) for folder in folders.values()], kept, newest_step)]
-    for folder in dropped:
+    drop(dropped)
+    return dropped
+
+
+def drop(folders: Sequence[Path]) -> None:
+    """Remove checkpoints.
+
+    Raises:
+        CheckpointError: the system does not let us.
+    """
+    for folder in folders:
         hidden = folder.with_name(f".{folder.name.removeprefix('.')}.removing")
         with explained(folder), contextlib.suppress(FileNotFoundError):  # someone else removes it
             # Out of sight first: a removal that is cut short must not leave a folder that looks whole.
             remove(folder.rename(hidden))
-    return dropped
 
 
 def examine(folder: Path) -> Saved:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.keys import get_value, leaf_keys
+from megatron_lite.config.keys import as_word, get_value, leaf_keys
 from megatron_lite.config.schema import Decay, ModelConfig, OptimizerName, Precision, RunConfig
 
 Consequence = Callable[[RunConfig, RunConfig], str]
@@ -237,7 +237,9 @@ FORBIDDEN = (
         "model.position_embedding", "model.position_offset", "model.relative_buckets", "model.num_segments",
         "model.attention_bias", "model.mlp_bias", "model.tie_embeddings", "model.head_transform", "model.head_bias",
     )),
-    Refusal("the first weights were drawn with the earlier value", False, ("model.init", "model.init_std")),
+    Refusal("the first weights came from the earlier value", False, (
+        "model.init", "model.init_std", "model.init_from",
+    )),
     Refusal("the model has learnt the tokens of the earlier value", False, (
         "data.tokenizer", "data.tokenizer_vocab_size",
     )),
@@ -296,7 +298,7 @@ def table(changes: Sequence[Change]) -> list[str]:
 def shown(value: Any) -> str:
     """A value as it would be typed, but for secrets."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return as_word(value)
     if isinstance(value, list):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, dict):  # launcher.environment, whose values may be secrets

@@ -1,0 +1,190 @@
+"""`python -m megatron_lite.checkpoint` with `inspect`, `verify`, `diff` or `prune` and checkpoints or run folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_lite.checkpoint.folder import candidates, newest_complete, problem, read_manifest, step_of
+from megatron_lite.checkpoint.inspection import (
+    Inspection,
+    all_problems,
+    candidates_of,
+    checkpoints_of,
+    inspect,
+    is_checkpoint,
+    locate,
+    setting_changes,
+    state_differences,
+    tensor_differences,
+)
+from megatron_lite.checkpoint.retention import Kept, drop, examine, to_drop
+from megatron_lite.config.changes import table
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, CheckpointError, MegatronLiteError
+from megatron_lite.files import size_text
+
+EXIT_DIFFERENT = 1
+"""Also of a checkpoint that differs from its manifest."""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except MegatronLiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_lite.checkpoint", description="Look after checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect_command = commands.add_parser("inspect", help="show what is in a checkpoint")
+    _add_path(inspect_command, "path")
+    inspect_command.add_argument("--tensors", action="store_true", help="list names, types and shapes, too")
+    inspect_command.add_argument("--json", action="store_true", help="the same for programs")
+    verify_command = commands.add_parser("verify", help="read everything and compare it with the manifests")
+    verify_command.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run folder for all of them")
+    diff_command = commands.add_parser("diff", help="compare two checkpoints: settings, state and tensors")
+    _add_path(diff_command, "first")
+    _add_path(diff_command, "second")
+    diff_command.add_argument("--only-tensors", action="store_true", help="settings and state may differ")
+    prune_command = commands.add_parser("prune", help="remove checkpoints of a run; never the newest complete one")
+    prune_command.add_argument("path", type=Path, metavar="PATH", help="a run folder, or its checkpoints folder")
+    prune_command.add_argument("--keep-last", type=_count, required=True, help="newest ones to keep; 0 = all")
+    prune_command.add_argument("--keep-every", type=_count, default=0, help="keep those of multiples of so many steps")
+    prune_command.add_argument("--keep-best", type=_count, default=0, help="keep so many of lowest validation loss")
+    prune_command.add_argument("--dry-run", action="store_true", help="only say what would go")
+    return parser
+
+
+def _add_path(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(name, type=Path, help="a checkpoint, or a run folder for its newest complete one")
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
+    return int(word)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    found = inspect(locate(arguments.path))
+    if arguments.json:
+        print(json.dumps(found.as_json(tensors=arguments.tensors), indent=1))
+        return EXIT_OK
+    for name, text in found.lines():
+        print(f"{name:<15} {text}")
+    if arguments.tensors:
+        _print_tensors(found)
+    return EXIT_OK
+
+
+def _print_tensors(found: Inspection) -> None:
+    for kind in found.kinds:
+        print(f"\n{kind.name}")
+        for name, tensor in kind.tensors.items():
+            print(f"  {name}  {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    folders = candidates_of(arguments.path)
+    leftovers = sorted(checkpoints_of(arguments.path).glob(".step_*"))
+    if not folders and not leftovers:
+        raise CheckpointError(f"{arguments.path} holds no checkpoint; give one, or the folder of a run that has saved")
+    damaged = 0
+    for folder in folders:
+        problems = all_problems(folder)
+        damaged += bool(problems)
+        print(f"{folder.name}  {'damaged' if problems else _content(folder)}", flush=True)
+        for found in problems:
+            print(f"  {found}")
+    for leftover in sorted(set(leftovers) - set(folders)):
+        print(f"{leftover.name}  a save or a removal that is at work, or was killed: the next save removes it")
+    return EXIT_DIFFERENT if damaged else EXIT_OK
+
+
+def _content(folder: Path) -> str:
+    records = read_manifest(folder)
+    return f"complete: {len(records)} files, {size_text(sum(record.bytes for record in records.values()))}"
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    first, second = inspect(locate(arguments.first)), inspect(locate(arguments.second))
+    different = False
+    if not arguments.only_tensors:
+        for title, lines in (
+            ("settings", table(setting_changes(first, second))),
+            ("state", state_differences(first.state, second.state)),
+        ):
+            if lines:
+                print("\n".join([title, *(f"  {line}" for line in lines)]), flush=True)
+                different = True
+    return EXIT_DIFFERENT if _print_tensor_differences(first, second) or different else EXIT_OK
+
+
+def _print_tensor_differences(first: Inspection, second: Inspection) -> bool:
+    """Whether there is one."""
+    equal = differing = 0
+    for name, text in tensor_differences(first, second):
+        if text is None:
+            equal += 1
+            continue
+        if not differing:
+            print("tensors")
+        differing += 1
+        print(f"  {name}: {text}", flush=True)
+    print(f"{differing} tensors differ, {equal} are bitwise equal" if differing else f"{equal} tensors, bitwise equal")
+    return differing > 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    """Newer ones than the newest complete one stay: they may be of a version that this one cannot read."""
+    checkpoints = checkpoints_of(arguments.path)
+    if is_checkpoint(arguments.path) or not candidates(checkpoints):
+        raise CheckpointError(f"{arguments.path} holds no checkpoints of a run; give a run folder")
+    newest = newest_complete(checkpoints, print, problem)
+    if newest is None:
+        raise CheckpointError(f"{checkpoints} holds no complete checkpoint, so nothing is removed; see `verify`")
+    kept = Kept(arguments.keep_last, arguments.keep_every, arguments.keep_best)
+    folders = {step_of(folder): folder for folder in candidates(checkpoints)}
+    steps = to_drop([examine(folder) for folder in folders.values()], kept, newest[1].step)
+    going = [folders[step] for step in steps if step < newest[1].step]
+    freed = sum(_bytes_of(folder) for folder in going)
+    for folder in folders.values():
+        print(f"{'goes' if folder in going else 'stays'}  {folder.name}")
+    if not arguments.dry_run:
+        drop(going)
+    print(f"{'would free' if arguments.dry_run else 'freed'} {size_text(freed)}")
+    return EXIT_OK
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "diff": _diff,
+    "prune": _prune,
+}
+
+
+def run() -> None:
+    """The console entry."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # `inspect --tensors | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
+if __name__ == "__main__":
+    run()

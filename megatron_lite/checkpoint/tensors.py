@@ -1,0 +1,84 @@
+"""How tensors of safetensors files differ, block by block. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.config.hf.headers import TensorEntry
+from megatron_lite.errors import CheckpointError
+
+BLOCK_ELEMENTS = 2**20
+# By safetensors' names; bf16, which numpy lacks, is read as the upper halves of fp32.
+DTYPES: Mapping[str, str] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "u1",
+}
+
+
+def difference(first: TensorEntry, second: TensorEntry) -> str | None:
+    """How two tensors differ, in words; None where every bit is the same.
+
+    Raises:
+        CheckpointError: a file is shorter than its header says.
+    """
+    if first.shape != second.shape:
+        return f"shape {_shape(first)} and {_shape(second)}"
+    dtypes = "" if first.dtype == second.dtype else f" ({first.dtype} and {second.dtype})"
+    if first.dtype not in DTYPES or second.dtype not in DTYPES:
+        same = not dtypes and all(one == other for one, other in zip(_bytes(first), _bytes(second), strict=True))
+        return None if same else f"other bytes{dtypes or f' ({first.dtype})'}"
+    largest, same = 0.0, not dtypes
+    for one, other in zip(_blocks(first), _blocks(second), strict=True):
+        if first.dtype == second.dtype and one.tobytes() == other.tobytes():
+            continue
+        same = False
+        found = _largest(_numbers(one, first.dtype), _numbers(other, second.dtype))
+        largest = float(np.maximum(largest, found))  # which keeps a NaN, as max() does not
+    return None if same else f"max abs {largest:.3g}{dtypes}"
+
+
+def _shape(tensor: TensorEntry) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def _bytes(tensor: TensorEntry, block_bytes: int = BLOCK_ELEMENTS) -> Iterator[bytes]:
+    with tensor.file.open("rb") as file:
+        start, stop = tensor.offsets
+        file.seek(start)
+        left = stop - start
+        while left:
+            block = file.read(min(block_bytes, left))
+            if not block:
+                raise CheckpointError(f"{tensor.file} is shorter than its header says; see `verify` of its checkpoint")
+            left -= len(block)
+            yield block
+
+
+def _blocks(tensor: TensorEntry) -> Iterator[npt.NDArray[Any]]:
+    """Consecutive elements, equally many a block for any dtype."""
+    dtype = np.dtype(DTYPES[tensor.dtype])
+    return (np.frombuffer(block, dtype) for block in _bytes(tensor, BLOCK_ELEMENTS * dtype.itemsize))
+
+
+def _numbers(block: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
+    if dtype == "BF16":
+        block = (block.astype(np.uint32) << 16).view(np.float32)
+    return block.astype(np.float64)
+
+
+def _largest(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """The largest distance of two numbers; NaN where one of them is NaN alone."""
+    unequal = (one != other) & ~(np.isnan(one) & np.isnan(other))
+    return float(np.abs(one[unequal] - other[unequal]).max(initial=0.0))
