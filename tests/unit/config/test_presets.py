@@ -8,8 +8,10 @@ import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
 from megatron_lite.config.derived import complete_model, has_next_sentence_head, parameter_counts, resolve, world_size
-from megatron_lite.config.schema import Activation, ModelConfig, ObjectiveConfig, ObjectiveName
+from megatron_lite.config.hf import hf_config
+from megatron_lite.config.schema import ModelConfig, ObjectiveConfig, ObjectiveName
 from megatron_lite.config.validate import problems
+from megatron_lite.data.special import SpecialTokens
 
 NEEDS = {  # presets that ask the user for another setting
     "data=files": ["data.source=corpus.txt"],
@@ -81,61 +83,16 @@ def test_published_size(name: str, millions: float) -> None:
     assert parameter_counts(model, model.vocab_size).total / 1e6 == millions
 
 
-def bert(transformers: Any, model: ModelConfig) -> Any:
-    return transformers.BertForPreTraining(transformers.BertConfig(**_of_encoder(model)))
-
-
-def roberta(transformers: Any, model: ModelConfig) -> Any:
-    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_of_encoder(model)))
-
-
-def _of_encoder(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_hidden_size,
-        "max_position_embeddings": model.max_position_embeddings + model.position_offset,
-        "type_vocab_size": model.num_segments,
-    }
-
-
-def t5(transformers: Any, model: ModelConfig) -> Any:
-    gated = model.activation is Activation.geglu
-    config = transformers.T5Config(
-        vocab_size=model.vocab_size,
-        d_model=model.hidden_size,
-        d_kv=model.head_size,
-        d_ff=model.ffn_hidden_size,
-        num_layers=model.num_layers,
-        num_decoder_layers=model.num_decoder_layers,
-        num_heads=model.num_attention_heads,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-    )
-    reference = transformers.T5ForConditionalGeneration(config)
+def reference(transformers: Any, model: ModelConfig, *, next_sentence: bool) -> Any:
+    """The model that transformers makes of our config.json."""
+    assert model.vocab_size is not None
+    tokens = SpecialTokens(pad=model.position_offset - 1 if model.position_offset else 0)
+    config = hf_config(model, vocab_size=model.vocab_size, tokens=tokens, next_sentence=next_sentence)
+    kind = getattr(transformers, config["architectures"][0])
+    made = kind(kind.config_class.from_dict(config))
     if not model.tie_embeddings:  # transformers 5 ties every T5 until a checkpoint brings a head
-        reference.lm_head = type(reference.lm_head)(model.hidden_size, model.vocab_size, bias=False)
-    return reference
-
-
-def bart(transformers: Any, model: ModelConfig) -> Any:
-    return transformers.BartForConditionalGeneration(
-        transformers.BartConfig(
-            vocab_size=model.vocab_size,
-            d_model=model.hidden_size,
-            encoder_layers=model.num_layers,
-            decoder_layers=model.num_decoder_layers,
-            encoder_attention_heads=model.num_attention_heads,
-            decoder_attention_heads=model.num_attention_heads,
-            encoder_ffn_dim=model.ffn_hidden_size,
-            decoder_ffn_dim=model.ffn_hidden_size,
-            max_position_embeddings=model.max_position_embeddings,
-        )
-    )
-
-
-REFERENCES = {"bert": bert, "roberta": roberta, "t5": t5, "bart": bart}
+        made.lm_head = type(made.lm_head)(model.hidden_size, model.vocab_size, bias=False)
+    return made
 
 
 @pytest.mark.parametrize("name", MODELS_OF_BERT_AND_T5)
@@ -146,10 +103,10 @@ def test_as_many_parameters_as_transformers_has(name: str) -> None:
     config = compose(script_of(name), [f"model={name}", *NEEDS.get(f"model={name}", [])])
     model = complete_model(config.model)
     with torch.device("meta"):
-        reference = REFERENCES[name.partition("_")[0]](transformers, model)
+        theirs = reference(transformers, model, next_sentence=has_next_sentence_head(config))
     assert model.vocab_size is not None
     counts = parameter_counts(model, model.vocab_size, next_sentence=has_next_sentence_head(config))
-    assert counts.total == sum(parameter.numel() for parameter in reference.parameters())
+    assert counts.total == sum(parameter.numel() for parameter in theirs.parameters())
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,17 @@ def test_rows_of_a_three_dimensional_layout() -> None:
     assert "batch ramp" not in text
 
 
+def test_whose_model_the_checkpoints_hold() -> None:
+    assert rows(describe(config_of(), 8000))["checkpoints"] == "folders of transformers' GPT2LMHeadModel"
+    bert = rows(describe(config_of(script="pretrain_bert"), 8000))
+    assert bert["checkpoints"] == "folders of transformers' BertForPreTraining"
+    mixed = rows(describe(config_of("model.normalization=rmsnorm", "model.mlp_bias=false"), 8000))
+    assert mixed["checkpoints"] == (
+        "under our own names: GPT2LMHeadModel of transformers has layernorm for model.normalization=rmsnorm, and true "
+        "for model.mlp_bias=false"
+    )
+
+
 def test_rank_grid_names_every_rank_at_its_place() -> None:
     text = describe(config_of("parallel=dp2_tp2_pp2"), 8000)
     assert text.endswith(
