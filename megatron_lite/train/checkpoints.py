@@ -10,17 +10,16 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from omegaconf import OmegaConf
 
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
 from megatron_lite.checkpoint.plan import Plan, Shapes, shapes_of_all_ranks
-from megatron_lite.checkpoint.resume import ResumeReport, describe
+from megatron_lite.checkpoint.resume import ResumeReport, describe, without_environment
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
-from megatron_lite.config.frozen import as_node
+from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
@@ -108,7 +107,7 @@ class Checkpoints:
         elif (name := self.engine.config.model.init_from) is not None:
             weights = read_weights(name)
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.tensors, form, self._fragments(WEIGHT))
+            start_from(weights.folder, weights.tensors, form, self._fragments(WEIGHT))
             self.engine.shards.weights_changed()
 
     def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
@@ -148,7 +147,7 @@ class Checkpoints:
             data_fingerprint=self.data_fingerprint,
             hugging_face=self.saver.plan.hugging_face,
             validation_loss=validation_loss,
-            config=OmegaConf.to_container(as_node(config), enum_to_str=True),  # type: ignore[arg-type]  # a mapping
+            config=as_containers(without_environment(config)),
             versions={
                 "megatron_lite": code_fingerprint(),
                 "torch": torch.__version__,
