@@ -70,7 +70,8 @@ def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterabl
         CheckpointError: a tensor is missing or has another shape than the model needs.
     """
     for kind in kinds:
-        entries = {name: entry for path in files_of(folder, kind) for name, entry in entries_of(path).items()}
+        files = files_of(kind, folders.read_manifest(folder))
+        entries = {name: entry for file in files for name, entry in entries_of(folder / file).items()}
         form = plan.sets[kind].form
         with TensorReader(locate(form, entries, str(folder))) as reader:
             reader.read(transfers([one for one in fragments if one.kind == kind], form))

@@ -75,6 +75,8 @@ class Checkpoints:
     data_fingerprint: str
     shapes: Shapes
     saver: Saver
+    newest_step: int = 0
+    """Of the checkpoint that this attempt began from or has saved, or has begun to."""
 
     @classmethod
     def of(cls, folder: Path, engine: Engine, prepared: PreparedData, report: Callable[[str], None]) -> Checkpoints:
@@ -104,6 +106,7 @@ class Checkpoints:
         """
         if start.report is not None and start.state is not None and start.folder is not None:
             self._restore(start.folder, start.state, start.report)
+            self.newest_step = start.step
         elif (name := self.engine.config.model.init_from) is not None:
             weights = read_weights(name)
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
@@ -155,7 +158,9 @@ class Checkpoints:
                 "python": platform.python_version(),
             },
         )
-        return self.saver.save(shards.fragments(), state)
+        folder = self.saver.save(shards.fragments(), state)
+        self.newest_step = step
+        return folder
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:
