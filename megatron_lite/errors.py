@@ -60,6 +60,10 @@ class CheckpointError(MegatronLiteError):
     """A checkpoint is missing, incomplete or does not fit this run."""
 
 
+class ForeignFormatError(CheckpointError):
+    """A checkpoint of another version of megatron_lite: it may be whole, but this version cannot tell."""
+
+
 class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
 

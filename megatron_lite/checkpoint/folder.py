@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint.state import CheckpointState, read_state
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ForeignFormatError
 from megatron_lite.files import file_xxh3, size_text, sync
 
 FORMAT = 1
@@ -158,7 +158,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     try:
         found = json.loads(path.read_text())
         if found.get("format") != FORMAT:
-            raise CheckpointError(
+            raise ForeignFormatError(
                 f"{MANIFEST} has format {found.get('format')}, and this version of megatron_lite reads format {FORMAT}"
             )
         return {name: FileRecord(**record) for name, record in found["files"].items()}
@@ -166,6 +166,17 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"it has no {MANIFEST}, so it was never finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether it is of another version: then only that one can tell if it is complete."""
+    try:
+        read_manifest(folder), read_state(folder)
+    except ForeignFormatError:
+        return True
+    except CheckpointError:
+        return False
+    return False
 
 
 def quick_problem(folder: Path) -> str | None:

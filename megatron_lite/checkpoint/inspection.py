@@ -18,7 +18,14 @@ from megatron_lite.checkpoint.folder import (
     quick_problems,
     read_manifest,
 )
-from megatron_lite.checkpoint.state import STATE_FILE, TRAINING, CheckpointState, read_state
+from megatron_lite.checkpoint.state import (
+    STATE_FILE,
+    TRAINING,
+    CheckpointState,
+    LossScaleState,
+    OptimizerState,
+    read_state,
+)
 from megatron_lite.checkpoint.tensors import difference
 from megatron_lite.config.changes import Change, grade_changes
 from megatron_lite.config.frozen import from_containers
@@ -172,7 +179,7 @@ def state_differences(one: CheckpointState, other: CheckpointState) -> list[str]
     """All but the settings."""
     names = [field.name for field in fields(CheckpointState) if field.name != "config"]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
-    return [f"{name}: {mine} -> {theirs}" for name, mine, theirs in pairs if mine != theirs]
+    return [f"{name}: {_in_words(mine)} -> {_in_words(theirs)}" for name, mine, theirs in pairs if mine != theirs]
 
 
 def tensor_differences(one: Inspection, other: Inspection) -> Iterator[tuple[str, str | None]]:
@@ -189,6 +196,17 @@ def tensor_differences(one: Inspection, other: Inspection) -> Iterator[tuple[str
             yield name, "only in the second"
         else:
             yield name, difference(first[name], second[name])
+
+
+def _in_words(value: Any) -> str:
+    """A field of the state."""
+    if isinstance(value, OptimizerState | LossScaleState):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(entry)}" for name, entry in value.items()) or "none"
+    if isinstance(value, tuple):
+        return "+".join(value) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _configuration(found: Inspection) -> RunConfig:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lite.checkpoint.folder import candidates, explained, quick_problem, remove, step_of
+from megatron_lite.checkpoint.folder import candidates, explained, is_foreign, quick_problem, remove, step_of
 from megatron_lite.checkpoint.state import read_state
 
 
@@ -51,10 +51,12 @@ def to_drop(saved: Sequence[Saved], kept: Kept, newest_step: int) -> list[int]:
 def prune(checkpoints: Path, kept: Kept, newest_step: int) -> list[Path]:
     """Remove what `to_drop` names, and return those folders' former paths. For the writing rank alone.
 
+    Checkpoints of another version of megatron_lite stay, whatever their step.
+
     Raises:
         CheckpointError: the system does not let us remove one.
     """
-    folders = {step_of(folder): folder for folder in candidates(checkpoints)}
+    folders = {step_of(folder): folder for folder in candidates(checkpoints) if not is_foreign(folder)}
     dropped = [folders[step] for step in to_drop([examine(folder) for folder in folders.values()], kept, newest_step)]
     drop(dropped)
     return dropped

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ForeignFormatError
 
 FORMAT = 1
 TRAINING = "training"
@@ -74,7 +74,7 @@ def read_state(folder: Path) -> CheckpointState:
         found = json.loads((folder / STATE_FILE).read_text())
         version = found.pop("format")
         if version != FORMAT:
-            raise CheckpointError(
+            raise ForeignFormatError(
                 f"{folder} has format {version}, and this version of megatron_lite reads format {FORMAT}; "
                 "go on with the version that wrote it"
             )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.checkpoint.__main__ import main
-from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState, Layout
+from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState, Layout, LossScaleState
 from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import as_containers
 from tests.unit.checkpoint.examples import SHARD, STATE, WEIGHTS, save
@@ -135,7 +135,14 @@ def test_diff_of_equal_ones(run_folder: Path, command: Command) -> None:
 
 
 def test_diff_shows_settings_state_and_tensors(run_folder: Path, tmp_path: Path, command: Command) -> None:
-    other = state_with(seed=7, layout=Layout(1, 1, 4, 1, sequence_parallel=False), validation_loss=4.0)
+    other = state_with(
+        seed=7,
+        layout=Layout(1, 1, 4, 1, sequence_parallel=False),
+        optimizer=replace(STATE.optimizer, step=98),
+        loss_scale=LossScaleState(32768.0, 12, 2),
+        validation_loss=3.0,
+        versions={"torch": "2.6"},
+    )
     weights = {"wte.weight": WEIGHTS["wte.weight"] + np.float32(0.25), "ln_f.weight": np.ones(4, np.float32)}
     folder = save(tmp_path / "other", 200, other, weights=weights, fill=200)
     code, lines, _ = command("diff", run_folder, folder)
@@ -157,6 +164,11 @@ def test_diff_shows_settings_state_and_tensors(run_folder: Path, tmp_path: Path,
         f"  forbidden  train.seed: 1234 -> 7; {seed}",
         "state",
         "  layout: dp2 tp2 pp2 zero1 -> dp1 tp1 pp4 zero1",
+        "  optimizer: name adamw, step 100, moments exp_avg+exp_avg_sq -> name adamw, step 98, moments "
+        "exp_avg+exp_avg_sq",
+        "  loss_scale: None -> scale 32768, steps_since_change 12, hysteresis_left 2",
+        "  validation_loss: 4 -> 3",
+        "  versions: none -> torch 2.6",
         *tensors,
     ]
     assert command("diff", run_folder, folder, "--only-tensors")[:2] == (1, tensors)

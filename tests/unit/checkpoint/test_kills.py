@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.checkpoint.folder import begin, newest_complete, publish
+from megatron_lite.checkpoint.folder import begin, explained, newest_complete, publish
 from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import OptimizerState
+from megatron_lite.errors import CheckpointError
 from tests.unit.checkpoint.examples import SHARD, STATE, Tensors, save, write_content
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "fsync"}
@@ -35,10 +36,10 @@ def save_and_prune(checkpoints: Path, step: int) -> None:
 
 
 def killed_at(count: int, action: Callable[[], None], below: Path) -> bool:
-    """The action in a child that gets a SIGKILL ahead of its `count`-th change to the disk; whether there was one."""
+    """Run the action in a child that is killed ahead of its `count`-th change to the disk; whether there was one."""
     pid = os.fork()
     if pid == 0:
-        _die_at(count, below)
+        _at_change(count, below, lambda: os.kill(os.getpid(), signal.SIGKILL))
         action()
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -46,7 +47,29 @@ def killed_at(count: int, action: Callable[[], None], below: Path) -> bool:
     return status != 0
 
 
-def _die_at(count: int, below: Path) -> None:
+def refused_at(count: int, action: Callable[[], None], below: Path) -> bool:
+    """The same, where the disk has no room for that change; what the child is told must be our error."""
+    pid = os.fork()
+    if pid == 0:
+        _at_change(count, below, lambda: _raise(OSError(28, "No space left on device")))
+        code = 3
+        try:
+            action()
+            code = 0
+        except CheckpointError as error:
+            code = 1 if "No space left on device" in str(error) else 2
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 1)
+    return status != 0
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _at_change(count: int, below: Path, happens: Callable[[], object]) -> None:
     """The interpreter's own audit hook sees every change but fsync."""
     seen, fsync = 0, os.fsync
 
@@ -54,7 +77,7 @@ def _die_at(count: int, below: Path) -> None:
         nonlocal seen
         seen += 1
         if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            happens()
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         opens_to_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
@@ -74,21 +97,28 @@ def newest(checkpoints: Path) -> str | None:
     return found[0].name if found else None
 
 
-def test_killed_anywhere(tmp_path: Path) -> None:
-    """With one to prune, and leftovers of an earlier kill to clear."""
-    states, count = [], 0
-    while True:
+@pytest.mark.parametrize("faulty", [killed_at, refused_at])
+def test_old_or_new(faulty: Callable[[int, Callable[[], None], Path], bool], tmp_path: Path) -> None:
+    """Whichever change is the last; with one checkpoint to prune, and leftovers of an earlier kill to clear."""
+    states, count, failed = [], 0, True
+    while failed:
         count += 1
         checkpoints = tmp_path / str(count)
         save(checkpoints, 100, SMALL)
         (checkpoints / ".step_00000050.removing" / "training").mkdir(parents=True)
-        killed = killed_at(count, lambda folder=checkpoints: save_and_prune(folder, 200), checkpoints)
+
+        def action(folder: Path = checkpoints) -> None:
+            temporary = begin(folder, 200)
+            with explained(temporary):
+                write_content(temporary, replace(SMALL, step=200))
+            publish(temporary, {})
+            prune(folder, Kept(1, 0, 0), 200)
+
+        failed = faulty(count, action, checkpoints)
         states.append(newest(checkpoints))
         save_and_prune(checkpoints, 300)  # whatever was left, the next save works
         assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000300"]
         assert newest(checkpoints) == "step_00000300"
-        if not killed:
-            break
     assert count > 20
     assert set(states) == {"step_00000100", "step_00000200"}
     assert states == sorted(states)  # old, old, ..., new, new

@@ -55,6 +55,16 @@ def test_newest_stays_whatever_is_wrong_with_it() -> None:
     assert kept_steps(Kept(1, 0, 0), [Saved(100), Saved(200, complete=False)], 200) == [100, 200]
 
 
+def test_checkpoints_of_another_version_stay(tmp_path: Path) -> None:
+    """After a step back to an older version of megatron_lite, the newer one's work is not thrown away."""
+    for step in (100, 200, 300, 400):
+        save(tmp_path, step)
+    (tmp_path / "step_00000100/manifest.json").write_text('{"info": {}, "files": {}}')
+    state = tmp_path / "step_00000400/training/state.json"
+    state.write_text(state.read_text().replace('"format": 1', '"format": 2'))
+    assert [folder.name for folder in prune(tmp_path, Kept(1, 0, 0), 300)] == ["step_00000200"]
+
+
 def test_prune_reads_the_losses_and_removes_the_folders(tmp_path: Path) -> None:
     for step, loss in LOSSES.items():
         save(tmp_path, step, replace(STATE, validation_loss=loss))
