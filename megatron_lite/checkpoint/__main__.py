@@ -1,4 +1,4 @@
-"""`python -m megatron_lite.checkpoint` with `inspect`, `verify`, `diff` or `prune` and checkpoints or run folders."""
+"""`python -m megatron_lite.checkpoint`: `inspect`, `verify`, `diff`, `prune` or `export` what runs have saved."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from megatron_lite.files import size_text
 
 EXIT_DIFFERENT = 1
 """Also of a checkpoint that differs from its manifest."""
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str]) -> int:
@@ -60,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     prune_command.add_argument("--keep-every", type=_count, default=0, help="keep those of multiples of so many steps")
     prune_command.add_argument("--keep-best", type=_count, default=0, help="keep so many of lowest validation loss")
     prune_command.add_argument("--dry-run", action="store_true", help="only say what would go")
+    export_command = commands.add_parser("export", help="write a Hugging Face folder, if transformers reads it rightly")
+    _add_path(export_command, "path")
+    export_command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    export_command.add_argument("--dtype", choices=EXPORT_DTYPES, default="float32", help="of the written weights")
     return parser
 
 
@@ -164,6 +169,16 @@ def _prune(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from megatron_lite.checkpoint.export import export  # torch, which no other command needs
+
+    done = export(arguments.path, arguments.out, arguments.dtype, print)
+    print(f"{arguments.out}  {size_text(done.bytes)} in {arguments.dtype}: step {done.step:,} of {done.source}")
+    parity = done.parity
+    print(f"{parity.reader} reads the same {parity.outputs} from it (largest difference {parity.difference:.2g})")
+    return EXIT_OK
+
+
 def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -173,6 +188,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "diff": _diff,
     "prune": _prune,
+    "export": _export,
 }
 
 

@@ -32,12 +32,14 @@ class Shards:
     context: ParallelContext
 
     def fragments(self) -> list[Fragment]:
-        """Of every weight and every moment that exists, in a fixed order."""
+        """Of every weight and every moment that exists, in a fixed order. The first update makes the moments."""
+        made = {kind for state in self._states for kind in state}
+        kinds = [WEIGHT, *(moment for moment in moments_of(self.config) if moment in made)]
         return [
             fragment
             for parameter in self.module.parameters()
             if parameter.requires_grad
-            for kind in (WEIGHT, *moments_of(self.config))
+            for kind in kinds
             for fragment in self._of(parameter, kind)
         ]
 

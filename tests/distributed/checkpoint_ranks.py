@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_lite.checkpoint.fragments import WEIGHT
 from megatron_lite.checkpoint.loading import load, newest_complete
@@ -15,8 +17,13 @@ from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.prepared import PreparedData
 from megatron_lite.optim.moments import moments_of
+from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine
+from megatron_lite.train.relay import forward_through_stages
+from megatron_lite.train.verify import synthetic_vocabulary
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
 KEEP_ALL = Kept(keep_last=0, keep_every=0, keep_best=0)
@@ -84,3 +91,45 @@ def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: b
     saver.save(engine.shards.fragments(), state)
     saver.wait()
     dist.barrier()
+
+
+@dataclass
+class RoundTrip:
+    """Logits of the first micro-batch, full and unpadded, of a rank of the last stage; empty on others."""
+
+    batch: MicroBatch
+    before: list[Tensor]
+    """With the weights of model.init_from: [b, s, v], and [b, 2] of a next-sentence head."""
+    after: list[Tensor]
+    """With those that lie in the checkpoint."""
+
+
+def round_trip_rank(config: RunConfig, vocab_size: int, folder: Path) -> RoundTrip:
+    """Begin with the weights of model.init_from, train all steps, and leave a checkpoint in `folder`."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    checkpoints = Checkpoints.of(folder, engine, prepared_data(vocab_size), print)
+    checkpoints.begin(Start())
+    batch = batches_from(0, 1)[0]
+    before = full_logits(engine, batch, vocab_size)
+    steps = config.train.steps
+    train_steps(engine, batches_from, config, 0, steps)
+    after = full_logits(engine, batch, vocab_size)
+    checkpoints.save(steps, steps * config.train.global_batch_size, None)
+    checkpoints.saver.wait()
+    return RoundTrip(batch, before, after)
+
+
+def prepared_data(vocab_size: int) -> PreparedData:
+    """As far as checkpoints ask for it: the roles of the tokens, and no tokenizer."""
+    special = synthetic_vocabulary(vocab_size).special
+    return PreparedData(Path(), (), (), (), (), None, None, vocab_size, special, "synthetic", 0.0)
+
+
+def full_logits(engine: Engine, batch: MicroBatch, vocab_size: int) -> list[Tensor]:
+    outputs = forward_through_stages(engine, batch.inputs)
+    if outputs is None:
+        return []
+    own, *others = [outputs] if isinstance(outputs, Tensor) else outputs
+    slices = [torch.empty_like(own) for _ in range(engine.context.tensor_size)]
+    dist.all_gather(slices, own.contiguous(), group=engine.context.tensor_group)
+    return [torch.cat(slices, -1)[..., :vocab_size], *others]

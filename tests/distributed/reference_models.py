@@ -84,7 +84,7 @@ def expected(case: Case) -> Expected:
     """Of the model that transformers makes of our weights and our config.json."""
     flat = case.flat(ParallelContext.single())
     shapes = {name: parameter.shard_spec.full_shape for name, parameter in flat.named_parameters()}
-    weights = _random_weights(shapes)
+    weights = random_weights(shapes)
     form = stored_form(case.model, shapes)
     model = _loaded(to_stored(weights, form), case)
     batch = batch_of(case)
@@ -155,7 +155,7 @@ def _arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     return arguments
 
 
-def _random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Biases and norms included, so that nothing is hidden by a zero."""
     generator = torch.Generator().manual_seed(7)
 

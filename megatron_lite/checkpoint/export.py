@@ -1,0 +1,179 @@
+"""A checkpoint's weights as a Hugging Face folder of any float type, written only if transformers reads it rightly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_lite.checkpoint.folder import newest_complete, problem, read_manifest
+from megatron_lite.checkpoint.inspection import candidates_of, checkpoints_of, is_checkpoint
+from megatron_lite.checkpoint.parity import Parity, compare, require_transformers
+from megatron_lite.checkpoint.state import CheckpointState, read_state
+from megatron_lite.config.derived import has_next_sentence_head
+from megatron_lite.config.frozen import from_containers
+from megatron_lite.config.hf import NoCounterpart, hf_config
+from megatron_lite.config.hf.folder import CONFIG_FILE
+from megatron_lite.config.hf.headers import INDEX_FILE, tensors_of
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.special import SpecialTokens
+from megatron_lite.data.tokenizer import TOKENIZER_FILE, open_tokenizer
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.files import sync
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = 1e-4  # largest difference of a logit, in fp32 arithmetic on equal weights
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has written."""
+
+    source: Path
+    step: int
+    bytes: int
+    parity: Parity
+
+
+def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> Exported:
+    """Write a checkpoint as a model folder of transformers that appears whole, or not at all.
+
+    Args:
+        path: a checkpoint, or a run folder or its checkpoints folder for its newest complete one.
+        out: the folder to make.
+        dtype: of the written weights, one of DTYPES.
+        report: is told of each checkpoint of a run that is skipped, and why.
+    Raises:
+        CheckpointError: there is no whole checkpoint, transformers has no such model or is not there, `out` exists or
+            cannot be written, or what transformers computes from the folder differs from what we compute.
+    """
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"OUT={out} exists, and export overwrites nothing; remove it, or give another folder")
+    require_transformers()
+    folder, state = _whole_checkpoint(path, report)
+    config = _configuration(folder, state)
+    _require_counterpart(folder, state, config)
+    temporary = out.absolute().with_name(f".{out.absolute().name}.incomplete-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(folder, temporary, dtype)
+        parity = compare(folder, temporary, config, DTYPES[dtype])
+        _require_equal(parity, folder, out)
+        size = _publish(temporary, out)
+    except OSError as error:
+        raise CheckpointError(f"OUT={out} cannot be written ({error}); free some space, or give another one") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(folder, state.step, size, parity)
+
+
+def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, CheckpointState]:
+    """Every byte of it read."""
+    if not candidates_of(path):
+        raise CheckpointError(f"{path} holds no checkpoint; give one, a run folder, or its checkpoints folder")
+    if is_checkpoint(path):
+        damage = problem(path)
+        if damage is not None:
+            raise CheckpointError(f"{path} is damaged: {damage}; export another checkpoint of the run")
+        return path, read_state(path)
+    found = newest_complete(checkpoints_of(path), report, problem)
+    if found is None:
+        raise CheckpointError(f"{path} holds no complete checkpoint; `verify` tells what is wrong with each")
+    return found
+
+
+def _configuration(folder: Path, state: CheckpointState) -> RunConfig:
+    try:
+        return from_containers(state.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}; export it with the version that wrote it") from error
+
+
+def _require_counterpart(folder: Path, state: CheckpointState, config: RunConfig) -> None:
+    """
+    Raises:
+        CheckpointError: why transformers has no such model; the checkpoint then has our names for its tensors.
+    """
+    if state.hugging_face:
+        return
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    special = open_tokenizer(str(folder)).special if has_tokenizer else SpecialTokens()
+    reason = "its weights have our own names"
+    try:
+        hf_config(config.model, vocab_size=1, tokens=special, next_sentence=has_next_sentence_head(config))
+    except NoCounterpart as found:
+        reason = str(found)
+    raise CheckpointError(
+        f"{folder} has no counterpart in transformers: {reason}; go on with it here, by model.init_from={folder}"
+    )
+
+
+def _write(source: Path, target: Path, dtype: str) -> None:
+    """Everything that a model folder has, and nothing of training; one file's tensors in memory at a time."""
+    entries = tensors_of(source)
+    files = sorted({entry.file for entry in entries.values()})
+    total = sum(_convert(file, target / file.name, DTYPES[dtype]) for file in files)
+    kept = [name for name in read_manifest(source) if "/" not in name and not name.endswith(".safetensors")]
+    for name in kept:
+        shutil.copyfile(source / name, target / name)
+    _edit(target / CONFIG_FILE, lambda config: config | {"torch_dtype": dtype})
+    if INDEX_FILE in kept:
+        _edit(target / INDEX_FILE, lambda index: index | {"metadata": {"total_size": total}})
+
+
+def _edit(file: Path, change: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    content = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
+    """Bytes of the tensors that were written."""
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: _rounded(file.get_tensor(name), dtype, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors, target, metadata={"format": "pt"})
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """
+    Raises:
+        CheckpointError: a number is too large for the type.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
+        largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} holds {largest:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}; "
+            "use --dtype bfloat16, or export a checkpoint whose weights are finite"
+        )
+    return rounded
+
+
+def _require_equal(parity: Parity, folder: Path, out: Path) -> None:
+    if parity.difference <= TOLERANCE:  # false for NaN
+        return
+    raise CheckpointError(
+        f"OUT={out} is not written: {parity.reader} reads {parity.outputs} from it that differ from ours by "
+        f"{parity.difference:.3g}, and {TOLERANCE:g} is allowed; the weights are those of {folder} under another name, "
+        "in another order, or computed with by other rules: install the transformers of constraints.txt and export "
+        "again; if that does not help, report it, and go on here with the checkpoint, which is whole"
+    )
+
+
+def _publish(temporary: Path, out: Path) -> int:
+    """Bytes of the folder."""
+    files = sorted(temporary.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    for path in (*files, temporary):
+        sync(path)
+    temporary.rename(out)
+    sync(out.absolute().parent)
+    return size

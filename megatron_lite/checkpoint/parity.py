@@ -1,0 +1,166 @@
+"""What our layers and transformers' make of the same weights: the logits of a few random samples, and how they differ.
+
+One model is in memory at a time. Shapes: b samples, s positions, d positions of a decoder, v true vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region
+from megatron_lite.checkpoint.loading import start_from
+from megatron_lite.config.derived import has_next_sentence_head
+from megatron_lite.config.hf.folder import CONFIG_FILE
+from megatron_lite.config.hf.headers import tensors_of
+from megatron_lite.config.schema import Architecture, ModelConfig, Recompute, RunConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.activations import Field
+from megatron_lite.models.build import build_layers
+from megatron_lite.models.flat import FlatModel
+from megatron_lite.models.hf import stored_form
+from megatron_lite.parallel.context import ParallelContext
+
+SAMPLES, LENGTH = 4, 128
+THEIR_NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How transformers reads a folder, beside us."""
+
+    reader: str
+    """Its class and version."""
+    outputs: str
+    """What was compared, in words."""
+    difference: float
+    """The largest, of any logit; NaN where one of them is."""
+
+
+def require_transformers() -> None:
+    """
+    Raises:
+        CheckpointError: it cannot be imported.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"export lets transformers read what it writes, and that cannot be imported ({error}); "
+            "pip install 'transformers>=4.50'"
+        ) from error
+
+
+def compare(source: Path, exported: Path, config: RunConfig, dtype: torch.dtype) -> Parity:
+    """Both in fp32 arithmetic, with weights that are rounded to a type.
+
+    Args:
+        source: the checkpoint, from which our layers get their weights.
+        exported: the model folder, from which transformers makes its model.
+        config: of the checkpoint's run.
+        dtype: of the exported weights.
+    Raises:
+        CheckpointError: transformers misses something in the folder, or does not know a tensor in it.
+    """
+    described = json.loads((exported / CONFIG_FILE).read_text(encoding="utf-8"))
+    vocab_size = described["vocab_size"]
+    inputs = random_inputs(config.model, vocab_size, described.get("pad_token_id"))
+    with torch.no_grad():
+        ours = _ours(source, config, vocab_size, inputs, dtype)
+        theirs = _theirs(exported, described["architectures"][0], inputs)
+    differences = [(one - other).abs().max() for one, other in zip(ours, theirs, strict=True)]
+    outputs = "logits and next-sentence logits" if len(ours) > 1 else "logits"
+    import transformers
+
+    reader = f"{described['architectures'][0]} of transformers {transformers.__version__}"
+    return Parity(reader, outputs, float(torch.stack(differences).max()))
+
+
+def random_inputs(model: ModelConfig, vocab_size: int, pad_id: int | None) -> dict[str, Tensor]:
+    """Every input that the model has, by our names: [b, s], [b, d]. The same ones at every call."""
+    generator = torch.Generator().manual_seed(SAMPLES)
+    length = min(LENGTH, model.max_position_embeddings)
+
+    def tokens(length: int) -> Tensor:
+        drawn = torch.randint(vocab_size, (SAMPLES, length), generator=generator)
+        return torch.where(drawn == pad_id, (drawn + 1) % vocab_size, drawn) if pad_id is not None else drawn
+
+    found = {"tokens": tokens(length)}
+    if model.num_segments > 1:
+        found["segments"] = torch.randint(model.num_segments, (SAMPLES, length), generator=generator)
+    if model.architecture is Architecture.encoder_decoder:
+        found["decoder_tokens"] = tokens(max(1, length // 2))
+    return found
+
+
+def _ours(
+    source: Path, config: RunConfig, vocab_size: int, inputs: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """[b, s or d, v], and [b, 2] of a next-sentence head."""
+    model = FlatModel(
+        build_layers(
+            config.model,
+            ParallelContext.single(),
+            vocab_size=vocab_size,
+            recompute=Recompute.none,
+            inputs=tuple(Field(name, tensor.shape[1]) for name, tensor in inputs.items()),
+            next_sentence_head=has_next_sentence_head(config),
+        )
+    ).eval()
+    read_weights(model, source, config.model)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    outputs = model(*inputs.values())
+    logits, *others = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [logits[..., :vocab_size], *others]
+
+
+def read_weights(model: FlatModel, source: Path, settings: ModelConfig) -> None:
+    """Fill a model of one rank from a folder with transformers' names.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    specs = {name: parameter.shard_spec for name, parameter in model.named_parameters()}
+    form = stored_form(settings, {name: spec.full_shape for name, spec in specs.items()})
+    fragments = [
+        Fragment(
+            WEIGHT,
+            name,
+            Region(specs[name].full_shape, tuple(parameter.shape), specs[name].dim),
+            0,
+            parameter.detach().view(-1),
+            (0, parameter.numel()),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    start_from(tensors_of(source), form, fragments)
+
+
+def _theirs(folder: Path, architecture: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same of transformers' model."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    arguments: dict[str, Any] = {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
+    model, found = getattr(transformers, architecture).from_pretrained(
+        folder, torch_dtype=torch.float32, output_loading_info=True
+    )
+    faults = [
+        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in found.items() if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{architecture} of transformers {transformers.__version__} does not find in the exported folder what it "
+            f"wants ({'; '.join(faults)}); install the transformers of constraints.txt and export again"
+        )
+    outputs = model.eval()(**arguments)
+    if "prediction_logits" in outputs:
+        return [outputs.prediction_logits, outputs.seq_relationship_logits]
+    return [outputs.logits]
