@@ -77,13 +77,14 @@ def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterabl
             reader.read(transfers([one for one in fragments if one.kind == kind], form))
 
 
-def start_from(folder: Path, entries: Mapping[str, TensorEntry], form: StoredForm, weights: Sequence[Fragment]) -> None:
+def start_from(entries: Mapping[str, TensorEntry], form: StoredForm, weights: Sequence[Fragment], where: str) -> None:
     """Fill this rank's fragments of the weights from a model folder of transformers, or one like it.
 
+    Args:
+        where: what is read, for messages.
     Raises:
         CheckpointError: a tensor is missing, has another shape than the model needs, or has no place in it.
     """
-    where = f"model.init_from={folder}"
     used = {piece.target for piece in form.pieces}
     spare = {name: entries[name] for name in form.shapes if name not in used and name in entries}
     with TensorReader(locate(form, entries, where) | spare) as reader:

@@ -110,7 +110,7 @@ class Checkpoints:
         elif (name := self.engine.config.model.init_from) is not None:
             weights = read_weights(name)
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.folder, weights.tensors, form, self._fragments(WEIGHT))
+            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
             self.engine.shards.weights_changed()
 
     def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
