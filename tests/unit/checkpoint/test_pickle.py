@@ -13,6 +13,7 @@ from megatron_lite.checkpoint.__main__ import main
 from megatron_lite.checkpoint.folder import newest_complete
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.folder import read_weights
+from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.errors import CheckpointError, ConfigError
 from tests.unit.checkpoint.examples import SHARD, save
 
@@ -73,7 +74,7 @@ def test_pickle_in_the_place_of_a_file_is_damage(mark: Path, tmp_path: Path) -> 
     assert found[0].name == "step_00000100"
     assert messages[0].startswith("Skipping step_00000200: ")
     with pytest.raises(CheckpointError, match=SHARD):
-        TensorReader([folder / SHARD])
+        TensorReader({"weight": TensorEntry(folder / SHARD, "weight", "F32", (1,), (0, 4))})
     assert main(["verify", str(folder)]) == 1
     assert not mark.exists()
 
