@@ -60,9 +60,15 @@ def resume(engine: Engine, plan: Plan, folder: Path) -> int:
 
 
 def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: bool) -> None:
-    config, context = engine.config, engine.context
-    topology = context.topology
-    state = CheckpointState(
+    saver = Saver(folder, plan, {}, KEEP_ALL, asynchronous=asynchronous)
+    saver.save(engine.shards.fragments(), state_of(engine, step))
+    saver.wait()
+    dist.barrier()
+
+
+def state_of(engine: Engine, step: int) -> CheckpointState:
+    config, topology = engine.config, engine.context.topology
+    return CheckpointState(
         step=step,
         samples=step * config.train.global_batch_size,
         layout=Layout(
@@ -80,7 +86,3 @@ def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: b
         validation_loss=None,
         config={"train": asdict(config.train)["steps"]},
     )
-    saver = Saver(folder, plan, {}, KEEP_ALL, asynchronous=asynchronous)
-    saver.save(engine.shards.fragments(), state)
-    saver.wait()
-    dist.barrier()
