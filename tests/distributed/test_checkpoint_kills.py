@@ -89,7 +89,7 @@ def copied(checkpoints: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asynchronous", "every"), [(True, 1), (False, 5)])
+@pytest.mark.parametrize(("asynchronous", "every"), [(True, 1), (False, 6)])
 def test_killed_at_each_kind_of_change(asynchronous: bool, every: int, jobs: list[Held], tmp_path: Path) -> None:
     found = kills(jobs, tmp_path, asynchronous=asynchronous, every=every)
     folders = [one.checkpoints for one in found]
