@@ -116,7 +116,6 @@ class Checkpoints:
     def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
         shards, kinds = self.engine.shards, [WEIGHT]
         if report.load_moments:
-            shards.prepare()
             kinds += state.optimizer.moments
         load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
         if report.load_moments:
