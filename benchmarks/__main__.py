@@ -1,6 +1,6 @@
 """Run every comparison side by side and print figures, ratios and targets.
 
-    python -m benchmarks                        all parts, about seven minutes on two cores
+    python -m benchmarks                        all parts, about ten minutes on two cores
     python -m benchmarks --parts fp32 loader    some of them
     python -m benchmarks --vocab 50304          another vocabulary
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.report import Sample, Target, ratios, show_systems, show_targets
 from benchmarks.worker import Worker, worker_environment
 
-PARTS = ("fp32", "bf16", "grid", "start", "loader")
+PARTS = ("fp32", "bf16", "grid", "start", "loader", "checkpoints")
 # CPU-seconds of a `transformers` step, and tokens per CPU-second of Megatron-DeepSpeed at DP2 x TP2 x PP2, both
 # measured on one machine with this model; together they say what Megatron-DeepSpeed would do on this machine.
 REFERENCE_TRANSFORMERS_SECONDS = 1.229
@@ -35,6 +35,14 @@ SYSTEMS = {
     "fp32": ("bare_torch", "engine", "transformers"),
     "bf16": ("bare_torch", "engine", "transformers", "transformers_master"),
 }
+CHECKPOINT_ROWS = (  # what is measured, ours, DeepSpeed's
+    ("save, training waits", "save", "deepspeed_save"),
+    ("save in the background: training waits", "stall_async", None),
+    ("save in the background: until it is published", "total_async", None),
+    ("load under the same layout, hashes checked", "load", "deepspeed_load"),
+    ("offline conversion for another layout", None, "deepspeed_conversion"),
+    ("load under another layout", "reshard", "deepspeed_reshard"),
+)
 LABELS = {
     "bare_torch": "bare torch loop, our layers",
     "engine": "our engine, one rank",
@@ -57,6 +65,8 @@ def main() -> None:
         results["start"] = _start(console, arguments, targets)
     if "loader" in arguments.parts:
         results["loader"] = _loader(console, arguments)
+    if "checkpoints" in arguments.parts:
+        results["checkpoints"] = _checkpoints(console, arguments, targets)
     if targets:
         show_targets(console, targets)
     results["targets"] = [{**asdict(target), "met": target.met} for target in targets]
@@ -200,6 +210,35 @@ def _loader(console: Console, arguments: argparse.Namespace) -> dict[str, Any]:
         tokens = speed.median * loading.tokens_per_sample
         console.print(f"  {loading.objective:<20}{speed.text(0):>28}   {tokens / 1e6:6.1f} M tokens")
     return {loading.objective: loading.samples_per_second for loading in found}
+
+
+def _checkpoints(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.checkpoints", str(arguments.vocab), str(arguments.turns)]
+    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(), check=False)
+    if done.returncode:
+        raise RuntimeError(f"the checkpoints' jobs failed:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout)
+    seconds = {name: Sample.of(values) for name, values in found["seconds"].items()}
+    millions = found["parameters"] / 1e6
+    console.print(
+        f"\n[bold]Checkpoints of {millions:.1f} M parameters with Adam's moments, eight ranks[/bold], seconds"
+    )
+    for label, ours, theirs in CHECKPOINT_ROWS:
+        other = seconds[theirs].text(2) if theirs else "-"
+        console.print(f"  {label:<42}{seconds[ours].text(2) if ours else '-':>24}   DeepSpeed {other:>24}")
+    minimum = found["bytes"] / found["minimum_bytes"]
+    console.print(
+        f"  bytes written / minimum                   {minimum:.4f}   DeepSpeed {found['deepspeed_ratio']:.4f}\n"
+    )
+    ours = seconds["save"].median + seconds["reshard"].median
+    theirs = sum(seconds[f"deepspeed_{name}"].median for name in ("save", "conversion", "reshard"))
+    for title, value, limit in (
+        ("async stall / synchronous save", ratios(seconds["stall_async"], seconds["save"]).median, 0.1),
+        ("resharded load / same-layout load", seconds["reshard"].median / seconds["load"].median, 1.2),
+        ("save and load elsewhere / DeepSpeed's", ours / theirs, 0.5),
+    ):
+        targets.append(Target(f"checkpoints: {title}", value, limit, at_most=True))
+    return found
 
 
 def _cache_dir() -> Path:

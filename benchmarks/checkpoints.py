@@ -8,6 +8,7 @@ save, the offline conversion to a universal checkpoint, and a load of that.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ CONVERSION_WORKERS = 2  # the cores of this machine
 PATTERNS = {
     "universal_checkpoint_version": 0.2,
     "vocabulary_parameter_patterns": [r"tied_modules\..*\.weight"],
-    "tp_replicated_parameter_patterns": [r".*norm\..*", r".*projection\.bias", r".*down\.bias", r"1\.weight"],
+    "tp_replicated_parameter_patterns": [r".*norm\..*", r".*projection\.bias", r".*down\.bias", r"\d+\.(weight|bias)"],
     "parameter_with_row_parallelism_patterns": [r".*projection\.weight", r".*down\.weight"],
 }
 
@@ -42,11 +43,31 @@ def main(vocab_size: str, turns: str) -> None:
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoints-") as name:
         folder = Path(name)
-        found = json.loads(run_job(WORLD_SIZE, _save_rank, folder, int(vocab_size), int(turns)))
-        found["conversion"] = [_convert(folder, turn) for turn in range(int(turns))]
+        seconds = json.loads(run_job(WORLD_SIZE, _save_rank, folder, int(vocab_size), int(turns)))
+        seconds["deepspeed_conversion"] = [_convert(folder, turn) for turn in range(int(turns))]
         for name, layout in (("load", SAVED), ("reshard", OTHER)):
-            found |= json.loads(run_job(WORLD_SIZE, _load_rank, folder, name, layout, int(vocab_size), int(turns)))
-        answers.write(json.dumps(found) + "\n")
+            seconds |= json.loads(run_job(WORLD_SIZE, _load_rank, folder, name, layout, int(vocab_size), int(turns)))
+        answers.write(json.dumps({"seconds": seconds, **_sizes(folder)}) + "\n")
+
+
+def _sizes(folder: Path) -> dict[str, float]:
+    """Bytes on the disk, beside the least that hold the state."""
+    from megatron_lite.config.hf.headers import tensors_of
+
+    checkpoint = next((folder / "ours").glob("step_*"))
+    parameters = sum(math.prod(entry.shape) for entry in tensors_of(checkpoint).values())
+    minimum = BYTES_OF_A_PARAMETER * parameters
+    ours, theirs = (_bytes_below(path) for path in (checkpoint, folder / "deepspeed0"))
+    return {
+        "parameters": parameters,
+        "bytes": ours,
+        "minimum_bytes": minimum,
+        "deepspeed_ratio": theirs / minimum,
+    }
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turns: int) -> None:
@@ -65,7 +86,6 @@ def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turn
             saver.wait()
             if asynchronous:
                 found.setdefault("total_async", []).append(saver.reports.pop().total_seconds)
-        found["bytes"] = [saver.plan.bytes]
         client = {"universal_checkpoint_info": PATTERNS | {"original_vocab_size": vocab_size}}
         _measure(
             found,

@@ -34,6 +34,10 @@ class FileRecord:
     bytes: int
     xxh3: str  # xxh3-128 of the content, in hexadecimal digits
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.bytes, int) or not isinstance(self.xxh3, str):
+            raise TypeError(f"{self} is no size and hash")
+
 
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
@@ -148,6 +152,11 @@ def candidates(checkpoints: Path) -> list[Path]:
     return [folder for _, folder in sorted((aside | named).items(), reverse=True)]
 
 
+def unfinished(checkpoints: Path) -> list[Path]:
+    """Saves that were cut short, newest first. (Or that are at work: nobody resumes a run that runs.)"""
+    return sorted(checkpoints.glob(".step_*.incomplete"), reverse=True)
+
+
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """Every file of a checkpoint by its name relative to the folder, but for the manifest itself.
 
@@ -228,6 +237,8 @@ def newest_complete(
         check: what is wrong with a folder, or None.
     """
     chosen, skipped = None, set()
+    for folder in unfinished(checkpoints):
+        report(f"Skipping {folder.name}: it was never finished")
     for folder in candidates(checkpoints):
         found = check(folder)
         if found is None:

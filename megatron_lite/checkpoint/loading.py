@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.headers import TensorEntry, entries_of
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.hf import find_name
+from megatron_lite.models.hf import locate
 from megatron_lite.models.stored import StoredForm
 from megatron_lite.parallel.agreement import agreed
 
@@ -24,15 +24,23 @@ def newest_complete(checkpoints: Path, report: Callable[[str], None]) -> tuple[P
 
     Args:
         report: is told on the writing rank of each checkpoint that is skipped, and why.
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is complete; on every rank alike.
     """
-    is_writer = dist.get_rank() == 0
-    if is_writer:
+    if dist.get_rank() == 0:
         found = folders.newest_complete(checkpoints, report, _problem_by_all_ranks)
         agreed(None)  # no more to read
-        return agreed(found)
-    while (folder := agreed(None)) is not None:
-        _shared_problem(folder)
-    return agreed(None)
+    else:
+        while (folder := agreed(None)) is not None:
+            _shared_problem(folder)
+        found = None
+    found, lost = agreed((found, found is None and bool(folders.candidates(checkpoints))))
+    if lost:
+        raise CheckpointError(
+            f"{checkpoints} holds checkpoints, and none of them is complete; bring back a whole one, or move them away "
+            "to begin anew (or give another train.run_dir)"
+        )
+    return found
 
 
 def _problem_by_all_ranks(folder: Path) -> str | None:
@@ -62,32 +70,28 @@ def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterabl
         CheckpointError: a tensor is missing or has another shape than the model needs.
     """
     for kind in kinds:
-        entries = {name: entry for path in files_of(folder, kind) for name, entry in entries_of(path).items()}
-        _read(entries, plan.sets[kind].form, [one for one in fragments if one.kind == kind], {})
+        files = files_of(kind, folders.read_manifest(folder))
+        entries = {name: entry for file in files for name, entry in entries_of(folder / file).items()}
+        form = plan.sets[kind].form
+        with TensorReader(locate(form, entries, str(folder))) as reader:
+            reader.read(transfers([one for one in fragments if one.kind == kind], form))
 
 
-def start_from(entries: Mapping[str, TensorEntry], form: StoredForm, fragments: Sequence[Fragment]) -> None:
+def start_from(entries: Mapping[str, TensorEntry], form: StoredForm, weights: Sequence[Fragment], where: str) -> None:
     """Fill this rank's fragments of the weights from a model folder of transformers, or one like it.
 
+    Args:
+        where: what is read, for messages.
     Raises:
-        CheckpointError: a tensor is missing or has another shape than the model needs.
+        CheckpointError: a tensor is missing, has another shape than the model needs, or has no place in it.
     """
-    found = {name: find_name(name, entries) for name in form.shapes}
-    _read(entries, form, fragments, {name: other for name, other in found.items() if other is not None})
-
-
-def _read(
-    entries: Mapping[str, TensorEntry], form: StoredForm, fragments: Sequence[Fragment], names: Mapping[str, str]
-) -> None:
-    """`names`: of tensors that the files call otherwise than the form."""
-    needed = {piece.target for piece in form.pieces}  # what no box covers is zero, and may as well be missing
-    wrong = [
-        f"{name}: {entry.shape if entry else 'missing'} in the files, {shape} in the model"
-        for name, shape in form.shapes.items()
-        for entry in [entries.get(names.get(name, name))]
-        if name in needed and (entry is None or entry.shape != shape)
-    ]
-    if wrong:
-        raise CheckpointError("the tensors in the files are not those of the model: " + "; ".join(wrong))
-    with TensorReader(sorted({entry.file for entry in entries.values()})) as reader:
-        reader.read(transfers(fragments, form), names)
+    used = {piece.target for piece in form.pieces}
+    spare = {name: entries[name] for name in form.shapes if name not in used and name in entries}
+    with TensorReader(locate(form, entries, where) | spare) as reader:
+        foreign = [name for name in spare if bool(reader.whole(name).any())]
+        if foreign:
+            raise CheckpointError(
+                f"{where} holds {', '.join(foreign)} that is not zero, and our model has no such parameter; "
+                "give a folder without it"
+            )
+        reader.read(transfers(weights, form))

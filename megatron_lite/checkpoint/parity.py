@@ -140,7 +140,7 @@ def read_weights(model: FlatModel, source: Path, settings: ModelConfig) -> None:
         )
         for name, parameter in model.named_parameters()
     ]
-    start_from(tensors_of(source), form, fragments)
+    start_from(tensors_of(source), form, fragments, str(source))
 
 
 def _theirs(folder: Path, architecture: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:

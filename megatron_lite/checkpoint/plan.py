@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -71,10 +70,11 @@ def stem_of(kind: str) -> str:
     return "model" if kind == WEIGHT else f"{TRAINING}/{kind}"
 
 
-def files_of(folder: Path, kind: str) -> list[Path]:
-    """A kind's files in a checkpoint, one or many."""
-    path = folder / stem_of(kind)
-    return sorted([*path.parent.glob(f"{path.name}.safetensors"), *path.parent.glob(f"{path.name}-*.safetensors")])
+def files_of(kind: str, names: Iterable[str]) -> list[str]:
+    """A kind's files, one or many, among those that a checkpoint's manifest names: what else lies there is no part of
+    it, whatever it is called."""
+    pattern = re.compile(rf"{re.escape(stem_of(kind))}(-\d+-of-\d+)?\.safetensors")
+    return sorted(name for name in names if pattern.fullmatch(name))
 
 
 def shapes_of_all_ranks(own: Shapes) -> Shapes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def describe(
             f"{where}: {error}; go on with the version of megatron_lite that wrote it, or begin another run in a new "
             "train.run_dir"
         ) from error
-    changes = grade_changes(previous, config, folder)
+    changes = grade_changes(previous, without_environment(config), folder)
     refused = refusals(changes, where)
     if not refused and state.data_fingerprint != data_fingerprint:
         refused = [_other_data(state, data_fingerprint, where, folder)]
@@ -109,6 +109,11 @@ def describe(
         load_moments=load_moments,
         load_loss_scale=load_loss_scale,
     )
+
+
+def without_environment(config: RunConfig) -> RunConfig:
+    """What a checkpoint keeps of a configuration: the environment of its jobs may hold secrets, and folders travel."""
+    return replace(config, launcher=replace(config.launcher, environment={}))
 
 
 def _other_data(state: CheckpointState, data_fingerprint: str, where: str, folder: Path | None) -> str:

@@ -70,7 +70,7 @@ class Saver:
         self._is_writer = dist.get_rank() == 0
         self._host_copy: Tensor | None = None
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
 
     def save(self, fragments: Sequence[Fragment], state: CheckpointState) -> Path:
         """Write a checkpoint, or begin to; a second save waits for the first. A collective of all ranks.
@@ -79,6 +79,7 @@ class Saver:
             the folder that it will be
         Raises:
             CheckpointError: this save or the one before cannot be written; on every rank alike.
+            RuntimeError: another rank is gone.
         """
         began = time.perf_counter()
         self.wait()
@@ -103,7 +104,7 @@ class Saver:
         """
         try:
             self.wait()
-        except CheckpointError as error:
+        except Exception as error:  # none may hide why the run has failed
             return str(error)
         return None
 
@@ -112,6 +113,7 @@ class Saver:
 
         Raises:
             CheckpointError: what was being written cannot be; on every rank alike.
+            RuntimeError: another rank is gone.
         """
         if self._thread is not None:
             self._thread.join()
@@ -153,7 +155,7 @@ class Saver:
             records = {name: record for share in hashes for name, record in (share or {}).items()}
             self._together(lambda: folders.publish(temporary, records), by_writer=True)
             self._together(lambda: prune(self.checkpoints, self.kept, state.step), by_writer=True)
-        except CheckpointError as error:
+        except Exception as error:  # one that a thread does not hand on would look like a checkpoint
             self._error = error
             if self._is_writer:
                 folders.abandon(temporary)
@@ -187,19 +189,26 @@ class Saver:
         Returns:
             what it gave on each rank
         Raises:
-            CheckpointError: it failed on some rank; on every rank alike.
+            CheckpointError: it failed on some rank; on every rank alike, but for one with a fault of ours, which
+                raises that.
+            RuntimeError: another rank is gone. Nothing that the user could mend: who it was explains more.
         """
         answer: tuple[str | None, T | None] = (None, None)
+        fault: Exception | None = None
         try:
             if self._is_writer or not by_writer:
                 answer = (None, do())
         except (OSError, CheckpointError) as error:
             answer = (_explained(error, self.checkpoints), None)
+        except Exception as error:  # ours to mend; the other ranks must not wait for this one
+            fault, answer = error, (f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}", None)
         answers: list[tuple[str | None, T | None]] = [(None, None)] * dist.get_world_size()
         try:
             dist.all_gather_object(answers, answer, group=self._group)
-        except RuntimeError as error:  # a rank is gone
-            raise CheckpointError(f"a checkpoint was not finished, for a rank has ended ({error})") from error
+        except RuntimeError as error:
+            raise RuntimeError(f"a checkpoint was not finished, for another rank has ended ({error})") from error
+        if fault is not None:
+            raise fault
         errors = [error for error, _ in answers if error is not None]
         if errors:
             raise CheckpointError(errors[0])

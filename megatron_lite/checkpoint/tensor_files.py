@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_lite.checkpoint.fragments import Transfer
+from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.stored import Shape, StoredForm
 
@@ -149,18 +151,20 @@ def _runs(transfer: Transfer, shape: Shape, begin: int) -> Iterator[tuple[int, m
 
 
 class TensorReader:
-    """Slices of the tensors of some safetensors files, of any float type. A context manager."""
+    """Slices of tensors in safetensors files, of any float type. A context manager."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
         """
+        Args:
+            entries: where each tensor lies, by the name that transfers give it.
         Raises:
             CheckpointError: a file is no whole safetensors file.
         """
-        self._files: dict[str, Any] = {}
-        for path in paths:
+        self._entries = entries
+        self._files: dict[Path, Any] = {}
+        for path in {entry.file for entry in entries.values()}:
             try:
-                file = safe_open(path, framework="pt")
-                self._files |= dict.fromkeys(file.keys(), file)  # no mapping
+                self._files[path] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
 
@@ -170,19 +174,19 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()  # closes the files
+        self._files.clear()  # closes them
 
-    def read(self, moved: Iterable[Transfer], names: Mapping[str, str]) -> None:
-        """Fill each transfer's memory.
+    def whole(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return self._files[entry.file].get_tensor(entry.name)
 
-        Args:
-            names: of tensors that the files call otherwise than the transfers.
-        """
+    def read(self, moved: Iterable[Transfer]) -> None:
+        """Fill each transfer's memory."""
         for transfer in moved:
-            name = names.get(transfer.target, transfer.target)
-            file = self._files[name]
+            entry = self._entries[transfer.target]
             box = tuple(
                 slice(start, start + size) for start, size in zip(transfer.start, transfer.view.shape, strict=True)
             )
+            values = self._files[entry.file].get_slice(entry.name)[box] if box else self.whole(transfer.target)
             with torch.no_grad():
-                transfer.view.copy_(file.get_slice(name)[box] if box else file.get_tensor(name))
+                transfer.view.copy_(values)

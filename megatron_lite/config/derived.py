@@ -139,12 +139,10 @@ def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
 
 
 def run_directory(config: RunConfig) -> Path:
-    """The run folder. It has no time in its name: the same command finds the same folder and resumes."""
+    """The run folder. Its name has no time and no layout: the same command finds it, under another layout too."""
     if config.train.run_dir is not None:
         return Path(config.train.run_dir)
-    parallel = config.parallel
-    layout = f"dp{data_parallel_size(config)}_tp{parallel.tensor_parallel_size}_pp{parallel.pipeline_parallel_size}"
-    return Path("runs") / f"{config.script}-{config.model.name}-{layout}"
+    return Path("runs") / f"{config.script}-{config.model.name}"
 
 
 def resolve(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> RunConfig:

@@ -350,7 +350,7 @@ class TrainConfig:
     """Tokens of the sample that the summary shows; 0 = none."""
     generate_prompt: str = "def "
     run_dir: str | None = None
-    """The run folder; None = runs/<script>-<model.name>-dp<D>_tp<T>_pp<P>. The same folder resumes."""
+    """The run folder; None = runs/<script>-<model.name>. The same folder resumes, under any layout."""
     max_unsound_steps: int = 3
     """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
     timeout_seconds: float = 600.0

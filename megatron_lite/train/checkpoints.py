@@ -10,17 +10,16 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from omegaconf import OmegaConf
 
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
 from megatron_lite.checkpoint.plan import Plan, Shapes, shapes_of_all_ranks
-from megatron_lite.checkpoint.resume import ResumeReport, describe
+from megatron_lite.checkpoint.resume import ResumeReport, describe, without_environment
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
-from megatron_lite.config.frozen import as_node
+from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
@@ -76,6 +75,8 @@ class Checkpoints:
     data_fingerprint: str
     shapes: Shapes
     saver: Saver
+    newest_step: int = 0
+    """Of the checkpoint that this attempt began from or has saved, or has begun to."""
 
     @classmethod
     def of(cls, folder: Path, engine: Engine, prepared: PreparedData, report: Callable[[str], None]) -> Checkpoints:
@@ -105,10 +106,11 @@ class Checkpoints:
         """
         if start.report is not None and start.state is not None and start.folder is not None:
             self._restore(start.folder, start.state, start.report)
+            self.newest_step = start.step
         elif (name := self.engine.config.model.init_from) is not None:
             weights = read_weights(name)
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.tensors, form, self._fragments(WEIGHT))
+            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
             self.engine.shards.weights_changed()
 
     def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
@@ -148,7 +150,7 @@ class Checkpoints:
             data_fingerprint=self.data_fingerprint,
             hugging_face=self.saver.plan.hugging_face,
             validation_loss=validation_loss,
-            config=OmegaConf.to_container(as_node(config), enum_to_str=True),  # type: ignore[arg-type]  # a mapping
+            config=as_containers(without_environment(config)),
             versions={
                 "megatron_lite": code_fingerprint(),
                 "torch": torch.__version__,
@@ -156,7 +158,9 @@ class Checkpoints:
                 "python": platform.python_version(),
             },
         )
-        return self.saver.save(shards.fragments(), state)
+        folder = self.saver.save(shards.fragments(), state)
+        self.newest_step = step
+        return folder
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:

@@ -202,10 +202,13 @@ def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSourc
 
 
 def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
-    """Save what is finished and not saved yet; a collective of all ranks."""
+    """Save what is finished and not saved yet; a collective of all ranks.
+
+    A folder of that step that we have not written is one that the resume has passed over.
+    """
     step = trainer.finished_step
     save.wait(trainer)
-    if step > 0 and not agreed((run.checkpoints / folder_name(step)).is_dir()):
+    if step > save.checkpoints.newest_step:
         save.at(trainer, step)
         save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})

@@ -50,11 +50,6 @@ class StagedModule(PipelineModule):
         self._calls: list[Callable[[Activations], Activations]] = [
             partial(spec.apply, module) for spec, module in zip(own, modules, strict=True)
         ]
-        # DeepSpeed's checkpoints hold the modules in this list, and would pass over those that functions apply.
-        self.forward_funcs = [
-            made if module in modules[:index] else module
-            for index, (made, module) in enumerate(zip(built, modules, strict=True))
-        ]
         self.wire_in = _wire(specs[start], hidden_size, context)
         self.wire_out = None if context.is_last_stage else _wire(specs[stop], hidden_size, context)
 

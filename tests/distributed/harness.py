@@ -24,7 +24,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch._dynamo", "transformers", "pytest", "tests.distributed.checkpoint_ranks"]
+_PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "transformers",
+    "pytest",
+    "tests.distributed.checkpoint_ranks",
+    "launch.cli",
+    "megatron_lite.train.run",
+]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
@@ -51,7 +59,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "task.pkl").write_bytes(pickle.dumps((function, args)))
-        context = _fork_server()
+        context = fork_server()
         ranks = [
             context.Process(target=_rank_main, args=(rank, world_size, folder, timeout_seconds), daemon=True)
             for rank in range(world_size)
@@ -69,7 +77,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 @functools.cache
-def _fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> multiprocessing.context.ForkServerContext:
     """The context of one warm server per session. What cannot be imported is left out by multiprocessing itself."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

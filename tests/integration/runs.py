@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 
 import psutil
 
+from launch.cli import main
 from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
+from tests.distributed.harness import fork_server
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = (
@@ -77,6 +80,35 @@ def run(
         out, err = process.communicate()
         raise AssertionError(f"{' '.join(command)} did not end in {timeout_seconds} s\n{out}\n{err}") from None
     return Finished(process.returncode, out, err)
+
+
+def run_warm(words: Sequence[str], *, script: str = "pretrain_gpt", timeout_seconds: float = 240.0) -> Finished:
+    """What `python -m launch` does, in a fork of the server that has made its imports, two thirds of the CPU time.
+
+    For tests of what a run computes and leaves; those of commands, processes and signals take `run(launch(...))`.
+    """
+    with tempfile.TemporaryDirectory(prefix="warm-") as name:
+        folder = Path(name)
+        process = fork_server().Process(target=_launch_here, args=([script, *words], folder))
+        process.start()
+        process.join(timeout_seconds)
+        code = process.exitcode
+        if code is None:
+            end_tree(process.pid)
+            process.join()
+        out, err = ((folder / stream).read_text() for stream in ("out", "err"))
+    assert code is not None, f"{' '.join(words)} did not end in {timeout_seconds} s\n{out}\n{err}"
+    return Finished(code, out, err)
+
+
+def _launch_here(argv: list[str], folder: Path) -> None:
+    """As a process of its own would, with its own output, environment and session."""
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / stream, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.update(environment())
+    os.chdir(REPOSITORY)
+    os.setsid()
+    sys.exit(main(argv))
 
 
 def end_tree(pid: int) -> None:

@@ -27,10 +27,12 @@ GPUS = 4  # of each node, made of /dev/null's device number: enough for Slurm to
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 30.0
 END_SECONDS = 10.0
-JOBS_END_SECONDS = 40.0  # KillWait, and some
+# Between TERM and KILL, so long that no slow machine cuts a save short; no test has a process that outlasts TERM.
+KILL_WAIT_SECONDS = 60
+JOBS_END_SECONDS = KILL_WAIT_SECONDS + 20.0
 
 # cred_expire: a requeued job waits until the credential of its last start has expired, 121 s with the default of 120.
-# KillWait: between TERM and KILL. GraceTime: what a preempted job gets before both.
+# GraceTime: what a preempted job gets before TERM and KILL.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -56,7 +58,7 @@ SlurmdSpoolDir={folder}/spool/%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
 ReturnToService=1
-KillWait=15
+KillWait={kill_wait}
 MinJobAge=3600
 GresTypes=gpu
 PreemptType=preempt/partition_prio
@@ -64,7 +66,7 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes={main} Default=YES PreemptMode=off State=UP
 PartitionName=fragile Nodes={fragile} PreemptMode=off State=UP
-PartitionName=low Nodes={contested} PriorityTier=1 PreemptMode=requeue GraceTime=15 State=UP
+PartitionName=low Nodes={contested} PriorityTier=1 PreemptMode=requeue GraceTime=30 State=UP
 PartitionName=high Nodes={contested} PriorityTier=100 PreemptMode=off State=UP
 """
 NODE = (
@@ -140,6 +142,7 @@ def _configure(folder: Path) -> None:
         host=host,
         folder=folder,
         controller_port=ports[0],
+        kill_wait=KILL_WAIT_SECONDS,
         nodes="\n".join(nodes),
         main=",".join(MAIN),
         fragile=",".join(FRAGILE),

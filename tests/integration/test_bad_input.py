@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import REPOSITORY, Finished, launch, run
+from tests.integration.runs import REPOSITORY, Finished, launch, run, run_warm
 
 TinyWords = Callable[..., list[str]]
 
@@ -67,7 +67,7 @@ def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyW
 def test_truncated_shard_and_wrong_tokenizer(tiny: TinyWords, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     words = tiny("first", f"data.cache_dir={cache}", "parallel=dp2_tp1_pp1")
-    run(launch(*words)).require_success()
+    run_warm(words).require_success()
     (prepared,) = (path for path in cache.iterdir() if (path / "prepared.json").exists())
 
     other = tmp_path / "tokenizer"
@@ -88,7 +88,7 @@ def test_truncated_shard_and_wrong_tokenizer(tiny: TinyWords, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_run_folder_of_another_configuration(tiny: TinyWords) -> None:
-    run(launch(*tiny("run"))).require_success()
+    run_warm(tiny("run")).require_success()
     finished = run(launch(*tiny("run", "model.hidden_size=64", "optimizer.learning_rate=1e-4")))
     _require_one_clear_error(finished, "train.run_dir", "model.hidden_size", "optimizer.learning_rate")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import REPOSITORY, launch, losses, run
+from tests.integration.runs import REPOSITORY, TINY, launch, losses, run, run_warm
 
-LAYOUT = "parallel=dp2_tp1_pp2"
+LAYOUT = "parallel=pp2"
+RANKS = "2"
 
 
 def _commands(words: list[str], script: str = "pretrain_gpt") -> dict[str, list[str]]:
@@ -18,15 +19,13 @@ def _commands(words: list[str], script: str = "pretrain_gpt") -> dict[str, list[
     file = str(REPOSITORY / f"{script}.py")
     return {
         "launcher=deepspeed": launch(*words, "launcher=deepspeed", script=script),
-        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "4", file, *words],
-        "deepspeed": [str(binaries / "deepspeed"), "--no_local_rank", "--num_gpus", "4", file, *words],
+        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", RANKS, file, *words],
+        "deepspeed": [str(binaries / "deepspeed"), "--no_local_rank", "--num_gpus", RANKS, file, *words],
     }
 
 
 @pytest.fixture(scope="module")
 def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    from tests.integration.runs import TINY
-
     run_dir = tmp_path_factory.mktemp("local")
     run(launch(*TINY, *corpus, f"train.run_dir={run_dir}", LAYOUT)).require_success()
     return losses(run_dir)
@@ -49,7 +48,7 @@ def test_same_run_through_every_door(
 def test_other_scripts_have_the_same_doors(
     script: str, door: str, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    run(launch(*tiny("local", LAYOUT), script=script)).require_success()
+    run_warm(tiny("local", LAYOUT), script=script).require_success()
     finished = run(_commands(tiny("other", LAYOUT), script)[door]).require_success()
     assert len(losses(tmp_path / "local")) == 12
     assert losses(tmp_path / "other") == losses(tmp_path / "local"), "the door changed the curve"
@@ -73,7 +72,7 @@ def test_other_scripts_have_the_same_doors(
 def test_every_objective_trains(script: str, words: list[str], tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     if script == "pretrain_t5":
         words = [*words, "model.num_decoder_layers=2", "model.head_size=16"]
-    finished = run(launch(*tiny("run"), *words, script=script)).require_success()
+    finished = run_warm([*tiny("run"), *words], script=script).require_success()
     curve = [loss for loss, _ in losses(tmp_path / "run").values()]
     assert len(curve) == 12
     assert curve[-1] < curve[0]
@@ -88,7 +87,7 @@ def test_one_process_by_hand(tiny: Callable[..., list[str]], tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_one_writer_one_line_a_step(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    finished = run(launch(*tiny("run", "parallel=dp2_tp2_pp2"))).require_success()
+    finished = run_warm(tiny("run", "parallel=dp2_tp2_pp2")).require_success()
     assert finished.out.count("step 7/12") == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 12
     assert sorted(path.name for path in (tmp_path / "run" / "logs").glob("rank-*.log")) == [

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import HANG_FILE, read_marker
-from tests.integration.runs import REPOSITORY, Finished, launch, run
+from tests.integration.runs import REPOSITORY, Finished, launch, run, run_warm
 
 LAYOUT = "parallel=dp2_tp1_pp2"
 LIMIT_SECONDS = 10  # no phase of a sound rank takes so long, even where two tests share two cores
@@ -61,7 +61,7 @@ def test_a_rank_that_sleeps_in_its_loader(tiny: Callable[..., list[str]], tmp_pa
     assert "sitecustomize.py" in stacks[1], "where it slept"
     assert all("distributed_c10d.py" in stacks[rank] for rank in (0, 2, 3)), "where the others waited"
     # the next attempt is not confused by what this one has left
-    run(launch(*words, "train.timeout_seconds=60")).require_success()
+    run_warm([*words, "train.timeout_seconds=60"]).require_success()
     assert not (tmp_path / "run" / HANG_FILE).exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
-from tests.integration.runs import launch, losses, run
+from tests.integration.runs import launch, losses, run, run_warm
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_other_demos_learn_more_than_frequencies(
         f"train.run_dir={tmp_path / 'demo'}",
         f"data.cache_dir={tmp_path / 'data'}",
     ]
-    run(launch(*words, script=script), timeout_seconds=2400).require_success()
+    run_warm(words, script=script, timeout_seconds=2400).require_success()
     events = {event["event"]: event for event in read_metrics(tmp_path / "demo" / EVENTS_FILE)}
     found, baseline = events["evaluation"], events["baseline"]
     assert found["validation_token_loss"] < baseline["entropy_nats"] - nats

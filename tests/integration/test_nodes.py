@@ -17,7 +17,7 @@ from launch.machine import free_port
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.metrics import METRICS_FILE
 from tests.integration import runs
-from tests.integration.runs import TINY, Finished, end_tree, launch, losses, run
+from tests.integration.runs import TINY, Finished, end_tree, launch, losses, run, run_warm
 
 BOUND_SECONDS = 240.0  # only to fail instead of hanging
 HERE = "127.0.0.1"
@@ -27,7 +27,7 @@ SHORT = ("train.steps=6", "train.save_interval=0", "train.eval_interval=0", "lau
 @pytest.fixture(scope="module")
 def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
     run_dir = tmp_path_factory.mktemp("local")
-    run(launch(*TINY, *corpus, *SHORT, f"train.run_dir={run_dir}", "parallel=dp2_tp2")).require_success()
+    run_warm([*TINY, *corpus, *SHORT, f"train.run_dir={run_dir}", "parallel=dp2_tp2"]).require_success()
     return losses(run_dir)
 
 

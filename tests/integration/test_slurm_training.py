@@ -1,10 +1,12 @@
 """Real training on a real Slurm, disturbed in each way that clusters know: the curve is that of an undisturbed run.
 
-One local run is the reference. All jobs are submitted at once; each waits at a known step for what is to happen to it.
+One local run is the reference. All jobs are submitted at once; each waits at a known step for what is to happen to it,
+and all are disturbed before the first is looked at: then they wait side by side.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import read_marker
 from megatron_lite.observe.wandb_record import history
 from megatron_lite.observe.wandb_tracker import run_id
-from tests.integration.runs import FAULTS, REPOSITORY, TINY, launch, losses, run
+from tests.integration.runs import FAULTS, REPOSITORY, TINY, losses, run_warm
 from tests.integration.slurm_cluster import Cluster
 
 STEPS = 24
@@ -33,12 +35,12 @@ SETTINGS = (
 )
 TWO_NODES = ("launcher.nodes=2",)
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> how rank 1 waits for the disturbance, settings
-    "time limit": ("pause", (*TWO_NODES, "launcher.time=1", "launcher.grace_seconds=5")),
+    "node lost": ("hold", (*TWO_NODES, "launcher.partition=fragile", "launcher.grace_seconds=1")),
     "preempted": ("pause", ("launcher.partition=low", "launcher.sbatch_options=[--exclusive]")),
-    "requeued": ("pause", TWO_NODES),
-    "node lost": ("hold", (*TWO_NODES, "launcher.partition=fragile")),
     "cancelled": ("pause", TWO_NODES),
+    "time limit": ("pause", TWO_NODES),
 }
+MINUTES_OF_WARNING = 3  # launcher.grace_seconds and 30 s to conclude; Slurm rounds in favour of the job
 WAIT_SECONDS = 300.0
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,19 @@ class Trained:
     def wait_for_pause(self) -> None:
         self.wait_for(lambda: (self.run_dir / "paused").exists(), f"step {DISTURBED_STEP}")
 
+    def limit_time(self, minutes: float) -> None:
+        """Of the attempt that runs, counted from its start; math.inf = no limit."""
+        limit = "UNLIMITED" if math.isinf(minutes) else f"{minutes:g}"
+        self.cluster.call("scontrol", "update", f"jobid={self.job}", f"timelimit={limit}")
+
+    def set_node(self, node: str, *words: str) -> None:
+        self.cluster.call("scontrol", "update", f"nodename={node}", *words)
+
+    def minutes(self) -> int:
+        """Whole ones that this attempt has run."""
+        hours, minutes, _ = self.cluster.job(self.job)["RunTime"].split(":")
+        return int(hours) * 60 + int(minutes)
+
     def wait_for_end(self, state: str = "COMPLETED") -> None:
         self.wait_for(lambda: self.cluster.job(self.job)["JobState"] == state, state)
 
@@ -78,7 +93,7 @@ class Trained:
 def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the same training, on this machine and left alone."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    run(launch(*SETTINGS, *corpus, f"train.run_dir={folder}")).require_success()
+    run_warm([*SETTINGS, *corpus, f"train.run_dir={folder}"]).require_success()
     return folder
 
 
@@ -86,11 +101,15 @@ def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def trained(
     slurm: Cluster, corpus: list[str], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Trained]]:
-    """`reference` comes first: it prepares the data."""
+    """Disturbed jobs. `reference` comes first: it prepares the data."""
     folder = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield {name: _submit(slurm, folder / name, corpus, *job) for name, job in JOBS.items()}
+        jobs = {name: _submit(slurm, folder / name, corpus, *job) for name, job in JOBS.items()}
+        for name, found in jobs.items():
+            found.wait_for_pause()
+            DISTURBANCES[name](found)
+        yield jobs
 
 
 def _submit(cluster: Cluster, run_dir: Path, corpus: list[str], fault: str, words: tuple[str, ...]) -> Trained:
@@ -124,26 +143,58 @@ def _require_undisturbed(found: Trained, reference: Path) -> None:
     assert folders == {run_id(found.run_dir)}
 
 
-def test_requeued_by_scontrol(trained: dict[str, Trained], reference: Path) -> None:
-    found = trained["requeued"]
-    found.wait_for_pause()
-    found.cluster.call("scontrol", "requeue", str(found.job))
-    found.wait_for_end()
-    assert found.cluster.job(found.job)["Restarts"] == "1"
+def _lose_a_node(found: Trained) -> None:
+    found.set_node(found.nodes[0][1], "state=down", "reason=test")
+
+
+def _preempt(found: Trained) -> None:
+    """By a job of higher priority."""
+    other = found.run_dir.with_name("higher")
+    other.mkdir()
+    script = other / "job.sh"
+    script.write_text("#!/bin/sh\nsleep 1\n")
+    found.cluster.call("sbatch", "--partition=high", "--exclusive", f"--output={other}/out", str(script))
+
+
+def _cancel(found: Trained) -> None:
+    found.cluster.call("scancel", str(found.job))
+
+
+def _limit_time(found: Trained) -> None:
+    """For the attempt that has paused: set at the start, it would end a slow machine's job at its imports."""
+    found.limit_time(found.minutes() + MINUTES_OF_WARNING)
+    found.wait_for(lambda: bool(records.attempts(found.run_dir, "end")), "the warning")
+    found.limit_time(math.inf)
+
+
+DISTURBANCES: dict[str, Callable[[Trained], None]] = {
+    "node lost": _lose_a_node,
+    "preempted": _preempt,
+    "cancelled": _cancel,
+    "time limit": _limit_time,
+}
+
+
+def test_cancelled_and_requeued(trained: dict[str, Trained], reference: Path) -> None:
+    found = trained["cancelled"]
+    cancelled = found.job
+    found.wait_for_end("CANCELLED")
+    assert records.attempts(found.run_dir, "end"), "Slurm has ended the batch script before it could decide"
     assert len(found.nodes[0]) == 2, "a job of two nodes"
+    assert main(["requeue", str(found.run_dir)]) == 0
+    assert found.job != cancelled
+    found.wait_for_end()
     _require_undisturbed(found, reference)
 
 
 def test_node_lost(trained: dict[str, Trained], reference: Path) -> None:
     """Nothing can be saved: the steps since the last checkpoint are trained again."""
     found = trained["node lost"]
-    found.wait_for_pause()
     lost = found.nodes[0][1]
-    found.cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     try:
         found.wait_for_end()
     finally:
-        found.cluster.call("scontrol", "update", f"nodename={lost}", "state=resume")
+        found.set_node(lost, "state=resume")
     assert lost not in found.nodes[1]
     assert records.attempts(found.run_dir, "begin")[1]["checkpoint"] == 10
     _require_undisturbed(found, reference)
@@ -151,27 +202,8 @@ def test_node_lost(trained: dict[str, Trained], reference: Path) -> None:
 
 def test_preempted_by_a_job_of_higher_priority(trained: dict[str, Trained], reference: Path) -> None:
     found = trained["preempted"]
-    found.wait_for_pause()
-    other = found.run_dir.with_name("higher")
-    other.mkdir()
-    script = other / "job.sh"
-    script.write_text("#!/bin/sh\nsleep 1\n")
-    found.cluster.call("sbatch", "--partition=high", "--exclusive", f"--output={other}/out", str(script))
     found.wait_for_end()
     assert found.cluster.job(found.job)["Restarts"] == "1"
-    _require_undisturbed(found, reference)
-
-
-def test_cancelled_and_requeued(trained: dict[str, Trained], reference: Path) -> None:
-    found = trained["cancelled"]
-    found.wait_for_pause()
-    cancelled = found.job
-    found.cluster.call("scancel", str(cancelled))
-    found.wait_for_end("CANCELLED")
-    found.wait_for(lambda: bool(records.attempts(found.run_dir, "end")), "the decision")
-    assert main(["requeue", str(found.run_dir)]) == 0
-    assert found.job != cancelled
-    found.wait_for_end()
     _require_undisturbed(found, reference)
 
 

@@ -14,7 +14,7 @@ from megatron_lite.observe.markers import read_marker
 from megatron_lite.observe.metrics import read_metrics
 from megatron_lite.observe.wandb_record import history
 from megatron_lite.observe.wandb_tracker import run_id
-from tests.integration.runs import Finished, launch, losses, run, start, wait_for_step
+from tests.integration.runs import Finished, launch, losses, run, run_warm, start, wait_for_step
 
 STEPS = ("train.steps=60", "train.save_interval=0", "train.eval_interval=10", "model.hidden_dropout=0.1")
 USED_UP = ["data.max_epochs=1", "data.validation_fraction=0.9", "train.steps=1000", "train.global_batch_size=64"]
@@ -55,7 +55,7 @@ def test_run_that_is_asked_to_stop_goes_on_bit_identically(
     layout: list[str], number: int, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = [*layout, *STEPS, *WANDB]
-    run(launch(*tiny("whole", *words))).require_success()
+    run_warm(tiny("whole", *words)).require_success()
     stopped = _ask_after(12, launch(*tiny("parts", *words)), tmp_path / "parts", number)
     assert stopped.code == RunEnd.PREEMPTED, stopped.err
     end, step = _end(tmp_path / "parts")
@@ -64,7 +64,7 @@ def test_run_that_is_asked_to_stop_goes_on_bit_identically(
     assert 12 <= step < 60
     assert f"stopped by {signal.Signals(number).name} after step {step}" in stopped.out
     assert stopped.err == ""
-    again = run(launch(*tiny("parts", *words))).require_success()
+    again = run_warm(tiny("parts", *words)).require_success()
     assert f"resuming after step {step}" in again.out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert _evaluations(tmp_path / "parts") == _evaluations(tmp_path / "whole")
@@ -84,7 +84,7 @@ def test_evaluation_that_was_broken_off_is_made_after_the_resume(
     assert stopped.code == RunEnd.PREEMPTED, stopped.err
     assert _end(tmp_path / "run") == (RunEnd.PREEMPTED, 3)
     assert _evaluations(tmp_path / "run") == {}
-    run(launch(*tiny("run", *words[:2], "train.eval_batches=1", "train.eval_interval=0"))).require_success()
+    run_warm(tiny("run", *words[:2], "train.eval_batches=1", "train.eval_interval=0")).require_success()
     assert list(_evaluations(tmp_path / "run")) == [3]
     assert _end(tmp_path / "run") == (RunEnd.DONE, 3)
 
@@ -121,7 +121,7 @@ def test_each_end_has_its_code_its_marker_and_one_line(
 @pytest.mark.slow
 def test_weights_that_are_no_numbers_are_never_saved(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     words = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "train.save_interval=1", "train.keep_last=0"]
-    run(launch(*tiny("run", *words)))
+    run_warm(tiny("run", *words))
     sound = {entry["step"] for entry in _metrics(tmp_path / "run") if _is_number(entry["loss"])}
     saved = {int(path.name[-8:]) for path in (tmp_path / "run" / "checkpoints").glob("step_*")}
     assert saved
@@ -138,10 +138,10 @@ def test_data_that_is_used_up_is_trained_and_saved(tiny: Callable[..., list[str]
     assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
     assert list(_evaluations(tmp_path / "run"))[-1] == last
     assert _metrics(tmp_path / "run")[-1]["samples"] == 64 * last
-    again = run(launch(*tiny("run", *USED_UP)))
+    again = run_warm(tiny("run", *USED_UP))
     assert (again.code, again.err) == (RunEnd.OUT_OF_DATA, first.err)
     assert f"or set train.steps={last}" in first.err
-    run(launch(*tiny("run", *USED_UP, f"train.steps={last}"))).require_success()
+    run_warm(tiny("run", *USED_UP, f"train.steps={last}")).require_success()
 
 
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:

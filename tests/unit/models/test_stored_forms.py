@@ -119,7 +119,7 @@ def test_roberta_has_no_next_sentence_head() -> None:
 def test_tensors_are_found_in_files_of_other_classes() -> None:
     form, _ = case("gpt2")
     files = {
-        name.removeprefix("transformer."): TensorEntry(Path("f"), "BF16", shape, (0, 0))
+        name.removeprefix("transformer."): TensorEntry(Path("f"), name, "BF16", shape, (0, 0))
         for name, shape in form.shapes.items()
     }
     assert locate(form, files, "model.init_from=DIR").keys() == form.shapes.keys()
@@ -138,7 +138,7 @@ def test_tensors_are_found_in_files_of_other_classes() -> None:
 def test_what_transformers_wants_beyond_ours_may_be_missing() -> None:
     form, _ = case("bart")
     assert "final_logits_bias" in form.shapes
-    files = {name: TensorEntry(Path("f"), "F32", shape, (0, 0)) for name, shape in form.shapes.items()}
+    files = {name: TensorEntry(Path("f"), name, "F32", shape, (0, 0)) for name, shape in form.shapes.items()}
     del files["final_logits_bias"]
     assert locate(form, files, "") == files
 
