@@ -138,8 +138,11 @@ def _reads_pickle(node: ast.AST) -> bool:
     if isinstance(node, ast.ImportFrom):
         return node.module in MODULES or (node.module == "torch" and any(name.name == "load" for name in node.names))
     if isinstance(node, ast.Attribute):
-        called = ast.unparse(node)
-        return called in CALLS or node.attr in CALLS or (node.attr == "from_pretrained" and "Tokenizer" not in called)
+        return ast.unparse(node) in CALLS or node.attr in CALLS
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        safe = any(word.arg == "use_safetensors" and getattr(word.value, "value", 0) is True for word in node.keywords)
+        return called.endswith("from_pretrained") and "Tokenizer" not in called and not safe
     return (
         isinstance(node, ast.keyword) and node.arg == "allow_pickle" and getattr(node.value, "value", True) is not False
     )
