@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
@@ -21,8 +22,9 @@ from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
+from tests.distributed.checkpoint_ranks import resume, save
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import _engine
+from tests.distributed.layout_ranks import synthetic_engine
 
 VOCAB = 256
 BATCH = 16
@@ -63,21 +65,21 @@ class _StopAt:
 
 def _broken_off_rank(config: RunConfig, boundary: int, folder: str) -> tuple[list[tuple[float, float]], int]:
     """Steps before a stop in the middle of STOPPED_STEP, and from what was saved then the steps after it."""
-    engine, batches_from = _engine(config, VOCAB)
+    engine, batches_from = synthetic_engine(config, VOCAB)
     records = [_step(engine, batches_from, step) for step in range(STOPPED_STEP)]
     stop = _StopAt(engine, boundary, rank=dist.get_world_size() - 1)
     with stop._request.listening(), pytest.raises(StopRequested) as raised:
         _step(engine, batches_from, STOPPED_STEP)
     assert raised.value.reason is Reason.usr1
-    engine.save(Path(folder), "state")
-    dist.barrier()
-    again, batches_from = _engine(config, VOCAB)
-    again.load(Path(folder), "state")
+    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None)
+    save(engine, plan, Path(folder), STOPPED_STEP, asynchronous=True)
+    again, batches_from = synthetic_engine(config, VOCAB)
+    assert resume(again, plan, Path(folder)) == STOPPED_STEP
     return records + [_step(again, batches_from, step) for step in range(STOPPED_STEP, STEPS)], stop.passed
 
 
 def _whole_rank(config: RunConfig) -> list[tuple[float, float]]:
-    engine, batches_from = _engine(config, VOCAB)
+    engine, batches_from = synthetic_engine(config, VOCAB)
     return [_step(engine, batches_from, step) for step in range(STEPS)]
 
 
@@ -104,7 +106,7 @@ def test_what_is_saved_in_the_middle_of_a_step_is_the_step_before(
 
 
 def _evaluation_rank(config: RunConfig, boundary: int) -> int:
-    engine, batches_from = _engine(config, VOCAB)
+    engine, batches_from = synthetic_engine(config, VOCAB)
     stop = _StopAt(engine, boundary, rank=0)
     own = BATCH // engine.context.data_size
     with stop._request.listening(), pytest.raises(StopRequested):
