@@ -178,7 +178,6 @@ def _load(engine: Engine, checkpoints: Path) -> None:
 
     found = newest_complete(checkpoints / "ours", print)
     assert found is not None
-    engine.shards.prepare()
     plan = _plan(engine)
     load(found[0], plan, engine.shards.fragments(), plan.sets)
     engine.shards.weights_changed()

@@ -159,7 +159,7 @@ def _theirs(folder: Path, architecture: str, inputs: Mapping[str, Tensor]) -> li
     transformers.utils.logging.disable_progress_bar()
     arguments: dict[str, Any] = {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
     model, found = getattr(transformers, architecture).from_pretrained(
-        folder, torch_dtype=torch.float32, output_loading_info=True
+        folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     faults = [
         f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in found.items() if names

@@ -115,9 +115,12 @@ class Save:
     trackers: Trackers
     checkpoints: Checkpoints
     validate: Validate
+    is_sound: bool = True
+    """Whether the last step was: if not, the weights may be no numbers."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         self.report()
+        self.is_sound = record.is_sound
         if record.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 

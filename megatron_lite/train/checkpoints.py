@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import deepspeed
@@ -116,7 +116,6 @@ class Checkpoints:
     def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
         shards, kinds = self.engine.shards, [WEIGHT]
         if report.load_moments:
-            shards.prepare()
             kinds += state.optimizer.moments
         load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
         if report.load_moments:
@@ -151,16 +150,21 @@ class Checkpoints:
             hugging_face=self.saver.plan.hugging_face,
             validation_loss=validation_loss,
             config=as_containers(without_environment(config)),
-            versions={
-                "megatron_lite": code_fingerprint(),
-                "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__,
-                "python": platform.python_version(),
-            },
+            versions=_versions(),
         )
         folder = self.saver.save(shards.fragments(), state)
         self.newest_step = step
         return folder
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {
+        "megatron_lite": code_fingerprint(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:

@@ -208,13 +208,16 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
     """
     step = trainer.finished_step
     save.wait(trainer)
-    if step > save.checkpoints.newest_step:
+    if step > save.checkpoints.newest_step and save.is_sound:
         save.at(trainer, step)
         save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
         leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
-        kept = f"saved in {run.checkpoints / folder_name(step)}" if step else "nothing to save yet"
+        newest = save.checkpoints.newest_step
+        kept = f"saved in {run.checkpoints / folder_name(newest)}" if newest else "nothing to save yet"
+        if newest < step:
+            kept = f"not saved, for it was no sound one; the newest checkpoint is of step {newest}"
         run.console.print(f"stopped by {request} after step {step}: {kept}; the same command goes on")
     return RunEnd.PREEMPTED
 

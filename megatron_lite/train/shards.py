@@ -32,14 +32,13 @@ class Shards:
     context: ParallelContext
 
     def fragments(self) -> list[Fragment]:
-        """Of every weight and every moment that exists, in a fixed order. The first update makes the moments."""
-        made = {kind for state in self._states for kind in state}
-        kinds = [WEIGHT, *(moment for moment in moments_of(self.config) if moment in made)]
+        """Of every weight and every moment that exists, in a fixed order."""
+        self._prepare()
         return [
             fragment
             for parameter in self.module.parameters()
             if parameter.requires_grad
-            for kind in kinds
+            for kind in (WEIGHT, *moments_of(self.config))
             for fragment in self._of(parameter, kind)
         ]
 
@@ -84,8 +83,9 @@ class Shards:
         scaler.cur_iter, scaler.last_overflow_iter = state.steps_since_change, -1
         scaler.cur_hysteresis = state.hysteresis_left
 
-    def prepare(self) -> None:
-        """Make the state that the first step would make, so that there is something to load into."""
+    def _prepare(self) -> None:
+        """Make the state that the first step makes, so that there is something to load into, and to save where fp16 has
+        skipped every step so far."""
         for parameter in self.module.parameters():
             for moment in moments_of(self.config):
                 region = self._region(parameter, moment)
@@ -113,9 +113,8 @@ class Shards:
 
     def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
         region = self._region(parameter, kind)
-        values = parameter if kind == WEIGHT else self.optimizer.state[parameter].get(kind)
-        if region is not None and values is not None:
-            flat = values.view(-1)
+        if region is not None:
+            flat = (parameter if kind == WEIGHT else self.optimizer.state[parameter][kind]).view(-1)
             # Every data-parallel rank has all of it: each writes its share.
             own = share(flat.numel(), self.context.data_size, self.context.data_rank)
             yield self._fragment(parameter, kind, region, 0, flat, own)
@@ -152,7 +151,7 @@ class Shards:
 class PartitionedShards(Shards):
     """ZeRO-1 and 2, bf16 too: a flat vector of all parameters, of which each data-parallel rank has a stretch."""
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         for partition in self._partitions:
             for moment in moments_of(self.config):
                 self._make_state(partition, moment, partition.shape)
@@ -183,7 +182,7 @@ class PartitionedShards(Shards):
 class ParameterShards(Shards):
     """ZeRO-3: each parameter by itself in equal parts, the last ones padded."""
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         for partition in self.optimizer.fp32_partitioned_groups_flat:
             for moment in moments_of(self.config):
                 self._make_state(partition, moment, partition.shape)

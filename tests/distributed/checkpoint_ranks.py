@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.checkpoint.fragments import WEIGHT
+from megatron_lite.checkpoint import loading
+from megatron_lite.checkpoint.fragments import WEIGHT, Region
 from megatron_lite.checkpoint.loading import load, newest_complete
-from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
+from megatron_lite.checkpoint.plan import Plan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
@@ -22,9 +25,10 @@ from megatron_lite.data.prepared import PreparedData
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start
-from megatron_lite.train.engine import Engine
+from megatron_lite.train.engine import Engine, StepResult
 from megatron_lite.train.generate import generate
 from megatron_lite.train.relay import forward_through_stages
+from megatron_lite.train.shards import Shards
 from megatron_lite.train.verify import synthetic_vocabulary
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
@@ -36,21 +40,37 @@ class Link:
     """One run of a chain: what it found, and what it left."""
 
     loaded_step: int
-    losses: list[float]
-    """Of the steps up to the checkpoint that it left, and of as many after it."""
+    steps: list[StepResult]
+    """Up to the checkpoint that it left, and as many after it."""
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    @property
+    def loss_scales(self) -> list[tuple[float, bool]]:
+        """With whether the step was skipped."""
+        return [(step.loss_scale, step.skipped) for step in self.steps]
 
 
-def link_rank(config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_steps: int, mutation: Any) -> Link:
+def link_rank(
+    config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_steps: int, mutation: str | None
+) -> Link:
     """Resume `folder`'s checkpoint if there is one, save it again in `copy`, train, save in `folder`, train on."""
+    with MUTATIONS[mutation]() if mutation else nullcontext():
+        return _link(config, vocab_size, folder, copy, num_steps)
+
+
+def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_steps: int) -> Link:
     engine, batches_from = synthetic_engine(config, vocab_size)
     plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
     first = resume(engine, plan, folder)
     if first:
         save(engine, plan, copy, first, asynchronous=True)
-    losses = train_steps(engine, batches_from, config, first, num_steps)
+    steps = train_steps(engine, batches_from, config, first, num_steps)
     save(engine, plan, folder, first + num_steps, asynchronous=False)
-    losses += train_steps(engine, batches_from, config, first + num_steps, num_steps)
-    return Link(first, losses)
+    steps += train_steps(engine, batches_from, config, first + num_steps, num_steps)
+    return Link(first, steps)
 
 
 def resume(engine: Engine, plan: Plan, folder: Path) -> int:
@@ -59,7 +79,6 @@ def resume(engine: Engine, plan: Plan, folder: Path) -> int:
     if found is None:
         return 0
     path, state = found
-    engine.shards.prepare()
     load(path, plan, engine.shards.fragments(), (WEIGHT, *state.optimizer.moments))
     engine.shards.updates = state.optimizer.step
     if state.loss_scale is not None:
@@ -69,9 +88,15 @@ def resume(engine: Engine, plan: Plan, folder: Path) -> int:
 
 
 def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: bool) -> None:
-    config, context = engine.config, engine.context
-    topology = context.topology
-    state = CheckpointState(
+    saver = Saver(folder, plan, {}, KEEP_ALL, asynchronous=asynchronous)
+    saver.save(engine.shards.fragments(), state_of(engine, step))
+    saver.wait()
+    dist.barrier()
+
+
+def state_of(engine: Engine, step: int) -> CheckpointState:
+    config, topology = engine.config, engine.context.topology
+    return CheckpointState(
         step=step,
         samples=step * config.train.global_batch_size,
         layout=Layout(
@@ -89,10 +114,36 @@ def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: b
         validation_loss=None,
         config={"train": asdict(config.train)["steps"]},
     )
-    saver = Saver(folder, plan, {}, KEEP_ALL, asynchronous=asynchronous)
-    saver.save(engine.shards.fragments(), state)
-    saver.wait()
-    dist.barrier()
+
+
+def _moments_swapped() -> AbstractContextManager[object]:
+    other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
+
+    def files(kind: str, names: Iterable[str]) -> list[str]:
+        return files_of(other.get(kind, kind), names)
+
+    return mock.patch.object(loading, "files_of", files)
+
+
+def _slice_shifted_by_one() -> AbstractContextManager[object]:
+    of = Shards._region
+
+    def region(shards: Shards, *arguments: object) -> Region | None:
+        found = of(shards, *arguments)  # type: ignore[arg-type]
+        return replace(found, offset=found.offset - 1) if found and found.offset else found
+
+    return mock.patch.object(Shards, "_region", region)
+
+
+def _updates_forgotten() -> AbstractContextManager[object]:
+    return mock.patch.object(Shards, "updates", property(Shards.updates.fget, lambda shards, count: None))
+
+
+MUTATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "moments_swapped": _moments_swapped,
+    "slice_shifted_by_one": _slice_shifted_by_one,
+    "updates_forgotten": _updates_forgotten,
+}
 
 
 @dataclass

@@ -39,7 +39,7 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
 }
-_GRACE_SECONDS = 2.0  # for the other ranks to end by themselves once one has failed
+_GRACE_SECONDS = 2.0
 _LOG_TAIL = 4000  # characters of a failed rank's output that the report shows
 
 
@@ -47,12 +47,19 @@ class RankError(AssertionError):
     """A rank raised, died or did not end in time."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120.0,
+    grace_seconds: float = _GRACE_SECONDS,
+) -> list[Any]:
     """Call function(*args) on every rank of a fresh gloo job and return the results in rank order.
 
     Args:
         function: of a module that the ranks can import; finds its rank by torch.distributed.
         args, result: anything that pickle takes; tensors travel by value.
+        grace_seconds: for the other ranks to end by themselves once one has failed.
     Raises:
         RankError: naming the rank that failed first, with its traceback and the end of its output.
     """
@@ -67,7 +74,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         try:
             for process in ranks:
                 process.start()
-            _wait(ranks, time.monotonic() + timeout_seconds)
+            _wait(ranks, time.monotonic() + timeout_seconds, grace_seconds)
             exit_codes = [process.exitcode for process in ranks]  # None = still running
         finally:
             _end(ranks)
@@ -91,11 +98,11 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _wait(ranks: Sequence[BaseProcess], deadline: float) -> None:
+def _wait(ranks: Sequence[BaseProcess], deadline: float, grace_seconds: float) -> None:
     """Until all ranks have ended, or one has failed and the others had their grace, or the time is over."""
     while alive := [process.sentinel for process in ranks if process.is_alive()]:
         if any(process.exitcode not in (None, 0) for process in ranks):
-            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            deadline = min(deadline, time.monotonic() + grace_seconds)
         if not multiprocessing.connection.wait(alive, timeout=max(0.0, deadline - time.monotonic())):
             return
 

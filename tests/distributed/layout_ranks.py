@@ -28,7 +28,7 @@ from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.engine import Engine, Evaluation, build_engine
+from megatron_lite.train.engine import Engine, Evaluation, StepResult, build_engine
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.train.relay import forward_through_stages
@@ -124,18 +124,18 @@ def synthetic_engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callab
 
 def train_steps(
     engine: Engine, batches_from: Callable[[int, int], list[MicroBatch]], config: RunConfig, first: int, count: int
-) -> list[float]:
-    """Losses of the steps [first, first + count) of a run, at its learning rates."""
+) -> list[StepResult]:
+    """The steps [first, first + count) of a run, at its learning rates."""
     context, train = engine.context, config.train
     own = train.global_batch_size // (context.data_size * train.micro_batch_size)
-    losses = []
+    results = []
     for step in range(first, first + count):
         batch = BatchSchedule(train).at(step)
         start = batch.first_sample + context.data_rank * own * train.micro_batch_size
         reads = context.is_first_stage or context.is_last_stage
         rate = learning_rate_at(step + 1, config.optimizer, train.steps)
-        losses.append(engine.train_step(batches_from(start, own) if reads else [], batch, rate).loss)
-    return losses
+        results.append(engine.train_step(batches_from(start, own) if reads else [], batch, rate))
+    return results
 
 
 def _context(config: RunConfig) -> ParallelContext:

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.folder import read_manifest
 from megatron_lite.config.schema import RunConfig
 from tests.distributed.checkpoint_ranks import Link, link_rank
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config, world_size
 
 SEED = 20261125
 NUM_STEPS = 5
@@ -74,17 +74,16 @@ def files(folder: Path, step: int) -> dict[str, str]:
     return {name: record.xxh3 for name, record in records.items() if name.endswith(".safetensors")}
 
 
-def run_chain(configs: list[RunConfig], folder: Path) -> list[Link]:
+def run_chain(
+    configs: list[RunConfig], folder: Path, num_steps: int = NUM_STEPS, mutation: str | None = None
+) -> list[Link]:
     """Each resumes from what the one before has left. Checks that nothing is lost on the way."""
     links = []
     for index, config in enumerate(configs):
-        parallel = config.parallel
-        world_size = (
-            (parallel.data_parallel_size or 1) * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        )
         copy = folder / f"copy{index}"
-        link = run_ranks(link_rank, world_size, config, VOCAB_SIZE, folder / "run", copy, NUM_STEPS, None)[0]
-        assert link.loaded_step == index * NUM_STEPS
+        arguments = (config, VOCAB_SIZE, folder / "run", copy, num_steps, mutation)
+        link = run_ranks(link_rank, world_size(config), *arguments)[0]
+        assert link.loaded_step == index * num_steps
         if index:
             saved = files(folder / "run", link.loaded_step)
             assert len(saved) > 3, "several files of each kind"

@@ -3,6 +3,8 @@
 FAULT="<what> <rank> <step>" makes the rank sleep, stop, kill itself or raise when it reads the data of that step.
 "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
 happen at a known step. "hold" waits there, once, whoever asks.
+
+FAULT_SLOW_SAVES="<seconds>" makes every rank take so long to write its tensors.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
         _plant(module.ShardSource)
+        if "FAULT_SLOW_SAVES" in os.environ:
+            _slow_down_saves(float(os.environ["FAULT_SLOW_SAVES"]))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -65,6 +69,18 @@ class _Finder(importlib.abc.MetaPathFinder):
         assert spec is not None
         spec.loader = _Loader(spec.loader)
         return spec
+
+
+def _slow_down_saves(seconds: float) -> None:
+    from megatron_lite.checkpoint import saving
+
+    write = saving.write
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return write(*arguments)
+
+    saving.write = slow_write
 
 
 def _plant(source: Any) -> None:

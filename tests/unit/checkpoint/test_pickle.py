@@ -13,6 +13,7 @@ from megatron_lite.checkpoint.__main__ import main
 from megatron_lite.checkpoint.folder import newest_complete
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.folder import read_weights
+from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.errors import CheckpointError, ConfigError
 from tests.unit.checkpoint.examples import SHARD, save
 
@@ -73,7 +74,7 @@ def test_pickle_in_the_place_of_a_file_is_damage(mark: Path, tmp_path: Path) -> 
     assert found[0].name == "step_00000100"
     assert messages[0].startswith("Skipping step_00000200: ")
     with pytest.raises(CheckpointError, match=SHARD):
-        TensorReader([folder / SHARD])
+        TensorReader({"weight": TensorEntry(folder / SHARD, "weight", "F32", (1,), (0, 4))})
     assert main(["verify", str(folder)]) == 1
     assert not mark.exists()
 
@@ -137,8 +138,11 @@ def _reads_pickle(node: ast.AST) -> bool:
     if isinstance(node, ast.ImportFrom):
         return node.module in MODULES or (node.module == "torch" and any(name.name == "load" for name in node.names))
     if isinstance(node, ast.Attribute):
-        called = ast.unparse(node)
-        return called in CALLS or node.attr in CALLS or (node.attr == "from_pretrained" and "Tokenizer" not in called)
+        return ast.unparse(node) in CALLS or node.attr in CALLS
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        safe = any(word.arg == "use_safetensors" and getattr(word.value, "value", 0) is True for word in node.keywords)
+        return called.endswith("from_pretrained") and "Tokenizer" not in called and not safe
     return (
         isinstance(node, ast.keyword) and node.arg == "allow_pickle" and getattr(node.value, "value", True) is not False
     )

@@ -153,7 +153,6 @@ def test_what_changes_within_a_run_is_told(tmp_path: Path) -> None:
     assert [(change.key, change.grade) for change in changes if not change.key.startswith("launcher.")] == [
         ("parallel.data_parallel_size", Grade.safe),
         ("optimizer.learning_rate", Grade.resets),
-        ("train.run_dir", Grade.safe),
     ]
 
 

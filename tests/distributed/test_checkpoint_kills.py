@@ -1,0 +1,110 @@
+"""A rank that is killed anywhere in a save: what was saved before, or the new checkpoint, is resumed from, bit by bit.
+
+Real SIGKILLs of real ranks ahead of each kind of change to the disk. The other rank ends by itself, and blames nobody's
+configuration for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.fault_ranks import Held, killed_rank, resumed_and_saved_rank, saved_rank, trained_rank
+from tests.distributed.harness import RankError, run_ranks
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+
+OLD, NEW, NEXT = "step_00000001", "step_00000002", "step_00000003"
+KINDS = (
+    {
+        "os.mkdir new",
+        "os.mkdir new/training",
+        "open new/model.safetensors",
+        "posix_fallocate new/model.safetensors",
+        "posix_fallocate new/training/exp_avg.safetensors",
+        "open new/config.json",
+        "open new/training/state.json",
+        "pwrite new/model.safetensors",
+        "pwrite new/training/exp_avg.safetensors",
+        "fsync new/model.safetensors",
+        "open new/manifest.json",
+        "fsync new/manifest.json",
+        "fsync new",
+        "os.rename new",
+        "fsync checkpoints",
+        "open .latest",
+        "fsync .latest",
+        "os.rename .latest",
+        "os.rename step_00000001",
+        "shutil.rmtree .step_00000001.removing",
+        "os.remove manifest.json",
+    },
+    {
+        "open new/model.safetensors",
+        "pwrite new/model.safetensors",
+        "pwrite new/training/exp_avg.safetensors",
+        "fsync new/training/exp_avg.safetensors",
+    },
+)
+"""Of changes, by rank: the first one writes what is no tensor, publishes and prunes."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One broken-off save of step 2, after which step 1 goes."""
+
+    checkpoints: Path
+    victim: int
+    change: str
+    """The one that the victim did not come to make."""
+    survivor: str
+    """How the other rank ended."""
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[Held]:
+    return run_ranks(trained_rank, 2, run_config("gpt2", dp=2, zero_stage=1), VOCAB_SIZE)
+
+
+def kills(jobs: list[Held], folder: Path, *, asynchronous: bool, every: int) -> list[Kill]:
+    """Of both ranks, one at the first change of each kind, in the order of time; `every`: of so many kinds one."""
+    before = folder / "before"
+    run_ranks(saved_rank, 2, jobs, before, [1])
+    whole = run_ranks(killed_rank, 2, jobs, copied(before, folder / "whole"), asynchronous, 0, 0)
+    found = []
+    for victim, (changes, kinds) in enumerate(zip(whole, KINDS, strict=True)):
+        for point in sorted(changes.index(kind) + 1 for kind in kinds)[::every]:
+            checkpoints = copied(before, folder / f"{victim}-{point}")
+            with pytest.raises(RankError, match=f"^rank {victim} died with exit code -9"):
+                run_ranks(killed_rank, 2, jobs, checkpoints, asynchronous, victim, point, grace_seconds=100.0)
+            survivor = (checkpoints.parent / f"{1 - victim}.end").read_text()
+            found.append(Kill(checkpoints, victim, changes[point - 1], survivor))
+    return found
+
+
+def copied(checkpoints: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(checkpoints, folder / "checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asynchronous", "every"), [(True, 1), (False, 6)])
+def test_killed_at_each_kind_of_change(asynchronous: bool, every: int, jobs: list[Held], tmp_path: Path) -> None:
+    found = kills(jobs, tmp_path, asynchronous=asynchronous, every=every)
+    folders = [one.checkpoints for one in found]
+    left = [(folder / f".{NEW}.incomplete").is_dir() for folder in folders]
+    on_ranks = run_ranks(resumed_and_saved_rank, 2, jobs, folders)
+    names: dict[int, list[str | None]] = {0: [], 1: []}
+    for kill, unfinished, (resumed, resaved, names_after), (other, _, _) in zip(found, left, *on_ranks, strict=True):
+        names[kill.victim].append(resumed.name)
+        assert resumed.is_right, kill
+        assert (other.name, other.is_right, other.messages) == (resumed.name, True, []), kill
+        assert any("it was never finished" in line for line in resumed.messages) == unfinished, kill
+        assert (resaved.name, resaved.is_right, resaved.messages) == (NEXT, True, []), kill
+        assert names_after == ["latest", NEXT], kill
+        expected = "RuntimeError: a checkpoint was not finished, for another rank has ended"
+        assert kill.survivor.startswith(expected), kill
+    assert set(names[1]) == {OLD}, "published without a rank's part"
+    assert names[0] == sorted(names[0]), "old, old, ..., new, new"
+    assert set(names[0]) == {OLD, NEW}
