@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -221,3 +222,8 @@ def test_samples_never_hold_padding() -> None:
     found = parity.random_inputs(T5, VOCAB_SIZE, pad_id=5)
     assert found.keys() == {"tokens", "decoder_tokens"}
     assert not any((tensor == 5).any() for tensor in found.values())
+
+
+def test_what_is_allowed_grows_with_the_logits() -> None:
+    assert parity.max_of([torch.tensor([0.5, -36.0]), torch.tensor([[7.0]])]) == 36.0
+    assert math.isnan(parity.max_of([torch.tensor([1.0, math.nan]), torch.tensor([2.0])]))
