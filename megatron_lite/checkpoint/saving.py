@@ -53,17 +53,19 @@ class Saver:
         kept: Kept,
         *,
         asynchronous: bool,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
             asynchronous: `save` returns when the rank's memory is copied.
+            on_failure: called as soon as a save has failed, by the thread that was at it; `wait` then raises why.
         """
         self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
         self.documents = dict(documents)
         if plan.index is not None:
             self.documents[INDEX_FILE] = plan.index.encode()
-        self.asynchronous = asynchronous
+        self.asynchronous, self.on_failure = asynchronous, on_failure
         self.reports: list[SaveReport] = []
         """Of the saves that are complete, oldest first; whoever has read them may clear the list."""
         self._group = dist.new_group(backend="gloo")
@@ -159,6 +161,7 @@ class Saver:
             self._error = error
             if self._is_writer:
                 folders.abandon(temporary)
+            self.on_failure()
             return
         total = time.perf_counter() - began
         final = self.checkpoints / folders.folder_name(state.step)

@@ -79,8 +79,20 @@ class Checkpoints:
     """Of the checkpoint that this attempt began from or has saved, or has begun to."""
 
     @classmethod
-    def of(cls, folder: Path, engine: Engine, prepared: PreparedData, report: Callable[[str], None]) -> Checkpoints:
-        """A collective of all ranks. `report` is told where a checkpoint will be no model folder of transformers."""
+    def of(
+        cls,
+        folder: Path,
+        engine: Engine,
+        prepared: PreparedData,
+        report: Callable[[str], None],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> Checkpoints:
+        """A collective of all ranks.
+
+        Args:
+            report: is told where a checkpoint will be no model folder of transformers.
+            on_failure: called on each rank, by another thread, as soon as a save has failed.
+        """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
         form, documents = None, {}
         try:
@@ -95,6 +107,7 @@ class Checkpoints:
             documents | prepared.tokenizer_files(),
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
+            on_failure=on_failure,
         )
         return cls(engine, prepared.fingerprint, shapes, saver)
 

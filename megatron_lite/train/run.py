@@ -6,6 +6,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ from megatron_lite.train.preview import preview
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import Links, measure_links
-from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         _conclude(run, Outcome(start.folder, run.started, done=True))
         return RunEnd.DONE
     schedule = BatchSchedule(run.config.train, start.origin)
-    engine, source, checkpoints = _build(run, start, schedule)
+    engine, source, checkpoints = _build(run, start, schedule, agreement)
     trackers = build_trackers(
         run.config, run.folder, run.context.is_writer, resume_step=start.step, report=run.console.print
     )
@@ -173,7 +174,9 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     return RunEnd.DONE
 
 
-def _build(run: Run, start: Start, schedule: BatchSchedule) -> tuple[Engine, ShardSource, Checkpoints]:
+def _build(
+    run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement
+) -> tuple[Engine, ShardSource, Checkpoints]:
     """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
@@ -181,7 +184,9 @@ def _build(run: Run, start: Start, schedule: BatchSchedule) -> tuple[Engine, Sha
     first_batch = schedule.at(start.step).global_batch_size
     engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
     run.heartbeat.enter(Phase.LOAD)
-    checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print)
+    # A run that cannot save must not go on for hours: all ranks stop, and `_stop` tells why.
+    give_up = partial(agreement.request, Reason.save)
+    checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print, give_up)
     checkpoints.begin(start)
     return engine, source, checkpoints
 

@@ -34,6 +34,7 @@ class Reason(IntEnum):
     file = 1
     usr1 = 2
     term = 3
+    save = 4
 
 
 class StopRequested(Exception):  # noqa: N818  # nothing is wrong
@@ -68,7 +69,7 @@ class StopRequest:
                 timer = threading.Timer(self._grace_seconds, os._exit, (128 + number,))
                 timer.daemon = True
                 timer.start()
-            self._heard = max(self._heard, heard[signal.Signals(number)])
+            self.ask(heard[signal.Signals(number)])
 
         earlier = {number: signal.signal(number, remember) for number in heard}
         try:
@@ -76,6 +77,10 @@ class StopRequest:
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def ask(self, reason: Reason) -> None:
+        """From within the program, by any of its threads."""
+        self._heard = max(self._heard, reason)
 
     @property
     def reason(self) -> Reason:
@@ -87,7 +92,12 @@ class StopRequest:
         """Why the job stops, as far as this rank knows."""
         if reason is Reason.file and self._run_dir is not None:
             return asked_because(self._run_dir)
-        return {Reason.file: f"a file named {STOP_FILE}", Reason.usr1: "SIGUSR1", Reason.term: "SIGTERM"}[reason]
+        return {
+            Reason.file: f"a file named {STOP_FILE}",
+            Reason.usr1: "SIGUSR1",
+            Reason.term: "SIGTERM",
+            Reason.save: "a checkpoint that cannot be written",
+        }[reason]
 
 
 class StopAgreement:
@@ -117,6 +127,10 @@ class StopAgreement:
     def of_job(cls, request: StopRequest, context: ParallelContext) -> StopAgreement:
         """A collective of all ranks."""
         return cls(request, dist.new_group(backend="gloo") if context.device.type == "cuda" else None)
+
+    def request(self, reason: Reason) -> None:
+        """Stop all ranks, on behalf of this one."""
+        self._request.ask(reason)
 
     def at_boundary(self) -> None:
         """

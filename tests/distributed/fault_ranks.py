@@ -246,6 +246,8 @@ def failing_saves_rank(
     """
     held = jobs[dist.get_rank()]
     saver = held.saver(checkpoints, asynchronous=True)
+    failed = threading.Event()
+    saver.on_failure = failed.set
 
     def write(*arguments: Any) -> None:
         if fault is not None and dist.get_rank() == 1:
@@ -254,6 +256,8 @@ def failing_saves_rank(
 
     with mock.patch.object(saving, "write", write):
         held.save(saver, 1)
+        if fault is not None:
+            assert failed.wait(60), "nobody is told before the next save"
         error = _error_of_save(held, saver, 2)
     dist.barrier()  # the writing rank has cleared up
     left = sorted(path.name for path in checkpoints.glob("*"))

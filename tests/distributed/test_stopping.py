@@ -21,7 +21,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.train.engine import Engine
-from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.stopping import MOST_BOUNDARIES, Reason, StopAgreement, StopRequest, StopRequested
 from tests.distributed.checkpoint_ranks import resume, save
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import synthetic_engine
@@ -168,6 +168,24 @@ def _file_rank(folder: str) -> str:
 def test_stop_file_reaches_every_rank() -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert run_ranks(_file_rank, 3, folder) == ["maintenance at noon", *["a file named STOP"] * 2]
+
+
+def _request_rank() -> str:
+    """Rank 1 asks by itself."""
+    agreement = StopAgreement(StopRequest(None, 60.0))
+    agreement.at_boundary()
+    if dist.get_rank() == 1:
+        agreement.request(Reason.save)
+    try:
+        for _ in range(2 * MOST_BOUNDARIES):
+            agreement.at_boundary()
+    except StopRequested as request:
+        return str(request)
+    return "nothing"
+
+
+def test_what_one_rank_asks_for_stops_all() -> None:
+    assert run_ranks(_request_rank, 2) == ["a checkpoint that cannot be written"] * 2
 
 
 def test_ranks_that_cannot_agree_end_after_the_grace() -> None:
