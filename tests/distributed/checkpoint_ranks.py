@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import loading
-from megatron_lite.checkpoint.fragments import WEIGHT, Region
+from megatron_lite.checkpoint.fragments import WEIGHT, Region, transfers
 from megatron_lite.checkpoint.loading import load, newest_complete
 from megatron_lite.checkpoint.plan import Plan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.retention import Kept
@@ -42,6 +43,10 @@ class Link:
     loaded_step: int
     steps: list[StepResult]
     """Up to the checkpoint that it left, and as many after it."""
+    written: int
+    """Elements that this rank has a checkpoint's files written with."""
+    elements: int
+    """Of all the files."""
 
     @property
     def losses(self) -> list[float]:
@@ -70,7 +75,25 @@ def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_step
     steps = train_steps(engine, batches_from, config, first, num_steps)
     save(engine, plan, folder, first + num_steps, asynchronous=False)
     steps += train_steps(engine, batches_from, config, first + num_steps, num_steps)
-    return Link(first, steps)
+    elements = sum(math.prod(shape) for tensors in plan.sets.values() for shape in tensors.form.shapes.values())
+    return Link(first, steps, written_elements(engine, plan), elements)
+
+
+def written_elements(engine: Engine, plan: Plan) -> int:
+    """What this rank takes upon itself of a save."""
+    owned = [one.of_owned(one.owned_values) for one in engine.shards.fragments()]
+    return sum(
+        transfer.view.numel()
+        for kind, tensors in plan.sets.items()
+        for transfer in transfers([one for one in owned if one.kind == kind], tensors.form)
+    )
+
+
+def copy_rank(config: RunConfig, vocab_size: int, source: Path, target: Path) -> None:
+    """Load the checkpoint in `source`, and save it in `target`."""
+    engine, _ = synthetic_engine(config, vocab_size)
+    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
+    save(engine, plan, target, resume(engine, plan, source), asynchronous=False)
 
 
 def resume(engine: Engine, plan: Plan, folder: Path) -> int:

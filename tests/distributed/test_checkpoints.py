@@ -15,7 +15,7 @@ import pytest
 
 from megatron_lite.checkpoint.folder import read_manifest
 from megatron_lite.config.schema import RunConfig
-from tests.distributed.checkpoint_ranks import Link, link_rank
+from tests.distributed.checkpoint_ranks import Link, copy_rank, link_rank
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config, world_size
 
@@ -82,7 +82,9 @@ def run_chain(
     for index, config in enumerate(configs):
         copy = folder / f"copy{index}"
         arguments = (config, VOCAB_SIZE, folder / "run", copy, num_steps, mutation)
-        link = run_ranks(link_rank, world_size(config), *arguments)[0]
+        ranks = run_ranks(link_rank, world_size(config), *arguments)
+        link = ranks[0]
+        assert sum(rank.written for rank in ranks) == link.elements, "each element is written once, by one rank"
         assert link.loaded_step == index * num_steps
         if index:
             saved = files(folder / "run", link.loaded_step)
@@ -99,3 +101,13 @@ def test_chains_of_random_layouts(model: str, tmp_path: Path) -> None:
     for (before, unbroken), (after, resumed) in pairwise(zip(layouts, links, strict=True)):
         expected = pytest.approx(unbroken.losses[NUM_STEPS:], rel=TOLERANCE)
         assert resumed.losses[:NUM_STEPS] == expected, f"{before} -> {after}"
+
+
+def test_there_and_back_again_is_bitwise_the_same(tmp_path: Path) -> None:
+    one, other = (case.config("gpt2") for case in (Case(1, 2, 2, 1, True), Case(2, 1, 1, 3, False)))
+    run_ranks(link_rank, 4, one, VOCAB_SIZE, tmp_path / "a", tmp_path, 1, None)
+    run_ranks(copy_rank, 2, other, VOCAB_SIZE, tmp_path / "a", tmp_path / "b")
+    run_ranks(copy_rank, 4, one, VOCAB_SIZE, tmp_path / "b", tmp_path / "a again")
+    saved = files(tmp_path / "a", 1)
+    assert saved
+    assert files(tmp_path / "b", 1) == files(tmp_path / "a again", 1) == saved

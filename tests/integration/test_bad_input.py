@@ -89,8 +89,8 @@ def test_truncated_shard_and_wrong_tokenizer(tiny: TinyWords, tmp_path: Path) ->
 @pytest.mark.slow
 def test_run_folder_of_another_configuration(tiny: TinyWords) -> None:
     run_warm(tiny("run")).require_success()
-    finished = run(launch(*tiny("run", "model.hidden_size=64", "optimizer.learning_rate=1e-4")))
-    _require_one_clear_error(finished, "train.run_dir", "model.hidden_size", "optimizer.learning_rate")
+    finished = run(launch(*tiny("run", "data.seq_length=16", "optimizer.learning_rate=1e-4")))
+    _require_one_clear_error(finished, "train.run_dir", "data.seq_length=32", "model.init_from=")
 
 
 def test_folders_that_cannot_be_written(tiny: TinyWords) -> None:
