@@ -32,6 +32,9 @@ from megatron_lite.observe.markers import clear_markers, leave_marker
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
 # than this is not one of many with the same error.
 SILENCE_SECONDS = 3.0
+YIELD_SECONDS = 3.0  # in which a rank that has failed by itself is gone, and so the first to be
+# What gloo and NCCL say when the process at the other end of a connection is gone.
+LOST_PEER = ("closed by peer", "reset by peer", "remote worker", "remote process")
 # Set by torchrun and by deepspeed, which leave their ranks behind when they are killed.
 STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
@@ -208,8 +211,14 @@ def _tell(text: str, terminal: int) -> None:
 
 
 def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> None:
-    """A failure of ours: the traceback goes to this rank's log, the launcher or a line on the terminal says so."""
+    """A failure of ours: the traceback goes to this rank's log, the launcher or a line on the terminal says so.
+
+    A rank that has only lost another one lets it end first: launchers name the first, and connections close before a
+    process is quite gone.
+    """
     text = traceback.format_exc()
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_PEER):
+        time.sleep(YIELD_SECONDS)
     log = _append_to_log(text, config)
     if log is None:
         os.write(terminal, text.encode())

@@ -8,7 +8,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.optim.batch_ramp import BatchStep
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import _engine
+from tests.distributed.layout_ranks import synthetic_engine
 
 VOCAB = 256
 BATCH = 4  # two micro-batches of two
@@ -22,7 +22,7 @@ def _config(layout: str) -> RunConfig:
 
 def _phases_of_rank(config: RunConfig) -> tuple[str, str]:
     """Of the second step, and of the evaluation after it."""
-    engine, batches_from = _engine(config, VOCAB)
+    engine, batches_from = synthetic_engine(config, VOCAB)
     entered: list[str] = []
 
     def enter(phase: Phase, micro_batch: int | None = None) -> None:
