@@ -85,7 +85,6 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
-        self._require_space()
         final = self.checkpoints / folders.folder_name(state.step)
         if not self.asynchronous:
             self._write([one.of_owned(one.owned_values) for one in fragments], state, began, None)
@@ -128,9 +127,8 @@ class Saver:
             raise error
 
     def _require_space(self) -> None:
-        """A full disk is told at once, before anything is written."""
         needed = self.plan.bytes + sum(map(len, self.documents.values()))
-        self._together(lambda: folders.require_space(self.checkpoints, needed), by_writer=True)
+        folders.require_space(self.checkpoints, needed)
 
     def _copied(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """The owned values in host memory, which the next save uses again: its pages are then mapped already."""
@@ -151,6 +149,7 @@ class Saver:
         """`stall_seconds`: None = training waits for all of it."""
         temporary = self.checkpoints / f".{folders.folder_name(state.step)}.incomplete"
         try:
+            self._together(self._require_space, by_writer=True)
             self._together(lambda: self._begin(state), by_writer=True)
             self._together(lambda: self._write_tensors(temporary, fragments))
             hashes = self._together(lambda: self._hash_share(temporary))
