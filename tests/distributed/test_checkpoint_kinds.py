@@ -81,5 +81,5 @@ def test_offloaded_optimizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_planted_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"the layout has changed a weight|approx"):
+    with pytest.raises(AssertionError, match=r"the layout has changed a weight|each element is written once|approx"):
         require_same_losses(run_chain([config(TP2), config({})], tmp_path, NUM_STEPS, mutation))
