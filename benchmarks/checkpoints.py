@@ -53,21 +53,18 @@ def main(vocab_size: str, turns: str) -> None:
 def _sizes(folder: Path) -> dict[str, float]:
     """Bytes on the disk, beside the least that hold the state."""
     from megatron_lite.config.hf.headers import tensors_of
+    from megatron_lite.files import bytes_below
 
     checkpoint = next((folder / "ours").glob("step_*"))
     parameters = sum(math.prod(entry.shape) for entry in tensors_of(checkpoint).values())
     minimum = BYTES_OF_A_PARAMETER * parameters
-    ours, theirs = (_bytes_below(path) for path in (checkpoint, folder / "deepspeed0"))
+    ours, theirs = (bytes_below(path) for path in (checkpoint, folder / "deepspeed0"))
     return {
         "parameters": parameters,
         "bytes": ours,
         "minimum_bytes": minimum,
         "deepspeed_ratio": theirs / minimum,
     }
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turns: int) -> None:

@@ -20,6 +20,11 @@ def file_xxh3(path: Path) -> str:
     return digest.hexdigest()
 
 
+def bytes_below(folder: Path) -> int:
+    """Of all files in a folder and its subfolders."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

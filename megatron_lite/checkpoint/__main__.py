@@ -25,7 +25,7 @@ from megatron_lite.checkpoint.inspection import (
 from megatron_lite.checkpoint.retention import Kept, drop, examine, to_drop
 from megatron_lite.config.changes import table
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, CheckpointError, MegatronLiteError
-from megatron_lite.files import size_text
+from megatron_lite.files import bytes_below, size_text
 
 EXIT_DIFFERENT = 1
 """Also of a checkpoint that differs from its manifest."""
@@ -160,7 +160,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     folders = {step_of(folder): folder for folder in candidates(checkpoints)}
     steps = to_drop([examine(folder) for folder in folders.values()], kept, newest[1].step)
     going = [folders[step] for step in steps if step < newest[1].step]
-    freed = sum(_bytes_of(folder) for folder in going)
+    freed = sum(bytes_below(folder) for folder in going)
     for folder in folders.values():
         print(f"{'goes' if folder in going else 'stays'}  {folder.name}")
     if not arguments.dry_run:
@@ -177,10 +177,6 @@ def _export(arguments: argparse.Namespace) -> int:
     parity = done.parity
     print(f"{parity.reader} reads the same {parity.outputs} from it (largest difference {parity.difference:.2g})")
     return EXIT_OK
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

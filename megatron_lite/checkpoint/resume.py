@@ -10,9 +10,10 @@ from pathlib import Path
 from megatron_lite.checkpoint.state import CheckpointState, Layout
 from megatron_lite.config.changes import Change, Grade, grade_changes, refusals, table
 from megatron_lite.config.frozen import from_containers
-from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Precision, RunConfig
+from megatron_lite.config.schema import OptimizerConfig, Precision, RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.optim.batch_ramp import Origin
+from megatron_lite.optim.moments import moments_of
 from megatron_lite.optim.schedule import learning_rate_at
 
 # Settings by what of a run they change; a change of one of them may still reset nothing.
@@ -126,11 +127,7 @@ def _other_data(state: CheckpointState, data_fingerprint: str, where: str, folde
 
 
 def _keeps_moments(state: CheckpointState, optimizer: OptimizerConfig) -> bool:
-    return state.optimizer.name == optimizer.name and _has_moments(optimizer) and bool(state.optimizer.moments)
-
-
-def _has_moments(optimizer: OptimizerConfig) -> bool:
-    return optimizer.name is not OptimizerName.sgd or optimizer.momentum > 0
+    return state.optimizer.name == optimizer.name and bool(moments_of(optimizer) and state.optimizer.moments)
 
 
 def _weights(state: CheckpointState, config: RunConfig, layout: Layout) -> Subsystem:
@@ -145,7 +142,7 @@ def _optimizer(state: CheckpointState, optimizer: OptimizerConfig, layout: Layou
     name, stored = "optimizer", state.optimizer
     if stored.name != optimizer.name:
         return Subsystem(name, Fate.reset, f"{stored.name} -> {optimizer.name}: moments start from zero")
-    if not _has_moments(optimizer):
+    if not moments_of(optimizer):
         return Subsystem(name, Fate.restored, f"{optimizer.name} without momentum has no moments")
     if not load_moments:
         return Subsystem(name, Fate.reset, f"the checkpoint has no moments of {optimizer.name}: they start from zero")

@@ -199,9 +199,10 @@ class Saver:
         fault: Exception | None = None
         try:
             if self._is_writer or not by_writer:
-                answer = (None, do())
-        except (OSError, CheckpointError) as error:
-            answer = (_explained(error, self.checkpoints), None)
+                with folders.explained(self.checkpoints):
+                    answer = (None, do())
+        except CheckpointError as error:
+            answer = (str(error), None)
         except Exception as error:  # ours to mend; the other ranks must not wait for this one
             fault, answer = error, (f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}", None)
         answers: list[tuple[str | None, T | None]] = [(None, None)] * dist.get_world_size()
@@ -215,12 +216,3 @@ class Saver:
         if errors:
             raise CheckpointError(errors[0])
         return [given for _, given in answers]
-
-
-def _explained(error: OSError | CheckpointError, checkpoints: Path) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error)
-    return (
-        f"{checkpoints} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
-        "from the last complete checkpoint"
-    )

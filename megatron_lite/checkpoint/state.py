@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.hf.folder import STATE_FILE as STATE_FILE
+from megatron_lite.config.hf.folder import TRAINING as TRAINING
 from megatron_lite.errors import CheckpointError, ForeignFormatError
 
 FORMAT = 1
-TRAINING = "training"
-"""Subfolder of what only training needs; beside it lies a Hugging Face model folder."""
-STATE_FILE = f"{TRAINING}/state.json"
 
 
 @dataclass(frozen=True)

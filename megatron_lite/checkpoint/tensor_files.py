@@ -103,11 +103,9 @@ def index_of(files: Sequence[TensorFile]) -> str | None:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1)
 
 
-def write(folder: Path, files: Sequence[TensorFile], moved: Iterable[Transfer]) -> set[Path]:
+def write(folder: Path, files: Sequence[TensorFile], moved: Iterable[Transfer]) -> None:
     """Put each transfer's values at its place in files that `create` has made, and wait until the disk has them.
 
-    Returns:
-        the files that got something
     Raises:
         OSError: the disk is full or the folder is gone.
     """
@@ -125,7 +123,6 @@ def write(folder: Path, files: Sequence[TensorFile], moved: Iterable[Transfer]) 
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    return {folder / name for name in descriptors}
 
 
 def _write_at(descriptor: int, data: memoryview, position: int) -> None:

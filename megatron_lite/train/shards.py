@@ -6,7 +6,7 @@ that saving copies nothing and loading writes where training reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Shards:
     context: ParallelContext
 
     def fragments(self) -> list[Fragment]:
-        """Of every weight and every moment that exists, in a fixed order."""
+        """Of every weight and every moment, in a fixed order."""
         self._prepare()
         return [
             fragment
@@ -58,11 +58,11 @@ class Shards:
     @property
     def updates(self) -> int:
         """How many the optimizer has made: what Adam's bias correction counts."""
-        return max((int(state["step"]) for state in self._states if "step" in state), default=0)
+        return max((int(state["step"]) for state in self._torch_state.values() if "step" in state), default=0)
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for state in self._states:
+        for state in self._torch_state.values():
             if "step" in state:
                 state["step"] = torch.full_like(state["step"], count) if torch.is_tensor(state["step"]) else count
 
@@ -94,7 +94,7 @@ class Shards:
 
     def _make_state(self, values: Tensor, moment: str, shape: Shape) -> None:
         """`values`: what torch's optimizer takes for a parameter."""
-        state = getattr(self.optimizer, "optimizer", self.optimizer).state[values]
+        state = self._torch_state[values]
         if self.config.name is OptimizerName.adamw:
             state.setdefault("step", torch.zeros((), device=values.device))
         elif self.config.name is OptimizerName.adafactor:
@@ -103,8 +103,9 @@ class Shards:
             state[moment] = torch.zeros(shape, device=values.device)
 
     @property
-    def _states(self) -> Iterable[dict[str, Any]]:
-        return getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+    def _torch_state(self) -> dict[Tensor, dict[str, Any]]:
+        """Of torch's optimizer, inside DeepSpeed's or alone."""
+        return getattr(self.optimizer, "optimizer", self.optimizer).state
 
     @property
     def _scaler(self) -> Any:
@@ -114,7 +115,7 @@ class Shards:
     def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
         region = self._region(parameter, kind)
         if region is not None:
-            flat = (parameter if kind == WEIGHT else self.optimizer.state[parameter][kind]).view(-1)
+            flat = (parameter if kind == WEIGHT else self._torch_state[parameter][kind]).view(-1)
             # Every data-parallel rank has all of it: each writes its share.
             own = share(flat.numel(), self.context.data_size, self.context.data_rank)
             yield self._fragment(parameter, kind, region, 0, flat, own)
@@ -176,7 +177,7 @@ class PartitionedShards(Shards):
         yield self._fragment(parameter, kind, region, mapping.lp_fragment_address.start, flat, (0, flat.numel()))
 
     def _moment(self, group: int, kind: str, place: Any) -> Tensor:
-        return self.optimizer.optimizer.state[self._partitions[group]][kind].narrow(0, place.start, place.numel)
+        return self._torch_state[self._partitions[group]][kind].narrow(0, place.start, place.numel)
 
 
 class ParameterShards(Shards):

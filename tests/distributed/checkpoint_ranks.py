@@ -19,13 +19,13 @@ from megatron_lite.checkpoint.loading import load, newest_complete
 from megatron_lite.checkpoint.plan import Plan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
-from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
+from megatron_lite.checkpoint.state import CheckpointState, OptimizerState
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
-from megatron_lite.train.checkpoints import Checkpoints, Start
+from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of
 from megatron_lite.train.engine import Engine, StepResult
 from megatron_lite.train.generate import generate
 from megatron_lite.train.relay import forward_through_stages
@@ -118,17 +118,11 @@ def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: b
 
 
 def state_of(engine: Engine, step: int) -> CheckpointState:
-    config, topology = engine.config, engine.context.topology
+    config = engine.config
     return CheckpointState(
         step=step,
         samples=step * config.train.global_batch_size,
-        layout=Layout(
-            topology.data_parallel_size,
-            topology.tensor_parallel_size,
-            topology.pipeline_parallel_size,
-            config.parallel.zero_stage,
-            config.parallel.sequence_parallel,
-        ),
+        layout=layout_of(config, engine.context),
         precision=str(config.train.precision),
         optimizer=OptimizerState(str(config.optimizer.name), engine.shards.updates, moments_of(config.optimizer)),
         loss_scale=engine.shards.loss_scale,

@@ -16,7 +16,9 @@ from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError
 
 CONFIG_FILE = "config.json"
-STATE_FILE = "training/state.json"  # of our checkpoints; `checkpoint.state` writes it
+TRAINING = "training"
+"""Subfolder of our checkpoints for what only training needs; beside it lies the model folder."""
+STATE_FILE = f"{TRAINING}/state.json"
 CHECKPOINT = "a checkpoint, such as RUN/checkpoints/step_00000100"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = (
