@@ -34,6 +34,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def publish_first(path: Path, text: str) -> bool:
     """Write a file whole or not at all, unless it is there already; whether we were the first, of all nodes."""
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")

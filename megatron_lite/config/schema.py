@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_lite.config.launcher import LauncherConfig
+from megatron_lite.config.stability import StabilityConfig
 
 
 class Architecture(StrEnum):
@@ -367,7 +368,7 @@ class TrackingConfig:
     """None = the run folder's name."""
     tensorboard: bool = False
     plot: bool = True
-    """Draw loss.png at the end."""
+    """Draw loss.png at the end, and write report.html."""
 
 
 @dataclass
@@ -382,6 +383,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     debug: bool = False

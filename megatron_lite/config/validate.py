@@ -87,5 +87,7 @@ RULES: tuple[Rule, ...] = (
     training.weights_match_sources,
     training.prompt_is_given,
     training.kept_checkpoints_exist,
+    training.window_holds_enough,
+    training.rollback_has_checkpoints,
     *launcher.LAUNCHER_RULES,
 )

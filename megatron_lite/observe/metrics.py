@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from megatron_lite.files import replace_file
 
 _SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -106,16 +107,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file without the lines that are broken or not kept; by rename, so a kill leaves one or the other."""
+    """Rewrite the file without the lines that are broken or not kept."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (entry := _parse(line)) is not None and keep(entry)]
     if len(kept) == len(lines):
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, b"".join(kept))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import Decay, Precision
+from megatron_lite.config.stability import OnSpike
 
 FP16_ON_CPU = "MEGATRON_LITE_FP16_ON_CPU"  # =1 lets tests exercise loss scaling where fp16 arithmetic is only emulated
 
@@ -159,4 +160,22 @@ def kept_checkpoints_exist(case: Case) -> Iterator[str]:
         yield (
             f"train.keep_best={train.keep_best} has no effect while train.eval_interval=0: no checkpoint but the last "
             f"gets a validation loss; set train.eval_interval={train.save_interval or 100}"
+        )
+
+
+def window_holds_enough(case: Case) -> Iterator[str]:
+    stability = case.config.stability
+    if case.sound("stability.window", "stability.min_steps") and stability.min_steps > stability.window:
+        yield (
+            f"stability.min_steps={stability.min_steps} is more than stability.window={stability.window}, which never "
+            f"holds as many; use at most {stability.window}"
+        )
+
+
+def rollback_has_checkpoints(case: Case) -> Iterator[str]:
+    config = case.config
+    if config.stability.on_spike is OnSpike.rollback and config.train.save_interval == 0:
+        yield (
+            "stability.on_spike=rollback goes back to a checkpoint, and train.save_interval=0 writes none before the "
+            "end; set train.save_interval to the steps that you can afford to lose, such as 100"
         )

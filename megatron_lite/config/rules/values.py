@@ -30,6 +30,9 @@ POSITIVE = (
     "optimizer.decay_steps",
     "train.steps",
     "train.max_unsound_steps",
+    "stability.window",
+    "stability.min_steps",
+    "stability.loss_scale_halvings",
     "data.max_epochs",
     "launcher.nodes",
     "launcher.chain",
@@ -62,6 +65,11 @@ NOT_NEGATIVE = (
     "train.keep_every",
     "train.keep_best",
     "train.generate_tokens",
+    "stability.min_loss_rise",
+    "stability.lead_in_steps",
+    "stability.max_rollbacks",
+    "stability.layer_interval",
+    "stability.worst_sequences",
     "train.loss_scale.initial_power",
     "launcher.node_rank",
     "launcher.max_requeues",
@@ -75,6 +83,8 @@ ABOVE_ZERO = (
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "train.timeout_seconds",
+    "stability.loss_deviations",
+    "stability.grad_norm_deviations",
     "launcher.grace_seconds",
 )
 FRACTIONS = (  # [0, 1)
@@ -102,7 +112,7 @@ PARTS = (  # (0, 1)
     "objective.infill_fraction",
     "objective.ul2_s_density",
 )
-AT_LEAST_ONE = ("objective.mean_span_length",)
+AT_LEAST_ONE = ("objective.mean_span_length", "stability.min_grad_norm_factor")
 CHOICES: dict[str, tuple[object, ...]] = {
     "parallel.zero_stage": (0, 1, 2, 3),
     "launcher.device": ("auto", "cpu", "cuda"),

@@ -77,7 +77,7 @@ def test_round_trip(tmp_path: Path, experiment: str) -> None:
         ("a: [", "while parsing"),
         ("\x00\x01", "special characters are not allowed"),
         ("- 1\n", "Cannot merge DictConfig with ListConfig"),
-        ("", "script, model, parallel, data, optimizer, train, tracking, launcher, debug missing"),
+        ("", "script, model, parallel, data, optimizer, train, stability, tracking, launcher, debug missing"),
     ],
 )
 def test_load_is_strict(tmp_path: Path, text: str, message: str) -> None:

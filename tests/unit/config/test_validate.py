@@ -277,6 +277,15 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "train.keep_best=1 has no effect while train.eval_interval=0: no checkpoint but the last gets a validation "
         "loss; set train.eval_interval=100",
     ),
+    "more steps than the window": (
+        ["stability.window=10", "stability.min_steps=12"],
+        "stability.min_steps=12 is more than stability.window=10, which never holds as many; use at most 10",
+    ),
+    "rollback to nothing": (
+        ["stability=rollback", "train.save_interval=0"],
+        "stability.on_spike=rollback goes back to a checkpoint, and train.save_interval=0 writes none before the end; "
+        "set train.save_interval to the steps that you can afford to lose, such as 100",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,44 @@
+"""Settings of what counts as a spike, and of what is done about one. A part of `schema.RunConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class OnSpike(StrEnum):
+    warn = "warn"  # report it and train on
+    skip_step = "skip_step"  # report it and drop that step's update
+    rollback = "rollback"  # back to the checkpoint before it, and past the samples that led in
+
+
+@dataclass
+class StabilityConfig:
+    """What is usual is told by the median and the median absolute deviation of the latest usual steps: a spike that has
+    come in moves neither, where it would move a mean and widen a standard deviation."""
+
+    on_spike: OnSpike = OnSpike.warn
+    window: int = 128
+    """Latest usual steps that are looked at: as many as in OLMo-core."""
+    min_steps: int = 16
+    """Usual steps before loss and gradient norm are judged; what is no number is a spike from the first step on."""
+    loss_deviations: float = 8.0
+    """A loss is a spike that lies so many robust deviations (1.4826 x the median absolute one) above the median ..."""
+    min_loss_rise: float = 0.05
+    """... and at least this fraction of the median: late in a run losses hardly differ, and the smallest bump would be
+    many deviations."""
+    grad_norm_deviations: float = 10.0
+    """The same of the logarithm of the gradient norm, which is skewed ..."""
+    min_grad_norm_factor: float = 3.0
+    """... and at least so many times the median."""
+    loss_scale_halvings: int = 6
+    """fp16: so many halvings of the loss scale within `window` steps are its collapse."""
+    lead_in_steps: int = 1
+    """rollback: steps before the spike whose samples are left out too: the update before it may have caused it."""
+    max_rollbacks: int = 4
+    """Of a run; each one in a row at the same place leaves out twice as many samples more. Where another one would be
+    needed, the run ends as diverged."""
+    layer_interval: int = 20
+    """Steps between figures of each layer (gradient norm, update-to-weight ratio) and of memory; 0 = only at spikes."""
+    worst_sequences: int = 4
+    """Sequences of the highest loss whose text a dossier shows."""

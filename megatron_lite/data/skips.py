@@ -1,0 +1,119 @@
+"""Stretches of samples that a run leaves out: kept in the run folder, so that every later attempt respects them.
+
+A run counts the samples that it consumes; those that it leaves out have a number and are not counted. So the n-th
+sample of the run is the n-th that lies in no window, and everything that counts samples, the batch ramp and the
+position in a checkpoint, stays as it is.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.errors import DataError
+from megatron_lite.files import replace_file
+
+SKIPS_FILE = "skipped_samples.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """The global samples [first, stop)."""
+
+    first: int
+    stop: int
+
+
+class Skips:
+    """Which samples are left out, and the number of the n-th that is not.
+
+    Args:
+        windows: in any order; those that touch or overlap become one.
+    """
+
+    def __init__(self, windows: Iterable[Window] = ()) -> None:
+        self.windows = _merged(windows)
+        self._gone = [0]  # samples in the first n windows
+        self._jumps = []  # samples consumed where each window is jumped over
+        for window in self.windows:
+            self._jumps.append(window.first - self._gone[-1])
+            self._gone.append(self._gone[-1] + window.stop - window.first)
+
+    def index(self, count: int) -> int:
+        """The global number of the sample ahead of which `count` samples are consumed."""
+        return count + self._gone[bisect.bisect_right(self._jumps, count)]
+
+    def indices(self, first_count: int, number: int) -> list[int]:
+        """Of `number` consecutive samples."""
+        return [self.index(count) for count in range(first_count, first_count + number)]
+
+    def count(self, index: int) -> int:
+        """How many samples are consumed ahead of a global number: the inverse of `index`."""
+        ahead = bisect.bisect_left(self.windows, Window(index, 0))
+        gone = sum(min(window.stop, index) - window.first for window in self.windows[:ahead])
+        return index - gone
+
+    def with_window(self, window: Window) -> Skips:
+        return Skips([*self.windows, window])
+
+    def before(self, index: int) -> tuple[Window, ...]:
+        """What is left out ahead of a global number."""
+        return tuple(window for window in self.windows if window.first < index)
+
+
+def _merged(windows: Iterable[Window]) -> tuple[Window, ...]:
+    merged: list[Window] = []
+    for window in sorted(windows):
+        if merged and window.first <= merged[-1].stop:
+            merged[-1] = Window(merged[-1].first, max(merged[-1].stop, window.stop))
+        elif window.stop > window.first:
+            merged.append(window)
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Why a window of samples is left out."""
+
+    window: Window
+    step: int
+    """That was a spike."""
+    to_step: int
+    """Of the checkpoint that the run went back to."""
+    reason: str
+
+
+def read_rollbacks(run_dir: Path) -> list[Rollback]:
+    """All rollbacks of a run so far, oldest first.
+
+    Raises:
+        DataError: the file is damaged: which samples to leave out is then unknown.
+    """
+    path = run_dir / SKIPS_FILE
+    if not path.exists():
+        return []
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']}, and this version reads {FORMAT}")
+        return [Rollback(**entry | {"window": Window(**entry["window"])}) for entry in found["rollbacks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}), and it tells which samples this run leaves out; bring it back, or train "
+            "in a new train.run_dir"
+        ) from error
+
+
+def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:
+    """For the writing rank alone; on the disk when it returns."""
+    document = {"format": FORMAT, "rollbacks": [asdict(one) for one in rollbacks]}
+    replace_file(run_dir / SKIPS_FILE, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def skips_of(rollbacks: Iterable[Rollback]) -> Skips:
+    return Skips(one.window for one in rollbacks)
