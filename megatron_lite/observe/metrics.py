@@ -18,29 +18,47 @@ from megatron_lite.files import replace_file
 _SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 METRICS_FILE = "metrics.jsonl"
+ROLLED_BACK_FILE = "rolled_back.jsonl"
+"""Lines of metrics.jsonl that a rollback took back; `rollbacks` says which branch of the run they are of."""
 EVENTS_FILE = "events.jsonl"
+SPIKE_EVENT = "spike"
+ROLLBACK_EVENT = "rollback"
+ROLLBACKS = "rollbacks"
+"""The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
 
 
 class MetricsWriter:
     """Appends one line a step.
 
     A run that resumes after step k repeats the steps that it had logged beyond k; their old lines, and a last line that
-    a kill tore, are dropped before the first new one is written, so each step stands in the file once.
+    a kill tore, are dropped before the first new one is written, so each step stands in the file once. Those of a
+    branch that the run has left by a rollback are moved to `rolled_back.jsonl` instead: nothing will repeat them.
 
     Args:
         resume_step: the last step that counts; 0 = a fresh start.
+        rollbacks: of the run so far.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, rollbacks: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_lines(path, lambda entry: isinstance(entry.get("step"), int) and entry["step"] <= resume_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        self._begin(resume_step, rollbacks)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(_line({"step": step, **values}))
 
+    def rewind(self, step: int, rollbacks: int) -> None:
+        """Go on after `step`, in the branch that so many rollbacks have led to."""
+        self._file.close()
+        self._begin(step, rollbacks)
+
     def close(self) -> None:
         self._file.close()
+
+    def _begin(self, last_step: int, rollbacks: int) -> None:
+        _set_aside(self._path, last_step, rollbacks)
+        _keep_lines(self._path, lambda entry: _counts(entry, last_step))
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
 
 class EventWriter:
@@ -72,14 +90,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(_to_json(entry), allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(to_json(entry), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """The same as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if hasattr(value, "item"):  # a number of numpy or torch
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -104,6 +123,30 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return _from_json(entry) if isinstance(entry, dict) else None
+
+
+def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
+    return isinstance(entry.get("step"), int) and entry["step"] <= last_step
+
+
+def branch_of(entry: Mapping[str, Any]) -> int:
+    """How many rollbacks a line comes after."""
+    return int(entry.get(ROLLBACKS) or 0)
+
+
+def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:
+    """Copy what lies beyond `last_step` in branches that are left to `rolled_back.jsonl`, on the disk when it returns.
+
+    A kill before metrics.jsonl is shortened has this done again, so what is there already is not copied twice.
+    """
+    aside = path.with_name(ROLLED_BACK_FILE)
+    entries = read_metrics(path)
+    left = [entry for entry in entries if not _counts(entry, last_step) and branch_of(entry) < rollbacks]
+    before = read_metrics(aside)
+    known = {(branch_of(entry), entry.get("step")) for entry in before}
+    new = [entry for entry in left if (branch_of(entry), entry.get("step")) not in known]
+    if new:
+        replace_file(aside, "".join(_line(entry) for entry in [*before, *new]).encode())
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

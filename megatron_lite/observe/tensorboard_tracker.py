@@ -8,23 +8,41 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_lite.observe.panels import tensorboard_layout
 from megatron_lite.observe.trackers import numbers
 
 
 class TensorBoardTracker:
-    """Scalars by step; those of an earlier attempt beyond `resume_step` are hidden by TensorBoard's purge step."""
+    """Scalars by step, and the charts of `panels.PANELS` under Custom Scalars.
+
+    Steps of an earlier attempt beyond `resume_step`, and those that a rollback takes back, are hidden by TensorBoard's
+    purge step.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
-        purge_step = resume_step + 1 if resume_step else None
-        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._folder = str(run_dir / "tensorboard")
+        self._begin(resume_step + 1 if resume_step else None)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in numbers(values).items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        self._add("train", step, values)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in numbers(values).items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        self._add(kind, step, values)
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing: TensorBoard tells nobody."""
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        self._writer.close()
+        self._begin(step + 1)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._writer.close()
+
+    def _begin(self, purge_step: int | None) -> None:
+        self._writer = SummaryWriter(log_dir=self._folder, purge_step=purge_step)
+        self._writer.add_custom_scalars(tensorboard_layout())
+
+    def _add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in numbers(values).items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)

@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter, MetricsWriter, read_metrics
+from megatron_lite.observe.metrics import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    ROLLED_BACK_FILE,
+    EventWriter,
+    MetricsWriter,
+    read_metrics,
+)
 
 
 class Tracker(Protocol):
@@ -19,6 +26,13 @@ class Tracker(Protocol):
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Something that happened at a step: an attempt's start, a resume, a save, an evaluation."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the people who watch the run, where the tracker has a way to."""
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        """A rollback, the run's `rollbacks`-th, has taken back all steps beyond `step`: they come again, with other
+        samples. Its event is logged before."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run's last figures; nothing is logged after it."""
@@ -47,8 +61,8 @@ class RunSettings(Protocol):
 class JsonlTracker:
     """`metrics.jsonl` and `events.jsonl` in the run folder."""
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step)
+    def __init__(self, run_dir: Path, resume_step: int, rollbacks: int = 0) -> None:
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks)
         self._events = EventWriter(run_dir / EVENTS_FILE)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -56,6 +70,12 @@ class JsonlTracker:
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._events.write(kind, step, values)
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing: whoever alerts has logged the event."""
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        self._metrics.rewind(step, rollbacks)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._metrics.close()
@@ -82,6 +102,12 @@ class Trackers:
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.event(kind, step, values))
 
+    def alert(self, title: str, text: str) -> None:
+        self._each(lambda tracker: tracker.alert(title, text))
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        self._each(lambda tracker: tracker.rewind(step, rollbacks))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.finish(summary))
 
@@ -102,6 +128,7 @@ def build_trackers(
     is_writer: bool,
     *,
     resume_step: int = 0,
+    rollbacks: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Trackers:
     """The trackers that the configuration asks for; none at all unless `is_writer`.
@@ -109,6 +136,7 @@ def build_trackers(
     Args:
         config: a `RunConfig`; its fields are also shown in wandb.
         resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
+        rollbacks: of the run so far; later figures of branches that it has left are kept apart.
         report: shows one line to the user.
     Raises:
         ConfigError: tracking.wandb=online without an API key.
@@ -116,7 +144,7 @@ def build_trackers(
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
-    truth = JsonlTracker(run_dir, resume_step)
+    truth = JsonlTracker(run_dir, resume_step, rollbacks)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
@@ -127,9 +155,11 @@ def build_trackers(
             project=tracking.wandb_project,
             name=tracking.wandb_name or run_dir.name,
             config=_as_dict(config),
+            rollbacks=rollbacks,
             report=report,
         )
-        wandb.catch_up(read_metrics(run_dir / METRICS_FILE), read_metrics(run_dir / EVENTS_FILE))
+        figures = [*read_metrics(run_dir / ROLLED_BACK_FILE), *read_metrics(run_dir / METRICS_FILE)]
+        wandb.catch_up(figures, read_metrics(run_dir / EVENTS_FILE))
         views.append(wandb)
     if tracking.tensorboard:
         from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
@@ -139,11 +169,17 @@ def build_trackers(
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that a chart can show."""
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
-    return {
-        name: value for name, value in plain.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """The entries that a chart can show; those of nested ones by names such as `layer_grad_norm/layers.0`."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        plain = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, list | tuple):
+            plain = {str(index): entry for index, entry in enumerate(plain)}
+        if isinstance(plain, Mapping):
+            found |= {f"{name}/{inner}": entry for inner, entry in numbers(plain).items()}
+        elif isinstance(plain, int | float) and not isinstance(plain, bool):
+            found[name] = plain
+    return found
 
 
 def _as_dict(config: RunSettings) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import wandb
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, branch_of
 from megatron_lite.observe.trackers import numbers
-from megatron_lite.observe.wandb_record import history
+from megatron_lite.observe.wandb_record import alerts, history
 
 _SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|credential|(access|auth|hub|hf)_token)s?$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
@@ -31,8 +32,12 @@ class WandbTracker:
     for bit: what the run's record has already is not logged again. What it lost, because wandb's own process was killed
     with the ranks, is logged late (`catch_up`). So it holds every step once.
 
+    After a rollback steps come again that are no repetition: their samples are other ones. Every row says by how many
+    `rollbacks` it comes after, and the record holds every step of each such branch once.
+
     Args:
         mode: `auto` (online when the user is logged in, offline otherwise), `offline` or `online`.
+        rollbacks: of the run so far.
     Raises:
         ConfigError: online without an API key; wandb would wait for one on the keyboard.
     """
@@ -45,6 +50,7 @@ class WandbTracker:
         project: str,
         name: str,
         config: Mapping[str, Any],
+        rollbacks: int = 0,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         mode = resolve_mode(mode, os.environ)
@@ -64,28 +70,49 @@ class WandbTracker:
             mode = "offline"
             self._run = _start(mode, arguments)
         self._logged = _logged_steps(run_dir)
+        self._alerted = {(alert.title, alert.text) for alert in alerts(run_dir, run_id(run_dir))}
+        self._rollbacks = rollbacks
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         report(f"wandb: {self._run.url}" if mode == "online" else f"wandb: offline, in {run_dir / 'wandb'}")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._add("train", step, values)
+        self._add("train", step, self._rollbacks, values)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self._add(kind, step, values)
+        self._add(kind, step, self._branch(kind, values), values)
+
+    def alert(self, title: str, text: str) -> None:
+        """Told once, whatever a resume repeats; wandb sends a mail or a message as the user has set it up there."""
+        if (title, text) not in self._alerted:
+            self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+            self._alerted.add((title, text))
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        self._rollbacks = rollbacks
 
     def catch_up(self, metrics: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
-        """Log what `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has not."""
-        rows = [("train", entry) for entry in metrics]
-        rows += [(entry["event"], entry) for entry in events if entry["event"] not in OF_ATTEMPTS]
-        for kind, entry in rows:
-            self._add(kind, entry["step"], {name: entry[name] for name in entry if name not in OF_LINES})
-            self._logged.add((kind, entry["step"]))  # an event may be told twice, by two attempts
+        """Log what `rolled_back.jsonl`, `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has
+        not."""
+        rows = [("train", branch_of(entry), entry) for entry in metrics]
+        branch = 0
+        for entry in events:
+            branch = branch_of(entry) if entry["event"] == ROLLBACK_EVENT else branch
+            if entry["event"] not in OF_ATTEMPTS:
+                rows.append((entry["event"], branch, entry))
+        for kind, rollbacks, entry in rows:
+            figures = {name: entry[name] for name in entry if name not in OF_LINES}
+            self._add(kind, entry["step"], rollbacks, figures)
+            self._logged.add((kind, entry["step"], rollbacks))  # an event may be told twice, by two attempts
 
-    def _add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def _branch(self, kind: str, values: Mapping[str, Any]) -> int:
+        """A rollback begins the branch that it leads to."""
+        return branch_of(values) if kind == ROLLBACK_EVENT else self._rollbacks
+
+    def _add(self, kind: str, step: int, rollbacks: int, values: Mapping[str, Any]) -> None:
         figures = {f"{kind}/{name}": value for name, value in numbers(values).items()}
-        if figures and (kind in OF_ATTEMPTS or (kind, step) not in self._logged):
-            self._run.log({**figures, "step": step})
+        if figures and (kind in OF_ATTEMPTS or (kind, step, rollbacks) not in self._logged):
+            self._run.log({**figures, "step": step, ROLLBACKS: rollbacks})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(without_secrets(summary))
@@ -129,10 +156,10 @@ def run_id(run_dir: Path) -> str:
     return new
 
 
-def _logged_steps(run_dir: Path) -> set[tuple[str, int]]:
-    """(kind, step) of each row that earlier attempts have logged."""
+def _logged_steps(run_dir: Path) -> set[tuple[str, int, int]]:
+    """(kind, step, rollbacks) of each row that earlier attempts have logged."""
     rows = history(run_dir, run_id(run_dir))
-    return {(name.partition("/")[0], row["step"]) for row in rows for name in row if "/" in name}
+    return {(name.partition("/")[0], row["step"], branch_of(row)) for row in rows for name in row if "/" in name}
 
 
 def without_secrets(value: Any) -> Any:

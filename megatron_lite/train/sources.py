@@ -8,6 +8,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch, micro_batches
 from megatron_lite.data.loader import VALIDATION_SEED, Dataset, examples, training_dataset, validation_dataset
 from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.skips import Skips
 from megatron_lite.objectives.base import Example, Objective
 from megatron_lite.optim.batch_ramp import BatchStep
@@ -37,6 +38,7 @@ class ShardSource:
         skips: Skips = NOTHING_SKIPPED,
     ) -> None:
         self.skips = skips
+        self._prepared = prepared
         self._config = config
         self._objective = objective
         self._context = context
@@ -51,6 +53,11 @@ class ShardSource:
         """Training documents that give no sample, since they have a single sentence; 0 on ranks that do not read."""
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
+
+    def provenance(self) -> Provenance:
+        """What the training samples are made of, on ranks that read."""
+        assert self._training is not None
+        return Provenance(self._training, self._prepared)
 
     def samples_in(self, epochs: int) -> int:
         """Training samples that a run consumes in so many passes over the data, on ranks that read."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter, read_metrics
+from megatron_lite.observe import metrics
+from megatron_lite.observe.metrics import ROLLED_BACK_FILE, EventWriter, MetricsWriter, read_metrics
 
 
 @pytest.fixture
@@ -80,6 +81,64 @@ def test_numbers_of_numpy_and_torch(path: Path) -> None:
         1, {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.int64(3), "d": torch.tensor(math.inf)}
     )
     assert read_metrics(path) == [{"step": 1, "a": 0.5, "b": 2, "c": 3, "d": math.inf}]
+
+
+def branch(path: Path, steps: range, rollbacks: int) -> None:
+    writer = MetricsWriter(path, steps.start - 1, rollbacks)
+    for step in steps:
+        writer.write(step, {"loss": 1.0, "rollbacks": rollbacks})
+    writer.close()
+
+
+def places(path: Path) -> list[tuple[int, int]]:
+    return [(entry["rollbacks"], entry["step"]) for entry in read_metrics(path)]
+
+
+def test_a_rollback_keeps_what_it_takes_back(path: Path) -> None:
+    writer = MetricsWriter(path)
+    for step in range(1, 6):
+        writer.write(step, {"rollbacks": 0, "loss": math.nan})
+    writer.rewind(3, 1)
+    writer.write(4, {"rollbacks": 1})
+    writer.rewind(2, 2)
+    writer.write(3, {"rollbacks": 2})
+    writer.close()
+    assert places(path) == [(0, 1), (0, 2), (2, 3)]
+    aside = path.with_name(ROLLED_BACK_FILE)
+    assert places(aside) == [(0, 4), (0, 5), (0, 3), (1, 4)]
+    assert math.isnan(read_metrics(aside)[0]["loss"])
+
+
+@pytest.mark.parametrize("killed_before", ["set aside", "shortened", "rewind"])
+def test_a_kill_within_a_rollback_loses_and_doubles_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    branch(path, range(1, 6), rollbacks=0)
+    if killed_before != "rewind":
+        real, done = metrics.replace_file, []
+
+        def replace_file(target: Path, content: bytes) -> None:
+            done.append(target.name)
+            if killed_before == "set aside" or target == path:
+                raise KeyboardInterrupt
+            real(target, content)
+
+        writer = MetricsWriter(path, 5)
+        monkeypatch.setattr(metrics, "replace_file", replace_file)
+        with pytest.raises(KeyboardInterrupt):
+            writer.rewind(3, 1)
+        monkeypatch.setattr(metrics, "replace_file", real)
+        assert done == [ROLLED_BACK_FILE, *([path.name] if killed_before == "shortened" else [])]
+    branch(path, range(4, 7), rollbacks=1)
+    assert places(path) == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6)]
+    assert places(path.with_name(ROLLED_BACK_FILE)) == [(0, 4), (0, 5)]
+
+
+def test_a_replay_within_a_branch_is_no_rollback(path: Path) -> None:
+    branch(path, range(1, 6), rollbacks=1)
+    branch(path, range(3, 7), rollbacks=1)
+    assert places(path) == [(1, step) for step in range(1, 7)]
+    assert not path.with_name(ROLLED_BACK_FILE).exists()
 
 
 def test_missing_file_has_no_metrics(path: Path) -> None:

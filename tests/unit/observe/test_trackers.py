@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import stat
 import time
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ import wandb
 from megatron_lite.config.schema import RunConfig, WandbMode
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.metrics import read_metrics
+from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.trackers import Trackers, build_trackers, numbers
-from megatron_lite.observe.wandb_record import history
+from megatron_lite.observe.wandb_record import Alert, alerts, history
 from megatron_lite.observe.wandb_tracker import WandbTracker, has_api_key, resolve_mode, run_id, without_secrets
 
 
@@ -31,6 +33,10 @@ class Recorder:
         self.steps.append(step)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def alert(self, title: str, text: str) -> None: ...
+
+    def rewind(self, step: int, rollbacks: int) -> None: ...
 
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
@@ -73,6 +79,16 @@ def test_charts_get_numbers_only() -> None:
     }
 
 
+def test_nested_figures_get_names() -> None:
+    layers = {"embedding": 0.5, "layers.0": math.inf, "note": "x"}
+    assert numbers({"layer_grad_norm": layers, "stage_memory_bytes": [7, 9], "kinds": ["loss"]}) == {
+        "layer_grad_norm/embedding": 0.5,
+        "layer_grad_norm/layers.0": math.inf,
+        "stage_memory_bytes/0": 7,
+        "stage_memory_bytes/1": 9,
+    }
+
+
 def test_tensorboard_hides_replayed_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,6 +111,30 @@ def test_tensorboard_hides_replayed_steps(tmp_path: Path) -> None:
         (6, 2.0),
     ]
     assert events.Scalars("evaluation/validation_loss")[-1].step == 6
+
+
+def test_tensorboard_hides_what_a_rollback_took_back_and_has_the_panels(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import metadata
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    config = RunConfig()
+    config.tracking.tensorboard = True
+    trackers = build_trackers(config, tmp_path, True)
+    for step, loss in ((1, 1.0), (2, 9.0), (3, 9.0)):
+        trackers.log(step, {"loss": loss, "layer_grad_norm": {"layers.0": 1.0}})
+    trackers.rewind(1, 1)
+    for step in (2, 3):
+        trackers.log(step, {"loss": 2.0, "rollbacks": 1})
+    trackers.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    (tensor,) = events.Tensors(metadata.CONFIG_SUMMARY_TAG)[-1:]
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert set(charts) == {panel.title for panel in PANELS}
+    assert re.match(charts["Gradient norm by layer"][0], "train/layer_grad_norm/layers.0")
 
 
 def test_wandb_resumes_one_run_and_logs_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +184,87 @@ def test_wandb_is_told_late_what_its_record_has_lost(tmp_path: Path, monkeypatch
         (step, 10.0 * step) for step in range(1, 10)
     ]
     assert [row["step"] for row in rows if "evaluation/validation_loss" in row] == [3]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = RunConfig()
+    config.tracking.wandb = WandbMode.offline
+    return config
+
+
+def end_attempt() -> None:
+    """The next one is another process, and wandb names its folder by its second."""
+    wandb.teardown()
+    time.sleep(1.0)
+
+
+def spike(trackers: Trackers, step: int) -> None:
+    trackers.log(step, {"loss": 9.0, "spike": True})
+    trackers.event("spike", step, {"kinds": ["loss"], "loss": 9.0, "action": "warn"})
+    trackers.alert(f"loss spike at step {step}", f"loss 9.0 at step {step}, usual is 5.2")
+
+
+def test_spikes_and_their_alerts_are_in_wandb_once_after_a_crash(tmp_path: Path, offline: RunConfig) -> None:
+    """Killed after step 12, which was a spike; the resume goes on from 10 and comes through it again."""
+    for resume_step, steps in ((0, range(1, 13)), (10, range(11, 16))):
+        trackers = build_trackers(offline, tmp_path, True, resume_step=resume_step)
+        for step in steps:
+            if step in (5, 12):
+                spike(trackers, step)
+            else:
+                trackers.log(step, {"loss": 5.0, "layer_grad_norm": {"layers.0": 0.5}})
+        if resume_step:
+            trackers.finish({})
+        end_attempt()
+    rows = list(history(tmp_path, run_id(tmp_path)))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 16))
+    assert [row["step"] for row in rows if "spike/loss" in row] == [5, 12]
+    assert rows[0]["train/layer_grad_norm/layers.0"] == 0.5
+    assert list(alerts(tmp_path, run_id(tmp_path))) == [
+        Alert(f"loss spike at step {step}", f"loss 9.0 at step {step}, usual is 5.2", "WARN") for step in (5, 12)
+    ]
+
+
+@pytest.mark.parametrize("reach_wandb", [True, False], ids=["recorded", "caught up"])
+def test_wandb_tells_branches_apart_after_a_rollback_and_a_crash(
+    tmp_path: Path, offline: RunConfig, reach_wandb: bool
+) -> None:
+    """Spike at 6, back to 4, on to 7, killed there; the resume goes on from 4 in the same branch."""
+    offline.tracking.wandb = WandbMode.offline if reach_wandb else WandbMode.disabled
+    trackers = build_trackers(offline, tmp_path, True)
+    for step in range(1, 6):
+        trackers.log(step, {"loss": 5.0})
+    trackers.event("evaluation", 5, {"validation_loss": 5.5})
+    spike(trackers, 6)
+    trackers.event("rollback", 6, {"to_step": 4, "first_sample": 16, "stop_sample": 24, "rollbacks": 1})
+    trackers.rewind(4, 1)
+    for step in range(5, 8):
+        trackers.log(step, {"loss": 4.0, "rollbacks": 1})
+        if step == 5:
+            trackers.event("evaluation", 5, {"validation_loss": 4.5})
+    end_attempt()
+    offline.tracking.wandb = WandbMode.offline
+    trackers = build_trackers(offline, tmp_path, True, resume_step=4, rollbacks=1)
+    for step in range(5, 10):
+        trackers.log(step, {"loss": 4.0, "rollbacks": 1})
+        if step == 5:
+            trackers.event("evaluation", 5, {"validation_loss": 4.5})
+    trackers.finish({})
+    end_attempt()
+    rows = list(history(tmp_path, run_id(tmp_path)))
+    steps = [(row["rollbacks"], row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    usual = [(0, step, 5.0) for step in range(1, 6)]
+    assert sorted(steps) == [*usual, (0, 6, 9.0), *((1, step, 4.0) for step in range(5, 10))]
+    evaluations = [row for row in rows if "evaluation/validation_loss" in row]
+    assert [(row["rollbacks"], row["evaluation/validation_loss"]) for row in evaluations] == [(0, 5.5), (1, 4.5)]
+    assert [(row["step"], row["rollbacks"]) for row in rows if "rollback/to_step" in row] == [(6, 1)]
+    kept = [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kept == [*((step, 5.0) for step in range(1, 5)), *((step, 4.0) for step in range(5, 10))]
+    taken_back = [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path / "rolled_back.jsonl")]
+    assert taken_back == [(5, 5.0), (6, 9.0)]
 
 
 def test_a_record_that_was_cut_short_is_read_up_to_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

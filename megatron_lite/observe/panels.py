@@ -1,0 +1,168 @@
+"""The charts of a run, as one list: report.html, the wandb workspace and TensorBoard's Custom Scalars are made of it.
+
+Keys are names of figures as the trackers log them: `train/loss` is `loss` of metrics.jsonl, `evaluation/...` stands in
+events of that kind, and `train/layer_grad_norm/*` is every entry of a nested figure.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+WHOLE_GROUP = "/*"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart over steps."""
+
+    title: str
+    section: str
+    keys: tuple[str, ...]
+    explanation: str
+    """One line for people who have not seen such a chart."""
+    unit: str = ""
+    factor: float = 1.0
+    """From the figure to the unit; for report.html, the only one of the three that computes."""
+    log_axis: bool = False
+    stacked: bool = False
+    """The keys are parts of a whole."""
+    reference: str | None = None
+    """A key that is drawn dashed over the others: what one of them is held against."""
+    points: bool = False
+    """Events, each a point of its own, rather than a curve."""
+    branches: bool = False
+    """Show what rollbacks have taken back, spikes and resumes."""
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        return self.keys if self.reference is None else (*self.keys, self.reference)
+
+
+PANELS = (
+    Panel(
+        "Loss",
+        "Learning",
+        ("train/loss", "evaluation/validation_loss"),
+        "Training loss of every step, and validation loss; spikes are marked, what rollbacks took back is thin and grey.",
+        unit="nats per token",
+        branches=True,
+    ),
+    Panel(
+        "Gradient norm",
+        "Learning",
+        ("train/grad_norm",),
+        "L2 norm of the whole gradient before clipping; a jump here often comes a step ahead of one in the loss.",
+        log_axis=True,
+        branches=True,
+    ),
+    Panel(
+        "Learning rate",
+        "Learning",
+        ("train/learning_rate",),
+        "The rate that each update was made with.",
+    ),
+    Panel(
+        "Loss scale",
+        "Learning",
+        ("train/loss_scale",),
+        "fp16's factor on the loss: it halves when gradients overflow; 1 in other precisions.",
+        log_axis=True,
+    ),
+    Panel(
+        "Gradient norm by layer",
+        "Layers",
+        ("train/layer_grad_norm/*",),
+        "L2 norm of each layer's gradient: which layer a spike begins in, and whether gradients vanish with depth.",
+        log_axis=True,
+    ),
+    Panel(
+        "Update-to-weight ratio by layer",
+        "Layers",
+        ("train/layer_update_ratio/*",),
+        "Norm of a step's update over the norm of the weights; about 1e-3 is usual, much more says the learning rate "
+        "is too high for that layer.",
+        log_axis=True,
+    ),
+    Panel(
+        "Speed",
+        "Speed",
+        ("train/tokens_per_second",),
+        "Tokens that all ranks together have trained on in a second, waiting for data included.",
+        unit="tokens/s",
+    ),
+    Panel(
+        "Model FLOPs utilisation",
+        "Speed",
+        ("train/model_flops_utilization",),
+        "FLOPs per token x tokens/s / peak FLOP/s of all devices; recomputation does not count.",
+        unit="%",
+        factor=100.0,
+    ),
+    Panel(
+        "Where a step's time goes",
+        "Speed",
+        tuple(f"train/share_{part}" for part in ("compute", "pipeline", "reduce", "optimizer", "data")),
+        "Shares of a step on rank 0; pipeline is waiting for other stages, and the dashed line is the bubble that the "
+        "schedule cannot avoid.",
+        unit="% of a step",
+        factor=100.0,
+        stacked=True,
+        reference="train/ideal_bubble",
+    ),
+    Panel(
+        "Memory by stage",
+        "Speed",
+        ("train/stage_memory_bytes/*",),
+        "Highest memory of the fullest rank of each pipeline stage.",
+        unit="GiB",
+        factor=2.0**-30,
+    ),
+    Panel(
+        "Batch size",
+        "Data",
+        ("train/global_batch_size",),
+        "Sequences in a step, over all ranks.",
+        unit="sequences",
+    ),
+    Panel(
+        "Skipped samples",
+        "Data",
+        ("rollback/first_sample", "rollback/stop_sample"),
+        "First sample that each rollback left out, and the first behind them that was trained on again.",
+        unit="global sample number",
+        points=True,
+    ),
+    Panel(
+        "Restarts",
+        "Data",
+        ("start/world_size", "resume/world_size"),
+        "Where attempts began, and on how many ranks.",
+        unit="ranks",
+        points=True,
+    ),
+)
+
+
+def pattern(key: str) -> str:
+    """A regular expression that matches a key's figures, and no longer names."""
+    if key.endswith(WHOLE_GROUP):
+        return f"^{re.escape(key.removesuffix(WHOLE_GROUP))}/.+$"
+    return f"^{re.escape(key)}$"
+
+
+def sections() -> dict[str, list[Panel]]:
+    """The panels of each section, in the order of the list."""
+    found: dict[str, list[Panel]] = {}
+    for panel in PANELS:
+        found.setdefault(panel.section, []).append(panel)
+    return found
+
+
+def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
+    """For `SummaryWriter.add_custom_scalars`: section -> title -> kind of chart and patterns of tags."""
+    return {
+        section: {panel.title: ["Multiline", [pattern(key) for key in panel.all_keys]] for panel in panels}
+        for section, panels in sections().items()
+    }
