@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.folder import candidates, step_of
 from megatron_lite.data.provenance import Provenance, merged
+from megatron_lite.data.skips import stretches
 from megatron_lite.files import replace_file
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import to_json
@@ -140,10 +139,3 @@ def in_words(dossier: Dossier, document: dict[str, Any]) -> str:
     worst = [entry for sequence in document["sequences"] for entry in sequence["documents"]]
     names = list(dict.fromkeys(f"{entry['file']} #{entry['document']}" for entry in worst))[:NAMED_DOCUMENTS]
     return f"spike at step {dossier.step}: {'; '.join(facts)}; highest loss in {', '.join(names) or 'no document'}"
-
-
-def stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as [first, stop) of each run without a gap."""
-    starts = [0, *(place + 1 for place, (a, b) in enumerate(pairwise(numbers)) if b != a + 1)]
-    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
-        yield numbers[start], numbers[end - 1] + 1

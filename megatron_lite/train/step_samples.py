@@ -11,11 +11,9 @@ from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, ROLLED_BACK_FILE, branch_of, read_metrics
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
 
-ROLLED_BACK_FILE = "rolled_back.jsonl"
-"""Lines of metrics.jsonl that a rollback took back; `rollbacks` = how many there had been before it."""
 ATTEMPTS = ("start", "resume")  # events at the begin of each attempt
 SAME_SECOND = 1.0  # events have whole seconds, files finer ones
 
@@ -64,15 +62,16 @@ def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: i
     """
     check_number(step, config)
     lines = read_metrics(run_dir / ROLLED_BACK_FILE)
-    versions = {line["rollbacks"] + 1: line for line in lines if line["step"] == step}
+    rollbacks = read_rollbacks(run_dir)
+    versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step}
     chosen = max(versions, default=0) if rollback is None else rollback
     if chosen not in versions:
         known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(lines)
         by = "" if rollback is None else f" by rollback {rollback}"
         raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
-    before: list[Rollback] = read_rollbacks(run_dir)[: chosen - 1]
     batch = _batch_of_line(versions[chosen])
-    return StepSamples(skips_of(before).indices(batch.first_sample, batch.global_batch_size), chosen)
+    skips = skips_of(rollbacks[: branch_of(versions[chosen])])
+    return StepSamples(skips.indices(batch.first_sample, batch.global_batch_size), chosen)
 
 
 def check_number(step: int, config: RunConfig) -> None:
@@ -136,6 +135,13 @@ def _batch(lines: list[dict[str, Any]], config: RunConfig, step: int) -> BatchSt
 def _batch_of_line(line: dict[str, Any]) -> BatchStep:
     """A line tells the samples that are consumed when its step is done."""
     return BatchStep(line["samples"] - line["global_batch_size"], line["global_batch_size"])
+
+
+def _taken_back_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:
+    """The number of the rollback: the first of those behind the line's branch that led to an earlier step."""
+    first = branch_of(line)
+    later = (number for number, one in enumerate(rollbacks[first:], first + 1) if one.to_step < line["step"])
+    return next(later, first + 1)
 
 
 def _taken_back(run_dir: Path, step: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_lite.data.loader import examples
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import MANIFEST, PreparedData, load_prepared
 from megatron_lite.data.provenance import DocumentPart, Provenance, merged
+from megatron_lite.data.skips import stretches
 from megatron_lite.errors import DataError
 from megatron_lite.objectives.base import Objective
 from megatron_lite.objectives.build import build_objective
@@ -152,7 +152,7 @@ def as_json(answer: Answer) -> str:
         "data": str(answer.data),
         "step": question.step,
         "rollback": answer.samples.rollback,
-        "ranges": ranges(answer.samples.indices),
+        "ranges": list(stretches(answer.samples.indices)),
         "samples": [_sample_entry(answer, index) for index in answer.texts],
         "documents": merged(answer.parts),
     }
@@ -183,7 +183,7 @@ def as_lines(answer: Answer) -> list[str]:
 
 def _headline(answer: Answer) -> str:
     question, samples = answer.question, answer.samples
-    numbers = " and ".join(f"{first} to {stop - 1}" for first, stop in ranges(samples.indices))
+    numbers = " and ".join(f"{first} to {stop - 1}" for first, stop in stretches(samples.indices))
     if question.step is None:
         return f"sample {samples.indices[0]} of {question.run_dir}"
     version = "" if samples.rollback is None else f", as it was before rollback {samples.rollback} took it back"
@@ -217,14 +217,3 @@ def _where(source: str, file: str, document: int) -> str:
 
 def _tokens(first: int, count: int) -> str:
     return f"tokens {first} to {first + count - 1}"
-
-
-def ranges(indices: Iterable[int]) -> list[list[int]]:
-    """Ascending numbers as ranges [first, stop)."""
-    found: list[list[int]] = []
-    for index in indices:
-        if found and found[-1][1] == index:
-            found[-1][1] += 1
-        else:
-            found.append([index, index + 1])
-    return found

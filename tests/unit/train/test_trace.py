@@ -55,17 +55,16 @@ def config_of_run(sources: Path, objective: str = "causal_lm") -> RunConfig:
     return config
 
 
-def write_run(folder: Path, config: RunConfig, steps: int, *, rollbacks: int | None = None) -> PreparedData:
-    """A run folder as if so many steps of 8 samples had been trained; or their lines as a rollback takes them back."""
+def write_run(folder: Path, config: RunConfig, steps: int) -> PreparedData:
+    """A run folder as if so many steps of 8 samples had been trained."""
     freeze(config, folder)
     prepared = prepare(config, report=lambda line: None)
     events = EventWriter(folder / "events.jsonl")
     events.write("start", 0, {"data_fingerprint": prepared.fingerprint})
     events.close()
-    metrics = MetricsWriter(folder / ("metrics.jsonl" if rollbacks is None else "rolled_back.jsonl"))
+    metrics = MetricsWriter(folder / "metrics.jsonl")
     for step in range(1, steps + 1):
-        known = {} if rollbacks is None else {"rollbacks": rollbacks}
-        metrics.write(step, {"loss": 1.0, "samples": 8 * step, "global_batch_size": 8, **known})
+        metrics.write(step, {"loss": 1.0, "samples": 8 * step, "global_batch_size": 8})
     metrics.close()
     return prepared
 
@@ -212,17 +211,19 @@ def test_steps_without_a_line_follow_from_the_one_before(sources: Path, tmp_path
 
 @pytest.fixture
 def rolled_back(sources: Path, tmp_path: Path) -> Path:
-    """20 steps; step 10 spiked, which left out samples 64 to 79; step 12 of the way on too, and its samples again."""
+    """20 steps. Step 10 spiked, and from step 8 the run went on without samples 64 to 79; then step 12, and from step 6
+    it went on without 96 to 111."""
     config = config_of_run(sources)
-    write_run(tmp_path, config, 10, rollbacks=0)
-    first = (tmp_path / "rolled_back.jsonl").read_text().splitlines()[8:]
-    write_run(tmp_path, config, 12, rollbacks=1)
-    second = (tmp_path / "rolled_back.jsonl").read_text().splitlines()[8:]
-    (tmp_path / "rolled_back.jsonl").write_text("\n".join([*first, *second]) + "\n")
-    write_run(tmp_path, config, 20)
-    write_rollbacks(
-        tmp_path, [Rollback(Window(64, 80), 10, 8, "loss"), Rollback(Window(96, 112), 12, 8, "gradient norm")]
-    )
+    write_run(tmp_path, config, 0)
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    for branch, (first, last) in enumerate([(1, 10), (9, 12), (7, 20)]):
+        metrics.rewind(first - 1, branch)
+        for step in range(first, last + 1):
+            known = {"rollbacks": branch} if branch else {}
+            metrics.write(step, {"samples": 8 * step, "global_batch_size": 8, **known})
+    metrics.close()
+    windows = [Rollback(Window(64, 80), 10, 8, "loss"), Rollback(Window(96, 112), 12, 6, "gradient norm")]
+    write_rollbacks(tmp_path, windows)
     return tmp_path
 
 
@@ -235,6 +236,7 @@ def rolled_back(sources: Path, tmp_path: Path) -> Path:
         (["--step", 11], [[112, 120]], None),
         (["--step", 10, "--rolled-back"], [[88, 96]], 2),
         (["--step", 10, "--rolled-back", 1], [[72, 80]], 1),
+        (["--step", 7, "--rolled-back"], [[48, 56]], 2),
         (["--step", 12, "--rolled-back"], [[104, 112]], 2),
     ],
 )
@@ -263,7 +265,7 @@ def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None
         f"step 9 of {rolled_back} was not taken back by rollback 3: it was by rollback 1 and 2; name another, or no "
         "--rolled-back"
     )
-    assert "rolled_back.jsonl holds steps 9 to 12" in refusal(capsys, rolled_back, "--step", 3, "--rolled-back")
+    assert "rolled_back.jsonl holds steps 7 to 12" in refusal(capsys, rolled_back, "--step", 3, "--rolled-back")
     assert "--rolled-back asks for a version of a step" in refusal(capsys, rolled_back, "--sample", 3, "--rolled-back")
     (rolled_back / "metrics.jsonl").write_text('{"step": 8, "samples": 64, "global_batch_size": 8}\n')
     assert "or --rolled-back for the version that" in refusal(capsys, rolled_back, "--step", 12)
