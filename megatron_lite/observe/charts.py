@@ -119,7 +119,7 @@ def _layout(panel: Panel, curves: Sequence[Series], last_step: int) -> dict[str,
         },
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
         "hovermode": "closest" if several or panel.points else "x unified",
-        "template": None,
+        "template": {},
     }
 
 

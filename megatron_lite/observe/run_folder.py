@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class RunFolder:
         begins = [index for index, entry in enumerate(self.events) if entry.get("event") in BEGINNINGS]
         return [
             self._attempt(self.events[begin:following], is_last=following == len(self.events))
-            for begin, following in zip(begins, [*begins[1:], len(self.events)], strict=True)
+            for begin, following in pairwise([*begins, len(self.events)])
         ]
 
     def _attempt(self, events: list[Entry], *, is_last: bool) -> Attempt:

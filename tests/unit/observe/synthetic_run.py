@@ -17,7 +17,22 @@ BATCH, SEQUENCE, LAYERS = 32, 64, 6
 HOSTILE = (
     "the end.</pre></script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> go"
 )
-WORDS = "it was the best of times it was the worst of times and we had everything before us nothing before us".split()
+WORDS = (
+    "it",
+    "was",
+    "the",
+    "best",
+    "of",
+    "times",
+    "and",
+    "we",
+    "had",
+    "everything",
+    "before",
+    "us",
+    "worst",
+    "nothing",
+)
 FLOPS_PER_TOKEN, PEAK_FLOPS = 9.6e6, 2.1e11
 
 
