@@ -14,7 +14,8 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve, tokens_per_sample
 from megatron_lite.config.rules.objective import OBJECTIVES
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import micro_batches, training_dataset
+from megatron_lite.data.batch import micro_batches
+from megatron_lite.data.loader import training_dataset
 from megatron_lite.data.prepare import prepare
 from megatron_lite.objectives.build import build_objective
 
@@ -54,7 +55,8 @@ def _loading(config: RunConfig, turns: int) -> Loading:
     def turn() -> float:
         start, samples = time.process_time(), 0
         while time.process_time() - start < TURN_SECONDS:
-            micro_batches(dataset, objective, next(firsts), BATCH, 1, config.train.seed)
+            first = next(firsts)
+            micro_batches(dataset, objective, range(first, first + BATCH), BATCH, config.train.seed)
             samples += BATCH
         return samples / (time.process_time() - start)
 

@@ -13,7 +13,7 @@ from megatron_lite.config.schema import (
     NormPlacement,
     PositionEmbedding,
 )
-from megatron_lite.models.activations import Field
+from megatron_lite.models.fields import Field
 
 LENGTH, DECODER_LENGTH = 24, 16
 TOKENS = Field("tokens", LENGTH)

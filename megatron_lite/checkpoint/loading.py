@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint.fragments import Fragment, transfers
 from megatron_lite.checkpoint.plan import Plan, files_of
-from megatron_lite.checkpoint.state import CheckpointState
+from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.headers import TensorEntry, entries_of
 from megatron_lite.errors import CheckpointError
@@ -19,22 +20,31 @@ from megatron_lite.models.stored import StoredForm
 from megatron_lite.parallel.agreement import agreed
 
 
-def newest_complete(checkpoints: Path, report: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
+def newest_complete(
+    checkpoints: Path,
+    report: Callable[[str], None],
+    reason_against: Callable[[CheckpointState], str | None] = lambda state: None,
+    *,
+    required: bool = True,
+) -> tuple[Path, CheckpointState] | None:
     """The newest checkpoint of which every byte is as it was written. A collective of all ranks, who share the reading.
 
     Args:
         report: is told on the writing rank of each checkpoint that is skipped, and why.
+        reason_against: why one is not wanted, complete or not; asked on the writing rank.
+        required: None, where there are checkpoints, is an error.
     Raises:
-        CheckpointError: there are checkpoints, and none of them is complete; on every rank alike.
+        CheckpointError: there are checkpoints, and none of them is complete and wanted; on every rank alike.
     """
     if dist.get_rank() == 0:
-        found = folders.newest_complete(checkpoints, report, _problem_by_all_ranks)
+        check = partial(_problem_by_all_ranks, reason_against=reason_against)
+        found = folders.newest_complete(checkpoints, report, check)
         agreed(None)  # no more to read
     else:
         while (folder := agreed(None)) is not None:
             _shared_problem(folder)
         found = None
-    found, lost = agreed((found, found is None and bool(folders.candidates(checkpoints))))
+    found, lost = agreed((found, required and found is None and bool(folders.candidates(checkpoints))))
     if lost:
         raise CheckpointError(
             f"{checkpoints} holds checkpoints, and none of them is complete; bring back a whole one, or move them away "
@@ -43,9 +53,9 @@ def newest_complete(checkpoints: Path, report: Callable[[str], None]) -> tuple[P
     return found
 
 
-def _problem_by_all_ranks(folder: Path) -> str | None:
+def _problem_by_all_ranks(folder: Path, reason_against: Callable[[CheckpointState], str | None]) -> str | None:
     """On the writing rank, while the others wait for a folder to read with it."""
-    problem = folders.quick_problem(folder)
+    problem = folders.quick_problem(folder) or reason_against(read_state(folder))
     if problem is None:
         agreed(folder)
         problem = _shared_problem(folder)

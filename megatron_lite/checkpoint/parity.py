@@ -21,8 +21,8 @@ from megatron_lite.config.hf.folder import CONFIG_FILE
 from megatron_lite.config.hf.headers import tensors_of
 from megatron_lite.config.schema import Architecture, ModelConfig, Recompute, RunConfig
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import stored_form
 from megatron_lite.parallel.context import ParallelContext

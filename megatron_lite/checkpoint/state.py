@@ -48,7 +48,7 @@ class LossScaleState:
 @dataclass(frozen=True)
 class CheckpointState:
     step: int  # optimizer steps of the run, counted from 1
-    samples: int  # global samples consumed: the number of the next one
+    samples: int  # consumed, without those that the run had left out
     layout: Layout
     precision: str
     optimizer: OptimizerState
@@ -57,6 +57,8 @@ class CheckpointState:
     hugging_face: bool
     """The weights have the names and shapes of transformers, and config.json lies beside them; otherwise ours."""
     validation_loss: float | None  # if the run was validated after this very step
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Global samples [first, stop) that the run had left out until then, in ascending order."""
     config: dict[str, Any] = field(default_factory=dict)  # the frozen configuration, as plain containers
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
@@ -83,6 +85,7 @@ def read_state(folder: Path) -> CheckpointState:
             layout=Layout(**found.pop("layout")),
             optimizer=OptimizerState(optimizer["name"], optimizer["step"], tuple(optimizer["moments"])),
             loss_scale=None if scale is None else LossScaleState(**scale),
+            skipped=tuple((first, stop) for first, stop in found.pop("skipped", ())),
             **found,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

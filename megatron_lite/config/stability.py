@@ -28,7 +28,9 @@ class StabilityConfig:
     """... and at least this fraction of the median: late in a run losses hardly differ, and the smallest bump would be
     many deviations."""
     grad_norm_deviations: float = 10.0
-    """The same of the logarithm of the gradient norm, which is skewed ..."""
+    """The same of the logarithm of the gradient norm, which is skewed; in two steps in a row, or in one whose loss
+    rises by half its own limit. Single steps of fifty times the usual norm are common in small batches, and harmless
+    where they are clipped ..."""
     min_grad_norm_factor: float = 3.0
     """... and at least so many times the median."""
     loss_scale_halvings: int = 6

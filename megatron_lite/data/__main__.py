@@ -1,22 +1,25 @@
-"""`python -m megatron_lite.data` with `prepare [overrides]`, `inspect PATH` or `add-tokens SOURCE DESTINATION`."""
+"""`python -m megatron_lite.data` with `prepare [overrides]`, `inspect PATH`, `trace RUN` or `add-tokens SOURCE
+DESTINATION`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_lite.config.compose import compose
+from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.lengths import TRAINED_SENTINELS
-from megatron_lite.config.schema import ObjectiveName
+from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.inspection import describe_folder, describe_pair
 from megatron_lite.data.needs import add_tokens, shown
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import MANIFEST
-from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, MegatronLiteError
+from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     prepare_command = commands.add_parser("prepare", help="make the shards of a configuration, as a run would")
     prepare_command.add_argument("--script", default="pretrain_gpt", help="entry script whose configuration is used")
+    prepare_command.add_argument("--config", type=Path, help="config-*.yaml of a run folder, instead of overrides")
     prepare_command.add_argument(
         "overrides", nargs="*", help="such as data.source=my.txt data.tokenizer_vocab_size=16384"
     )
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect_command.add_argument("path", type=Path, help="a prepared folder, or the prefix of a .bin/.idx pair")
     inspect_command.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
     inspect_command.add_argument("--documents", type=int, default=1, help="first documents to show (default 1)")
+    _add_trace(commands)
     add_command = commands.add_parser("add-tokens", help="copy a tokenizer and add what an objective needs")
     add_command.add_argument("--objective", required=True, choices=list(ObjectiveName), metavar="NAME")
     add_command.add_argument(
@@ -53,12 +58,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("trace", help="show which documents and what text a step of a run was trained on")
+    command.add_argument("run", type=Path, help="a run folder")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="step of the run, from 1")
+    which.add_argument("--sample", type=int, help="one sample, by its global number, from 0")
+    command.add_argument(
+        "--rolled-back",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="ROLLBACK",
+        help="the version of the step that this rollback (from 1; default: the latest) took back",
+    )
+    command.add_argument("--samples", type=int, default=4, help="samples to show (default %(default)s)")
+    command.add_argument("--text", action="store_true", help="all of their text, and what the objective made of it")
+    command.add_argument("--json", action="store_true", help="one JSON object, with all documents of the step")
+    command.add_argument("--data", type=Path, help="the prepared folder, if it is not where the run had it")
+
+
 def _prepare(arguments: argparse.Namespace) -> list[str]:
-    config = compose(arguments.script, arguments.overrides)
+    config = _config_to_prepare(arguments)
     config = replace(config, launcher=replace(config.launcher, num_processes=None))  # whatever will train on it
     validate(config)
     prepared = prepare(config, report=print)
     return describe_folder(prepared.folder, verify=False, documents=0)
+
+
+def _config_to_prepare(arguments: argparse.Namespace) -> RunConfig:
+    if arguments.config is None:
+        return compose(arguments.script, arguments.overrides)
+    if arguments.overrides:
+        raise ConfigError(
+            f"--config {arguments.config} is a whole configuration, and {arguments.overrides[0]} would change it; "
+            "leave one of them out"
+        )
+    return load_frozen(arguments.config)
 
 
 def _inspect(arguments: argparse.Namespace) -> list[str]:
@@ -67,6 +103,23 @@ def _inspect(arguments: argparse.Namespace) -> list[str]:
         return describe_folder(path, verify=arguments.verify, documents=arguments.documents)
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     return describe_pair(prefix, verify=arguments.verify, documents=arguments.documents)
+
+
+def _trace(arguments: argparse.Namespace) -> list[str]:
+    from megatron_lite.train.trace import Question, as_json, as_lines, trace  # a room above, see pyproject.toml
+
+    question = Question(
+        run_dir=arguments.run,
+        step=arguments.step,
+        sample=arguments.sample,
+        is_rolled_back=arguments.rolled_back is not None,
+        rollback=arguments.rolled_back or None,
+        shown=arguments.samples,
+        full=arguments.text,
+        data=arguments.data,
+    )
+    answer = trace(question)
+    return [as_json(answer)] if arguments.json else as_lines(answer)
 
 
 def _add_tokens(arguments: argparse.Namespace) -> list[str]:
@@ -80,8 +133,20 @@ def _add_tokens(arguments: argparse.Namespace) -> list[str]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "prepare": _prepare,
     "inspect": _inspect,
+    "trace": _trace,
     "add-tokens": _add_tokens,
 }
 
+
+def run() -> None:
+    """The console entry."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # `trace ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run()

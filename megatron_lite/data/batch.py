@@ -1,4 +1,4 @@
-"""The tensors of one forward pass.
+"""From the global numbers of samples to the tensors of forward passes.
 
 Shapes: b micro-batch, d positions whose labels are predicted.
 """
@@ -6,12 +6,14 @@ Shapes: b micro-batch, d positions whose labels are predicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lite.data.dataset import SampleDataset
+from megatron_lite.data.loader import ExampleMaker, examples
 from megatron_lite.data.samples import Example
 
 
@@ -40,3 +42,16 @@ def stack(examples: Sequence[Example]) -> MicroBatch:
     if classes[0] is None:
         return MicroBatch(inputs, labels, weights)
     return MicroBatch(inputs, labels, weights, torch.tensor(classes), torch.ones(len(classes)))
+
+
+def micro_batches(
+    dataset: SampleDataset[Any], objective: ExampleMaker, indices: Sequence[int], micro_batch_size: int, seed: int
+) -> list[MicroBatch]:
+    """These samples, in this order, as micro-batches.
+
+    Args:
+        indices: global numbers of this rank's samples of the step, a multiple of micro_batch_size of them.
+        seed: with the global number, the key of a sample's random choices.
+    """
+    rows = list(examples(dataset, objective, indices, seed))
+    return [stack(rows[first : first + micro_batch_size]) for first in range(0, len(rows), micro_batch_size)]

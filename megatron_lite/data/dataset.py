@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,29 @@ Sample = TypeVar("Sample")
 Sample_co = TypeVar("Sample_co", covariant=True)
 
 
+class Stretch(NamedTuple):
+    """A run of tokens of one document that is a part of a sample."""
+
+    shard: Shard
+    document: int
+    """Its number in the pair of files."""
+    first_token: int
+    """Within the document."""
+    tokens: int
+    """At least 1."""
+    place: int
+    """Of its first token in the sample as it is stored; the second part of a pair follows the first."""
+
+
 class SampleDataset(Protocol[Sample_co]):
     """Anything that gives samples by number."""
 
     def sample(self, index: int) -> Sample_co:
         """The index-th sample; index may be any number from 0 up."""
+        ...
+
+    def stretches(self, index: int) -> list[Stretch]:
+        """What the index-th sample consists of, in its order."""
         ...
 
     def samples_in(self, epochs: int) -> int:
@@ -58,43 +76,49 @@ class WindowDataset:
         self._window = window_tokens
         self._stride = stride_tokens
         self._reader = IndexedReader(shard.prefix)
-        documents = documents_of_part(self._reader, shard.part, shard.validation_fraction)
-        self._starts = self._reader.document_starts[documents]
-        self._lengths = self._reader.document_lengths[documents]
+        self._documents = documents_of_part(self._reader, shard.part, shard.validation_fraction)
         self._key = stream_key(seed, shard.source_index)
         self._sentences: npt.NDArray[np.int64] | None = None
         if sentences:
             assert shard.sentences is not None
             self._sentences = read_sentences(shard.sentences, shard.sentences_bytes)
-        self.num_tokens = int(self._lengths.sum())
+        self.num_tokens = int(self._reader.document_lengths[self._documents].sum())
         self.samples_per_epoch = windows_in(self.num_tokens, window_tokens, stride_tokens)
         """0 where the shard is shorter than a window: it has no samples."""
         self._epoch = lru_cache(maxsize=EPOCHS_IN_MEMORY)(self._build_epoch)
 
     def sample(self, index: int) -> Text:
         """A window [window_tokens]; with `sentences`, also where sentences begin in it."""
-        epoch, place = divmod(index, self.samples_per_epoch)
-        starts, ends, order = self._epoch(epoch)
-        position = order(place) * self._stride  # in the stream of this epoch
-        document = int(ends.searchsorted(position, side="right"))
-        tokens = self._reader.tokens
+        tokens, starts = self._reader.tokens, self._reader.document_starts
         out = np.empty(self._window, np.int64)
         sentences = None if self._sentences is None else [np.zeros(1, np.int64)]
-        filled, wanted = 0, self._window
-        while filled < wanted:
-            left = int(ends[document]) - position
-            taken = min(left, wanted - filled)
-            begin = int(starts[document]) - left  # `starts` holds the document's end in the file
-            out[filled : filled + taken] = tokens[begin : begin + taken]
+        for _, document, first_token, taken, place in self.stretches(index):
+            begin = int(starts[document]) + first_token
+            out[place : place + taken] = tokens[begin : begin + taken]
             if sentences is not None:
-                sentences.append(self._sentences_in(begin, begin + taken) + (filled - begin))
-            filled += taken
-            position += taken
-            document += 1
+                sentences.append(self._sentences_in(begin, begin + taken) + (place - begin))
         if sentences is None:
             return Text(out)
         found = np.concatenate(sentences)
         return Text(out, found[1:] if len(found) > 1 and found[1] == 0 else found)
+
+    def stretches(self, index: int) -> list[Stretch]:
+        epoch, place = divmod(index, self.samples_per_epoch)
+        documents, ends, order = self._epoch(epoch)
+        position = order(place) * self._stride  # in the stream of this epoch
+        at = int(ends.searchsorted(position, side="right"))
+        found: list[Stretch] = []
+        filled, wanted = 0, self._window
+        while filled < wanted:
+            document, left = int(documents[at]), int(ends[at]) - position
+            taken = min(left, wanted - filled)
+            if taken:  # a document may be empty
+                first_token = int(self._reader.document_lengths[document]) - left
+                found.append(Stretch(self.shard, document, first_token, taken, filled))
+            filled += taken
+            position += taken
+            at += 1
+        return found
 
     def samples_in(self, epochs: int) -> int:
         return epochs * self.samples_per_epoch
@@ -106,11 +130,10 @@ class WindowDataset:
         return self._sentences[first:last]
 
     def _build_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Permutation]:
-        """End of each document in the file and in the stream of this epoch [documents], and the order of windows."""
-        order = shuffled_order(len(self._starts), self._key, epoch)
-        lengths = self._lengths[order]
-        file_ends = self._starts[order] + lengths
-        return file_ends, np.cumsum(lengths), Permutation(self.samples_per_epoch, self._key, epoch, 1)
+        """Documents in order, the end of each in the stream of this epoch [documents], and the order of windows."""
+        documents = self._documents[shuffled_order(len(self._documents), self._key, epoch)]
+        ends = np.cumsum(self._reader.document_lengths[documents])
+        return documents, ends, Permutation(self.samples_per_epoch, self._key, epoch, 1)
 
 
 class BlendedDataset(Generic[Sample]):
@@ -123,6 +146,10 @@ class BlendedDataset(Generic[Sample]):
     def sample(self, index: int) -> Sample:
         source, inner = self._blend(index)
         return self.datasets[source].sample(inner)
+
+    def stretches(self, index: int) -> list[Stretch]:
+        source, inner = self._blend(index)
+        return self.datasets[source].stretches(inner)
 
     def samples_in(self, epochs: int) -> int:
         """Where the first source of the blend is used up."""

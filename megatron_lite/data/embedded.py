@@ -40,11 +40,18 @@ def embedded_files() -> list[Path]:
     return files
 
 
-def embedded_documents() -> Iterator[str]:
-    """Every source file as one document, then every topic."""
-    for path in embedded_files():
-        yield _decode_source(path.read_bytes())
-    yield from _topics()
+def embedded_documents() -> Iterator[tuple[str, int, int]]:
+    """Every source file as one document, then every topic: text, place in `embedded_names`, number in that file."""
+    files = embedded_files()
+    for i, path in enumerate(files):
+        yield _decode_source(path.read_bytes()), i, 0
+    for number, topic in enumerate(_topics()):
+        yield topic, len(files), number
+
+
+def embedded_names() -> tuple[str, ...]:
+    """The source files, and the file of the topics."""
+    return (*map(str, embedded_files()), str(Path(sysconfig.get_path("stdlib")) / TOPICS_FILE))
 
 
 def embedded_digest() -> str:

@@ -1,4 +1,4 @@
-"""From a global sample index to the tensors of a step."""
+"""From a global sample index to the sample that a model reads; `batch` makes tensors of it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.dataset import SampleDataset, WindowDataset, blended
 from megatron_lite.data.pairs import PairDataset
@@ -54,25 +53,6 @@ def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) 
         largest = max((dataset for dataset, _ in built), key=lambda dataset: dataset.shard.tokens)
         raise _no_sample(largest, config.data.seq_length, shape, "validation", "raise data.validation_fraction")
     return _blended([dataset for dataset, _ in used], [weight for _, weight in used], VALIDATION_SEED)
-
-
-def micro_batches(
-    dataset: SampleDataset[Any],
-    objective: ExampleMaker,
-    first_sample: int,
-    micro_batch_size: int,
-    num_micro_batches: int,
-    seed: int,
-) -> list[MicroBatch]:
-    """Consecutive samples from `first_sample` on, as micro-batches.
-
-    Args:
-        first_sample: global index of this rank's first sample of the step.
-        seed: with the global index, the key of a sample's random choices.
-    """
-    indices = range(first_sample, first_sample + micro_batch_size * num_micro_batches)
-    rows = list(examples(dataset, objective, indices, seed))
-    return [stack(rows[first : first + micro_batch_size]) for first in range(0, len(rows), micro_batch_size)]
 
 
 def examples(

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.dataset import EPOCHS_IN_MEMORY
+from megatron_lite.data.dataset import EPOCHS_IN_MEMORY, Stretch
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepared import Shard, documents_of_part
 from megatron_lite.data.sampler import Permutation, raw_bits, stream_key
@@ -67,6 +67,16 @@ class PairDataset:
 
     def sample(self, index: int) -> SentencePair:
         """A pair of together at most shape.tokens tokens, none of them empty."""
+        first, second, is_next = self._parts(index)
+        return SentencePair(self._read(first), self._read(second), is_next)
+
+    def stretches(self, index: int) -> list[Stretch]:
+        """Two: the first part and the second."""
+        first, second, _ = self._parts(index)
+        return [self._stretch(first, 0), self._stretch(second, first[1] - first[0])]
+
+    def _parts(self, index: int) -> tuple[Range, Range, bool]:
+        """Both parts, and whether the second follows the first."""
         epoch, place = divmod(index, self.samples_per_epoch)
         chunk = self._order(epoch)(place)
         key = stream_key(self._key, index)
@@ -79,8 +89,7 @@ class PairDataset:
         first = self._tokens_of(begin, split)
         is_next = _uniform(key, IS_NEXT) < self._shape.next_fraction
         second = self._tokens_of(split, end) if is_next else self._of_another(begin, target - first[1] + first[0], key)
-        first, second = truncated(first, second, target, key)
-        return SentencePair(self._read(first), self._read(second), is_next)
+        return *truncated(first, second, target, key), is_next
 
     def samples_in(self, epochs: int) -> int:
         return epochs * self.samples_per_epoch
@@ -105,6 +114,11 @@ class PairDataset:
         if stop - start > 1 and self._reader.tokens[stop - 1] == self._eod_id:
             stop -= 1
         return start, stop
+
+    def _stretch(self, tokens: Range, place: int) -> Stretch:
+        starts = self._reader.document_starts
+        document = int(starts.searchsorted(tokens[0], side="right")) - 1
+        return Stretch(self.shard, document, tokens[0] - int(starts[document]), tokens[1] - tokens[0], place)
 
     def _read(self, tokens: Range) -> Ids:
         return self._reader.tokens[tokens[0] : tokens[1]].astype(np.int64)

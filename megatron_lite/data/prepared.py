@@ -6,6 +6,7 @@ A prepared folder holds
     train-<i>.bin .idx      shards of source i, beside them train-<i>.json, the sidecar that goes with a copied pair
     validation-<i>.bin .idx
     <pair>.sentences        where sentences begin in a pair; also for ready shards whose tokenizer is known
+    <pair>.origins          for each document of a pair made here, where it was read
     unigram_counts.npz      how often each token occurs, for each source
 Ready Megatron shards stay where they are; the manifest then names them by their absolute path.
 """
@@ -36,7 +37,7 @@ from megatron_lite.files import file_xxh3
 
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
-FORMAT = 2
+FORMAT = 3
 CHEAP_CHECKSUM_BYTES = 64 * 2**20  # up to this size checksums are verified at every opening; sizes always are
 
 
@@ -73,6 +74,12 @@ class Shard:
     """Where sentences begin in the whole pair (`sentences.read_sentences`); None = unknown."""
     sentences_bytes: int = 0
     sentences_xxh3: str | None = None
+    files: tuple[str, ...] = ()
+    """What its documents were read from (`Source.files`), where they were prepared; empty = the pair is a ready one."""
+    origins: Path | None = None
+    """Where each document of the pair was read (`origins.read_origins`); None = in the pair itself."""
+    origins_bytes: int = 0
+    origins_xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,8 +196,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def shard_entry(shard: Shard, folder: Path) -> dict[str, Any]:
     """A shard as the manifest holds it: own files by name, so that the folder can be moved."""
     inside = shard.prefix.parent == folder
-    sentences = shard.sentences and shard.sentences.name
-    return {**asdict(shard), "prefix": shard.prefix.name if inside else str(shard.prefix), "sentences": sentences}
+    own = {name: path and path.name for name, path in (("sentences", shard.sentences), ("origins", shard.origins))}
+    return {**asdict(shard), "prefix": shard.prefix.name if inside else str(shard.prefix), **own}
 
 
 def shards_of(manifest: dict[str, Any], name: str, folder: Path) -> tuple[Shard, ...]:
@@ -199,8 +206,9 @@ def shards_of(manifest: dict[str, Any], name: str, folder: Path) -> tuple[Shard,
 
 
 def _shard_of(entry: dict[str, Any], folder: Path) -> Shard:
-    sentences = folder / entry["sentences"] if entry["sentences"] else None
-    return Shard(**entry | {"prefix": folder / entry["prefix"], "part": Part(entry["part"]), "sentences": sentences})
+    own = {name: folder / entry[name] if entry[name] else None for name in ("sentences", "origins")}
+    typed = {"prefix": folder / entry["prefix"], "part": Part(entry["part"]), "files": tuple(entry["files"])}
+    return Shard(**entry | typed | own)
 
 
 def check_shard(shard: Shard, folder: Path, *, checksum: bool) -> None:
@@ -216,6 +224,8 @@ def check_shard(shard: Shard, folder: Path, *, checksum: bool) -> None:
     ]
     if shard.sentences:
         recorded.append((shard.sentences, shard.sentences_bytes, shard.sentences_xxh3, MANIFEST))
+    if shard.origins:
+        recorded.append((shard.origins, shard.origins_bytes, shard.origins_xxh3, MANIFEST))
     for path, size, digest, expected_by in recorded:
         remedy = _remedy(path, folder)
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Documents of a source, one string at a time, so that a corpus never has to fit into memory.
+"""Documents of a source, one at a time, so that a corpus never has to fit into memory.
 
 Lines are cut at "\n" alone: U+2028, U+0085 and form feed are ordinary characters of a document. Documents of nothing
 but white space are left out. A lone surrogate, which no tokenizer takes, becomes U+FFFD.
@@ -13,8 +13,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.embedded import embedded_documents
@@ -26,15 +27,25 @@ CHUNK_BYTES = 4 * 2**20
 ROWS_PER_BATCH = 1024
 
 
-def read_documents(source: Source, data: DataConfig) -> Iterator[str]:
+class Document(NamedTuple):
+    """A text, and where it was read."""
+
+    text: str
+    file: int
+    """Place of its file in `Source.files`."""
+    number: int
+    """Of the row, line or document of that file, from 0, empty ones included."""
+
+
+def read_documents(source: Source, data: DataConfig) -> Iterator[Document]:
     """All documents of a text source in their order.
 
     Raises:
         DataError: a file is empty, binary, malformed or cut off; or `data.text_key` is not there.
     """
-    for text in _RAW_DOCUMENTS[source.kind](source, data):
+    for text, file, number in _RAW_DOCUMENTS[source.kind](source, data):
         if text and not text.isspace():
-            yield without_surrogates(text)
+            yield Document(without_surrogates(text), file, number)
 
 
 def without_surrogates(text: str) -> str:
@@ -46,17 +57,20 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def _embedded(source: Source, data: DataConfig) -> Iterator[str]:
+Raw = Iterator[tuple[str, int, int]]
+"""Text, file and number of each document, as `Document` has them."""
+
+
+def _embedded(source: Source, data: DataConfig) -> Raw:
     return embedded_documents()
 
 
-def _text(source: Source, data: DataConfig) -> Iterator[str]:
-    for path in source.paths:
+def _text(source: Source, data: DataConfig) -> Raw:
+    for i, path in enumerate(source.paths):
         pieces = _decoded_chunks(path, source)
-        if data.document_separator:
-            yield from split_stream(pieces, data.document_separator)
-        else:
-            yield "".join(pieces)
+        texts = split_stream(pieces, data.document_separator) if data.document_separator else ["".join(pieces)]
+        for number, text in enumerate(texts):
+            yield text, i, number
 
 
 def split_stream(pieces: Iterator[str], separator: str) -> Iterator[str]:
@@ -97,14 +111,16 @@ def _decoded_chunks(path: Path, source: Source) -> Iterator[str]:
             position += len(chunk)
 
 
-def _jsonl(source: Source, data: DataConfig) -> Iterator[str]:
-    for path in source.paths:
+def _jsonl(source: Source, data: DataConfig) -> Raw:
+    for i, path in enumerate(source.paths):
         with open_source(path, source) as file:
-            number = 0
-            while line := _read_line(file, path, source):
-                number += 1
+            for number in count():
+                line = _read_line(file, path, source)
+                if not line:
+                    break
                 if not line.isspace():
-                    yield _field(_parse(line, f"{path}:{number}", source), data.text_key, f"{path}:{number}", source)
+                    place = f"{path}:{number + 1}"
+                    yield _field(_parse(line, place, source), data.text_key, place, source), i, number
 
 
 def _parse(line: bytes, place: str, source: Source) -> dict[str, Any]:
@@ -135,29 +151,31 @@ def _text_or_empty(value: Any, key: str, place: str, source: Source) -> str:
     return value
 
 
-def _parquet(source: Source, data: DataConfig) -> Iterator[str]:
+def _parquet(source: Source, data: DataConfig) -> Raw:
     import pyarrow
     from pyarrow import parquet
 
-    for path in source.paths:
+    for i, path in enumerate(source.paths):
+        numbers = count()
         try:
             file = parquet.ParquetFile(path)
             if data.text_key not in file.schema_arrow.names:
                 raise _no_such_key(data.text_key, file.schema_arrow.names, str(path), source)
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=[data.text_key]):
                 for value in batch.column(0).to_pylist():
-                    yield _text_or_empty(value, data.text_key, str(path), source)
+                    yield _text_or_empty(value, data.text_key, str(path), source), i, next(numbers)
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path} (of {source}) is not a readable parquet file: {_first_line(error)}") from None
 
 
-def _dataset(source: Source, data: DataConfig) -> Iterator[str]:
+def _dataset(source: Source, data: DataConfig) -> Raw:
     rows = _open_dataset(source, data)
     if data.text_key not in rows.column_names:
         raise _no_such_key(data.text_key, rows.column_names, source.name, source)
+    numbers = count()
     for batch in rows.select_columns([data.text_key]).iter(batch_size=ROWS_PER_BATCH):
         for value in batch[data.text_key]:
-            yield _text_or_empty(value, data.text_key, source.name, source)
+            yield _text_or_empty(value, data.text_key, source.name, source), 0, next(numbers)
 
 
 def _open_dataset(source: Source, data: DataConfig) -> Any:
@@ -228,7 +246,7 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().split("\n")), "") or type(error).__name__
 
 
-_RAW_DOCUMENTS: dict[SourceKind, Callable[[Source, DataConfig], Iterator[str]]] = {
+_RAW_DOCUMENTS: dict[SourceKind, Callable[[Source, DataConfig], Raw]] = {
     SourceKind.embedded: _embedded,
     SourceKind.text: _text,
     SourceKind.jsonl: _jsonl,

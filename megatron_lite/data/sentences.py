@@ -21,16 +21,14 @@ into several byte tokens is not seen.
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from megatron_lite.data.arrays import ArrayWriter, map_array
 from megatron_lite.data.pieces import INCOMPLETE, Pieces, Style
-from megatron_lite.errors import DataError
 
 LONG_SENTENCE = 64
 FINAL_SIGNS = ".!?…؟।"
@@ -177,11 +175,12 @@ class SentenceWriter:
 
     def __init__(self, path: Path, kinds: Kinds | None) -> None:
         self._kinds = kinds
-        self._digest = xxhash.xxh3_128()
-        self._file = path.open("wb")
         self._tokens = 0
-        self.path = path
-        self.count = 0
+        self._array = ArrayWriter(path, SENTENCE_DTYPE)
+
+    @property
+    def path(self) -> Path:
+        return self._array.path
 
     def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
         """The next documents: their tokens one after another [sum(lengths)], and the length of each [documents]."""
@@ -191,31 +190,17 @@ class SentenceWriter:
 
     def add_places(self, places: npt.NDArray[np.int64]) -> None:
         """Places that are known already, ascending [any number]."""
-        data = np.ascontiguousarray(places, SENTENCE_DTYPE).view(np.uint8).data
-        self._file.write(data)
-        self._digest.update(data)
-        self.count += len(places)
+        self._array.add(places)
 
     def finish(self) -> dict[str, Any]:
         """Close the file; the fields of a `Shard` that name it."""
-        self._file.close()
-        size = self.count * SENTENCE_DTYPE.itemsize
-        return {"sentences": self.path, "sentences_bytes": size, "sentences_xxh3": self._digest.hexdigest()}
+        return self._array.finish("sentences")
 
 
 def read_sentences(path: Path, size: int) -> npt.NDArray[np.int64]:
     """Memory-map what `SentenceWriter` wrote: ascending places in the .bin, in tokens.
 
-    Args:
-        size: bytes that were written.
     Raises:
-        DataError: the file is missing, or of another size.
+        DataError: the file is missing, or not of the `size` bytes that were written.
     """
-    try:
-        found = path.stat().st_size
-        if found == size > 0:
-            with path.open("rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), SENTENCE_DTYPE)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; remove its folder to prepare it again") from None
-    raise DataError(f"{path} is {found:,} bytes; {size:,} were written; remove its folder to prepare it again")
+    return map_array(path, SENTENCE_DTYPE, size)

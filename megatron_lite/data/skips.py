@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,10 @@ def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:
 
 def skips_of(rollbacks: Iterable[Rollback]) -> Skips:
     return Skips(one.window for one in rollbacks)
+
+
+def stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as [first, stop) of each run without a gap."""
+    starts = [0, *(place + 1 for place, (a, b) in enumerate(pairwise(numbers)) if b != a + 1)]
+    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        yield numbers[start], numbers[end - 1] + 1

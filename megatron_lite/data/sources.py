@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from megatron_lite.config.schema import DataConfig
-from megatron_lite.data.embedded import embedded_digest
+from megatron_lite.data.embedded import embedded_digest, embedded_names
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.errors import ConfigError, DataError
 
@@ -62,6 +62,13 @@ class Source:
     def is_text(self) -> bool:
         """True when documents must be tokenised; False for ready shards."""
         return self.kind is not SourceKind.shards
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of what its documents are read from, in that order: absolute paths, or the dataset of the hub."""
+        if self.kind is SourceKind.embedded:
+            return embedded_names()
+        return tuple(str(path.absolute()) for path in self.paths) or (self.name,)
 
     def __str__(self) -> str:
         return f"{self.key}={self.name}"

@@ -20,8 +20,9 @@ import xxhash
 
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
+from megatron_lite.data.origins import ORIGIN_DTYPE, origins_writer
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
-from megatron_lite.data.readers import read_documents
+from megatron_lite.data.readers import Document, read_documents
 from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
@@ -73,7 +74,7 @@ def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float 
     threshold = validation_threshold(held_out) if held_out else 0
     for source in sources:
         left = TRAINING_TEXT_CHARACTERS // len(sources)
-        for text in read_documents(source, data):
+        for text, _, _ in read_documents(source, data):
             if document_hash(text) >= threshold:
                 yield text
                 left -= len(text)
@@ -102,14 +103,15 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
         outputs[Part.validation] = _Output(job, source, index, Part.validation)
     lowest = 2**64
     progress = _Progress(job.report, source.name)
-    for texts, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
-        hashes = np.fromiter(map(document_hash, texts), np.uint64, len(texts))
+    for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
+        hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
+        origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
         lowest = min(lowest, int(hashes.min()))
         chosen = hashes < np.uint64(threshold)
-        outputs[into].add(tokens, lengths, ~chosen)
+        outputs[into].add(tokens, lengths, origins, ~chosen)
         if held_out:
-            outputs[Part.validation].add(tokens, lengths, chosen)
-        progress.add(sum(map(len, texts)), len(tokens))
+            outputs[Part.validation].add(tokens, lengths, origins, chosen)
+        progress.add(sum(len(text) for text, _, _ in documents), len(tokens))
     progress.finish()
     if outputs[into].documents == 0:
         if lowest == 2**64:
@@ -138,27 +140,36 @@ class _Output:
         self._vocab_size = job.tokenizer.vocab_size
         self._writer = IndexedWriter(self._prefix, token_dtype(self._vocab_size))
         self._sentences = SentenceWriter(sentences_path(self._prefix), job.sentence_kinds)
+        self._origins = origins_writer(self._prefix)
         self._counts = np.zeros(self._vocab_size, np.int64)
         self.documents = 0
 
-    def add(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]) -> None:
-        """Write the chosen ones of a batch of documents: tokens [sum(lengths)], lengths and chosen [documents]."""
+    def add(
+        self,
+        tokens: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int64],
+        origins: npt.NDArray[np.void],
+        chosen: npt.NDArray[np.bool_],
+    ) -> None:
+        """Write the chosen ones of a batch of documents: tokens [sum(lengths)], the others [documents]."""
         if not chosen.any():
             return
         if not chosen.all():
-            tokens, lengths = tokens[np.repeat(chosen, lengths)], lengths[chosen]
+            tokens, lengths, origins = tokens[np.repeat(chosen, lengths)], lengths[chosen], origins[chosen]
         self._writer.add(tokens, lengths)
         self._sentences.add(tokens, lengths)
+        self._origins.add(origins)
         self._counts += np.bincount(tokens, minlength=self._vocab_size)
         self.documents += len(lengths)
 
     def finish(self) -> Counted | None:
         """Close the files; None, and no files, where no document came."""
         facts = self._writer.finish()
-        sentence_facts = self._sentences.finish()
+        beside = self._sentences.finish() | self._origins.finish("origins")
         if self.documents == 0:
             self._writer.remove()
             self._sentences.path.unlink()
+            self._origins.path.unlink()
             return None
         write_sidecar(self._prefix, {"source": self._source.name, **self._job.tokenizer_facts, **asdict(facts)})
         shard = Shard(
@@ -174,7 +185,8 @@ class _Output:
             idx_bytes=facts.idx_bytes,
             bin_xxh3=facts.bin_xxh3,
             idx_xxh3=facts.idx_xxh3,
-            **sentence_facts,
+            files=self._source.files,
+            **beside,
         )
         return Counted(shard, self._counts)
 
@@ -182,31 +194,35 @@ class _Output:
 Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 
-def _encoded_batches(tokenizer: Tokenizer, documents: Iterator[str]) -> Iterator[tuple[list[str], Encoded]]:
+def _encoded_batches(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[tuple[list[Document], Encoded]]:
     """Batches of documents with their tokens, in order; a few are encoded ahead."""
+
+    def encoded(batch: list[Document]) -> Encoded:
+        return tokenizer.encode_documents([text for text, _, _ in batch])
+
     batches = batched_by_size(documents, BATCH_CHARACTERS)
     with ThreadPoolExecutor(max_workers=BATCHES_IN_FLIGHT - 1) as pool:
-        waiting: deque[tuple[list[str], Future[Encoded]]] = deque()
+        waiting: deque[tuple[list[Document], Future[Encoded]]] = deque()
         try:
             while True:
-                for texts in islice(batches, BATCHES_IN_FLIGHT - len(waiting)):
-                    waiting.append((texts, pool.submit(tokenizer.encode_documents, texts)))
+                for batch in islice(batches, BATCHES_IN_FLIGHT - len(waiting)):
+                    waiting.append((batch, pool.submit(encoded, batch)))
                 if not waiting:
                     return
-                texts, encoded = waiting.popleft()
-                yield texts, encoded.result()
+                batch, result = waiting.popleft()
+                yield batch, result.result()
         finally:
-            for _, encoded in waiting:
-                encoded.cancel()
+            for _, result in waiting:
+                result.cancel()
 
 
-def batched_by_size(documents: Iterator[str], size: int) -> Iterator[list[str]]:
+def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
     """Group documents until a batch has `size` characters."""
-    batch: list[str] = []
+    batch: list[Document] = []
     total = 0
-    for text in documents:
-        batch.append(text)
-        total += len(text)
+    for document in documents:
+        batch.append(document)
+        total += len(document.text)
         if total >= size:
             yield batch
             batch, total = [], 0

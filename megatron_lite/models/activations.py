@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_lite.models.fields import Field
 from megatron_lite.parallel.context import ParallelContext
-
-
-class Field(NamedTuple):
-    """A tensor of `Activations` that a layer takes from those before it, or from the batch."""
-
-    name: str
-    length: int | None = None
-    """Positions of a sample (a hidden state has h channels for each); None = one number a sample."""
 
 
 @dataclass(frozen=True)

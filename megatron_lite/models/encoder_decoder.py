@@ -27,8 +27,9 @@ from itertools import chain
 
 from torch import nn
 
-from megatron_lite.models.activations import Activations, Field
+from megatron_lite.models.activations import Activations
 from megatron_lite.models.entries import Entries
+from megatron_lite.models.fields import Field
 from megatron_lite.models.spec import LayerSpec
 
 

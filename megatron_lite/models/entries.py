@@ -14,9 +14,10 @@ from torch import nn
 
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
-from megatron_lite.models.activations import Activations, Field
+from megatron_lite.models.activations import Activations
 from megatron_lite.models.block import TransformerBlock
 from megatron_lite.models.dropout import HiddenDropout
+from megatron_lite.models.fields import Field
 from megatron_lite.models.heads import HeadBias, HeadTransform, NextSentenceHead
 from megatron_lite.models.initial import StackInit, stack_init
 from megatron_lite.models.masks import Visibility

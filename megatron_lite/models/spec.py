@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from megatron_lite.models.activations import Activations, Field
+from megatron_lite.models.activations import Activations
+from megatron_lite.models.fields import Field
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import initialise, set_global_names
 

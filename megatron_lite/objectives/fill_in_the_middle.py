@@ -19,7 +19,7 @@ import numpy as np
 from megatron_lite.config.lengths import FIM_TOKENS
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
 from megatron_lite.data.special import Vocabulary
-from megatron_lite.models.activations import Field
+from megatron_lite.models.fields import Field
 from megatron_lite.objectives.assembly import known
 from megatron_lite.objectives.base import Example, Ids, Objective, Text
 from megatron_lite.objectives.causal_lm import next_token_shape, next_token_weights, weightless_token

@@ -48,6 +48,9 @@ class TokenLoss:
     vocab_size: int
     hits: Hits | None = field(default=None, compare=False)
     """Where to count right predictions; None = they are not counted. Only without gradients."""
+    sequences: list[Tensor] = field(default_factory=list, compare=False)
+    """[2, b] of each micro-batch since somebody cleared it, of training alone: each sequence's share of the loss, and
+    its tokens' weights. It stays on the device."""
 
     def __call__(self, outputs: Outputs, targets: Targets) -> Tensor:
         """
@@ -62,16 +65,18 @@ class TokenLoss:
         if self.hits is not None:  # without gradients, so the logits are still there
             right = vocab_parallel_argmax(logits, self.context, self.vocab_size) == labels
             _count(self.hits.tokens, right, losses.detach(), loss_weights)
-        loss = (losses * loss_weights).sum()
-        if sequence_logits is None:
-            return loss
-        return loss + self._sequence_loss(sequence_logits.float(), *sequence_targets)
+        shares = (losses * loss_weights).sum(-1)  # [b]
+        if sequence_logits is not None:
+            shares = shares + self._class_losses(sequence_logits.float(), *sequence_targets)
+        if torch.is_grad_enabled():
+            self.sequences.append(torch.stack([shares.detach(), loss_weights.sum(-1)]))
+        return shares.sum()
 
-    def _sequence_loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _class_losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
         if self.hits is not None:
             _count(self.hits.sequences, logits.argmax(-1) == labels, losses, weights)
-        return (losses * weights).sum()
+        return losses * weights
 
 
 def _count(sums: Tensor, right: Tensor, losses: Tensor, weights: Tensor) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_lite.config.lengths import PAIR_ENDS
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
 from megatron_lite.data.special import Vocabulary
-from megatron_lite.models.activations import Field
+from megatron_lite.models.fields import Field
 from megatron_lite.objectives.assembly import filled, known
 from megatron_lite.objectives.base import Example, Objective, PairShape, SentencePair
 from megatron_lite.objectives.draws import Draws

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
 from megatron_lite.data.special import Vocabulary
-from megatron_lite.models.activations import Field
+from megatron_lite.models.fields import Field
 from megatron_lite.objectives.base import Example, Objective, Text
 from megatron_lite.objectives.causal_lm import next_token_shape, next_token_weights, weightless_token
 from megatron_lite.objectives.draws import Draws

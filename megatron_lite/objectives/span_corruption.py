@@ -18,7 +18,7 @@ import numpy.typing as npt
 from megatron_lite.config.lengths import sentinels_needed, span_corruption_lengths, span_counts
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
 from megatron_lite.data.special import Vocabulary
-from megatron_lite.models.activations import Field
+from megatron_lite.models.fields import Field
 from megatron_lite.objectives.assembly import filled, known, shifted_right
 from megatron_lite.objectives.base import Example, Ids, Objective, Text, WindowShape
 from megatron_lite.objectives.draws import Draws

@@ -49,7 +49,7 @@ class Dossier:
             step=int(spike["step"]),
             kinds=", ".join(str(kind).replace("_", " ") for kind in spike.get("kinds", [])),
             action=str(spike.get("action", "")).replace("_", " "),
-            text=str(spike.get("text", "")),
+            text=str(spike.get("text", "")).removeprefix(f"spike at step {spike['step']}: "),
             facts=_facts(known),
             documents=known.get("documents") or [],
             sequences=known.get("sequences") or [],

@@ -72,18 +72,27 @@ class Activity(NamedTuple):
 class Heartbeat:
     """What this rank is doing; written by the training thread, read by the watchdog's."""
 
-    __slots__ = ("_now",)
+    __slots__ = ("_now", "_spent")
 
     def __init__(self) -> None:
         self._now: tuple[Phase, int | None, int, int, float] = (Phase.START, None, 0, 0, time.monotonic())
+        self._spent = dict.fromkeys(Phase, 0.0)
 
     def begin_step(self, step: int) -> None:
         """Of the steps counted from 1; the first thing is its data."""
         self._now = (Phase.DATA, None, step, 0, time.monotonic())
+        self._spent = dict.fromkeys(Phase, 0.0)
 
     def enter(self, phase: Phase, micro_batch: int | None = None) -> None:
-        _, _, step, position, _ = self._now
-        self._now = (phase, micro_batch, step, position + 1, time.monotonic())  # an Activity would cost twice as much
+        before, _, step, position, since = self._now
+        now = time.monotonic()
+        self._spent[before] += now - since
+        self._now = (phase, micro_batch, step, position + 1, now)  # an Activity would cost twice as much
+
+    @property
+    def spent(self) -> dict[Phase, float]:
+        """Seconds in each phase since the step began, the present one not counted."""
+        return dict(self._spent)
 
     @property
     def now(self) -> Activity:

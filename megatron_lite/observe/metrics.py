@@ -90,14 +90,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(_to_json(entry), allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(to_json(entry), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """The same as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if hasattr(value, "item"):  # a number of numpy or torch
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

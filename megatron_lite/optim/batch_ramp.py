@@ -13,7 +13,7 @@ from megatron_lite.config.schema import BatchRampConfig, TrainConfig
 
 @dataclass(frozen=True)
 class BatchStep:
-    """The global samples [first_sample, first_sample + global_batch_size) of one step."""
+    """The samples [first_sample, first_sample + global_batch_size) of one step, counted as they are consumed."""
 
     first_sample: int
     global_batch_size: int
@@ -34,6 +34,7 @@ class Origin:
 
     step: int
     samples: int
+    """Consumed: those that the run leaves out (data/skips.py) do not count."""
 
 
 BEGINNING = Origin(0, 0)
@@ -61,6 +62,11 @@ class BatchSchedule:
     def __init__(self, train: TrainConfig, origin: Origin = BEGINNING) -> None:
         self.stages = _stages(train.batch_ramp, train.global_batch_size, origin)
         self._first_steps = [stage.first_step for stage in self.stages]
+
+    @property
+    def first_step(self) -> int:
+        """Of the origin."""
+        return self.stages[0].first_step
 
     def at(self, step: int) -> BatchStep:
         assert step >= self.stages[0].first_step

@@ -48,6 +48,7 @@ class Report:
                     "data_seconds": record.data_seconds,
                     "loss_scale": record.result.loss_scale,
                     "skipped": record.result.skipped,
+                    **trainer.figures,
                 },
             )
         self.progress.update(
@@ -90,6 +91,11 @@ class Validate:
         if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
             self.at(trainer, record.step)
 
+    def forget_after(self, step: int) -> None:
+        """The run goes back to this step."""
+        if self.newest and self.newest[0] > step:
+            self.newest = None
+
     def at(self, trainer: Trainer, step: int) -> None:
         """Now, as the evaluation of this step."""
         found = trainer.evaluate()
@@ -129,7 +135,7 @@ class Save:
         trainer.heartbeat.enter(Phase.SAVE)
         validated = self.validate.newest
         loss = validated[1] if validated and validated[0] == step else None
-        self.checkpoints.save(step, trainer.schedule.at(step).first_sample, loss)
+        self.checkpoints.save(step, trainer.schedule.at(step).first_sample, trainer.source.skips, loss)
         self.report()
 
     def wait(self, trainer: Trainer) -> None:

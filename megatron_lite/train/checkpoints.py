@@ -23,6 +23,7 @@ from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.skips import Skips
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.observe.console import Console
@@ -45,14 +46,22 @@ class Start:
 
     @classmethod
     def find(
-        cls, checkpoints: Path, config: RunConfig, context: ParallelContext, prepared: PreparedData, console: Console
+        cls,
+        checkpoints: Path,
+        config: RunConfig,
+        context: ParallelContext,
+        prepared: PreparedData,
+        console: Console,
+        reason_against: Callable[[CheckpointState], str | None],
     ) -> Start:
         """The newest complete checkpoint, if there is one. A collective of all ranks.
 
+        Args:
+            reason_against: why the run cannot go on from one.
         Raises:
             CheckpointError: it is of another run than this configuration's; on every rank alike.
         """
-        found = newest_complete(checkpoints, console.print)
+        found = newest_complete(checkpoints, console.print, reason_against)
         if found is None:
             return cls()
         folder, state = found
@@ -118,24 +127,34 @@ class Checkpoints:
             CheckpointError: the files hold other tensors than the model has.
         """
         if start.report is not None and start.state is not None and start.folder is not None:
-            self._restore(start.folder, start.state, start.report)
-            self.newest_step = start.step
+            report = start.report
+            self._restore(start.folder, start.state, report.load_moments, report.load_loss_scale)
         elif (name := self.engine.config.model.init_from) is not None:
             weights = read_weights(name)
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
             start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
             self.engine.shards.weights_changed()
 
-    def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
+    @property
+    def folder(self) -> Path:
+        """All of them lie here."""
+        return self.saver.checkpoints
+
+    def go_back(self, folder: Path, state: CheckpointState) -> None:
+        """Take what this run has saved earlier; nothing may be being written."""
+        self._restore(folder, state, load_moments=True, load_loss_scale=True)
+
+    def _restore(self, folder: Path, state: CheckpointState, load_moments: bool, load_loss_scale: bool) -> None:
         shards, kinds = self.engine.shards, [WEIGHT]
-        if report.load_moments:
+        if load_moments:
             kinds += state.optimizer.moments
         load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
-        if report.load_moments:
+        if load_moments:
             shards.updates = state.optimizer.step
-        if report.load_loss_scale and state.loss_scale is not None:
+        if load_loss_scale and state.loss_scale is not None:
             shards.loss_scale = state.loss_scale
         shards.weights_changed()
+        self.newest_step = state.step
 
     def _plan(self, hugging_face: bool) -> Plan:
         return Plan.of(self.shapes, _hugging_face(self.engine.config.model) if hugging_face else None)
@@ -143,12 +162,13 @@ class Checkpoints:
     def _fragments(self, *kinds: str) -> list[Fragment]:
         return [fragment for fragment in self.engine.shards.fragments() if fragment.kind in kinds]
 
-    def save(self, step: int, samples: int, validation_loss: float | None) -> Path:
+    def save(self, step: int, samples: int, skips: Skips, validation_loss: float | None) -> Path:
         """Write a checkpoint, or begin to; the folder that it will be.
 
         Args:
             step: finished optimizer steps.
             samples: consumed in them.
+            skips: what the run leaves out.
             validation_loss: where the run was validated after this very step.
         """
         config, shards = self.engine.config, self.engine.shards
@@ -162,6 +182,7 @@ class Checkpoints:
             data_fingerprint=self.data_fingerprint,
             hugging_face=self.saver.plan.hugging_face,
             validation_loss=validation_loss,
+            skipped=tuple((window.first, window.stop) for window in skips.before(skips.index(samples))),
             config=as_containers(without_environment(config)),
             versions=_versions(),
         )

@@ -8,6 +8,7 @@ Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
-from megatron_lite.train.mending import defer_scale_update, forget_empty_step
+from megatron_lite.train.mending import DeferredScale, as_if_overflowed, forget_empty_step
+from megatron_lite.train.meter import LayerMeter
 from megatron_lite.train.phases import EnginePhases
 from megatron_lite.train.schedule import call_at_boundaries
 from megatron_lite.train.setup import Task
@@ -62,7 +64,7 @@ class StepResult:
 
     loss: float  # nats per token, mean over the whole global batch
     grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # the gradient was not finite: no update was made
+    skipped: bool  # no update was made: the gradient was not finite, or the step was judged to be a spike
     loss_scale: float  # 1 unless fp16
 
 
@@ -96,10 +98,16 @@ class Engine(ABC):
         self.dtype = DTYPES[config.train.precision]
         self.gradient_hooks: list[Callable[[], None]] = []
         """Called between the last reduction of a step and clipping."""
+        self.judge: Callable[[float, float], bool] | None = None
+        """Told the loss and the norm of a step ahead of its update, the same on every rank; True drops the update.
+        Costs an all-reduce and a wait for the device; None = every update is made."""
+        self.measures_update = False
+        """Whether `meter` is to see the next update."""
         self.at_boundary: Callable[[], None] = lambda: None
         """Called between micro-batches, equally often on every rank; what it raises ends the training."""
         self._global_batch_size = global_batch_size
         self._own_grad_norm = 0.0
+        self._dropped, self._judged_grad_norm = False, 0.0
         require_right_deepspeed(deepspeed.__version__)
         if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
@@ -108,6 +116,7 @@ class Engine(ABC):
         self.shards = shards_of(
             self.module, self.deepspeed_engine.optimizer, config.parallel.zero_stage, config.optimizer, context
         )
+        self.meter = LayerMeter(self.shards, context)
 
     @abstractmethod
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
@@ -126,11 +135,12 @@ class Engine(ABC):
             batches = normalise(batches, self.context)
         self.module.train()
         self.phases.begin()
+        self.loss.sequences.clear()
         loss = self._accumulate_and_step(batches)
         return StepResult(
             loss=loss,
             grad_norm=self._grad_norm(),
-            skipped=bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
+            skipped=self._dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
             loss_scale=self._loss_scale(),
         )
 
@@ -219,24 +229,55 @@ class Engine(ABC):
         return engine
 
     def _insert_before(self, optimizer: Any) -> None:
-        """Run the gradient hooks, and ZeRO-0's clipping, between the last reduction and the update."""
+        """Between the last reduction and the update: hooks, figures of the layers, judgement, and ZeRO-0's clipping."""
         original_step = optimizer.step
-        update_scale = defer_scale_update(optimizer) if self.dtype is torch.float16 else None
+        scale_updates = DeferredScale(optimizer) if self.dtype is torch.float16 else None
 
         def step(*args: Any, **kwargs: Any) -> Any:
             for hook in self.gradient_hooks:
                 hook()
+            self.meter.measure_gradient(self._loss_scale())
             if self.config.parallel.zero_stage == 0:
                 self._own_grad_norm = clip_by_global_norm(
                     self.module.parameters(), self.config.optimizer.clip_grad_norm, self.context
                 )
-            original_step(*args, **kwargs)
-            if update_scale is not None:
-                update_scale()
+            self._dropped = self.judge is not None and self.judge(*self._vitals())
+            if self._dropped:
+                self._drop_update(original_step)
+            else:
+                self._update(original_step, *args, **kwargs)
+            if scale_updates is not None:
+                scale_updates.make(self._dropped)
 
         optimizer.step = step
 
+    def _update(self, original_step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.measures_update:
+            self.meter.before_update()
+        original_step(*args, **kwargs)
+        self.meter.after_update()
+
+    def _drop_update(self, original_step: Callable[..., Any]) -> None:
+        if self.config.parallel.zero_stage == 0:
+            return  # torch's own optimizer has nothing to clear up
+        with as_if_overflowed(self.deepspeed_engine.optimizer):
+            original_step()
+
+    def _vitals(self) -> tuple[float, float]:
+        """Loss and gradient norm of the step under way, the same on every rank. A collective of all ranks."""
+        sums = torch.zeros(1 + len(self.meter.layers), device=self.context.device)
+        if self.context.is_last_stage and self.context.tensor_rank == 0:
+            shares = [sequences[0].sum() for sequences in self.loss.sequences]
+            sums[0] = torch.stack(shares).sum() / (len(shares) * self.context.data_size)
+        sums[1:] = self.meter.squares()
+        dist.all_reduce(sums)
+        loss, *squares = sums.tolist()
+        self._judged_grad_norm = math.sqrt(sum(squares))
+        return loss, self._judged_grad_norm
+
     def _grad_norm(self) -> float:
+        if self._dropped:
+            return self._judged_grad_norm
         if self.config.parallel.zero_stage == 0:
             return self._own_grad_norm
         norm = self.deepspeed_engine.get_global_grad_norm()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.skips import Skips
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
@@ -19,6 +20,9 @@ from megatron_lite.train.stopping import StopAgreement
 
 class BatchSource(Protocol):
     """Where this rank's micro-batches come from; empty lists on stages that need none."""
+
+    skips: Skips
+    """The training samples that the run leaves out."""
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         """This data-parallel rank's part of one global batch."""
@@ -49,7 +53,10 @@ class StepRecord:
 
 
 class Callback(Protocol):
-    """What a run does besides stepping. Called on every rank, in the order of the list."""
+    """What a run does besides stepping. Called on every rank, in the order of the list.
+
+    One that takes the run back sets `trainer.finished_step`; those behind it are then not called, for there is no step.
+    """
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None: ...
 
@@ -69,6 +76,8 @@ class Trainer:
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures that callbacks leave for the end of the run."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Figures of a step that callbacks leave for its report."""
 
     def __post_init__(self) -> None:
         self.finished_step = self.first_step
@@ -79,12 +88,15 @@ class Trainer:
         Raises:
             StopRequested: the ranks were asked to stop, after `finished_step`; on every rank alike.
         """
-        for step in range(self.first_step, self.last_step):
+        while self.finished_step < self.last_step:
             self.agreement.at_boundary()
-            record = self._step(step)
+            record = self._step(self.finished_step)
             self.finished_step = record.step
+            self.figures.clear()
             for callback in self.callbacks:
                 callback.after_step(self, record)
+                if self.finished_step != record.step:
+                    break
 
     def _step(self, step: int) -> StepRecord:
         start = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,28 +11,35 @@ import torch
 from megatron_lite.errors import TrainingError
 
 
-def defer_scale_update(optimizer: Any) -> Callable[[], None]:
-    """Let ZeRO change fp16's loss scale after a step, not within it.
+class DeferredScale:
+    """Lets ZeRO change fp16's loss scale after a step, not within it.
 
     DeepSpeed 0.19.8 updates the scale before it divides the gradients by it: in a step in which the scale doubles,
-    every unclipped gradient would be halved. The returned function makes the update that the last step asked for.
+    every unclipped gradient would be halved.
     """
-    asked: list[bool] = []
-    original = optimizer._update_scale
-    optimizer._update_scale = lambda has_overflow=False: asked.append(has_overflow)
 
-    def update() -> None:
-        for has_overflow in asked:
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._asked: list[bool] = []
+        self._original = optimizer._update_scale
+        optimizer._update_scale = lambda has_overflow=False: self._asked.append(has_overflow)
+
+    def make(self, dropped: bool) -> None:
+        """The update that the last step asked for; none where the step was dropped for another reason than overflow.
+
+        Raises:
+            TrainingError: the scale would have to be lower than the smallest one.
+        """
+        asked, self._asked = self._asked, []
+        for has_overflow in [] if dropped else asked:
             try:
-                original(has_overflow)
+                self._original(has_overflow)
             except Exception as error:  # DeepSpeed raises nothing more specific
                 raise TrainingError(
                     f"the gradients overflow fp16 even at a loss scale of train.loss_scale.minimum="
-                    f"{optimizer.loss_scale:g} ({error}); use train.precision=bf16 or a lower optimizer.learning_rate"
+                    f"{self._optimizer.loss_scale:g} ({error}); use train.precision=bf16 or a lower "
+                    "optimizer.learning_rate"
                 ) from error
-        asked.clear()
-
-    return update
 
 
 def forget_empty_step(optimizer: Any) -> None:
@@ -39,3 +47,37 @@ def forget_empty_step(optimizer: Any) -> None:
     for state in getattr(optimizer, "optimizer", optimizer).state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+
+
+@contextmanager
+def as_if_overflowed(optimizer: Any) -> Iterator[None]:
+    """Within the block the optimizer's step does what it does with a gradient that is no number: it drops it.
+
+    Each of DeepSpeed's optimizers has its own way to clear up after such a step, and its own place to see one.
+    """
+
+    def overflow(*_: Any, **__: Any) -> Any:
+        optimizer.overflow = True
+        return True
+
+    no_number = torch.full((), float("nan"))
+    replaced: dict[str, Any] = {  # of those that it has
+        "check_overflow": overflow,  # ZeRO-1 and 2 ...
+        "check_grad_overflow": True,  # ... which look only where they are told to
+        "get_grads_for_norm": lambda **_: ([no_number], {}),  # bf16 under ZeRO-1
+        "_overflow_check_and_loss_scale_update": overflow,  # ZeRO-3
+    }
+    before = {name: vars(optimizer).get(name, _ABSENT) for name in replaced if hasattr(optimizer, name)}
+    for name in before:
+        setattr(optimizer, name, replaced[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                delattr(optimizer, name)
+            else:
+                setattr(optimizer, name, value)
+
+
+_ABSENT = object()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
-from megatron_lite.data.prepared import PreparedData, load_prepared
+from megatron_lite.data.prepared import load_prepared
+from megatron_lite.data.skips import Skips, skips_of
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
@@ -29,46 +30,28 @@ from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
-from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
-from megatron_lite.train.callbacks import EVALUATION_EVENT, Guard, Report, Save, Validate, is_due
+from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
-from megatron_lite.train.loop import Callback, Trainer
+from megatron_lite.train.loop import Trainer
 from megatron_lite.train.memory import memory_errors_explained
+from megatron_lite.train.parts import Run, agreed_rollbacks, build_callbacks, last_step
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
+from megatron_lite.train.rollback import unsuited
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
-from megatron_lite.train.startup import Links, measure_links, versions
+from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every part of one attempt needs."""
-
-    config: RunConfig
-    context: ParallelContext
-    prepared: PreparedData
-    console: Console
-    folder: Path
-    peak_flops: float  # dense, of the whole job; on the writing rank
-    started: float  # time.monotonic()
-    heartbeat: Heartbeat
-    links: Links
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 def train(config: RunConfig) -> RunEnd:
@@ -129,21 +112,29 @@ def _watchdog(
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     """From the newest checkpoint, or from nothing, to the last step or to a request to stop."""
     run.heartbeat.enter(Phase.LOAD)
-    start = Start.find(run.checkpoints, run.config, run.context, run.prepared, run.console)
+    rollbacks = agreed_rollbacks(run)
+    skips = skips_of(rollbacks)
+    reason_against = partial(unsuited, skips)
+    start = Start.find(run.checkpoints, run.config, run.context, run.prepared, run.console, reason_against)
     evaluated = start.folder is None or agreed(run.context.is_writer and _is_evaluated(run, start.step))
     if start.folder and start.step >= run.config.train.steps and evaluated:
         _conclude(run, Outcome(start.folder, run.started, done=True))
         return RunEnd.DONE
     schedule = BatchSchedule(run.config.train, start.origin)
-    engine, source, checkpoints = _build(run, start, schedule, agreement)
+    engine, source, checkpoints = _build(run, start, schedule, agreement, skips)
     trackers = build_trackers(
-        run.config, run.folder, run.context.is_writer, resume_step=start.step, report=run.console.print
+        run.config,
+        run.folder,
+        run.context.is_writer,
+        resume_step=start.step,
+        rollbacks=len(rollbacks),
+        report=run.console.print,
     )
     summary: dict[str, Any] = {}
     try:
         _announce(run, trackers, source, start)
         with _progress(run, start.step) as progress:
-            callbacks = _callbacks(run, trackers, progress, checkpoints)
+            callbacks = build_callbacks(run, trackers, progress, checkpoints, rollbacks, source)
             trainer = Trainer(
                 run.config,
                 engine,
@@ -152,7 +143,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 agreement,
                 callbacks.in_order,
                 start.step,
-                _last_step(run, source, schedule),
+                last_step(run, source, schedule),
                 summary,
                 run.heartbeat,
             )
@@ -175,12 +166,12 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
 
 
 def _build(
-    run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement
+    run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips
 ) -> tuple[Engine, ShardSource, Checkpoints]:
     """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
-    source = ShardSource(run.prepared, run.config, task.objective, run.context)
+    source = ShardSource(run.prepared, run.config, task.objective, run.context, skips)
     first_batch = schedule.at(start.step).global_batch_size
     engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
     run.heartbeat.enter(Phase.LOAD)
@@ -234,15 +225,6 @@ def _conclude(run: Run, outcome: Outcome) -> None:
         leave_marker(run.folder, RunEnd.DONE, ALL_TRAINED, run.config.train.steps)
 
 
-def _last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
-    """train.steps, or fewer where data.max_epochs passes hold no more; a collective of all ranks."""
-    steps, epochs = run.config.train.steps, run.config.data.max_epochs
-    if epochs is None:
-        return steps
-    within = schedule.steps_within(source.samples_in(epochs)) if run.context.is_writer else steps
-    return min(steps, agreed(within))
-
-
 def _require_data(run: Run, last_step: int) -> None:
     if last_step < run.config.train.steps:
         raise OutOfDataError(
@@ -250,29 +232,6 @@ def _require_data(run: Run, last_step: int) -> None:
             f"{run.config.train.steps:,}, which is trained and saved; raise data.max_epochs, add text in a new "
             f"train.run_dir, or set train.steps={last_step}"
         )
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    report: Report
-    guard: Guard
-    validate: Validate
-    save: Save
-
-    @property
-    def in_order(self) -> list[Callback]:
-        return [self.report, self.guard, self.validate, self.save]
-
-
-def _callbacks(run: Run, trackers: Trackers, progress: Progress, checkpoints: Checkpoints) -> Callbacks:
-    flops = flops_of_run(run.config, run.prepared.vocab_size).training
-    validate = Validate(trackers, progress)
-    return Callbacks(
-        Report(trackers, progress, flops, run.peak_flops),
-        Guard(),
-        validate,
-        Save(trackers, checkpoints, validate),
-    )
 
 
 def _progress(run: Run, first_step: int) -> Progress:

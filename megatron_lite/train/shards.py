@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,34 @@ class Shards:
             for kind in (WEIGHT, *moments_of(self.config))
             for fragment in self._of(parameter, kind)
         ]
+
+    @cached_property
+    def owned(self) -> list[tuple[nn.Parameter, slice]]:
+        """Parameters, and the part of what this rank holds of each that counts here and on no other rank."""
+        found = [
+            (parameter, slice(*fragment.owned))
+            for parameter in self.module.parameters()
+            if parameter.requires_grad
+            for fragment in self._of(parameter, WEIGHT)
+        ]
+        return [(parameter, part) for parameter, part in found if part.stop > part.start]
+
+    def owned_weights(self) -> list[Tensor]:
+        """The master weights of `owned`, as views."""
+        return [self._local(parameter, WEIGHT)[part] for parameter, part in self.owned]
+
+    def owned_gradients(self) -> list[Tensor]:
+        """The gradients of `owned`, times fp16's loss scale; between the last reduction and the update alone."""
+        return [self._gradient(parameter)[part] for parameter, part in self.owned]
+
+    def _local(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """All that this rank holds of it, flat."""
+        return next(iter(self._of(parameter, kind))).values
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient of what `_local` gives."""
+        assert parameter.grad is not None
+        return parameter.grad.view(-1)
 
     def shapes(self) -> Shapes:
         """Of the full tensors that this rank's stage has a part in, by kind and global name."""
@@ -176,6 +205,12 @@ class PartitionedShards(Shards):
         assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
         yield self._fragment(parameter, kind, region, mapping.lp_fragment_address.start, flat, (0, flat.numel()))
 
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        mapping: Any = parameter._hp_mapping
+        flat = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        place = mapping.lp_fragment_address  # under bf16 the gradient is whole on every rank
+        return flat.narrow(0, place.start, place.numel) if flat.numel() == parameter.numel() else flat
+
     def _moment(self, group: int, kind: str, place: Any) -> Tensor:
         return self._torch_state[self._partitions[group]][kind].narrow(0, place.start, place.numel)
 
@@ -202,6 +237,10 @@ class ParameterShards(Shards):
         region = self._region(parameter, kind)
         assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
         yield self._fragment(parameter, kind, region, start, part[:valid], (0, valid))
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        part, _ = self.optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        return part
 
 
 def shards_of(

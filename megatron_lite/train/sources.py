@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch
-from megatron_lite.data.loader import (
-    VALIDATION_SEED,
-    Dataset,
-    examples,
-    micro_batches,
-    training_dataset,
-    validation_dataset,
-)
+from megatron_lite.data.batch import MicroBatch, micro_batches
+from megatron_lite.data.loader import VALIDATION_SEED, Dataset, examples, training_dataset, validation_dataset
 from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.provenance import Provenance
+from megatron_lite.data.skips import Skips
 from megatron_lite.objectives.base import Example, Objective
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
+
+NOTHING_SKIPPED = Skips()
 
 
 class ShardSource:
@@ -26,13 +23,22 @@ class ShardSource:
     Rank d of D takes the d-th contiguous part of each global batch, so that the samples of a batch depend on no layout.
     Stages between the first, which reads the model's inputs, and the last, which reads labels, open no file.
 
+    Attributes:
+        skips: which samples are left out; a rollback replaces it, on all ranks together.
     Raises:
         DataError: the shards hold no full sample, or are damaged.
     """
 
     def __init__(
-        self, prepared: PreparedData, config: RunConfig, objective: Objective, context: ParallelContext
+        self,
+        prepared: PreparedData,
+        config: RunConfig,
+        objective: Objective,
+        context: ParallelContext,
+        skips: Skips = NOTHING_SKIPPED,
     ) -> None:
+        self.skips = skips
+        self._prepared = prepared
         self._config = config
         self._objective = objective
         self._context = context
@@ -48,17 +54,27 @@ class ShardSource:
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
 
-    def samples_in(self, epochs: int) -> int:
-        """Training samples that so many passes over the data give, on ranks that read."""
+    def provenance(self) -> Provenance:
+        """What the training samples are made of, on ranks that read."""
         assert self._training is not None
-        return self._training.samples_in(epochs)
+        return Provenance(self._training, self._prepared)
+
+    def samples_in(self, epochs: int) -> int:
+        """Training samples that a run consumes in so many passes over the data, on ranks that read."""
+        assert self._training is not None
+        return self.skips.count(self._training.samples_in(epochs))
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
-        seed = self._config.train.seed
-        return self._part(self._training, batch.first_sample, batch.global_batch_size, seed)
+        """This rank's part of a step, whose `first_sample` counts samples consumed: those left out are none of them.
+
+        Each sample keeps its global number, to which its random choices belong.
+        """
+        own = self._own_part(batch.global_batch_size)
+        indices = self.skips.indices(batch.first_sample + own.start, len(own))
+        return self._micro_batches(self._training, indices, self._config.train.seed)
 
     def validation(self) -> list[MicroBatch]:
-        return self._part(self._validation, 0, self._num_validation_samples, VALIDATION_SEED)
+        return self._micro_batches(self._validation, self._own_part(self._num_validation_samples), VALIDATION_SEED)
 
     @property
     def num_validation_micro_batches(self) -> int:
@@ -75,10 +91,13 @@ class ShardSource:
     def _num_validation_samples(self) -> int:
         return self._config.train.eval_batches * self._config.train.global_batch_size
 
-    def _part(self, dataset: Dataset | None, first_sample: int, num_samples: int, seed: int) -> list[MicroBatch]:
+    def _own_part(self, num_samples: int) -> range:
+        """Places of this rank's samples in a global batch."""
+        own = num_samples // self._context.data_size
+        first = self._context.data_rank * own
+        return range(first, first + own)
+
+    def _micro_batches(self, dataset: Dataset | None, indices: Sequence[int], seed: int) -> list[MicroBatch]:
         if dataset is None:
             return []
-        own = num_samples // self._context.data_size
-        size = self._config.train.micro_batch_size
-        first = first_sample + self._context.data_rank * own
-        return micro_batches(dataset, self._objective, first, size, own // size, seed)
+        return micro_batches(dataset, self._objective, indices, self._config.train.micro_batch_size, seed)

@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.schema import Activation, ModelConfig, Recompute
 from megatron_lite.data.special import SpecialTokens
-from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import stored_form
 from megatron_lite.models.hf.tensors import from_stored, to_stored

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.config.schema import ModelConfig, Normalization, PositionEmbedding, Recompute
-from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy

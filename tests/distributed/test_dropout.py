@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, Recompute
-from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.dropout import activation_dropout, inner_dropout
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy

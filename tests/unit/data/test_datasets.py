@@ -24,7 +24,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def read(config: RunConfig) -> list[str]:
-    return list(read_documents(resolve_source(config.data.source, "data.source"), config.data))
+    return [text for text, _, _ in read_documents(resolve_source(config.data.source, "data.source"), config.data)]
 
 
 def test_saved_dataset(saved: Path, config_for: ConfigFor) -> None:

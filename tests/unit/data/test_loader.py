@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import MicroBatch, micro_batches, training_dataset
+from megatron_lite.data.batch import MicroBatch, micro_batches
+from megatron_lite.data.loader import training_dataset
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.samples import Example, Text
@@ -50,7 +51,7 @@ def joined(batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6, 12])
 def test_grouping_into_micro_batches_keeps_the_order(micro_batch_size: int) -> None:
-    batches = micro_batches(Numbers(), Fake(), 5, micro_batch_size, 12 // micro_batch_size, seed=9)
+    batches = micro_batches(Numbers(), Fake(), range(5, 17), micro_batch_size, seed=9)
     assert len(batches) == 12 // micro_batch_size
     assert all(batch.inputs[0].shape == (micro_batch_size, 7) for batch in batches)
     assert all(batch.inputs[1].shape == (micro_batch_size,) for batch in batches)
@@ -69,13 +70,14 @@ def test_grouping_into_micro_batches_keeps_the_order(micro_batch_size: int) -> N
 
 def test_data_parallel_ranks_partition_the_batch() -> None:
     """Two ranks with two micro-batches each see what one rank with four sees."""
-    one = joined(micro_batches(Numbers(), Fake(), 8, 2, 4, seed=1))
-    two = joined([b for rank in (0, 1) for b in micro_batches(Numbers(), Fake(), 8 + 4 * rank, 2, 2, seed=1)])
+    one = joined(micro_batches(Numbers(), Fake(), range(8, 16), 2, seed=1))
+    parts = (range(8, 12), range(12, 16))
+    two = joined([b for part in parts for b in micro_batches(Numbers(), Fake(), part, 2, seed=1)])
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_sequence_labels() -> None:
-    batches = micro_batches(Numbers(), Fake(has_sequence_label=True), 4, 3, 2, seed=1)
+    batches = micro_batches(Numbers(), Fake(has_sequence_label=True), range(4, 10), 3, seed=1)
     assert [b.sequence_labels.tolist() for b in batches] == [[0, 1, 0], [1, 0, 1]]
     assert [b.sequence_weights.tolist() for b in batches] == [[1.0] * 3] * 2
     assert batches[0].sequence_labels.dtype == torch.int64
@@ -94,7 +96,7 @@ class Causal:
 def test_batches_of_prepared_data(prepared_corpus: tuple[PreparedData, RunConfig]) -> None:
     prepared, config = prepared_corpus
     dataset = training_dataset(prepared, config, windows(config))
-    found = joined(micro_batches(dataset, Causal(), 3, 4, 2, seed=config.train.seed))
+    found = joined(micro_batches(dataset, Causal(), range(3, 11), 4, seed=config.train.seed))
     expected = torch.tensor(np.stack([dataset.sample(i).tokens for i in range(3, 11)]))
     assert torch.equal(found["input_0"], expected[:, :-1])
     assert torch.equal(found["labels"], expected[:, 1:])

@@ -22,7 +22,7 @@ ConfigFor = Callable[..., RunConfig]
 
 def documents_of(config: RunConfig) -> list[str]:
     sources = resolve_sources(config.data.source, "data.source")
-    return [text for source in sources for text in read_documents(source, config.data)]
+    return [text for source in sources for text, _, _ in read_documents(source, config.data)]
 
 
 def failure_of(config: RunConfig) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding, Recompute
-from megatron_lite.models.activations import Field
 from megatron_lite.models.build import build_layers
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
-from megatron_lite.models.activations import Activations, Field, Wire
+from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.models.build import build_layers
+from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext

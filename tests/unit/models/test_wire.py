@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_lite.models.activations import Activations, Field, Wire
+from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.fields import Field
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
 

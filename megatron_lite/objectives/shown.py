@@ -1,0 +1,79 @@
+"""What an objective made of a sample, in words that a person can compare with its text. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_lite.objectives.base import Example, Ids, Objective
+
+Decode = Callable[[Ids], str]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Neighbouring positions whose labels count."""
+
+    position: int
+    """The first of them."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The same for every objective; a part that an objective does not have is empty or None."""
+
+    reads: dict[str, str | int]
+    """By field of the model's input: the text of `tokens` and `decoder_tokens` without padding, special tokens by their
+    name; the numbers of `lengths` and `prefix_lengths`; and of `segments` the position where the second part begins."""
+    predicts: list[Predicted]
+    predicted: int
+    """Positions whose labels count ..."""
+    positions: int
+    """... of so many."""
+    is_next: bool | None
+    """Of pairs: whether the second part really follows the first."""
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        lines = [f"reads {name}: {on_one_line(str(value))}" for name, value in self.reads.items()]
+        runs = " | ".join(f"{run.position}: {run.text}" for run in self.predicts)
+        lines.append(f"predicts {self.predicted} of {self.positions} positions: {on_one_line(runs)}")
+        if self.is_next is not None:
+            lines.append(f"predicts that the second part {'follows' if self.is_next else 'does not follow'} the first")
+        return lines
+
+
+def show(objective: Objective, example: Example, decode: Decode) -> Shown:
+    """
+    Args:
+        example: of this objective.
+        decode: the text of tokens.
+    """
+    inputs = dict(zip((field.name for field in objective.inputs), example.inputs, strict=True))
+    counted = np.flatnonzero(example.loss_weights)
+    length = inputs.get("lengths")
+    ends = {"tokens": length, "decoder_tokens": int(counted[-1]) + 1 if len(counted) else 0}
+    reads: dict[str, str | int] = {}
+    for name, value in inputs.items():
+        if isinstance(value, int):
+            reads[name] = value
+        else:
+            reads[name] = int(value.argmax()) if name == "segments" else decode(value[: ends[name]])
+    bounds = [0, *(np.flatnonzero(np.diff(counted) > 1) + 1).tolist(), len(counted)]
+    runs = [counted[first:last] for first, last in pairwise(bounds)] if len(counted) else []
+    return Shown(
+        reads,
+        [Predicted(int(run[0]), decode(example.labels[run])) for run in runs],
+        len(counted),
+        len(example.labels),
+        None if example.sequence_label is None else example.sequence_label == 0,
+    )
+
+
+def on_one_line(text: str) -> str:
+    """Line ends as `\\n`, so that a text stays on the line of its name."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

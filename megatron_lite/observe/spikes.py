@@ -1,0 +1,177 @@
+"""When a step is a spike: a pure function of the steps before it, so every rank and every replay finds the same.
+
+A loss falls, fast at first. So what is judged is not the loss but its departure from the median of the few steps just
+before, measured in robust deviations of such departures over a longer window: 1.4826 x the median absolute deviation,
+which is the standard deviation where they are normal (Hampel 1974; the window of 128 steps is OLMo-core's, which takes
+6 standard deviations of the loss itself). The gradient norm is judged the same way by its logarithm.
+
+One step with a gradient fifty times the usual one is no spike: small batches of clean text have them, clipping makes
+them harmless, and the loss takes no notice. It is one where the loss rises too, or where the next step has it as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from statistics import median
+from typing import Protocol
+
+BASELINE_STEPS = 9  # of which the median is what the next step is compared with
+LEAST_SPREAD = 1e-9  # of a series that does not move at all
+NORMAL = 1.4826  # standard deviations in a median absolute deviation of the normal distribution
+
+
+class Kind(StrEnum):
+    """In which way a step is a spike."""
+
+    not_finite = "not_finite"  # loss or gradient is no number
+    loss = "loss"
+    grad_norm = "grad_norm"
+    loss_scale = "loss_scale"  # fp16's has collapsed
+
+
+class Limits(Protocol):
+    """The settings `stability.*` (config/stability.py), which say why they are what they are."""
+
+    window: int
+    min_steps: int
+    loss_deviations: float
+    min_loss_rise: float
+    grad_norm_deviations: float
+    min_grad_norm_factor: float
+    loss_scale_halvings: int
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What one step is judged by."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    loss_scale: float = 1.0
+    overflowed: bool = False
+    """fp16 found the gradient too large for its loss scale and dropped the step: a part of its search for one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kinds: tuple[Kind, ...] = ()
+    usual_loss: float | None = None
+    """Median of the usual steps just before; None = too few."""
+    loss_deviations: float | None = None
+    usual_grad_norm: float | None = None
+    grad_norm_deviations: float | None = None
+
+    @property
+    def is_spike(self) -> bool:
+        return bool(self.kinds)
+
+
+@dataclass
+class _Series:
+    """The latest usual values of one quantity, and how far each lay from those just before it."""
+
+    window: int
+    min_steps: int
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=BASELINE_STEPS))
+    departures: deque[float] = field(default_factory=deque)
+
+    def add(self, value: float) -> None:
+        if self.recent:
+            self.departures.append(value - median(self.recent))
+        if len(self.departures) > self.window:
+            self.departures.popleft()
+        self.recent.append(value)
+
+    def compare(self, value: float) -> tuple[float | None, float | None]:
+        """The usual value, and by how many robust deviations this one departs from it; None = too few steps."""
+        if len(self.departures) < self.min_steps:
+            return None, None
+        usual, centre = median(self.recent), median(self.departures)
+        spread = NORMAL * median(abs(one - centre) for one in self.departures)
+        return usual, (value - usual - centre) / max(spread, LEAST_SPREAD)
+
+
+class SpikeDetector:
+    """Judges the steps of a run in their order."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._forget()
+
+    def _forget(self) -> None:
+        self._loss = _Series(self.limits.window, self.limits.min_steps)
+        self._log_norm = _Series(self.limits.window, self.limits.min_steps)
+        self._scales: deque[float] = deque(maxlen=self.limits.window)
+        self._spikes_in_a_row = 0
+        self._norm_was_high = False
+
+    def judge(self, vitals: Vitals) -> Verdict:
+        """What the step is, by the usual ones before it; changes nothing."""
+        collapsed = (Kind.loss_scale,) if self._has_collapsed(vitals.loss_scale) else ()
+        if vitals.overflowed and math.isfinite(vitals.loss):
+            return Verdict(collapsed)
+        usual_loss, loss_deviations = self._loss.compare(vitals.loss)
+        usual_log, norm_deviations = self._log_norm.compare(_log(vitals.grad_norm))
+        usual_norm = None if usual_log is None else math.exp(usual_log)
+        verdict = Verdict((), usual_loss, loss_deviations, usual_norm, norm_deviations)
+        return replace(verdict, kinds=(*collapsed, *self._kinds(vitals, verdict)))
+
+    def _kinds(self, vitals: Vitals, verdict: Verdict) -> Iterator[Kind]:
+        if not (math.isfinite(vitals.loss) and math.isfinite(vitals.grad_norm)):
+            yield Kind.not_finite
+            return
+        limit = self.limits.loss_deviations
+        rise = vitals.loss - (verdict.usual_loss or 0.0)
+        least_rise = self.limits.min_loss_rise * abs(verdict.usual_loss or 0.0)
+        if _exceeds(verdict.loss_deviations, limit) and rise >= least_rise:
+            yield Kind.loss
+        if self._is_high(vitals, verdict) and (self._norm_was_high or _exceeds(verdict.loss_deviations, limit / 2)):
+            yield Kind.grad_norm
+
+    def add(self, vitals: Vitals, verdict: Verdict) -> None:
+        """Take a step that has been judged into the history.
+
+        A spike is left out, so that the next one is measured against what was usual before. Where `min_steps` follow
+        each other without a usual step, the level has changed for good, and the history begins anew.
+        """
+        self._norm_was_high = self._is_high(vitals, verdict)
+        if verdict.is_spike:
+            self._spikes_in_a_row += 1
+            if self._spikes_in_a_row >= self.limits.min_steps:
+                self._forget()
+            return
+        self._spikes_in_a_row = 0
+        if vitals.overflowed:
+            return
+        self._loss.add(vitals.loss)
+        self._log_norm.add(_log(vitals.grad_norm))
+        self._scales.append(vitals.loss_scale)
+
+    def replay(self, history: Iterable[Vitals]) -> None:
+        """Begin anew with steps of an earlier attempt."""
+        self._forget()
+        for vitals in history:
+            self.add(vitals, self.judge(vitals))
+
+    def _is_high(self, vitals: Vitals, verdict: Verdict) -> bool:
+        usual = verdict.usual_grad_norm
+        if usual is None or vitals.grad_norm < self.limits.min_grad_norm_factor * usual:
+            return False
+        return _exceeds(verdict.grad_norm_deviations, self.limits.grad_norm_deviations)
+
+    def _has_collapsed(self, scale: float) -> bool:
+        return bool(self._scales) and scale * 2**self.limits.loss_scale_halvings <= max(self._scales)
+
+
+def _exceeds(deviations: float | None, limit: float) -> bool:
+    """NaN does not: it is no number, which is a kind of its own."""
+    return deviations is not None and deviations >= limit
+
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-30)) if norm == norm else norm

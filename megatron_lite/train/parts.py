@@ -1,0 +1,130 @@
+"""What an attempt at a run is made of, besides its engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.skips import Rollback, read_rollbacks
+from megatron_lite.errors import DataError
+from megatron_lite.observe.console import Console
+from megatron_lite.observe.heartbeat import Heartbeat
+from megatron_lite.observe.progress import Progress
+from megatron_lite.observe.spikes import Vitals
+from megatron_lite.observe.trackers import Trackers
+from megatron_lite.optim.batch_ramp import BatchSchedule
+from megatron_lite.parallel.agreement import agreed
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.planning.flops import flops_of_run
+from megatron_lite.train.callbacks import Guard, Report, Save, Validate
+from megatron_lite.train.checkpoints import Checkpoints
+from megatron_lite.train.dossier import Dossiers
+from megatron_lite.train.loop import Callback
+from megatron_lite.train.rollback import GoBack
+from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.startup import Links
+from megatron_lite.train.watch import Watch, logged_vitals
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of one attempt needs."""
+
+    config: RunConfig
+    context: ParallelContext
+    prepared: PreparedData
+    console: Console
+    folder: Path
+    peak_flops: float  # dense, of the whole job; on the writing rank
+    started: float  # time.monotonic()
+    heartbeat: Heartbeat
+    links: Links
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    watch: Watch
+    report: Report
+    go_back: GoBack
+    guard: Guard
+    validate: Validate
+    save: Save
+
+    @property
+    def in_order(self) -> list[Callback]:
+        return [self.watch, self.report, self.go_back, self.guard, self.validate, self.save]
+
+
+def build_callbacks(
+    run: Run,
+    trackers: Trackers,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    rollbacks: list[Rollback],
+    source: ShardSource,
+) -> Callbacks:
+    """Once the run's weights are there. A collective of all ranks."""
+    config = run.config
+    flops = flops_of_run(config, run.prepared.vocab_size).training
+    validate = Validate(trackers, progress)
+    save = Save(trackers, checkpoints, validate)
+    watch = Watch(config, checkpoints.engine, checkpoints.newest_step, _dossiers(run, trackers, source))
+    watch.rollbacks = len(rollbacks)
+    watch.remember(_earlier_steps(run, checkpoints.newest_step))
+    go_back = GoBack(
+        config.stability,
+        run.folder,
+        watch,
+        save,
+        validate,
+        trackers,
+        run.console,
+        rollbacks,
+        partial(last_step, run, source),
+    )
+    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, Guard(), validate, save)
+
+
+def _dossiers(run: Run, trackers: Trackers, source: ShardSource) -> Dossiers | None:
+    if not run.context.is_writer:
+        return None
+    return Dossiers(run.folder, source.provenance(), trackers, run.console, run.config.stability.worst_sequences)
+
+
+def agreed_rollbacks(run: Run) -> list[Rollback]:
+    """What the run has left out so far. A collective of all ranks.
+
+    Raises:
+        DataError: the file that tells is damaged; on every rank alike.
+    """
+    found, problem = list[Rollback](), None
+    try:
+        found = read_rollbacks(run.folder) if run.context.is_writer else []
+    except DataError as error:
+        problem = str(error)
+    found, problem = agreed((found, problem))
+    if problem is not None:
+        raise DataError(problem.removeprefix("error: "))
+    return found
+
+
+def _earlier_steps(run: Run, step: int) -> list[Vitals]:
+    """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
+    is_fp16 = run.config.train.precision is Precision.fp16
+    return agreed(logged_vitals(run.folder, step, is_fp16) if run.context.is_writer else [])
+
+
+def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
+    """train.steps, or fewer where data.max_epochs passes hold no more; a collective of all ranks."""
+    steps, epochs = run.config.train.steps, run.config.data.max_epochs
+    if epochs is None:
+        return steps
+    within = schedule.steps_within(source.samples_in(epochs)) if run.context.is_writer else steps
+    return min(steps, agreed(within))

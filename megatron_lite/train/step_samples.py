@@ -1,0 +1,160 @@
+"""Which samples a step of a run read, from what its folder holds. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.frozen import load_frozen
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
+from megatron_lite.errors import DataError
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, ROLLED_BACK_FILE, branch_of, read_metrics
+from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
+
+ATTEMPTS = ("start", "resume")  # events at the begin of each attempt
+SAME_SECOND = 1.0  # events have whole seconds, files finer ones
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """What one version of a step read."""
+
+    indices: list[int]
+    """Global numbers, in the order of the batch."""
+    rollback: int | None
+    """Which rollback took this version back, from 1; None = the run kept it."""
+
+
+def samples_of_step(run_dir: Path, config: RunConfig, step: int) -> StepSamples:
+    """Of the version of a step that the run kept. Windows of rollbacks lie behind what earlier steps read.
+
+    A batch size that changed at a resume is known from the next line of metrics.jsonl on.
+
+    Args:
+        step: counts from 1.
+    Raises:
+        DataError: the step is not trained yet, or there is none of this number.
+    """
+    check_number(step, config)
+    rollbacks = read_rollbacks(run_dir)
+    lines = [line for line in read_metrics(run_dir / METRICS_FILE) if {"samples", "global_batch_size"} <= line.keys()]
+    last = max((line["step"] for line in lines), default=0)
+    batch = _batch(lines, config, step)
+    indices = skips_of(rollbacks).indices(batch.first_sample, batch.global_batch_size)
+    if step >= last + config.train.log_interval:  # steps between two lines leave no trace
+        raise DataError(
+            f"step {step} of {run_dir} is not trained yet: {METRICS_FILE} ends with step {last}; give an earlier one"
+            f"{_taken_back(run_dir, step)}, or --sample {indices[0]} for the first sample that it will read"
+        )
+    return StepSamples(indices, None)
+
+
+def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: int | None) -> StepSamples:
+    """Of a version of a step that a rollback took back, with what was left out at that time.
+
+    Args:
+        rollback: which one, from 1; None = the latest that took this step back.
+    Raises:
+        DataError: there is no such version.
+    """
+    check_number(step, config)
+    lines = read_metrics(run_dir / ROLLED_BACK_FILE)
+    rollbacks = read_rollbacks(run_dir)
+    versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step}
+    chosen = max(versions, default=0) if rollback is None else rollback
+    if chosen not in versions:
+        known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(lines)
+        by = "" if rollback is None else f" by rollback {rollback}"
+        raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
+    batch = _batch_of_line(versions[chosen])
+    skips = skips_of(rollbacks[: branch_of(versions[chosen])])
+    return StepSamples(skips.indices(batch.first_sample, batch.global_batch_size), chosen)
+
+
+def check_number(step: int, config: RunConfig) -> None:
+    """
+    Raises:
+        DataError: there is no step of this number.
+    """
+    if not 1 <= step <= config.train.steps:
+        raise DataError(f"--step {step} is no step of the run; give one of 1 to train.steps={config.train.steps}")
+
+
+def config_of(run_dir: Path, step: int | None) -> Path:
+    """The frozen configuration that a step was trained with, where the dates tell it; else the newest one.
+
+    Each attempt writes its file anew, shortly before its first event. So a step's is the newest of those that are not
+    younger than the beginning of the last attempt from which this step was trained.
+
+    Raises:
+        DataError: the folder is none of a run.
+    """
+    dates = {path: path.stat().st_mtime for path in run_dir.glob("config-*.yaml")}
+    if not dates:
+        raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
+    began = _attempt_of(run_dir, step) if step is not None else None
+    old_enough = [path for path, date in dates.items() if began is None or date <= began + SAME_SECOND]
+    return max(old_enough or dates, key=lambda path: dates[path])
+
+
+def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:
+    """`config_of`, and what it holds."""
+    path = config_of(run_dir, step)
+    return path, load_frozen(path)
+
+
+def trained_on(run_dir: Path) -> str | None:
+    """The fingerprint of the data that the latest attempt read; None where no attempt got so far."""
+    found = [event.get("data_fingerprint") for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
+    return found[-1] if found else None
+
+
+def _attempt_of(run_dir: Path, step: int) -> float | None:
+    """When the last attempt from which this step was trained began: seconds since 1970."""
+    events = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event) and event["step"] < step]
+    return datetime.fromisoformat(events[-1]["time"]).timestamp() if events else None
+
+
+def _is_attempt(event: dict[str, Any]) -> bool:
+    return event.get("event") in ATTEMPTS
+
+
+def _batch(lines: list[dict[str, Any]], config: RunConfig, step: int) -> BatchStep:
+    """As the step's own line says, else counted on from the line before it."""
+    before = max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default=None)
+    if before is None:
+        return BatchSchedule(config.train, BEGINNING).at(step - 1)
+    if before["step"] == step:
+        return _batch_of_line(before)
+    return BatchSchedule(config.train, Origin(before["step"], before["samples"])).at(step - 1)
+
+
+def _batch_of_line(line: dict[str, Any]) -> BatchStep:
+    """A line tells the samples that are consumed when its step is done."""
+    return BatchStep(line["samples"] - line["global_batch_size"], line["global_batch_size"])
+
+
+def _taken_back_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:
+    """The number of the rollback: the first of those behind the line's branch that led to an earlier step."""
+    first = branch_of(line)
+    later = (number for number, one in enumerate(rollbacks[first:], first + 1) if one.to_step < line["step"])
+    return next(later, first + 1)
+
+
+def _taken_back(run_dir: Path, step: int) -> str:
+    steps = {line["step"] for line in read_metrics(run_dir / ROLLED_BACK_FILE)}
+    return ", or --rolled-back for the version that a rollback took back" if step in steps else ""
+
+
+def _rolled_back_steps(lines: list[dict[str, Any]]) -> str:
+    if not lines:
+        return "the run has not rolled back"
+    steps = [line["step"] for line in lines]
+    return f"{ROLLED_BACK_FILE} holds steps {min(steps)} to {max(steps)}"
+
+
+def _listed(noun: str, numbers: list[int]) -> str:
+    return f"{noun} {' and '.join(map(str, numbers))}"

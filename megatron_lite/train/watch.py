@@ -1,0 +1,164 @@
+"""Judges every step, and writes down what a spike was made of while it can still be known."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
+from megatron_lite.observe.spikes import SpikeDetector, Verdict, Vitals
+from megatron_lite.train.dossier import Dossier, Dossiers
+from megatron_lite.train.engine import Engine
+from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.meter import sequence_losses, stage_memory_bytes
+
+STEPS_AFTER = 2  # whose figures are added to a dossier
+SHARES = {
+    "share_data": (Phase.DATA,),
+    "share_compute": (Phase.FORWARD, Phase.BACKWARD),
+    "share_pipeline": (Phase.SEND, Phase.RECEIVE),
+    "share_reduce": (Phase.REDUCE,),
+    "share_optimizer": (Phase.OPTIMIZER,),
+}
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The step that was one, and what was found."""
+
+    record: StepRecord
+    verdict: Verdict
+
+
+class Watch:
+    """The first of the callbacks: what it finds is in the step's line, and the others go by it.
+
+    Whoever heals must decide before the update, and every rank the same: then the engine asks `judge`, with figures
+    that all ranks have added up together. Otherwise a step is judged after it, by what it tells anyway.
+
+    Args:
+        dossiers: of the writing rank; the others have none.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, first_step: int, dossiers: Dossiers | None) -> None:
+        self._settings: StabilityConfig = config.stability
+        self._is_fp16 = config.train.precision is Precision.fp16
+        self._engine, self._dossiers = engine, dossiers
+        self.detector = SpikeDetector(config.stability)
+        self.rollbacks = 0
+        self.spike: Spike | None = None
+        """Of the step that has just been made; None = it was none."""
+        self._judged: tuple[Vitals, Verdict] | None = None
+        self._open: Dossier | None = None
+        self._loss_scale = 1.0
+        kept = 2 * (config.stability.window + config.train.save_interval)
+        self._history: deque[Vitals] = deque(maxlen=kept)  # reaches back behind the last checkpoint
+        if config.stability.on_spike is not OnSpike.warn:
+            engine.judge = self.judge
+        self._expect(first_step + 1)
+
+    def judge(self, loss: float, grad_norm: float) -> bool:
+        """Whether to drop the update of the step under way."""
+        vitals = Vitals(0, loss, grad_norm, self._loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
+        self._judged = vitals, self.detector.judge(vitals)
+        return self._judged[1].is_spike
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        vitals, verdict = self._verdict(record)
+        was_spike, self.spike = self.spike is not None, Spike(record, verdict) if verdict.is_spike else None
+        self.detector.add(vitals, verdict)
+        self._history.append(vitals)
+        self._loss_scale = record.result.loss_scale
+        trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
+        if self.rollbacks:
+            trainer.figures["rollbacks"] = self.rollbacks
+        if self._is_due(record.step):
+            trainer.figures |= self._layer_figures()
+        if self.spike and not was_spike:
+            self._open = self._write_down(trainer, self.spike)
+        elif self._open and record.step == self._open.step + STEPS_AFTER:
+            self._add_steps_after(record.step)
+        self._expect(record.step + 1)
+
+    def remember(self, history: Iterable[Vitals]) -> None:
+        """Begin with the steps of an earlier attempt."""
+        self._history.extend(history)
+        self.detector.replay(self._history)
+
+    def go_back(self, step: int, rollbacks: int) -> None:
+        """Judge the steps that follow this one anew."""
+        self.rollbacks, self.spike, self._open = rollbacks, None, None
+        kept = [vitals for vitals in self._history if vitals.step <= step]
+        self._history.clear()
+        self.remember(kept)
+        self._engine.meter.forget()
+        self._expect(step + 1)
+
+    def _verdict(self, record: StepRecord) -> tuple[Vitals, Verdict]:
+        result = record.result
+        if self._judged is not None:
+            (judged, verdict), self._judged = self._judged, None
+            return Vitals(record.step, judged.loss, judged.grad_norm, result.loss_scale, judged.overflowed), verdict
+        overflowed = self._is_fp16 and result.skipped
+        vitals = Vitals(record.step, result.loss, result.grad_norm, result.loss_scale, overflowed)
+        return vitals, self.detector.judge(vitals)
+
+    def _is_due(self, step: int) -> bool:
+        return self._settings.layer_interval > 0 and step % self._settings.layer_interval == 0
+
+    def _expect(self, step: int) -> None:
+        self._engine.measures_update = self._is_due(step)
+
+    def _layer_figures(self) -> dict[str, Any]:
+        """A collective of all ranks."""
+        layers = self._engine.meter.figures()
+        return {
+            "layer_grad_norm": layers.grad_norm,
+            "layer_update_ratio": layers.update_ratio,
+            "stage_memory_bytes": stage_memory_bytes(self._engine.context),
+        }
+
+    def _write_down(self, trainer: Trainer, spike: Spike) -> Dossier:
+        """A collective of all ranks."""
+        record, engine = spike.record, self._engine
+        batch = record.batch
+        dossier = Dossier(
+            record,
+            spike.verdict,
+            str(self._settings.on_spike),
+            trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
+            sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
+            engine.meter.recent_grad_norms(record.step),
+        )
+        if self._dossiers is not None:
+            self._dossiers.open(dossier)
+        return dossier
+
+    def _add_steps_after(self, step: int) -> None:
+        """A collective of all ranks."""
+        assert self._open is not None
+        self._open.layer_grad_norm.update(self._engine.meter.recent_grad_norms(step))
+        if self._dossiers is not None:
+            self._dossiers.write(self._open)
+        self._open = None
+
+
+def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
+    """Of a step's time on this rank, by its training thread's clock: on a GPU, that of queueing and of waiting."""
+    spent: Mapping[Phase, float] = trainer.heartbeat.spent
+    return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
+
+
+def logged_vitals(run_dir: Any, step: int, is_fp16: bool) -> list[Vitals]:
+    """Of the steps up to this one, as far as metrics.jsonl has them."""
+    return [
+        Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"], is_fp16 and row["skipped"])
+        for row in read_metrics(run_dir / METRICS_FILE)
+        if row["step"] <= step
+    ]

@@ -1,0 +1,119 @@
+"""Figures of layers and sequences are those of one rank under any layout, and a dropped update leaves no trace."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+
+from megatron_lite.config.rules.training import FP16_ON_CPU
+from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
+from megatron_lite.train.meter import layer_of
+from megatron_lite.train.verify import trace_twin
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config
+from tests.distributed.watching_ranks import DROPPED_STEP, Watched, watched_rank
+
+TOLERANCE = 1e-5
+STEPS = 5
+FP32 = ("zero0_dp2_pp2", "dp2_tp2_pp2", "zero2_dp2_tp2", "zero3_dp2", "offload_zero1_dp2_pp2", "offload_zero2_dp2")
+CASES = [("gpt2", layout) for layout in (*FP32, "offload_zero3_dp2", "sequence_parallel_tp2")]
+CASES += [("bert", "dp2_tp2_pp2"), ("t5", "dp2_tp2_pp2"), ("llama", "zero3_dp2_tp2")]
+
+
+def config_of(model: str, layout: str, **train: object) -> RunConfig:
+    config = run_config(model, **LAYOUTS[layout])
+    return replace(config, train=replace(config.train, steps=STEPS, **train))
+
+
+def watched(config: RunConfig) -> list[Watched]:
+    parallel = config.parallel
+    ranks = (parallel.data_parallel_size or 1) * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    return run_ranks(watched_rank, ranks, config, VOCAB_SIZE)
+
+
+@functools.cache
+def twin(model: str) -> Watched:
+    """One rank, whole tensors and torch's own optimizer."""
+    config = run_config(model, zero_stage=0)
+    return watched(replace(config, train=replace(config.train, steps=STEPS)))[0]
+
+
+def close(found: object, expected: object, tolerance: float = TOLERANCE) -> None:
+    assert found == pytest.approx(expected, rel=tolerance, abs=1e-9)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert", "t5"])
+def test_twin_is_right(model: str) -> None:
+    """Against the raw gradients of a loop without DeepSpeed, and weights before and after."""
+    config = run_config(model, zero_stage=0)
+    trace = trace_twin(config, VOCAB_SIZE, 2)
+    squares: dict[str, float] = {}
+    for name, gradient in trace.gradients.items():
+        squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + float(gradient.double().square().sum())
+    found = twin(model)
+    close(dict(found.layers[0].grad_norm), {layer: square**0.5 for layer, square in squares.items()})
+    for step in range(1, STEPS):
+        if step + 1 != DROPPED_STEP:
+            close(dict(found.layers[step].update_ratio), found.expected_ratios[step], 1e-4)
+            assert any(found.expected_ratios[step].values())
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_any_layout(model: str, layout: str) -> None:
+    expected = twin(model)
+    ranks = watched(config_of(model, layout))
+    for rank in ranks:
+        assert rank.judged == ranks[0].judged, "ranks judge by figures that differ"
+        assert rank.dropped_nothing
+        assert rank.updates == STEPS - 1
+        assert rank.layers == ranks[0].layers
+    found = ranks[0]
+    close([value for pair in found.judged for value in pair], [value for pair in expected.judged for value in pair])
+    close([result.loss for result in found.results], [result.loss for result in expected.results])
+    close([result.grad_norm for result in found.results], [result.grad_norm for result in expected.results])
+    close([result.grad_norm for result in found.results], [norm for _, norm in found.judged])
+    close([result.loss for result in found.results], [loss for loss, _ in found.judged])
+    assert [result.skipped for result in found.results] == [step == DROPPED_STEP for step in range(1, STEPS + 1)]
+    for step in range(STEPS):
+        close(dict(found.layers[step].grad_norm), dict(expected.layers[step].grad_norm))
+        close(dict(found.layers[step].update_ratio), dict(expected.layers[step].update_ratio), 1e-4)
+        close(found.sequences[step], expected.sequences[step])
+        assert found.recent[step + 1] == pytest.approx(found.layers[step].grad_norm)
+    assert len(found.memory) == run_config(model, **LAYOUTS[layout]).parallel.pipeline_parallel_size
+    assert min(found.memory) > 50 * 2**20  # no Python with torch is smaller
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        (Precision.bf16, "tp2_pp2"),
+        (Precision.bf16, "zero2_dp2"),
+        (Precision.bf16, "zero3_dp2"),
+        (Precision.fp16, "dp2"),
+        (Precision.fp16, "zero3_dp2"),
+    ],
+)
+def test_low_precision(precision: Precision, layout: str) -> None:
+    """As near to fp32 as bf16 and fp16 are; dropping an update changes no loss scale."""
+    with mock.patch.dict(os.environ, {FP16_ON_CPU: "1"}):
+        ranks = watched(config_of("gpt2", layout, precision=precision))
+    expected, found = twin("gpt2"), ranks[0]
+    for rank in ranks:
+        assert rank.judged == found.judged
+        assert rank.dropped_nothing
+        assert rank.updates == STEPS - 1
+    for step in range(STEPS):
+        close(dict(found.layers[step].grad_norm), dict(expected.layers[step].grad_norm), 0.1)
+        close(found.sequences[step], expected.sequences[step], 0.02)
+    assert len({result.loss_scale for result in found.results}) == 1
+
+
+@pytest.mark.parametrize("name", [OptimizerName.sgd, OptimizerName.adafactor])
+def test_other_optimizers(name: OptimizerName) -> None:
+    config = config_of("gpt2", "zero0_dp2_pp2" if name is OptimizerName.adafactor else "dp2")
+    config = replace(config, optimizer=replace(config.optimizer, name=name))
+    assert all(rank.dropped_nothing for rank in watched(config))

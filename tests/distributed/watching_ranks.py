@@ -1,0 +1,68 @@
+"""What the ranks of the tests of watching a run do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.train.engine import Engine, StepResult
+from megatron_lite.train.meter import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
+from tests.distributed.layout_ranks import synthetic_engine, train_steps
+
+DROPPED_STEP = 3
+
+
+@dataclass
+class Watched:
+    """What one rank has seen of a few steps, of which one was dropped."""
+
+    results: list[StepResult] = field(default_factory=list)
+    judged: list[tuple[float, float]] = field(default_factory=list)
+    layers: list[LayerFigures] = field(default_factory=list)
+    expected_ratios: list[dict[str, float]] = field(default_factory=list)
+    """Of this stage's layers, from the whole weights before and after the step."""
+    sequences: list[list[float]] = field(default_factory=list)
+    recent: dict[int, dict[str, float]] = field(default_factory=dict)
+    dropped_nothing: bool = False
+    """Weights and moments are bitwise what they were ahead of the dropped step."""
+    updates: int = 0
+    memory: list[int] = field(default_factory=list)
+
+
+def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    seen = Watched()
+
+    def judge(loss: float, grad_norm: float) -> bool:
+        seen.judged.append((loss, grad_norm))
+        return len(seen.judged) == DROPPED_STEP
+
+    engine.judge, engine.measures_update = judge, True
+    for step in range(config.train.steps):
+        weights, state = engine.full_weights(), _state(engine)
+        seen.results += train_steps(engine, batches_from, config, step, 1)
+        seen.layers.append(engine.meter.figures())
+        seen.expected_ratios.append(_ratios(weights, engine.full_weights()))
+        size = config.train.global_batch_size
+        seen.sequences.append(sequence_losses(engine.loss.sequences, engine.context, size))
+        if step + 1 == DROPPED_STEP:
+            seen.dropped_nothing = all(torch.equal(a, b) for a, b in zip(state, _state(engine), strict=True))
+    seen.recent = engine.meter.recent_grad_norms(config.train.steps)
+    seen.updates = engine.shards.updates
+    seen.memory = stage_memory_bytes(engine.context)
+    return seen
+
+
+def _state(engine: Engine) -> list[torch.Tensor]:
+    return [fragment.values.clone() for fragment in engine.shards.fragments()]
+
+
+def _ratios(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
+    squares: dict[str, list[float]] = {}
+    for name, weight in after.items():
+        update, of = squares.setdefault(layer_of(name), [0.0, 0.0])
+        update += float((weight - before[name]).double().square().sum())
+        squares[layer_of(name)] = [update, of + float(weight.double().square().sum())]
+    return {layer: (update / of) ** 0.5 if of else 0.0 for layer, (update, of) in squares.items()}

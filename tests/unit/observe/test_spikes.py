@@ -1,0 +1,133 @@
+"""What counts as a spike: on made-up curves whose noise, trend and faults are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.stability import StabilityConfig
+from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
+
+LIMITS = StabilityConfig()
+
+
+def curve(seed: int, steps: int = 400, noise: float = 0.05, start: float = 8.0, end: float = 3.0) -> Iterator[Vitals]:
+    """A loss that falls as losses do, and a gradient norm whose logarithm has heavy tails."""
+    random = np.random.default_rng(seed)
+    for step in range(1, steps + 1):
+        loss = end + (start - end) * math.exp(-step / 60) + noise * random.standard_normal()
+        norm = (5 * math.exp(-step / 20) + 0.8) * math.exp(0.2 * random.standard_t(4))
+        yield Vitals(step, loss, norm)
+
+
+def run(detector: SpikeDetector, steps: list[Vitals]) -> dict[int, Verdict]:
+    """The spikes."""
+    found = {}
+    for vitals in steps:
+        verdict = detector.judge(vitals)
+        detector.add(vitals, verdict)
+        if verdict.is_spike:
+            found[vitals.step] = verdict
+    return found
+
+
+def changed(steps: list[Vitals], at: dict[int, dict[str, float]]) -> list[Vitals]:
+    return [replace(vitals, **at.get(vitals.step, {})) for vitals in steps]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_false_alarm(seed: int) -> None:
+    assert run(SpikeDetector(LIMITS), list(curve(seed))) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("step", [25, 60, 300])
+def test_a_rise_of_the_loss(seed: int, step: int) -> None:
+    """Early too, where the loss still falls by more in a few steps than the spike rises."""
+    steps = list(curve(seed))
+    found = run(SpikeDetector(LIMITS), changed(steps, {step: {"loss": steps[step - 1].loss + 1.2}}))
+    assert list(found) == [step]
+    assert found[step].kinds == (Kind.loss,)
+    assert found[step].usual_loss == pytest.approx(steps[step - 1].loss, abs=0.5)
+
+
+def test_deviations_are_robust_ones() -> None:
+    """By numpy, of a flat series: 1.4826 x the median absolute deviation of departures from the median of nine."""
+    random = np.random.default_rng(0)
+    losses = (5 + 0.1 * random.standard_normal(200)).tolist()
+    detector = SpikeDetector(LIMITS)
+    run(detector, [Vitals(step, loss, 1.0) for step, loss in enumerate(losses, 1)])
+    departures = [losses[i] - np.median(losses[max(0, i - 9) : i]) for i in range(1, len(losses))][-LIMITS.window :]
+    centre = np.median(departures)
+    spread = 1.4826 * np.median(np.abs(np.array(departures) - centre))
+    verdict = detector.judge(Vitals(201, 7.0, 1.0))
+    assert verdict.usual_loss == np.median(losses[-9:])
+    assert verdict.loss_deviations == pytest.approx((7.0 - np.median(losses[-9:]) - centre) / spread)
+
+
+def test_a_tiny_bump_of_a_still_series_is_none() -> None:
+    steps = [Vitals(step, 3.0 + 1e-4 * (step % 3), 1.0) for step in range(1, 100)]
+    assert run(SpikeDetector(LIMITS), changed(steps, {80: {"loss": 3.05}})) == {}
+    assert list(run(SpikeDetector(LIMITS), changed(steps, {80: {"loss": 3.2}}))) == [80]
+
+
+def test_one_high_gradient_is_none_and_two_are() -> None:
+    steps = list(curve(1))
+    assert run(SpikeDetector(LIMITS), changed(steps, {200: {"grad_norm": 60.0}})) == {}
+    found = run(SpikeDetector(LIMITS), changed(steps, {200: {"grad_norm": 60.0}, 201: {"grad_norm": 80.0}}))
+    assert {step: verdict.kinds for step, verdict in found.items()} == {201: (Kind.grad_norm,)}
+
+
+def test_one_high_gradient_with_a_loss_that_rises() -> None:
+    steps = list(curve(2, noise=0.05))
+    rise = {"loss": steps[199].loss + 0.35, "grad_norm": 60.0}
+    assert [verdict.kinds for verdict in run(SpikeDetector(LIMITS), changed(steps, {200: rise})).values()] == [
+        (Kind.grad_norm,)
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_no_number_from_the_first_step_on(name: str, value: float) -> None:
+    steps = list(curve(3, steps=60))
+    found = run(SpikeDetector(LIMITS), changed(steps, {1: {name: value}, 50: {name: value}}))
+    assert {step: verdict.kinds for step, verdict in found.items()} == {1: (Kind.not_finite,), 50: (Kind.not_finite,)}
+
+
+def test_an_overflow_of_fp16_is_a_part_of_its_search() -> None:
+    steps = list(curve(4, steps=60))
+    overflow = {"grad_norm": math.inf, "overflowed": True}
+    assert run(SpikeDetector(LIMITS), changed(steps, {1: overflow, 2: overflow, 40: overflow})) == {}
+    broken = {**overflow, "loss": math.nan}
+    assert list(run(SpikeDetector(LIMITS), changed(steps, {40: broken}))) == [40]
+
+
+def test_collapse_of_the_loss_scale() -> None:
+    """The first search for a scale does not count: nothing has been trained with those."""
+    overflow = {"grad_norm": math.inf, "overflowed": True}
+    search = {step: {**overflow, "loss_scale": 2.0 ** (32 - step)} for step in range(1, 17)}
+    steady = {step: {"loss_scale": 2.0**16} for step in range(17, 100)}
+    fall = {step: {**overflow, "loss_scale": 2.0 ** (116 - step)} for step in range(100, 107)}
+    found = run(SpikeDetector(LIMITS), changed(list(curve(5, steps=106)), search | steady | fall))
+    assert {step: verdict.kinds for step, verdict in found.items()} == {106: (Kind.loss_scale,)}
+
+
+def test_a_new_level_is_usual_after_a_while() -> None:
+    steps = [Vitals(step, 3.0 + 0.01 * (step % 5), 1.0) for step in range(1, 200)]
+    higher = {step: {"loss": 4.0 + 0.01 * (step % 5)} for step in range(100, 200)}
+    found = run(SpikeDetector(LIMITS), changed(steps, higher))
+    assert list(found) == list(range(100, 100 + LIMITS.min_steps))
+
+
+@pytest.mark.parametrize("resumed", [50, 120, 299])
+def test_a_resumed_run_judges_as_one_that_never_stopped(resumed: int) -> None:
+    steps = list(curve(6))
+    steps = changed(steps, {100: {"loss": 9.0}, 300: {"loss": steps[299].loss + 1}})
+    unbroken, second = SpikeDetector(LIMITS), SpikeDetector(LIMITS)
+    run(unbroken, steps[:resumed])
+    second.replay(steps[max(0, resumed - 2 * LIMITS.window - 20) : resumed])
+    assert run(second, steps[resumed:]) == run(unbroken, steps[resumed:])
