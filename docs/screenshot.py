@@ -8,6 +8,7 @@ Without a run folder it takes a made-up run, so that the page can be worked on w
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -30,14 +31,17 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=1530)
     parser.add_argument("--dark", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = arguments.run or eventful_run(Path(folder) / "demo").path
-        words = state(run_dir) if arguments.run else "DONE at step 400: done (all steps are trained)"
-        page = write_report(run_dir, words, Path(folder) / "report.html")
-        photograph(
-            find_browser(), page, arguments.out.absolute(), width=WIDTH, height=arguments.height, dark=arguments.dark
-        )
-    print(arguments.out)
+    picture = arguments.out.absolute()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.run is not None:
+            page = write_report(arguments.run, state(arguments.run), folder / "report.html")
+        else:
+            os.chdir(folder)  # the picture shows the run's path
+            run = eventful_run(Path("runs") / "demo")
+            page = write_report(run.path, "DONE at step 400: done (all steps are trained)", folder / "report.html")
+        photograph(find_browser(), page, picture, width=WIDTH, height=arguments.height, dark=arguments.dark)
+    print(picture)
 
 
 if __name__ == "__main__":
