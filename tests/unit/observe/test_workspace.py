@@ -8,8 +8,6 @@ import sys
 from typing import Any
 
 import pytest
-import wandb_workspaces.reports.v2 as panels
-import wandb_workspaces.workspaces as workspaces
 
 from megatron_lite.observe import workspace
 from megatron_lite.observe.panels import PANELS
@@ -44,7 +42,11 @@ def test_without_the_package_one_line_says_what_to_type(
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the package's own, of pydantic
 def test_the_package_takes_every_panel() -> None:
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
     view = build(workspaces, panels, "me", "project", "name")
     sections = view._to_model().spec.section.panel_bank_config.sections
     configs = [panel.config for section in sections for panel in section.panels]
@@ -52,6 +54,7 @@ def test_the_package_takes_every_panel() -> None:
     assert {config.x_axis for config in configs} == {"step"}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_wandb_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(*arguments: Any) -> None:
         raise ValueError("no such\nproject")
@@ -59,8 +62,8 @@ def test_what_wandb_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(workspace, "build", refuse)
     assert main(["--entity", "me", "--project", "p"]) == 2
     assert capsys.readouterr().err == (
-        "error: wandb does not take the view of me/p (no such project); `wandb login`, and check that the project has a "
-        "run\n"
+        "error: wandb does not take the view of me/p (no such project); `wandb login`, and check that the project has "
+        "a run\n"
     )
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("error: --entity is missing")
