@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.report import Sample, Target, ratios, show_systems, show_targets
 from benchmarks.worker import Worker, worker_environment
 
-PARTS = ("fp32", "bf16", "grid", "start", "loader", "checkpoints")
+PARTS = ("fp32", "bf16", "grid", "start", "loader", "checkpoints", "watching")
 # CPU-seconds of a `transformers` step, and tokens per CPU-second of Megatron-DeepSpeed at DP2 x TP2 x PP2, both
 # measured on one machine with this model; together they say what Megatron-DeepSpeed would do on this machine.
 REFERENCE_TRANSFORMERS_SECONDS = 1.229
@@ -67,6 +67,8 @@ def main() -> None:
         results["loader"] = _loader(console, arguments)
     if "checkpoints" in arguments.parts:
         results["checkpoints"] = _checkpoints(console, arguments, targets)
+    if "watching" in arguments.parts:
+        results["watching"] = _watching(console, arguments, targets)
     if targets:
         show_targets(console, targets)
     results["targets"] = [{**asdict(target), "met": target.met} for target in targets]
@@ -238,6 +240,24 @@ def _checkpoints(console: Console, arguments: argparse.Namespace, targets: list[
         ("save and load elsewhere / DeepSpeed's", ours / theirs, 0.5),
     ):
         targets.append(Target(f"checkpoints: {title}", value, limit, at_most=True))
+    return found
+
+
+def _watching(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.watching", str(arguments.vocab), str(min(arguments.turns, 3))]
+    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(), check=False)
+    if done.returncode:
+        raise RuntimeError(f"the watched job failed:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout)
+    console.print("\n[bold]Watching a run, DP2 x TP2 x PP2, fp32[/bold]: a step, with wandb offline")
+    cpu = {way: Sample.of(costs["cpu_seconds"]) for way, costs in found.items()}
+    for way, costs in found.items():
+        console.print(f"  {way:<10} CPU-s {cpu[way].text()}   wall s {Sample.of(costs['wall_seconds']).text()}")
+    for way in ("warn", "rollback"):
+        ratio = ratios(cpu[way], cpu["bare"])
+        note = f"turns {100 * (min(ratio.values) - 1):.1f} to {100 * (max(ratio.values) - 1):.1f} %"
+        title = f"watching with stability.on_spike={way}, CPU-s above a bare step"
+        targets.append(Target(title, 100 * (ratio.median - 1), 2, at_most=True, unit=" %", note=note))
     return found
 
 

@@ -98,3 +98,8 @@ def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int)
     """Rows of the embedding: vocab_size rounded up so that every tensor-parallel rank gets a multiple of `multiple`."""
     step = multiple * tensor_parallel_size
     return -(-vocab_size // step) * step
+
+
+def bubble_share(stages: int, micro_batches: int) -> float:
+    """The share of a step in which a stage must wait for others: (p - 1) / (m + p - 1) (GPipe, arXiv 1811.06965)."""
+    return (stages - 1) / (micro_batches + stages - 1)

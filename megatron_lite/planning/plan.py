@@ -17,7 +17,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.parallel.topology import Topology, layers_per_stage
+from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
 from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted
 from megatron_lite.planning.sizes import model_lines, stage_lines
@@ -100,7 +100,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
     note = " at the full batch" if ramp.start else ""
     yield _row("tokens", f"{tokens:,} a step, {tokens * train.steps:,} in {train.steps:,} steps{note}")
     if stages > 1:
-        bubble = (stages - 1) / (count + stages - 1)
+        bubble = bubble_share(stages, count)
         yield _row("pipeline bubble", f"{bubble:.1%} = ({stages} - 1) / ({count} + {stages} - 1) of the time")
 
 

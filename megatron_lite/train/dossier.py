@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.folder import candidates, step_of
+from megatron_lite.checkpoint.folder import candidates, quick_problem, step_of
 from megatron_lite.data.provenance import Provenance, merged
 from megatron_lite.data.skips import stretches
 from megatron_lite.files import replace_file
@@ -94,7 +94,6 @@ class Dossiers:
 
     def write(self, dossier: Dossier) -> dict[str, Any]:
         """The file anew; returns what is in it."""
-        earlier = [folder for folder in candidates(self.run_dir / "checkpoints") if step_of(folder) < dossier.step]
         document = {
             "step": dossier.step,
             **dossier.figures,
@@ -103,12 +102,17 @@ class Dossiers:
             "documents": merged({index: self.provenance.documents(index) for index in dossier.samples}),
             "sequences": [self._sequence(sample, loss) for sample, loss in dossier.worst(self.worst_sequences)],
             "layer_grad_norm": {str(step): norms for step, norms in sorted(dossier.layer_grad_norm.items())},
-            "checkpoint": earlier[0].name if earlier else None,
+            "checkpoint": self._checkpoint_before(dossier.step),
         }
         path = self.run_dir / dossier.name
         path.parent.mkdir(exist_ok=True)
         replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
         return document
+
+    def _checkpoint_before(self, step: int) -> str | None:
+        """The newest one that is whole, as far as sizes tell."""
+        earlier = (folder for folder in candidates(self.run_dir / "checkpoints") if step_of(folder) < step)
+        return next((folder.name for folder in earlier if quick_problem(folder) is None), None)
 
     def _sequence(self, sample: int, loss: float) -> dict[str, Any]:
         return {

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
+from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.dossier import Dossier, Dossiers
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.loop import StepRecord, Trainer
@@ -76,6 +78,8 @@ class Watch:
         self._history.append(vitals)
         self._loss_scale = record.result.loss_scale
         trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
+        micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
+        trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
         if self.rollbacks:
             trainer.figures["rollbacks"] = self.rollbacks
         if self._is_due(record.step):

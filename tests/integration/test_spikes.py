@@ -12,6 +12,8 @@ import pytest
 
 from megatron_lite.data.skips import Rollback, Window, read_rollbacks, write_rollbacks
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.wandb_record import alerts, history
+from megatron_lite.observe.wandb_tracker import run_id
 from tests.integration.planted import Planted, plant
 from tests.integration.runs import TINY, Finished, run_warm
 
@@ -205,6 +207,29 @@ def test_no_checkpoint_to_go_back_to(planted: Planted, tmp_path: Path) -> None:
     finished = spiked(planted, tmp_path, *words).require_success()
     assert "no checkpoint is older than the samples that led in: the update of step 37 is dropped" in finished.out
     assert next(step for step, row in metrics(tmp_path).items() if row["skipped"]) == FIRST
+
+
+@pytest.mark.slow
+def test_wandb_holds_every_step_once_with_the_spike_and_its_alert(
+    planted: Planted, rolled_back: Path, tmp_path: Path
+) -> None:
+    """After a crash behind step 12 and a resume from step 10; and in a run that went back, once on each branch."""
+    words = [*CUBE, "train.save_interval=10", "train.steps=24", "tracking.wandb=offline"]
+    assert spiked(planted, tmp_path, *words, fault={"FAULT": "nan 5 11;kill 3 13"}).code != 0
+    assert "resuming after step 10" in spiked(planted, tmp_path, *words).require_success().out
+    for run_dir, steps, branches in ((tmp_path, range(1, 25), [0]), (rolled_back, range(1, 45), [0, 1])):
+        number = run_id(run_dir)
+        assert {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")} == {number}
+        rows = [row for row in history(run_dir, number) if "train/loss" in row]
+        logged = sorted((row["step"], row.get("train/rollbacks", 0)) for row in rows)
+        last_of_first = FIRST if len(branches) > 1 else steps[-1]
+        expected = {(step, 0) for step in range(1, last_of_first + 1)}
+        expected |= {(step, 1) for step in range(33, steps[-1] + 1)} if len(branches) > 1 else set()
+        assert logged == sorted(expected)
+        (alert,) = alerts(run_dir, number)
+        spike = 11 if run_dir == tmp_path else FIRST
+        assert alert.title == f"Spike at step {spike}"
+        assert any(row["step"] == spike and "spike/loss" in row for row in history(run_dir, number))
 
 
 CLEAN = {

@@ -1,6 +1,6 @@
 """Plants a fault in one rank of a real run: Python imports this at its start where the folder is on PYTHONPATH.
 
-FAULT="<what> <rank or all> <step>" makes the rank sleep, stop, kill itself or raise when it reads that step's data.
+FAULT="<what> <rank or all> <step>[; ...]" makes the rank sleep, stop, kill itself or raise when it reads that step's data.
 "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
 happen at a known step. "hold" waits there, once, whoever asks. "nan" spoils one number of an activation of that step,
 "lr" makes the step's learning rate 100 times as high.
@@ -141,15 +141,16 @@ def _slow_down_saves(seconds: float) -> None:
 def plant_all(source: Any) -> None:
     """Whatever the environment asks for."""
     if "FAULT" in os.environ:
-        _plant(source)
+        for fault in os.environ["FAULT"].split(";"):
+            _plant(source, fault)
     if "FAULT_SLOW_SAVES" in os.environ:
         _slow_down_saves(float(os.environ["FAULT_SLOW_SAVES"]))
     if "FAULT_ROLLBACK" in os.environ:
         _kill_in_rollback(*os.environ["FAULT_ROLLBACK"].split(" ", 1))
 
 
-def _plant(source: Any) -> None:
-    what, rank, step = os.environ["FAULT"].split()
+def _plant(source: Any, fault: str) -> None:
+    what, rank, step = fault.split()
     read = source.training
     calls = 0
 

@@ -1,0 +1,131 @@
+"""What watching a run costs: steps at DP2 x TP2 x PP2 without it, with it, and with the means to go back.
+
+`python -m benchmarks.watching VOCAB TURNS` prints one JSON object: of each way, CPU-seconds of all ranks and wall
+seconds of a step, for each turn. The ways take turns on the same engine, A B C A B C. Watching is all of it: gradient norms of
+the layers and losses of the sequences at each step, updates and memory at each interval, the detector, metrics.jsonl,
+and wandb's offline record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from benchmarks.grid import GLOBAL_BATCH, MICRO_BATCHES, SIZE
+from benchmarks.ranks import build_rank, run_job
+from benchmarks.shape import SEED, Shape
+
+if TYPE_CHECKING:
+    from megatron_lite.config.schema import RunConfig
+    from megatron_lite.data.batch import MicroBatch
+    from megatron_lite.optim.batch_ramp import BatchStep
+    from megatron_lite.train.engine import Engine
+
+WAYS = ("bare", "warn", "rollback")
+STEPS = 10  # of a turn, the last one with all figures: twice as often as stability.layer_interval asks for
+WARM_UP_STEPS = STEPS // 5
+
+
+class _Nowhere(list[Any]):
+    def append(self, _: Any) -> None:
+        """Keep nothing."""
+
+
+class _Batches:
+    """The same batch again and again."""
+
+    num_validation_micro_batches = 0
+
+    def __init__(self, own: list[MicroBatch]) -> None:
+        from megatron_lite.data.skips import Skips
+
+        self.skips = Skips()
+        self._own = own
+
+    def training(self, batch: BatchStep) -> list[MicroBatch]:
+        return self._own
+
+    def validation(self) -> list[MicroBatch]:
+        return []
+
+
+def main(vocab_size: str, turns: str) -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    answers.write(run_job(SIZE**3, _rank, int(vocab_size), int(turns)) + "\n")
+
+
+def _rank(rank: int, folder: Path, vocab_size: int, turns: int) -> None:
+    import torch.distributed as dist
+
+    from megatron_lite.config.schema import Precision, TrackingConfig, WandbMode
+    from megatron_lite.observe.trackers import build_trackers
+    from megatron_lite.parallel.topology import Topology
+
+    shape = Shape(vocab_size, Precision.fp32)
+    engine = build_rank(rank, folder, Topology(SIZE, SIZE, SIZE), shape, GLOBAL_BATCH)
+    first = SEED + engine.context.data_rank * MICRO_BATCHES
+    source = _Batches([shape.batch(first + index) for index in range(MICRO_BATCHES)])
+    config = replace(engine.config, tracking=TrackingConfig(wandb=WandbMode.offline))
+    trackers = build_trackers(config, folder, engine.context.is_writer)
+    found: dict[str, dict[str, list[float]]] = {way: {"cpu_seconds": [], "wall_seconds": []} for way in WAYS}
+    step = 0
+    for turn in range(turns + 1):
+        for way in WAYS:
+            steps = STEPS if turn else WARM_UP_STEPS
+            cost = _turn(engine, config, source, trackers, way, step, steps)
+            step += steps
+            for name, value in cost.items() if turn else ():
+                found[way][name].append(value)
+    trackers.finish({})
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _turn(
+    engine: Engine, config: RunConfig, source: _Batches, trackers: Any, way: str, first_step: int, steps: int
+) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_lite.config.stability import OnSpike
+    from megatron_lite.observe.progress import Progress
+    from megatron_lite.optim.batch_ramp import BatchSchedule
+    from megatron_lite.train.callbacks import Report
+    from megatron_lite.train.loop import Callback, Trainer
+    from megatron_lite.train.watch import Watch
+
+    callbacks: list[Callback] = []
+    engine.judge, engine.measures_update = None, False
+    if way != "bare":
+        own = replace(config, stability=replace(config.stability, on_spike=OnSpike(way), layer_interval=STEPS))
+        progress = Progress(None, steps, first_step=0, log_interval=1, enabled=False)  # type: ignore[arg-type]
+        callbacks = [Watch(own, engine, first_step, None), Report(trackers, progress, 1.0, 1.0)]
+    agreement = mock.Mock()
+    trainer = Trainer(
+        config, engine, source, BatchSchedule(config.train), agreement, callbacks, first_step, first_step + steps
+    )
+    muted = way == "bare"
+    with mock.patch.object(engine.meter, "measure_gradient", return_value=None) if muted else mock.MagicMock():
+        engine.loss.sequences = _Nowhere() if muted else []
+        dist.barrier()
+        before, wall = os.times(), time.perf_counter()
+        trainer.fit()
+        dist.barrier()
+        wall = time.perf_counter() - wall
+    after = os.times()
+    total = torch.tensor([after.user - before.user + after.system - before.system], dtype=torch.float64)
+    dist.all_reduce(total)
+    return {"cpu_seconds": float(total) / steps, "wall_seconds": wall / steps}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
