@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import launcher, layout, lengths, model, nodes, objective, training
+from megatron_lite.config.rules import credentials, launcher, layout, lengths, model, nodes, objective, training
 from megatron_lite.config.rules.case import Case, Rule
 from megatron_lite.config.rules.values import out_of_range
 from megatron_lite.config.schema import RunConfig
@@ -22,6 +22,8 @@ def problems(config: RunConfig, world_size: int | None = None) -> list[str]:
         world_size: processes that are there; None = only what the configuration itself says.
     """
     case = Case(config, world_size)
+    if leaks := list(credentials.credentials_stay_outside(case)):
+        return leaks  # alone: messages of other rules show values
     return [message for rule in RULES for message in rule(case)]
 
 
@@ -39,6 +41,7 @@ def values_are_in_range(case: Case) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    credentials.credentials_stay_outside,
     values_are_in_range,
     layout.world_size_fits_layout,
     nodes.nodes_know_where_to_meet,

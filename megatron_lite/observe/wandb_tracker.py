@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import netrc
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,12 +13,11 @@ from urllib.parse import urlsplit
 import wandb
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.observe.credentials import without_secrets
 from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, branch_of, with_branches
 from megatron_lite.observe.trackers import numbers
 from megatron_lite.observe.wandb_record import alerts, history
 
-_SECRET_KEY = re.compile(r"(api_?key|password|passwd|secret|credential|(access|auth|hub|hf)_token)s?$", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
 OF_ATTEMPTS = ("start", "resume", "stop", "finish")  # events of each attempt, not of a step that may be repeated
 OF_LINES = ("event", "step", "time")  # what lines of metrics.jsonl and events.jsonl have besides figures
 
@@ -157,20 +155,6 @@ def _logged_steps(run_dir: Path) -> set[tuple[str, int, int]]:
     """(kind, step, rollbacks) of each row that earlier attempts have logged."""
     rows = history(run_dir, run_id(run_dir))
     return {(name.partition("/")[0], row["step"], branch_of(row)) for row in rows for name in row if "/" in name}
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy with the values of keys named like credentials, and logins inside URLs, replaced by `***`."""
-    if isinstance(value, Mapping):
-        return {
-            str(key): "***" if _SECRET_KEY.search(str(key)) and item else without_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    if isinstance(value, Path):
-        value = str(value)
-    return _URL_LOGIN.sub(r"\1***@", value) if isinstance(value, str) else value
 
 
 def _start(mode: str, arguments: dict[str, Any]) -> Any:

@@ -205,9 +205,12 @@ def _part_line(part: DocumentPart) -> str:
 
 
 def _document_line(document: dict[str, Any]) -> str:
-    samples = ", ".join(map(str, document["samples"]))
     where = _where(document["source"], document["file"], document["document"])
-    return f"  {where}: {_tokens(document['first_token'], document['tokens'])}, in {samples}"
+    tokens = _tokens(document["first_token"], document["tokens"])
+    samples: list[int] = document["samples"]
+    if len(samples) == 1:
+        return f"  {where}: {tokens}, in {samples[0]}"
+    return f"  {where}: within {tokens}, in {', '.join(map(str, samples))}"
 
 
 def _where(source: str, file: str, document: int) -> str:

@@ -9,6 +9,7 @@ from megatron_lite.config.derived import complete_model, has_next_sentence_head
 from megatron_lite.config.hf.folder import Weights, read_weights
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.keys import as_word
+from megatron_lite.config.rules.credentials import address_without_login
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding, RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -30,6 +31,8 @@ def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
     name = config.model.init_from
     if name is None:
         return config
+    if leaks := list(address_without_login("model.init_from", name)):  # ahead of messages that show it
+        raise ConfigError(leaks)
     weights = read_weights(name)
     if weights.script != config.script:
         raise ConfigError(

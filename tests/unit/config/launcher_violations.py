@@ -161,4 +161,21 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         "launcher.device=auto looks at this machine only, and the ranks run on several; use launcher.device=cuda or "
         "cpu",
     ),
+    "credential among the variables": (
+        ["launcher.environment={WANDB_API_KEY: 0123456789abcdef}"],
+        "launcher.environment.WANDB_API_KEY is named like a credential, and the configuration is kept in the run "
+        "folder; leave it out and export it in the shell that launches: Slurm and the launchers hand the environment "
+        "on (for wandb, `wandb login` keeps the key)",
+    ),
+    "credential in the batch script": (
+        [*SLURM, "launcher.setup=['export HF_TOKEN=hf_abc']"],
+        "launcher.setup gives a value to HF_TOKEN, which is named like a credential, and the configuration is kept in "
+        "the run folder; leave it out and export it in the shell that launches: Slurm and the launchers hand the "
+        "environment on (for wandb, `wandb login` keeps the key)",
+    ),
+    "login in an address": (
+        ["data.source=[embedded, 'https://me:hunter2@host/x.jsonl']"],
+        "data.source[1] holds an address with a login, and the configuration is kept in the run folder; leave the "
+        "login out and give it to what opens the address in another way, such as ~/.netrc or an exported variable",
+    ),
 }  # fmt: skip

@@ -359,6 +359,7 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["pretrain_t5", "parallel=tp2", "parallel.sequence_parallel=true", "data.seq_length=130"],
         ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "launcher.time=24:00:00", "launcher.chain=3",
          "launcher.sbatch_options=['--constraint=h100']", "launcher.environment={A: b}", "parallel=dp8_tp1_pp1"],
+        ["launcher.environment={WANDB_API_KEY: ''}", "launcher.setup=['export HF_TOKEN=$(cat ~/.token)']"],
         ["train.eval_interval=0", "train.save_interval=0", "train.keep_last=0", "optimizer.clip_grad_norm=0"],
         ["train.keep_every=300", "train.keep_best=1"],
         ["train.keep_every=7", "train.save_interval=0"],

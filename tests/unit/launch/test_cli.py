@@ -195,3 +195,28 @@ def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "--dry-run" in text
     assert "gpt2_124m" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("launcher.environment={WANDB_API_KEY: hunter2}", "launcher.environment.WANDB_API_KEY"),
+        ("launcher.environment.HF_TOKEN=hunter2", "launcher.environment.HF_TOKEN"),
+        ("launcher.srun_arguments=['--export=ALL,DB_PASSWORD=hunter2']", "launcher.srun_arguments"),
+        ("data.source=https://me:hunter2@host/x.txt", "data.source"),
+        ("data.tokenizer=https://me:hunter2@host/x", "data.tokenizer"),
+        ("model.init_from=https://me:hunter2@host/x", "model.init_from"),
+        ("train.run_dir=s3://me:hunter2@host/x", "train.run_dir"),
+        ("launcher.environment={HTTPS_PROXY: 'http://me:hunter2@proxy'}", "launcher.environment.HTTPS_PROXY"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--debug"], ["train.global_batch_size=33"]])
+def test_a_secret_is_refused_without_being_shown(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path, word: str, key: str, more: list[str]
+) -> None:
+    """Also beside other mistakes, whose messages might show it."""
+    assert main(["pretrain_gpt", "train.run_dir=run", word, *more]) == 2
+    captured = capsys.readouterr()
+    assert "hunter2" not in captured.out + captured.err
+    assert f"{key} " in captured.err
+    assert list(elsewhere.iterdir()) == []

@@ -1,0 +1,48 @@
+"""Credentials stay outside: the configuration is written into the run folder, printed by --dry-run, and sent to wandb.
+
+Messages name the setting, never its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_lite.config.keys import get_value, leaf_keys
+from megatron_lite.config.rules.case import Case
+from megatron_lite.observe.credentials import SECRET_KEY, assigned_secrets, has_url_secret
+
+ENVIRONMENT = "launcher.environment"
+LINES = ("launcher.setup", "launcher.sbatch_options", "launcher.srun_arguments")
+KEPT = "and the configuration is kept in the run folder"
+EXPORT = (
+    "leave it out and export it in the shell that launches: Slurm and the launchers hand the environment on (for "
+    "wandb, `wandb login` keeps the key)"
+)
+
+
+def credentials_stay_outside(case: Case) -> Iterator[str]:
+    for name, value in case.config.launcher.environment.items():
+        if value and SECRET_KEY.search(name):
+            yield f"{ENVIRONMENT}.{name} is named like a credential, {KEPT}; {EXPORT}"
+    for key in LINES:
+        for line in get_value(case.config, key):
+            for name in assigned_secrets(line):
+                yield f"{key} gives a value to {name}, which is named like a credential, {KEPT}; {EXPORT}"
+    for key in leaf_keys():
+        yield from address_without_login(key, get_value(case.config, key))
+
+
+def address_without_login(key: str, value: Any) -> Iterator[str]:
+    """Of one setting, and of all entries of its lists and maps."""
+    if isinstance(value, str) and has_url_secret(value):
+        yield (
+            f"{key} holds an address with a login, {KEPT}; leave the login out and give it to what opens the address "
+            "in another way, such as ~/.netrc or an exported variable"
+        )
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from address_without_login(f"{key}.{name}", entry)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            yield from address_without_login(f"{key}[{i}]", entry)
