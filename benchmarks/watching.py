@@ -1,9 +1,9 @@
 """What watching a run costs: steps at DP2 x TP2 x PP2 without it, with it, and with the means to go back.
 
 `python -m benchmarks.watching VOCAB TURNS` prints one JSON object: of each way, CPU-seconds of all ranks and wall
-seconds of a step, for each turn. The ways take turns on the same engine, A B C A B C. Watching is all of it: gradient norms of
-the layers and losses of the sequences at each step, updates and memory at each interval, the detector, metrics.jsonl,
-and wandb's offline record.
+seconds of a step, for each turn. The ways take turns on the same engine, A B C A B C. Watching is all of it: gradient
+norms of the layers and losses of the sequences at each step, updates and memory at each interval, the detector,
+metrics.jsonl, and wandb's offline record.
 """
 
 from __future__ import annotations

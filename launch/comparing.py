@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -76,6 +77,9 @@ def compare(folders: tuple[Path, Path], names: tuple[str, str], tolerance: float
     if chart is not None:
         write_chart(chart, names, curves)
         print(f"{'chart':<{LABEL_WIDTH}}{chart}")
+    if losses.first_beyond is not None:
+        command = f"python -m megatron_lite.data trace {shlex.quote(names[0])} --step {losses.first_beyond}"
+        print(f"{'documents':<{LABEL_WIDTH}}{command}")
     print(verdict(losses, curves["loss"], (first, second), tolerance))
     return EXIT_OK if losses.first_beyond is None else EXIT_PARTED
 

@@ -127,7 +127,7 @@ def _log_ticks(curves: Sequence[Series]) -> dict[str, Any]:
     """Each digit, 1, 2 and 5, or powers of ten alone: as many as there is room for."""
     values = [value for series in curves for value in series.values if value is not None and value > 0]
     decades = math.log10(max(values) / min(values)) if values else 0.0
-    return {"tickformat": ".3~g", "dtick": "D1" if 0 < decades < 0.7 else "D2" if 0 < decades < 4 else 1}
+    return {"tickformat": ".3~g", "dtick": "D1" if 0 < decades < 0.7 else "D2" if 0 < decades < 2.5 else 1}
 
 
 def _colours(curves: Sequence[Series], panel: Panel) -> list[str]:
@@ -147,7 +147,7 @@ def _trace(series: Series, colour: str, panel: Panel) -> Any:
     trace: dict[str, Any] = {"name": series.name, "x": series.steps, "y": series.values, "mode": "lines"}
     trace["line"] = {"color": colour, "width": 1.6}
     if panel.points:
-        trace |= {"mode": "markers", "marker": {"color": colour, "size": 9}}
+        trace |= {"mode": "markers", "marker": {"color": colour, "size": 9}, "cliponaxis": False}
     elif series.name == "validation loss" or len(series.steps) == 1:
         trace |= {"mode": "lines+markers", "marker": {"color": colour, "size": 7}}
     elif panel.reference is not None and series.name == _label(panel.reference.partition("/")[2]):

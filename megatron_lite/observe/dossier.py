@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_RANGES = 4
+MOST_DOCUMENTS = 200
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Dossier:
     text: str
     facts: list[tuple[str, str]]
     documents: list[Mapping[str, Any]]
+    """The first MOST_DOCUMENTS of ..."""
+    num_documents: int
     sequences: list[Mapping[str, Any]]
     steps: list[int]
     layers: list[LayerRow]
@@ -45,13 +48,15 @@ class Dossier:
         known = {**spike, **(dossier or {})}
         norms = {int(step): layers for step, layers in (known.get("layer_grad_norm") or {}).items()}
         steps = sorted(norms)
+        documents = known.get("documents") or []
         return cls(
             step=int(spike["step"]),
             kinds=", ".join(str(kind).replace("_", " ") for kind in spike.get("kinds", [])),
             action=str(spike.get("action", "")).replace("_", " "),
             text=str(spike.get("text", "")).removeprefix(f"spike at step {spike['step']}: "),
             facts=_facts(known),
-            documents=known.get("documents") or [],
+            documents=documents[:MOST_DOCUMENTS],
+            num_documents=len(documents),
             sequences=known.get("sequences") or [],
             steps=steps,
             layers=_layers(norms, steps, int(spike["step"])),

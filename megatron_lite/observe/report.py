@@ -226,9 +226,8 @@ def _utilisation(run: RunFolder, speed: float) -> list[Tile]:
 
 def _health(run: RunFolder) -> Tile | None:
     spikes, rollbacks = len(run.of_kind(SPIKE_EVENT)), max(map(branch_of, run.of_kind(ROLLBACK_EVENT)), default=0)
-    left_out = sum(entry["window"]["stop"] - entry["window"]["first"] for entry in run.skipped)
     resumes = len([attempt for attempt in run.attempts() if attempt.kind == "resume"])
-    note = f"rollbacks: {rollbacks}, samples left out: {left_out:,}, resumes: {resumes}"
+    note = f"rollbacks: {rollbacks}, samples left out: {run.num_skipped():,}, resumes: {resumes}"
     return Tile("spikes", str(spikes), note)
 
 

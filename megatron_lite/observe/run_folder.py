@@ -100,11 +100,22 @@ class RunFolder:
         return next((entry for entry in reversed(self.events) if _is(entry, kind)), {})
 
     def branches(self) -> dict[int, list[Entry]]:
-        """The lines that rollbacks have taken back, by the rollbacks that they came after."""
+        """The lines that rollbacks have taken back, by the rollbacks that they came after, in the order of steps.
+
+        Of one branch a later rollback may have taken back earlier steps than the one before it.
+        """
         found: dict[int, list[Entry]] = {}
-        for entry in self.rolled_back:
+        for entry in sorted(self.rolled_back, key=lambda entry: entry["step"]):
             found.setdefault(branch_of(entry), []).append(entry)
-        return found
+        return dict(sorted(found.items()))
+
+    def num_skipped(self) -> int:
+        """Samples that are left out; windows of several rollbacks may overlap."""
+        total = reached = 0
+        for first, stop in sorted((entry["window"]["first"], entry["window"]["stop"]) for entry in self.skipped):
+            total += max(stop - max(first, reached), 0)
+            reached = max(reached, stop)
+        return total
 
     def attempts(self) -> list[Attempt]:
         begins = [index for index, entry in enumerate(self.events) if entry.get("event") in BEGINNINGS]

@@ -17,7 +17,7 @@ from megatron_lite.observe.dossier import Dossier, ranges
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.report import render, write_report
 from megatron_lite.observe.run_folder import SKIPS_FILE, RunFolder
-from tests.unit.observe.synthetic_run import HOSTILE, SyntheticRun, eventful_run
+from tests.unit.observe.synthetic_run import BATCH, HOSTILE, SyntheticRun, eventful_run
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,21 @@ def test_what_a_rollback_took_back_is_no_part_of_the_curve(eventful: Path) -> No
     assert max(traces["taken back"].y) > 7
     assert list(traces["spike"].x) == [90, 233]
     assert [(shape.name, shape.x0) for shape in figure.layout.shapes] == [("rollback", 200), ("resume", 100)]
+
+
+def test_a_branch_that_two_rollbacks_took_back_is_one_curve_and_windows_overlap(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, steps=60)
+    run.begin()
+    run.train(1, 50)
+    run.roll_back(50, 40)
+    run.train(41, 49)
+    run.roll_back(49, 30)
+    run.train(31, 60)
+    run.close()
+    folder = RunFolder.read(tmp_path)
+    steps = [[entry["step"] for entry in entries] for entries in folder.branches().values()]
+    assert steps == [list(range(31, 51)), list(range(41, 50))]
+    assert folder.num_skipped() == 3 * BATCH  # steps 49 and 50, then 48 and 49
 
 
 def test_evaluations_of_a_left_branch_do_not_stand(tmp_path: Path) -> None:
