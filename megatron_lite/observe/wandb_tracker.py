@@ -14,7 +14,7 @@ import wandb
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.credentials import without_secrets
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, branch_of, with_branches
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, SPIKE_EVENT, branch_of, with_branches
 from megatron_lite.observe.trackers import numbers
 from megatron_lite.observe.wandb_record import alerts, history
 
@@ -99,6 +99,8 @@ class WandbTracker:
             figures = {name: entry[name] for name in entry if name not in OF_LINES}
             self._add(kind, entry["step"], rollbacks, figures)
             self._logged.add((kind, entry["step"], rollbacks))  # an event may be told twice, by two attempts
+            if kind == SPIKE_EVENT:
+                self.alert(entry["title"], entry["text"])
 
     def _branch(self, kind: str, values: Mapping[str, Any]) -> int:
         """A rollback begins the branch that it leads to."""

@@ -13,13 +13,12 @@ from megatron_lite.data.provenance import Provenance, merged
 from megatron_lite.data.skips import stretches
 from megatron_lite.files import replace_file
 from megatron_lite.observe.console import Console
-from megatron_lite.observe.metrics import to_json
+from megatron_lite.observe.metrics import SPIKE_EVENT, to_json
 from megatron_lite.observe.spikes import Kind, Verdict
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.loop import StepRecord
 
 FOLDER = "spikes"
-SPIKE_EVENT = "spike"
 TEXT_CHARACTERS = 2000  # of a sequence, in the dossier
 NAMED_DOCUMENTS = 3  # on the console
 
@@ -88,8 +87,9 @@ class Dossiers:
         """Of a step that has just turned out to be a spike."""
         document = self.write(dossier)
         text = in_words(dossier, document)
-        self.trackers.event(SPIKE_EVENT, dossier.step, {**dossier.figures, "dossier": dossier.name, "text": text})
-        self.trackers.alert(f"Spike at step {dossier.step}", text)
+        told = {"title": f"Spike at step {dossier.step}", "text": text}
+        self.trackers.event(SPIKE_EVENT, dossier.step, {**dossier.figures, "dossier": dossier.name, **told})
+        self.trackers.alert(**told)
         self.console.print(f"{text}; {self.run_dir / dossier.name}")
 
     def write(self, dossier: Dossier) -> dict[str, Any]:

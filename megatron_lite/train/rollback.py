@@ -20,14 +20,13 @@ from megatron_lite.data.skips import Rollback, Skips, Window, skips_of, write_ro
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.observe.metrics import ROLLBACK_EVENT
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule, Origin
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train.callbacks import Save, Validate
 from megatron_lite.train.loop import StepRecord, Trainer
 from megatron_lite.train.watch import Spike, Watch
-
-ROLLBACK_EVENT = "rollback"
 
 
 def unsuited(skips: Skips, state: CheckpointState) -> str | None:

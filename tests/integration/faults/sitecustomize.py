@@ -1,9 +1,9 @@
 """Plants a fault in one rank of a real run: Python imports this at its start where the folder is on PYTHONPATH.
 
 FAULT="<what> <rank or all> <step>[; ...]" makes the rank sleep, stop, kill itself or raise when it reads the data of
-that step. "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
-happen at a known step. "hold" waits there, once, whoever asks. "nan" spoils one number of an activation of that step,
-"lr" makes the step's learning rate 100 times as high.
+that step. "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the
+run can then happen at a known step. "hold" waits there, once, whoever asks. "nan" spoils one number of an activation of
+that step, "lr" makes the step's learning rate 100 times as high.
 
 FAULT_ROLLBACK="<rank> <place>" kills the rank in a rollback, at one of ROLLBACK_PLACES.
 

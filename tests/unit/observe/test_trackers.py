@@ -203,8 +203,9 @@ def end_attempt() -> None:
 
 def spike(trackers: Trackers, step: int) -> None:
     trackers.log(step, {"loss": 9.0, "spike": True})
-    trackers.event("spike", step, {"kinds": ["loss"], "loss": 9.0, "action": "warn"})
-    trackers.alert(f"loss spike at step {step}", f"loss 9.0 at step {step}, usual is 5.2")
+    told = {"title": f"loss spike at step {step}", "text": f"loss 9.0 at step {step}, usual is 5.2"}
+    trackers.event("spike", step, {"kinds": ["loss"], "loss": 9.0, "action": "warn", **told})
+    trackers.alert(**told)
 
 
 def test_spikes_and_their_alerts_are_in_wandb_once_after_a_crash(tmp_path: Path, offline: RunConfig) -> None:
