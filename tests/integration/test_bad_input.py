@@ -94,7 +94,7 @@ def test_run_folder_of_another_configuration(tiny: TinyWords) -> None:
 
 
 def test_folders_that_cannot_be_written(tiny: TinyWords) -> None:
-    _require_one_clear_error(run(launch(*tiny("run", "train.run_dir=/proc/runs"))), "train.run_dir=/proc/runs")
+    _require_one_clear_error(run_warm(tiny("run", "train.run_dir=/proc/runs")), "train.run_dir=/proc/runs")
     finished = run_warm(tiny("run", "data.cache_dir=/proc/shards"))
     _require_one_clear_error(finished, "data.cache_dir=/proc/shards")
 
