@@ -14,7 +14,7 @@ from megatron_lite.observe.markers import read_marker
 from megatron_lite.observe.metrics import read_metrics
 from megatron_lite.observe.wandb_record import history
 from megatron_lite.observe.wandb_tracker import run_id
-from tests.integration.runs import Finished, launch, losses, run, run_warm, start, wait_for_step
+from tests.integration.runs import Finished, launch, losses, run_warm, start, wait_for_step
 
 STEPS = ("train.steps=60", "train.save_interval=0", "train.eval_interval=10", "model.hidden_dropout=0.1")
 USED_UP = ["data.max_epochs=1", "data.validation_fraction=0.9", "train.steps=1000", "train.global_batch_size=64"]
@@ -54,8 +54,8 @@ def _evaluations(run_dir: Path) -> dict[int, list[float]]:
 def test_run_that_is_asked_to_stop_goes_on_bit_identically(
     layout: list[str], number: int, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
+    run_warm(tiny("whole", *layout, *STEPS)).require_success()
     words = [*layout, *STEPS, *WANDB]
-    run_warm(tiny("whole", *words)).require_success()
     stopped = _ask_after(12, launch(*tiny("parts", *words)), tmp_path / "parts", number)
     assert stopped.code == RunEnd.PREEMPTED, stopped.err
     end, step = _end(tmp_path / "parts")
@@ -108,7 +108,7 @@ def test_evaluation_that_was_broken_off_is_made_after_the_resume(
 def test_each_end_has_its_code_its_marker_and_one_line(
     words: list[str], end: RunEnd, message: str, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    finished = run(launch(*tiny("run", *words)))
+    finished = run_warm(tiny("run", *words))
     assert finished.code == end, finished.err
     assert message in finished.err
     assert len(finished.err.splitlines()) == 1
@@ -130,7 +130,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Callable[..., list[st
 
 @pytest.mark.slow
 def test_data_that_is_used_up_is_trained_and_saved(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    first = run(launch(*tiny("run", *USED_UP)))
+    first = run_warm(tiny("run", *USED_UP))
     assert first.code == RunEnd.OUT_OF_DATA, first.err
     assert len(first.err.splitlines()) == 1
     assert _end(tmp_path / "run")[0] is RunEnd.OUT_OF_DATA
