@@ -83,6 +83,8 @@ settings
 scripts: {", ".join(available_scripts())}
 `python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
 `python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
+`python -m launch report RUN_FOLDER [--out FILE]` draws a run on one page, whether it runs, has ended or was killed
+`python -m launch compare RUN_FOLDER RUN_FOLDER [--tolerance 1e-6] [--html FILE]` says where two runs part, and why
 
 presets
 {groups}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import follow, sweep, verification
+from launch import follow, sweep, verification, watching
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import Launcher, LaunchPlan
 from launch.hostfile import with_hosts
@@ -52,7 +52,10 @@ def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     debug = "--debug" in argv
     try:
-        return follow.main(argv) if argv[:1] and argv[0] in follow.COMMANDS else _launch(parse(argv))
+        command = argv[0] if argv else ""
+        if command in follow.COMMANDS:
+            return follow.main(argv)
+        return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
         return EXIT_USER_ERROR

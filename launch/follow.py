@@ -52,13 +52,18 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{unknown[0]} is not an option of `python -m launch {command}`; leave it out")
     if len(folders) != 1:
         raise ConfigError(f"`python -m launch {command}` needs one run folder, not {len(folders)}; write runs/NAME")
-    run_dir = _run_folder(folders[0])
+    run_dir = run_folder(folders[0])
     if FOLLOW_FLAG in flags:
         return follow_logs(run_dir)
     return COMMANDS[command](run_dir)
 
 
-def _run_folder(word: str) -> Path:
+def run_folder(word: str) -> Path:
+    """The folder of a run that somebody has typed.
+
+    Raises:
+        ConfigError: there is none.
+    """
     path = Path(word)
     if not path.is_dir():
         raise ConfigError(f"{word} is no folder; give the run folder that the launcher has named")
@@ -77,8 +82,7 @@ def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
     yield "run folder", str(run_dir)
     process = _process_of_this_machine(run_dir)
     jobs = _known_jobs(run_dir)
-    running = process is not None or any(job.state == "RUNNING" for job in jobs or [])
-    yield "state", "running" if running else _end_in_words(run_dir)
+    yield "state", _state(run_dir, process, jobs)
     yield "progress", _progress(run_dir)
     if process is not None:
         yield "process", f"{process} of this machine"
@@ -93,6 +97,16 @@ def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
         yield "last end", f"job {ends[-1]['job']}: {ends[-1]['reason']}"
     step = records.newest_checkpoint(run_dir)
     yield "checkpoint", "none" if step is None else f"step {step}"
+
+
+def state(run_dir: Path) -> str:
+    """What the run is doing, or how its latest attempt ended."""
+    return _state(run_dir, _process_of_this_machine(run_dir), _known_jobs(run_dir))
+
+
+def _state(run_dir: Path, process: str | None, jobs: list[scheduler.Job] | None) -> str:
+    running = process is not None or any(job.state == "RUNNING" for job in jobs or [])
+    return "running" if running else _end_in_words(run_dir)
 
 
 def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:

@@ -77,6 +77,7 @@ SAFE = (
     "stability.min_grad_norm_factor",
     "stability.loss_scale_halvings",
     "stability.lead_in_steps",
+    "stability.look_ahead_steps",
     "stability.max_rollbacks",
     "stability.layer_interval",
     "stability.worst_sequences",

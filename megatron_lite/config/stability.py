@@ -31,15 +31,18 @@ class StabilityConfig:
     """The same of the logarithm of the gradient norm, which is skewed; in two steps in a row, or in one whose loss
     rises by half its own limit. Single steps of fifty times the usual norm are common in small batches, and harmless
     where they are clipped ..."""
-    min_grad_norm_factor: float = 3.0
+    min_grad_norm_factor: float = 10.0
     """... and at least so many times the median."""
     loss_scale_halvings: int = 6
     """fp16: so many halvings of the loss scale within `window` steps are its collapse."""
     lead_in_steps: int = 1
     """rollback: steps before the spike whose samples are left out too: the update before it may have caused it."""
+    look_ahead_steps: int = 32
+    """rollback: steps at most whose samples are tried, with the weights from before the spike, to find where those end
+    that are to be left out."""
     max_rollbacks: int = 4
-    """Of a run; each one in a row at the same place leaves out twice as many samples more. Where another one would be
-    needed, the run ends as diverged."""
+    """Of a run; should a spike come back at the place that was jumped over, each further one leaves out twice as many
+    samples more. Where another one would be needed, the run ends as diverged."""
     layer_interval: int = 20
     """Steps between figures of each layer (gradient norm, update-to-weight ratio) and of memory; 0 = only at spikes."""
     worst_sequences: int = 4

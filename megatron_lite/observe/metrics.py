@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,12 @@ def to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
+    """A value that JSON has brought back, its strings for NaN and infinities turned into numbers."""
     if isinstance(value, dict):
-        return {key: _from_json(item) for key, item in value.items()}
+        return {key: from_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_from_json(item) for item in value]
+        return [from_json(item) for item in value]
     return _SPELLING.get(value, value) if isinstance(value, str) else value
 
 
@@ -122,7 +123,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return _from_json(entry) if isinstance(entry, dict) else None
+    return from_json(entry) if isinstance(entry, dict) else None
 
 
 def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
@@ -132,6 +133,14 @@ def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
 def branch_of(entry: Mapping[str, Any]) -> int:
     """How many rollbacks a line comes after."""
     return int(entry.get(ROLLBACKS) or 0)
+
+
+def with_branches(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of events.jsonl, each with the number of rollbacks that it comes after; a rollback counts itself."""
+    branch = 0
+    for entry in events:
+        branch = branch_of(entry) if entry.get("event") == ROLLBACK_EVENT else branch
+        yield branch, entry
 
 
 def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:

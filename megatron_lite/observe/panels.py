@@ -45,7 +45,7 @@ PANELS = (
         "Loss",
         "Learning",
         ("train/loss", "evaluation/validation_loss"),
-        "Training loss of every step, and validation loss; spikes are marked, what rollbacks took back is thin and grey.",
+        "Training loss of every step, and validation loss; spikes are marked, steps that were taken back are grey.",
         unit="nats per token",
         branches=True,
     ),
@@ -103,9 +103,9 @@ PANELS = (
     Panel(
         "Where a step's time goes",
         "Speed",
-        tuple(f"train/share_{part}" for part in ("compute", "pipeline", "reduce", "optimizer", "data")),
-        "Shares of a step on rank 0; pipeline is waiting for other stages, and the dashed line is the bubble that the "
-        "schedule cannot avoid.",
+        tuple(f"train/share_{part}" for part in ("pipeline", "compute", "reduce", "optimizer", "data")),
+        "Shares of a step on rank 0. Pipeline is waiting for other stages; below the dashed line, the schedule cannot "
+        "avoid it.",
         unit="% of a step",
         factor=100.0,
         stacked=True,

@@ -38,6 +38,7 @@ class RunSummary:
     prompt: str = ""
     sample: str = ""  # what the model wrote after the prompt
     plot: Path | None = None
+    report: Path | None = None
     metrics: Path | None = None
     checkpoint: Path | None = None
     logs: Path | None = None
@@ -63,6 +64,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("accuracy", _accuracy(summary)),
         ("speed", _speed(summary)),
         ("loss curve", _place(summary.plot)),
+        ("report", _place(summary.report)),
         ("metrics", _place(summary.metrics)),
         ("checkpoint", _place(summary.checkpoint)),
         ("logs", _place(summary.logs)),

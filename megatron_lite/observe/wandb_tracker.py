@@ -14,7 +14,7 @@ import wandb
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.credentials import without_secrets
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, branch_of
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, branch_of, with_branches
 from megatron_lite.observe.trackers import numbers
 from megatron_lite.observe.wandb_record import alerts, history
 
@@ -83,21 +83,18 @@ class WandbTracker:
     def alert(self, title: str, text: str) -> None:
         """Told once, whatever a resume repeats; wandb sends a mail or a message as the user has set it up there."""
         if (title, text) not in self._alerted:
-            self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+            self._run.alert(title=title, text=text, level="WARN")
             self._alerted.add((title, text))
 
     def rewind(self, step: int, rollbacks: int) -> None:
         self._rollbacks = rollbacks
 
-    def catch_up(self, metrics: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
+    def catch_up(self, metrics: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
         """Log what `rolled_back.jsonl`, `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has
         not."""
         rows = [("train", branch_of(entry), entry) for entry in metrics]
-        branch = 0
-        for entry in events:
-            branch = branch_of(entry) if entry["event"] == ROLLBACK_EVENT else branch
-            if entry["event"] not in OF_ATTEMPTS:
-                rows.append((entry["event"], branch, entry))
+        told = with_branches(events)
+        rows += [(entry["event"], branch, entry) for branch, entry in told if entry["event"] not in OF_ATTEMPTS]
         for kind, rollbacks, entry in rows:
             figures = {name: entry[name] for name in entry if name not in OF_LINES}
             self._add(kind, entry["step"], rollbacks, figures)

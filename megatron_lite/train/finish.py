@@ -14,9 +14,12 @@ from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.plot import plot_run
+from megatron_lite.observe.report import write_report
 from megatron_lite.observe.summary import RunSummary, show_summary
 
 BASELINE_EVENT = "baseline"
+ALL_TRAINED = "all steps are trained"
+"""What the marker DONE says, and the report that is written ahead of it."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class Outcome:
 
 
 def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
-    """Draw the loss curve and print the summary; on the writing rank only."""
+    """Draw the loss curve, write the report and print the summary; on the writing rank only."""
     metrics = read_metrics(run_dir / METRICS_FILE)
     events = read_metrics(run_dir / EVENTS_FILE)
     evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
-    plot = None
+    plot = report = None
     if config.tracking.plot:
         plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
+        report = _report(run_dir, console)
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
@@ -64,6 +68,7 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
             prompt=outcome.prompt,
             sample=outcome.sample,
             plot=plot,
+            report=report,
             metrics=run_dir / METRICS_FILE,
             checkpoint=outcome.checkpoint,
             logs=run_dir / "logs",
@@ -71,6 +76,16 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
             note=_already_done(config) if outcome.done else "",
         ),
     )
+
+
+def _report(run_dir: Path, console: Console) -> Path | None:
+    """A run that has trained to its end is no failure because a page cannot be drawn: the command can draw it later."""
+    try:
+        return write_report(run_dir, ALL_TRAINED)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        console.print(f"report.html could not be written ({reason}); try `python -m launch report {run_dir}`")
+        return None
 
 
 def _last(events: list[dict[str, Any]], name: str) -> dict[str, Any]:

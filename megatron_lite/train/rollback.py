@@ -14,13 +14,14 @@ from pathlib import Path
 from megatron_lite.checkpoint.loading import newest_complete
 from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.state import CheckpointState
+from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.skips import Rollback, Skips, Window, skips_of, write_rollbacks
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.trackers import Trackers
-from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep, Origin
+from megatron_lite.optim.batch_ramp import BatchSchedule, Origin
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train.callbacks import Save, Validate
 from megatron_lite.train.loop import StepRecord, Trainer
@@ -120,15 +121,28 @@ class GoBack:
             },
         )
         self.trackers.rewind(state.step, len(self.rollbacks))
+        print(text, flush=True)  # to each rank's own log
         self.console.print(text)
 
     def _window(self, trainer: Trainer, record: StepRecord) -> tuple[Window, int]:
         skips, batch = trainer.source.skips, record.batch
         first_step = max(record.step - 1 - self.settings.lead_in_steps, trainer.schedule.first_step)
-        lead: BatchStep = trainer.schedule.at(first_step)
-        last = batch.first_sample + batch.global_batch_size - 1
-        led_in = Window(skips.index(lead.first_sample), skips.index(last) + 1)
+        end = trainer.schedule.at(record.step + self._steps_beyond(trainer, record.step)).first_sample
+        led_in = Window(skips.index(trainer.schedule.at(first_step).first_sample), skips.index(end - 1) + 1)
         return next_window(self.rollbacks, led_in, batch.global_batch_size, self.settings.lead_in_steps)
+
+    def _steps_beyond(self, trainer: Trainer, step: int) -> int:
+        """How many steps behind the spike would be one, by the weights from before it. A collective of all ranks.
+
+        So a long stretch of bad samples costs a rollback and a few forward passes, not a rollback for each step.
+        """
+        for beyond in range(self.settings.look_ahead_steps):
+            batch = trainer.schedule.at(step + beyond)
+            micro_batches = num_micro_batches(trainer.config, batch.global_batch_size)
+            found = trainer.engine.evaluate(trainer.source.training(batch), micro_batches)
+            if not agreed(self.watch.predicts_badly(found.loss)):
+                return beyond
+        return self.settings.look_ahead_steps
 
     def _checkpoint(self, skips: Skips, window: Window, in_a_row: int) -> tuple[Path, CheckpointState] | None:
         """The newest that has read nothing of the window; after several rollbacks in vain, one from further back."""

@@ -30,12 +30,13 @@ from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
+from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, build_engine
-from megatron_lite.train.finish import BASELINE_EVENT, Outcome, show_outcome
+from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Trainer
 from megatron_lite.train.memory import memory_errors_explained
@@ -45,7 +46,7 @@ from megatron_lite.train.preview import preview
 from megatron_lite.train.rollback import unsuited
 from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
-from megatron_lite.train.startup import measure_links
+from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
 from megatron_lite.train.watchdog import Watchdog, place_of
 
@@ -221,7 +222,7 @@ def _conclude(run: Run, outcome: Outcome) -> None:
     run.heartbeat.enter(Phase.FINISH)
     if run.context.is_writer:
         show_outcome(run.config, run.folder, run.console, outcome)
-        leave_marker(run.folder, RunEnd.DONE, "all steps are trained", run.config.train.steps)
+        leave_marker(run.folder, RunEnd.DONE, ALL_TRAINED, run.config.train.steps)
 
 
 def _require_data(run: Run, last_step: int) -> None:
@@ -255,9 +256,10 @@ def _is_evaluated(run: Run, step: int) -> bool:
 def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -> None:
     first_step = start.step
     kind = "resume" if start.report else "start"
-    trackers.event(
-        kind, first_step, {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
-    )
+    figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
+    trackers.event(kind, first_step, figures | {"versions": versions()})
+    flops = flops_of_run(run.config, run.prepared.vocab_size).training
+    trackers.event("speed_terms", first_step, {"flops_per_token": flops, "peak_flops": run.peak_flops})
     trackers.event("links", first_step, run.links.figures)
     for line in start.report.lines() if start.report else ():
         run.console.print(line)

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def code_fingerprint() -> str:
         digest.update(str(path.relative_to(package)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What decides, beside configuration and data, what a run computes."""
+    return {
+        "megatron_lite": code_fingerprint(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def require_same_program(config: RunConfig, device: torch.device, local_rank: int) -> list[str]:

@@ -12,7 +12,7 @@ from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
-from megatron_lite.observe.spikes import SpikeDetector, Verdict, Vitals
+from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
 from megatron_lite.train.dossier import Dossier, Dossiers
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.loop import StepRecord, Trainer
@@ -86,6 +86,11 @@ class Watch:
             self._add_steps_after(record.step)
         self._expect(record.step + 1)
 
+    def predicts_badly(self, loss: float) -> bool:
+        """Whether a batch with this loss would be a spike, ahead of any update."""
+        verdict = self.detector.judge(Vitals(0, loss, 0.0))
+        return Kind.loss in verdict.kinds or Kind.not_finite in verdict.kinds
+
     def remember(self, history: Iterable[Vitals]) -> None:
         """Begin with the steps of an earlier attempt."""
         self._history.extend(history)
@@ -127,6 +132,7 @@ class Watch:
     def _write_down(self, trainer: Trainer, spike: Spike) -> Dossier:
         """A collective of all ranks."""
         record, engine = spike.record, self._engine
+        print(f"judged step {record.step} a spike: {spike.verdict}", flush=True)  # to each rank's own log
         batch = record.batch
         dossier = Dossier(
             record,

@@ -32,6 +32,9 @@ _PRELOAD = [
     "tests.distributed.checkpoint_ranks",
     "launch.cli",
     "megatron_lite.train.run",
+    "deepspeed.module_inject.auto_ep_layer",  # DeepSpeed imports these two at the start of each engine
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "tests.distributed.frozen_heap",  # the last one
 ]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

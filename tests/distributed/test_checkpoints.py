@@ -20,7 +20,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config, world_size
 
 SEED = 20261125
-NUM_STEPS = 5
+NUM_STEPS = 3
 CHAIN_LENGTH = 12  # layouts; one pair fewer
 LARGEST_WORLD = 4
 TOLERANCE = 1e-6

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
 
 from megatron_lite.config.schema import LossScaleConfig, OptimizerName, Precision, RunConfig
-from megatron_lite.train.verify import trace_twin
+from megatron_lite.train.verify import Trace, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import fp16_growth_rank, fp16_scales_rank, layout_rank
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
@@ -34,15 +35,17 @@ def _config(layout: str, precision: Precision, model: str = "llama") -> RunConfi
     return replace(config, optimizer=optimizer, train=train)
 
 
-def in_fp32(config: RunConfig) -> RunConfig:
-    return replace(config, train=replace(config.train, precision=Precision.fp32))
+@cache
+def twin(model: str) -> Trace:
+    """In fp32, by one process: the same for every layout."""
+    return trace_twin(_config("dp2_pp2", Precision.fp32, model), VOCAB_SIZE, NUM_STEPS)
 
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_half_precision_follows_fp32(model: str, layout: str, precision: Precision) -> None:
     config = _config(layout, precision, model)
-    reference = trace_twin(in_fp32(config), VOCAB_SIZE, NUM_STEPS)
+    reference = twin(model)
     trace = run_ranks(layout_rank, LAYOUTS[layout][0], config, VOCAB_SIZE, NUM_STEPS, None)[0]
     drop = reference.losses[0] - reference.losses[-1]
     assert drop > 0.2, "the reference learned too little for the comparison to mean anything"
@@ -54,7 +57,8 @@ def test_bf16_accumulates_gradients_in_fp32() -> None:
     """The sum over 64 micro-batches: in bf16 it would lose what is below 1/256 of the running sum."""
     config = _config("dp2_pp2", Precision.bf16)
     config = replace(config, train=replace(config.train, global_batch_size=128, steps=1))
-    reference = trace_twin(in_fp32(config), VOCAB_SIZE, 1)
+    in_fp32 = replace(config, train=replace(config.train, precision=Precision.fp32))
+    reference = trace_twin(in_fp32, VOCAB_SIZE, 1)
     trace = run_ranks(layout_rank, 4, config, VOCAB_SIZE, 1, None)[0]
     assert trace.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=5e-3)
 

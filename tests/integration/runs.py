@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,23 @@ def run(
     return Finished(process.returncode, out, err)
 
 
-def run_warm(words: Sequence[str], *, script: str = "pretrain_gpt", timeout_seconds: float = 240.0) -> Finished:
+def run_warm(
+    words: Sequence[str],
+    *,
+    script: str = "pretrain_gpt",
+    timeout_seconds: float = 240.0,
+    planted: Mapping[str, str] | None = None,
+) -> Finished:
     """What `python -m launch` does, in a fork of the server that has made its imports, two thirds of the CPU time.
 
     For tests of what a run computes and leaves; those of commands, processes and signals take `run(launch(...))`.
+
+    Args:
+        planted: variables of faults/sitecustomize.py.
     """
     with tempfile.TemporaryDirectory(prefix="warm-") as name:
         folder = Path(name)
-        process = fork_server().Process(target=_launch_here, args=([script, *words], folder))
+        process = fork_server().Process(target=_launch_here, args=([script, *words], folder, planted or {}))
         process.start()
         process.join(timeout_seconds)
         code = process.exitcode
@@ -101,13 +111,15 @@ def run_warm(words: Sequence[str], *, script: str = "pretrain_gpt", timeout_seco
     return Finished(code, out, err)
 
 
-def _launch_here(argv: list[str], folder: Path) -> None:
+def _launch_here(argv: list[str], folder: Path, planted: Mapping[str, str]) -> None:
     """As a process of its own would, with its own output, environment and session."""
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / stream, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-    os.environ.update(environment())
+    os.environ.update(environment() | planted)
     os.chdir(REPOSITORY)
     os.setsid()
+    if planted:
+        runpy.run_path(str(FAULTS / "sitecustomize.py"))
     sys.exit(main(argv))
 
 

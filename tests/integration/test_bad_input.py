@@ -58,7 +58,7 @@ def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyW
     source = tmp_path / "corpus.txt"
     source.write_bytes(content)
     words = tiny("run", f"data.source={source}", f"data.cache_dir={tmp_path / 'cache'}")
-    _require_one_clear_error(run(launch(*words)), *parts)
+    _require_one_clear_error(run_warm(words), *parts)
     cache = tmp_path / "cache"
     assert [path.name for path in cache.iterdir()] == [".locks"]
 
@@ -78,24 +78,24 @@ def test_truncated_shard_and_wrong_tokenizer(tiny: TinyWords, tmp_path: Path) ->
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     shard = prepared / "train-0"
     ready = [f"data.source={shard}", f"data.tokenizer={other}", f"data.cache_dir={tmp_path / 'second'}"]
-    _require_one_clear_error(run(launch(*tiny("second", *ready))), "data.tokenizer", "train-0")
+    _require_one_clear_error(run_warm(tiny("second", *ready)), "data.tokenizer", "train-0")
 
     with shard.with_suffix(".bin").open("r+b") as file:
         file.truncate(shard.with_suffix(".bin").stat().st_size - 6)
-    finished = run(launch(*tiny("third", f"data.cache_dir={cache}", "parallel=dp2_tp1_pp1")))
+    finished = run_warm(tiny("third", f"data.cache_dir={cache}", "parallel=dp2_tp1_pp1"))
     _require_one_clear_error(finished, "train-0.bin", "truncated")
 
 
 @pytest.mark.slow
 def test_run_folder_of_another_configuration(tiny: TinyWords) -> None:
     run_warm(tiny("run")).require_success()
-    finished = run(launch(*tiny("run", "data.seq_length=16", "optimizer.learning_rate=1e-4")))
+    finished = run_warm(tiny("run", "data.seq_length=16", "optimizer.learning_rate=1e-4"))
     _require_one_clear_error(finished, "train.run_dir", "data.seq_length=32", "model.init_from=")
 
 
 def test_folders_that_cannot_be_written(tiny: TinyWords) -> None:
-    _require_one_clear_error(run(launch(*tiny("run", "train.run_dir=/proc/runs"))), "train.run_dir=/proc/runs")
-    finished = run(launch(*tiny("run", "data.cache_dir=/proc/shards")))
+    _require_one_clear_error(run_warm(tiny("run", "train.run_dir=/proc/runs")), "train.run_dir=/proc/runs")
+    finished = run_warm(tiny("run", "data.cache_dir=/proc/shards"))
     _require_one_clear_error(finished, "data.cache_dir=/proc/shards")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -25,10 +26,16 @@ SHORT = ("train.steps=6", "train.save_interval=0", "train.eval_interval=0", "lau
 
 
 @pytest.fixture(scope="module")
-def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    run_dir = tmp_path_factory.mktemp("local")
-    run_warm([*TINY, *corpus, *SHORT, f"train.run_dir={run_dir}", "parallel=dp2_tp2"]).require_success()
-    return losses(run_dir)
+def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+    """Losses of a layout's run on one node."""
+
+    @functools.cache
+    def of(layout: str) -> dict:
+        run_dir = tmp_path_factory.mktemp("local")
+        run_warm([*TINY, *corpus, *SHORT, f"train.run_dir={run_dir}", f"parallel={layout}"]).require_success()
+        return losses(run_dir)
+
+    return of
 
 
 @pytest.fixture
@@ -53,18 +60,23 @@ def finish(process: subprocess.Popen[str]) -> Finished:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize(("rendezvous", "layout"), [("static", "dp2_tp2"), ("c10d", "tp2")])
 def test_torchrun_on_two_nodes(
-    rendezvous: str, tiny: Callable[..., list[str]], tmp_path: Path, local_losses: dict, start: Callable
+    rendezvous: str,
+    layout: str,
+    tiny: Callable[..., list[str]],
+    tmp_path: Path,
+    local_losses: Callable[[str], dict],
+    start: Callable,
 ) -> None:
     words = tiny(
-        "run", *SHORT, "parallel=dp2_tp2", "launcher=torchrun", "launcher.nodes=2", f"launcher.master_address={HERE}",
+        "run", *SHORT, f"parallel={layout}", "launcher=torchrun", "launcher.nodes=2", f"launcher.master_address={HERE}",
         f"launcher.rendezvous={rendezvous}", f"launcher.master_port={free_port(HERE)}",
     )  # fmt: skip
     own = [["launcher.node_rank=1"], ["launcher.node_rank=0"]] if rendezvous == "static" else [[], []]
     ends = [finish(node).require_success() for node in [start(launch(*words, *rank)) for rank in own]]
-    assert len(local_losses) == 6
-    assert losses(tmp_path / "run") == local_losses, "the nodes changed the curve"
+    assert len(local_losses(layout)) == 6
+    assert losses(tmp_path / "run") == local_losses(layout), "the nodes changed the curve"
     assert len(list((tmp_path / "run").glob("config-*.yaml"))) == 1, "the nodes came to different configurations"
     assert sum("validation loss" in end.out for end in ends) == 1, "one node has rank 0"
     assert "Traceback" not in "".join(end.err for end in ends)
@@ -89,28 +101,28 @@ def test_one_node_that_is_asked_to_stop_stops_them_all(
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
 
-def _hosts(folder: Path) -> list[str]:
+def _hosts(folder: Path, slots: int) -> list[str]:
     """Words of a job on two hosts whose names mean nothing to the network: only ssh would look them up."""
     hostfile = folder / "hosts"
-    hostfile.write_text("# two machines\nnode-a slots=2\nnode-b slots=2\n")
+    hostfile.write_text(f"# two machines\nnode-a slots={slots}\nnode-b slots={slots}\n")
     return ["launcher=deepspeed", f"launcher.hostfile={hostfile}", f"launcher.master_address={HERE}",
             f"launcher.master_port={free_port(HERE)}"]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_deepspeed_started_by_hand_on_each_host(
-    tiny: Callable[..., list[str]], tmp_path: Path, local_losses: dict, start: Callable
+    tiny: Callable[..., list[str]], tmp_path: Path, local_losses: Callable[[str], dict], start: Callable
 ) -> None:
-    words = tiny("run", *SHORT, "parallel=dp2_tp2", *_hosts(tmp_path))
+    words = tiny("run", *SHORT, "parallel=tp2", *_hosts(tmp_path, slots=1))
     for node in [start(launch(*words, f"launcher.node_rank={rank}")) for rank in (0, 1)]:
         finish(node).require_success()
-    assert losses(tmp_path / "run") == local_losses, "the hosts changed the curve"
+    assert losses(tmp_path / "run") == local_losses("tp2"), "the hosts changed the curve"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
 def test_deepspeed_starts_all_hosts_through_pdsh(
-    tiny: Callable[..., list[str]], tmp_path: Path, local_losses: dict, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., list[str]], tmp_path: Path, local_losses: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real pdsh; in place of ssh a script that gives the last words to a shell of this machine, as sshd would."""
     ssh = tmp_path / "bin" / "ssh"
@@ -124,9 +136,9 @@ def test_deepspeed_starts_all_hosts_through_pdsh(
     )
     ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
-    finished = run(launch(*tiny("run", *SHORT, "parallel=dp2_tp2", *_hosts(tmp_path)))).require_success()
+    finished = run(launch(*tiny("run", *SHORT, "parallel=dp2_tp2", *_hosts(tmp_path, slots=2)))).require_success()
     ranks = [line for line in (tmp_path / "asked").read_text().splitlines() if "deepspeed.launcher.launch" in line]
     assert sorted(line.split()[0] for line in ranks) == ["node-a", "node-b"]
     assert all("export DS_ACCELERATOR=cpu; export " in line for line in ranks), "the ranks' variables do not reach them"
-    assert losses(tmp_path / "run") == local_losses, "the hosts changed the curve"
+    assert losses(tmp_path / "run") == local_losses("dp2_tp2"), "the hosts changed the curve"
     assert "validation loss" in finished.out

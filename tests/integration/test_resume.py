@@ -10,11 +10,21 @@ import pytest
 
 from megatron_lite.checkpoint.state import read_state
 from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
-from tests.integration.runs import end_tree, launch, losses, run, start, wait_for_step
+from tests.integration.runs import TINY, end_tree, launch, losses, run_warm, start, wait_for_step
 
 STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
 
+WHOLE = ["optimizer.decay_steps=12"]  # the run that `whole` makes in one go
+
 RAMP = ["train.batch_ramp.start=4", "train.batch_ramp.increment=4", "train.batch_ramp.samples=60"]  # ends in step 15
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Losses of twelve steps on one rank, without a break."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    run_warm([*TINY, *corpus, *WHOLE, f"train.run_dir={run_dir}"]).require_success()
+    return losses(run_dir)
 
 
 def _kill_at(step: int, command: list[str], run_dir: Path) -> None:
@@ -39,10 +49,10 @@ def test_killed_run_resumes_bit_identically(
     script: str, layout: str, precision: str, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = [layout, f"train.precision={precision}", *STEPS, *RAMP]
-    run(launch(*tiny("whole", *words), script=script)).require_success()
+    run_warm(tiny("whole", *words), script=script).require_success()
     step = random.SystemRandom().randint(12, 36)  # the save after step 10 has waited for that after step 5
     _kill_at(step, launch(*tiny("killed", *words), script=script), tmp_path / "killed")
-    finished = run(launch(*tiny("killed", *words), script=script)).require_success()
+    finished = run_warm(tiny("killed", *words), script=script).require_success()
     assert "resuming after step" in finished.out, f"killed at step {step}"
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), f"killed at step {step}"
     assert len(losses(tmp_path / "whole")) == 40
@@ -52,32 +62,30 @@ def test_killed_run_resumes_bit_identically(
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_resume_under_zero_2_and_3(zero_stage: int, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     words = ["parallel=dp2_tp1_pp1", f"parallel.zero_stage={zero_stage}", "optimizer.decay_steps=12"]
-    run(launch(*tiny("whole", *words))).require_success()
-    run(launch(*tiny("parts", *words, "train.steps=8"))).require_success()
-    run(launch(*tiny("parts", *words))).require_success()
+    run_warm(tiny("whole", *words)).require_success()
+    run_warm(tiny("parts", *words, "train.steps=8")).require_success()
+    run_warm(tiny("parts", *words)).require_success()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint_is_skipped(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    words = ["optimizer.decay_steps=12"]
-    run(launch(*tiny("whole", *words))).require_success()
-    run(launch(*tiny("run", *words, "train.steps=8"))).require_success()
+def test_damaged_checkpoint_is_skipped(tiny: Callable[..., list[str]], tmp_path: Path, whole: dict) -> None:
+    run_warm(tiny("run", *WHOLE, "train.steps=8")).require_success()
     victim = tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors"
     with victim.open("r+b") as file:
         file.truncate(victim.stat().st_size - 4)
-    finished = run(launch(*tiny("run", *words))).require_success()
+    finished = run_warm(tiny("run", *WHOLE)).require_success()
     assert "Skipping step_00000008: model.safetensors is" in finished.out
     assert "resuming after step 4 " in finished.out
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == whole
 
 
 @pytest.mark.slow
 def test_second_start_says_done_and_keeps_few_checkpoints(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     words = tiny("run", "train.save_interval=2")
-    run(launch(*words)).require_success()
+    run_warm(words).require_success()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    finished = run(launch(*words)).require_success()
+    finished = run_warm(words).require_success()
     assert "This run is done" in finished.out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -89,18 +97,19 @@ def test_second_start_says_done_and_keeps_few_checkpoints(tiny: Callable[..., li
 
 
 @pytest.mark.slow
-def test_goes_on_under_another_layout_and_another_zero_stage(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    words = ["optimizer.decay_steps=12", "train.save_interval=0"]
-    run(launch(*tiny("whole", *words))).require_success()
-    run(launch(*tiny("run", *words, "parallel=dp2_tp2_pp2", "train.steps=4"))).require_success()
-    second = run(launch(*tiny("run", *words, "parallel=tp2", "train.steps=8"))).require_success()
+def test_goes_on_under_another_layout_and_another_zero_stage(
+    tiny: Callable[..., list[str]], tmp_path: Path, whole: dict
+) -> None:
+    words = [*WHOLE, "train.save_interval=0"]
+    run_warm(tiny("run", *words, "parallel=dp2_tp2_pp2", "train.steps=4")).require_success()
+    second = run_warm(tiny("run", *words, "parallel=tp2", "train.steps=8")).require_success()
     assert "weights     resharded  dp2 tp2 pp2 zero1 -> dp1 tp2 pp1 zero1" in second.out
     assert "data        restored   goes on with sample 32" in second.out
     third = ["parallel=dp2", "parallel.zero_stage=3"]
-    run(launch(*tiny("run", *words, *third))).require_success()
-    parts, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    run_warm(tiny("run", *words, *third)).require_success()
+    parts = losses(tmp_path / "run")
     assert [loss for loss, _ in parts.values()] == pytest.approx([loss for loss, _ in whole.values()], rel=1e-6)
-    refused = run(launch(*tiny("run", *words, "model.hidden_size=64", "data.seq_length=16")))
+    refused = run_warm(tiny("run", *words, "model.hidden_size=64", "data.seq_length=16"))
     assert refused.code == 2
     assert "model.hidden_size" in refused.err
     assert "data.seq_length" in refused.err

@@ -67,6 +67,7 @@ NOT_NEGATIVE = (
     "train.generate_tokens",
     "stability.min_loss_rise",
     "stability.lead_in_steps",
+    "stability.look_ahead_steps",
     "stability.max_rollbacks",
     "stability.layer_interval",
     "stability.worst_sequences",

@@ -1,8 +1,11 @@
 """Plants a fault in one rank of a real run: Python imports this at its start where the folder is on PYTHONPATH.
 
-FAULT="<what> <rank> <step>" makes the rank sleep, stop, kill itself or raise when it reads the data of that step.
+FAULT="<what> <rank or all> <step>" makes the rank sleep, stop, kill itself or raise when it reads that step's data.
 "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the run can then
-happen at a known step. "hold" waits there, once, whoever asks.
+happen at a known step. "hold" waits there, once, whoever asks. "nan" spoils one number of an activation of that step,
+"lr" makes the step's learning rate 100 times as high.
+
+FAULT_ROLLBACK="<rank> <place>" kills the rank in a rollback, at one of ROLLBACK_PLACES.
 
 FAULT_SLOW_SAVES="<seconds>" makes every rank take so long to write its tensors.
 """
@@ -37,6 +40,58 @@ def _pause(until_stop: bool = True) -> None:
         time.sleep(0.05)
 
 
+def _spoil_activation() -> None:
+    from megatron_lite.models.mlp import MLP
+
+    forward = MLP.forward
+
+    def spoiled(self: Any, *arguments: Any) -> Any:
+        MLP.forward = forward
+        output = forward(self, *arguments)
+        output.view(-1)[0] = float("nan")
+        return output
+
+    MLP.forward = spoiled
+
+
+def _raise_learning_rate() -> None:
+    from megatron_lite.train import loop
+
+    learning_rate_at = loop.learning_rate_at
+
+    def raised(*arguments: Any) -> float:
+        loop.learning_rate_at = learning_rate_at
+        return 100 * learning_rate_at(*arguments)
+
+    loop.learning_rate_at = raised
+
+
+ROLLBACK_PLACES = {  # the method of GoBack, and whether to die behind it rather than ahead of it
+    "ahead of the file": ("_publish", False),
+    "behind the file": ("_publish", True),
+    "in the checkpoints": ("_restore", True),
+    "behind everything": ("_from", True),
+}
+
+
+def _kill_in_rollback(rank: str, place: str) -> None:
+    from megatron_lite.train.rollback import GoBack
+
+    name, behind = ROLLBACK_PLACES[place]
+    method = getattr(GoBack, name)
+
+    def killed(self: Any, *arguments: Any) -> Any:
+        own = os.environ["RANK"] == rank
+        if own and not behind:
+            FAULTS["kill"]()
+        result = method(self, *arguments)
+        if own:
+            FAULTS["kill"]()
+        return result
+
+    setattr(GoBack, name, killed)
+
+
 FAULTS = {
     "pause": _pause,
     "hold": lambda: _pause(until_stop=False),
@@ -44,6 +99,8 @@ FAULTS = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "raise": _raise,
+    "nan": _spoil_activation,
+    "lr": _raise_learning_rate,
 }
 
 
@@ -56,9 +113,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        _plant(module.ShardSource)
-        if "FAULT_SLOW_SAVES" in os.environ:
-            _slow_down_saves(float(os.environ["FAULT_SLOW_SAVES"]))
+        plant_all(module.ShardSource)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -83,6 +138,16 @@ def _slow_down_saves(seconds: float) -> None:
     saving.write = slow_write
 
 
+def plant_all(source: Any) -> None:
+    """Whatever the environment asks for."""
+    if "FAULT" in os.environ:
+        _plant(source)
+    if "FAULT_SLOW_SAVES" in os.environ:
+        _slow_down_saves(float(os.environ["FAULT_SLOW_SAVES"]))
+    if "FAULT_ROLLBACK" in os.environ:
+        _kill_in_rollback(*os.environ["FAULT_ROLLBACK"].split(" ", 1))
+
+
 def _plant(source: Any) -> None:
     what, rank, step = os.environ["FAULT"].split()
     read = source.training
@@ -91,12 +156,14 @@ def _plant(source: Any) -> None:
     def training(self: Any, batch: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == int(step) and os.environ["RANK"] == rank:
+        if calls == int(step) and rank in (os.environ["RANK"], "all"):
             FAULTS[what]()
         return read(self, batch)
 
     source.training = training
 
 
-if "FAULT" in os.environ:
+if MODULE in sys.modules:  # imported by a test's warm process
+    plant_all(sys.modules[MODULE].ShardSource)
+elif "FAULT" in os.environ:
     sys.meta_path.insert(0, _Finder())

@@ -15,7 +15,7 @@ from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
 
 ROOT = Path(__file__).parents[3]
-HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pandas", "matplotlib", "wandb")
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pandas", "matplotlib", "wandb", "plotly")
 
 
 @pytest.fixture(autouse=True)

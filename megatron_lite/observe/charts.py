@@ -1,0 +1,216 @@
+"""A run's figures as plotly charts: what `panels.PANELS` lists, with at most MOST_POINTS points a curve."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT
+from megatron_lite.observe.panels import WHOLE_GROUP, Panel
+from megatron_lite.observe.run_folder import Entry, RunFolder
+from megatron_lite.observe.trackers import numbers
+
+MOST_POINTS = 2000
+MOST_LINES = 100  # of resumes in a chart
+# Each is legible on white and on near-black.
+COLOURS = ("#3b82c4", "#d1495b", "#2f9e7a", "#d08a1d", "#8b6fc9", "#4fa3b5", "#b0639c", "#7d8b3a")
+GREY = "#8a949e"
+SPIKE, ROLLBACK = "#e8482f", "#d08a1d"
+LAYER_SCALE, FROM, TO = "Viridis", 0.15, 0.85  # its ends vanish on black or on white
+
+Figure = Any  # plotly.graph_objects.Figure, which is imported late
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; what is no number is None, which leaves a gap."""
+
+    name: str
+    steps: list[int]
+    values: list[float | None]
+
+
+def thinned(series: Series, most: int = MOST_POINTS) -> Series:
+    """At most so many points: the first and the last, and of each stretch the lowest, the highest and a gap.
+
+    So a spike of one step survives, as does a loss that was no number once.
+    """
+    count = len(series.steps)
+    if count <= most:
+        return series
+    stretches = (most - 2) // 3
+    kept = {0, count - 1}
+    for stretch in range(stretches):
+        indices = range(stretch * count // stretches, (stretch + 1) * count // stretches)
+        known = [(value, index) for index in indices if (value := series.values[index]) is not None]
+        kept |= {min(known)[1], max(known)[1]} if known else set()
+        kept |= set([index for index in indices if series.values[index] is None][:1])
+    chosen = sorted(kept)
+    return Series(series.name, [series.steps[index] for index in chosen], [series.values[index] for index in chosen])
+
+
+def series_of(run: RunFolder, panel: Panel) -> list[Series]:
+    """The panel's curves, without those that the run has not recorded."""
+    found: list[Series] = []
+    for key in panel.all_keys:
+        kind, _, name = key.partition("/")
+        entries = run.metrics if kind == "train" else run.of_kind(kind) if panel.points else run.standing(kind)
+        curves = _curves(entries, name, panel)
+        found += [replace(series, name=f"{kind} {series.name}") for series in curves] if panel.points else curves
+    return [series for series in found if any(value is not None for value in series.values)]
+
+
+def _curves(entries: Sequence[Entry], name: str, panel: Panel) -> list[Series]:
+    if not name.endswith(WHOLE_GROUP):
+        return [_curve(_label(name), ((entry["step"], entry.get(name)) for entry in entries), panel.factor)]
+    group = name.removesuffix(WHOLE_GROUP)
+    points: dict[str, list[tuple[int, Any]]] = {}
+    for entry in entries:
+        for inner, value in numbers({"": entry.get(group)}).items():
+            points.setdefault(inner.removeprefix("/"), []).append((entry["step"], value))
+    prefix = "stage " if group.startswith("stage_") else ""
+    return [_curve(prefix + inner, values, panel.factor) for inner, values in points.items()]
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("share_").replace("_", " ")
+
+
+def _curve(name: str, points: Iterable[tuple[int, Any]], factor: float) -> Series:
+    known = [(step, value) for step, value in points if isinstance(value, int | float)]
+    values = [value * factor if math.isfinite(value) else None for _, value in known]
+    return Series(name, [step for step, _ in known], values)
+
+
+def chart(run: RunFolder, panel: Panel) -> Figure | None:
+    """The panel of one run; None where the run has recorded none of its figures."""
+    curves = series_of(run, panel)
+    if not curves:
+        return None
+    import plotly.graph_objects as go
+
+    last_step = max([1, *(entry["step"] for entries in (run.metrics, run.rolled_back) for entry in entries)])
+    figure = go.Figure(layout=_layout(panel, curves, last_step))
+    if panel.branches:
+        _add_branches(figure, run, panel)
+    for series, colour in zip(curves, _colours(curves, panel), strict=True):
+        figure.add_trace(_trace(thinned(series), colour, panel))
+    if panel.branches:
+        _add_marks(figure, run, panel)
+    return figure
+
+
+def _layout(panel: Panel, curves: Sequence[Series], last_step: int) -> dict[str, Any]:
+    """Without colours of text and background: the page gives them, light or dark."""
+    several = any(key.endswith(WHOLE_GROUP) for key in panel.keys)
+    return {
+        "margin": {"l": 60, "r": 12, "t": 8, "b": 36},
+        "height": 270 if not panel.branches else 300 if panel.log_axis else 400,
+        "xaxis": {"title": {"text": "step", "standoff": 4}, "zeroline": False, "range": [0, 1.01 * last_step]},
+        "yaxis": {
+            "title": {"text": panel.unit, "standoff": 6},
+            "type": "log" if panel.log_axis else "linear",
+            "exponentformat": "SI" if panel.unit else "e",
+            **(_log_ticks(curves) if panel.log_axis else {}),
+            "zeroline": False,
+        },
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
+        "hovermode": "closest" if several or panel.points else "x unified",
+        "template": {},
+    }
+
+
+def _log_ticks(curves: Sequence[Series]) -> dict[str, Any]:
+    """Each digit, 1, 2 and 5, or powers of ten alone: as many as there is room for."""
+    values = [value for series in curves for value in series.values if value is not None and value > 0]
+    decades = math.log10(max(values) / min(values)) if values else 0.0
+    return {"tickformat": ".3~g", "dtick": "D1" if 0 < decades < 0.7 else "D2" if 0 < decades < 4 else 1}
+
+
+def _colours(curves: Sequence[Series], panel: Panel) -> list[str]:
+    """A scale over the depth of layers, else colours of their own."""
+    if not panel.keys[0].endswith(WHOLE_GROUP) or len(curves) < 2:
+        palette = (COLOURS[1], COLOURS[0], *COLOURS[2:]) if panel.stacked else COLOURS  # red is for waiting
+        return [palette[index % len(palette)] for index in range(len(curves))]
+    from plotly.colors import sample_colorscale
+
+    places = [FROM + (TO - FROM) * index / (len(curves) - 1) for index in range(len(curves))]
+    return [str(colour) for colour in sample_colorscale(LAYER_SCALE, places)]
+
+
+def _trace(series: Series, colour: str, panel: Panel) -> Any:
+    import plotly.graph_objects as go
+
+    trace: dict[str, Any] = {"name": series.name, "x": series.steps, "y": series.values, "mode": "lines"}
+    trace["line"] = {"color": colour, "width": 1.6}
+    if panel.points:
+        trace |= {"mode": "markers", "marker": {"color": colour, "size": 9}}
+    elif series.name == "validation loss" or len(series.steps) == 1:
+        trace |= {"mode": "lines+markers", "marker": {"color": colour, "size": 7}}
+    elif panel.reference is not None and series.name == _label(panel.reference.partition("/")[2]):
+        trace["line"] = {"color": GREY, "width": 2, "dash": "dash"}
+    elif panel.stacked:
+        trace |= {"stackgroup": "parts", "line": {"color": colour, "width": 0.5}}
+    return go.Scatter(trace)
+
+
+def _add_branches(figure: Figure, run: RunFolder, panel: Panel) -> None:
+    import plotly.graph_objects as go
+
+    name = panel.keys[0].partition("/")[2]
+    for branch, entries in run.branches().items():
+        series = _curve(name, ((entry["step"], entry.get(name)) for entry in entries), panel.factor)
+        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": branch == min(run.branches())}
+        thin = thinned(series)
+        trace |= {"x": thin.steps, "y": thin.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
+        figure.add_trace(go.Scatter(trace))
+
+
+def _add_marks(figure: Figure, run: RunFolder, panel: Panel) -> None:
+    import plotly.graph_objects as go
+
+    name = panel.keys[0].partition("/")[2]
+    spikes, rollbacks = run.of_kind(SPIKE_EVENT), run.of_kind(ROLLBACK_EVENT)
+    if spikes:
+        figure.add_trace(
+            go.Scatter(
+                name="spike",
+                x=[entry["step"] for entry in spikes],
+                y=[_height(entry, name) for entry in spikes],
+                text=[html.escape(str(entry.get("text", ""))) for entry in spikes],
+                hovertemplate="%{text}<extra>spike</extra>",
+                mode="markers",
+                marker={"symbol": "x", "size": 9, "color": SPIKE},
+            )
+        )
+    _add_lines(figure, "rollback", [entry["to_step"] for entry in rollbacks], ROLLBACK, "dash")
+    _add_lines(figure, "resume", [attempt.step for attempt in run.attempts() if attempt.kind == "resume"], GREY, "dot")
+
+
+def _add_lines(figure: Figure, name: str, steps: Sequence[int], colour: str, dash: str) -> None:
+    """Upright lines with one entry in the legend."""
+    for number, step in enumerate(sorted(set(steps))[-MOST_LINES:]):
+        figure.add_shape(
+            type="line",
+            x0=step,
+            x1=step,
+            y0=0,
+            y1=1,
+            yref="paper",
+            line={"color": colour, "width": 1.5, "dash": dash},
+            name=name,
+            legendgroup=name,
+            showlegend=number == 0,
+        )
+
+
+def _height(spike: Mapping[str, Any], name: str) -> float | None:
+    """Where a spike is marked: at its figure, or at the usual one where that is no number."""
+    for key in (name, f"usual_{name}"):
+        value = spike.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None

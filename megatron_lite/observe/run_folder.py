@@ -1,0 +1,172 @@
+"""Everything that a run folder tells of its run, read for people to look at: running, ended or killed in between."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_lite.observe.markers import Marker, read_marker
+from megatron_lite.observe.metrics import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    ROLLBACK_EVENT,
+    ROLLED_BACK_FILE,
+    branch_of,
+    from_json,
+    read_metrics,
+    with_branches,
+)
+
+SKIPS_FILE = "skipped_samples.json"  # data/skips.py writes it
+ATTEMPTS_FILE = "attempts.jsonl"  # launch/slurm/records.py writes it
+BEGINNINGS = ("start", "resume")
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at the run, from the event that begins it."""
+
+    kind: str
+    """start or resume."""
+    time: str
+    step: int
+    world_size: int | None
+    end: str
+    """What is known of its end; empty = nothing."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, as they were when they were read."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
+    metrics: list[Entry]
+    rolled_back: list[Entry]
+    events: list[Entry]
+    skipped: list[Entry]
+    """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
+    marker: Marker | None
+    job_ends: list[Entry]
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        return cls(
+            path,
+            _settings(path),
+            read_metrics(path / METRICS_FILE),
+            read_metrics(path / ROLLED_BACK_FILE),
+            read_metrics(path / EVENTS_FILE),
+            _skipped(path / SKIPS_FILE),
+            read_marker(path),
+            [entry for entry in read_metrics(path / ATTEMPTS_FILE) if entry.get("event") == "end"],
+        )
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key; None where there is none."""
+        value: Any = self.settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def of_kind(self, kind: str) -> list[Entry]:
+        """Events of one kind, oldest first; of one that a resume has repeated, the last."""
+        found = {(branch, entry.get("step")): entry for branch, entry in with_branches(self.events) if _is(entry, kind)}
+        return list(found.values())
+
+    def standing(self, kind: str) -> list[Entry]:
+        """Those of them that no rollback has taken back."""
+        stand: dict[int, Entry] = {}
+        for entry in self.events:
+            if _is(entry, ROLLBACK_EVENT):
+                stand = {step: old for step, old in stand.items() if step <= entry["to_step"]}
+            if _is(entry, kind):
+                stand[entry["step"]] = entry
+        return [stand[step] for step in sorted(stand)]
+
+    def newest(self, kind: str) -> Entry:
+        """The last event of one kind; empty where there is none."""
+        return next((entry for entry in reversed(self.events) if _is(entry, kind)), {})
+
+    def branches(self) -> dict[int, list[Entry]]:
+        """The lines that rollbacks have taken back, by the rollbacks that they came after."""
+        found: dict[int, list[Entry]] = {}
+        for entry in self.rolled_back:
+            found.setdefault(branch_of(entry), []).append(entry)
+        return found
+
+    def attempts(self) -> list[Attempt]:
+        begins = [index for index, entry in enumerate(self.events) if entry.get("event") in BEGINNINGS]
+        return [
+            self._attempt(self.events[begin:following], is_last=following == len(self.events))
+            for begin, following in pairwise([*begins, len(self.events)])
+        ]
+
+    def _attempt(self, events: list[Entry], *, is_last: bool) -> Attempt:
+        first = events[0]
+        end = _own_end(events) or self._end_of_job(_seconds(events[-1]))
+        if not end and is_last and self.marker is not None:
+            end = f"{self.marker.end.name}: {self.marker.message}"
+        return Attempt(first["event"], first["time"], first["step"], first.get("world_size"), end)
+
+    def _end_of_job(self, last: float) -> str:
+        """What Slurm's record says of the attempt whose last event was then, before another attempt began."""
+        later = [_seconds(entry) for entry in self.events if entry.get("event") in BEGINNINGS]
+        until = min((time for time in later if time > last), default=math.inf)
+        return next((str(entry["reason"]) for entry in self.job_ends if last <= entry["time"] <= until), "")
+
+    def dossier(self, spike: Mapping[str, Any]) -> Entry | None:
+        """What was found out about a spike; None where it has not been written, or not whole."""
+        name = spike.get("dossier")
+        if not isinstance(name, str):
+            return None
+        found = _json(self.path / name)
+        return found if isinstance(found, dict) else None
+
+
+def _is(entry: Mapping[str, Any], kind: str) -> bool:
+    return entry.get("event") == kind
+
+
+def _own_end(events: Iterable[Mapping[str, Any]]) -> str:
+    for entry in events:
+        if _is(entry, "finish"):
+            return "done"
+        if _is(entry, "stop"):
+            return f"stopped by {entry.get('reason')} after step {entry['step']}"
+    return ""
+
+
+def _seconds(entry: Mapping[str, Any]) -> float:
+    """When an event was written, since the epoch."""
+    return datetime.fromisoformat(entry["time"]).timestamp()
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    newest = max(path.glob("config-*.yaml"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    found = yaml.safe_load(newest.read_text(encoding="utf-8")) if newest is not None else None
+    return found if isinstance(found, dict) else {}
+
+
+def _skipped(path: Path) -> list[Entry]:
+    found = _json(path)
+    return found.get("rollbacks", []) if isinstance(found, dict) else []
+
+
+def _json(path: Path) -> Any:
+    """None where the file is missing or damaged: a report shows what there is."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,52 @@
+"""A corpus with garbage in it, at known steps of a run: the tokens of some documents are replaced by random ones."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lite.config.compose import compose
+from megatron_lite.data.indexed import IndexedReader, bin_path
+from megatron_lite.data.loader import training_dataset
+from megatron_lite.data.prepare import prepare
+from megatron_lite.data.samples import WindowShape
+from megatron_lite.data.skips import Window
+
+
+@dataclass(frozen=True)
+class Planted:
+    words: list[str]
+    """Settings of a corpus with garbage in it."""
+    window: Window
+    """Global samples that it is in."""
+    documents: set[int]
+    """Numbers of the documents in the pair that it is in."""
+
+
+def plant(words: list[str], folder: Path, window: Window) -> Planted:
+    """Ready shards of the corpus that `words` describe, in which the samples of the window are random tokens.
+
+    The order of samples follows from the lengths of documents alone, so garbage changes nothing but what is read.
+    """
+    clean = prepare(compose("pretrain_gpt", words), report=lambda line: None)
+    pair = folder / "pair"
+    shutil.copytree(clean.folder, pair)
+    ready = [word for word in words if not word.startswith(("data.source", "data.validation"))]
+    ready += [f"data.source={pair / 'train-0'}", f"data.validation_source={pair / 'validation-0'}"]
+    config = compose("pretrain_gpt", ready)
+    prepared = prepare(config, report=lambda line: None)
+    length = config.data.seq_length
+    dataset = training_dataset(prepared, config, WindowShape(length + 1, length))
+    reader = IndexedReader(pair / "train-0")
+    tokens = np.memmap(bin_path(pair / "train-0"), dtype=reader.dtype, mode="r+")
+    random, documents = np.random.default_rng(0), set[int]()
+    for index in range(window.first, window.stop):
+        for stretch in dataset.stretches(index):
+            start = int(reader.document_starts[stretch.document]) + stretch.first_token
+            tokens[start : start + stretch.tokens] = random.integers(10, prepared.vocab_size, stretch.tokens)
+            documents.add(stretch.document)
+    tokens.flush()
+    return Planted([*ready, f"data.cache_dir={folder / 'prepared'}"], window, documents)

@@ -1,0 +1,234 @@
+"""Faults planted in real runs: found in time, named by their documents, and gone back from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lite.data.skips import Rollback, Window, read_rollbacks, write_rollbacks
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from tests.integration.planted import Planted, plant
+from tests.integration.runs import TINY, Finished, run_warm
+
+BATCH = 16
+FIRST, LAST = 37, 42  # steps that read garbage
+GARBAGE = Window((FIRST - 1) * BATCH, LAST * BATCH)
+SETTINGS = [
+    f"train.global_batch_size={BATCH}",
+    "train.steps=44",
+    "train.save_interval=8",
+    "train.eval_interval=0",
+    "train.eval_batches=4",
+    "train.generate_tokens=0",
+    "optimizer.learning_rate=1e-2",
+    "optimizer.decay=constant",
+]
+CUBE = ["parallel=dp2_tp2_pp2", "train.micro_batch_size=4"]
+ALONE = ["train.micro_batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def planted(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant([*TINY, *corpus], tmp_path_factory.mktemp("planted"), GARBAGE)
+
+
+def spiked(planted: Planted, run_dir: Path, *words: str, fault: dict[str, str] | None = None) -> Finished:
+    return run_warm([*planted.words, *SETTINGS, f"train.run_dir={run_dir}", *words], planted=fault)
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(run_dir / EVENTS_FILE) if event["event"] == kind]
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """By step, without what depends on the clock and the machine."""
+    rows = read_metrics(run_dir / METRICS_FILE)
+    kept = ("loss", "grad_norm", "samples", "skipped", "spike")
+    assert len({row["step"] for row in rows}) == len(rows), "a step stands there twice"
+    return {row["step"]: {name: row[name] for name in kept} for row in rows}
+
+
+def validation_loss(run_dir: Path) -> float:
+    return float(events(run_dir, "evaluation")[-1]["validation_loss"])
+
+
+@pytest.fixture(scope="module")
+def never_saw(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that leaves the garbage out, and what a rollback leaves out ahead of it, from the start."""
+    run_dir = tmp_path_factory.mktemp("never-saw")
+    write_rollbacks(run_dir, [Rollback(Window(GARBAGE.first - BATCH, GARBAGE.stop), FIRST, 0, "known before")])
+    spiked(planted, run_dir, *ALONE).require_success()
+    assert events(run_dir, "spike") == []
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def rolled_back(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("rollback") / "run"
+    finished = spiked(planted, run_dir, *CUBE, "stability=rollback", "tracking.wandb=offline").require_success()
+    assert f"spike at step {FIRST}: loss" in finished.out
+    assert (
+        f"rollback 1 of 4: back to step 32, without samples {GARBAGE.first - BATCH} to {GARBAGE.stop - 1}"
+        in finished.out
+    )
+    return run_dir
+
+
+@pytest.mark.slow
+def test_rollback_is_the_run_that_never_saw_the_garbage(rolled_back: Path, never_saw: Path) -> None:
+    """To the last digits that different layouts share, not only within 2 % of its validation loss."""
+    found, expected = metrics(rolled_back), metrics(never_saw)
+    assert list(found) == list(expected) == list(range(1, 45))
+    assert [row["loss"] for row in found.values()] == pytest.approx(
+        [row["loss"] for row in expected.values()], rel=1e-5
+    )
+    assert validation_loss(rolled_back) == pytest.approx(validation_loss(never_saw), rel=1e-5)
+    assert [one.window for one in read_rollbacks(rolled_back)] == [Window(GARBAGE.first - BATCH, GARBAGE.stop)]
+
+
+@pytest.mark.slow
+def test_every_rank_decides_the_same(rolled_back: Path) -> None:
+    said = [
+        re.findall(r"^(?:judged|rollback) .*$", (rolled_back / "logs" / f"rank-{rank}.log").read_text(), re.MULTILINE)
+        for rank in range(8)
+    ]
+    assert said == [said[0]] * 8
+    assert [line.split(":")[0] for line in said[0]] == [f"judged step {FIRST} a spike", "rollback 1 of 4"]
+
+
+@pytest.mark.slow
+def test_dossier_names_the_planted_documents(rolled_back: Path, planted: Planted) -> None:
+    (event,) = events(rolled_back, "spike")
+    assert event["step"] == FIRST
+    assert event["action"] == "rollback"
+    dossier = json.loads((rolled_back / event["dossier"]).read_text())
+    assert dossier["samples"] == [[GARBAGE.first, GARBAGE.first + BATCH]]
+    assert dossier["checkpoint"] == "step_00000032"
+    named = {entry["document"] for entry in dossier["documents"]}
+    assert named
+    assert named <= planted.documents
+    assert {sample for entry in dossier["documents"] for sample in entry["samples"]} == set(
+        range(GARBAGE.first, GARBAGE.first + BATCH)
+    )
+    assert len(dossier["sequences"]) == 4
+    losses = [sequence["loss"] for sequence in dossier["sequences"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > dossier["loss"] > dossier["usual_loss"]
+    assert all(len(sequence["text"]) > 20 for sequence in dossier["sequences"])
+    assert list(dossier["layer_grad_norm"]) == [str(step) for step in range(FIRST - 4, FIRST + 1)]
+    norms = dossier["layer_grad_norm"]
+    assert sum(norm**2 for norm in norms[str(FIRST)].values()) ** 0.5 == pytest.approx(event["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_warn_trains_on_and_ends_worse(planted: Planted, rolled_back: Path, tmp_path: Path) -> None:
+    spiked(planted, tmp_path, *CUBE).require_success()
+    assert [event["step"] for event in events(tmp_path, "spike")] == [FIRST]
+    assert validation_loss(tmp_path) > 1.02 * validation_loss(rolled_back)
+    assert read_rollbacks(tmp_path) == []
+    (event,) = events(tmp_path, "spike")
+    dossier = json.loads((tmp_path / event["dossier"]).read_text())
+    assert list(dossier["layer_grad_norm"]) == [
+        str(step) for step in range(FIRST - 4, FIRST + 3)
+    ]  # those after as well
+
+
+@pytest.mark.slow
+def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
+    spiked(planted, tmp_path, *ALONE, "stability=skip_step").require_success()
+    rows = metrics(tmp_path)
+    assert [step for step, row in rows.items() if row["skipped"]] == list(range(FIRST, LAST + 1))
+    assert rows[44]["samples"] == 44 * BATCH  # the samples count as consumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "step", "kinds"), [("nan 5 20", 20, {"not_finite"}), ("lr all 20", 21, {"loss", "grad_norm"})]
+)
+def test_other_faults(
+    fault: str, step: int, kinds: set[str], planted: Planted, never_saw: Path, tmp_path: Path
+) -> None:
+    """A NaN in an activation of one rank is found in its own step, a learning rate 100 times too high in the next."""
+    words = ["stability=rollback", "stability.lead_in_steps=0", "train.steps=30"]
+    spiked(planted, tmp_path, *CUBE, *words, fault={"FAULT": fault}).require_success()
+    (event,) = events(tmp_path, "spike")
+    assert event["step"] == step
+    assert kinds & set(event["kinds"])
+    assert [one.to_step for one in read_rollbacks(tmp_path)] == [16]
+    assert validation_loss(tmp_path) < 1.1 * metrics(never_saw)[30]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["ahead of the file", "behind the file", "in the checkpoints", "behind everything"])
+def test_a_crash_in_the_middle_of_a_rollback(place: str, planted: Planted, never_saw: Path, tmp_path: Path) -> None:
+    words = ["parallel=dp2", "train.micro_batch_size=8", "stability=rollback"]
+    broken = spiked(planted, tmp_path, *words, fault={"FAULT_ROLLBACK": f"0 {place}"})
+    assert broken.code != 0
+    assert not events(tmp_path, "finish")
+    finished = spiked(planted, tmp_path, *words).require_success()
+    assert "resuming after step" in finished.out
+    assert [one.window for one in read_rollbacks(tmp_path)] == [Window(GARBAGE.first - BATCH, GARBAGE.stop)]
+    found, expected = metrics(tmp_path), metrics(never_saw)
+    assert [row["loss"] for row in found.values()] == pytest.approx(
+        [row["loss"] for row in expected.values()], rel=1e-5
+    )
+    assert len(events(tmp_path, "rollback")) == (0 if place in ("behind the file", "in the checkpoints") else 1)
+
+
+@pytest.mark.slow
+def test_the_budget_ends(planted: Planted, tmp_path: Path) -> None:
+    words = [*ALONE, "stability=rollback", "stability.max_rollbacks=1", "stability.look_ahead_steps=0"]
+    finished = spiked(planted, tmp_path, *words)
+    assert finished.code == 81
+    assert "all stability.max_rollbacks=1 rollbacks of this run are used up (they left out samples " in finished.err
+    assert (tmp_path / "DIVERGED").exists()
+
+
+@pytest.mark.slow
+def test_without_looking_ahead_windows_grow(planted: Planted, never_saw: Path, tmp_path: Path) -> None:
+    """6 bad steps: 1, then 1 more at that place, then 3 more; the third reaches over the end."""
+    spiked(planted, tmp_path, *ALONE, "stability=rollback", "stability.look_ahead_steps=0").require_success()
+    rollbacks = read_rollbacks(tmp_path)
+    assert len(rollbacks) == 3
+    assert rollbacks[-1].window.stop >= GARBAGE.stop
+    assert validation_loss(tmp_path) == pytest.approx(validation_loss(never_saw), rel=0.02)
+
+
+@pytest.mark.slow
+def test_no_checkpoint_to_go_back_to(planted: Planted, tmp_path: Path) -> None:
+    words = [*ALONE, "stability=rollback", "train.save_interval=40"]
+    finished = spiked(planted, tmp_path, *words).require_success()
+    assert "no checkpoint is older than the samples that led in: the update of step 37 is dropped" in finished.out
+    assert next(step for step, row in metrics(tmp_path).items() if row["skipped"]) == FIRST
+
+
+CLEAN = {
+    "gpt": ("pretrain_gpt", []),
+    "llama": ("pretrain_gpt", ["model=llama_tiny", "model.num_query_groups=1", "train.precision=bf16"]),
+    "bert": ("pretrain_bert", ["model=bert_tiny"]),
+    "t5": ("pretrain_t5", ["model=t5_tiny", "model.head_size=16", "data.seq_length=48"]),
+    "ramp": (
+        "pretrain_gpt",
+        ["train.batch_ramp.start=4", "train.batch_ramp.increment=4", "train.batch_ramp.samples=200"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CLEAN))
+def test_no_false_alarm(name: str, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Each with three seeds; the small batches are the noisiest of all."""
+    script, words = CLEAN[name]
+    sweep = ["train.seed=1,2,3", "train.steps=80", "train.save_interval=0", "train.eval_interval=0"]
+    warm_up = ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10"]
+    run_warm(tiny("clean", *words, *sweep, *warm_up), script=script).require_success()
+    folders = [path.parent for path in tmp_path.rglob(METRICS_FILE)]
+    assert len(folders) == 3
+    for folder in folders:
+        assert len(metrics(folder)) == 80
+        assert events(folder, "spike") == []
