@@ -9,7 +9,6 @@ Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from torch import nn
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.data.batch import MicroBatch
-from megatron_lite.errors import LaunchError
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
@@ -38,7 +36,7 @@ from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
 from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
-from megatron_lite.train.mending import DeferredScale, as_if_overflowed, forget_empty_step
+from megatron_lite.train.mending import DeferredScale, as_if_overflowed, forget_empty_step, require_right_deepspeed
 from megatron_lite.train.meter import LayerMeter
 from megatron_lite.train.phases import EnginePhases
 from megatron_lite.train.schedule import call_at_boundaries
@@ -52,8 +50,6 @@ with mock.patch.object(torch, "compile", lambda function=None, **_: function or 
     import deepspeed.runtime.zero.muon.muon_optimizer
 # The compiled shared-memory all-reduce only serves inference, and its build would hold up the start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-DEEPSPEED_FLOOR = (0, 19, 3)
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -377,19 +373,6 @@ class FlatEngine(Engine):
         if self.context.data_group is not None:
             dist.all_reduce(loss, group=self.context.data_group)
         return float(loss) / self.context.data_size
-
-
-def require_right_deepspeed(version: str) -> None:
-    """
-    Raises:
-        LaunchError: this DeepSpeed computes wrong gradients in a pipeline (its issues 7773 and 8152).
-    """
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
-        floor = ".".join(map(str, DEEPSPEED_FLOOR))
-        raise LaunchError(
-            f"deepspeed=={version} computes wrong gradients in a pipeline, scaled by its micro-batches; "
-            f"pip install 'deepspeed>={floor}'"
-        )
 
 
 def build_engine(

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import LaunchError, TrainingError
+
+DEEPSPEED_FLOOR = (0, 19, 3)
+
+
+def require_right_deepspeed(version: str) -> None:
+    """
+    Raises:
+        LaunchError: this DeepSpeed computes wrong gradients in a pipeline (its issues 7773 and 8152).
+    """
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
+        floor = ".".join(map(str, DEEPSPEED_FLOOR))
+        raise LaunchError(
+            f"deepspeed=={version} computes wrong gradients in a pipeline, scaled by its micro-batches; "
+            f"pip install 'deepspeed>={floor}'"
+        )
 
 
 class DeferredScale:

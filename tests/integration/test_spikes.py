@@ -149,6 +149,17 @@ def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [["parallel.zero_stage=3"], ["parallel.zero_stage=2", "train.precision=bf16"]])
+def test_rollback_under_the_other_engine(words: list[str], planted: Planted, never_saw: Path, tmp_path: Path) -> None:
+    finished = spiked(planted, tmp_path, "parallel=dp2", "train.micro_batch_size=8", "stability=rollback", *words)
+    assert "rollback 1 of 4: back to step 32" in finished.require_success().out
+    found, expected = metrics(tmp_path), metrics(never_saw)
+    assert [row["loss"] for row in found.values()] == pytest.approx(
+        [row["loss"] for row in expected.values()], rel=0.02 if "train.precision=bf16" in words else 1e-5
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "step", "kinds"), [("nan 5 20", 20, {"not_finite"}), ("lr all 20", 21, {"loss", "grad_norm"})]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.errors import LaunchError
-from megatron_lite.train.engine import require_right_deepspeed
+from megatron_lite.train.mending import require_right_deepspeed
 
 
 @pytest.mark.parametrize("version", ["0.19.3", "0.19.8+cpu", "0.20.0", "1.0"])
