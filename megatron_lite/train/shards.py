@@ -224,6 +224,7 @@ class ParameterShards(Shards):
                 self._make_state(partition, moment, partition.shape)
 
     def weights_changed(self) -> None:
+        self.optimizer._partition_all_parameters()  # what an evaluation has gathered would be used again
         for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
 
