@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.derived import num_micro_batches
@@ -165,7 +166,7 @@ def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 
-def logged_vitals(run_dir: Any, step: int, is_fp16: bool) -> list[Vitals]:
+def logged_vitals(run_dir: Path, step: int, is_fp16: bool) -> list[Vitals]:
     """Of the steps up to this one, as far as metrics.jsonl has them."""
     return [
         Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"], is_fp16 and row["skipped"])
