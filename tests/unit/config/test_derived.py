@@ -134,13 +134,13 @@ def test_tokens_of_a_sample_are_those_of_both_stacks() -> None:
 
 
 def test_one_tensor_parallel_rank_of_both_stacks_by_hand() -> None:
-    """T5 of h 128, 4 heads of 32, gated f 384, v 8192 on two ranks: relative bias split by heads, norms whole."""
+    """T5 of h 128, 8 heads of 16, gated f 384, v 8192 on two ranks: relative bias split by heads, norms whole."""
     model = compose("pretrain_t5", []).model
     counts = parameter_counts(model, 8192, tensor_parallel_size=2)
     attention, mlp, norm = 4 * 128 * 64, 3 * 128 * 192, 128
     assert counts.layer == attention + mlp + 2 * norm
     assert counts.decoder_layer == 2 * attention + mlp + 3 * norm
-    assert (counts.relative_bias, counts.final_norm, counts.position_embedding) == (32 * 2, norm, 0)
+    assert (counts.relative_bias, counts.final_norm, counts.position_embedding) == (32 * 4, norm, 0)
     assert counts.embedding == counts.head == 4096 * 128
     first, second = stage_contents(model, 2)
     assert counts.stage(first) == counts.embedding + 2 * counts.layer + counts.relative_bias
