@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Rollback, read_rollbacks
 from megatron_lite.errors import DataError
@@ -117,8 +117,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
 
 def _earlier_steps(run: Run, step: int) -> list[Vitals]:
     """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
-    is_fp16 = run.config.train.precision is Precision.fp16
-    return agreed(logged_vitals(run.folder, step, is_fp16) if run.context.is_writer else [])
+    return agreed(logged_vitals(run.config, run.folder, step) if run.context.is_writer else [])
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:

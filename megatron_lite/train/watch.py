@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.derived import num_micro_batches
@@ -58,16 +59,14 @@ class Watch:
         """Of the step that has just been made; None = it was none."""
         self._judged: tuple[Vitals, Verdict] | None = None
         self._open: Dossier | None = None
-        self._loss_scale = 1.0
-        kept = 2 * (config.stability.window + config.train.save_interval)
-        self._history: deque[Vitals] = deque(maxlen=kept)  # reaches back behind the last checkpoint
+        self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
         if config.stability.on_spike is not OnSpike.warn:
             engine.judge = self.judge
         self._expect(first_step + 1)
 
     def judge(self, loss: float, grad_norm: float) -> bool:
         """Whether to drop the update of the step under way."""
-        vitals = Vitals(0, loss, grad_norm, self._loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
+        vitals = Vitals(0, loss, grad_norm, self._engine.loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
         self._judged = vitals, self.detector.judge(vitals)
         return self._judged[1].is_spike
 
@@ -76,7 +75,6 @@ class Watch:
         was_spike, self.spike = self.spike is not None, Spike(record, verdict) if verdict.is_spike else None
         self.detector.add(vitals, verdict)
         self._history.append(vitals)
-        self._loss_scale = record.result.loss_scale
         trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
         micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
         trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
@@ -165,10 +163,19 @@ def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 
-def logged_vitals(run_dir: Any, step: int, is_fp16: bool) -> list[Vitals]:
-    """Of the steps up to this one, as far as metrics.jsonl has them."""
-    return [
-        Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"], is_fp16 and row["skipped"])
-        for row in read_metrics(run_dir / METRICS_FILE)
-        if row["step"] <= step
-    ]
+def steps_remembered(config: RunConfig) -> int:
+    """How many steps back what is usual is known: behind the last checkpoint, to which the run may go back."""
+    return 2 * (config.stability.window + config.train.save_interval)
+
+
+def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
+    """Of the latest steps up to this one, as far as metrics.jsonl has them."""
+    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["step"] <= step]
+    return [_vitals_of(row, config.train.precision) for row in rows[-steps_remembered(config) :]]
+
+
+def _vitals_of(row: dict[str, Any], precision: Precision) -> Vitals:
+    """Of a line of metrics.jsonl; it may be of an attempt with another precision."""
+    is_fp16 = precision is Precision.fp16
+    overflowed = is_fp16 and row["skipped"] and not row.get("spike")
+    return Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)
