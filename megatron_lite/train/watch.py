@@ -58,7 +58,7 @@ class Watch:
         self.spike: Spike | None = None
         """Of the step that has just been made; None = it was none."""
         self._judged: tuple[Vitals, Verdict] | None = None
-        self._open: Dossier | None = None
+        self._open: list[Dossier] = []  # those that wait for steps after the spike
         self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
         if config.stability.on_spike is not OnSpike.warn:
             engine.judge = self.judge
@@ -72,20 +72,21 @@ class Watch:
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         vitals, verdict = self._verdict(record)
-        was_spike, self.spike = self.spike is not None, Spike(record, verdict) if verdict.is_spike else None
+        before, self.spike = self.spike, Spike(record, verdict) if verdict.is_spike else None
         self.detector.add(vitals, verdict)
         self._history.append(vitals)
         trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
+        trainer.heartbeat.enter(Phase.REPORT)
         micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
         trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
         if self.rollbacks:
             trainer.figures["rollbacks"] = self.rollbacks
         if self._is_due(record.step):
             trainer.figures |= self._layer_figures()
-        if self.spike and not was_spike:
-            self._open = self._write_down(trainer, self.spike)
-        elif self._open and record.step == self._open.step + STEPS_AFTER:
-            self._add_steps_after(record.step)
+        if self._open and record.step == self._open[0].step + STEPS_AFTER:
+            self._add_steps_after(self._open.pop(0))
+        if self.spike and is_news(self.spike, before):
+            self._open.append(self._write_down(trainer, self.spike))
         self._expect(record.step + 1)
 
     def predicts_badly(self, loss: float) -> bool:
@@ -100,7 +101,8 @@ class Watch:
 
     def go_back(self, step: int, rollbacks: int) -> None:
         """Judge the steps that follow this one anew."""
-        self.rollbacks, self.spike, self._open = rollbacks, None, None
+        self.rollbacks, self.spike = rollbacks, None
+        self._open.clear()
         kept = [vitals for vitals in self._history if vitals.step <= step]
         self._history.clear()
         self.remember(kept)
@@ -140,6 +142,7 @@ class Watch:
             record,
             spike.verdict,
             str(self._settings.on_spike),
+            self.rollbacks,
             trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
             sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
             engine.meter.recent_grad_norms(record.step),
@@ -148,13 +151,20 @@ class Watch:
             self._dossiers.open(dossier)
         return dossier
 
-    def _add_steps_after(self, step: int) -> None:
+    def _add_steps_after(self, dossier: Dossier) -> None:
         """A collective of all ranks."""
-        assert self._open is not None
-        self._open.layer_grad_norm.update(self._engine.meter.recent_grad_norms(step))
+        dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
         if self._dossiers is not None:
-            self._dossiers.write(self._open)
-        self._open = None
+            self._dossiers.write(dossier)
+
+
+def is_news(spike: Spike, before: Spike | None) -> bool:
+    """Of spikes in a row the first is told, and the first that is no number: the others go on with what it began.
+
+    Args:
+        before: the step just before, where that was a spike.
+    """
+    return before is None or Kind.not_finite in set(spike.verdict.kinds) - set(before.verdict.kinds)
 
 
 def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:

@@ -149,6 +149,28 @@ def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: Path) -> None:
+    """The second comes two steps after the first."""
+    words = [*ALONE, "stability=skip_step", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 10;nan 0 12"}).require_success()
+    found = [json.loads((tmp_path / event["dossier"]).read_text()) for event in events(tmp_path, "spike")]
+    assert [list(map(int, dossier["layer_grad_norm"])) for dossier in found] == [
+        list(range(step - 4, step + 3)) for step in (10, 12)
+    ]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_a_spike_again_has_another_dossier(planted: Planted, tmp_path: Path) -> None:
+    """Step 13 is read 13th, and after a rollback to step 8 it is read 18th."""
+    words = [*ALONE, "stability=rollback", "stability.look_ahead_steps=0", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 13;nan 0 18"}).require_success()
+    found = events(tmp_path, "spike")
+    assert [event["step"] for event in found] == [13, 13]
+    samples = [json.loads((tmp_path / event["dossier"]).read_text())["samples"] for event in found]
+    assert samples == [[[12 * BATCH, 13 * BATCH]], [[14 * BATCH, 15 * BATCH]]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["parallel.zero_stage=3"], ["parallel.zero_stage=2", "train.precision=bf16"]])
 def test_rollback_under_the_other_engine(words: list[str], planted: Planted, never_saw: Path, tmp_path: Path) -> None:
     finished = spiked(planted, tmp_path, "parallel=dp2", "train.micro_batch_size=8", "stability=rollback", *words)
