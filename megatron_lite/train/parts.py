@@ -111,7 +111,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
         problem = str(error)
     found, problem = agreed((found, problem))
     if problem is not None:
-        raise DataError(problem.removeprefix("error: "))
+        raise DataError(problem)
     return found
 
 

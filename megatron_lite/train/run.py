@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.config.derived import run_directory, topology
+from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
@@ -262,7 +263,8 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     first_step = start.step
     kind = "resume" if start.report else "start"
     figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
-    trackers.event(kind, first_step, figures | {"versions": versions()})
+    frozen = frozen_path(run.config, run.folder).name
+    trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
     flops = flops_of_run(run.config, run.prepared.vocab_size).training
     trackers.event("speed_terms", first_step, {"flops_per_token": flops, "peak_flops": run.peak_flops})
     trackers.event("links", first_step, run.links.figures)

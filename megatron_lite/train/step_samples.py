@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, ROLLED_BACK
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
 
 ATTEMPTS = ("start", "resume")  # events at the begin of each attempt
-SAME_SECOND = 1.0  # events have whole seconds, files finer ones
 
 
 @dataclass(frozen=True)
@@ -84,20 +82,17 @@ def check_number(step: int, config: RunConfig) -> None:
 
 
 def config_of(run_dir: Path, step: int | None) -> Path:
-    """The frozen configuration that a step was trained with, where the dates tell it; else the newest one.
-
-    Each attempt writes its file anew, shortly before its first event. So a step's is the newest of those that are not
-    younger than the beginning of the last attempt from which this step was trained.
+    """The frozen configuration of the last attempt from which a step was trained; without a step, the newest one.
 
     Raises:
         DataError: the folder is none of a run.
     """
-    dates = {path: path.stat().st_mtime for path in run_dir.glob("config-*.yaml")}
-    if not dates:
+    there = list(run_dir.glob("config-*.yaml"))
+    if not there:
         raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
-    began = _attempt_of(run_dir, step) if step is not None else None
-    old_enough = [path for path, date in dates.items() if began is None or date <= began + SAME_SECOND]
-    return max(old_enough or dates, key=lambda path: dates[path])
+    attempts = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
+    named = [run_dir / event["config"] for event in attempts if step is None or event["step"] < step]
+    return named[-1] if named and named[-1] in there else max(there, key=lambda path: path.stat().st_mtime)
 
 
 def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:
@@ -110,12 +105,6 @@ def trained_on(run_dir: Path) -> str | None:
     """The fingerprint of the data that the latest attempt read; None where no attempt got so far."""
     found = [event.get("data_fingerprint") for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
     return found[-1] if found else None
-
-
-def _attempt_of(run_dir: Path, step: int) -> float | None:
-    """When the last attempt from which this step was trained began: seconds since 1970."""
-    events = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event) and event["step"] < step]
-    return datetime.fromisoformat(events[-1]["time"]).timestamp() if events else None
 
 
 def _is_attempt(event: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from megatron_lite.checkpoint.state import CheckpointState, OptimizerState
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.skips import Skips
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of
@@ -59,22 +60,26 @@ class Link:
 
 
 def link_rank(
-    config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_steps: int, mutation: str | None
+    config: RunConfig, vocab_size: int, folder: Path, copy: Path, steps: tuple[int, int], mutation: str | None
 ) -> Link:
-    """Resume `folder`'s checkpoint if there is one, save it again in `copy`, train, save in `folder`, train on."""
+    """Resume `folder`'s checkpoint if there is one, save it again in `copy`, train, save in `folder`, train on.
+
+    Args:
+        steps: ahead of the second save, and behind it.
+    """
     with MUTATIONS[mutation]() if mutation else nullcontext():
-        return _link(config, vocab_size, folder, copy, num_steps)
+        return _link(config, vocab_size, folder, copy, *steps)
 
 
-def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, num_steps: int) -> Link:
+def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, ahead: int, behind: int) -> Link:
     engine, batches_from = synthetic_engine(config, vocab_size)
     plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
     first = resume(engine, plan, folder)
     if first:
         save(engine, plan, copy, first, asynchronous=True)
-    steps = train_steps(engine, batches_from, config, first, num_steps)
-    save(engine, plan, folder, first + num_steps, asynchronous=False)
-    steps += train_steps(engine, batches_from, config, first + num_steps, num_steps)
+    steps = train_steps(engine, batches_from, config, first, ahead)
+    save(engine, plan, folder, first + ahead, asynchronous=False)
+    steps += train_steps(engine, batches_from, config, first + ahead, behind)
     elements = sum(math.prod(shape) for tensors in plan.sets.values() for shape in tensors.form.shapes.values())
     return Link(first, steps, written_elements(engine, plan), elements)
 
@@ -184,7 +189,7 @@ def round_trip_rank(config: RunConfig, vocab_size: int, folder: Path) -> RoundTr
     steps = config.train.steps
     train_steps(engine, batches_from, config, 0, steps)
     after = full_logits(engine, batch, vocab_size)
-    checkpoints.save(steps, steps * config.train.global_batch_size, None)
+    checkpoints.save(steps, steps * config.train.global_batch_size, Skips(), None)
     checkpoints.saver.wait()
     return RoundTrip(batch, before, after)
 

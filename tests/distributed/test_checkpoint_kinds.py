@@ -42,7 +42,7 @@ def test_fp32_masters_go_through_bf16_unrounded(tmp_path: Path) -> None:
     run_chain(
         [config(TP2), config(DP2, precision=bf16, zero_stage=3), config(TP2, precision=bf16), config(PP2)],
         tmp_path,
-        NUM_STEPS,
+        (NUM_STEPS, NUM_STEPS),
     )
 
 
@@ -52,7 +52,7 @@ def test_half_precision_goes_on_bit_by_bit_in_the_same_layout(precision: Precisi
     one = config(DP2, "llama", precision)
     scale = LossScaleConfig(initial_power=26, window=2, hysteresis=2)
     one = replace(one, train=replace(one.train, loss_scale=scale))
-    before, after = run_chain([one, one], tmp_path, NUM_STEPS)
+    before, after = run_chain([one, one], tmp_path, (NUM_STEPS, NUM_STEPS))
     assert after.losses[:NUM_STEPS] == before.losses[NUM_STEPS:]
     assert after.loss_scales[:NUM_STEPS] == before.loss_scales[NUM_STEPS:]
     if precision is Precision.fp16:
@@ -65,21 +65,21 @@ def test_momentum_and_dropout(tmp_path: Path) -> None:
     layouts = ({"zero_stage": 1, **DP2}, PP2)
     found = [config(one, "gpt2_dropout", optimizer=OptimizerName.sgd) for one in layouts]
     found = [replace(one, optimizer=replace(one.optimizer, momentum=0.9)) for one in found]
-    require_same_losses(run_chain(found, tmp_path, NUM_STEPS))
+    require_same_losses(run_chain(found, tmp_path, (NUM_STEPS, NUM_STEPS)))
 
 
 def test_adafactors_factors(tmp_path: Path) -> None:
     found = [config(one, optimizer=OptimizerName.adafactor, zero_stage=0) for one in (TP2, PP2, {})]
-    require_same_losses(run_chain(found, tmp_path, NUM_STEPS))
+    require_same_losses(run_chain(found, tmp_path, (NUM_STEPS, NUM_STEPS)))
 
 
 def test_offloaded_optimizer(tmp_path: Path) -> None:
     stages = (1, 2, 3)
     found = [config(DP2, "llama", zero_stage=stage, offload_optimizer=True) for stage in stages]
-    require_same_losses(run_chain(found, tmp_path, NUM_STEPS))
+    require_same_losses(run_chain(found, tmp_path, (NUM_STEPS, NUM_STEPS)))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_planted_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"the layout has changed a weight|each element is written once|approx"):
-        require_same_losses(run_chain([config(TP2), config({})], tmp_path, NUM_STEPS, mutation))
+        require_same_losses(run_chain([config(TP2), config({})], tmp_path, (NUM_STEPS, NUM_STEPS), mutation))

@@ -20,7 +20,8 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config, world_size
 
 SEED = 20261125
-NUM_STEPS = 3
+AHEAD, BEHIND = 1, 5  # steps of a link, of its second save
+LOSSES = 5  # that the next link must repeat
 CHAIN_LENGTH = 12  # layouts; one pair fewer
 LARGEST_WORLD = 4
 TOLERANCE = 1e-6
@@ -49,7 +50,7 @@ class Case:
             zero_stage=self.zero_stage,
             sequence_parallel=self.sequence_parallel,
         )
-        return replace(config, train=replace(config.train, steps=NUM_STEPS * (CHAIN_LENGTH + 1)))
+        return replace(config, train=replace(config.train, steps=AHEAD * CHAIN_LENGTH + BEHIND))
 
 
 def random_layouts(model: str, count: int) -> list[Case]:
@@ -75,17 +76,17 @@ def files(folder: Path, step: int) -> dict[str, str]:
 
 
 def run_chain(
-    configs: list[RunConfig], folder: Path, num_steps: int = NUM_STEPS, mutation: str | None = None
+    configs: list[RunConfig], folder: Path, steps: tuple[int, int], mutation: str | None = None
 ) -> list[Link]:
     """Each resumes from what the one before has left. Checks that nothing is lost on the way."""
     links = []
     for index, config in enumerate(configs):
         copy = folder / f"copy{index}"
-        arguments = (config, VOCAB_SIZE, folder / "run", copy, num_steps, mutation)
+        arguments = (config, VOCAB_SIZE, folder / "run", copy, steps, mutation)
         ranks = run_ranks(link_rank, world_size(config), *arguments)
         link = ranks[0]
         assert sum(rank.written for rank in ranks) == link.elements, "each element is written once, by one rank"
-        assert link.loaded_step == index * num_steps
+        assert link.loaded_step == index * steps[0]
         if index:
             saved = files(folder / "run", link.loaded_step)
             assert len(saved) > 3, "several files of each kind"
@@ -97,15 +98,16 @@ def run_chain(
 @pytest.mark.parametrize("model", ["gpt2", "llama", "bert", "t5"])
 def test_chains_of_random_layouts(model: str, tmp_path: Path) -> None:
     layouts = random_layouts(model, CHAIN_LENGTH)
-    links = run_chain([case.config(model) for case in layouts], tmp_path)
+    links = run_chain([case.config(model) for case in layouts], tmp_path, (AHEAD, BEHIND))
     for (before, unbroken), (after, resumed) in pairwise(zip(layouts, links, strict=True)):
-        expected = pytest.approx(unbroken.losses[NUM_STEPS:], rel=TOLERANCE)
-        assert resumed.losses[:NUM_STEPS] == expected, f"{before} -> {after}"
+        expected = unbroken.losses[AHEAD : AHEAD + LOSSES]
+        assert len(expected) == LOSSES
+        assert resumed.losses[:LOSSES] == pytest.approx(expected, rel=TOLERANCE), f"{before} -> {after}"
 
 
 def test_there_and_back_again_is_bitwise_the_same(tmp_path: Path) -> None:
     one, other = (case.config("gpt2") for case in (Case(1, 2, 2, 1, True), Case(2, 1, 1, 3, False)))
-    run_ranks(link_rank, 4, one, VOCAB_SIZE, tmp_path / "a", tmp_path, 1, None)
+    run_ranks(link_rank, 4, one, VOCAB_SIZE, tmp_path / "a", tmp_path, (1, 1), None)
     run_ranks(copy_rank, 2, other, VOCAB_SIZE, tmp_path / "a", tmp_path / "b")
     run_ranks(copy_rank, 4, one, VOCAB_SIZE, tmp_path / "b", tmp_path / "a again")
     saved = files(tmp_path / "a", 1)
