@@ -53,13 +53,13 @@ class Callbacks:
     watch: Watch
     report: Report
     go_back: GoBack
-    guard: Guard
     validate: Validate
+    guard: Guard
     save: Save
 
     @property
     def in_order(self) -> list[Callback]:
-        return [self.watch, self.report, self.go_back, self.guard, self.validate, self.save]
+        return [self.watch, self.report, self.go_back, self.validate, self.guard, self.save]
 
 
 def build_callbacks(
@@ -89,7 +89,7 @@ def build_callbacks(
         rollbacks,
         partial(last_step, run, source),
     )
-    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, Guard(), validate, save)
+    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, validate, Guard(validate), save)
 
 
 def _dossiers(run: Run, trackers: Trackers, source: ShardSource) -> Dossiers | None:

@@ -149,6 +149,15 @@ def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_last_step_that_is_dropped_does_not_end_the_run_as_diverged(planted: Planted, tmp_path: Path) -> None:
+    """The validation behind it tells that the weights are numbers, and so they are saved."""
+    words = [*ALONE, "stability=skip_step", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 20"}).require_success()
+    assert metrics(tmp_path)[20]["skipped"]
+    assert [event["step"] for event in events(tmp_path, "save")] == [8, 16, 20]
+
+
+@pytest.mark.slow
 def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: Path) -> None:
     """The second comes two steps after the first."""
     words = [*ALONE, "stability=skip_step", "train.steps=20"]
