@@ -38,8 +38,8 @@ class StabilityConfig:
     lead_in_steps: int = 1
     """rollback: steps before the spike whose samples are left out too: the update before it may have caused it."""
     look_ahead_steps: int = 32
-    """rollback: steps at most whose samples are tried, with the weights from before the spike, to find where those end
-    that are to be left out."""
+    """rollback: steps at most whose samples are tried, with the weights gone back to, to find where those end that
+    are to be left out."""
     max_rollbacks: int = 4
     """Of a run; should a spike come back at the place that was jumped over, each further one leaves out twice as many
     samples more. Where another one would be needed, the run ends as diverged."""

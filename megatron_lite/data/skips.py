@@ -64,7 +64,7 @@ class Skips:
 
     def before(self, index: int) -> tuple[Window, ...]:
         """What is left out ahead of a global number."""
-        return tuple(window for window in self.windows if window.first < index)
+        return tuple(Window(one.first, min(one.stop, index)) for one in self.windows if one.first < index)
 
 
 def _merged(windows: Iterable[Window]) -> tuple[Window, ...]:

@@ -140,6 +140,8 @@ class SpikeDetector:
         each other without a usual step, the level has changed for good, and the history begins anew.
         """
         self._norm_was_high = self._is_high(vitals, verdict)
+        if Kind.loss_scale in verdict.kinds:
+            self._scales.clear()  # it stays low for long: the steps that follow are none for that
         if verdict.is_spike:
             self._spikes_in_a_row += 1
             if self._spikes_in_a_row >= self.limits.min_steps:

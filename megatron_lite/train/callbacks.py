@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_lite.config.derived import tokens_per_sample
@@ -60,25 +61,6 @@ class Report:
 
 
 @dataclass
-class Guard:
-    """Ends a run whose loss is no number any more, before it spends a night on it."""
-
-    unsound_steps: int = 0  # in a row
-
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        self.unsound_steps = 0 if record.is_sound else self.unsound_steps + 1
-        limit = trainer.config.train.max_unsound_steps
-        if self.unsound_steps >= limit or (self.unsound_steps and record.step == trainer.last_step):
-            first = record.step - self.unsound_steps + 1
-            raise DivergedError(
-                f"diverged: loss {record.result.loss:g} and gradient norm {record.result.grad_norm:g} at step "
-                f"{record.step}, and no numbers since step {first} (train.max_unsound_steps={limit}); the last "
-                "checkpoint is from before: use a lower optimizer.learning_rate, more optimizer.warmup_steps or "
-                "train.precision=fp32 in a new train.run_dir"
-            )
-
-
-@dataclass
 class Validate:
     """Loss, perplexity and accuracy at intervals and at the end."""
 
@@ -90,6 +72,10 @@ class Validate:
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
             self.at(trainer, record.step)
+
+    def found_sound(self, step: int) -> bool:
+        """Whether the weights were validated after this very step, and are numbers."""
+        return self.newest is not None and self.newest[0] == step and math.isfinite(self.newest[1])
 
     def forget_after(self, step: int) -> None:
         """The run goes back to this step."""
@@ -115,6 +101,28 @@ class Validate:
 
 
 @dataclass
+class Guard:
+    """Ends a run whose loss is no number any more, before it spends a night on it; behind the validation, which tells
+    the weights of a last step whose update was dropped."""
+
+    validate: Validate
+    unsound_steps: int = 0  # in a row
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.unsound_steps = 0 if record.is_sound else self.unsound_steps + 1
+        limit = trainer.config.train.max_unsound_steps
+        ends_unsound = record.step == trainer.last_step and not self.validate.found_sound(record.step)
+        if self.unsound_steps >= limit or (self.unsound_steps and ends_unsound):
+            first = record.step - self.unsound_steps + 1
+            raise DivergedError(
+                f"diverged: loss {record.result.loss:g} and gradient norm {record.result.grad_norm:g} at step "
+                f"{record.step}, and no numbers since step {first} (train.max_unsound_steps={limit}); the last "
+                "checkpoint is from before: use a lower optimizer.learning_rate, more optimizer.warmup_steps or "
+                "train.precision=fp32 in a new train.run_dir"
+            )
+
+
+@dataclass
 class Save:
     """Checkpoints at intervals and at the end, never of weights that are no numbers."""
 
@@ -122,12 +130,12 @@ class Save:
     checkpoints: Checkpoints
     validate: Validate
     is_sound: bool = True
-    """Whether the last step was: if not, the weights may be no numbers."""
+    """Whether the weights are: after a step without a loss they may be no numbers."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         self.report()
-        self.is_sound = record.is_sound
-        if record.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
+        self.is_sound = record.is_sound or self.validate.found_sound(record.step)
+        if self.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 
     def at(self, trainer: Trainer, step: int) -> None:

@@ -141,8 +141,10 @@ class Checkpoints:
         return self.saver.checkpoints
 
     def go_back(self, folder: Path, state: CheckpointState) -> None:
-        """Take what this run has saved earlier; nothing may be being written."""
-        self._restore(folder, state, load_moments=True, load_loss_scale=True)
+        """Take what this run has saved earlier, maybe with other settings; nothing may be being written."""
+        config, layout = self.engine.config, layout_of(self.engine.config, self.engine.context)
+        report = describe(state, config, layout, self.data_fingerprint, folder)
+        self._restore(folder, state, report.load_moments, report.load_loss_scale)
 
     def _restore(self, folder: Path, state: CheckpointState, load_moments: bool, load_loss_scale: bool) -> None:
         shards, kinds = self.engine.shards, [WEIGHT]
@@ -151,6 +153,10 @@ class Checkpoints:
         load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
         if load_moments:
             shards.updates = state.optimizer.step
+        else:
+            for moment in self._fragments(*moments_of(self.engine.config.optimizer)):
+                moment.values.zero_()
+            shards.updates = 0
         if load_loss_scale and state.loss_scale is not None:
             shards.loss_scale = state.loss_scale
         shards.weights_changed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_lite.checkpoint.folder import candidates, quick_problem, step_of
 from megatron_lite.data.provenance import Provenance, merged
 from megatron_lite.data.skips import stretches
+from megatron_lite.errors import DataError
 from megatron_lite.files import replace_file
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import SPIKE_EVENT, to_json
@@ -30,6 +32,8 @@ class Dossier:
     record: StepRecord
     verdict: Verdict
     action: str
+    rollbacks: int
+    """Of the run so far: a step that comes again may be a spike again."""
     samples: list[int]
     """Global numbers, of the whole batch."""
     losses: list[float]
@@ -43,7 +47,8 @@ class Dossier:
 
     @property
     def name(self) -> str:
-        return f"{FOLDER}/step_{self.step:08d}.json"
+        branch = f"_branch_{self.rollbacks}" if self.rollbacks else ""
+        return f"{FOLDER}/step_{self.step:08d}{branch}.json"
 
     def worst(self, count: int) -> list[tuple[int, float]]:
         """Sample and loss of the sequences that the model predicts worst, those without a number first."""
@@ -71,7 +76,7 @@ class Dossier:
 
 @dataclass
 class Dossiers:
-    """Writes dossiers, and tells of them in every place at once.
+    """Writes dossiers, and tells of them in every place at once. One that cannot be written ends no run.
 
     Args:
         worst_sequences: whose text is shown.
@@ -85,16 +90,27 @@ class Dossiers:
 
     def open(self, dossier: Dossier) -> None:
         """Of a step that has just turned out to be a spike."""
-        document = self.write(dossier)
-        text = in_words(dossier, document)
+        text = in_words(dossier, self.write(dossier))
         told = {"title": f"Spike at step {dossier.step}", "text": text}
         self.trackers.event(SPIKE_EVENT, dossier.step, {**dossier.figures, "dossier": dossier.name, **told})
         self.trackers.alert(**told)
         self.console.print(f"{text}; {self.run_dir / dossier.name}")
 
-    def write(self, dossier: Dossier) -> dict[str, Any]:
-        """The file anew; returns what is in it."""
-        document = {
+    def write(self, dossier: Dossier) -> list[dict[str, Any]]:
+        """The file anew; returns the sequences in it."""
+        path = self.run_dir / dossier.name
+        try:
+            document = self._document(dossier)
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
+        except (OSError, DataError) as error:
+            self.console.print(f"{path} cannot be written ({error}); the run goes on without it")
+            return []
+        sequences: list[dict[str, Any]] = document["sequences"]
+        return sequences
+
+    def _document(self, dossier: Dossier) -> dict[str, Any]:
+        return {
             "step": dossier.step,
             **dossier.figures,
             "learning_rate": dossier.record.learning_rate,
@@ -104,10 +120,6 @@ class Dossiers:
             "layer_grad_norm": {str(step): norms for step, norms in sorted(dossier.layer_grad_norm.items())},
             "checkpoint": self._checkpoint_before(dossier.step),
         }
-        path = self.run_dir / dossier.name
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
-        return document
 
     def _checkpoint_before(self, step: int) -> str | None:
         """The newest one that is whole, as far as sizes tell."""
@@ -123,8 +135,12 @@ class Dossiers:
         }
 
 
-def in_words(dossier: Dossier, document: dict[str, Any]) -> str:
-    """One line, without the place of the file."""
+def in_words(dossier: Dossier, sequences: Sequence[dict[str, Any]]) -> str:
+    """One line, without the place of the file.
+
+    Args:
+        sequences: as the file has them, worst first.
+    """
     result, verdict = dossier.record.result, dossier.verdict
     facts = []
     if Kind.not_finite in verdict.kinds:
@@ -140,6 +156,8 @@ def in_words(dossier: Dossier, document: dict[str, Any]) -> str:
         )
     if Kind.loss_scale in verdict.kinds:
         facts.append(f"loss scale down to {result.loss_scale:g}")
-    worst = [entry for sequence in document["sequences"] for entry in sequence["documents"]]
+    worst = [entry for sequence in sequences for entry in sequence["documents"]]
     names = list(dict.fromkeys(f"{entry['file']} #{entry['document']}" for entry in worst))[:NAMED_DOCUMENTS]
-    return f"spike at step {dossier.step}: {'; '.join(facts)}; highest loss in {', '.join(names) or 'no document'}"
+    if names:
+        facts.append(f"highest loss in {', '.join(names)}")
+    return f"spike at step {dossier.step}: {'; '.join(facts)}"

@@ -137,7 +137,7 @@ class Engine(ABC):
             loss=loss,
             grad_norm=self._grad_norm(),
             skipped=self._dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
-            loss_scale=self._loss_scale(),
+            loss_scale=self.loss_scale,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
@@ -176,13 +176,15 @@ class Engine(ABC):
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise RuntimeError(f"{parameter.global_name} got no gradient")
-        return gradient / self._loss_scale()
+        return gradient / self.loss_scale
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         weight = safe_get_full_fp32_param(parameter)
         return parameter if weight is None else weight  # ZeRO-0 keeps the weight itself in fp32
 
-    def _loss_scale(self) -> float:
+    @property
+    def loss_scale(self) -> float:
+        """That the next step begins with; 1 unless fp16."""
         return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
 
     @abstractmethod
@@ -232,7 +234,7 @@ class Engine(ABC):
         def step(*args: Any, **kwargs: Any) -> Any:
             for hook in self.gradient_hooks:
                 hook()
-            self.meter.measure_gradient(self._loss_scale())
+            self.meter.measure_gradient(self.loss_scale)
             if self.config.parallel.zero_stage == 0:
                 self._own_grad_norm = clip_by_global_norm(
                     self.module.parameters(), self.config.optimizer.clip_grad_norm, self.context

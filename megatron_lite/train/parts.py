@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Rollback, read_rollbacks
 from megatron_lite.errors import DataError
@@ -53,13 +53,13 @@ class Callbacks:
     watch: Watch
     report: Report
     go_back: GoBack
-    guard: Guard
     validate: Validate
+    guard: Guard
     save: Save
 
     @property
     def in_order(self) -> list[Callback]:
-        return [self.watch, self.report, self.go_back, self.guard, self.validate, self.save]
+        return [self.watch, self.report, self.go_back, self.validate, self.guard, self.save]
 
 
 def build_callbacks(
@@ -89,7 +89,7 @@ def build_callbacks(
         rollbacks,
         partial(last_step, run, source),
     )
-    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, Guard(), validate, save)
+    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, validate, Guard(validate), save)
 
 
 def _dossiers(run: Run, trackers: Trackers, source: ShardSource) -> Dossiers | None:
@@ -117,8 +117,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
 
 def _earlier_steps(run: Run, step: int) -> list[Vitals]:
     """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
-    is_fp16 = run.config.train.precision is Precision.fp16
-    return agreed(logged_vitals(run.folder, step, is_fp16) if run.context.is_writer else [])
+    return agreed(logged_vitals(run.config, run.folder, step) if run.context.is_writer else [])
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:

@@ -16,8 +16,8 @@ from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
-from megatron_lite.data.skips import Rollback, Skips, Window, skips_of, write_rollbacks
-from megatron_lite.errors import DivergedError
+from megatron_lite.data.skips import SKIPS_FILE, Rollback, Skips, Window, skips_of, write_rollbacks
+from megatron_lite.errors import DivergedError, TrainingError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import ROLLBACK_EVENT
@@ -89,21 +89,28 @@ class GoBack:
                 "with a lower optimizer.learning_rate in a new train.run_dir, or raise stability.max_rollbacks"
             )
         trainer.heartbeat.enter(Phase.LOAD)
-        skips = trainer.source.skips
-        window, in_a_row = self._window(trainer, record)
+        skips, led_in = trainer.source.skips, self._led_in(trainer, record)
         self.save.wait(trainer)
-        found = self._checkpoint(skips, window, in_a_row)
+        found = self._checkpoint(skips, led_in.first, self._next_window(record, led_in)[1])
         if found is None:
             self.console.print(
                 f"no checkpoint is older than the samples that led in: the update of step {record.step} is dropped, "
-                "and nothing else; train.save_interval decides how often there is one"
+                "and nothing else; train.save_interval decides how often there is one, train.keep_last how many stay"
             )
             return
         folder, state = found
+        self._restore(trainer, folder, state)
+        window = self._with_what_follows(trainer, record, led_in)
         reason = f"{', '.join(spike.verdict.kinds)} at step {record.step}"
         self.rollbacks.append(Rollback(window, record.step, state.step, reason))
         self._publish()
-        self._restore(trainer, folder, state)
+        self._drop_later(state)
+        trainer.source.skips = skips_of(self.rollbacks)
+        trainer.schedule = BatchSchedule(trainer.config.train, Origin(state.step, state.samples))
+        trainer.last_step = self.find_last_step(trainer.schedule)
+        self._tell(record, state, window)
+
+    def _tell(self, record: StepRecord, state: CheckpointState, window: Window) -> None:
         text = (
             f"rollback {len(self.rollbacks)} of {self.settings.max_rollbacks}: back to step {state.step}, without "
             f"samples {window.first:,} to {window.stop - 1:,}"
@@ -123,29 +130,37 @@ class GoBack:
         print(text, flush=True)  # to each rank's own log
         self.console.print(text)
 
-    def _window(self, trainer: Trainer, record: StepRecord) -> tuple[Window, int]:
-        skips, batch = trainer.source.skips, record.batch
-        first_step = max(record.step - 1 - self.settings.lead_in_steps, trainer.schedule.first_step)
-        end = trainer.schedule.at(record.step + self._steps_beyond(trainer, record.step)).first_sample
-        led_in = Window(skips.index(trainer.schedule.at(first_step).first_sample), skips.index(end - 1) + 1)
-        return next_window(self.rollbacks, led_in, batch.global_batch_size, self.settings.lead_in_steps)
+    def _led_in(self, trainer: Trainer, record: StepRecord) -> Window:
+        """The samples of the spike's step and of those before it, of an earlier attempt as well."""
+        skips, schedule, batch = trainer.source.skips, trainer.schedule, record.batch
+        wanted = record.step - 1 - self.settings.lead_in_steps
+        known = schedule.at(max(wanted, schedule.first_step))
+        unknown = max(schedule.first_step - wanted, 0) * known.global_batch_size  # samples ahead of what it knows
+        first = max(known.first_sample - unknown, 0)
+        return Window(skips.index(first), skips.index(batch.first_sample + batch.global_batch_size - 1) + 1)
 
-    def _steps_beyond(self, trainer: Trainer, step: int) -> int:
-        """How many steps behind the spike would be one, by the weights from before it. A collective of all ranks.
+    def _next_window(self, record: StepRecord, led_in: Window) -> tuple[Window, int]:
+        return next_window(self.rollbacks, led_in, record.batch.global_batch_size, self.settings.lead_in_steps)
 
-        So a long stretch of bad samples costs a rollback and a few forward passes, not a rollback for each step.
+    def _with_what_follows(self, trainer: Trainer, record: StepRecord, led_in: Window) -> Window:
+        """With the steps behind the spike that would be one, by the weights gone back to. A collective of all ranks.
+
+        So a long stretch of bad samples costs a rollback and a few forward passes, not a rollback for each step. By
+        the weights that the spike came from they would all be bad, if it is those that it has come from.
         """
-        for beyond in range(self.settings.look_ahead_steps):
-            batch = trainer.schedule.at(step + beyond)
+        skips, stop = trainer.source.skips, led_in.stop
+        for step in range(record.step, record.step + self.settings.look_ahead_steps):
+            batch = trainer.schedule.at(step)
             micro_batches = num_micro_batches(trainer.config, batch.global_batch_size)
             found = trainer.engine.evaluate(trainer.source.training(batch), micro_batches)
             if not agreed(self.watch.predicts_badly(found.loss)):
-                return beyond
-        return self.settings.look_ahead_steps
+                break
+            stop = skips.index(batch.first_sample + batch.global_batch_size - 1) + 1
+        return self._next_window(record, Window(led_in.first, stop))[0]
 
-    def _checkpoint(self, skips: Skips, window: Window, in_a_row: int) -> tuple[Path, CheckpointState] | None:
-        """The newest that has read nothing of the window; after several rollbacks in vain, one from further back."""
-        consumed = skips.count(window.first)
+    def _checkpoint(self, skips: Skips, first: int, in_a_row: int) -> tuple[Path, CheckpointState] | None:
+        """The newest that has read nothing from this sample on; after several rollbacks in vain, one further back."""
+        consumed = skips.count(first)
         passed_over = in_a_row // 2
 
         def reason_against(state: CheckpointState) -> str | None:
@@ -159,26 +174,40 @@ class GoBack:
 
         found = newest_complete(self.save.checkpoints.folder, _say_nothing, reason_against, required=False)
         if found is None and in_a_row >= 2:  # none is older
-            return self._checkpoint(skips, window, 0)
+            return self._checkpoint(skips, first, 0)
         return found
 
-    def _publish(self) -> None:
-        """From here on every attempt leaves the window out."""
-        if self.save.checkpoints.engine.context.is_writer:
-            write_rollbacks(self.run_dir, self.rollbacks)
-        agreed(None)
-
     def _restore(self, trainer: Trainer, folder: Path, state: CheckpointState) -> None:
+        """What this process holds; a collective of all ranks. Whoever is stopped from here on has made no step."""
+        self.save.checkpoints.go_back(folder, state)
+        trainer.finished_step = state.step
+        self.watch.go_back(state.step, len(self.rollbacks) + 1)
+        self.validate.forget_after(state.step)
+
+    def _publish(self) -> None:
+        """From here on every attempt leaves the window out.
+
+        Raises:
+            TrainingError: the file cannot be written; on every rank alike.
+        """
+        problem = None
+        if self.save.checkpoints.engine.context.is_writer:
+            try:
+                write_rollbacks(self.run_dir, self.rollbacks)
+            except OSError as error:
+                problem = f"{self.run_dir / SKIPS_FILE} cannot be written ({error})"
+        problem = agreed(problem)
+        if problem is not None:
+            raise TrainingError(
+                f"{problem}, and a rollback needs it; free some space or mend its permissions: the same command comes "
+                "to the spike again"
+            )
+
+    def _drop_later(self, state: CheckpointState) -> None:
+        """Checkpoints from behind the one gone back to."""
         checkpoints = self.save.checkpoints
-        checkpoints.go_back(folder, state)
         if checkpoints.engine.context.is_writer:
             prune(checkpoints.folder, checkpoints.saver.kept, state.step)
-        trainer.source.skips = skips_of(self.rollbacks)
-        trainer.schedule = BatchSchedule(trainer.config.train, Origin(state.step, state.samples))
-        trainer.finished_step = state.step
-        trainer.last_step = self.find_last_step(trainer.schedule)
-        self.watch.go_back(state.step, len(self.rollbacks))
-        self.validate.forget_after(state.step)
 
 
 def _say_nothing(line: str) -> None:

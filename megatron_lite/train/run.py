@@ -26,7 +26,7 @@ from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
-from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, read_metrics
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -250,8 +250,13 @@ def _is_evaluated(run: Run, step: int) -> bool:
     train = run.config.train
     if not is_due(step, train.eval_interval, train.steps):
         return True
-    events = read_metrics(run.folder / EVENTS_FILE)
-    return any(event["event"] == EVALUATION_EVENT and event["step"] == step for event in events)
+    evaluated = False
+    for event in read_metrics(run.folder / EVENTS_FILE):
+        if event["event"] == EVALUATION_EVENT and event["step"] == step:
+            evaluated = True
+        elif event["event"] == ROLLBACK_EVENT and event["to_step"] < step:
+            evaluated = False  # it was with other weights
+    return evaluated
 
 
 def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -> None:

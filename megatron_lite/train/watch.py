@@ -58,37 +58,35 @@ class Watch:
         self.spike: Spike | None = None
         """Of the step that has just been made; None = it was none."""
         self._judged: tuple[Vitals, Verdict] | None = None
-        self._open: Dossier | None = None
-        self._loss_scale = 1.0
-        kept = 2 * (config.stability.window + config.train.save_interval)
-        self._history: deque[Vitals] = deque(maxlen=kept)  # reaches back behind the last checkpoint
+        self._open: list[Dossier] = []  # those that wait for steps after the spike
+        self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
         if config.stability.on_spike is not OnSpike.warn:
             engine.judge = self.judge
         self._expect(first_step + 1)
 
     def judge(self, loss: float, grad_norm: float) -> bool:
         """Whether to drop the update of the step under way."""
-        vitals = Vitals(0, loss, grad_norm, self._loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
+        vitals = Vitals(0, loss, grad_norm, self._engine.loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
         self._judged = vitals, self.detector.judge(vitals)
         return self._judged[1].is_spike
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         vitals, verdict = self._verdict(record)
-        was_spike, self.spike = self.spike is not None, Spike(record, verdict) if verdict.is_spike else None
+        before, self.spike = self.spike, Spike(record, verdict) if verdict.is_spike else None
         self.detector.add(vitals, verdict)
         self._history.append(vitals)
-        self._loss_scale = record.result.loss_scale
         trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
+        trainer.heartbeat.enter(Phase.REPORT)
         micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
         trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
         if self.rollbacks:
             trainer.figures["rollbacks"] = self.rollbacks
         if self._is_due(record.step):
             trainer.figures |= self._layer_figures()
-        if self.spike and not was_spike:
-            self._open = self._write_down(trainer, self.spike)
-        elif self._open and record.step == self._open.step + STEPS_AFTER:
-            self._add_steps_after(record.step)
+        if self._open and record.step == self._open[0].step + STEPS_AFTER:
+            self._add_steps_after(self._open.pop(0))
+        if self.spike and is_news(self.spike, before):
+            self._open.append(self._write_down(trainer, self.spike))
         self._expect(record.step + 1)
 
     def predicts_badly(self, loss: float) -> bool:
@@ -103,7 +101,8 @@ class Watch:
 
     def go_back(self, step: int, rollbacks: int) -> None:
         """Judge the steps that follow this one anew."""
-        self.rollbacks, self.spike, self._open = rollbacks, None, None
+        self.rollbacks, self.spike = rollbacks, None
+        self._open.clear()
         kept = [vitals for vitals in self._history if vitals.step <= step]
         self._history.clear()
         self.remember(kept)
@@ -143,6 +142,7 @@ class Watch:
             record,
             spike.verdict,
             str(self._settings.on_spike),
+            self.rollbacks,
             trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
             sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
             engine.meter.recent_grad_norms(record.step),
@@ -151,13 +151,20 @@ class Watch:
             self._dossiers.open(dossier)
         return dossier
 
-    def _add_steps_after(self, step: int) -> None:
+    def _add_steps_after(self, dossier: Dossier) -> None:
         """A collective of all ranks."""
-        assert self._open is not None
-        self._open.layer_grad_norm.update(self._engine.meter.recent_grad_norms(step))
+        dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
         if self._dossiers is not None:
-            self._dossiers.write(self._open)
-        self._open = None
+            self._dossiers.write(dossier)
+
+
+def is_news(spike: Spike, before: Spike | None) -> bool:
+    """Of spikes in a row the first is told, and the first that is no number: the others go on with what it began.
+
+    Args:
+        before: the step just before, where that was a spike.
+    """
+    return before is None or Kind.not_finite in set(spike.verdict.kinds) - set(before.verdict.kinds)
 
 
 def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
@@ -166,10 +173,19 @@ def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 
-def logged_vitals(run_dir: Path, step: int, is_fp16: bool) -> list[Vitals]:
-    """Of the steps up to this one, as far as metrics.jsonl has them."""
-    return [
-        Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"], is_fp16 and row["skipped"])
-        for row in read_metrics(run_dir / METRICS_FILE)
-        if row["step"] <= step
-    ]
+def steps_remembered(config: RunConfig) -> int:
+    """How many steps back what is usual is known: behind the last checkpoint, to which the run may go back."""
+    return 2 * (config.stability.window + config.train.save_interval)
+
+
+def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
+    """Of the latest steps up to this one, as far as metrics.jsonl has them."""
+    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["step"] <= step]
+    return [_vitals_of(row, config.train.precision) for row in rows[-steps_remembered(config) :]]
+
+
+def _vitals_of(row: dict[str, Any], precision: Precision) -> Vitals:
+    """Of a line of metrics.jsonl; it may be of an attempt with another precision."""
+    is_fp16 = precision is Precision.fp16
+    overflowed = is_fp16 and row["skipped"] and not row.get("spike")
+    return Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)

@@ -149,6 +149,37 @@ def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_last_step_that_is_dropped_does_not_end_the_run_as_diverged(planted: Planted, tmp_path: Path) -> None:
+    """The validation behind it tells that the weights are numbers, and so they are saved."""
+    words = [*ALONE, "stability=skip_step", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 20"}).require_success()
+    assert metrics(tmp_path)[20]["skipped"]
+    assert [event["step"] for event in events(tmp_path, "save")] == [8, 16, 20]
+
+
+@pytest.mark.slow
+def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: Path) -> None:
+    """The second comes two steps after the first."""
+    words = [*ALONE, "stability=skip_step", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 10;nan 0 12"}).require_success()
+    found = [json.loads((tmp_path / event["dossier"]).read_text()) for event in events(tmp_path, "spike")]
+    assert [list(map(int, dossier["layer_grad_norm"])) for dossier in found] == [
+        list(range(step - 4, step + 3)) for step in (10, 12)
+    ]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_a_spike_again_has_another_dossier(planted: Planted, tmp_path: Path) -> None:
+    """Step 13 is read 13th, and after a rollback to step 8 it is read 18th."""
+    words = [*ALONE, "stability=rollback", "stability.look_ahead_steps=0", "train.steps=20"]
+    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 13;nan 0 18"}).require_success()
+    found = events(tmp_path, "spike")
+    assert [event["step"] for event in found] == [13, 13]
+    samples = [json.loads((tmp_path / event["dossier"]).read_text())["samples"] for event in found]
+    assert samples == [[[12 * BATCH, 13 * BATCH]], [[14 * BATCH, 15 * BATCH]]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["parallel.zero_stage=3"], ["parallel.zero_stage=2", "train.precision=bf16"]])
 def test_rollback_under_the_other_engine(words: list[str], planted: Planted, never_saw: Path, tmp_path: Path) -> None:
     finished = spiked(planted, tmp_path, "parallel=dp2", "train.micro_batch_size=8", "stability=rollback", *words)
@@ -161,19 +192,24 @@ def test_rollback_under_the_other_engine(words: list[str], planted: Planted, nev
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "step", "kinds"), [("nan 5 20", 20, {"not_finite"}), ("lr all 20", 21, {"loss", "grad_norm"})]
+    ("fault", "step", "kinds"), [("nan 5 28", 28, {"not_finite"}), ("lr all 28", 29, {"loss", "grad_norm"})]
 )
 def test_other_faults(
     fault: str, step: int, kinds: set[str], planted: Planted, never_saw: Path, tmp_path: Path
 ) -> None:
-    """A NaN in an activation of one rank is found in its own step, a learning rate 100 times too high in the next."""
-    words = ["stability=rollback", "stability.lead_in_steps=0", "train.steps=30"]
+    """A NaN in an activation of one rank is found in its own step, a learning rate 100 times too high in the next.
+
+    By the weights of then every batch is a spike: only those of that step are left out.
+    """
+    words = ["stability=rollback", "stability.lead_in_steps=0", "train.steps=32"]
     spiked(planted, tmp_path, *CUBE, *words, fault={"FAULT": fault}).require_success()
     (event,) = events(tmp_path, "spike")
     assert event["step"] == step
     assert kinds & set(event["kinds"])
-    assert [one.to_step for one in read_rollbacks(tmp_path)] == [16]
-    assert validation_loss(tmp_path) < 1.1 * metrics(never_saw)[30]["loss"]
+    (rollback,) = read_rollbacks(tmp_path)
+    assert rollback.to_step == 24
+    assert rollback.window == Window((step - 1) * BATCH, step * BATCH)
+    assert validation_loss(tmp_path) < 1.1 * metrics(never_saw)[32]["loss"]
 
 
 @pytest.mark.slow
@@ -191,6 +227,36 @@ def test_a_crash_in_the_middle_of_a_rollback(place: str, planted: Planted, never
         [row["loss"] for row in expected.values()], rel=1e-5
     )
     assert len(events(tmp_path, "rollback")) == (0 if place in ("behind the file", "in the checkpoints") else 1)
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_middle_of_a_rollback(planted: Planted, never_saw: Path, tmp_path: Path) -> None:
+    """While it looks ahead, of which the first read is the run's 38th: the next attempt decides the same."""
+    words = ["train.micro_batch_size=1", "stability=rollback"]
+    assert spiked(planted, tmp_path, *words, fault={"FAULT": f"ask 0 {FIRST + 2}"}).code == 75
+    assert read_rollbacks(tmp_path) == []
+    assert "resuming after step 32" in spiked(planted, tmp_path, *words).require_success().out
+    assert [one.window for one in read_rollbacks(tmp_path)] == [Window(GARBAGE.first - BATCH, GARBAGE.stop)]
+    found, expected = metrics(tmp_path), metrics(never_saw)
+    assert [row["loss"] for row in found.values()] == pytest.approx(
+        [row["loss"] for row in expected.values()], rel=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_back_to_before_a_change_of_the_optimizer(planted: Planted, tmp_path: Path) -> None:
+    """Its moments begin at zero again, as where the samples were known to be left out when it was changed."""
+    back, known = tmp_path / "back", tmp_path / "known"
+    words = [*ALONE, "stability=rollback", "train.save_interval=24"]
+    for run_dir in (back, known):
+        spiked(planted, run_dir, *words, "train.steps=24").require_success()
+    words += ["optimizer=sgd", "optimizer.learning_rate=1e-2"]
+    spiked(planted, back, *words).require_success()
+    assert [one.to_step for one in read_rollbacks(back)] == [24]
+    write_rollbacks(known, read_rollbacks(back))
+    spiked(planted, known, *words).require_success()
+    assert events(known, "spike") == []
+    assert metrics(back) == metrics(known)
 
 
 @pytest.mark.slow

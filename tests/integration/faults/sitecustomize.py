@@ -3,7 +3,7 @@
 FAULT="<what> <rank or all> <step>[; ...]" makes the rank sleep, stop, kill itself or raise when it reads the data of
 that step. "pause" waits there, once in the life of the folder FAULT_DIR, for its STOP file: what is to happen to the
 run can then happen at a known step. "hold" waits there, once, whoever asks. "nan" spoils one number of an activation of
-that step, "lr" makes the step's learning rate 100 times as high.
+that step, "lr" makes the step's learning rate 100 times as high. "ask" sends it SIGUSR1.
 
 FAULT_ROLLBACK="<rank> <place>" kills the rank in a rollback, at one of ROLLBACK_PLACES.
 
@@ -47,7 +47,7 @@ def _spoil_activation() -> None:
 
     def spoiled(self: Any, *arguments: Any) -> Any:
         MLP.forward = forward
-        output = forward(self, *arguments)
+        output = forward(self, *arguments).clone()  # autograd lets no view be spoiled
         output.view(-1)[0] = float("nan")
         return output
 
@@ -69,7 +69,7 @@ def _raise_learning_rate() -> None:
 ROLLBACK_PLACES = {  # the method of GoBack, and whether to die behind it rather than ahead of it
     "ahead of the file": ("_publish", False),
     "behind the file": ("_publish", True),
-    "in the checkpoints": ("_restore", True),
+    "in the checkpoints": ("_drop_later", True),
     "behind everything": ("_from", True),
 }
 
@@ -99,6 +99,7 @@ FAULTS = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "raise": _raise,
+    "ask": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "nan": _spoil_activation,
     "lr": _raise_learning_rate,
 }

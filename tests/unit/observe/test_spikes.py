@@ -116,6 +116,14 @@ def test_collapse_of_the_loss_scale() -> None:
     assert {step: verdict.kinds for step, verdict in found.items()} == {106: (Kind.loss_scale,)}
 
 
+def test_a_collapsed_loss_scale_is_told_once() -> None:
+    """It stays low for long, and the steps after it are as good as any."""
+    low = {step: {"loss_scale": 2.0**8} for step in range(60, 120)}
+    lower = {step: {"loss_scale": 2.0**2} for step in range(120, 200)}
+    steps = [replace(vitals, loss_scale=2.0**16) for vitals in curve(5, steps=199)]
+    assert list(run(SpikeDetector(LIMITS), changed(steps, low | lower))) == [60, 120]
+
+
 def test_a_new_level_is_usual_after_a_while() -> None:
     steps = [Vitals(step, 3.0 + 0.01 * (step % 5), 1.0) for step in range(1, 200)]
     higher = {step: {"loss": 4.0 + 0.01 * (step % 5)} for step in range(100, 200)}

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
+from megatron_lite.config.schema import TrainConfig
+from megatron_lite.config.stability import StabilityConfig
 from megatron_lite.data.skips import Rollback, Skips, Window
-from megatron_lite.train.rollback import next_window, unsuited
+from megatron_lite.errors import TrainingError
+from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
+from megatron_lite.train import rollback as module
+from megatron_lite.train.rollback import GoBack, next_window, unsuited
 
 BATCH = 8
 
@@ -76,3 +85,43 @@ def test_a_later_window_leaves_earlier_checkpoints_alone() -> None:
     assert unsuited(skips, state(384, (80, 96))) is None  # 384 + 16 left out = 400
     assert unsuited(skips, state(385, (80, 96))) is not None
     assert unsuited(skips, state(300)) is not None
+
+
+def test_a_window_that_grows_behind_a_checkpoint_leaves_it_alone() -> None:
+    """It stands where the first of two windows that touch is jumped over, and has read nothing of the second."""
+    skips = Skips([Window(80, 96), Window(96, 112)])
+    assert unsuited(skips, state(80, (80, 96))) is None
+    assert unsuited(skips, state(81, (80, 96))) is not None
+
+
+def go_back(run_dir: Path) -> GoBack:
+    parts = [Mock(), Mock(), Mock(), Mock(), Mock()]
+    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, *parts, rollbacks=[], find_last_step=Mock())
+
+
+@pytest.mark.parametrize(
+    ("origin", "step", "window"),
+    [
+        (BEGINNING, 33, Window(30 * BATCH, 33 * BATCH)),
+        (Origin(30, 30 * BATCH), 33, Window(30 * BATCH, 33 * BATCH)),
+        (Origin(32, 32 * BATCH), 33, Window(30 * BATCH, 33 * BATCH)),  # its first step
+        (BEGINNING, 1, Window(0, BATCH)),
+    ],
+)
+def test_what_led_in_may_be_of_an_earlier_attempt(origin: Origin, step: int, window: Window, tmp_path: Path) -> None:
+    schedule = BatchSchedule(TrainConfig(global_batch_size=BATCH), origin)
+    trainer = SimpleNamespace(schedule=schedule, source=SimpleNamespace(skips=Skips()))
+    record = SimpleNamespace(step=step, batch=schedule.at(step - 1))
+    assert go_back(tmp_path)._led_in(trainer, record) == window
+
+
+def test_a_full_disk_ends_a_rollback_on_every_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_rollbacks", full)
+    said: list[str | None] = []
+    monkeypatch.setattr(module, "agreed", lambda answer: said.append(answer) or answer)
+    with pytest.raises(TrainingError, match=r"skipped_samples.json cannot be written .*No space left"):
+        go_back(tmp_path)._publish()
+    assert len(said) == 1
