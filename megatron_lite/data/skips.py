@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_lite.errors import DataError
 from megatron_lite.files import replace_file
+from megatron_lite.observe.metrics import SKIPS_FILE
 
-SKIPS_FILE = "skipped_samples.json"
 FORMAT = 1
 
 

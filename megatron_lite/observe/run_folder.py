@@ -19,13 +19,13 @@ from megatron_lite.observe.metrics import (
     METRICS_FILE,
     ROLLBACK_EVENT,
     ROLLED_BACK_FILE,
+    SKIPS_FILE,
     branch_of,
     from_json,
     read_metrics,
     with_branches,
 )
 
-SKIPS_FILE = "skipped_samples.json"  # data/skips.py writes it
 ATTEMPTS_FILE = "attempts.jsonl"  # launch/slurm/records.py writes it
 BEGINNINGS = ("start", "resume")
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-
-import deepspeed
-import torch
 
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
@@ -31,7 +27,7 @@ from megatron_lite.optim.batch_ramp import BEGINNING, Origin
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.engine import Engine
-from megatron_lite.train.startup import code_fingerprint
+from megatron_lite.train.startup import versions
 
 
 @dataclass(frozen=True)
@@ -190,21 +186,11 @@ class Checkpoints:
             validation_loss=validation_loss,
             skipped=tuple((window.first, window.stop) for window in skips.before(skips.index(samples))),
             config=as_containers(without_environment(config)),
-            versions=_versions(),
+            versions=versions(),
         )
         folder = self.saver.save(shards.fragments(), state)
         self.newest_step = step
         return folder
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {
-        "megatron_lite": code_fingerprint(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:

@@ -16,11 +16,11 @@ from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
-from megatron_lite.data.skips import SKIPS_FILE, Rollback, Skips, Window, skips_of, write_rollbacks
+from megatron_lite.data.skips import Rollback, Skips, Window, skips_of, write_rollbacks
 from megatron_lite.errors import DivergedError, TrainingError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
-from megatron_lite.observe.metrics import ROLLBACK_EVENT
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, SKIPS_FILE
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule, Origin
 from megatron_lite.parallel.agreement import agreed

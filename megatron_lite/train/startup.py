@@ -78,6 +78,7 @@ def code_fingerprint() -> str:
 
 
 @cache
+@cache
 def versions() -> dict[str, str]:
     """What decides, beside configuration and data, what a run computes."""
     return {

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.data.skips import SKIPS_FILE, Rollback, Skips, Window, read_rollbacks, skips_of, write_rollbacks
+from megatron_lite.data.skips import Rollback, Skips, Window, read_rollbacks, skips_of, write_rollbacks
 from megatron_lite.errors import DataError
+from megatron_lite.observe.metrics import SKIPS_FILE
 
 
 def test_nothing_is_left_out() -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_lite.data.skips import SKIPS_FILE as SKIPS_FILE_OF_DATA
 from megatron_lite.observe import report
 from megatron_lite.observe.charts import MOST_POINTS, Series, chart, thinned
 from megatron_lite.observe.dossier import Dossier, ranges
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.report import render, write_report
-from megatron_lite.observe.run_folder import SKIPS_FILE, RunFolder
+from megatron_lite.observe.run_folder import RunFolder
 from tests.unit.observe.synthetic_run import BATCH, HOSTILE, SyntheticRun, eventful_run
 
 
@@ -219,7 +218,3 @@ def test_only_the_latest_of_very_many_spikes(tmp_path: Path, monkeypatch: pytest
     page = render(RunFolder.read(tmp_path), "running")
     assert page.count("<details class=") == 3
     assert "4 earlier ones are in events.jsonl" in page
-
-
-def test_one_name_for_the_file_of_skipped_samples() -> None:
-    assert SKIPS_FILE == SKIPS_FILE_OF_DATA
