@@ -108,7 +108,7 @@ def _turn(
     if way != "bare":
         own = replace(config, stability=replace(config.stability, on_spike=OnSpike(way), layer_interval=STEPS))
         progress = Progress(None, steps, first_step=0, log_interval=1, enabled=False)  # type: ignore[arg-type]
-        callbacks = [Watch(own, engine, first_step, None), Report(trackers, progress, 1.0, 1.0)]
+        callbacks = [Watch(own, engine, first_step, None, []), Report(trackers, progress, 1.0, 1.0)]
     agreement = mock.Mock()
     trainer = Trainer(
         config, engine, source, BatchSchedule(config.train), agreement, callbacks, first_step, first_step + steps

@@ -14,6 +14,7 @@ from megatron_lite.data.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
 from megatron_lite.observe.comparison import Curve, Parting, curve_of, relative_gap, write_chart
 from megatron_lite.observe.run_folder import RunFolder
+from megatron_lite.train.step_samples import batch_of_line
 
 EXIT_PARTED = 1
 FIGURES = ("loss", "grad_norm")
@@ -198,6 +199,6 @@ def _samples_of(run: RunFolder, step: int) -> str:
     line = next(entry for entry in run.metrics if entry["step"] == step)
     if "samples" not in line or "global_batch_size" not in line:
         return "samples unknown"
-    skips = skips_of(read_rollbacks(run.path))
-    last = skips.index(line["samples"] - 1)
-    return f"samples {skips.index(line['samples'] - line['global_batch_size'])}-{last}"
+    batch = batch_of_line(line)
+    indices = skips_of(read_rollbacks(run.path)).indices(batch.first_sample, batch.global_batch_size)
+    return f"samples {indices[0]}-{indices[-1]}"

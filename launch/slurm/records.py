@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.observe.markers import ATTEMPTS_FILE
 from megatron_lite.observe.metrics import read_metrics
 
 JOBS_FILE = "jobs.jsonl"
-ATTEMPTS_FILE = "attempts.jsonl"
 SCRIPT_FILE = "job.sh"
 CHECKPOINT = re.compile(r"step_(\d+)")  # a folder has this name only once it is complete
 

@@ -16,6 +16,8 @@ from megatron_lite.files import publish_first
 
 STOP_FILE = "STOP"
 HANG_FILE = "hang.json"
+ATTEMPTS_FILE = "attempts.jsonl"
+"""When the attempts of a job began and ended: launch/slurm/records.py."""
 ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"
 """The variable by which a launcher names the file whose text it shows: the first rank with an error leaves it there."""
 # Where several ranks leave different ones: what explains the others comes first, FAILED last.

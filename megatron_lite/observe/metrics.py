@@ -23,6 +23,8 @@ ROLLED_BACK_FILE = "rolled_back.jsonl"
 EVENTS_FILE = "events.jsonl"
 SKIPS_FILE = "skipped_samples.json"
 """What rollbacks leave out: data/skips.py."""
+BEGINNINGS = ("start", "resume")
+"""Events of which each attempt begins with one."""
 SPIKE_EVENT = "spike"
 """Its `title` and `text` are what is alerted."""
 ROLLBACK_EVENT = "rollback"
@@ -151,6 +153,8 @@ def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:
 
     A kill before metrics.jsonl is shortened has this done again, so what is there already is not copied twice.
     """
+    if rollbacks == 0:
+        return
     aside = path.with_name(ROLLED_BACK_FILE)
     entries = read_metrics(path)
     left = [entry for entry in entries if not _counts(entry, last_step) and branch_of(entry) < rollbacks]

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from megatron_lite.observe.markers import Marker, read_marker
+from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
+    BEGINNINGS,
     EVENTS_FILE,
     METRICS_FILE,
     ROLLBACK_EVENT,
@@ -25,9 +26,6 @@ from megatron_lite.observe.metrics import (
     read_metrics,
     with_branches,
 )
-
-ATTEMPTS_FILE = "attempts.jsonl"  # launch/slurm/records.py writes it
-BEGINNINGS = ("start", "resume")
 
 Entry = dict[str, Any]
 

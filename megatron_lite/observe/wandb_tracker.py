@@ -14,11 +14,11 @@ import wandb
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.credentials import without_secrets
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROLLBACKS, SPIKE_EVENT, branch_of, with_branches
+from megatron_lite.observe.metrics import BEGINNINGS, ROLLBACK_EVENT, ROLLBACKS, SPIKE_EVENT, branch_of, with_branches
 from megatron_lite.observe.trackers import numbers
 from megatron_lite.observe.wandb_record import alerts, history
 
-OF_ATTEMPTS = ("start", "resume", "stop", "finish")  # events of each attempt, not of a step that may be repeated
+OF_ATTEMPTS = (*BEGINNINGS, "stop", "finish")  # events of each attempt, not of a step that may be repeated
 OF_LINES = ("event", "step", "time")  # what lines of metrics.jsonl and events.jsonl have besides figures
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
@@ -47,6 +47,11 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Of training, without recomputation."""
+        return flops_of_run(self.config, self.prepared.vocab_size).training
+
 
 @dataclass(frozen=True)
 class Callbacks:
@@ -72,11 +77,9 @@ def build_callbacks(
 ) -> Callbacks:
     """Once the run's weights are there. A collective of all ranks."""
     config = run.config
-    flops = flops_of_run(config, run.prepared.vocab_size).training
     validate = Validate(trackers, progress)
     save = Save(trackers, checkpoints, validate)
-    watch = Watch(config, checkpoints.engine, checkpoints.newest_step, _dossiers(run, trackers, source))
-    watch.rollbacks = len(rollbacks)
+    watch = Watch(config, checkpoints.engine, checkpoints.newest_step, _dossiers(run, trackers, source), rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
     go_back = GoBack(
         config.stability,
@@ -89,7 +92,9 @@ def build_callbacks(
         rollbacks,
         partial(last_step, run, source),
     )
-    return Callbacks(watch, Report(trackers, progress, flops, run.peak_flops), go_back, validate, Guard(validate), save)
+    return Callbacks(
+        watch, Report(trackers, progress, run.flops_per_token, run.peak_flops), go_back, validate, Guard(validate), save
+    )
 
 
 def _dossiers(run: Run, trackers: Trackers, source: ShardSource) -> Dossiers | None:

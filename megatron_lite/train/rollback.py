@@ -181,7 +181,7 @@ class GoBack:
         """What this process holds; a collective of all ranks. Whoever is stopped from here on has made no step."""
         self.save.checkpoints.go_back(folder, state)
         trainer.finished_step = state.step
-        self.watch.go_back(state.step, len(self.rollbacks) + 1)
+        self.watch.go_back(state.step)
         self.validate.forget_after(state.step)
 
     def _publish(self) -> None:

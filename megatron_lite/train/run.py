@@ -31,7 +31,6 @@ from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
-from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
@@ -265,8 +264,8 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
-    flops = flops_of_run(run.config, run.prepared.vocab_size).training
-    trackers.event("speed_terms", first_step, {"flops_per_token": flops, "peak_flops": run.peak_flops})
+    terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
+    trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)
     for line in start.report.lines() if start.report else ():
         run.console.print(line)

@@ -10,10 +10,15 @@ from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, ROLLED_BACK_FILE, branch_of, read_metrics
+from megatron_lite.observe.metrics import (
+    BEGINNINGS,
+    EVENTS_FILE,
+    METRICS_FILE,
+    ROLLED_BACK_FILE,
+    branch_of,
+    read_metrics,
+)
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
-
-ATTEMPTS = ("start", "resume")  # events at the begin of each attempt
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: i
         known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(lines)
         by = "" if rollback is None else f" by rollback {rollback}"
         raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
-    batch = _batch_of_line(versions[chosen])
+    batch = batch_of_line(versions[chosen])
     skips = skips_of(rollbacks[: branch_of(versions[chosen])])
     return StepSamples(skips.indices(batch.first_sample, batch.global_batch_size), chosen)
 
@@ -108,7 +113,7 @@ def trained_on(run_dir: Path) -> str | None:
 
 
 def _is_attempt(event: dict[str, Any]) -> bool:
-    return event.get("event") in ATTEMPTS
+    return event.get("event") in BEGINNINGS
 
 
 def _batch(lines: list[dict[str, Any]], config: RunConfig, step: int) -> BatchStep:
@@ -117,11 +122,11 @@ def _batch(lines: list[dict[str, Any]], config: RunConfig, step: int) -> BatchSt
     if before is None:
         return BatchSchedule(config.train, BEGINNING).at(step - 1)
     if before["step"] == step:
-        return _batch_of_line(before)
+        return batch_of_line(before)
     return BatchSchedule(config.train, Origin(before["step"], before["samples"])).at(step - 1)
 
 
-def _batch_of_line(line: dict[str, Any]) -> BatchStep:
+def batch_of_line(line: dict[str, Any]) -> BatchStep:
     """A line tells the samples that are consumed when its step is done."""
     return BatchStep(line["samples"] - line["global_batch_size"], line["global_batch_size"])
 

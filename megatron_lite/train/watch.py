@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.data.skips import Rollback
 from megatron_lite.observe.heartbeat import Phase
-from megatron_lite.observe.metrics import METRICS_FILE, read_metrics
+from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, read_metrics
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
 from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.dossier import Dossier, Dossiers
@@ -47,14 +48,22 @@ class Watch:
 
     Args:
         dossiers: of the writing rank; the others have none.
+        rollbacks: of the run so far; whoever takes it back adds to the list.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, first_step: int, dossiers: Dossiers | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        first_step: int,
+        dossiers: Dossiers | None,
+        rollbacks: Sequence[Rollback],
+    ) -> None:
         self._settings: StabilityConfig = config.stability
         self._is_fp16 = config.train.precision is Precision.fp16
         self._engine, self._dossiers = engine, dossiers
         self.detector = SpikeDetector(config.stability)
-        self.rollbacks = 0
+        self._rollbacks = rollbacks
         self.spike: Spike | None = None
         """Of the step that has just been made; None = it was none."""
         self._judged: tuple[Vitals, Verdict] | None = None
@@ -79,8 +88,8 @@ class Watch:
         trainer.heartbeat.enter(Phase.REPORT)
         micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
         trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
-        if self.rollbacks:
-            trainer.figures["rollbacks"] = self.rollbacks
+        if self._rollbacks:
+            trainer.figures[ROLLBACKS] = len(self._rollbacks)
         if self._is_due(record.step):
             trainer.figures |= self._layer_figures()
         if self._open and record.step == self._open[0].step + STEPS_AFTER:
@@ -99,9 +108,9 @@ class Watch:
         self._history.extend(history)
         self.detector.replay(self._history)
 
-    def go_back(self, step: int, rollbacks: int) -> None:
+    def go_back(self, step: int) -> None:
         """Judge the steps that follow this one anew."""
-        self.rollbacks, self.spike = rollbacks, None
+        self.spike = None
         self._open.clear()
         kept = [vitals for vitals in self._history if vitals.step <= step]
         self._history.clear()
@@ -142,7 +151,7 @@ class Watch:
             record,
             spike.verdict,
             str(self._settings.on_spike),
-            self.rollbacks,
+            len(self._rollbacks),
             trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
             sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
             engine.meter.recent_grad_norms(record.step),

@@ -36,7 +36,7 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
 def resumed(config: RunConfig, run_dir: Path, step: int, loss_scale: float) -> tuple[Watch, Any]:
     """With its engine, whose loss scale is this one."""
     engine = SimpleNamespace(judge=None, measures_update=False, loss_scale=loss_scale, meter=Mock())
-    watch = Watch(config, engine, step, None)
+    watch = Watch(config, engine, step, None, [])
     watch.remember(logged_vitals(config, run_dir, step))
     return watch, engine
 
@@ -54,7 +54,7 @@ def test_a_run_that_went_back_goes_by_the_scale_of_the_checkpoint(tmp_path: Path
     watch, engine = resumed(config_of(Precision.fp16), tmp_path, 30, HIGH / 64)
     assert watch.judge(3.0, 1.0)
     engine.loss_scale = HIGH
-    watch.go_back(20, 1)
+    watch.go_back(20)
     assert not watch.judge(3.0, 1.0)
 
 
