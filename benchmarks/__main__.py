@@ -225,9 +225,9 @@ def _checkpoints(console: Console, arguments: argparse.Namespace, targets: list[
     console.print(
         f"\n[bold]Checkpoints of {millions:.1f} M parameters with Adam's moments, eight ranks[/bold], seconds"
     )
-    for label, ours, theirs in CHECKPOINT_ROWS:
-        other = seconds[theirs].text(2) if theirs else "-"
-        console.print(f"  {label:<42}{seconds[ours].text(2) if ours else '-':>24}   DeepSpeed {other:>24}")
+    for label, *names in CHECKPOINT_ROWS:
+        own, other = (seconds[name].text(2) if name else "-" for name in names)
+        console.print(f"  {label:<42}{own:>24}   DeepSpeed {other:>24}")
     minimum = found["bytes"] / found["minimum_bytes"]
     console.print(
         f"  bytes written / minimum                   {minimum:.4f}   DeepSpeed {found['deepspeed_ratio']:.4f}\n"

@@ -79,18 +79,13 @@ def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turn
     for turn in range(turns):
         ours, theirs = _savers(engine, checkpoints), checkpoints / f"deepspeed{turn}"
         for asynchronous, saver in ours.items():
-            _measure(found, "stall_async" if asynchronous else "save", lambda saver=saver: saver.save(*_state(engine)))
+            _measure(found, "stall_async" if asynchronous else "save", saver.save, *_state(engine))
             saver.wait()
             if asynchronous:
                 found.setdefault("total_async", []).append(saver.reports.pop().total_seconds)
         client = {"universal_checkpoint_info": PATTERNS | {"original_vocab_size": vocab_size}}
-        _measure(
-            found,
-            "deepspeed_save",
-            lambda theirs=theirs, client=client: engine.deepspeed_engine.save_checkpoint(
-                str(theirs), tag="bench", client_state=client
-            ),
-        )
+        save = engine.deepspeed_engine.save_checkpoint
+        _measure(found, "deepspeed_save", save, str(theirs), tag="bench", client_state=client)
     _finish(rank, folder, found)
 
 
@@ -104,15 +99,13 @@ def _load_rank(
     theirs = engine.deepspeed_engine
     found: dict[str, list[float]] = {}
     for turn in range(turns):
-        _measure(found, name, lambda: _load(engine, checkpoints))
+        _measure(found, name, _load, engine, checkpoints)
         if layout == SAVED:
             source, tag = checkpoints / f"deepspeed{turn}", "bench"
         else:
             source, tag = checkpoints, f"universal{turn}"
             theirs._config.load_universal_checkpoint = True
-        _measure(
-            found, f"deepspeed_{name}", lambda source=source, tag=tag: theirs.load_checkpoint(str(source), tag=tag)
-        )
+        _measure(found, f"deepspeed_{name}", theirs.load_checkpoint, str(source), tag=tag)
     _finish(rank, folder, found)
 
 
@@ -180,13 +173,13 @@ def _load(engine: Engine, checkpoints: Path) -> None:
     engine.shards.weights_changed()
 
 
-def _measure(found: dict[str, list[float]], name: str, do: Callable[[], Any]) -> None:
+def _measure(found: dict[str, list[float]], name: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Seconds until the slowest rank is through."""
     import torch.distributed as dist
 
     dist.barrier()
     began = time.perf_counter()
-    do()
+    do(*args, **kwargs)
     dist.barrier()
     found.setdefault(name, []).append(time.perf_counter() - began)
 

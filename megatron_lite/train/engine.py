@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
@@ -35,8 +36,14 @@ from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train.batches import normalise, targets_of
-from megatron_lite.train.gradients import clip_by_global_norm, full_tensors
-from megatron_lite.train.mending import DeferredScale, as_if_overflowed, forget_empty_step, require_right_deepspeed
+from megatron_lite.train.gradients import full_tensors
+from megatron_lite.train.mending import (
+    DeferredScale,
+    clip_by_given_norm,
+    forget_empty_step,
+    require_right_deepspeed,
+    spare_copies,
+)
 from megatron_lite.train.meter import LayerMeter
 from megatron_lite.train.phases import EnginePhases
 from megatron_lite.train.schedule import call_at_boundaries
@@ -96,14 +103,14 @@ class Engine(ABC):
         """Called between the last reduction of a step and clipping."""
         self.judge: Callable[[float, float], bool] | None = None
         """Told the loss and the norm of a step ahead of its update, the same on every rank; True drops the update.
-        Costs an all-reduce and a wait for the device; None = every update is made."""
+        Costs a wait for the device; None = every update is made."""
         self.measures_update = False
         """Whether `meter` is to see the next update."""
         self.at_boundary: Callable[[], None] = lambda: None
         """Called between micro-batches, equally often on every rank; what it raises ends the training."""
         self._global_batch_size = global_batch_size
-        self._own_grad_norm = 0.0
-        self._dropped, self._judged_grad_norm = False, 0.0
+        self._dropped = False
+        self._grad_norm = self._clipped_by = torch.zeros(())  # of the newest step: not scaled; times fp16's loss scale
         require_right_deepspeed(deepspeed.__version__)
         if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
@@ -135,7 +142,7 @@ class Engine(ABC):
         loss = self._accumulate_and_step(batches)
         return StepResult(
             loss=loss,
-            grad_norm=self._grad_norm(),
+            grad_norm=float(self._grad_norm),
             skipped=self._dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
             loss_scale=self.loss_scale,
         )
@@ -220,26 +227,21 @@ class Engine(ABC):
             dist_init_required=False,
         )
         forget_empty_step(engine.optimizer)
-        if self.context.data_size == 1 and self.dtype is torch.bfloat16:
-            # It would flatten all fp32 gradients, sum them over one rank and copy them back: 2 % of a one-rank step.
-            engine.pipeline_enable_backward_allreduce = False
+        spare_copies(engine.optimizer, self.context.data_size)
         self._insert_before(engine.optimizer)
         return engine
 
     def _insert_before(self, optimizer: Any) -> None:
-        """Between the last reduction and the update: hooks, figures of the layers, judgement, and ZeRO-0's clipping."""
+        """Between the last reduction and the update: hooks, the gradient's norms, judgement, and clipping."""
         original_step = optimizer.step
         scale_updates = DeferredScale(optimizer) if self.dtype is torch.float16 else None
+        clip_by_given_norm(optimizer, lambda: self._clipped_by, self.context)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             for hook in self.gradient_hooks:
                 hook()
-            self.meter.measure_gradient(self.loss_scale)
-            if self.config.parallel.zero_stage == 0:
-                self._own_grad_norm = clip_by_global_norm(
-                    self.module.parameters(), self.config.optimizer.clip_grad_norm, self.context
-                )
-            self._dropped = self.judge is not None and self.judge(*self._vitals())
+            loss, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)
+            self._dropped = self.judge is not None and self.judge(float(loss), float(self._grad_norm))
             if self._dropped:
                 self._drop_update(original_step)
             else:
@@ -250,6 +252,9 @@ class Engine(ABC):
         optimizer.step = step
 
     def _update(self, original_step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._clipped_by = self._grad_norm * self.loss_scale
+        if self.config.parallel.zero_stage == 0 and self.config.optimizer.clip_grad_norm:
+            clip_grads_with_norm_(self.module.parameters(), self.config.optimizer.clip_grad_norm, self._clipped_by)
         if self.measures_update:
             self.meter.before_update()
         original_step(*args, **kwargs)
@@ -258,28 +263,15 @@ class Engine(ABC):
     def _drop_update(self, original_step: Callable[..., Any]) -> None:
         if self.config.parallel.zero_stage == 0:
             return  # torch's own optimizer has nothing to clear up
-        with as_if_overflowed(self.deepspeed_engine.optimizer):
-            original_step()
+        self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed's drop an update by such a norm
+        original_step()
 
-    def _vitals(self) -> tuple[float, float]:
-        """Loss and gradient norm of the step under way, the same on every rank. A collective of all ranks."""
-        sums = torch.zeros(1 + len(self.meter.layers), device=self.context.device)
-        if self.context.is_last_stage and self.context.tensor_rank == 0:
-            shares = [sequences[0].sum() for sequences in self.loss.sequences]
-            sums[0] = torch.stack(shares).sum() / (len(shares) * self.context.data_size)
-        sums[1:] = self.meter.squares()
-        dist.all_reduce(sums)
-        loss, *squares = sums.tolist()
-        self._judged_grad_norm = math.sqrt(sum(squares))
-        return loss, self._judged_grad_norm
-
-    def _grad_norm(self) -> float:
-        if self._dropped:
-            return self._judged_grad_norm
-        if self.config.parallel.zero_stage == 0:
-            return self._own_grad_norm
-        norm = self.deepspeed_engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+    def _loss_part(self) -> torch.Tensor:
+        """Scalar: what this rank adds to the loss of the step under way; 0 where nobody judges it."""
+        if self.judge is None or not self.context.is_last_stage or self.context.tensor_rank > 0:
+            return torch.zeros((), device=self.context.device)
+        parts = [sequences[0].sum() for sequences in self.loss.sequences]
+        return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
 
     def _prepare_step(self, step: BatchStep, learning_rate: float) -> None:
         if step.global_batch_size != self._global_batch_size:  # the batch ramp

@@ -1,8 +1,8 @@
-"""Whole-model views of gradients that lie in slices: their norm, and the full tensors by global name."""
+"""Full tensors by global name, of weights and gradients that lie in slices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -10,40 +10,6 @@ from torch import nn
 
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import join_slices
-
-
-def counts_once(parameter: nn.Parameter, context: ParallelContext) -> bool:
-    """True on exactly one tensor-parallel rank and stage for every element of the model.
-
-    A replicated parameter counts on tensor rank 0, a tied one on the first stage that holds it (DeepSpeed marks the
-    other copies with `ds_pipe_replicated`), a sharded one everywhere.
-    """
-    if getattr(parameter, "ds_pipe_replicated", False):
-        return False
-    return parameter.shard_spec.dim is not None or context.tensor_rank == 0
-
-
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], largest: float, context: ParallelContext) -> float:
-    """Scale `.grad` in place so that the norm of the whole model's gradient is at most `largest` (0 = no limit).
-
-    For ZeRO-0, whose gradients lie whole on every data-parallel rank. A collective over tensor and pipeline groups.
-
-    Returns:
-        the norm before clipping
-    """
-    gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-    square = torch.zeros((), dtype=torch.float32, device=context.device)
-    for parameter, gradient in gradients:
-        if counts_once(parameter, context):
-            square += gradient.float().pow(2).sum()
-    for group in (context.tensor_group, context.pipeline_group):
-        if group is not None:
-            dist.all_reduce(square, group=group)
-    norm = float(square.sqrt())
-    if 0 < largest < norm:
-        for _, gradient in gradients:
-            gradient.mul_(largest / (norm + 1e-6))  # the epsilon of torch.nn.utils.clip_grad_norm_
-    return norm
 
 
 def full_tensors(

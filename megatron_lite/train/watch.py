@@ -161,9 +161,8 @@ class Watch:
         return dossier
 
     def _add_steps_after(self, dossier: Dossier) -> None:
-        """A collective of all ranks."""
-        dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
         if self._dossiers is not None:
+            dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
             self._dossiers.write(dossier)
 
 

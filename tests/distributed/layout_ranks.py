@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import deepspeed.runtime.zero.stage_1_and_2
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -21,6 +20,7 @@ import megatron_lite.parallel.layers
 import megatron_lite.train.batches
 import megatron_lite.train.engine
 import megatron_lite.train.generate
+import megatron_lite.train.shards
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.models.activations import Activations, Wire
@@ -235,7 +235,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),
     "replicated_parameters_counted_on_every_rank": _patch(
-        deepspeed.runtime.zero.stage_1_and_2, "is_model_parallel_parameter", lambda parameter: True
+        megatron_lite.train.shards, "share", lambda size, parts, index: (0, size)
     ),
     "padded_vocabulary_in_the_softmax": _patch(
         megatron_lite.objectives.loss, "vocab_parallel_cross_entropy", _softmax_over_padding

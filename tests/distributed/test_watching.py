@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 from unittest import mock
 
 import pytest
@@ -15,8 +17,9 @@ from megatron_lite.train.meter import layer_of
 from megatron_lite.train.verify import trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config
-from tests.distributed.watching_ranks import DROPPED_STEP, Watched, watched_rank
+from tests.distributed.watching_ranks import DROPPED_STEP, Watched, norms_of_rank, poisoned_rank, watched_rank
 
+T = TypeVar("T")
 TOLERANCE = 1e-5
 STEPS = 5
 FP32 = ("zero0_dp2_pp2", "dp2_tp2_pp2", "zero2_dp2_tp2", "zero3_dp2", "offload_zero1_dp2_pp2", "offload_zero2_dp2")
@@ -29,10 +32,14 @@ def config_of(model: str, layout: str, **train: object) -> RunConfig:
     return replace(config, train=replace(config.train, steps=STEPS, **train))
 
 
-def watched(config: RunConfig) -> list[Watched]:
+def ranks_of(function: Callable[[RunConfig, int], T], config: RunConfig, vocab_size: int = VOCAB_SIZE) -> list[T]:
     parallel = config.parallel
     ranks = (parallel.data_parallel_size or 1) * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    return run_ranks(watched_rank, ranks, config, VOCAB_SIZE)
+    return run_ranks(function, ranks, config, vocab_size)
+
+
+def watched(config: RunConfig) -> list[Watched]:
+    return ranks_of(watched_rank, config)
 
 
 @functools.cache
@@ -110,6 +117,33 @@ def test_low_precision(precision: Precision, layout: str) -> None:
         close(dict(found.layers[step].grad_norm), dict(expected.layers[step].grad_norm), 0.1)
         close(found.sequences[step], expected.sequences[step], 0.02)
     assert len({result.loss_scale for result in found.results}) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        (Precision.fp32, "tp2_pp2"),
+        (Precision.fp32, "offload_zero2_dp2"),
+        (Precision.fp32, "zero3_dp2"),
+        (Precision.bf16, "tp2_pp2"),
+        (Precision.bf16, "zero2_dp2"),
+        (Precision.bf16, "zero3_dp2"),
+        (Precision.fp16, "dp2"),
+        (Precision.fp16, "zero3_dp2"),
+    ],
+)
+def test_a_gradient_that_is_no_number(precision: Precision, layout: str) -> None:
+    """In one element on one rank: every rank drops the update, and the next step is made."""
+    with mock.patch.dict(os.environ, {FP16_ON_CPU: "1"}):
+        found = ranks_of(poisoned_rank, config_of("gpt2", layout, precision=precision))
+    assert found == [[(False, True, True), (True, False, False)]] * len(found)
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "dp2", "offload_zero2_dp2", "zero3_dp2"])
+def test_norm_of_a_large_parameter(layout: str) -> None:
+    """A CPU's own fp32 norm of a million elements is off by 1e-5."""
+    for measured, expected in ranks_of(norms_of_rank, config_of("llama", layout), vocab_size=40_000):
+        close(measured, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", [OptimizerName.sgd, OptimizerName.adafactor])

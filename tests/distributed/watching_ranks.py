@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.train.engine import Engine, StepResult
@@ -53,6 +55,37 @@ def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
     seen.updates = engine.shards.updates
     seen.memory = stage_memory_bytes(engine.context)
     return seen
+
+
+def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
+    """Of a step's gradient where no rank has a part of the model alone: as measured, and in fp64."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    squares = []
+    engine.gradient_hooks.append(
+        lambda: squares.extend(float(gradient.double().square().sum()) for gradient in engine.full_gradients().values())
+    )
+    (result,) = train_steps(engine, batches_from, config, 0, 1)
+    return result.grad_norm, math.sqrt(sum(squares))
+
+
+def poisoned_rank(config: RunConfig, vocab_size: int) -> list[tuple[bool, bool, bool]]:
+    """Of a step in which one element of one rank's gradient is no number, and of the next: whether the norm was a
+    number, whether the update was dropped, and whether weights and moments stayed bitwise what they were."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+
+    def poison() -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            engine.shards.owned_gradients()[0][0] = math.nan
+
+    engine.gradient_hooks.append(poison)
+    found = []
+    for step in range(2):
+        state = _state(engine)
+        (result,) = train_steps(engine, batches_from, config, step, 1)
+        same = all(torch.equal(a, b) for a, b in zip(state, _state(engine), strict=True))
+        found.append((math.isfinite(result.grad_norm), result.skipped, same))
+        engine.gradient_hooks.clear()
+    return found
 
 
 def _state(engine: Engine) -> list[torch.Tensor]:
