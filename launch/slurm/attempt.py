@@ -52,7 +52,7 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) ->
     marker = read_marker(run_dir)
     begun = records.attempts(run_dir, "begin", job)[-1]
     checkpoint = records.newest_checkpoint(run_dir)
-    advanced = checkpoint is not None and (begun["checkpoint"] is None or checkpoint > begun["checkpoint"])
+    advanced = checkpoint not in (None, begun["checkpoint"])  # an older one is what a rollback leaves
     earlier = [entry for entry in records.attempts(run_dir, "end", job) if entry["requeued"]]
     outcome = Outcome(
         marker=marker,

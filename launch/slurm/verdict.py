@@ -36,7 +36,7 @@ class Outcome:
     stalled: int
     """Of these, the last in a row that had left no newer checkpoint."""
     advanced: bool
-    """The newest checkpoint is newer than when this attempt began."""
+    """The newest checkpoint is not the one that this attempt began with."""
 
 
 @dataclass(frozen=True)

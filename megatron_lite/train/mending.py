@@ -118,6 +118,7 @@ def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: Para
         norm: of the whole model's gradient, times fp16's loss scale; an fp32 scalar, the same on every rank.
     """
     counts_here = context.tensor_rank == 0 and context.pipeline_rank == 0
+    device = getattr(optimizer, "device", context.device)  # where the gradients lie: under offload the CPU
     to_clip: Any = getattr(optimizer, "get_grads_for_norm", None)
 
     def leave_it_to_the_norm(*_: Any, **__: Any) -> None:
@@ -131,8 +132,8 @@ def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: Para
 
     given: dict[str, Callable[..., Any]] = {
         "check_overflow": leave_it_to_the_norm,
-        "scaled_global_norm": lambda **_: norm(),  # ZeRO-1 and 2
-        "_get_norm_groups": lambda: [norm()],  # ZeRO-3
+        "scaled_global_norm": lambda **_: norm().to(device),  # ZeRO-1 and 2
+        "_get_norm_groups": lambda: [norm().to(device)],  # ZeRO-3
         "get_grads_for_norm": to_sum,  # ZeRO-1 in bf16
     }
     for name, replacement in given.items():

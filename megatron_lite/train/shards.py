@@ -186,6 +186,11 @@ class PartitionedShards(Shards):
             for moment in moments_of(self.config):
                 self._make_state(partition, moment, partition.shape)
 
+    def owned_gradients(self) -> list[Tensor]:
+        if hasattr(self.optimizer, "_wait_for_offload_copies"):  # from a GPU: still under way when backward is done
+            self.optimizer._wait_for_offload_copies()
+        return super().owned_gradients()
+
     def weights_changed(self) -> None:
         self.optimizer.update_lp_params()
 

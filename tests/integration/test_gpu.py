@@ -26,12 +26,23 @@ def _launch(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=REPOSITORY, text=True, capture_output=True, timeout=400)
 
 
-@pytest.mark.parametrize(("gpus", "layout"), [(1, "single"), (2, "tp2"), (2, "pp2"), (8, "dp2_tp2_pp2")])
+OFFLOADED = "parallel.offload_optimizer=true"
+LAYOUTS = [
+    (1, ["parallel=single"]),
+    (1, ["parallel=single", "parallel.zero_stage=2", OFFLOADED]),
+    (1, ["parallel=single", "parallel.zero_stage=3", OFFLOADED]),
+    (2, ["parallel=tp2"]),
+    (2, ["parallel=pp2"]),
+    (8, ["parallel=dp2_tp2_pp2"]),
+]
+
+
+@pytest.mark.parametrize(("gpus", "layout"), LAYOUTS)
 @pytest.mark.parametrize("model", ["gpt_tiny", "llama_tiny"])
-def test_layout_is_certified(gpus: int, layout: str, model: str, tiny: Callable[..., list[str]]) -> None:
+def test_layout_is_certified(gpus: int, layout: list[str], model: str, tiny: Callable[..., list[str]]) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    finished = _launch("verify", "pretrain_gpt", *tiny("run", f"parallel={layout}", f"model={model}"))
+    finished = _launch("verify", "pretrain_gpt", *tiny("run", *layout, f"model={model}"))
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 

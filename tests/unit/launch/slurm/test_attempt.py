@@ -132,6 +132,15 @@ def test_limits_count_this_job_and_forget_progress(slurm: Notes, run_dir: Path) 
     assert not fails()
 
 
+def test_a_rollback_is_progress(slurm: Notes, run_dir: Path) -> None:
+    for step in (20, 30):
+        (run_dir / "checkpoints" / f"step_{step:08}").mkdir(parents=True)
+    begin(run_dir)
+    (run_dir / "checkpoints" / "step_00000030").rmdir()
+    end(run_dir, code=137)
+    assert records.attempts(run_dir, "end")[-1]["advanced"]
+
+
 def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run_dir)
     slurm.refuses = ("requeue",)
