@@ -109,22 +109,27 @@ class _Eta:
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
         self._times: deque[tuple[int, float]] = deque([(first_step, time.monotonic())], maxlen=_SPEED_WINDOW + 1)
-        self._first_seconds: float | None = None  # of the first step
+        self._known_seconds: float | None = None  # a step, while a single one is in the window
 
     def update(self, step: int) -> None:
         now = time.monotonic()
-        if self._first_seconds is None:
-            old_step, old_time = self._times.pop()  # the first step pays for warming up: measure from its end
-            self._first_seconds = (now - old_time) / max(step - old_step, 1)
+        newest, newest_time = self._times[-1]
+        if self._known_seconds is None:  # the first step pays for warming up: measure from its end
+            self._known_seconds = (now - newest_time) / max(step - newest, 1)
+            self._times.clear()
+        elif step <= newest:  # the run has gone back
+            self._known_seconds = self._seconds_per_step()
+            self._times.clear()
         self._times.append((step, now))
 
     @property
     def seconds(self) -> float | None:
-        if self._first_seconds is None:
-            return None
+        per_step = self._seconds_per_step()
+        return None if per_step is None else per_step * (self._total_steps - self._times[-1][0])
+
+    def _seconds_per_step(self) -> float | None:
         (old_step, old_time), (new_step, new_time) = self._times[0], self._times[-1]
-        per_step = (new_time - old_time) / (new_step - old_step) if new_step > old_step else self._first_seconds
-        return per_step * (self._total_steps - new_step)
+        return (new_time - old_time) / (new_step - old_step) if new_step > old_step else self._known_seconds
 
 
 def step_line(step: int, total_steps: int, figures: StepFigures, eta_seconds: float | None) -> str:

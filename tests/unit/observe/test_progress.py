@@ -73,17 +73,27 @@ def test_silent_on_ranks_without_a_console() -> None:
         progress.line("nothing")
 
 
-def test_eta_is_the_mean_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step takes 100 s, the others 2 s: it must not count once there are others."""
+@pytest.mark.parametrize(
+    ("steps", "seconds_left"),
+    [
+        ([(1, 100.0), (2, 2.0), (3, 2.0), (4, 2.0)], [100 * 49, 2 * 48, 2 * 47, 2 * 46]),
+        ([(1, 100.0), (2, 2.0), (3, 2.0), (2, 60.0), (3, 4.0)], [100 * 49, 2 * 48, 2 * 47, 2 * 48, 4 * 47]),
+    ],
+    ids=["first_step_is_slow", "gone_back"],
+)
+def test_eta_is_the_mean_of_the_last_steps(
+    steps: list[tuple[int, float]], seconds_left: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first step, which warms up, nor the way back counts once there are others."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
     progress = Progress(plain_console(stream), 50)
-    for step, seconds in enumerate([100.0, 2.0, 2.0, 2.0], start=1):
+    for step, seconds in steps:
         now += seconds
         progress.update(step, FIGURES)
     etas = [line.rsplit("ETA ", 1)[1] for line in stream.getvalue().splitlines()]
-    assert etas == [duration(100 * 49), duration(2 * 48), duration(2 * 47), duration(2 * 46)]
+    assert etas == list(map(duration, seconds_left))
 
 
 def test_the_bar_leaves_the_terminal_usable_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
