@@ -14,19 +14,20 @@ from torch import Tensor
 from megatron_lite.errors import LaunchError, TrainingError
 from megatron_lite.parallel.context import ParallelContext
 
-DEEPSPEED_FLOOR = (0, 19, 3)
+DEEPSPEED_FLOOR = (0, 19, 8)
 
 
 def require_right_deepspeed(version: str) -> None:
     """
     Raises:
-        LaunchError: this DeepSpeed computes wrong gradients in a pipeline (its issues 7773 and 8152).
+        LaunchError: this DeepSpeed computes wrong gradients in a pipeline (before 0.19.3, its issues 7773 and 8152), or
+            updates weights by a gradient that is no number, unless in fp16 (before 0.19.8, which looks at the norm).
     """
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
         floor = ".".join(map(str, DEEPSPEED_FLOOR))
         raise LaunchError(
-            f"deepspeed=={version} computes wrong gradients in a pipeline, scaled by its micro-batches; "
-            f"pip install 'deepspeed>={floor}'"
+            f"deepspeed=={version} cannot drop an update whose gradient is no number, and before 0.19.3 its gradients "
+            f"in a pipeline are wrong; pip install 'deepspeed>={floor}'"
         )
 
 
@@ -116,7 +117,11 @@ def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: Para
 
     Args:
         norm: of the whole model's gradient, times fp16's loss scale; an fp32 scalar, the same on every rank.
+    Raises:
+        LaunchError: this DeepSpeed has no place to give it a norm.
     """
+    if isinstance(optimizer, torch.optim.Optimizer):  # torch's own under ZeRO-0: it knows no norm
+        return
     counts_here = context.tensor_rank == 0 and context.pipeline_rank == 0
     device = getattr(optimizer, "device", context.device)  # where the gradients lie: under offload the CPU
     to_clip: Any = getattr(optimizer, "get_grads_for_norm", None)
@@ -131,11 +136,16 @@ def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: Para
         return [norm() if counts_here else torch.zeros_like(norm())], {}
 
     given: dict[str, Callable[..., Any]] = {
-        "check_overflow": leave_it_to_the_norm,
         "scaled_global_norm": lambda **_: norm().to(device),  # ZeRO-1 and 2
         "_get_norm_groups": lambda: [norm().to(device)],  # ZeRO-3
         "get_grads_for_norm": to_sum,  # ZeRO-1 in bf16
     }
-    for name, replacement in given.items():
-        if hasattr(optimizer, name):
-            setattr(optimizer, name, replacement)
+    places = [name for name in given if hasattr(optimizer, name)]
+    if not places:
+        raise LaunchError(
+            f"this deepspeed's {type(optimizer).__name__} has none of {', '.join(given)}; "
+            "pip install -c constraints.txt deepspeed"
+        )
+    for name in places:
+        setattr(optimizer, name, given[name])
+    optimizer.check_overflow = leave_it_to_the_norm

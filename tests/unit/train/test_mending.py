@@ -8,7 +8,9 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megatron_lite.train.mending import spare_copies
+from megatron_lite.errors import LaunchError
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.mending import clip_by_given_norm, spare_copies
 
 SIZES = (3, 4)
 
@@ -73,3 +75,8 @@ def test_one_rank_sums_nothing() -> None:
     accumulate(alone, 3.0, None)
     assert alone.get_grads_for_reduction() == ([], {})
     assert alone.fp32_groups_gradients_flat[0].tolist() == [3.0] * 3 + [0.0] * 4
+
+
+def test_an_optimizer_that_takes_no_norm_is_refused() -> None:
+    with pytest.raises(LaunchError, match=r"SimpleNamespace has none of scaled_global_norm, .*; pip install -c"):
+        clip_by_given_norm(SimpleNamespace(), lambda: torch.zeros(()), ParallelContext.single())
