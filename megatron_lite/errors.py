@@ -6,7 +6,8 @@ invariants of our own; anything that a wrong config, file or machine can trigger
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import ClassVar
 
@@ -64,6 +65,10 @@ class ForeignFormatError(CheckpointError):
     """A checkpoint of another version of megatron_lite: it may be whole, but this version cannot tell."""
 
 
+class DamagedFileError(MegatronLiteError):
+    """A file that a run left for later is not what was written: torn, zeroed, changed, or of another program."""
+
+
 class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
 
@@ -86,3 +91,21 @@ class DeviceMemoryError(MegatronLiteError):
 
 class VerificationError(MegatronLiteError):
     """A layout does not compute what one rank computes."""
+
+
+@contextmanager
+def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any exception of a library into `error`: "<what>: <the library's first line>; <remedy>".
+
+    Libraries do not promise which exceptions they raise, so a list of types is always too short. Put nothing but calls
+    of the library into the block: an exception of our own code is a bug, and has to keep its traceback. Errors of ours
+    (raised by a callback, say) pass unchanged; so does running out of memory.
+    """
+    try:
+        yield
+    except (MegatronLiteError, MemoryError):
+        raise
+    except Exception as problem:
+        text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+        said = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        raise error(f"{what}: {said}" + (f"; {remedy}" if remedy else "")) from problem

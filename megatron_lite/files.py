@@ -46,12 +46,19 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def publish_first(path: Path, text: str) -> bool:
-    """Write a file whole or not at all, unless it is there already; whether we were the first, of all nodes."""
+    """Write a file whole or not at all, unless it is there already; whether we were the first, of all nodes.
+
+    On the disk when it returns.
+    """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before it has its name: a crash must not leave an empty file under it
         os.link(temporary, path)  # atomic on shared filesystems as well, where O_EXCL has not always been
+        sync(path.parent)
     except FileExistsError:
         return False
     finally:
