@@ -22,7 +22,7 @@ from benchmarks.ranks import build_rank, run_job
 from benchmarks.shape import MICRO_BATCH, SEED, Shape
 
 if TYPE_CHECKING:
-    from megatron_lite.train.engine import Engine
+    from megatron_lite.engine.engine import Engine
 
 WORLD_SIZE = 8
 SAVED, OTHER = (2, 2, 2), (2, 1, 4)  # data, tensor, pipeline

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.shape import SEED, Shape
 
 if TYPE_CHECKING:
+    from megatron_lite.engine.engine import Engine
     from megatron_lite.parallel.topology import Topology
-    from megatron_lite.train.engine import Engine
 
 
 def run_job(world_size: int, target: Callable[..., None], *arguments: Any) -> str:
     """Call target(rank, folder, *arguments) in each rank; what one of them has written to folder/result.json."""
     # Imported before the fork, so that eight ranks do not import it eight times.
-    for name in ("torch._dynamo", "megatron_lite.train.engine", "megatron_lite.train.checkpoints"):
+    for name in ("torch._dynamo", "megatron_lite.engine.engine", "megatron_lite.train.checkpoints"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         context = multiprocessing.get_context("fork")
@@ -48,10 +48,10 @@ def build_rank(rank: int, folder: Path, layout: Topology, shape: Shape, global_b
     import torch.distributed as dist
 
     from megatron_lite.config.schema import ParallelConfig
+    from megatron_lite.engine.engine import build_engine
+    from megatron_lite.engine.task import build_task
     from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
     from megatron_lite.parallel.context import ParallelContext
-    from megatron_lite.train.engine import build_engine
-    from megatron_lite.train.setup import build_task
 
     torch.set_num_threads(1)
     world = str(layout.world_size)

@@ -14,13 +14,13 @@ from torch import nn
 
 from benchmarks.shape import MICRO_BATCH, Shape
 from megatron_lite.config.schema import OptimizerConfig, ParallelConfig, Precision
+from megatron_lite.engine.task import build_task
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.setup import build_task
 
 Step = Callable[[], float]
 
@@ -51,8 +51,8 @@ def bare_torch(shape: Shape) -> Step:
 
 def engine(shape: Shape) -> Step:
     """Our engine on one rank: PipelineEngine with ZeRO-1."""
+    from megatron_lite.engine.engine import build_engine
     from megatron_lite.train.distributed import ProcessEnvironment, start_process_group
-    from megatron_lite.train.engine import build_engine
 
     reuse_freed_memory()
     enable_fast_float32_matmul()

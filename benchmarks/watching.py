@@ -24,8 +24,8 @@ from benchmarks.shape import SEED, Shape
 if TYPE_CHECKING:
     from megatron_lite.config.schema import RunConfig
     from megatron_lite.data.batch import MicroBatch
+    from megatron_lite.engine.engine import Engine
     from megatron_lite.optim.batch_ramp import BatchStep
-    from megatron_lite.train.engine import Engine
 
 WAYS = ("bare", "warn", "rollback")
 STEPS = 10  # of a turn, the last one with all figures: twice as often as stability.layer_interval asks for

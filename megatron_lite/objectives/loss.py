@@ -39,9 +39,9 @@ class Hits:
 class TokenLoss:
     """Weighted sum of the tokens' cross-entropies, and of those of the samples' classes.
 
-    The weights carry the denominator (see `train.batches.normalise`), so that summing over micro-batches and averaging
-    over ranks gives the mean over all tokens of the global batch, however unevenly they are spread, plus the mean over
-    all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
+    The weights carry the denominator (see `engine.loss_weights.normalise`), so that summing over micro-batches and
+    averaging over ranks gives the mean over all tokens of the global batch, however unevenly they are spread, plus the
+    mean over all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
     """
 
     context: ParallelContext

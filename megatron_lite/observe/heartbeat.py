@@ -24,7 +24,7 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
-WRAPPERS = tuple(os.path.join("train", name) for name in ("phases.py", "schedule.py"))  # of DeepSpeed's methods
+WRAPPERS = tuple(os.path.join("engine", name) for name in ("phases.py", "schedule.py"))  # of DeepSpeed's methods
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
 WAITING_CALLS = ("wait", "synchronize")  # of an asynchronous collective's handle, or of a GPU

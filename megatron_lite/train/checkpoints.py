@@ -20,13 +20,13 @@ from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips
+from megatron_lite.engine.engine import Engine
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.observe.console import Console
 from megatron_lite.optim.batch_ramp import BEGINNING, Origin
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.engine import Engine
 from megatron_lite.train.startup import versions
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_lite.train.engine import Engine
-from megatron_lite.train.relay import agree, forward_through_stages
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.inference import agree, forward_through_stages
 
 _NOTHING = -1  # no token
 

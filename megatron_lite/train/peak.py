@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.engine.engine import DTYPES
 from megatron_lite.observe.hardware import measure_gemm_peak, usable_cores
 from megatron_lite.planning.flops import dense_peak_flops
-from megatron_lite.train.engine import DTYPES
 
 
 def job_peak_flops(config: RunConfig, device: torch.device, world_size: int) -> float:

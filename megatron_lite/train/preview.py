@@ -9,11 +9,11 @@ import torch
 
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.inference import agree, forward_through_stages
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.objectives.base import Example
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax
-from megatron_lite.train.engine import Engine
-from megatron_lite.train.relay import agree, forward_through_stages
 
 SHOWN_TOKENS = 60
 

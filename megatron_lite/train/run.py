@@ -20,6 +20,8 @@ from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import load_prepared
 from megatron_lite.data.skips import Skips, skips_of
+from megatron_lite.engine.engine import Engine, build_engine
+from megatron_lite.engine.task import build_task
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import Console, redirect_output
@@ -35,7 +37,6 @@ from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
 from megatron_lite.train.checkpoints import Checkpoints, Start
-from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Trainer
@@ -44,7 +45,6 @@ from megatron_lite.train.parts import Run, agreed_rollbacks, build_callbacks, la
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
 from megatron_lite.train.rollback import unsuited
-from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested

@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import xxhash
@@ -59,7 +59,7 @@ class Identity:
         same = {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
+            "deepspeed": version("deepspeed"),
             "code of megatron_lite": code_fingerprint() if local_rank == 0 else None,
             "configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:12],
             "device": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else device.type,
@@ -78,13 +78,12 @@ def code_fingerprint() -> str:
 
 
 @cache
-@cache
 def versions() -> dict[str, str]:
     """What decides, beside configuration and data, what a run computes."""
     return {
         "megatron_lite": code_fingerprint(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
     }
 

@@ -22,6 +22,9 @@ from megatron_lite.config.schema import Recompute, RunConfig
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.engine.engine import Engine, build_engine
+from megatron_lite.engine.loss_weights import normalise, targets_of
+from megatron_lite.engine.task import build_task
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.objectives.base import Example, Objective, SentencePair, Text, WindowShape
@@ -30,9 +33,6 @@ from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import join_slices
-from megatron_lite.train.batches import normalise, targets_of
-from megatron_lite.train.engine import Engine, build_engine
-from megatron_lite.train.setup import build_task
 
 TOLERANCE = 1e-5
 """Largest relative difference in fp32: of a parameter's raw gradient, of the gradient norm, of a step's loss."""

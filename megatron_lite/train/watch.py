@@ -13,14 +13,14 @@ from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.skips import Rollback
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, read_metrics
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
 from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.dossier import Dossier, Dossiers
-from megatron_lite.train.engine import Engine
 from megatron_lite.train.loop import StepRecord, Trainer
-from megatron_lite.train.meter import sequence_losses, stage_memory_bytes
 
 STEPS_AFTER = 2  # whose figures are added to a dossier
 SHARES = {

@@ -24,13 +24,13 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips
+from megatron_lite.engine.engine import Engine, StepResult
+from megatron_lite.engine.inference import forward_through_stages
+from megatron_lite.engine.shards import Shards
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of
-from megatron_lite.train.engine import Engine, StepResult
 from megatron_lite.train.generate import generate
-from megatron_lite.train.relay import forward_through_stages
-from megatron_lite.train.shards import Shards
 from megatron_lite.train.verify import synthetic_vocabulary
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 

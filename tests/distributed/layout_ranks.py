@@ -12,27 +12,27 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+import megatron_lite.engine.engine
+import megatron_lite.engine.loss_weights
+import megatron_lite.engine.shards
 import megatron_lite.models.norms
 import megatron_lite.objectives.loss
 import megatron_lite.parallel.collectives
 import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
-import megatron_lite.train.batches
-import megatron_lite.train.engine
 import megatron_lite.train.generate
-import megatron_lite.train.shards
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.engine.engine import Engine, Evaluation, StepResult, build_engine
+from megatron_lite.engine.inference import forward_through_stages
+from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.engine import Engine, Evaluation, StepResult, build_engine
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
-from megatron_lite.train.relay import forward_through_stages
-from megatron_lite.train.setup import build_task
 from megatron_lite.train.verify import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 
 
@@ -195,7 +195,7 @@ def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
 
 
 def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
-    scaled = megatron_lite.train.batches.normalise(batches, context)
+    scaled = megatron_lite.engine.loss_weights.normalise(batches, context)
     return [batch._replace(sequence_weights=batch.sequence_weights / context.data_size) for batch in scaled]
 
 
@@ -231,11 +231,11 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
     ),
     "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
-    "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.train.engine, "normalise", _own_sequence_mean),
+    "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.engine.engine, "normalise", _own_sequence_mean),
     "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
-    "mean_of_micro_batch_means": _patch(megatron_lite.train.engine, "normalise", _each_micro_batch_its_own_mean),
+    "mean_of_micro_batch_means": _patch(megatron_lite.engine.engine, "normalise", _each_micro_batch_its_own_mean),
     "replicated_parameters_counted_on_every_rank": _patch(
-        megatron_lite.train.shards, "share", lambda size, parts, index: (0, size)
+        megatron_lite.engine.shards, "share", lambda size, parts, index: (0, size)
     ),
     "padded_vocabulary_in_the_softmax": _patch(
         megatron_lite.objectives.loss, "vocab_parallel_cross_entropy", _softmax_over_padding

@@ -18,9 +18,9 @@ from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.engine.engine import Engine
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.optim.batch_ramp import BatchStep
-from megatron_lite.train.engine import Engine
 from megatron_lite.train.stopping import MOST_BOUNDARIES, Reason, StopAgreement, StopRequest, StopRequested
 from tests.distributed.checkpoint_ranks import resume, save
 from tests.distributed.harness import run_ranks

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.train.engine import Engine, StepResult
-from megatron_lite.train.meter import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
+from megatron_lite.engine.engine import Engine, StepResult
+from megatron_lite.engine.gradient_norms import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
 DROPPED_STEP = 3

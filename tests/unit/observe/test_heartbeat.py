@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_lite.engine.phases import EnginePhases
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
-from megatron_lite.train.phases import EnginePhases
 
 PLACE = Place(rank=3, node="n2", pid=77, pipeline=1, data=0, tensor=1)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_lite.engine.deepspeed_patches import require_right_deepspeed
 from megatron_lite.errors import LaunchError
-from megatron_lite.train.mending import require_right_deepspeed
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.8+cpu", "0.20.0", "1.0"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.engine.loss_weights import normalise, targets_of
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.batches import normalise, targets_of
 
 TOKENS = torch.zeros(2, 3, dtype=torch.int64)
 

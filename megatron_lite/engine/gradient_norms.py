@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.engine.shards import Shards
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.shards import Shards
 
 STEPS_BEFORE = 4  # whose figures are still there when a step turns out to be a spike
 ROW = 512  # elements

@@ -8,9 +8,9 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from megatron_lite.engine.deepspeed_patches import clip_by_given_norm, spare_copies
 from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.mending import clip_by_given_norm, spare_copies
 
 SIZES = (3, 4)
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.engine.engine import Engine
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.objectives.loss import Outputs
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.engine import Engine
 
 
 @torch.no_grad()

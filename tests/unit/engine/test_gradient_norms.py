@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lite.train.meter import ROW, sum_of_squares
+from megatron_lite.engine.gradient_norms import ROW, sum_of_squares
 
 
 @pytest.mark.parametrize("size", [0, 1, ROW - 1, ROW, 3 * ROW + 1])

@@ -27,6 +27,21 @@ from torch.nn.utils import clip_grads_with_norm_
 from megatron_lite.config.deepspeed import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.data.batch import MicroBatch
+from megatron_lite.engine.deepspeed_patches import (
+    DeferredScale,
+    clip_by_given_norm,
+    forget_empty_step,
+    require_right_deepspeed,
+    spare_copies,
+)
+from megatron_lite.engine.full_tensors import full_tensors
+from megatron_lite.engine.gradient_norms import LayerMeter
+from megatron_lite.engine.loss_weights import normalise, targets_of
+from megatron_lite.engine.phases import EnginePhases
+from megatron_lite.engine.pipeline_module import Sent, StagedModule, deepspeed_topology, first_wire
+from megatron_lite.engine.schedule import call_at_boundaries
+from megatron_lite.engine.shards import shards_of
+from megatron_lite.engine.task import Task
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
@@ -35,21 +50,6 @@ from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.train.batches import normalise, targets_of
-from megatron_lite.train.gradients import full_tensors
-from megatron_lite.train.mending import (
-    DeferredScale,
-    clip_by_given_norm,
-    forget_empty_step,
-    require_right_deepspeed,
-    spare_copies,
-)
-from megatron_lite.train.meter import LayerMeter
-from megatron_lite.train.phases import EnginePhases
-from megatron_lite.train.schedule import call_at_boundaries
-from megatron_lite.train.setup import Task
-from megatron_lite.train.shards import shards_of
-from megatron_lite.train.staged import Sent, StagedModule, deepspeed_topology, first_wire
 
 # What DeepSpeed would otherwise import and probe in every rank, done once, before a launcher forks. Its Muon, which
 # is not offered, is decorated with torch.compile, whose first use imports the whole compiler: 6 CPU-seconds a rank.
