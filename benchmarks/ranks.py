@@ -16,6 +16,7 @@ from benchmarks.shape import SEED, Shape
 
 if TYPE_CHECKING:
     from megatron_lite.engine.engine import Engine
+    from megatron_lite.engine.hooks import EngineHooks
     from megatron_lite.parallel.topology import Topology
 
 
@@ -42,13 +43,20 @@ def run_job(world_size: int, target: Callable[..., None], *arguments: Any) -> st
         return (Path(name) / "result.json").read_text()
 
 
-def build_rank(rank: int, folder: Path, layout: Topology, shape: Shape, global_batch_size: int) -> Engine:
+def build_rank(
+    rank: int,
+    folder: Path,
+    layout: Topology,
+    shape: Shape,
+    global_batch_size: int,
+    hooks: EngineHooks | None = None,
+) -> Engine:
     """Meet the other ranks of the job, and build the benchmark's model under ZeRO-1."""
     import torch
     import torch.distributed as dist
 
     from megatron_lite.config.schema import ParallelConfig
-    from megatron_lite.engine.engine import build_engine
+    from megatron_lite.engine.build import build_engine
     from megatron_lite.engine.task import build_task
     from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
     from megatron_lite.parallel.context import ParallelContext
@@ -69,4 +77,4 @@ def build_rank(rank: int, folder: Path, layout: Topology, shape: Shape, global_b
     )
     config = shape.run(parallel, global_batch_size)
     task = build_task(config, context, shape.vocabulary)
-    return build_engine(config, context, task, global_batch_size=global_batch_size)
+    return build_engine(config, context, task, global_batch_size=global_batch_size, hooks=hooks)

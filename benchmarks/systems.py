@@ -51,7 +51,7 @@ def bare_torch(shape: Shape) -> Step:
 
 def engine(shape: Shape) -> Step:
     """Our engine on one rank: PipelineEngine with ZeRO-1."""
-    from megatron_lite.engine.engine import build_engine
+    from megatron_lite.engine.build import build_engine
     from megatron_lite.train.distributed import ProcessEnvironment, start_process_group
 
     reuse_freed_memory()

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_lite.config.schema import RunConfig
     from megatron_lite.data.batch import MicroBatch
     from megatron_lite.engine.engine import Engine
+    from megatron_lite.engine.hooks import PendingUpdate
     from megatron_lite.optim.batch_ramp import BatchStep
 
 WAYS = ("bare", "warn", "rollback")
@@ -35,6 +37,16 @@ WARM_UP_STEPS = STEPS // 5
 class _Nowhere(list[Any]):
     def append(self, _: Any) -> None:
         """Keep nothing."""
+
+
+class _Switch:
+    """The engine's hook before each update: all ways share one engine. A way without it pays for an empty call."""
+
+    def __init__(self) -> None:
+        self.judge: Callable[[PendingUpdate], bool] | None = None
+
+    def __call__(self, update: PendingUpdate) -> bool:
+        return self.judge is not None and self.judge(update)
 
 
 class _Batches:
@@ -65,11 +77,14 @@ def _rank(rank: int, folder: Path, vocab_size: int, turns: int) -> None:
     import torch.distributed as dist
 
     from megatron_lite.config.schema import Precision, TrackingConfig, WandbMode
+    from megatron_lite.engine.hooks import EngineHooks
     from megatron_lite.observe.trackers import build_trackers
     from megatron_lite.parallel.topology import Topology
 
     shape = Shape(vocab_size, Precision.fp32)
-    engine = build_rank(rank, folder, Topology(SIZE, SIZE, SIZE), shape, GLOBAL_BATCH)
+    switch = _Switch()
+    hooks = EngineHooks(before_update=switch)
+    engine = build_rank(rank, folder, Topology(SIZE, SIZE, SIZE), shape, GLOBAL_BATCH, hooks)
     first = SEED + engine.context.data_rank * MICRO_BATCHES
     source = _Batches([shape.batch(first + index) for index in range(MICRO_BATCHES)])
     config = replace(engine.config, tracking=TrackingConfig(wandb=WandbMode.offline))
@@ -79,7 +94,7 @@ def _rank(rank: int, folder: Path, vocab_size: int, turns: int) -> None:
     for turn in range(turns + 1):
         for way in WAYS:
             steps = STEPS if turn else WARM_UP_STEPS
-            cost = _turn(engine, config, source, trackers, way, step, steps)
+            cost = _turn(engine, switch, config, source, trackers, way, step, steps)
             step += steps
             for name, value in cost.items() if turn else ():
                 found[way][name].append(value)
@@ -91,7 +106,14 @@ def _rank(rank: int, folder: Path, vocab_size: int, turns: int) -> None:
 
 
 def _turn(
-    engine: Engine, config: RunConfig, source: _Batches, trackers: Any, way: str, first_step: int, steps: int
+    engine: Engine,
+    switch: _Switch,
+    config: RunConfig,
+    source: _Batches,
+    trackers: Any,
+    way: str,
+    first_step: int,
+    steps: int,
 ) -> dict[str, float]:
     import torch
     import torch.distributed as dist
@@ -101,17 +123,20 @@ def _turn(
     from megatron_lite.optim.batch_ramp import BatchSchedule
     from megatron_lite.train.callbacks import Report
     from megatron_lite.train.loop import Callback, Trainer
-    from megatron_lite.train.watch import Watch
+    from megatron_lite.train.watch import UpdateJudge, Watch
 
     callbacks: list[Callback] = []
-    engine.judge, engine.measures_update = None, False
+    own = replace(config, stability=replace(config.stability, layer_interval=0))
+    switch.judge = None
     if way != "bare":
         own = replace(config, stability=replace(config.stability, on_spike=OnSpike(way), layer_interval=STEPS))
         progress = Progress(None, steps, first_step=0, log_interval=1, enabled=False)  # type: ignore[arg-type]
-        callbacks = [Watch(own, engine, first_step, None, []), Report(trackers, progress, 1.0, 1.0)]
+        judge = UpdateJudge(own)
+        switch.judge = judge.hook
+        callbacks = [Watch(own, engine, judge, None, []), Report(trackers, progress, 1.0, 1.0)]
     agreement = mock.Mock()
     trainer = Trainer(
-        config, engine, source, BatchSchedule(config.train), agreement, callbacks, first_step, first_step + steps
+        own, engine, source, BatchSchedule(config.train), agreement, callbacks, first_step, first_step + steps
     )
     engine.loss.sequences = _Nowhere() if way == "bare" else []
     dist.barrier()

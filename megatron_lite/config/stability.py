@@ -47,3 +47,7 @@ class StabilityConfig:
     """Steps between figures of each layer (gradient norm, update-to-weight ratio) and of memory; 0 = only at spikes."""
     worst_sequences: int = 4
     """Sequences of the highest loss whose text a dossier shows."""
+
+    def measures_layers(self, step: int) -> bool:
+        """Whether the figures of each layer are wanted for this step; it counts from 1."""
+        return self.layer_interval > 0 and step % self.layer_interval == 0

@@ -1,4 +1,14 @@
-"""What DeepSpeed's optimizers do wrong or dearly: their first step, changes of fp16's loss scale, the norm."""
+"""Every place where DeepSpeed is changed from outside, each with what it does otherwise. Seen in DeepSpeed 0.19.8.
+
+| patch | without it | the test that fails then |
+|---|---|---|
+| `_import_muon_without_compiler` | each rank imports torch's compiler: 6 CPU-seconds | benchmarks/start.py shows it |
+| `_without_shared_memory_comm` | the start waits for a compiled all-reduce that only inference uses | - |
+| `DeferredScale` | fp16: the step in which the loss scale grows is half as long | test_precision.py |
+| `forget_empty_step` | Adam's bias correction is one step ahead under ZeRO | test_equivalence.py |
+| `spare_copies` | 2 to 10 % of a one-rank step goes into copies | test_deepspeed_patches.py |
+| `clip_by_given_norm` | gradients are read again, in fp64, for a norm that is known | test_deepspeed_patches.py |
+"""
 
 from __future__ import annotations
 
@@ -7,14 +17,53 @@ import operator
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import deepspeed.ops
 import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from megatron_lite.errors import LaunchError, TrainingError
 from megatron_lite.parallel.context import ParallelContext
 
 DEEPSPEED_FLOOR = (0, 19, 8)
+CALLED = {
+    PipelineEngine: (
+        "_exec_load_micro_batch",
+        "_exec_recv_activations",
+        "_exec_forward_pass",
+        "_exec_send_activations",
+        "_exec_recv_grads",
+        "_exec_backward_pass",
+        "_exec_send_grads",
+        "_exec_reduce_tied_grads",
+        "_exec_reduce_grads",
+        "_exec_optimizer_step",
+        "_reserve_pipe_buffers",
+        "set_dataiterator",
+        "set_train_batch_size",
+    ),
+}
+"""What `engine/pipelined.py` calls that DeepSpeed does not promise to keep."""
+
+
+def _import_muon_without_compiler() -> None:
+    """Import once, before a launcher forks, what DeepSpeed would otherwise import in every rank.
+
+    Its Muon, which is not offered here, is decorated with torch.compile, whose first use imports the whole compiler.
+    """
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda inner: inner)):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+
+def _without_shared_memory_comm() -> None:
+    """The compiled shared-memory all-reduce only serves inference, and its build would hold up the start."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+_import_muon_without_compiler()
+_without_shared_memory_comm()
 
 
 def require_right_deepspeed(version: str) -> None:
@@ -28,6 +77,14 @@ def require_right_deepspeed(version: str) -> None:
         raise LaunchError(
             f"deepspeed=={version} cannot drop an update whose gradient is no number, and before 0.19.3 its gradients "
             f"in a pipeline are wrong; pip install 'deepspeed>={floor}'"
+        )
+    missing = [
+        f"{owner.__name__}.{name}" for owner, names in CALLED.items() for name in names if not hasattr(owner, name)
+    ]
+    if missing:
+        raise LaunchError(
+            f"deepspeed=={version} has no {', '.join(missing)}, which the train step calls; "
+            "pip install -c constraints.txt deepspeed"
         )
 
 

@@ -1,7 +1,8 @@
-"""The one interface to DeepSpeed: the loop sees `Engine`, never which of DeepSpeed's two engines does the work.
+"""One train step, from top to bottom (`Engine.train_step`), and the one interface to DeepSpeed.
 
-`PipelineEngine` with ZeRO-0/1 serves every pipeline size, 1 included; `DeepSpeedEngine` on a flat module serves
-ZeRO-2/3, which partition gradients and so cannot be driven by a pipeline schedule. Both get the same layer list.
+The loop sees `Engine`, never which of DeepSpeed's two engines does the work: `PipelinedEngine` with ZeRO-0/1 serves
+every pipeline size, 1 included; `FlatEngine` serves ZeRO-2/3, which partition gradients while they are computed and so
+cannot be driven by a pipeline schedule. Both run the same schedule over the same layer list.
 
 Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 """
@@ -10,13 +11,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -36,27 +35,27 @@ from megatron_lite.engine.deepspeed_patches import (
 )
 from megatron_lite.engine.full_tensors import full_tensors
 from megatron_lite.engine.gradient_norms import LayerMeter
-from megatron_lite.engine.loss_weights import normalise, targets_of
+from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
+from megatron_lite.engine.loss_weights import normalise
 from megatron_lite.engine.phases import EnginePhases
-from megatron_lite.engine.pipeline_module import Sent, StagedModule, deepspeed_topology, first_wire
-from megatron_lite.engine.schedule import call_at_boundaries
+from megatron_lite.engine.pipeline_module import Sent
+from megatron_lite.engine.schedule import (
+    NUM_EVALUATION_BUFFERS,
+    Instruction,
+    Tick,
+    forward_only,
+    num_training_buffers,
+    one_forward_one_backward,
+)
 from megatron_lite.engine.shards import shards_of
 from megatron_lite.engine.task import Task
 from megatron_lite.models.activations import Wire
-from megatron_lite.models.flat import FlatModel, inputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Hits, Outputs
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.parallel.context import ParallelContext
-
-# What DeepSpeed would otherwise import and probe in every rank, done once, before a launcher forks. Its Muon, which
-# is not offered, is decorated with torch.compile, whose first use imports the whole compiler: 6 CPU-seconds a rank.
-with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda inner: inner)):
-    import deepspeed.runtime.zero.muon.muon_optimizer
-# The compiled shared-memory all-reduce only serves inference, and its build would hold up the start.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -67,8 +66,8 @@ class StepResult:
 
     loss: float  # nats per token, mean over the whole global batch
     grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # no update was made: the gradient was not finite, or the step was judged to be a spike
-    loss_scale: float  # 1 unless fp16
+    skipped: bool  # no update was made: the gradient was not finite, or a hook dropped it
+    loss_scale: float  # that the next step begins with; 1 unless fp16
 
 
 @dataclass(frozen=True)
@@ -91,25 +90,17 @@ class Engine(ABC):
         task: Task,
         global_batch_size: int,
         heartbeat: Heartbeat,
+        hooks: EngineHooks,
     ) -> None:
         """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
-        self.phases = EnginePhases(heartbeat)
         self.config = config
         self.context = context
         self.loss = task.loss
         self.specs = task.specs
         self.dtype = DTYPES[config.train.precision]
-        self.gradient_hooks: list[Callable[[], None]] = []
-        """Called between the last reduction of a step and clipping."""
-        self.judge: Callable[[float, float], bool] | None = None
-        """Told the loss and the norm of a step ahead of its update, the same on every rank; True drops the update.
-        Costs a wait for the device; None = every update is made."""
-        self.measures_update = False
-        """Whether `meter` is to see the next update."""
-        self.at_boundary: Callable[[], None] = lambda: None
-        """Called between micro-batches, equally often on every rank; what it raises ends the training."""
+        self._phases = EnginePhases(heartbeat)
+        self._hooks = hooks
         self._global_batch_size = global_batch_size
-        self._dropped = False
         self._grad_norm = self._clipped_by = torch.zeros(())  # of the newest step: not scaled; times fp16's loss scale
         require_right_deepspeed(deepspeed.__version__)
         if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
@@ -121,62 +112,170 @@ class Engine(ABC):
         )
         self.meter = LayerMeter(self.shards, context)
 
-    @abstractmethod
-    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        """The layers as DeepSpeed wants them, and the grid where it cannot find it in the module."""
+    def train_step(
+        self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
+    ) -> StepResult:
+        """One optimizer step over one global batch: all that happens, in the order in which it happens.
 
-    def train_step(self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float) -> StepResult:
-        """One optimizer step over one global batch.
+        Gradients are zero when it begins, for the update before has cleared them.
 
         Args:
             batches: this data-parallel rank's micro-batches (empty on stages that neither read tokens nor labels).
             step: which global samples these are a part of.
             learning_rate: of this step.
+            measure_update: whether `meter.figures` is to know what the update does to each layer.
         """
-        self._prepare_step(step, learning_rate)
-        if self.context.is_last_stage:
-            batches = normalise(batches, self.context)
-        self.module.train()
-        self.phases.begin()
-        self.loss.sequences.clear()
-        loss = self._accumulate_and_step(batches)
+        self._begin(step, learning_rate)
+        num_micro_batches = step.global_batch_size // (self.context.data_size * self.config.train.micro_batch_size)
+        self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
+        self._run_schedule(one_forward_one_backward(*self._stage_of_stages, num_micro_batches))
+        self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
+        self._reduce_over_data_parallel()  # ZeRO-0/1; ZeRO-2/3 have done it in each backward pass
+        self._phases.optimizer()
+        self._hooks.after_reduction(self)
+        loss, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)  # one all-reduce
+        dropped = self._is_dropped(loss)
+        if dropped:
+            self._drop_update()
+        else:
+            self._update(measure_update)
+        self._change_loss_scale(dropped)
         return StepResult(
-            loss=loss,
+            loss=self._mean_over_job(num_micro_batches),
             grad_norm=float(self._grad_norm),
-            skipped=self._dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
+            skipped=dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
             loss_scale=self.loss_scale,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
         """Over the micro-batches of all data-parallel ranks. A collective of all ranks."""
-        if self.context.is_last_stage:
-            batches = normalise(batches, self.context)
         self.module.eval()
-        self.phases.begin(evaluating=True)
         self.loss.hits = hits = Hits.none(self.context.device)
         try:
             with torch.no_grad():
-                loss = self._evaluate(batches, num_micro_batches)
+                self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
+                self._run_schedule(forward_only(*self._stage_of_stages, num_micro_batches))
+                loss = self._mean_over_job(num_micro_batches)
         finally:
             self.loss.hits = None
         (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
         tokens = max(tokens, 1e-20)
         return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
 
-    def _hits_of_job(self, hits: Hits) -> torch.Tensor:
-        """[2, 3]: `Hits` of the last stage, summed over all data-parallel ranks."""
-        counts = torch.stack([hits.tokens, hits.sequences])
-        if self.context.data_group is not None:
-            dist.all_reduce(counts, group=self.context.data_group)
-        dist.broadcast(counts, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
-        return counts
+    # The parts of a step, in its order.
+
+    def _begin(self, step: BatchStep, learning_rate: float) -> None:
+        if step.global_batch_size != self._global_batch_size:  # the batch ramp
+            self.deepspeed_engine.set_train_batch_size(step.global_batch_size)
+            self._global_batch_size = step.global_batch_size
+        for group in self.deepspeed_engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Dropout masks are keyed by the sample's number in the run, so that no layout changes them.
+        own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
+        self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
+        self.module.train()
+        self.loss.sequences.clear()
+
+    def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """One denominator for the whole global batch; the labels are on the last stage. A collective of its ranks."""
+        return normalise(batches, self.context) if self.context.is_last_stage else batches
+
+    def _run_schedule(self, schedule: Iterable[Tick]) -> None:
+        evaluating = not torch.is_grad_enabled()
+        for tick in schedule:
+            self._hooks.between_micro_batches()
+            for instruction in tick:
+                self._phases.instruction(instruction, evaluating=evaluating)
+                self._execute(instruction)
+
+    def _is_dropped(self, loss: torch.Tensor) -> bool:
+        if self._hooks.before_update is None:
+            return False
+        # These two conversions wait for the device.
+        return self._hooks.before_update(PendingUpdate(float(loss), float(self._grad_norm), self.loss_scale))
+
+    def _update(self, measure: bool) -> None:
+        """Clip, let the optimizer update this rank's partition of the weights, gather the weights, clear gradients."""
+        self._clipped_by = self._grad_norm * self.loss_scale
+        if self.config.parallel.zero_stage == 0 and self.config.optimizer.clip_grad_norm:
+            clip_grads_with_norm_(self.module.parameters(), self.config.optimizer.clip_grad_norm, self._clipped_by)
+        if measure:
+            self.meter.before_update()
+        self._step_optimizer()
+        self.meter.after_update()
+
+    def _drop_update(self) -> None:
+        if self.config.parallel.zero_stage == 0:  # torch's own optimizer looks at no norm
+            self.deepspeed_engine.zero_grad()
+            return
+        self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed drops an update with such a norm
+        self._step_optimizer()
+
+    def _change_loss_scale(self, dropped: bool) -> None:
+        if self._deferred_scale is not None:
+            self._deferred_scale.make(dropped)
+
+    def _mean_over_job(self, num_micro_batches: int) -> float:
+        """The loss of the batch, from the last stage of each data-parallel rank. A collective of all ranks."""
+        self._phases.reduce()
+        context = self.context
+        loss = self._loss_sum() / num_micro_batches
+        if context.is_last_stage and context.data_group is not None:
+            dist.all_reduce(loss, group=context.data_group)
+            loss /= context.data_size
+        if context.pipeline_group is not None:
+            last = context.topology.rank(context.pipeline_size - 1, context.data_rank, context.tensor_rank)
+            dist.broadcast(loss, src=last, group=context.pipeline_group)
+        return float(loss)
+
+    # What the two engines do differently.
+
+    @abstractmethod
+    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        """The layers as DeepSpeed wants them, and the grid where it cannot find it in the module."""
+
+    @abstractmethod
+    def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
+        """Make ready for a schedule over these micro-batches."""
+
+    @abstractmethod
+    def _execute(self, instruction: Instruction) -> None: ...
+
+    @abstractmethod
+    def _loss_sum(self) -> torch.Tensor:
+        """Scalar, fp32: of the micro-batches of the schedule that has been run; 0 on all stages but the last."""
+
+    @abstractmethod
+    def _reduce_tied_weights(self) -> None: ...
+
+    @abstractmethod
+    def _reduce_over_data_parallel(self) -> None: ...
+
+    @abstractmethod
+    def _step_optimizer(self) -> None: ...
+
+    @abstractmethod
+    def forward_local(self, sent: Sent) -> Outputs | Sent:
+        """This stage's layers, for inference: what `wire_in` packs -> what goes to the next stage, or the outputs."""
+
+    @property
+    @abstractmethod
+    def wire_in(self) -> Wire:
+        """How this stage's input is packed: the batch on the first stage."""
+
+    # What others ask for.
+
+    @property
+    def loss_scale(self) -> float:
+        """That the next step begins with; 1 unless fp16."""
+        return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """This stage's raw gradients by global name; only within a gradient hook. A collective of the stage's ranks."""
+        """This stage's raw gradients by global name; only within `after_reduction`. A collective of the stage."""
         return full_tensors(self.module, self.context, self._gradient)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """This stage's fp32 weights by global name. A collective of the stage's ranks."""
+        """This stage's fp32 weights by global name. A collective of the stage."""
         return full_tensors(self.module, self.context, self._weight)
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -190,24 +289,26 @@ class Engine(ABC):
         return parameter if weight is None else weight  # ZeRO-0 keeps the weight itself in fp32
 
     @property
-    def loss_scale(self) -> float:
-        """That the next step begins with; 1 unless fp16."""
-        return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
+    def _stage_of_stages(self) -> tuple[int, int]:
+        return self.context.pipeline_rank, self.context.pipeline_size
 
-    @abstractmethod
-    def forward_local(self, sent: Sent) -> Outputs | Sent:
-        """This stage's layers, for inference: what `wire_in` packs -> what goes to the next stage, or the outputs."""
+    def _num_buffers(self, num_micro_batches: int) -> int:
+        return num_training_buffers(*self._stage_of_stages, num_micro_batches)
 
-    @property
-    @abstractmethod
-    def wire_in(self) -> Wire:
-        """How this stage's input is packed: the batch on the first stage."""
+    def _loss_part(self) -> torch.Tensor:
+        """Scalar: what this rank adds to the loss of the step under way; 0 where no hook asks for it."""
+        if self._hooks.before_update is None or not self.context.is_last_stage or self.context.tensor_rank > 0:
+            return torch.zeros((), device=self.context.device)
+        parts = [sequences[0].sum() for sequences in self.loss.sequences]
+        return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
 
-    @abstractmethod
-    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float: ...
-
-    @abstractmethod
-    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float: ...
+    def _hits_of_job(self, hits: Hits) -> torch.Tensor:
+        """[2, 3]: `Hits` of the last stage, summed over all data-parallel ranks."""
+        counts = torch.stack([hits.tokens, hits.sequences])
+        if self.context.data_group is not None:
+            dist.all_reduce(counts, group=self.context.data_group)
+        dist.broadcast(counts, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
+        return counts
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         """DeepSpeed's engine: it casts the module, partitions the optimizer and takes over backward and step."""
@@ -228,155 +329,6 @@ class Engine(ABC):
         )
         forget_empty_step(engine.optimizer)
         spare_copies(engine.optimizer, self.context.data_size)
-        self._insert_before(engine.optimizer)
+        self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
+        clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)
         return engine
-
-    def _insert_before(self, optimizer: Any) -> None:
-        """Between the last reduction and the update: hooks, the gradient's norms, judgement, and clipping."""
-        original_step = optimizer.step
-        scale_updates = DeferredScale(optimizer) if self.dtype is torch.float16 else None
-        clip_by_given_norm(optimizer, lambda: self._clipped_by, self.context)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            for hook in self.gradient_hooks:
-                hook()
-            loss, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)
-            self._dropped = self.judge is not None and self.judge(float(loss), float(self._grad_norm))
-            if self._dropped:
-                self._drop_update(original_step)
-            else:
-                self._update(original_step, *args, **kwargs)
-            if scale_updates is not None:
-                scale_updates.make(self._dropped)
-
-        optimizer.step = step
-
-    def _update(self, original_step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self._clipped_by = self._grad_norm * self.loss_scale
-        if self.config.parallel.zero_stage == 0 and self.config.optimizer.clip_grad_norm:
-            clip_grads_with_norm_(self.module.parameters(), self.config.optimizer.clip_grad_norm, self._clipped_by)
-        if self.measures_update:
-            self.meter.before_update()
-        original_step(*args, **kwargs)
-        self.meter.after_update()
-
-    def _drop_update(self, original_step: Callable[..., Any]) -> None:
-        if self.config.parallel.zero_stage == 0:
-            return  # torch's own optimizer has nothing to clear up
-        self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed's drop an update by such a norm
-        original_step()
-
-    def _loss_part(self) -> torch.Tensor:
-        """Scalar: what this rank adds to the loss of the step under way; 0 where nobody judges it."""
-        if self.judge is None or not self.context.is_last_stage or self.context.tensor_rank > 0:
-            return torch.zeros((), device=self.context.device)
-        parts = [sequences[0].sum() for sequences in self.loss.sequences]
-        return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
-
-    def _prepare_step(self, step: BatchStep, learning_rate: float) -> None:
-        if step.global_batch_size != self._global_batch_size:  # the batch ramp
-            self.deepspeed_engine.set_train_batch_size(step.global_batch_size)
-            self._global_batch_size = step.global_batch_size
-        for group in self.deepspeed_engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
-        self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
-
-
-class PipelinedEngine(Engine):
-    """Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
-
-    module: StagedModule
-
-    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
-        engine = super()._initialize(grid)
-        call_at_boundaries(engine, lambda: self.at_boundary())
-        self.phases.watch(engine)
-        return engine
-
-    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
-        return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
-
-    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.deepspeed_engine.train_batch(self._as_pairs(batches)))
-
-    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
-        return float(self.deepspeed_engine.eval_batch(self._as_pairs(batches), num_micro_batches=num_micro_batches))
-
-    def forward_local(self, sent: Sent) -> Outputs | Sent:
-        return self.module(sent)
-
-    @property
-    def wire_in(self) -> Wire:
-        return self.module.wire_in
-
-    def _as_pairs(self, batches: Sequence[MicroBatch]) -> Any:
-        """The (inputs, labels) iterator that PipelineEngine pulls from."""
-        return iter(
-            [(self._first_wire.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches]
-        )
-
-
-class FlatEngine(Engine):
-    """ZeRO-2 and ZeRO-3 without a pipeline."""
-
-    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        self._wire = first_wire(specs, self.config.model.hidden_size, self.context)
-        needs_grid = self.context.tensor_size > 1
-        grid = PipelineParallelGrid(topology=deepspeed_topology(self.context)) if needs_grid else None
-        return FlatModel(specs).to(self.context.device), grid
-
-    def _accumulate_and_step(self, batches: Sequence[MicroBatch]) -> float:
-        total = torch.zeros((), device=self.context.device)
-        for index, batch in enumerate(batches):
-            self.at_boundary()
-            # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
-            self.deepspeed_engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss = self._micro_batch_loss(batch)
-            self.phases.backward()
-            self.deepspeed_engine.backward(loss)
-            total += loss.detach()
-        self.phases.optimizer()
-        self.deepspeed_engine.step()
-        return self._mean_over_job(total / len(batches))
-
-    def _evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> float:
-        total = torch.zeros((), device=self.context.device)
-        for batch in batches:
-            self.at_boundary()
-            total += self._micro_batch_loss(batch)
-        return self._mean_over_job(total / num_micro_batches)
-
-    def forward_local(self, sent: Sent) -> Outputs | Sent:
-        x = self._wire.unpack(sent)
-        return self.deepspeed_engine(*(getattr(x, field.name) for field in self.specs[0].takes or ()))
-
-    @property
-    def wire_in(self) -> Wire:
-        return self._wire
-
-    def _micro_batch_loss(self, batch: MicroBatch) -> torch.Tensor:
-        self.phases.forward()
-        device = self.context.device
-        outputs = self.deepspeed_engine(*(tensor.to(device) for tensor in batch.inputs))
-        return self.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(batch)))
-
-    def _mean_over_job(self, loss: torch.Tensor) -> float:
-        self.phases.reduce()
-        if self.context.data_group is not None:
-            dist.all_reduce(loss, group=self.context.data_group)
-        return float(loss) / self.context.data_size
-
-
-def build_engine(
-    config: RunConfig,
-    context: ParallelContext,
-    task: Task,
-    *,
-    global_batch_size: int,
-    heartbeat: Heartbeat | None = None,
-) -> Engine:
-    """The engine for this ZeRO stage; a collective of all ranks. `heartbeat`: None = nobody watches."""
-    engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
-    return engine(config, context, task, global_batch_size, heartbeat or Heartbeat())

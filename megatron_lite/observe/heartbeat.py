@@ -24,7 +24,6 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
-WRAPPERS = tuple(os.path.join("engine", name) for name in ("phases.py", "schedule.py"))  # of DeepSpeed's methods
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
 WAITING_CALLS = ("wait", "synchronize")  # of an asynchronous collective's handle, or of a GPU
@@ -204,7 +203,7 @@ def _main_thread() -> tuple[str | None, str]:
     for depth, (code, line) in enumerate(_innermost_first(frame)):
         if code.co_filename.endswith(COLLECTIVES) or (depth == 0 and _is_wait(code)):
             call = code.co_name  # the outermost one is what was called, the others are its parts
-        if not where and code.co_filename.startswith(PACKAGE) and not code.co_filename.endswith(WRAPPERS):
+        if not where and code.co_filename.startswith(PACKAGE):
             where = f"{code.co_filename.removeprefix(PACKAGE)}:{line} {code.co_name}"
     return call, where
 

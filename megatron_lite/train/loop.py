@@ -81,7 +81,6 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.finished_step = self.first_step
-        self.engine.at_boundary = self.agreement.at_boundary
 
     def fit(self) -> None:
         """
@@ -105,7 +104,8 @@ class Trainer:
         micro_batches = self.source.training(batch)
         data_end = time.perf_counter()
         learning_rate = learning_rate_at(step + 1, self.config.optimizer, self.config.train.steps)
-        result = self.engine.train_step(micro_batches, batch, learning_rate)
+        measure = self.config.stability.measures_layers(step + 1)
+        result = self.engine.train_step(micro_batches, batch, learning_rate, measure_update=measure)
         return StepRecord(
             step=step + 1,
             batch=batch,

@@ -26,7 +26,7 @@ from megatron_lite.train.loop import Callback
 from megatron_lite.train.rollback import GoBack
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import Links
-from megatron_lite.train.watch import Watch, logged_vitals
+from megatron_lite.train.watch import UpdateJudge, Watch, logged_vitals
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ def build_callbacks(
     checkpoints: Checkpoints,
     rollbacks: list[Rollback],
     source: ShardSource,
+    judge: UpdateJudge,
 ) -> Callbacks:
     """Once the run's weights are there. A collective of all ranks."""
     config = run.config
     validate = Validate(trackers, progress)
     save = Save(trackers, checkpoints, validate)
-    watch = Watch(config, checkpoints.engine, checkpoints.newest_step, _dossiers(run, trackers, source), rollbacks)
+    watch = Watch(config, checkpoints.engine, judge, _dossiers(run, trackers, source), rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
     go_back = GoBack(
         config.stability,

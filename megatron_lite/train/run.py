@@ -20,7 +20,9 @@ from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.prepare import prepared_folder
 from megatron_lite.data.prepared import load_prepared
 from megatron_lite.data.skips import Skips, skips_of
-from megatron_lite.engine.engine import Engine, build_engine
+from megatron_lite.engine.build import build_engine
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
@@ -48,6 +50,7 @@ from megatron_lite.train.rollback import unsuited
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.watch import UpdateJudge
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 T = TypeVar("T")
@@ -121,7 +124,8 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         _conclude(run, Outcome(start.folder, run.started, done=True))
         return RunEnd.DONE
     schedule = BatchSchedule(run.config.train, start.origin)
-    engine, source, checkpoints = _build(run, start, schedule, agreement, skips)
+    judge = UpdateJudge(run.config)
+    engine, source, checkpoints = _build(run, start, schedule, agreement, skips, judge)
     trackers = build_trackers(
         run.config,
         run.folder,
@@ -134,7 +138,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     try:
         _announce(run, trackers, source, start)
         with _progress(run, start.step) as progress:
-            callbacks = build_callbacks(run, trackers, progress, checkpoints, rollbacks, source)
+            callbacks = build_callbacks(run, trackers, progress, checkpoints, rollbacks, source, judge)
             trainer = Trainer(
                 run.config,
                 engine,
@@ -166,14 +170,20 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
 
 
 def _build(
-    run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips
+    run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips, judge: UpdateJudge
 ) -> tuple[Engine, ShardSource, Checkpoints]:
     """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context, skips)
-    first_batch = schedule.at(start.step).global_batch_size
-    engine = build_engine(run.config, run.context, task, global_batch_size=first_batch, heartbeat=run.heartbeat)
+    engine = build_engine(
+        run.config,
+        run.context,
+        task,
+        global_batch_size=schedule.at(start.step).global_batch_size,
+        heartbeat=run.heartbeat,
+        hooks=EngineHooks(between_micro_batches=agreement.at_boundary, before_update=judge.hook),
+    )
     run.heartbeat.enter(Phase.LOAD)
     # A run that cannot save must not go on for hours: all ranks stop, and `_stop` tells why.
     give_up = partial(agreement.request, Reason.save)

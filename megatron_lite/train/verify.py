@@ -22,7 +22,9 @@ from megatron_lite.config.schema import Recompute, RunConfig
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
-from megatron_lite.engine.engine import Engine, build_engine
+from megatron_lite.engine.build import build_engine
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.loss_weights import normalise, targets_of
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import ConfigError
@@ -131,9 +133,10 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
     vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
     schedule = BatchSchedule(config.train)
-    engine = build_engine(config, context, task, global_batch_size=schedule.at(0).global_batch_size)
     trace = Trace()
-    engine.gradient_hooks.append(lambda: _record_first(engine, trace))
+    hooks = EngineHooks(after_reduction=lambda engine: _record_first(engine, trace))
+    first_batch = schedule.at(0).global_batch_size
+    engine = build_engine(config, context, task, global_batch_size=first_batch, hooks=hooks)
     for step in range(num_steps):
         batch = schedule.at(step)
         num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)

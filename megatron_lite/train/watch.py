@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.skips import Rollback
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
+from megatron_lite.engine.hooks import PendingUpdate
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, read_metrics
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
@@ -40,13 +41,43 @@ class Spike:
     verdict: Verdict
 
 
+class UpdateJudge:
+    """Judges a step before its update, where `stability.on_spike` acts on spikes: the engine's `before_update` hook.
+
+    Every rank must decide the same, so it goes by figures that all ranks have added up together.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.detector = SpikeDetector(config.stability)
+        self._acts = config.stability.on_spike is not OnSpike.warn
+        self._is_fp16 = config.train.precision is Precision.fp16
+        self._judged: tuple[Vitals, Verdict] | None = None
+
+    @property
+    def hook(self) -> Callable[[PendingUpdate], bool] | None:
+        """For `EngineHooks.before_update`; None where spikes are only reported: then no step waits for a judgement."""
+        return self.judge if self._acts else None
+
+    def judge(self, update: PendingUpdate) -> bool:
+        """Whether to drop the update of the step under way."""
+        overflowed = self._is_fp16 and not math.isfinite(update.grad_norm)
+        vitals = Vitals(0, update.loss, update.grad_norm, update.loss_scale, overflowed)
+        self._judged = vitals, self.detector.judge(vitals)
+        return self._judged[1].is_spike
+
+    def take(self) -> tuple[Vitals, Verdict] | None:
+        """What was judged in the step that has just been made; None = nothing, for no spike would have dropped it."""
+        judged, self._judged = self._judged, None
+        return judged
+
+
 class Watch:
     """The first of the callbacks: what it finds is in the step's line, and the others go by it.
 
-    Whoever heals must decide before the update, and every rank the same: then the engine asks `judge`, with figures
-    that all ranks have added up together. Otherwise a step is judged after it, by what it tells anyway.
+    A step that its judge has not judged before the update is judged after it, by what the step returns anyway.
 
     Args:
+        judge: whose hook the engine was built with.
         dossiers: of the writing rank; the others have none.
         rollbacks: of the run so far; whoever takes it back adds to the list.
     """
@@ -55,29 +86,19 @@ class Watch:
         self,
         config: RunConfig,
         engine: Engine,
-        first_step: int,
+        judge: UpdateJudge,
         dossiers: Dossiers | None,
         rollbacks: Sequence[Rollback],
     ) -> None:
         self._settings: StabilityConfig = config.stability
         self._is_fp16 = config.train.precision is Precision.fp16
-        self._engine, self._dossiers = engine, dossiers
-        self.detector = SpikeDetector(config.stability)
+        self._engine, self._judge, self._dossiers = engine, judge, dossiers
+        self.detector = judge.detector
         self._rollbacks = rollbacks
         self.spike: Spike | None = None
         """Of the step that has just been made; None = it was none."""
-        self._judged: tuple[Vitals, Verdict] | None = None
         self._open: list[Dossier] = []  # those that wait for steps after the spike
         self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
-        if config.stability.on_spike is not OnSpike.warn:
-            engine.judge = self.judge
-        self._expect(first_step + 1)
-
-    def judge(self, loss: float, grad_norm: float) -> bool:
-        """Whether to drop the update of the step under way."""
-        vitals = Vitals(0, loss, grad_norm, self._engine.loss_scale, self._is_fp16 and not math.isfinite(grad_norm))
-        self._judged = vitals, self.detector.judge(vitals)
-        return self._judged[1].is_spike
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         vitals, verdict = self._verdict(record)
@@ -90,13 +111,12 @@ class Watch:
         trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
         if self._rollbacks:
             trainer.figures[ROLLBACKS] = len(self._rollbacks)
-        if self._is_due(record.step):
+        if self._settings.measures_layers(record.step):
             trainer.figures |= self._layer_figures()
         if self._open and record.step == self._open[0].step + STEPS_AFTER:
             self._add_steps_after(self._open.pop(0))
         if self.spike and is_news(self.spike, before):
             self._open.append(self._write_down(trainer, self.spike))
-        self._expect(record.step + 1)
 
     def predicts_badly(self, loss: float) -> bool:
         """Whether a batch with this loss would be a spike, ahead of any update."""
@@ -116,22 +136,15 @@ class Watch:
         self._history.clear()
         self.remember(kept)
         self._engine.meter.forget()
-        self._expect(step + 1)
 
     def _verdict(self, record: StepRecord) -> tuple[Vitals, Verdict]:
         result = record.result
-        if self._judged is not None:
-            (judged, verdict), self._judged = self._judged, None
+        if (found := self._judge.take()) is not None:
+            judged, verdict = found
             return Vitals(record.step, judged.loss, judged.grad_norm, result.loss_scale, judged.overflowed), verdict
         overflowed = self._is_fp16 and result.skipped
         vitals = Vitals(record.step, result.loss, result.grad_norm, result.loss_scale, overflowed)
         return vitals, self.detector.judge(vitals)
-
-    def _is_due(self, step: int) -> bool:
-        return self._settings.layer_interval > 0 and step % self._settings.layer_interval == 0
-
-    def _expect(self, step: int) -> None:
-        self._engine.measures_update = self._is_due(step)
 
     def _layer_figures(self) -> dict[str, Any]:
         """A collective of all ranks."""

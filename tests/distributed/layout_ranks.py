@@ -23,10 +23,13 @@ import megatron_lite.parallel.layers
 import megatron_lite.train.generate
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch
-from megatron_lite.engine.engine import Engine, Evaluation, StepResult, build_engine
+from megatron_lite.engine.build import build_engine
+from megatron_lite.engine.engine import Engine, Evaluation, StepResult
+from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
@@ -113,17 +116,26 @@ def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
     return predicted_tokens(engine, batch)[0].tolist()
 
 
-def synthetic_engine(config: RunConfig, vocab_size: int) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
+def synthetic_engine(
+    config: RunConfig, vocab_size: int, hooks: EngineHooks | None = None, heartbeat: Heartbeat | None = None
+) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
     """An engine, and its synthetic micro-batches by (first sample, count)."""
     context = _context(config)
     vocabulary = synthetic_vocabulary(vocab_size)
     task = build_task(config, context, vocabulary)
-    engine = build_engine(config, context, task, global_batch_size=config.train.global_batch_size)
+    first_batch = config.train.global_batch_size
+    engine = build_engine(config, context, task, global_batch_size=first_batch, hooks=hooks, heartbeat=heartbeat)
     return engine, lambda first, count: synthetic_batches(task.objective, vocabulary, first, count, config)
 
 
 def train_steps(
-    engine: Engine, batches_from: Callable[[int, int], list[MicroBatch]], config: RunConfig, first: int, count: int
+    engine: Engine,
+    batches_from: Callable[[int, int], list[MicroBatch]],
+    config: RunConfig,
+    first: int,
+    count: int,
+    *,
+    measure_update: bool = False,
 ) -> list[StepResult]:
     """The steps [first, first + count) of a run, at its learning rates."""
     context, train = engine.context, config.train
@@ -134,7 +146,8 @@ def train_steps(
         start = batch.first_sample + context.data_rank * own * train.micro_batch_size
         reads = context.is_first_stage or context.is_last_stage
         rate = learning_rate_at(step + 1, config.optimizer, train.steps)
-        results.append(engine.train_step(batches_from(start, own) if reads else [], batch, rate))
+        batches = batches_from(start, own) if reads else []
+        results.append(engine.train_step(batches, batch, rate, measure_update=measure_update))
     return results
 
 
@@ -167,14 +180,11 @@ def _patch(target: object, name: str, replacement: Any) -> Callable[[], Any]:
     return lambda: mock.patch.object(target, name, replacement)
 
 
-def _instruction(name: str, replacement: Callable[..., None]) -> Callable[[], Any]:
-    """Replace what DeepSpeed's pipeline does at one instruction of its schedule."""
-    instruction = next(kind for kind in PipelineEngine._INSTRUCTION_MAP if kind.__name__ == name)
-    return lambda: mock.patch.dict(PipelineEngine._INSTRUCTION_MAP, {instruction: replacement})
+_REDUCE_TIED = PipelineEngine._exec_reduce_tied_grads
 
 
 def _double_tied_gradient(engine: PipelineEngine) -> None:
-    PipelineEngine._exec_reduce_tied_grads(engine)
+    _REDUCE_TIED(engine)
     for weight, _ in engine.module.get_tied_weights_and_groups():
         weight.grad.mul_(2.0)
 
@@ -218,9 +228,11 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "column_parallel_without_backward_all_reduce": _patch(
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
     ),
-    "tied_gradient_doubled": _instruction("ReduceTiedGrads", _double_tied_gradient),
-    "relative_bias_gradient_not_summed": _instruction("ReduceTiedGrads", _sum_all_but_the_relative_bias),
-    "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
+    "tied_gradient_doubled": _patch(PipelineEngine, "_exec_reduce_tied_grads", _double_tied_gradient),
+    "relative_bias_gradient_not_summed": _patch(
+        PipelineEngine, "_exec_reduce_tied_grads", _sum_all_but_the_relative_bias
+    ),
+    "tied_gradient_not_summed": _patch(PipelineEngine, "_exec_reduce_tied_grads", lambda engine: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
     ),
@@ -232,7 +244,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
     "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.engine.engine, "normalise", _own_sequence_mean),
-    "data_parallel_gradients_not_reduced": _instruction("ReduceGrads", lambda engine: None),
+    "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.engine.engine, "normalise", _each_micro_batch_its_own_mean),
     "replicated_parameters_counted_on_every_rank": _patch(
         megatron_lite.engine.shards, "share", lambda size, parts, index: (0, size)

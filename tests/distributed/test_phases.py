@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchStep
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import synthetic_engine
@@ -22,13 +22,13 @@ def _config(layout: str) -> RunConfig:
 
 def _phases_of_rank(config: RunConfig) -> tuple[str, str]:
     """Of the second step, and of the evaluation after it."""
-    engine, batches_from = synthetic_engine(config, VOCAB)
     entered: list[str] = []
 
-    def enter(phase: Phase, micro_batch: int | None = None) -> None:
-        entered.append(phase if micro_batch is None else f"{phase} {micro_batch}")
+    class Recording(Heartbeat):
+        def enter(self, phase: Phase, micro_batch: int | None = None) -> None:
+            entered.append(phase if micro_batch is None else f"{phase} {micro_batch}")
 
-    engine.phases._enter = enter
+    engine, batches_from = synthetic_engine(config, VOCAB, heartbeat=Recording())
     engine.train_step(batches_from(0, 2), BatchStep(0, BATCH), 1e-2)
     entered.clear()
     engine.train_step(batches_from(BATCH, 2), BatchStep(BATCH, BATCH), 1e-2)
@@ -42,11 +42,11 @@ def test_stages_of_a_pipeline() -> None:
     first, last = run_ranks(_phases_of_rank, 2, _config("pp2"))
     assert first == (
         "forward 1, send, forward 2, receive, send, backward 1, receive, backward 2, reduce, reduce, optimizer, reduce",
-        "evaluate 1, send, evaluate 2, send",
+        "evaluate 1, send, evaluate 2, send, reduce",
     )
     assert last == (
         "receive, forward 1, backward 1, send, receive, forward 2, backward 2, send, reduce, reduce, optimizer, reduce",
-        "receive, evaluate 1, receive, evaluate 2",
+        "receive, evaluate 1, receive, evaluate 2, reduce",
     )
 
 

@@ -19,6 +19,7 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.train.stopping import MOST_BOUNDARIES, Reason, StopAgreement, StopRequest, StopRequested
@@ -49,14 +50,16 @@ def _step(engine: Engine, batches_from: Any, step: int) -> tuple[float, float]:
 class _StopAt:
     """Asks one rank to stop at one boundary; counts the boundaries."""
 
-    def __init__(self, engine: Engine, boundary: int, rank: int) -> None:
+    def __init__(self, boundary: int, rank: int) -> None:
         self.passed = 0
+        self.counts = False
         self._boundary, self._rank = boundary, rank
         self._request = StopRequest(None, grace_seconds=60.0)
         self._agreement = StopAgreement(self._request)
-        engine.at_boundary = self
 
     def __call__(self) -> None:
+        if not self.counts:
+            return
         self.passed += 1
         if self.passed == self._boundary and dist.get_rank() == self._rank:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -65,9 +68,10 @@ class _StopAt:
 
 def _broken_off_rank(config: RunConfig, boundary: int, folder: str) -> tuple[list[tuple[float, float]], int]:
     """Steps before a stop in the middle of STOPPED_STEP, and from what was saved then the steps after it."""
-    engine, batches_from = synthetic_engine(config, VOCAB)
+    stop = _StopAt(boundary, rank=dist.get_world_size() - 1)
+    engine, batches_from = synthetic_engine(config, VOCAB, EngineHooks(between_micro_batches=stop))
     records = [_step(engine, batches_from, step) for step in range(STOPPED_STEP)]
-    stop = _StopAt(engine, boundary, rank=dist.get_world_size() - 1)
+    stop.counts = True
     with stop._request.listening(), pytest.raises(StopRequested) as raised:
         _step(engine, batches_from, STOPPED_STEP)
     assert raised.value.reason is Reason.usr1
@@ -106,8 +110,9 @@ def test_what_is_saved_in_the_middle_of_a_step_is_the_step_before(
 
 
 def _evaluation_rank(config: RunConfig, boundary: int) -> int:
-    engine, batches_from = synthetic_engine(config, VOCAB)
-    stop = _StopAt(engine, boundary, rank=0)
+    stop = _StopAt(boundary, rank=0)
+    stop.counts = True
+    engine, batches_from = synthetic_engine(config, VOCAB, EngineHooks(between_micro_batches=stop))
     own = BATCH // engine.context.data_size
     with stop._request.listening(), pytest.raises(StopRequested):
         engine.evaluate(batches_from(0, own // 2), own // 2)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.engine.engine import Engine, StepResult
 from megatron_lite.engine.gradient_norms import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
+from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
 DROPPED_STEP = 3
@@ -34,17 +35,16 @@ class Watched:
 
 
 def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
-    engine, batches_from = synthetic_engine(config, vocab_size)
     seen = Watched()
 
-    def judge(loss: float, grad_norm: float) -> bool:
-        seen.judged.append((loss, grad_norm))
+    def judge(update: PendingUpdate) -> bool:
+        seen.judged.append((update.loss, update.grad_norm))
         return len(seen.judged) == DROPPED_STEP
 
-    engine.judge, engine.measures_update = judge, True
+    engine, batches_from = synthetic_engine(config, vocab_size, EngineHooks(before_update=judge))
     for step in range(config.train.steps):
         weights, state = engine.full_weights(), _state(engine)
-        seen.results += train_steps(engine, batches_from, config, step, 1)
+        seen.results += train_steps(engine, batches_from, config, step, 1, measure_update=True)
         seen.layers.append(engine.meter.figures())
         seen.expected_ratios.append(_ratios(weights, engine.full_weights()))
         size = config.train.global_batch_size
@@ -59,11 +59,12 @@ def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
 
 def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
     """Of a step's gradient where no rank has a part of the model alone: as measured, and in fp64."""
-    engine, batches_from = synthetic_engine(config, vocab_size)
-    squares = []
-    engine.gradient_hooks.append(
-        lambda: squares.extend(float(gradient.double().square().sum()) for gradient in engine.full_gradients().values())
-    )
+    squares: list[float] = []
+
+    def measure(engine: Engine) -> None:
+        squares.extend(float(gradient.double().square().sum()) for gradient in engine.full_gradients().values())
+
+    engine, batches_from = synthetic_engine(config, vocab_size, EngineHooks(after_reduction=measure))
     (result,) = train_steps(engine, batches_from, config, 0, 1)
     return result.grad_norm, math.sqrt(sum(squares))
 
@@ -71,20 +72,18 @@ def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
 def poisoned_rank(config: RunConfig, vocab_size: int) -> list[tuple[bool, bool, bool]]:
     """Of a step in which one element of one rank's gradient is no number, and of the next: whether the norm was a
     number, whether the update was dropped, and whether weights and moments stayed bitwise what they were."""
-    engine, batches_from = synthetic_engine(config, vocab_size)
+    found: list[tuple[bool, bool, bool]] = []
 
-    def poison() -> None:
-        if dist.get_rank() == dist.get_world_size() - 1:
+    def poison(engine: Engine) -> None:
+        if not found and dist.get_rank() == dist.get_world_size() - 1:
             engine.shards.owned_gradients()[0][0] = math.nan
 
-    engine.gradient_hooks.append(poison)
-    found = []
+    engine, batches_from = synthetic_engine(config, vocab_size, EngineHooks(after_reduction=poison))
     for step in range(2):
         state = _state(engine)
         (result,) = train_steps(engine, batches_from, config, step, 1)
         same = all(torch.equal(a, b) for a, b in zip(state, _state(engine), strict=True))
         found.append((math.isfinite(result.grad_norm), result.skipped, same))
-        engine.gradient_hooks.clear()
     return found
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from megatron_lite.engine.phases import EnginePhases
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
 
 PLACE = Place(rank=3, node="n2", pid=77, pipeline=1, data=0, tensor=1)
@@ -115,16 +113,6 @@ def test_a_wait_for_an_asynchronous_collective(library: str, call: str | None) -
     names["wait"](lock)
     reader.join()
     assert beats[0].call == call
-
-
-def test_a_wrapped_method_is_no_place_of_ours() -> None:
-    """What it wraps is what takes the time."""
-    beats: list[Beat] = []
-    reader = threading.Thread(target=lambda: beats.append(Beat.of(PLACE, Heartbeat())))
-    engine = SimpleNamespace(_INSTRUCTION_MAP={}, _aggregate_total_loss=lambda: (reader.start(), reader.join()))
-    EnginePhases(Heartbeat()).watch(engine)
-    engine._aggregate_total_loss()
-    assert beats[0].where == ""
 
 
 def test_no_collective_no_call() -> None:

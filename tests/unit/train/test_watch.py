@@ -12,11 +12,12 @@ import pytest
 
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.engine.hooks import PendingUpdate
 from megatron_lite.errors import DataError
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.spikes import Kind, Verdict
 from megatron_lite.train.dossier import Dossier, Dossiers
-from megatron_lite.train.watch import Spike, Watch, is_news, logged_vitals, steps_remembered
+from megatron_lite.train.watch import Spike, UpdateJudge, Watch, is_news, logged_vitals, steps_remembered
 
 HIGH = 2.0**16
 
@@ -33,36 +34,37 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
     (run_dir / METRICS_FILE).write_text("\n".join(lines) + "\n")
 
 
-def resumed(config: RunConfig, run_dir: Path, step: int, loss_scale: float) -> tuple[Watch, Any]:
-    """With its engine, whose loss scale is this one."""
-    engine = SimpleNamespace(judge=None, measures_update=False, loss_scale=loss_scale, meter=Mock())
-    watch = Watch(config, engine, step, None, [])
+def resumed(config: RunConfig, run_dir: Path, step: int) -> tuple[Watch, UpdateJudge]:
+    judge = UpdateJudge(config)
+    watch = Watch(config, SimpleNamespace(meter=Mock()), judge, None, [])
     watch.remember(logged_vitals(config, run_dir, step))
-    return watch, engine
+    return watch, judge
+
+
+def usual_update(loss_scale: float) -> PendingUpdate:
+    return PendingUpdate(3.0, 1.0, loss_scale)
 
 
 def test_a_resumed_fp16_run_goes_by_the_scale_that_it_has(tmp_path: Path) -> None:
     write_metrics(tmp_path, 30)
-    watch, engine = resumed(config_of(Precision.fp16), tmp_path, 30, HIGH)
-    assert not watch.judge(3.0, 1.0)
-    engine.loss_scale = HIGH / 64
-    assert watch.judge(3.0, 1.0)
+    _, judge = resumed(config_of(Precision.fp16), tmp_path, 30)
+    assert not judge.judge(usual_update(HIGH))
+    assert judge.judge(usual_update(HIGH / 64))
 
 
 def test_a_run_that_went_back_goes_by_the_scale_of_the_checkpoint(tmp_path: Path) -> None:
     write_metrics(tmp_path, 30)
-    watch, engine = resumed(config_of(Precision.fp16), tmp_path, 30, HIGH / 64)
-    assert watch.judge(3.0, 1.0)
-    engine.loss_scale = HIGH
+    watch, judge = resumed(config_of(Precision.fp16), tmp_path, 30)
+    assert judge.judge(usual_update(HIGH / 64))
     watch.go_back(20)
-    assert not watch.judge(3.0, 1.0)
+    assert not judge.judge(usual_update(HIGH))
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_the_loss_scale_of_an_earlier_precision_says_nothing(precision: Precision, tmp_path: Path) -> None:
     write_metrics(tmp_path, 30)
-    watch, _ = resumed(config_of(precision), tmp_path, 30, 1.0)
-    assert not watch.judge(3.0, 1.0)
+    _, judge = resumed(config_of(precision), tmp_path, 30)
+    assert not judge.judge(usual_update(1.0))
 
 
 def test_a_dropped_spike_is_no_overflow_in_the_record(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""Which of the two engines a configuration needs."""
+
+from __future__ import annotations
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.flat import FlatEngine
+from megatron_lite.engine.hooks import EngineHooks
+from megatron_lite.engine.pipelined import PipelinedEngine
+from megatron_lite.engine.task import Task
+from megatron_lite.observe.heartbeat import Heartbeat
+from megatron_lite.parallel.context import ParallelContext
+
+
+def build_engine(
+    config: RunConfig,
+    context: ParallelContext,
+    task: Task,
+    *,
+    global_batch_size: int,
+    heartbeat: Heartbeat | None = None,
+    hooks: EngineHooks | None = None,
+) -> Engine:
+    """The engine for this ZeRO stage. A collective of all ranks.
+
+    Args:
+        global_batch_size: of the first step, in sequences.
+        heartbeat: None = nobody watches.
+        hooks: None = nobody comes into its steps.
+    """
+    engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
+    return engine(config, context, task, global_batch_size, heartbeat or Heartbeat(), hooks or EngineHooks())

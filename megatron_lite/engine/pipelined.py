@@ -1,0 +1,79 @@
+"""Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from torch import nn
+
+from megatron_lite.data.batch import MicroBatch
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.loss_weights import targets_of
+from megatron_lite.engine.pipeline_module import Sent, StagedModule, first_wire
+from megatron_lite.engine.schedule import Action, Instruction
+from megatron_lite.models.activations import Wire
+from megatron_lite.models.flat import inputs_of
+from megatron_lite.models.spec import LayerSpec
+from megatron_lite.objectives.loss import Outputs
+
+
+class PipelinedEngine(Engine):
+    """DeepSpeed's PipelineEngine does each instruction; which, and in what order, `Engine.train_step` says."""
+
+    module: StagedModule
+
+    def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
+        self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
+        return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
+
+    def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
+        engine = super()._initialize(grid)
+        self._executors: dict[Action, Callable[[int], None]] = {
+            Action.LOAD: engine._exec_load_micro_batch,  # to the device
+            Action.RECEIVE: engine._exec_recv_activations,
+            Action.FORWARD: engine._exec_forward_pass,  # the loss too, on the last stage
+            Action.SEND: engine._exec_send_activations,
+            Action.RECEIVE_GRAD: engine._exec_recv_grads,
+            Action.BACKWARD: engine._exec_backward_pass,
+            Action.SEND_GRAD: engine._exec_send_grads,
+        }
+        return engine
+
+    def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
+        if not torch.is_grad_enabled():
+            dist.barrier()  # no stage may send for an evaluation while its neighbour still finishes another one
+        pairs = [(self._first_wire.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches]
+        engine = self.deepspeed_engine
+        engine.set_dataiterator(iter(pairs))
+        engine.total_loss, engine.fwd_outputs = None, []
+        engine._compute_loss = True
+        engine._reserve_pipe_buffers(num_buffers)
+
+    def _execute(self, instruction: Instruction) -> None:
+        self._executors[instruction.action](instruction.buffer)
+
+    def _loss_sum(self) -> torch.Tensor:
+        total = self.deepspeed_engine.total_loss
+        return torch.zeros((), device=self.context.device) if total is None else total.float()
+
+    def _reduce_tied_weights(self) -> None:
+        self._phases.reduce()
+        self.deepspeed_engine._exec_reduce_tied_grads()
+
+    def _reduce_over_data_parallel(self) -> None:
+        self._phases.reduce()
+        self.deepspeed_engine._exec_reduce_grads()
+
+    def _step_optimizer(self) -> None:
+        self.deepspeed_engine._exec_optimizer_step()
+
+    def forward_local(self, sent: Sent) -> Outputs | Sent:
+        return self.module(sent)
+
+    @property
+    def wire_in(self) -> Wire:
+        return self.module.wire_in
