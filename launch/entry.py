@@ -19,6 +19,7 @@ from launch.arguments import Arguments, parse, usage
 from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
+from launch.preparation import ready_data
 from launch.processes import die_with
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
@@ -184,11 +185,9 @@ def _make_ready(config: RunConfig) -> None:
 
 def _prepare_data(config: RunConfig) -> None:
     """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
-    from megatron_lite.data.prepare import prepare
-
     is_first = _rank() == 0
-    prepared = prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
-    os.environ[FOLDER_VARIABLE] = str(prepared.folder)
+    folder = ready_data(config, lambda line: print(line, flush=True) if is_first else None)
+    os.environ[FOLDER_VARIABLE] = str(folder)
 
 
 def _leave_marker(config: RunConfig | None, end: RunEnd, message: str) -> None:

@@ -15,6 +15,7 @@ from typing import IO
 from launch.base import LaunchPlan
 from launch.messages import show_error
 from launch.processes import POLL_SECONDS, Children, Ending, start
+from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
@@ -69,9 +70,28 @@ Prepare = Callable[[RunConfig], Path | None]
 
 def prepare_data(config: RunConfig) -> Path:
     """Make the shards of a configuration, saying what takes time."""
-    from megatron_lite.data.prepare import prepare  # seconds of imports that only this process needs
+    return ready_data(config, lambda line: print(line, flush=True))
 
-    return prepare(config, report=lambda line: print(line, flush=True)).folder
+
+def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
+    """The folder of the prepared data of a run that begins or goes on.
+
+    Raises:
+        ConfigError, DataError: it cannot be made.
+        CheckpointError: the run in train.run_dir was trained on other tokens.
+    """
+    # seconds of imports that only this process needs
+    from megatron_lite.checkpoint.resume import allowed_changes
+    from megatron_lite.data.prepare import prepare
+    from megatron_lite.train.step_samples import trained_with
+
+    run_dir = run_directory(config)
+    before = trained_with(run_dir)
+    prepared = prepare(config, report=report, earlier=before and before.config)
+    if before is not None:  # said before the ranks start; they look at the checkpoint itself
+        newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
+        allowed_changes(before, config, prepared.fingerprint, f"the run in train.run_dir={run_dir}", newest)
+    return prepared.folder
 
 
 def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:

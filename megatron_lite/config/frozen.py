@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_lite.config.changes import Change, grade_changes, refusals
+from megatron_lite.config.changes import DATA_KEYS, Change, grade_changes, refusals
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -125,7 +125,8 @@ def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
 def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     """Refuse a folder that cannot be written, or whose run cannot go on with this configuration.
 
-    A folder whose run never got to its first step is free.
+    A folder whose run never got to its first step is free. What the data holds is not known here: `DATA_KEYS` are left
+    to those who have it ready.
 
     Args:
         config: resolved, as it is frozen.
@@ -146,7 +147,7 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
             "give another train.run_dir, or go on with the version that began it"
         ) from error
     newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
-    changes = grade_changes(previous, config, newest)
+    changes = grade_changes(previous, config, newest, undecided=DATA_KEYS)
     refused = refusals(changes, f"the run in train.run_dir={run_dir} ({earlier.name})")
     if refused:
         raise ConfigError(refused)

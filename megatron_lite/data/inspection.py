@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
-from megatron_lite.data.prepared import MANIFEST, Shard, check_shard, read_manifest, shards_of
+from megatron_lite.data.prepared import MANIFEST, Shard, check_files, check_shard, read_manifest, shards_of
 from megatron_lite.data.sentences import SENTENCE_DTYPE
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
@@ -28,6 +28,7 @@ def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
         DataError: a file is missing or is not what was written.
     """
     manifest = read_manifest(folder)
+    check_files(manifest, folder)
     tokenizer = _tokenizer_of(manifest["tokenizer"], folder)
     lines = [f"{folder / MANIFEST}: fingerprint {manifest['fingerprint']}", _tokenizer_line(manifest["tokenizer"])]
     for name in ("train", "validation"):
@@ -60,11 +61,9 @@ def describe_pair(prefix: Path, *, verify: bool, documents: int) -> list[str]:
 
 def _verify_pair(prefix: Path, sidecar: dict[str, Any]) -> None:
     for path, key in ((bin_path(prefix), "bin_xxh3"), (idx_path(prefix), "idx_xxh3")):
-        actual = file_xxh3(path)
-        if actual != sidecar[key]:
-            raise DataError(
-                f"{path} has checksum {actual}; it was written with {sidecar[key]} (damaged); copy it again"
-            )
+        actual, written = file_xxh3(path), sidecar.get(key)
+        if actual != written:
+            raise DataError(f"{path} has checksum {actual}; it was written with {written} (damaged); copy it again")
 
 
 def _tokenizer_of(facts: dict[str, Any], folder: Path) -> Tokenizer | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.blend import normalised
 from megatron_lite.data.dataset import SampleDataset, WindowDataset, blended
+from megatron_lite.data.needs import no_sentences
 from megatron_lite.data.pairs import PairDataset
 from megatron_lite.data.prepared import PreparedData, Shard
 from megatron_lite.data.sampler import stream_key
@@ -29,14 +30,18 @@ class ExampleMaker(Protocol):
 def training_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) -> Dataset:
     """The training samples of a run, in the order that train.seed decides.
 
+    A source too small for a window is repeated within one, as long as all sources together fill one.
+
     Raises:
         DataError: a source has not one sample, or does not know its sentences.
     """
     used = [(shard, weight) for shard, weight in zip(prepared.train, prepared.weights, strict=True) if weight > 0]
-    datasets = [_dataset(shard, shape, prepared, config.train.seed) for shard, _ in used]
+    repeat = sum(shard.tokens for shard, _ in used) >= shape.tokens
+    datasets = [_dataset(shard, shape, prepared, config.train.seed, repeat) for shard, _ in used]
+    remedy = "add text" if len(used) == 1 else "add text, or give it weight 0 in data.weights"
     for dataset in datasets:
         if dataset.samples_per_epoch == 0:
-            raise _no_sample(dataset, config.data.seq_length, shape, "training", "add text")
+            raise _no_sample(dataset, config.data.seq_length, shape, "training", remedy)
     return _blended(datasets, [weight for _, weight in used], config.train.seed)
 
 
@@ -63,20 +68,18 @@ def examples(
         yield objective.example(dataset.sample(index), stream_key(seed, index))
 
 
-def _dataset(shard: Shard, shape: Shape, prepared: PreparedData, seed: int) -> WindowDataset | PairDataset:
+def _dataset(
+    shard: Shard, shape: Shape, prepared: PreparedData, seed: int, repeat: bool = False
+) -> WindowDataset | PairDataset:
     if (isinstance(shape, PairShape) or shape.sentences) and shard.sentences is None:
-        raise DataError(
-            f"{shard.source} tells no sentences, which this objective needs: these shards came without a tokenizer; "
-            "name its folder in data.tokenizer"
-        )
+        raise no_sentences(shard.source)
     if isinstance(shape, PairShape):
         return PairDataset(shard, shape, seed, prepared.eod_id)
-    return WindowDataset(shard, shape.tokens, shape.stride, seed, shape.sentences)
+    return WindowDataset(shard, shape.tokens, shape.stride, seed, shape.sentences, repeat)
 
 
-def _blended(datasets: Sequence[WindowDataset | PairDataset], weights: list[float], seed: int) -> Dataset:
-    shares = normalised(weights, len(weights))
-    return blended(datasets, shares, seed)  # type: ignore[return-value]  # all of one kind
+def _blended(datasets: Sequence[WindowDataset | PairDataset], weights: list[Fraction], seed: int) -> Dataset:
+    return blended(datasets, weights, seed)  # type: ignore[return-value]  # all of one kind
 
 
 def _no_sample(

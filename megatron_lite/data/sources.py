@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.embedded import embedded_digest, embedded_names
@@ -23,9 +21,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 EMBEDDED = "embedded"
 FORMS = "use embedded, a .txt, .jsonl[.gz] or .parquet file, a Megatron .bin/.idx prefix, or a Hugging Face dataset"
-WHOLE_FILE_BYTES = 256 * 2**20  # up to this size a file is identified by all of its bytes
-SAMPLED_BLOCKS = 64  # a larger one by this many blocks of 1 MiB, its size and its time of change
-SAMPLED_BLOCK_BYTES = 2**20
+FileIdentity = Callable[[Path], list[Any]]
 
 
 class SourceKind(StrEnum):
@@ -99,7 +95,7 @@ def resolve_source(name: str, key: str) -> Source:
     if name == EMBEDDED:
         return Source(key, name, SourceKind.embedded)
     path = Path(name).expanduser()
-    if prefix := _shard_prefix(path):
+    if prefix := shard_prefix(path):
         return Source(key, name, SourceKind.shards, (prefix,))
     kind = _kind_by_suffix(name)
     if kind is None:
@@ -116,7 +112,7 @@ def _kind_by_suffix(name: str) -> SourceKind | None:
     return next((kind for suffix, kind in SUFFIXES.items() if name.lower().endswith(suffix)), None)
 
 
-def _shard_prefix(path: Path) -> Path | None:
+def shard_prefix(path: Path) -> Path | None:
     """`corpus` of corpus.bin and corpus.idx, whichever of the three was named."""
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
@@ -134,32 +130,35 @@ def _dataset(name: str, key: str, path: Path) -> Source:
     return Source(key, name, SourceKind.dataset)
 
 
-def identity(source: Source, data: DataConfig) -> dict[str, Any]:
-    """Everything about a source that decides its documents. Equal identities give equal shards.
+def identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> dict[str, Any]:
+    """Everything about a source that decides its documents, and not how it is spelled or where it lies.
 
-    A dataset of the hub is identified by its name: the prepared copy pins what was downloaded first.
+    Equal identities give equal shards. A dataset of the hub is identified by its name: the prepared copy pins what was
+    downloaded first.
 
+    Args:
+        file_identity: of `digests`: what a file holds.
     Raises:
         DataError: a file cannot be read.
     """
     try:
-        return _identity(source, data)
+        return _identity(source, data, file_identity)
     except OSError as error:
         raise DataError(f"{source}: {error.filename} cannot be read: {error.strerror}") from None
 
 
-def _identity(source: Source, data: DataConfig) -> dict[str, Any]:
+def _identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": str(source.kind)}
     if source.kind is SourceKind.embedded:
         facts["content"] = embedded_digest()
     elif source.kind is SourceKind.dataset:
         facts |= {"config": data.dataset_config, "split": data.dataset_split, "text_key": data.text_key}
-        facts["content"] = _folder_identity(source.paths[0]) if source.paths else source.name
+        facts["content"] = _folder_identity(source.paths[0], file_identity) if source.paths else source.name
     elif source.kind is SourceKind.shards:
         prefix = source.paths[0]
         sidecar = read_sidecar(prefix)
-        facts |= {"prefix": str(prefix.resolve()), "tokenizer": sidecar["tokenizer_hash"] if sidecar else None}
-        facts["content"] = [stat_identity(_half(prefix, suffix, source)) for suffix in (".bin", ".idx")]
+        facts["tokenizer"] = sidecar["tokenizer_hash"] if sidecar else None
+        facts["content"] = [file_identity(_half(prefix, suffix, source)) for suffix in (".bin", ".idx")]
     else:
         facts["content"] = [file_identity(path) for path in source.paths]
         facts |= {"separator": data.document_separator} if source.kind is SourceKind.text else {"key": data.text_key}
@@ -173,28 +172,7 @@ def _half(prefix: Path, suffix: str, source: Source) -> Path:
     return path
 
 
-def stat_identity(path: Path) -> list[Any]:
-    """Size and time of change: for files too large to read at every start."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def file_identity(path: Path) -> list[Any]:
-    """Size and checksum; above 256 MiB the checksum covers 64 blocks, and the time of change is added."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            while block := file.read(SAMPLED_BLOCK_BYTES):
-                digest.update(block)
-            return [size, digest.hexdigest()]
-        for i in range(SAMPLED_BLOCKS):
-            file.seek(i * (size - SAMPLED_BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
-            digest.update(file.read(SAMPLED_BLOCK_BYTES))
-    return [size, digest.hexdigest(), path.stat().st_mtime_ns]
-
-
-def _folder_identity(folder: Path) -> list[Any]:
+def _folder_identity(folder: Path, file_identity: FileIdentity) -> list[Any]:
     return [[str(path.relative_to(folder)), *file_identity(path)] for path in sorted(_visible_files(folder))]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.digests import remembered_digests
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.sources import identity, resolve_source
 from megatron_lite.errors import DataError
@@ -66,10 +68,15 @@ def test_unreachable_name(config_for: ConfigFor, monkeypatch: pytest.MonkeyPatch
 def test_identity_follows_content_and_split(saved: Path, config_for: ConfigFor) -> None:
     config = config_for(saved)
     source = resolve_source(config.data.source, "data.source")
-    before = identity(source, config.data)
-    assert identity(source, config.data) == before
+
+    def found() -> dict[str, Any]:
+        with remembered_digests(saved.parent / "cache", lambda line: None) as file_identity:
+            return identity(source, config.data, file_identity)
+
+    before = found()
+    assert found() == before
     config.data.dataset_split = "test"
-    assert identity(source, config.data) != before
+    assert found() != before
     config.data.dataset_split = "train"
     (saved / "extra.arrow").write_bytes(b"x")
-    assert identity(source, config.data) != before
+    assert found() != before

@@ -61,9 +61,7 @@ def test_folder_without_its_manifest(prepared_corpus: tuple[PreparedData, RunCon
 def test_damaged_manifest(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent, content: str) -> None:
     prepared, config = prepared_corpus
     (prepared.folder / "prepared.json").write_text(content)
-    with pytest.raises(
-        DataError, match=r"prepared\.json (cannot be read|has format 99).*; remove .* to prepare it again"
-    ):
+    with pytest.raises(DataError, match=r"prepared\.json (is damaged|has format 99).*; remove .* to prepare it again"):
         prepare(config, report=silent)
 
 
