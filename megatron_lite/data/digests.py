@@ -66,7 +66,7 @@ class _Memory:
     def __init__(self, cache_dir: Path, report: Callable[[str], None]) -> None:
         self._path = cache_dir / MEMORY_FILE
         self._report = report
-        self._entries = self._read()
+        self._entries = self._read(report)
         self._locked: ExitStack | None = None  # from the first file that has to be read
         self._is_saved = True
         self._bytes_read = 0
@@ -97,7 +97,7 @@ class _Memory:
         with suppress(OSError, NotImplementedError):  # a folder that is not ours, or without locks: read alone
             lock = FileLock(self._path.parent / LOCKS / LOCK_FILE)
             self._locked.enter_context(locked(lock, "another process reads the corpus; waiting for it", self._report))
-        self._entries = self._read()
+        self._entries = self._read(lambda line: None)  # of damage is said once
 
     def _read_file(self, name: str) -> Entry:
         digest = xxhash.xxh3_128()
@@ -121,12 +121,12 @@ class _Memory:
             self._report(f"reading what is new in the corpus: {size_text(self._bytes_read)} so far, now {name}")
             self._save()  # a kill loses no more than the file that is being read
 
-    def _read(self) -> dict[str, Entry]:
+    def _read(self, report: Callable[[str], None]) -> dict[str, Entry]:
         try:
             content = read_sealed(self._path) or {}
             return msgspec.convert(content, dict[str, Entry])
         except (DamagedFileError, msgspec.ValidationError) as error:
-            self._report(f"warning: {error}; it only tells which files are unchanged: all are read again")
+            report(f"warning: {error}; it only tells which files are unchanged: all are read again")
             return {}
 
     def _save(self) -> None:

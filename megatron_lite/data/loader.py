@@ -39,9 +39,10 @@ def training_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) ->
     repeat = sum(shard.tokens for shard, _ in used) >= shape.tokens
     datasets = [_dataset(shard, shape, prepared, config.train.seed, repeat) for shard, _ in used]
     remedy = "add text" if len(used) == 1 else "add text, or give it weight 0 in data.weights"
-    for dataset in datasets:
-        if dataset.samples_per_epoch == 0:
-            raise _no_sample(dataset, config.data.seq_length, shape, "training", remedy)
+    empty = [dataset for dataset in datasets if dataset.samples_per_epoch == 0]
+    if empty:
+        faults = (_no_sample(dataset, config.data.seq_length, shape, "training", remedy) for dataset in empty)
+        raise DataError("\n".join(faults))
     return _blended(datasets, [weight for _, weight in used], config.train.seed)
 
 
@@ -56,7 +57,9 @@ def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) 
     used = [(dataset, weight) for dataset, weight in built if dataset.samples_per_epoch > 0]
     if not used:
         largest = max((dataset for dataset, _ in built), key=lambda dataset: dataset.shard.tokens)
-        raise _no_sample(largest, config.data.seq_length, shape, "validation", "raise data.validation_fraction")
+        raise DataError(
+            _no_sample(largest, config.data.seq_length, shape, "validation", "raise data.validation_fraction")
+        )
     return _blended([dataset for dataset, _ in used], [weight for _, weight in used], VALIDATION_SEED)
 
 
@@ -82,17 +85,15 @@ def _blended(datasets: Sequence[WindowDataset | PairDataset], weights: list[Frac
     return blended(datasets, weights, seed)  # type: ignore[return-value]  # all of one kind
 
 
-def _no_sample(
-    dataset: WindowDataset | PairDataset, seq_length: int, shape: Shape, which: str, remedy: str
-) -> DataError:
+def _no_sample(dataset: WindowDataset | PairDataset, seq_length: int, shape: Shape, which: str, remedy: str) -> str:
     shard = dataset.shard
     if isinstance(dataset, PairDataset):
-        return DataError(
+        return (
             f"{shard.source} has {shard.documents - dataset.skipped_documents} {which} documents of two or more "
             f"sentences; pairs of sentences need 2 of them ({dataset.skipped_documents:,} shorter ones were skipped); "
             f"check how data.source is split into documents, or {remedy}"
         )
-    return DataError(
+    return (
         f"data.seq_length={seq_length} needs at least {shape.tokens:,} {which} tokens; {shard.source} has "
         f"{shard.tokens:,}; use a smaller data.seq_length, or {remedy}"
     )

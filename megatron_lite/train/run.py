@@ -270,8 +270,8 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     for line in start.report.lines() if start.report else ():
         run.console.print(line)
     seconds = time.monotonic() - run.started
-    if source.skipped_documents:
-        run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")
+    for note in source.notes():
+        run.console.print(note)
     run.console.print(
         f"{run.prepared.train_tokens:,} training tokens, {run.prepared.validation_tokens:,} for validation; "
         f"ranks ready after {seconds:.1f} s"

@@ -54,6 +54,17 @@ class ShardSource:
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
 
+    def notes(self) -> Iterator[str]:
+        """What is unusual about the training data, in words; nothing on ranks that do not read."""
+        if self.skipped_documents:
+            yield f"{self.skipped_documents:,} documents of a single sentence are skipped: they make no pair"
+        for part in getattr(self._training, "datasets", ()):
+            if getattr(part, "passes_per_epoch", 1) > 1:
+                yield (
+                    f"{part.shard.source} has {part.num_tokens:,} training tokens, fewer than a sample: each of its "
+                    f"samples repeats them {part.passes_per_epoch:,} times"
+                )
+
     def provenance(self) -> Provenance:
         """What the training samples are made of, on ranks that read."""
         assert self._training is not None
