@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.blend import Blend
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.indexed import IndexedReader, bin_path
 from megatron_lite.data.prepared import Shard, documents_of_part
 from megatron_lite.data.sampler import Permutation, shuffled_order, stream_key
 from megatron_lite.data.samples import Text
 from megatron_lite.data.sentences import read_sentences
+from megatron_lite.errors import DataError
 
 EPOCHS_IN_MEMORY = 2  # neighbouring samples at the end of an epoch need both
 
@@ -113,10 +114,14 @@ class WindowDataset:
             out[place : place + taken] = tokens[begin : begin + taken]
             if sentences is not None:
                 sentences.append(self._sentences_in(begin, begin + taken) + (place - begin))
+        checked_ids(out, self.shard)
         if sentences is None:
             return Text(out)
         found = np.concatenate(sentences)
-        return Text(out, found[1:] if len(found) > 1 and found[1] == 0 else found)
+        found = found[1:] if len(found) > 1 and found[1] == 0 else found
+        if not 0 <= found[0] <= found[-1] < len(out) or np.any(np.diff(found) < 1):
+            raise damaged_sentences(self.shard)
+        return Text(out, found)
 
     def stretches(self, index: int) -> list[Stretch]:
         epoch, place = divmod(index, self.samples_per_epoch)
@@ -172,6 +177,27 @@ class BlendedDataset(Generic[Sample]):
     def samples_in(self, epochs: int) -> int:
         """Where the first source of the blend is used up."""
         return min(self._blend.index_of(i, dataset.samples_in(epochs)) for i, dataset in enumerate(self.datasets))
+
+
+def checked_ids(tokens: npt.NDArray[np.int64], shard: Shard) -> npt.NDArray[np.int64]:
+    """The tokens of a sample, which are ids that the shard had when it was made: files too large to verify at every
+    start may have been damaged since, and an id beyond the vocabulary would end a GPU's kernel without a word of why.
+    """
+    if tokens.min() < 0 or tokens.max() > shard.max_token_id:
+        raise DataError(
+            f"{bin_path(shard.prefix)} is damaged: it holds token ids beyond {shard.max_token_id:,}, the largest when "
+            f"it was written; `python -m megatron_lite.data inspect --verify {shard.prefix.parent}` tells more; remove "
+            "the folder to prepare it again, or copy the pair again from where it came"
+        )
+    return tokens
+
+
+def damaged_sentences(shard: Shard) -> DataError:
+    assert shard.sentences is not None
+    return DataError(
+        f"{shard.sentences} is damaged: sentences do not follow each other; remove {shard.sentences.parent} to prepare "
+        "it again"
+    )
 
 
 def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:

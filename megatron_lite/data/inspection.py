@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
     lines = [f"{folder / MANIFEST}: fingerprint {manifest['fingerprint']}", _tokenizer_line(manifest["tokenizer"])]
     for name in ("train", "validation"):
         for shard in shards_of(manifest, name, folder):
-            check_shard(shard, folder, checksum=verify)
+            check_shard(shard, folder, largest_read=inf if verify else 0)
             lines.append(_shard_line(name, shard) + (", checksums agree" if verify else ""))
             lines += _document_lines(shard.prefix, documents, tokenizer)
     return lines

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from megatron_lite.state_files import Object, read_object
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
 FORMAT = 4
-CHEAP_CHECKSUM_BYTES = 64 * 2**20  # up to this size checksums are verified at every opening; sizes always are
+CHEAP_CHECKSUM_BYTES = 64 * 2**20  # of a file whose checksum is verified at every opening; sizes always are
 
 
 class Part(StrEnum):
@@ -162,7 +163,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
     train, validation = _shards_of_run(manifest, folder, config)
     check_files(manifest, folder)
     for shard in dict.fromkeys([*train, *validation]):
-        check_shard(shard, folder, checksum=shard.bin_bytes <= CHEAP_CHECKSUM_BYTES)
+        check_shard(shard, folder, CHEAP_CHECKSUM_BYTES)
     tokenizer = manifest["tokenizer"]
     vocab_size = _vocab_size(config, manifest, [*train, *validation])
     weights = _weights(config, train)
@@ -278,14 +279,16 @@ def _recorded(shard: Shard) -> Iterator[Recorded]:
         yield shard.origins, shard.origins_bytes, shard.origins_xxh3, MANIFEST
 
 
-def check_shard(shard: Shard, folder: Path, *, checksum: bool) -> None:
+def check_shard(shard: Shard, folder: Path, largest_read: float) -> None:
     """Compare the files of a shard of a prepared folder with what was recorded when they were made.
 
+    Args:
+        largest_read: bytes of the largest file that is read for its checksum.
     Raises:
-        DataError: a file is missing, longer or shorter, or (with `checksum`) has other bytes.
+        DataError: a file is missing, longer or shorter, or, where it is read, has other bytes.
     """
     for recorded in _recorded(shard):
-        _check_file(recorded, folder, checksum=checksum)
+        _check_file(recorded, folder, largest_read)
 
 
 def check_files(manifest: dict[str, Any], folder: Path) -> None:
@@ -295,10 +298,10 @@ def check_files(manifest: dict[str, Any], folder: Path) -> None:
         DataError: a file is missing, or has other bytes.
     """
     for name, (size, digest) in manifest["files"].items():
-        _check_file((folder / name, size, digest, MANIFEST), folder, checksum=True)
+        _check_file((folder / name, size, digest, MANIFEST), folder, largest_read=inf)
 
 
-def _check_file(recorded: Recorded, folder: Path, *, checksum: bool) -> None:
+def _check_file(recorded: Recorded, folder: Path, largest_read: float) -> None:
     path, size, digest, expected_by = recorded
     remedy = _remedy(path, folder)
     try:
@@ -308,7 +311,7 @@ def _check_file(recorded: Recorded, folder: Path, *, checksum: bool) -> None:
         if found != size:
             fault = "truncated" if found < size else "longer than written"
             raise DataError(f"{path} is {found:,} bytes; {expected_by} expects {size:,} ({fault}); {remedy}")
-        if checksum and (actual := file_xxh3(path)) != digest:
+        if size <= largest_read and (actual := file_xxh3(path)) != digest:
             raise DataError(f"{path} has checksum {actual}; it was written with {digest} (damaged); {remedy}")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
