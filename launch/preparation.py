@@ -16,7 +16,7 @@ from launch.base import LaunchPlan
 from launch.messages import show_error
 from launch.processes import POLL_SECONDS, Children, Ending, start
 from megatron_lite.config.derived import run_directory
-from megatron_lite.config.frozen import freeze, unwritable
+from megatron_lite.config.frozen import freeze, has_trained, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
@@ -86,8 +86,8 @@ def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
     from megatron_lite.train.step_samples import trained_with
 
     run_dir = run_directory(config)
-    before = trained_with(run_dir)
-    prepared = prepare(config, report=report, earlier=before and before.config)
+    before = trained_with(run_dir) if has_trained(run_dir) else None
+    prepared = prepare(config, report=report, earlier=None if before is None else before.config)
     if before is not None:  # said before the ranks start; they look at the checkpoint itself
         newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
         allowed_changes(before, config, prepared.fingerprint, f"the run in train.run_dir={run_dir}", newest)

@@ -154,13 +154,17 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     return changes
 
 
-def _last_trained(run_dir: Path) -> Path | None:
-    """The newest frozen configuration of a folder that holds the results of training."""
+def has_trained(run_dir: Path) -> bool:
+    """Whether a folder holds the results of training: the run in it got to its first step."""
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     has_metrics = metrics.is_file() and metrics.stat().st_size > 0
-    has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return has_metrics or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _last_trained(run_dir: Path) -> Path | None:
+    """The newest frozen configuration of a folder that holds the results of training."""
     frozen = list(run_dir.glob("config-*.yaml"))
-    if not frozen or not (has_metrics or has_checkpoints):
+    if not frozen or not has_trained(run_dir):
         return None
     return max(frozen, key=lambda path: path.stat().st_mtime_ns)
 

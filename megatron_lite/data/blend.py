@@ -51,8 +51,9 @@ def normalised(weights: Sequence[float], num_sources: int) -> tuple[Fraction, ..
 
 def shares_of(sizes: Sequence[Fraction | int]) -> tuple[Fraction, ...]:
     """Sizes, such as numbers of tokens, as shares that sum to 1. One of them at least is positive."""
-    total = sum(map(Fraction, sizes))
-    return tuple(size / total for size in sizes)
+    exact = [Fraction(size) for size in sizes]
+    total = sum(exact, Fraction())
+    return tuple(size / total for size in exact)
 
 
 @dataclass
