@@ -94,6 +94,8 @@ class _Memory:
     def _lock(self) -> None:
         self._locked = ExitStack()
         self._next_line = time.monotonic() + QUIET_SECONDS
+        if not self._path.parent.is_dir():  # whoever only asks where data would lie makes no folders
+            return
         with suppress(OSError, NotImplementedError):  # a folder that is not ours, or without locks: read alone
             lock = FileLock(self._path.parent / LOCKS / LOCK_FILE)
             self._locked.enter_context(locked(lock, "another process reads the corpus; waiting for it", self._report))

@@ -37,7 +37,7 @@ from megatron_lite.data.publish import publish_folder, require_folder
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import check_ready, hashes_of_documents, scan_ready, shared_tokenizer
 from megatron_lite.data.sentences import sentence_kinds
-from megatron_lite.data.sources import Source, identity, resolve_sources
+from megatron_lite.data.sources import Source, SourceKind, identity, resolve_sources
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import (
     Counted,
@@ -78,6 +78,11 @@ class Plan:
     @property
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(self.key, sort_keys=True).encode())[:12]
+
+    @property
+    def forms(self) -> list[tuple[SourceKind, list[str]]]:
+        """How each source is stored: the same documents may be stored in several ways."""
+        return [(source.kind, [path.suffix for path in source.paths]) for source in (*self.train, *self.validation)]
 
     def folder_in(self, cache_dir: Path) -> Path:
         """Where its shards are, or will be: a label for people, and the digest.
@@ -122,7 +127,8 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
 def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:
     """Spare a preparation whose tokens the run could not go on with, where that can be told from the sources.
 
-    Where the earlier ones are gone, it shows when the tokens are there: a run goes on by their fingerprint.
+    Where the earlier ones are gone, or of another form (compressed, say), it shows when the tokens are there: a run
+    goes on by their fingerprint.
     """
     changed = [change for change in grade_changes(earlier, config) if change.key in DATA_KEYS]
     if not changed:
@@ -131,7 +137,7 @@ def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report:
         before = make_plan(replace(earlier, data=replace(earlier.data, cache_dir=config.data.cache_dir)), report)
     except (DataError, ConfigError):
         return
-    if before.key != plan.key:
+    if before.forms == plan.forms and before.key != plan.key:
         raise ConfigError(refusals(changed, f"the run in train.run_dir={config.train.run_dir}"))
 
 
@@ -303,10 +309,14 @@ def _one_document() -> DataError:
 
 
 def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> DataError:
-    smallest = lowest_hash / 2**64
+    enough = np.ceil(lowest_hash / 2**64 * 1000) / 1000 + 0.001
+    remedy = (
+        f"use {enough:.3f} or more, or name a data.validation_source"
+        if enough < 1
+        else ("name a data.validation_source")
+    )
     return DataError(
-        f"data.validation_fraction={data.validation_fraction} holds out none of the {documents} documents; use "
-        f"{np.ceil(smallest * 1000) / 1000 + 0.001:.3f} or more, or name a data.validation_source"
+        f"data.validation_fraction={data.validation_fraction} holds out none of the {documents} documents; {remedy}"
     )
 
 

@@ -202,6 +202,10 @@ def test_a_damaged_memory_costs_a_warning_and_the_reading(files: list[Path], rea
     assert line.endswith("all are read again")
 
 
+def test_asking_where_data_would_lie_makes_no_folder(corpus: Path, config_for: ConfigFor) -> None:
+    assert not prepared_folder(config_for(corpus)).parent.exists()
+
+
 def test_what_is_gone_is_forgotten(files: list[Path]) -> None:
     ask(files)
     files[0].unlink()
