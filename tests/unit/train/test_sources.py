@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.data.batch import MicroBatch, micro_batches
-from megatron_lite.data.loader import training_dataset
+from megatron_lite.data.loader import VALIDATION_SEED, training_dataset, validation_dataset
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips, Window
@@ -48,12 +49,14 @@ def rows(batches: list[MicroBatch]) -> tuple[torch.Tensor, ...]:
     return (torch.cat([b.inputs[0] for b in batches]), *(torch.cat([getattr(b, f) for b in batches]) for f in fields))
 
 
-def expected(corpus: tuple[PreparedData, RunConfig], indices: list[int]) -> tuple[torch.Tensor, ...]:
+def expected(
+    corpus: tuple[PreparedData, RunConfig], indices: list[int], *, held_out: bool = False
+) -> tuple[torch.Tensor, ...]:
     """These samples, one by one."""
     prepared, config = corpus
     objective = build_objective(config.objective, config.data, prepared.vocabulary)
-    dataset = training_dataset(prepared, config, objective.shape)
-    return rows(micro_batches(dataset, objective, indices, 1, config.train.seed))
+    dataset = (validation_dataset if held_out else training_dataset)(prepared, config, objective.shape)
+    return rows(micro_batches(dataset, objective, indices, 1, VALIDATION_SEED if held_out else config.train.seed))
 
 
 def equal(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> bool:
@@ -78,6 +81,48 @@ def test_a_rollback_replaces_what_is_left_out(corpus: tuple[PreparedData, RunCon
     assert equal(rows(source.training(batch)), expected(corpus, [4, 5, 6, 7]))
     source.skips = Skips([Window(5, 7)])
     assert equal(rows(source.training(batch)), expected(corpus, [4, 7, 8, 9]))
+
+
+PARTS = {
+    (1, 0): [0, 1, 2, 3, 4, 5, 6, 7],
+    (2, 0): [0, 1, 2, 3],
+    (2, 1): [4, 5, 6, 7],
+    (4, 0): [0, 1],
+    (4, 1): [2, 3],
+    (4, 2): [4, 5],
+    (4, 3): [6, 7],
+}
+"""Samples by (data-parallel size, rank), of 8."""
+
+
+def reads_its_part(corpus: tuple[PreparedData, RunConfig], data_size: int, rank: int) -> bool:
+    """Whether a rank's held-out samples are those of PARTS, and so many micro-batches as it is said to have."""
+    prepared, config = corpus
+    train = replace(config.train, global_batch_size=4, eval_batches=2)
+    source = source_of((prepared, replace(config, train=train)), data_size, rank, Skips())
+    batches = source.validation()
+    assert len(batches) == source.num_validation_micro_batches
+    return equal(rows(batches), expected(corpus, PARTS[data_size, rank], held_out=True))
+
+
+@pytest.mark.parametrize(("data_size", "rank"), PARTS)
+def test_each_rank_validates_on_its_part_of_the_held_out_samples(
+    corpus: tuple[PreparedData, RunConfig], data_size: int, rank: int
+) -> None:
+    assert reads_its_part(corpus, data_size, rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", [lambda own: range(own.start + 1, own.stop + 1), lambda own: own[::-1]])
+def test_a_slice_that_is_off_by_one_is_caught(
+    corpus: tuple[PreparedData, RunConfig],
+    rank: int,
+    fault: Callable[[range], range],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = ShardSource._own_part
+    monkeypatch.setattr(ShardSource, "_own_part", lambda source, count: fault(right(source, count)))
+    assert not reads_its_part(corpus, 2, rank)
 
 
 def test_validation_leaves_nothing_out(corpus: tuple[PreparedData, RunConfig]) -> None:
