@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import follow, sweep, verification, watching
+from launch import evaluation, follow, sweep, verification, watching
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import Launcher, LaunchPlan
 from launch.hostfile import with_hosts
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
         command = argv[0] if argv else ""
         if command in follow.COMMANDS:
             return follow.main(argv)
+        if command == "evaluate":
+            return evaluation.main(argv[1:])
         return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)

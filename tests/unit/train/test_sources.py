@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from megatron_lite.objectives.build import build_objective
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
+from megatron_lite.train.evaluation import HeldOut
 from megatron_lite.train.sources import ShardSource
 from tests.unit.data.conftest import document
 
@@ -100,8 +100,8 @@ def reads_its_part(corpus: tuple[PreparedData, RunConfig], data_size: int, rank:
     prepared, config = corpus
     train = replace(config.train, global_batch_size=4, eval_batches=2)
     source = source_of((prepared, replace(config, train=train)), data_size, rank, Skips())
-    batches = source.validation()
-    assert len(batches) == source.num_validation_micro_batches
+    ((batches, count),) = source.held_out.rounds()
+    assert len(batches) == count
     return equal(rows(batches), expected(corpus, PARTS[data_size, rank], held_out=True))
 
 
@@ -112,22 +112,24 @@ def test_each_rank_validates_on_its_part_of_the_held_out_samples(
     assert reads_its_part(corpus, data_size, rank)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("fault", [lambda own: range(own.start + 1, own.stop + 1), lambda own: own[::-1]])
+@pytest.mark.parametrize("off_by", [-1, 1])
 def test_a_slice_that_is_off_by_one_is_caught(
-    corpus: tuple[PreparedData, RunConfig],
-    rank: int,
-    fault: Callable[[range], range],
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: tuple[PreparedData, RunConfig], off_by: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ShardSource._own_part
-    monkeypatch.setattr(ShardSource, "_own_part", lambda source, count: fault(right(source, count)))
-    assert not reads_its_part(corpus, 2, rank)
+    right = HeldOut._own_part
+
+    def shifted(held_out: HeldOut) -> range:
+        own = right(held_out)
+        return range(own.start + off_by, own.stop + off_by)
+
+    monkeypatch.setattr(HeldOut, "_own_part", shifted)
+    assert not reads_its_part(corpus, 2, 1)
 
 
 def test_validation_leaves_nothing_out(corpus: tuple[PreparedData, RunConfig]) -> None:
     plain, skipping = (source_of(corpus, 2, 1, skips) for skips in (Skips(), Skips([Window(0, 50)])))
-    assert equal(rows(plain.validation()), rows(skipping.validation()))
+    ((batches, _),), ((others, _),) = plain.held_out.rounds(), skipping.held_out.rounds()
+    assert equal(rows(batches), rows(others))
 
 
 def test_passes_hold_fewer_samples_where_some_are_left_out(corpus: tuple[PreparedData, RunConfig]) -> None:
@@ -143,4 +145,4 @@ def test_stages_between_first_and_last_read_nothing(corpus: tuple[PreparedData, 
     context = replace(ParallelContext.single(), topology=Topology(pipeline_parallel_size=3), rank=1)
     source = ShardSource(prepared, config, objective, context, Skips(WINDOWS))
     assert source.training(BatchStep(0, 8)) == []
-    assert source.validation() == []
+    assert all(batches == [] for batches, _ in source.held_out.rounds())
