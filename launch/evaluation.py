@@ -245,7 +245,7 @@ def _without_training(config: RunConfig) -> RunConfig:
     """The configuration with as little of an optimizer as an engine can have, and nothing that follows a run."""
     return replace(
         config,
-        optimizer=OptimizerConfig(name=OptimizerName.sgd),
+        optimizer=OptimizerConfig(name=OptimizerName.sgd, warmup_steps=0),
         parallel=replace(config.parallel, offload_optimizer=False),
         train=replace(config.train, batch_ramp=BatchRampConfig(), run_dir=None),
         tracking=TrackingConfig(progress=False, plot=False),

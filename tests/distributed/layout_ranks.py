@@ -119,6 +119,17 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
 
 
+def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
+    """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    own = config.train.global_batch_size // config.train.micro_batch_size
+    evaluated = engine.evaluate(batches_from(0, own), own).loss
+    (after,) = train_steps(engine, batches_from, config, 0, 1)
+    other, batches_from = synthetic_engine(config, vocab_size)
+    (without,) = train_steps(other, batches_from, config, 0, 1)
+    return evaluated, after.loss, without.loss
+
+
 def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
     """What an untrained model of this layout predicts for the first sample."""
     engine, batches_from = synthetic_engine(config, vocab_size)

@@ -62,6 +62,14 @@ def test_only_matrices_decay_and_tied_weights_come_once() -> None:
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
 
 
+def test_a_stacked_bias_is_no_matrix() -> None:
+    """That of SwiGLU's gate and up has two dimensions."""
+    named = [("gate_up.weight", nn.Parameter(torch.ones(2, 8, 8))), ("gate_up.bias", nn.Parameter(torch.ones(2, 8)))]
+    matrices, vectors = parameter_groups(named, 0.1)
+    assert [p.shape for p in matrices["params"]] == [(2, 8, 8)]
+    assert [p.shape for p in vectors["params"]] == [(2, 8)]
+
+
 def test_groups_leave_out_frozen_parameters_and_empty_groups() -> None:
     net = Net()
     for parameter in (net.norm.weight, net.norm.bias, net.up.bias, net.down.bias):
