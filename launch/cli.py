@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import evaluation, follow, sweep, verification, watching
+from launch import follow, sweep, verification, watching
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
 from launch.base import Launcher, LaunchPlan
 from launch.hostfile import with_hosts
@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
         if command in follow.COMMANDS:
             return follow.main(argv)
         if command == "evaluate":
+            from launch import evaluation  # it imports what no other command needs, and this module
+
             return evaluation.main(argv[1:])
         return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:

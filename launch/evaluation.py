@@ -18,6 +18,7 @@ from typing import Any
 
 from launch.arguments import ALL_FLAG, EVALUATE_FLAG
 from launch.base import Launcher, LaunchPlan
+from launch.cli import resolve_for_this_machine
 from launch.local import LocalLauncher
 from launch.machine import require_capacity
 from launch.preparation import Prepare
@@ -169,8 +170,6 @@ def configured(subject: Subject, words: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: with every wrong word, or every setting that does not fit.
     """
-    from launch.cli import resolve_for_this_machine  # it imports this module
-
     keys = {override_key(word) for word in words}
     _check_words(subject, keys)
     config = _with_presets(_for_this_machine(subject.config), [word for word in words if override_key(word) in PRESETS])

@@ -24,8 +24,10 @@ class BatchSource(Protocol):
 
     skips: Skips
     """The training samples that the run leaves out."""
-    held_out: Loader
-    """What it validates on."""
+
+    @property
+    def held_out(self) -> Loader:
+        """What the run validates on."""
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         """This data-parallel rank's part of one global batch."""

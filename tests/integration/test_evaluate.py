@@ -15,13 +15,12 @@ from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
 from tests.integration.runs import TINY, Finished, run_warm
 
-SCRIPTS = ("pretrain_gpt", "pretrain_bert")
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module")
 def run_dir(request: pytest.FixtureRequest, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on two data ranks, with AdamW and a batch of its own."""
+    """A finished run of this script on two data ranks."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = (f"train.steps={STEPS}", "train.save_interval=2", "train.eval_batches=2", "train.generate_tokens=0")
     layout = ("parallel=dp2_tp1_pp1", f"train.run_dir={folder}")
@@ -53,6 +52,7 @@ def state_of(folder: Path) -> Iterator[tuple[str, int, int]]:
         yield str(path), path.stat().st_mtime_ns, path.stat().st_size
 
 
+@pytest.mark.parametrize("run_dir", ["pretrain_gpt", "pretrain_bert"], indirect=True)
 def test_the_runs_own_number_under_two_layouts(run_dir: Path, evaluate: Any) -> None:
     """While another process holds the run folder, which stays as it is."""
     before = list(state_of(run_dir))
@@ -72,6 +72,7 @@ def test_the_runs_own_number_under_two_layouts(run_dir: Path, evaluate: Any) -> 
         assert one["sequence_accuracy"] == pytest.approx(last.get("validation_sequence_accuracy"), abs=1e-9)
 
 
+@pytest.mark.parametrize("run_dir", ["pretrain_gpt"], indirect=True)
 def test_all_of_another_text_and_an_earlier_step(run_dir: Path, evaluate: Any, tmp_path: Path) -> None:
     """Every sample counts once, however many ranks share them; the text is encoded as the run's was."""
     text = tmp_path / "text.txt"
@@ -92,6 +93,7 @@ def test_all_of_another_text_and_an_earlier_step(run_dir: Path, evaluate: Any, t
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=1e-9)
 
 
+@pytest.mark.parametrize("run_dir", ["pretrain_gpt"], indirect=True)
 def test_what_cannot_be_evaluated_is_one_line(run_dir: Path, evaluate: Any, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.txt"
     tiny.write_text("few words")
