@@ -86,6 +86,16 @@ def test_adamw_is_fused_and_equals_the_formula() -> None:
     assert_same(net, start)
 
 
+def test_adamw_adds_epsilon_to_the_root() -> None:
+    """A gradient as large as epsilon: half a step. Gradients of a model are so much larger that it would not show."""
+    weight = nn.Parameter(torch.zeros(2))
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, epsilon=1e-3)
+    optimizer = build_optimizer([("weight", weight)], config, ParallelContext.single())
+    weight.grad = torch.tensor([1e-3, -3e-3])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.05, 0.075]), rtol=1e-5, atol=0.0)
+
+
 def run_formula_adamw(net: Net, config: OptimizerConfig, steps: int) -> None:
     """arXiv 1711.05101, algorithm 2, in float64 statistics and plain arithmetic."""
     moments = {name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in net.named_parameters()}
