@@ -22,6 +22,8 @@ from benchmarks.ranks import build_rank, run_job
 from benchmarks.shape import SEED, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from megatron_lite.config.schema import RunConfig
     from megatron_lite.data.batch import MicroBatch
     from megatron_lite.optim.batch_ramp import BatchStep
@@ -37,10 +39,17 @@ class _Nowhere(list[Any]):
         """Keep nothing."""
 
 
+class _Nothing:
+    """To evaluate on."""
+
+    def rounds(self) -> Iterator[tuple[list[MicroBatch], int]]:
+        return iter(())
+
+
 class _Batches:
     """The same batch again and again."""
 
-    num_validation_micro_batches = 0
+    held_out = _Nothing()
 
     def __init__(self, own: list[MicroBatch]) -> None:
         from megatron_lite.data.skips import Skips
@@ -50,9 +59,6 @@ class _Batches:
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         return self._own
-
-    def validation(self) -> list[MicroBatch]:
-        return []
 
 
 def main(vocab_size: str, turns: str) -> None:

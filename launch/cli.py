@@ -55,6 +55,10 @@ def main(argv: list[str]) -> int:
         command = argv[0] if argv else ""
         if command in follow.COMMANDS:
             return follow.main(argv)
+        if command == "evaluate":
+            from launch import evaluation  # it imports what no other command needs, and this module
+
+            return evaluation.main(argv[1:])
         return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from launch.arguments import Arguments, parse, usage
@@ -69,7 +70,7 @@ def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str,
             _make_ready(config)
         elif FOLDER_VARIABLE not in os.environ and not arguments.verify:  # no launcher of this machine has done it
             _prepare_data(config)
-        return (_certify if arguments.verify else main_function)(config) or RunEnd.DONE
+        return _task(arguments, main_function)(config) or RunEnd.DONE
     except MegatronLiteError as error:
         _leave_marker(config, error.end, str(error))
         _tell(error_text(error, debug=debug), terminal)
@@ -89,6 +90,19 @@ def pretrain(config: RunConfig) -> RunEnd:
     from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
 
     return train(config)
+
+
+def _task(arguments: Arguments, train: Callable[[RunConfig], RunEnd | None]) -> Callable[[RunConfig], RunEnd | None]:
+    """What this rank was started for."""
+    if arguments.evaluate is not None:
+        return partial(_evaluate, arguments.evaluate, arguments.all)
+    return _certify if arguments.verify else train
+
+
+def _evaluate(folder: Path, one_pass: bool, config: RunConfig) -> RunEnd:
+    from megatron_lite.train.evaluate_checkpoint import evaluate_checkpoint  # seconds of imports
+
+    return evaluate_checkpoint(config, folder, one_pass=one_pass)
 
 
 def _certify(config: RunConfig) -> None:

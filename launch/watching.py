@@ -15,7 +15,7 @@ from megatron_lite.errors import EXIT_OK, ConfigError
 DEFAULT_TOLERANCE = 1e-6
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers a wrong word like every other command: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(words: Sequence[str]) -> int:
-    parser = _Parser(prog="python -m launch report", description="Draw a run on one page: running, ended or killed.")
+    parser = Parser(prog="python -m launch report", description="Draw a run on one page: running, ended or killed.")
     parser.add_argument("run", metavar="RUN_FOLDER")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; report.html in the run folder if not given")
     arguments = parser.parse_args(words)
@@ -47,7 +47,7 @@ def report(words: Sequence[str]) -> int:
 
 
 def compare(words: Sequence[str]) -> int:
-    parser = _Parser(prog="python -m launch compare", description="Where two runs part, and what can have caused it.")
+    parser = Parser(prog="python -m launch compare", description="Where two runs part, and what can have caused it.")
     parser.add_argument("first", metavar="RUN_FOLDER")
     parser.add_argument("second", metavar="RUN_FOLDER")
     parser.add_argument("--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, help="relative; %(default)s")

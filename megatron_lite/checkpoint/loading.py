@@ -73,6 +73,17 @@ def _shared_problem(folder: Path) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
+def require_complete(folder: Path) -> None:
+    """A collective of all ranks, who share the reading.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; on every rank alike.
+    """
+    problem = agreed(folders.quick_problem(folder) if dist.get_rank() == 0 else None) or _shared_problem(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} is damaged: {problem}; bring back a whole copy, or name another checkpoint")
+
+
 def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterable[str]) -> None:
     """Fill this rank's fragments of these kinds from a checkpoint's files.
 

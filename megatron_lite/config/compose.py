@@ -82,6 +82,11 @@ def change(config: RunConfig, words: list[str], conf_dir: Path = CONF_DIR) -> Ru
     return with_weights(typed, explicit) if "model.init_from" in explicit else typed
 
 
+def override_key(word: str) -> str:
+    """The dotted key or group that a word sets; the whole word where it sets none."""
+    return word.lstrip("+").partition("=")[0]
+
+
 def available_scripts(conf_dir: Path = CONF_DIR) -> list[str]:
     """Names of the entry scripts: each has a primary configuration of its own name."""
     if not conf_dir.is_dir():

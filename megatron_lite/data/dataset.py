@@ -200,6 +200,30 @@ def damaged_sentences(shard: Shard) -> DataError:
     )
 
 
+class ChainedDataset(Generic[Sample]):
+    """The first so many samples of each of several datasets, one dataset after another, and then all of them again."""
+
+    def __init__(self, datasets: Sequence[SampleDataset[Sample]], counts: Sequence[int]) -> None:
+        self.datasets = datasets
+        self._ends = np.cumsum(counts)
+
+    def sample(self, index: int) -> Sample:
+        source, inner = self._place(index)
+        return self.datasets[source].sample(inner)
+
+    def stretches(self, index: int) -> list[Stretch]:
+        source, inner = self._place(index)
+        return self.datasets[source].stretches(inner)
+
+    def samples_in(self, epochs: int) -> int:
+        return epochs * int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        place = index % int(self._ends[-1])
+        source = int(self._ends.searchsorted(place, side="right"))
+        return source, place - (int(self._ends[source - 1]) if source else 0)
+
+
 def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:
     """Whole windows of a stream that start every `stride_tokens` tokens."""
     return 0 if num_tokens < window_tokens else (num_tokens - window_tokens) // stride_tokens + 1

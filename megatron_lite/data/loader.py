@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.dataset import SampleDataset, WindowDataset, blended
+from megatron_lite.data.dataset import ChainedDataset, SampleDataset, WindowDataset, blended
 from megatron_lite.data.needs import no_sentences
 from megatron_lite.data.pairs import PairDataset
 from megatron_lite.data.prepared import PreparedData, Shard
@@ -52,15 +52,38 @@ def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) 
     Raises:
         DataError: no source holds out enough for one sample, or one does not know its sentences.
     """
-    pairs = list(zip(prepared.validation, prepared.validation_weights, strict=True))
-    built = [(_dataset(shard, shape, prepared, VALIDATION_SEED), weight) for shard, weight in pairs if weight > 0]
-    used = [(dataset, weight) for dataset, weight in built if dataset.samples_per_epoch > 0]
+    used = held_out_datasets(prepared, config, shape)
+    weights = [weight for shard, weight in _weighted(prepared) if any(one.shard is shard for one in used)]
+    return _blended(used, weights, VALIDATION_SEED)
+
+
+def held_out_datasets(prepared: PreparedData, config: RunConfig, shape: Shape) -> list[WindowDataset | PairDataset]:
+    """The same, each source by itself, in the order of the configuration.
+
+    Raises:
+        DataError: no source holds out enough for one sample, or one does not know its sentences.
+    """
+    built = [_dataset(shard, shape, prepared, VALIDATION_SEED) for shard, _ in _weighted(prepared)]
+    used = [dataset for dataset in built if dataset.samples_per_epoch > 0]
     if not used:
-        largest = max((dataset for dataset, _ in built), key=lambda dataset: dataset.shard.tokens)
-        raise DataError(
-            _no_sample(largest, config.data.seq_length, shape, "validation", "raise data.validation_fraction")
-        )
-    return _blended([dataset for dataset, _ in used], [weight for _, weight in used], VALIDATION_SEED)
+        largest = max(built, key=lambda dataset: dataset.shard.tokens)
+        separate = config.data.validation_source is not None
+        remedy = "add text to it" if separate else "raise data.validation_fraction"
+        raise DataError(_no_sample(largest, config.data.seq_length, shape, "validation", remedy))
+    return used
+
+
+def _weighted(prepared: PreparedData) -> list[tuple[Shard, Fraction]]:
+    """The validation shards that have a share of the samples."""
+    pairs = zip(prepared.validation, prepared.validation_weights, strict=True)
+    return [(shard, weight) for shard, weight in pairs if weight > 0]
+
+
+def one_pass_over(datasets: Sequence[WindowDataset | PairDataset]) -> tuple[Dataset, int]:
+    """All samples of one pass over each dataset, one dataset after another, and how many they are."""
+    counts = [dataset.samples_per_epoch for dataset in datasets]
+    together: Dataset = datasets[0] if len(datasets) == 1 else ChainedDataset(datasets, counts)  # type: ignore[assignment]
+    return together, sum(counts)
 
 
 def examples(

@@ -125,11 +125,8 @@ class Checkpoints:
         if start.report is not None and start.state is not None and start.folder is not None:
             report = start.report
             self._restore(start.folder, start.state, report.load_moments, report.load_loss_scale)
-        elif (name := self.engine.config.model.init_from) is not None:
-            weights = read_weights(name)
-            form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
-            self.engine.shards.weights_changed()
+        elif self.engine.config.model.init_from is not None:
+            take_initial_weights(self.engine, self.shapes)
 
     @property
     def folder(self) -> Path:
@@ -146,23 +143,17 @@ class Checkpoints:
         shards, kinds = self.engine.shards, [WEIGHT]
         if load_moments:
             kinds += state.optimizer.moments
-        load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
+        load(folder, _plan(self.engine, self.shapes, state.hugging_face), _fragments(self.engine, *kinds), kinds)
         if load_moments:
             shards.updates = state.optimizer.step
         else:
-            for moment in self._fragments(*moments_of(self.engine.config.optimizer)):
+            for moment in _fragments(self.engine, *moments_of(self.engine.config.optimizer)):
                 moment.values.zero_()
             shards.updates = 0
         if load_loss_scale and state.loss_scale is not None:
             shards.loss_scale = state.loss_scale
         shards.weights_changed()
         self.newest_step = state.step
-
-    def _plan(self, hugging_face: bool) -> Plan:
-        return Plan.of(self.shapes, _hugging_face(self.engine.config.model) if hugging_face else None)
-
-    def _fragments(self, *kinds: str) -> list[Fragment]:
-        return [fragment for fragment in self.engine.shards.fragments() if fragment.kind in kinds]
 
     def save(self, step: int, samples: int, skips: Skips, validation_loss: float | None) -> Path:
         """Write a checkpoint, or begin to; the folder that it will be.
@@ -191,6 +182,39 @@ class Checkpoints:
         folder = self.saver.save(shards.fragments(), state)
         self.newest_step = step
         return folder
+
+
+def take_weights(engine: Engine, folder: Path, state: CheckpointState) -> None:
+    """Give the model the weights of a checkpoint, and nothing else of it. A collective of all ranks.
+
+    Raises:
+        CheckpointError: the files hold other tensors than the model has.
+    """
+    plan = _plan(engine, shapes_of_all_ranks(engine.shards.shapes()), state.hugging_face)
+    load(folder, plan, _fragments(engine, WEIGHT), [WEIGHT])
+    engine.shards.weights_changed()
+
+
+def take_initial_weights(engine: Engine, shapes: Shapes) -> None:
+    """Give the model the weights that model.init_from names.
+
+    Raises:
+        CheckpointError: the files hold other tensors than the model has.
+    """
+    name = engine.config.model.init_from
+    assert name is not None
+    weights = read_weights(name)
+    form = _plan(engine, shapes, weights.has_hf_names).sets[WEIGHT].form
+    start_from(weights.tensors, form, _fragments(engine, WEIGHT), f"model.init_from={name}")
+    engine.shards.weights_changed()
+
+
+def _plan(engine: Engine, shapes: Shapes, hugging_face: bool) -> Plan:
+    return Plan.of(shapes, _hugging_face(engine.config.model) if hugging_face else None)
+
+
+def _fragments(engine: Engine, *kinds: str) -> list[Fragment]:
+    return [fragment for fragment in engine.shards.fragments() if fragment.kind in kinds]
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:

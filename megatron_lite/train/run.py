@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
-from megatron_lite.config.derived import run_directory, topology
+from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
@@ -22,7 +22,7 @@ from megatron_lite.data.prepared import load_prepared
 from megatron_lite.data.skips import Skips, skips_of
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
-from megatron_lite.observe.console import Console, redirect_output
+from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
@@ -48,7 +48,7 @@ from megatron_lite.train.setup import build_task
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
-from megatron_lite.train.watchdog import Watchdog, place_of
+from megatron_lite.train.watchdog import watchdog_of
 
 T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
@@ -69,7 +69,7 @@ def train(config: RunConfig) -> RunEnd:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     heartbeat = Heartbeat()
-    watchdog = _watchdog(config, environment, heartbeat, console)
+    watchdog = watchdog_of(config, environment, heartbeat, console)
     request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
     try:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
@@ -93,20 +93,6 @@ def train(config: RunConfig) -> RunEnd:
             return end
     finally:
         console.restore()
-
-
-def _watchdog(
-    config: RunConfig, environment: distributed.ProcessEnvironment, heartbeat: Heartbeat, console: Console
-) -> Watchdog:
-    return Watchdog(
-        run_directory(config),
-        place_of(environment.rank, topology(config)),
-        heartbeat,
-        local_rank=environment.local_rank,
-        world_size=environment.world_size,
-        limit_seconds=config.train.timeout_seconds,
-        console=console,
-    )
 
 
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:

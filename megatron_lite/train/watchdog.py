@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_lite.config.derived import run_directory, topology
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import RunEnd
 from megatron_lite.files import publish_first
 from megatron_lite.observe.console import Console
@@ -28,6 +30,7 @@ from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_
 from megatron_lite.observe.markers import ERROR_FILE, HANG_FILE, leave_marker
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.culprit import Finding, Kind, find_culprit
+from megatron_lite.train.distributed import ProcessEnvironment
 
 TURN_INTERVALS = 2  # between those who read first, second and last
 FAREWELL_INTERVALS = 2  # from seeing the report to the end: the others must see it before our connections close
@@ -171,3 +174,16 @@ def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
     """What hang.json holds: the finding, and what it was found by."""
     rank = finding.ranks[0]
     return {"rank": rank, **asdict(finding), "time": time.time(), "beats": [asdict(beat) for beat in beats.values()]}
+
+
+def watchdog_of(config: RunConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console) -> Watchdog:
+    """Of this rank in a job of this configuration."""
+    return Watchdog(
+        run_directory(config),
+        place_of(environment.rank, topology(config)),
+        heartbeat,
+        local_rank=environment.local_rank,
+        world_size=environment.world_size,
+        limit_seconds=config.train.timeout_seconds,
+        console=console,
+    )

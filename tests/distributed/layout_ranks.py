@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -40,6 +40,19 @@ def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: st
     """One rank of one layout; its stage's gradients."""
     with planted(mutation):
         return trace_layout(config, _context(config), vocab_size, num_steps)
+
+
+def updates_rank(
+    configs: Sequence[RunConfig], vocab_size: int, num_steps: int, mutation: str
+) -> list[tuple[Trace, Trace]]:
+    """Of each configuration: the layout as it is, and with the fault in it, each with the updates of its weights."""
+    found = []
+    for config in configs:
+        context = _context(config)
+        right = trace_layout(config, context, vocab_size, num_steps, updates=True)
+        with planted(mutation):
+            found.append((right, trace_layout(config, context, vocab_size, num_steps, updates=True)))
+    return found
 
 
 def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
@@ -104,6 +117,17 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     context = engine.context
     own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
+
+
+def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
+    """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    own = config.train.global_batch_size // config.train.micro_batch_size
+    evaluated = engine.evaluate(batches_from(0, own), own).loss
+    (after,) = train_steps(engine, batches_from, config, 0, 1)
+    other, batches_from = synthetic_engine(config, vocab_size)
+    (without,) = train_steps(other, batches_from, config, 0, 1)
+    return evaluated, after.loss, without.loss
 
 
 def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
@@ -213,11 +237,25 @@ def _pack_without_memory_gradient(wire: Wire, x: Activations) -> Any:
 
 _PACK = Wire.pack
 
+
+@contextmanager
+def _clip_coefficient_too_large() -> Iterator[None]:
+    """By 5 %: as if the norm that is clipped by were so much smaller."""
+    engine = megatron_lite.train.engine
+    give, clip = engine.clip_by_given_norm, engine.clip_grads_with_norm_  # DeepSpeed's optimizers; ZeRO-0
+    with (
+        mock.patch.object(engine, "clip_by_given_norm", lambda o, norm, c: give(o, lambda: norm() / 1.05, c)),
+        mock.patch.object(engine, "clip_grads_with_norm_", lambda p, largest, norm: clip(p, largest, norm / 1.05)),
+    ):
+        yield
+
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
     ),
+    "clip_coefficient_too_large": _clip_coefficient_too_large,
     "tied_gradient_doubled": _instruction("ReduceTiedGrads", _double_tied_gradient),
     "relative_bias_gradient_not_summed": _instruction("ReduceTiedGrads", _sum_all_but_the_relative_bias),
     "tied_gradient_not_summed": _instruction("ReduceTiedGrads", lambda engine: None),
