@@ -20,6 +20,8 @@ import xxhash
 
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.blend import normalised
+from megatron_lite.data.bpe import train_bpe
+from megatron_lite.data.framing import planned_ends, reads_documents
 from megatron_lite.data.needs import require_tokens_of_run
 from megatron_lite.data.prepared import (
     COUNTS,
@@ -44,7 +46,6 @@ from megatron_lite.data.tokenizer import (
     limit_threads,
     save_tokenizer,
     tokenizer_identity,
-    train_bpe,
 )
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
@@ -119,7 +120,7 @@ def make_plan(config: RunConfig) -> Plan:
         "train": [identity(source, data) for source in train],
         "validation": [identity(source, data) for source in validation],
         "held_out": None if validation else data.validation_fraction,
-        "tokenizer": tokenizer_identity(data.tokenizer, data.tokenizer_vocab_size),
+        "tokenizer": tokenizer_identity(data, planned_ends(config), reads_documents(config)),
     }
     return Plan(train, validation, trained_size, key)
 
@@ -163,7 +164,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
-        tokenizer = save_tokenizer(data.tokenizer, target)
+        tokenizer = save_tokenizer(data.tokenizer, target, data, is_decoder=reads_documents(config))
     elif plan.trained_vocab_size is not None:
         tokenizer = _train_tokenizer(plan, data, target, report)
     else:
@@ -172,7 +173,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
             return Job(data, folder, None, facts, None, report)
-        home, tokenizer = found, save_tokenizer(str(found), target)
+        home, tokenizer = found, save_tokenizer(str(found), target, data, is_decoder=reads_documents(config))
     if plan.trained_vocab_size is None:
         model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
         require_tokens_of_run(config, tokenizer.special, home)
@@ -189,7 +190,7 @@ def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callabl
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
-    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target)
+    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target, data, report=report)
     if tokenizer.vocab_size < wanted:
         report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
     return tokenizer
