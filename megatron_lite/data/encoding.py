@@ -66,17 +66,19 @@ class Encoder:
     """Encodes text as text.
 
     Args:
-        spec: content of a tokenizer.json.
+        spec: content of a tokenizer.json, as the library writes it.
         roles: text of the tokens that no text may give, by id.
         eod_id: the one of them that ends documents.
+        name: data.tokenizer, for messages.
     """
 
-    def __init__(self, spec: dict[str, Any], roles: dict[int, str], eod_id: int) -> None:
+    def __init__(self, spec: dict[str, Any], roles: dict[int, str], eod_id: int, name: str) -> None:
         from tokenizers import Tokenizer as Backend
 
+        self._name = name
         self._roles = roles
         self._eod_id = eod_id
-        with library_edge(DataError, "the tokenizer cannot be made to take names of special tokens as text"):
+        with library_edge(DataError, f"data.tokenizer={name} cannot be made to take names of special tokens as text"):
             self._backend = Backend.from_str(json.dumps(text_only(spec, roles.values())))
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -109,8 +111,9 @@ class Encoder:
         longest = max(texts, key=len, default="")
         with library_edge(
             DataError,
-            f"the tokenizer cannot encode a text of {len(longest):,} characters, {longest[:40]!r}...",
-            "split or leave out the document",
+            f"data.tokenizer={self._name} cannot encode a text of up to {len(longest):,} characters, "
+            f"{longest[:40]!r}...",
+            "split or leave out the document, or name another tokenizer",
         ):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -133,14 +136,16 @@ class Encoder:
         generator = random.Random(0)
         texts = [_probe_text(generator) for _ in range(PROBE_TEXTS)]
         parts = [split_at(text, [match.start() for match in _SAFE_CUT.finditer(text)]) for text in texts]
-        whole = self._encode(texts)
-        joined = [list(chain.from_iterable(self._encode(pieces))) for pieces in parts]
-        return whole == joined
+        try:
+            whole = self._encode(texts)
+            return whole == [list(chain.from_iterable(self._encode(pieces))) for pieces in parts]
+        except DataError:  # a vocabulary without a token for unknown letters
+            return False
 
 
 def _probe_text(generator: random.Random) -> str:
-    words = []
-    while sum(map(len, words)) < PROBE_CHARACTERS:
+    words: list[str] = []
+    while sum(len(word) for word in words) < PROBE_CHARACTERS:
         alphabet = generator.choice(PROBE_ALPHABETS)
         words.append("".join(generator.choices(alphabet, k=generator.randint(1, 9))))
         words.append(generator.choice((" ", " ", " ", "\n", "")))

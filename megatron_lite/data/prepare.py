@@ -37,6 +37,7 @@ from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
 from megatron_lite.data.sentences import sentence_kinds
+from megatron_lite.data.shard_ends import as_in_shards
 from megatron_lite.data.sources import Source, identity, resolve_sources
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
@@ -44,6 +45,7 @@ from megatron_lite.data.tokenizer import (
     TOKENIZER_FOLDER,
     Tokenizer,
     limit_threads,
+    open_tokenizer,
     save_tokenizer,
     tokenizer_identity,
 )
@@ -115,12 +117,14 @@ def make_plan(config: RunConfig) -> Plan:
             "data.validation_source"
         )
     trained_size = _check_tokenizer(config, [*train, *validation])
+    is_text = all(source.is_text for source in (*train, *validation))
+    ends = planned_ends(config) if is_text else None  # ready shards have their own
     key = {
         "pipeline": [PIPELINE, FORMAT],
         "train": [identity(source, data) for source in train],
         "validation": [identity(source, data) for source in validation],
         "held_out": None if validation else data.validation_fraction,
-        "tokenizer": tokenizer_identity(data, planned_ends(config), reads_documents(config)),
+        "tokenizer": tokenizer_identity(data, ends, reads_documents(config)),
     }
     return Plan(train, validation, trained_size, key)
 
@@ -164,7 +168,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
-        tokenizer = save_tokenizer(data.tokenizer, target, data, is_decoder=reads_documents(config))
+        tokenizer = _copied_tokenizer(data.tokenizer, target, config, sources)
     elif plan.trained_vocab_size is not None:
         tokenizer = _train_tokenizer(plan, data, target, report)
     else:
@@ -173,7 +177,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
             return Job(data, folder, None, facts, None, report)
-        home, tokenizer = found, save_tokenizer(str(found), target, data, is_decoder=reads_documents(config))
+        home, tokenizer = found, _copied_tokenizer(str(found), target, config, sources)
     if plan.trained_vocab_size is None:
         model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
         require_tokens_of_run(config, tokenizer.special, home)
@@ -184,6 +188,13 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
         **tokenizer.special.to_facts(),
     }
     return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
+
+
+def _copied_tokenizer(name: str, target: Path, config: RunConfig, sources: list[Source]) -> Tokenizer:
+    is_decoder = reads_documents(config)
+    opened = open_tokenizer(name, config.data, is_decoder=is_decoder)
+    data = as_in_shards(config.data, sources, opened, is_decoder=is_decoder)
+    return save_tokenizer(name, target, data, is_decoder=is_decoder)
 
 
 def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:

@@ -130,7 +130,7 @@ def _frame(config: RunConfig, special: SpecialTokens, names: dict[int, str]) -> 
         cls, sep = names[special.cls], names[special.sep]
         makes_pairs = config.objective.name is ObjectiveName.masked_lm_nsp
         second = 1 if makes_pairs else 0
-        single = ((cls, 0), (FIRST, 0), (sep, 0))
+        single: Template = ((cls, 0), (FIRST, 0), (sep, 0))
         return Frame(Templates(single, (*single, (SECOND, second), (sep, second))), is_exact=makes_pairs)
     single = ((FIRST, 0), *((name, 0) for name in ends))
     return Frame(Templates(single, (*single, (SECOND, 0), *((name, 0) for name in ends))))
@@ -208,7 +208,7 @@ def _without_stray_spaces(spec: dict[str, Any], tokens: Sequence[int], names: di
         entries.setdefault(i, {"id": i, **plain}).update(special=True)
     if tokens:
         first = entries[tokens[0]]
-        flags = _fitting_flags(spec, first["content"], (first["lstrip"], first["rstrip"]))
+        flags = _fitting_flags(spec, first["content"], (first.get("lstrip", False), first.get("rstrip", False)))
         for i in tokens:
             entries[i].update(lstrip=flags[0], rstrip=flags[1])
     return [entries[i] for i in sorted(entries)]

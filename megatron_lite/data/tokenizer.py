@@ -65,19 +65,15 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer; its truncation and padding are switched off.
-        spec: the content of its tokenizer.json.
         names: its tokens that have a role.
         files: what it was read from.
         digest: xxh3-128 of the tokenizer.json; shards remember it.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, spec: dict[str, Any], names: RoleNames, files: TokenizerFiles, digest: str
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, names: RoleNames, files: TokenizerFiles, digest: str) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._spec = spec
         self.names = names
         self.files = files
         self.eod = names.eod
@@ -94,7 +90,7 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self._spec, self._text_of_role, self.eod_id)
+        return Encoder(json.loads(self._backend.to_str()), self._text_of_role, self.eod_id, self.files.name)
 
     def pieces(self) -> Pieces:
         """The text behind every id."""
@@ -182,7 +178,7 @@ def _opened(files: TokenizerFiles, data: DataConfig, is_decoder: bool) -> Tokeni
     what = f"data.tokenizer={files.name} cannot be opened: its {TOKENIZER_FILE} is no tokenizer"
     with library_edge(ConfigError, what, remedy):
         backend = Backend.from_str(json.dumps(spec))
-    return Tokenizer(backend, spec, names, files, xxhash.xxh3_128_hexdigest(files.content))
+    return Tokenizer(backend, names, files, xxhash.xxh3_128_hexdigest(files.content))
 
 
 def save_tokenizer(name: str, folder: Path, data: DataConfig | None = None, *, is_decoder: bool = False) -> Tokenizer:

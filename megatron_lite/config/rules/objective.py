@@ -138,8 +138,8 @@ def bos_needs_a_decoder(case: Case) -> Iterator[str]:
     name, architecture = case.config.objective.name, case.model.architecture
     if case.config.data.add_bos and architecture is not Architecture.decoder:
         yield (
-            f"data.add_bos=true has no meaning with objective.name={name.value}, which itself puts tokens around what a "
-            "model reads; leave data.add_bos out, or set it to null"
+            f"data.add_bos=true has no meaning with objective.name={name.value}, which itself puts tokens around what "
+            "the model reads; leave data.add_bos out, or set it to null"
         )
 
 

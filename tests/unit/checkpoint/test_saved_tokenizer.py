@@ -17,11 +17,14 @@ from transformers import AutoTokenizer
 
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.config.schema import ModelConfig, ObjectiveName, RunConfig
+from megatron_lite.data.framing import described_ends
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.samples import SentencePair, Text
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_lite.data.vocabulary import known_vocab_size
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.objectives.build import build_objective
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5
 from tests.tokenizer_families import CHAT_TEMPLATE, FAMILIES, TEXTS, changed
@@ -260,3 +263,107 @@ def test_add_bos_token_of_the_settings_counts(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     assert open_tokenizer(str(folder), is_decoder=True).special.begin == (1,)
     assert open_tokenizer(str(changed(folder, add_bos_token=False)), is_decoder=True).special.begin == ()
+
+
+@pytest.mark.parametrize(("family", "add_bos"), [("llama3", None), ("llama3", False), ("qwen_chat", None)])
+def test_ready_shards_say_themselves_what_documents_begin_and_end_with(
+    save: Save, tmp_path: Path, family: str, add_bos: bool | None
+) -> None:
+    """Moved away from what made them, with their tokenizer named anew."""
+    made = save(family, add_bos=add_bos, **({"eod_token": "<|im_end|>"} if family == "qwen_chat" else {}))
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"pair{suffix}").write_bytes(Path(f"{made.prepared.train[0].prefix}{suffix}").read_bytes())
+    config = replace(made.config, data=replace(made.config.data, add_bos=None, eod_token=None))
+    config.data.source, config.data.cache_dir = str(tmp_path / "pair"), str(tmp_path / "cache")
+    again = prepare(config, report=lambda line: None)
+    assert again.special == made.prepared.special
+    assert again.tokenizer_files(config) == made.prepared.tokenizer_files(made.config)
+    config.data.add_bos = not made.prepared.special.begin
+    if family == "llama3":
+        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, and those of"):
+            prepare(config, report=lambda line: None)
+
+
+@pytest.mark.parametrize("family", ["llama3", "t5", "bert"])
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path: Path, family: str) -> None:
+    """Cut, filled with zeros, of other types, or nested without end: whatever is wrong, and wherever it is read."""
+    folder = FAMILIES[family](tmp_path / "t")
+    deep = b'{"a":' * 5000 + b"1" + b"}" * 5000
+    wrong: list[Any] = [b"", b"\0" * 90, b"[1]", b"{}", b"\xff\xfe", deep, b"null"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        for content in [*wrong, whole[: len(whole) // 2], whole[:-3], *_of_other_types(whole)]:
+            path.write_bytes(content)
+            for read in (_plan, _open):
+                try:
+                    read(folder)
+                except (ConfigError, DataError) as error:
+                    assert str(folder) in str(error)
+        path.write_bytes(whole)
+
+
+def _of_other_types(whole: bytes) -> list[bytes]:
+    """The file with each field, two levels deep, of another type."""
+    content = json.loads(whole)
+    changed = [{**content, key: value} for key in content for value in (7, "x", [3], {"a": 1}, None)]
+    inner = [(key, name) for key, value in content.items() if isinstance(value, dict) for name in list(value)[:9]]
+    changed += [{**content, key: {**content[key], name: value}} for key, name in inner for value in (7, ["x"], None)]
+    return [json.dumps(one).encode() for one in changed]
+
+
+def _plan(folder: Path) -> None:
+    config = RunConfig()
+    config.data.tokenizer = str(folder)
+    known_vocab_size(config)
+    described_ends(config)
+
+
+def _open(folder: Path) -> None:
+    opened = open_tokenizer(str(folder), is_decoder=True)
+    opened.encode_documents(["the quick"])
+    opened.vocabulary()
+
+
+def test_the_plan_says_what_documents_begin_and_end_with(tmp_path: Path) -> None:
+    config = RunConfig()
+    assert described_ends(config) == "begin with their text, end with <|endoftext|>"
+    config.data.add_bos = True
+    assert described_ends(config) == "begin with <|endoftext|>, end with <|endoftext|>"
+    config.data.tokenizer = str(FAMILIES["llama3_chat"](tmp_path / "llama3"))
+    config.data.add_bos = None
+    assert described_ends(config) == "begin with <|begin_of_text|>, end with <|end_of_text|>"
+    config.data.eod_token = "<|eot_id|>"
+    assert described_ends(config) == "begin with <|begin_of_text|>, end with <|eot_id|>"
+    config.data.eod_token = "</s>"
+    with pytest.raises(ConfigError) as error:
+        described_ends(config)
+    assert str(error.value) == (
+        f"data.eod_token=</s> is no token that can end documents of data.tokenizer={config.data.tokenizer}; use one of "
+        "its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
+    )
+    config.data.eod_token = "<|end_of_text|>"  # obeyed
+    assert described_ends(config).endswith("end with <|end_of_text|>")
+
+
+def test_add_bos_without_such_a_token(tmp_path: Path) -> None:
+    config = RunConfig()
+    config.data.tokenizer, config.data.add_bos = str(FAMILIES["qwen_chat"](tmp_path / "t")), True
+    with pytest.raises(ConfigError, match=r"data\.add_bos=true needs .*name one as bos_token in its tokenizer_config"):
+        described_ends(config)
+    changed(tmp_path / "t", bos_token="<|im_start|>")  # obeyed
+    assert described_ends(config) == "begin with <|im_start|>, end with <|endoftext|>"
+
+
+def test_fill_in_the_middle_leaves_the_beginning_of_text_ahead(save: Save) -> None:
+    saved = save("llama3")
+    config = replace(saved.config.objective, name=ObjectiveName.fill_in_the_middle, fim_fraction=1.0)
+    special = replace(saved.prepared.special, fim_prefix=900, fim_suffix=901, fim_middle=902)
+    data = replace(saved.config.data, seq_length=40)
+    objective = build_objective(config, data, replace(saved.prepared.vocabulary, special=special))
+    window = np.array([*saved.documents[0][:9], special.eod, *saved.documents[1]] * 2, np.int64)[:41]
+    made = objective.example(Text(window), 5).inputs[0].tolist()
+    assert made[0] == special.begin[0]
+    prefixes = [i for i, token in enumerate(made) if token == 900]
+    assert len(prefixes) >= 2
+    assert all(made[i - 1] == special.begin[0] for i in prefixes)

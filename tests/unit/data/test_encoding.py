@@ -111,7 +111,7 @@ def test_added_tokens_that_reach_over_a_space_forbid_cuts(tmp_path: Path, change
     spec = spec_with(base)
     spec["added_tokens"].append(plain | change)
     assert not cuts_are_local(spec)
-    encoder = Encoder(spec, {0: "<|endoftext|>"}, 0)
+    encoder = Encoder(spec, {0: "<|endoftext|>"}, 0, "t")
     whole, joined = both(encoder, "the quick lamp jumps over " * 10)
     assert joined == whole
     assert 340 in whole
@@ -120,7 +120,7 @@ def test_added_tokens_that_reach_over_a_space_forbid_cuts(tmp_path: Path, change
 def test_the_probe_finds_what_the_structure_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "cuts_are_local", lambda spec: True)
     spec = spec_with(FAMILIES["llama2"](tmp_path / "t"))
-    assert not Encoder(spec, {2: "</s>"}, 2).may_cut
+    assert not Encoder(spec, {2: "</s>"}, 2, "t").may_cut
 
 
 def test_known_patterns_are_those_of_the_families() -> None:
@@ -152,5 +152,5 @@ def test_a_bpe_that_merges_the_name_of_a_special_token(tmp_path: Path) -> None:
 
 
 def test_what_the_library_cannot_encode_is_an_error_of_ours(encoders: dict[str, Encoder]) -> None:
-    with pytest.raises(DataError, match=r"the tokenizer cannot encode a text of 3 characters, 'a.*split or leave out"):
+    with pytest.raises(DataError, match=r"data\.tokenizer=.* cannot encode a text of up to 3 characters, 'a.*split or"):
         encoders["gpt2"].encode(["a\ud800b"])
