@@ -99,13 +99,16 @@ def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") ->
 
     Libraries do not promise which exceptions they raise, so a list of types is always too short. Put nothing but calls
     of the library into the block: an exception of our own code is a bug, and has to keep its traceback. Errors of ours
-    (raised by a callback, say) pass unchanged; so does running out of memory.
+    (raised by a callback, say) pass unchanged; so does running out of memory. A panic of a library in Rust is an error
+    of it too, though Python knows it as no Exception.
     """
     try:
         yield
     except (MegatronLiteError, MemoryError):
         raise
-    except Exception as problem:
+    except BaseException as problem:
+        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+            raise
         text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
         said = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
         raise error(f"{what}: {said}" + (f"; {remedy}" if remedy else "")) from problem

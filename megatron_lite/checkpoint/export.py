@@ -21,11 +21,12 @@ from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.hf import NoCounterpart, hf_config
-from megatron_lite.config.hf.folder import CONFIG_FILE
+from megatron_lite.config.hf.folder import CONFIG_FILE, TRAINING
 from megatron_lite.config.hf.headers import INDEX_FILE, tensors_of
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.special import SpecialTokens
-from megatron_lite.data.tokenizer import TOKENIZER_FILE, open_tokenizer
+from megatron_lite.data.tokenizer import open_tokenizer
+from megatron_lite.data.tokenizer_files import TOKENIZER_FILE
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.files import sync
 
@@ -120,8 +121,13 @@ def _write(source: Path, target: Path, dtype: str) -> None:
     entries = tensors_of(source)
     files = sorted({entry.file for entry in entries.values()})
     total = sum(_convert(file, target / file.name, DTYPES[dtype]) for file in files)
-    kept = [name for name in read_manifest(source) if "/" not in name and not name.endswith(".safetensors")]
+    kept = [
+        name
+        for name in read_manifest(source)
+        if not name.startswith(f"{TRAINING}/") and not name.endswith(".safetensors")
+    ]
     for name in kept:
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     _edit(target / CONFIG_FILE, lambda config: config | {"torch_dtype": dtype})
     if INDEX_FILE in kept:
@@ -169,8 +175,8 @@ def _require_equal(parity: Parity, folder: Path, out: Path) -> None:
 
 def _publish(temporary: Path, out: Path) -> int:
     """Bytes of the folder."""
-    files = sorted(temporary.iterdir())
-    size = sum(file.stat().st_size for file in files)
+    files = sorted(temporary.rglob("*"))
+    size = sum(file.stat().st_size for file in files if file.is_file())
     for path in (*files, temporary):
         sync(path)
     temporary.rename(out)

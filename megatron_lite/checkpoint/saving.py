@@ -172,6 +172,7 @@ class Saver:
         for file in self.plan.files:
             file.create(temporary)
         for name, content in self.documents.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
         (temporary / STATE_FILE).write_text(state.as_text())
 

@@ -256,7 +256,7 @@ FORBIDDEN = (
         "model.init", "model.init_std", "model.init_from",
     )),
     Refusal("the model has learnt the tokens of the earlier value", False, (
-        "data.tokenizer", "data.tokenizer_vocab_size",
+        "data.tokenizer", "data.tokenizer_vocab_size", "data.add_bos", "data.eod_token",
     )),
     Refusal("the weights are trained to compute with the earlier value", True, (
         "model.norm_epsilon", "model.activation", "model.rotary_base",

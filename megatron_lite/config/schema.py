@@ -210,6 +210,12 @@ class DataConfig:
     """`train` a byte-level BPE on the sources, or the folder (or hub name) of a Hugging Face tokenizer."""
     tokenizer_vocab_size: int = 8192
     """Size of a trained tokenizer, special tokens included."""
+    add_bos: bool | None = None
+    """Begin every document with the tokenizer's beginning-of-text token (decoders only); None = if the tokenizer does
+    so with a text. The tokenizer of a checkpoint then does the same."""
+    eod_token: str | None = None
+    """The token that every document ends with; None = the tokenizer's eos_token, or where that ends a turn of a chat,
+    such as <|im_end|> or <|eot_id|>, its <|endoftext|> or <|end_of_text|>."""
     seq_length: int = 128
     """Tokens of one sample."""
     validation_fraction: float = 0.02

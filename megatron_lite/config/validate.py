@@ -72,6 +72,7 @@ RULES: tuple[Rule, ...] = (
     objective.span_denoisers_are_described,
     objective.decoder_length_can_be_chosen,
     objective.eod_mask_needs_next_tokens,
+    objective.bos_needs_a_decoder,
     lengths.lengths_fit,
     layout.sequence_parallel_needs_tensor,
     layout.zero_stage_fits_pipeline,

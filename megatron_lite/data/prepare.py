@@ -20,7 +20,9 @@ import xxhash
 from megatron_lite.config.changes import DATA_KEYS, grade_changes, refusals
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.blend import normalised
+from megatron_lite.data.bpe import train_bpe
 from megatron_lite.data.digests import remembered_digests
+from megatron_lite.data.framing import planned_ends, reads_documents
 from megatron_lite.data.needs import needs_sentences, require_tokens_of_run
 from megatron_lite.data.prepared import (
     COUNTS,
@@ -37,6 +39,7 @@ from megatron_lite.data.publish import publish_folder, require_folder
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import check_ready, hashes_of_documents, scan_ready, shared_tokenizer
 from megatron_lite.data.sentences import sentence_kinds
+from megatron_lite.data.shard_ends import as_in_shards
 from megatron_lite.data.sources import Source, SourceKind, identity, resolve_sources
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import (
@@ -52,9 +55,9 @@ from megatron_lite.data.tokenizer import (
     TOKENIZER_FOLDER,
     Tokenizer,
     limit_threads,
+    open_tokenizer,
     save_tokenizer,
     tokenizer_identity,
-    train_bpe,
 )
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
@@ -155,6 +158,8 @@ def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: No
     data = config.data
     train, validation = resolved_sources(config)
     trained_size = _check_tokenizer(config, [*train, *validation])
+    is_text = all(source.is_text for source in (*train, *validation))
+    ends = planned_ends(config) if is_text else None  # ready shards have their own
     with remembered_digests(Path(data.cache_dir).expanduser(), report) as file_identity:
         identities = [[identity(source, data, file_identity) for source in sources] for sources in (train, validation)]
     key = {
@@ -162,7 +167,7 @@ def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: No
         "train": identities[0],
         "validation": identities[1],
         "held_out": None if validation else data.validation_fraction,
-        "tokenizer": tokenizer_identity(data.tokenizer, data.tokenizer_vocab_size),
+        "tokenizer": tokenizer_identity(data, ends, reads_documents(config)),
     }
     return Plan(train, validation, trained_size, key)
 
@@ -232,7 +237,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     target = home = folder / TOKENIZER_FOLDER
     sources = [*plan.train, *plan.validation]
     if data.tokenizer != TRAIN:
-        tokenizer = save_tokenizer(data.tokenizer, target)
+        tokenizer = _copied_tokenizer(data.tokenizer, target, config, sources)
     elif plan.trained_vocab_size is not None:
         tokenizer = _train_tokenizer(plan, data, target, report)
     else:
@@ -241,7 +246,7 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
             return Job(data, folder, None, facts, None, report)
-        home, tokenizer = found, save_tokenizer(str(found), target)
+        home, tokenizer = found, _copied_tokenizer(str(found), target, config, sources)
     model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
     if plan.trained_vocab_size is None:
         require_tokens_of_run(config, tokenizer.special, home)
@@ -254,11 +259,18 @@ def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str
     return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
 
 
+def _copied_tokenizer(name: str, target: Path, config: RunConfig, sources: list[Source]) -> Tokenizer:
+    is_decoder = reads_documents(config)
+    opened = open_tokenizer(name, config.data, is_decoder=is_decoder)
+    data = as_in_shards(config.data, sources, opened, is_decoder=is_decoder)
+    return save_tokenizer(name, target, data, is_decoder=is_decoder)
+
+
 def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
-    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target)
+    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target, data, report=report)
     if tokenizer.vocab_size < wanted:
         report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
     return tokenizer

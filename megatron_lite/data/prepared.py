@@ -32,11 +32,12 @@ from megatron_lite.data.blend import ORDER, normalised, shares_of
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.needs import needs_sentences, no_sentences, require_tokens_of_run
 from megatron_lite.data.sampler import mix64_array
+from megatron_lite.data.saved_tokenizer import saved_files
 from megatron_lite.data.sealed import read_sealed, sealed
 from megatron_lite.data.sources import shard_prefix, source_names
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
-from megatron_lite.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, open_tokenizer
+from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.data.vocabulary import model_vocab_size
 from megatron_lite.errors import DamagedFileError, DataError, library_edge
 from megatron_lite.files import file_xxh3, replace_file
@@ -139,13 +140,16 @@ class PreparedData:
         tokenizer = self.open_tokenizer()
         if tokenizer is None:
             return Vocabulary(self.vocab_size, self.special)
-        return tokenizer.vocabulary().enlarged(self.vocab_size)
+        return replace(tokenizer.vocabulary(), special=self.special).enlarged(self.vocab_size)
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Name -> content of the files that make any folder one from which AutoTokenizer reads this tokenizer."""
+    def tokenizer_files(self, config: RunConfig) -> dict[str, bytes]:
+        """Name -> content of the files that make any folder one from which AutoTokenizer reads this tokenizer.
+
+        It does to a text what training with this configuration did, see `saved_tokenizer`.
+        """
         if self.tokenizer_dir is None:
             return {}
-        return {name: (self.tokenizer_dir / name).read_bytes() for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)}
+        return saved_files(self.tokenizer_dir, config, self.special)
 
     def open_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, None where there is none."""

@@ -5,7 +5,6 @@ Memory is bounded by a few batches, whatever the size of the corpus.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.origins import ORIGIN_DTYPE, origins_writer
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
+from megatron_lite.data.progress import Progress
 from megatron_lite.data.readers import Document, read_documents
 from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
@@ -32,7 +32,6 @@ from megatron_lite.errors import DataError
 BATCH_CHARACTERS = 2**20
 BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
 TRAINING_TEXT_CHARACTERS = 256 * 2**20  # a vocabulary does not change for more, and training holds all words in memory
-REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,18 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
     if held_out:
         outputs[Part.validation] = _Output(job, source, index, Part.validation)
     lowest = 2**64
-    progress = _Progress(job.report, source.name)
-    for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
-        hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
-        origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
-        lowest = min(lowest, int(hashes.min()))
-        chosen = hashes < np.uint64(threshold)
-        outputs[into].add(tokens, lengths, origins, ~chosen)
-        if held_out:
-            outputs[Part.validation].add(tokens, lengths, origins, chosen)
-        progress.add(sum(len(text) for text, _, _ in documents), len(tokens))
-    progress.finish()
+    amount = _Amount(source.name)
+    with Progress(job.report, amount.line):
+        for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
+            hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
+            origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
+            lowest = min(lowest, int(hashes.min()))
+            chosen = hashes < np.uint64(threshold)
+            outputs[into].add(tokens, lengths, origins, ~chosen)
+            if held_out:
+                outputs[Part.validation].add(tokens, lengths, origins, chosen)
+            amount.characters += sum(len(text) for text, _, _ in documents)
+            amount.tokens += len(tokens)
     if outputs[into].documents == 0:
         if lowest == 2**64:
             raise DataError(f"{source} holds no text; name a source with documents in it")
@@ -230,29 +230,17 @@ def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[D
         yield batch
 
 
-class _Progress:
-    """A line every ten seconds, and one at the end."""
+@dataclass
+class _Amount:
+    """What of a source is tokenised so far."""
 
-    def __init__(self, report: Callable[[str], None], name: str) -> None:
-        self._report = report
-        self._name = name
-        self._started = self._last = time.monotonic()
-        self._characters = 0
-        self._tokens = 0
+    source: str
+    characters: int = 0
+    tokens: int = 0
 
-    def add(self, characters: int, tokens: int) -> None:
-        self._characters += characters
-        self._tokens += tokens
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
-            self._line("tokenising")
-
-    def finish(self) -> None:
-        self._line("tokenised")
-
-    def _line(self, verb: str) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        million = self._characters / 1e6
-        self._report(
-            f"{verb} {self._name}: {million:.1f} M characters, {self._tokens:,} tokens, {million / seconds:.1f} M/s"
+    def line(self, seconds: float, is_done: bool) -> str:
+        million = self.characters / 1e6
+        return (
+            f"{'tokenised' if is_done else 'tokenising'} {self.source}: {million:.1f} M characters, {self.tokens:,} "
+            f"tokens, {million / seconds:.1f} M/s"
         )

@@ -109,7 +109,7 @@ class Checkpoints:
         saver = Saver(
             folder,
             Plan.of(shapes, form),
-            documents | prepared.tokenizer_files(),
+            documents | prepared.tokenizer_files(config),
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
             on_failure=on_failure,

@@ -272,7 +272,7 @@ def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
         return "", ""
     if run.config.model.architecture is not Architecture.decoder:
         return "", preview(engine, _agreed_example(run, source), tokenizer)
-    prompt = tokenizer.encode(train.generate_prompt)
+    prompt = [*run.prepared.special.begin, *tokenizer.encode(train.generate_prompt)]
     tokens = generate(
         engine,
         prompt,

@@ -81,7 +81,7 @@ def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
             f"use {ordinary + 1} or more"
         )
     is_special = np.arange(size) < ordinary
-    special = SpecialTokens(**roles, sentinels=tuple(range(len(roles), ordinary)))
+    special = SpecialTokens(**roles, begin=(), sentinels=tuple(range(len(roles), ordinary)))
     return Vocabulary(size, special, is_special, begins_word=np.arange(size) % 3 > 0)
 
 

@@ -19,6 +19,10 @@ class TokenRoles(Protocol):
     @property
     def eod(self) -> int | None: ...
     @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
     def cls(self) -> int | None: ...
     @property
     def sep(self) -> int | None: ...
@@ -53,11 +57,17 @@ def hf_config(
     }
 
 
-def generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """generation_config.json beside this config.json; None for a model that generates nothing."""
+def generation_config(config: Mapping[str, Any], tokens: TokenRoles) -> dict[str, Any] | None:
+    """generation_config.json beside this config.json; None for a model that generates nothing.
+
+    A decoder whose tokenizer ends with another token than its documents do, as in a chat, stops at either.
+    """
     if config["model_type"] not in (GPT2.model_type, LLAMA.model_type, T5.model_type, BART.model_type):
         return None
-    return {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    described = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    if config["model_type"] in (GPT2.model_type, LLAMA.model_type) and None not in (tokens.eos, tokens.eod):
+        described["eos_token_id"] = list(dict.fromkeys([tokens.eos, tokens.eod]))
+    return described
 
 
 def _nothing_special(model: ModelConfig) -> dict[str, Any]:
@@ -100,19 +110,20 @@ _SPECIAL: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 
 
 def _token_ids(model_type: str, model: ModelConfig, tokens: TokenRoles) -> dict[str, int | None]:
-    """As our objectives use them."""
+    """As the tokenizer beside them says, and our objectives use them."""
+    eos = tokens.eod if tokens.eos is None else tokens.eos
     if model_type in (GPT2.model_type, LLAMA.model_type):
-        return {"bos_token_id": tokens.eod, "eos_token_id": tokens.eod, "pad_token_id": tokens.pad}
+        return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     if model_type == T5.model_type:
-        return {"eos_token_id": tokens.eod, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
+        return {"eos_token_id": eos, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
     if model_type == BART.model_type:
-        ends = {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "forced_eos_token_id": tokens.sep}
-        return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.sep}
+        ends = {"bos_token_id": tokens.bos, "eos_token_id": eos, "forced_eos_token_id": eos}
+        return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": eos}
     if model_type == ROBERTA.model_type:
         if tokens.pad != model.position_offset - 1:
             raise NoCounterpart(
                 f"{ROBERTA.architecture} of transformers counts positions from the id of its padding token + 1, which "
                 f"is {tokens.pad} here, for model.position_offset={model.position_offset}"
             )
-        return {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "pad_token_id": tokens.pad}
+        return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     return {"pad_token_id": tokens.pad}

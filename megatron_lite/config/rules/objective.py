@@ -134,6 +134,15 @@ def may_choose_decoder(case: Case) -> bool:
     return objective.decoder_seq_length is None or objective.name is ObjectiveName.ul2
 
 
+def bos_needs_a_decoder(case: Case) -> Iterator[str]:
+    name, architecture = case.config.objective.name, case.model.architecture
+    if case.config.data.add_bos and architecture is not Architecture.decoder:
+        yield (
+            f"data.add_bos=true has no meaning with objective.name={name.value}, which itself puts tokens around what "
+            "the model reads; leave data.add_bos out, or set it to null"
+        )
+
+
 def eod_mask_needs_next_tokens(case: Case) -> Iterator[str]:
     name = case.config.objective.name
     if case.config.data.mask_loss_after_eod and name not in NEXT_TOKEN:

@@ -161,6 +161,11 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         "objective.decoder_seq_length=64 cannot be chosen with objective.name=causal_lm: there is no decoder beside "
         "the only stack; set objective.decoder_seq_length=null",
     ),
+    "beginning of text of an encoder": (
+        [BERT, "data.add_bos=true"],
+        "data.add_bos=true has no meaning with objective.name=masked_lm_nsp, which itself puts tokens around what the "
+        "model reads; leave data.add_bos out, or set it to null",
+    ),
     "loss after the end of a document": (
         [BERT, "data.mask_loss_after_eod=true"],
         "data.mask_loss_after_eod=true has no meaning with objective.name=masked_lm_nsp, which does not predict the "
