@@ -57,7 +57,7 @@ def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> 
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"OUT={out} exists, and export overwrites nothing; remove it, or give another folder")
-    require_transformers()
+    require_transformers("export lets transformers read what it writes")
     folder, state = _whole_checkpoint(path, report)
     config = _configuration(folder, state)
     _require_counterpart(folder, state, config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
@@ -16,7 +17,6 @@ from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.frozen import as_containers
-from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips
@@ -126,9 +126,10 @@ class Checkpoints:
             report = start.report
             self._restore(start.folder, start.state, report.load_moments, report.load_loss_scale)
         elif (name := self.engine.config.model.init_from) is not None:
-            weights = read_weights(name)
+            weights, model = weights_of(self.engine.config), self.engine.config.model
             form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
+            described = model if weights.has_hf_names else None
+            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}", described)
             self.engine.shards.weights_changed()
 
     @property
