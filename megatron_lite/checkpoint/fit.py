@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron_lite.checkpoint.folder import candidates
 from megatron_lite.checkpoint.tensors import difference, is_zero
-from megatron_lite.config.derived import has_next_sentence_head, run_directory
+from megatron_lite.config.derived import complete_model, has_next_sentence_head, run_directory
 from megatron_lite.config.hf.families import Family, counterpart
 from megatron_lite.config.hf.folder import Weights, read_weights
 from megatron_lite.config.hf.headers import TensorEntry
@@ -19,7 +19,16 @@ from megatron_lite.config.schema import CheckInit, ModelConfig, RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.hf.extras import flag_of, is_passed_over, twins
-from megatron_lite.models.hf.forms import Fault, Located, find_name, left_over, locate, require_none, search
+from megatron_lite.models.hf.forms import (
+    NAMED_FAULTS,
+    Fault,
+    Located,
+    find_name,
+    left_over,
+    locate,
+    require_none,
+    search,
+)
 from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.models.stored import StoredForm, same_names
 
@@ -83,12 +92,13 @@ def fitting(
     """
     if model is None:
         return locate(form, tensors, where)
+    model = complete_model(model)
     pairs = any(piece.source == "next_sentence.pooler.weight" for piece in form.pieces)
     family = counterpart(model, next_sentence=pairs)
     located = search(form, tensors)
-    others = list(_of_others(form, located, tensors, family, model))
-    faults = [_with_flag(fault, family, model) for fault in (*located.faults, *others)]
-    require_none(faults, where)
+    faults = [*located.faults, *_of_others(form, located, tensors, family, model)]
+    named = [_with_flag(fault, family, model, tensors) for fault in faults[:NAMED_FAULTS]]
+    require_none([*named, *faults[NAMED_FAULTS:]], where)
     return located.entries
 
 
@@ -115,6 +125,7 @@ def _of_others(
             yield left_over(name, tensors[name])
 
 
-def _with_flag(fault: Fault, family: Family, model: ModelConfig) -> Fault:
-    flag = flag_of(fault.name, family, model)
-    return fault if flag is None else Fault(fault.name, f"{fault.what} (config.json: {flag})")
+def _with_flag(fault: Fault, family: Family, model: ModelConfig, tensors: Mapping[str, TensorEntry]) -> Fault:
+    """With what config.json says of it."""
+    flag = flag_of(fault.name, family, model, tensors) if fault.follows_settings else None
+    return fault if flag is None else fault._replace(what=f"{fault.what} (config.json: {flag})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -71,18 +72,20 @@ def settings_of(
     if not unknown_keys:
         reader.refuse_unknown(words)
     if not reader.problems:
-        reader.problems += _other_reasons(settings, where)
+        reader.problems += _other_reasons(settings, words, where)
     if reader.problems:
         raise ConfigError(reader.problems)
     return Described(family, settings)
 
 
-def _other_reasons(settings: Mapping[str, Any], where: str) -> Iterator[str]:
+def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Iterator[str]:
     """Why transformers has no model of these settings, though each key has a value that it may have."""
     try:
         counterpart(replace(ModelConfig(), **settings))
     except NoCounterpart as reason:
-        yield f"{where} describes a model that we cannot begin with: {reason}; correct it, or give another folder"
+        keys = {field: key for key, entry in words.keys.items() for field in entry.fields}
+        said = re.sub(r"model\.(\w+)", lambda found: keys.get(found[1], found[0]), str(reason))
+        yield f"{where} describes a model that we cannot begin with: {said}; correct it, or give another folder"
 
 
 _ROTARY_BASE = 10000.0

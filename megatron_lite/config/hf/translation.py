@@ -117,6 +117,7 @@ _CLASSIFIERS = frozenset(
         "pooler_type",
     }
 )
+_CAUSAL: dict[str, tuple[Any, ...]] = {**_EVERYWHERE, "is_causal": (True,)}
 _PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and both stacks, are what they are without being told
 
 _NO_DECODER: dict[str, tuple[Any, ...]] = {"is_decoder": (False,), "add_cross_attention": (False,)}
@@ -163,7 +164,7 @@ WORDS: dict[str, Words] = {
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
             "is_encoder_decoder": (False,),
-            **_EVERYWHERE,
+            **_CAUSAL,
         },
         architectures=("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel"),
         aliases={
@@ -179,6 +180,7 @@ WORDS: dict[str, Words] = {
                 "reorder_and_upcast_attn",  # the same in another order, and in fp32
                 "summary_activation",
                 "summary_first_dropout",
+                "summary_last_dropout",
                 "summary_proj_to_labels",
                 "summary_type",
                 "summary_use_proj",
@@ -208,7 +210,7 @@ WORDS: dict[str, Words] = {
             "add_cross_attention": (False,),
             "is_encoder_decoder": (False,),
             **_NO_WINDOW,
-            **_EVERYWHERE,
+            **_CAUSAL,
         },
         architectures=("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"),
         harmless=frozenset(
@@ -263,7 +265,7 @@ WORDS: dict[str, Words] = {
         activation_key="feed_forward_proj",
         activations=_T5_ACTIVATIONS,
         default_activation="relu",
-        demands=_EVERYWHERE,
+        demands=_CAUSAL,
         architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"),
         aliases={
             "hidden_size": "d_model",
@@ -297,7 +299,7 @@ WORDS: dict[str, Words] = {
         activation_key="activation_function",
         activations=_ACTIVATIONS,
         default_activation="gelu",
-        demands={"scale_embedding": (False,), **_EVERYWHERE},
+        demands={"scale_embedding": (False,), **_CAUSAL},
         architectures=("BartForConditionalGeneration", "BartModel"),
         aliases={
             "hidden_size": "d_model",

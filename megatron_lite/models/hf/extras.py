@@ -6,7 +6,7 @@ Everything else in the files has to be a weight of ours: a tensor that nobody ta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from megatron_lite.config.derived import all_layers
 from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, Family
@@ -47,7 +47,7 @@ _HEADS = {
 }
 _HEAD_BIASES = {BERT.model_type: "cls.predictions", ROBERTA.model_type: "lm_head"}
 _TABLES_OF_STACKS = {T5.model_type: "", BART.model_type: "model."}
-_LAYER = re.compile(r"(?:^|\.)(?:h|layers?|block)\.(\d+)\.")
+_LAYER = re.compile(r"(|.*?\.)(?:h|layers?|block)\.(\d+)\.")
 
 
 def is_passed_over(name: str, family: Family) -> bool:
@@ -68,36 +68,39 @@ def twins(family: Family, model: ModelConfig) -> dict[str, str]:
     return found
 
 
-def flag_of(name: str, family: Family, model: ModelConfig) -> str | None:
-    """The key of config.json, and what it says, on which a tensor depends: `num_hidden_layers=2`."""
-    field = next(_fields_of(name, family, model), None)
+def flag_of(name: str, family: Family, model: ModelConfig, names: Iterable[str]) -> str | None:
+    """The key of config.json, and what it says, that decides whether there is such a tensor: `num_hidden_layers=2`.
+
+    Args:
+        names: of all tensors in the files.
+    """
+    field = _field_of(name, family, model, names)
     keys = {field: key for key, entry in WORDS[family.model_type].keys.items() for field in entry.fields}
-    if field is None or field not in {"vocab_size", "tie_embeddings", *keys}:
-        return None
-    key = "vocab_size" if field == "vocab_size" else keys.get(field, "tie_word_embeddings")
-    return f"{key}={as_word(getattr(model, field))}"
+    key = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}.get(field, keys.get(field))
+    return None if key is None else f"{key}={as_word(getattr(model, field))}"
 
 
-def _fields_of(name: str, family: Family, model: ModelConfig) -> Iterator[str]:
-    layer = _LAYER.search(name)
+def _field_of(name: str, family: Family, model: ModelConfig, names: Iterable[str]) -> str:
+    """Of ModelConfig; empty where none of them alone decides."""
     if name.endswith(_HEADS[family.model_type]):
-        yield "tie_embeddings"
-    elif layer is not None and int(layer[1]) >= _layers_of(name, model):
-        yield "num_decoder_layers" if name.startswith(("decoder.", "model.decoder.")) else "num_layers"
-    elif name.endswith(".bias") and "attn." in name:
-        yield "attention_bias"
-    elif name.endswith(".bias") and "mlp." in name:
-        yield "mlp_bias"
-    elif name.endswith(".".join(_WORD_TABLES[family.model_type].split(".")[-2:])):
-        yield "vocab_size"
-    elif re.search(r"(wpe|position_embeddings|embed_positions)\.weight$", name):
-        yield "max_position_embeddings"
-    elif name.endswith("token_type_embeddings.weight"):
-        yield "num_segments"
+        return "tie_embeddings"
+    stack, index = _layer_of(name)
+    if index is not None:
+        decoder = stack.endswith("decoder.")
+        said = all_layers(model) - model.num_layers if decoder else model.num_layers
+        there = [number for other, number in map(_layer_of, names) if other == stack and number is not None]
+        if index >= min(said, max(there, default=-1) + 1):
+            return "num_decoder_layers" if decoder else "num_layers"
+        if name.endswith(".bias"):
+            return "mlp_bias" if ".mlp." in name else "attention_bias"
+    if name.endswith(".".join(_WORD_TABLES[family.model_type].split(".")[-2:])):
+        return "vocab_size"
+    if re.search(r"(wpe|position_embeddings|embed_positions)\.weight$", name):
+        return "max_position_embeddings"
+    return "num_segments" if name.endswith("token_type_embeddings.weight") else ""
 
 
-def _layers_of(name: str, model: ModelConfig) -> int:
-    """Of the stack that the tensor belongs to."""
-    if name.startswith(("decoder.", "model.decoder.")):
-        return all_layers(model) - model.num_layers
-    return model.num_layers
+def _layer_of(name: str) -> tuple[str, int | None]:
+    """(name of the stack, number of the layer in it): ("model.decoder.", 2); None = of no layer."""
+    found = _LAYER.match(name)
+    return (found[1], int(found[2])) if found else ("", None)

@@ -53,6 +53,8 @@ class Fault(NamedTuple):
 
     name: str
     what: str
+    follows_settings: bool = True
+    """Other settings may be the remedy."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.what}"
@@ -87,7 +89,8 @@ def search(form: StoredForm, tensors: Mapping[str, TensorEntry]) -> Located:
         if entry.shape != form.shapes[name]:
             faults.append(Fault(there, f"is {list(entry.shape)}, and the model's is {list(form.shapes[name])}"))
         elif entry.dtype not in FLOATS:
-            faults.append(Fault(there, f"is of type {entry.dtype}, and weights are {', '.join(FLOATS)}"))
+            what = f"is of type {entry.dtype}, and weights are {', '.join(FLOATS)}"
+            faults.append(Fault(there, what, follows_settings=False))
     return Located(found, tuple(name for name in tensors if name not in taken), tuple(faults))
 
 
@@ -119,8 +122,8 @@ def require_none(faults: Sequence[Fault], where: str) -> None:
     named = "; ".join(map(str, faults[:NAMED_FAULTS]))
     more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
     raise CheckpointError(
-        f"{where} does not hold the weights of this model: {named}{more}; give the folder of such a model, or the "
-        "settings of its own"
+        f"{where} does not hold the weights of this model: {named}{more}; give the folder of such a model, with the "
+        "config.json that was saved with it"
     )
 
 
