@@ -23,7 +23,7 @@ from tests.unit.checkpoint.starts import begin, write_start
 
 
 def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]:
-    """(exit code and error, what was reported). `planted`: transformers computes by other rules than config.json tells."""
+    """(exit code and error, what was reported). `planted`: transformers computes otherwise than config.json tells."""
     theirs = parity._theirs
 
     def shifted(*arguments: object) -> list[Tensor]:
