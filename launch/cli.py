@@ -23,6 +23,7 @@ from launch.processes import SIGNALS
 from launch.registry import LAUNCHERS
 from launch.slurm import scheduler
 from launch.sweep import Point
+from megatron_lite.checkpoint.fit import require_start
 from megatron_lite.config.changes import table
 from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import (
@@ -100,6 +101,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
     changes = check_run_folder(config, Path(config.train.run_dir))
+    require_start(config)
     plan = replace(_launcher(config, arguments).plan(config), changes=tuple(changes))
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))

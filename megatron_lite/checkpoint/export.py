@@ -27,8 +27,9 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer import open_tokenizer
 from megatron_lite.data.tokenizer_files import TOKENIZER_FILE
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError, DamagedFileError, library_edge
 from megatron_lite.files import sync
+from megatron_lite.state_files import Object, read_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,7 +58,7 @@ def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> 
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"OUT={out} exists, and export overwrites nothing; remove it, or give another folder")
-    require_transformers()
+    require_transformers("export lets transformers read what it writes")
     folder, state = _whole_checkpoint(path, report)
     config = _configuration(folder, state)
     _require_counterpart(folder, state, config)
@@ -134,16 +135,20 @@ def _write(source: Path, target: Path, dtype: str) -> None:
         _edit(target / INDEX_FILE, lambda index: index | {"metadata": {"total_size": total}})
 
 
-def _edit(file: Path, change: Callable[[dict[str, object]], dict[str, object]]) -> None:
-    content = change(json.loads(file.read_text(encoding="utf-8")))
+def _edit(file: Path, change: Callable[[Object], Object]) -> None:
+    try:
+        content = change(read_object(file, Object) or {})
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; export another checkpoint of the run") from error
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
     """Bytes of the tensors that were written."""
-    with safe_open(source, framework="pt") as file:
+    with library_edge(CheckpointError, f"{source} cannot be read"), safe_open(source, framework="pt") as file:
         tensors = {name: _rounded(file.get_tensor(name), dtype, name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    save_file(tensors, target, metadata={"format": "pt"})
+    with library_edge(CheckpointError, f"{target} cannot be written", "free some space, or give another OUT"):
+        save_file(tensors, target, metadata={"format": "pt"})
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

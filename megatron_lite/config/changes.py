@@ -48,6 +48,7 @@ class Change:
 SAFE = (
     "debug",
     "model.name",
+    "model.check_init",
     "model.vocab_pad_multiple",  # padding is in no file
     "parallel.pipeline_parallel_size",
     "parallel.data_parallel_size",

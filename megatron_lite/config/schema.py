@@ -57,6 +57,12 @@ class InitScheme(StrEnum):
     t5 = "t5"  # by fan-in, with 1 / sqrt(head_size) folded into the query (arXiv 1910.10683)
 
 
+class CheckInit(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Recompute(StrEnum):
     none = "none"
     selective = "selective"  # the core attention only (arXiv 2205.05198)
@@ -109,6 +115,10 @@ class ModelConfig:
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder (or hub name) with safetensors, or a checkpoint of ours. They bring
     the settings of the model, and data.tokenizer where none is named; None = draw them."""
+    check_init: CheckInit = CheckInit.auto
+    """Compare logits of the weights of init_from with those that transformers computes from the same folder, before the
+    first step: `auto` where it is installed and the model fits in this machine's memory, `always` (also takes a
+    config.json with keys that we do not know), or `never`."""
     architecture: Architecture = Architecture.decoder
     num_layers: int = 4
     """Of the only stack, or of the encoder."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
@@ -16,7 +17,6 @@ from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.frozen import as_containers
-from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips
@@ -201,11 +201,11 @@ def take_initial_weights(engine: Engine, shapes: Shapes) -> None:
     Raises:
         CheckpointError: the files hold other tensors than the model has.
     """
-    name = engine.config.model.init_from
-    assert name is not None
-    weights = read_weights(name)
+    model = engine.config.model
+    weights = weights_of(engine.config)
     form = _plan(engine, shapes, weights.has_hf_names).sets[WEIGHT].form
-    start_from(weights.tensors, form, _fragments(engine, WEIGHT), f"model.init_from={name}")
+    described = model if weights.has_hf_names else None
+    start_from(weights.tensors, form, _fragments(engine, WEIGHT), f"model.init_from={model.init_from}", described)
     engine.shards.weights_changed()
 
 

@@ -34,6 +34,7 @@ from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
+from megatron_lite.train.check_init import check_start
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.engine import Engine, build_engine
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
@@ -155,6 +156,8 @@ def _build(
     run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips
 ) -> tuple[Engine, ShardSource, Checkpoints]:
     """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
+    if start.folder is None:
+        check_start(run.config, run.console.print)
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context, skips)
