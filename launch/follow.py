@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shlex
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.messages import tail
-from launch.preparation import LOCK_FILE
 from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
 from megatron_lite.errors import EXIT_OK, ConfigError, LaunchError, RunEnd
 from megatron_lite.observe.markers import ask_to_stop, read_marker
 from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.run_lock import Holder, holder_of
 
 FOLLOW_FLAG = "--follow"
 POLL_SECONDS = 1.0
@@ -80,12 +79,12 @@ def status(run_dir: Path) -> int:
 
 def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
     yield "run folder", str(run_dir)
-    process = _process_of_this_machine(run_dir)
+    holder = holder_of(run_dir)
     jobs = _known_jobs(run_dir)
-    yield "state", _state(run_dir, process, jobs)
+    yield "state", _state(run_dir, holder, jobs)
     yield "progress", _progress(run_dir)
-    if process is not None:
-        yield "process", f"{process} of this machine"
+    if holder is not None:
+        yield "process", str(holder).removeprefix("process ")
     if jobs is None:
         yield "jobs", "no slurm answers on this machine"
     for job in jobs or []:
@@ -101,11 +100,11 @@ def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
 
 def state(run_dir: Path) -> str:
     """What the run is doing, or how its latest attempt ended."""
-    return _state(run_dir, _process_of_this_machine(run_dir), _known_jobs(run_dir))
+    return _state(run_dir, holder_of(run_dir), _known_jobs(run_dir))
 
 
-def _state(run_dir: Path, process: str | None, jobs: list[scheduler.Job] | None) -> str:
-    running = process is not None or any(job.state == "RUNNING" for job in jobs or [])
+def _state(run_dir: Path, holder: Holder | None, jobs: list[scheduler.Job] | None) -> str:
+    running = holder is not None or any(job.state == "RUNNING" for job in jobs or [])
     return "running" if running else _end_in_words(run_dir)
 
 
@@ -115,18 +114,6 @@ def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
     if not submissions:
         return []
     return scheduler.jobs(submissions[-1]) if scheduler.answers() else None
-
-
-def _process_of_this_machine(run_dir: Path) -> str | None:
-    """The launcher that holds the run folder's lock; None = there is none here."""
-    try:
-        with (run_dir / LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        return (run_dir / LOCK_FILE).read_text().partition("\n")[0]
-    return None
 
 
 def _end_in_words(run_dir: Path) -> str:
@@ -187,7 +174,7 @@ def follow_logs(run_dir: Path) -> int:
     """Print what the job writes, and the jobs after it, until none waits or runs; Ctrl-C ends it sooner."""
     path, position = None, 0
     while True:
-        alive = _process_of_this_machine(run_dir) is not None or bool(live_jobs(run_dir))
+        alive = holder_of(run_dir) is not None or bool(live_jobs(run_dir))
         newest = _job_log(run_dir) or _telling_rank_log(run_dir)
         if newest is not None:
             path, position = newest, position if newest == path else 0
@@ -213,11 +200,11 @@ def cancel(run_dir: Path) -> int:
         scheduler.cancel(jobs)
         print(f"cancelled job {', '.join(map(str, jobs))}; {_how_to_go_on(run_dir)}")
         return EXIT_OK
-    process = _process_of_this_machine(run_dir)
-    if process is None:
+    holder = holder_of(run_dir)
+    if holder is None:
         raise LaunchError(f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status")
     ask_to_stop(run_dir, "`python -m launch cancel`")
-    print(f"asked process {process} and its ranks to save and to stop")
+    print(f"asked {holder} and its ranks to save and to stop")
     return EXIT_OK
 
 
@@ -241,6 +228,8 @@ def requeue(run_dir: Path) -> int:
         print(f"job {running[0]} goes back into the queue, and on from its newest checkpoint")
     elif jobs:
         raise LaunchError(f"job {jobs[0].number} of {run_dir} is {jobs[0].state} already; wait for it, or cancel it")
+    elif (holder := holder_of(run_dir)) is not None:
+        raise LaunchError(f"{run_dir} is in use by {holder}; wait for it, or end it with `python -m launch cancel`")
     else:
         submit(run_dir, links=1)
     return EXIT_OK

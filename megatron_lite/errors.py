@@ -73,6 +73,14 @@ class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
 
 
+class RunFolderInUseError(LaunchError):
+    """Another process holds the lock of the run folder."""
+
+
+class RunFolderLostError(LaunchError):
+    """Somebody has taken over the lock of the run folder: what this process would write is no longer wanted."""
+
+
 class TrainingError(MegatronLiteError):
     """Training cannot go on with these settings."""
 

@@ -4,6 +4,7 @@ and sizes in words."""
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import xxhash
@@ -43,6 +44,24 @@ def replace_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it. What has its name and is none is moved out of the way, not removed.
+
+    Raises:
+        OSError: the system does not let us.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        set_aside(path)
+        path.mkdir(exist_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Give a file or folder that is not what it should be another name, under which people can look at it."""
+    path.rename(path.with_name(f".{path.name}.damaged-{time.time_ns()}"))
 
 
 def publish_first(path: Path, text: str) -> bool:

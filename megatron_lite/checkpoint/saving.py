@@ -54,13 +54,16 @@ class Saver:
         *,
         asynchronous: bool,
         on_failure: Callable[[], None] = lambda: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
             asynchronous: `save` returns when the rank's memory is copied.
             on_failure: called as soon as a save has failed, by the thread that was at it; `wait` then raises why.
+            guard: called on the writing rank ahead of each change to the folder; raises where it is another attempt's.
         """
+        self._guard = guard
         self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
         self.documents = dict(documents)
         if plan.index is not None:
@@ -198,6 +201,8 @@ class Saver:
         answer: tuple[str | None, T | None] = (None, None)
         fault: Exception | None = None
         try:
+            if self._is_writer:
+                self._guard()
             if self._is_writer or not by_writer:
                 with folders.explained(self.checkpoints):
                     answer = (None, do())

@@ -90,11 +90,16 @@ class Trackers:
     """
 
     def __init__(
-        self, truth: Sequence[Tracker], views: Sequence[Tracker], report: Callable[[str], None] = lambda line: None
+        self,
+        truth: Sequence[Tracker],
+        views: Sequence[Tracker],
+        report: Callable[[str], None] = lambda line: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._truth = list(truth)
         self._views = list(views)
         self._report = report
+        self._guard = guard
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log(step, values))
@@ -112,6 +117,8 @@ class Trackers:
         self._each(lambda tracker: tracker.finish(summary))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
+        if self._truth:
+            self._guard()
         for tracker in self._truth:
             call(tracker)
         for view in list(self._views):
@@ -130,6 +137,7 @@ def build_trackers(
     resume_step: int = 0,
     rollbacks: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Trackers:
     """The trackers that the configuration asks for; none at all unless `is_writer`.
 
@@ -138,6 +146,7 @@ def build_trackers(
         resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
         rollbacks: of the run so far; later figures of branches that it has left are kept apart.
         report: shows one line to the user.
+        guard: called ahead of whatever is written; raises where this process may not write any more.
     Raises:
         ConfigError: tracking.wandb=online without an API key.
     """
@@ -165,7 +174,7 @@ def build_trackers(
         from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
 
         views.append(TensorBoardTracker(run_dir, resume_step))
-    return Trackers([truth], views, report)
+    return Trackers([truth], views, report, guard)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
