@@ -17,6 +17,7 @@ from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
+from megatron_lite.observe.run_lock import ATTEMPT
 
 LOOPBACK = "127.0.0.1"
 
@@ -55,6 +56,11 @@ class LaunchPlan:
     def num_processes(self) -> int:
         assert self.config.launcher.num_processes is not None
         return self.config.launcher.num_processes
+
+    @property
+    def attempt(self) -> str:
+        """What all ranks have in common; empty where a scheduler says it once it starts them."""
+        return self.env.get(ATTEMPT, "")
 
     @property
     def frozen_config(self) -> Path:
@@ -116,6 +122,7 @@ def make_plan(
     environment |= {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        ATTEMPT: f"{address}:{port}/{path.stem}",
         ERROR_FILE: str(run_dir.absolute() / "logs" / "error.txt"),
     }
     return LaunchPlan(

@@ -6,6 +6,7 @@ on torchrun's command line.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.launcher import LauncherConfig, Rendezvous
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
+from megatron_lite.observe.run_lock import ATTEMPT
 
 CANNOT_START = 126  # no rank ends with it; shells say so of a program that they cannot run
 JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
@@ -55,7 +57,8 @@ class TorchrunLauncher(ProgramLauncher):
             return replace(plan, argv=argvs[0], node_argvs=argvs if len(argvs) > 1 else ())
         # No node knows its rank before they meet, so the first one takes the run folder for all of this job.
         job = " ".join(plan.argv[1:]) if config.launcher.nodes > 1 else ""
-        return replace(plan, job=job)
+        attempt = hashlib.sha256(job.encode()).hexdigest()[:12] if job else plan.attempt
+        return replace(plan, job=job, env={**plan.env, ATTEMPT: attempt})
 
     def _become(self, argv: Sequence[str]) -> int:
         """What the `torchrun` command does, but for its traceback about a rank that has said itself why it failed."""

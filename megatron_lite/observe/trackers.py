@@ -61,9 +61,15 @@ class RunSettings(Protocol):
 class JsonlTracker:
     """`metrics.jsonl` and `events.jsonl` in the run folder."""
 
-    def __init__(self, run_dir: Path, resume_step: int, rollbacks: int = 0) -> None:
-        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks)
-        self._events = EventWriter(run_dir / EVENTS_FILE)
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        rollbacks: int = 0,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, report)
+        self._events = EventWriter(run_dir / EVENTS_FILE, report)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(step, values)
@@ -86,15 +92,20 @@ class Trackers:
     """Several trackers as one.
 
     The first failure of a view (a network, a full quota) is reported and ends that view, never the training; the
-    truth is not guarded, for a run that cannot write its metrics should stop.
+    truth waits in memory while the disk takes none of it (`lines.py`).
     """
 
     def __init__(
-        self, truth: Sequence[Tracker], views: Sequence[Tracker], report: Callable[[str], None] = lambda line: None
+        self,
+        truth: Sequence[Tracker],
+        views: Sequence[Tracker],
+        report: Callable[[str], None] = lambda line: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._truth = list(truth)
         self._views = list(views)
         self._report = report
+        self._guard = guard
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log(step, values))
@@ -112,6 +123,8 @@ class Trackers:
         self._each(lambda tracker: tracker.finish(summary))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
+        if self._truth:
+            self._guard()
         for tracker in self._truth:
             call(tracker)
         for view in list(self._views):
@@ -130,6 +143,7 @@ def build_trackers(
     resume_step: int = 0,
     rollbacks: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Trackers:
     """The trackers that the configuration asks for; none at all unless `is_writer`.
 
@@ -138,13 +152,14 @@ def build_trackers(
         resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
         rollbacks: of the run so far; later figures of branches that it has left are kept apart.
         report: shows one line to the user.
+        guard: called ahead of whatever is written; raises where this process may not write any more.
     Raises:
         ConfigError: tracking.wandb=online without an API key.
     """
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
-    truth = JsonlTracker(run_dir, resume_step, rollbacks)
+    truth = JsonlTracker(run_dir, resume_step, rollbacks, report)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
@@ -165,7 +180,7 @@ def build_trackers(
         from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
 
         views.append(TensorBoardTracker(run_dir, resume_step))
-    return Trackers([truth], views, report)
+    return Trackers([truth], views, report, guard)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

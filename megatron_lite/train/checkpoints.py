@@ -91,12 +91,14 @@ class Checkpoints:
         prepared: PreparedData,
         report: Callable[[str], None],
         on_failure: Callable[[], None] = lambda: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> Checkpoints:
         """A collective of all ranks.
 
         Args:
             report: is told where a checkpoint will be no model folder of transformers.
             on_failure: called on each rank, by another thread, as soon as a save has failed.
+            guard: called ahead of each change to the folder; raises where this process may not write any more.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
         form, documents = None, {}
@@ -113,6 +115,7 @@ class Checkpoints:
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
             on_failure=on_failure,
+            guard=guard,
         )
         return cls(engine, prepared.fingerprint, shapes, saver)
 

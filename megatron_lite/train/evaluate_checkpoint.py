@@ -20,6 +20,7 @@ from megatron_lite.observe.evaluation import EvaluationReport, report_of
 from megatron_lite.observe.hardware import enable_fast_float32_matmul
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train import distributed
 from megatron_lite.train.checkpoints import layout_of, take_initial_weights, take_weights
@@ -31,7 +32,7 @@ from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequest
 from megatron_lite.train.watchdog import watchdog_of
 
 
-def evaluate_checkpoint(config: RunConfig, folder: Path, *, one_pass: bool) -> RunEnd:
+def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
     """In every rank; the writing one leaves an `EvaluationReport` in train.run_dir, which is not that of the run.
 
     Args:
@@ -48,7 +49,7 @@ def evaluate_checkpoint(config: RunConfig, folder: Path, *, one_pass: bool) -> R
     console = redirect_output(own_folder, environment.rank)
     heartbeat = Heartbeat()
     request = StopRequest(own_folder if environment.rank == 0 else None, config.launcher.grace_seconds)
-    watchdog = watchdog_of(config, environment, heartbeat, console)
+    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
     try:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
             data_folder = os.environ.get(FOLDER_VARIABLE)

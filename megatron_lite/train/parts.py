@@ -13,6 +13,7 @@ from megatron_lite.errors import DataError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.progress import Progress
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.observe.spikes import Vitals
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -42,6 +43,7 @@ class Run:
     started: float  # time.monotonic()
     heartbeat: Heartbeat
     links: Links
+    claim: Claim
 
     @property
     def checkpoints(self) -> Path:

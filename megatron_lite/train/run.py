@@ -28,6 +28,7 @@ from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
 from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, read_metrics
 from megatron_lite.observe.progress import Progress
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
@@ -55,11 +56,12 @@ T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
-def train(config: RunConfig) -> RunEnd:
+def train(config: RunConfig, claim: Claim) -> RunEnd:
     """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
         config: resolved, and its data prepared.
+        claim: on the lock of the run folder.
     Returns:
         DONE, or PREEMPTED where the ranks were asked to stop and saved what they had.
     Raises:
@@ -70,7 +72,7 @@ def train(config: RunConfig) -> RunEnd:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     heartbeat = Heartbeat()
-    watchdog = watchdog_of(config, environment, heartbeat, console)
+    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
     request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
     try:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
@@ -88,7 +90,7 @@ def train(config: RunConfig) -> RunEnd:
             for line in (links.line, *links.warnings):
                 console.print(line)
             agreement = StopAgreement.of_job(request, context)
-            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links)
+            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links, claim)
             end = _attempt(run, agreement)
             distributed.leave()
             return end
@@ -116,6 +118,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         resume_step=start.step,
         rollbacks=len(rollbacks),
         report=run.console.print,
+        guard=run.claim.confirm,
     )
     summary: dict[str, Any] = {}
     try:
@@ -166,7 +169,9 @@ def _build(
     run.heartbeat.enter(Phase.LOAD)
     # A run that cannot save must not go on for hours: all ranks stop, and `_stop` tells why.
     give_up = partial(agreement.request, Reason.save)
-    checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print, give_up)
+    checkpoints = Checkpoints.of(
+        run.checkpoints, engine, run.prepared, run.console.print, give_up, guard=run.claim.confirm
+    )
     checkpoints.begin(start)
     return engine, source, checkpoints
 
@@ -198,6 +203,7 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
         save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
+        run.claim.confirm()
         leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
         newest = save.checkpoints.newest_step
         kept = f"saved in {run.checkpoints / folder_name(newest)}" if newest else "nothing to save yet"
@@ -210,6 +216,7 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
 def _conclude(run: Run, outcome: Outcome) -> None:
     run.heartbeat.enter(Phase.FINISH)
     if run.context.is_writer:
+        run.claim.confirm()
         show_outcome(run.config, run.folder, run.console, outcome)
         leave_marker(run.folder, RunEnd.DONE, ALL_TRAINED, run.config.train.steps)
 

@@ -28,6 +28,7 @@ from megatron_lite.files import publish_first
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
 from megatron_lite.observe.markers import ERROR_FILE, HANG_FILE, leave_marker
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.culprit import Finding, Kind, find_culprit
 from megatron_lite.train.distributed import ProcessEnvironment
@@ -49,6 +50,7 @@ class Watchdog:
         local_rank: of this rank on its node.
         limit_seconds: train.timeout_seconds.
         console: shows the report to the user where no launcher waits to show it.
+        claim: on the run folder; ranks that have lost it find hangs of their own, which must end no other attempt.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Watchdog:
         world_size: int,
         limit_seconds: float,
         console: Console,
+        claim: Claim,
     ) -> None:
         self._folder = folder
         self._place = place
@@ -68,6 +71,7 @@ class Watchdog:
         self._world_size = world_size
         self._limit = limit_seconds
         self._console = console
+        self._claim = claim
         self._interval = interval_seconds(limit_seconds)
         turn = 0 if place.rank == 0 else 1 if local_rank == 0 else 2
         self._patience = limit_seconds + turn * TURN_INTERVALS * self._interval
@@ -126,6 +130,9 @@ class Watchdog:
         return None
 
     def _find_and_report(self) -> None:
+        if not self._claim.is_ours():
+            self._console.error(f"error: {self._folder} belongs to another attempt at the run by now", own=False)
+            os._exit(RunEnd.CONFIG_ERROR)
         beats = read_beats(self._beats, self._world_size)
         finding = find_culprit(
             beats, self._world_size, now=time.time(), limit_seconds=self._limit, started=self._started
@@ -176,7 +183,9 @@ def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
     return {"rank": rank, **asdict(finding), "time": time.time(), "beats": [asdict(beat) for beat in beats.values()]}
 
 
-def watchdog_of(config: RunConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console) -> Watchdog:
+def watchdog_of(
+    config: RunConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console, claim: Claim
+) -> Watchdog:
     """Of this rank in a job of this configuration."""
     return Watchdog(
         run_directory(config),
@@ -186,4 +195,5 @@ def watchdog_of(config: RunConfig, environment: ProcessEnvironment, heartbeat: H
         world_size=environment.world_size,
         limit_seconds=config.train.timeout_seconds,
         console=console,
+        claim=claim,
     )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import preparation
 from launch.base import LaunchPlan
 from launch.cli import main
 from launch.nodes import is_loopback, own_node_rank
-from launch.preparation import LOCK_FILE, run_folder
+from launch.preparation import run_folder
 from launch.processes import Ending
 from launch.program import on_this_node
 from launch.registry import LAUNCHERS
@@ -143,8 +141,7 @@ def test_only_the_node_of_rank_0_takes_the_folder() -> None:
         assert not first.error_file.exists()
 
 
-def test_c10d_nodes_share_the_folder_of_whichever_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "OWNER_SECONDS", 0.2)
+def test_c10d_nodes_share_the_folder_of_whichever_was_first() -> None:
     plan, other = plan_of(*C10D), plan_of(*C10D, "launcher.rendezvous_id=other")
     with run_folder(plan):
         plan.error_file.write_text("error: of a rank\n")
@@ -152,25 +149,6 @@ def test_c10d_nodes_share_the_folder_of_whichever_was_first(monkeypatch: pytest.
             assert plan.error_file.exists()
         with pytest.raises(LaunchError, match="is in use by process"), run_folder(other):
             pass
-
-
-def test_owner_that_has_not_signed_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes start at the same moment: one may find the lock taken and the file still another's."""
-    plan = plan_of(*C10D)
-    plan.error_file.parent.mkdir(parents=True)
-    lock_file = plan.run_dir / LOCK_FILE
-    lock_file.write_text("123\nan earlier job")
-    waits: list[float] = []
-
-    def sign(seconds: float) -> None:
-        waits.append(seconds)
-        lock_file.write_text(f"124\n{plan.job}")
-
-    monkeypatch.setattr(preparation.time, "sleep", sign)
-    with lock_file.open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with run_folder(plan):
-            assert len(waits) == 1
 
 
 def test_node_that_met_no_other_does_not_take_an_earlier_end_for_its_own() -> None:

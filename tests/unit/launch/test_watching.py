@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ import pytest
 
 from launch.cli import main
 from launch.comparing import Effect, effect_of
-from launch.preparation import LOCK_FILE
 from megatron_lite.config.changes import FORBIDDEN, RESETS
 from megatron_lite.config.keys import leaf_keys
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import leave_marker
+from tests.unit.launch.holding import held
 from tests.unit.observe.synthetic_run import SyntheticRun, eventful_run
 
 
@@ -44,8 +43,7 @@ def test_report_of_ended_killed_and_running_runs(tmp_path: Path, capsys: pytest.
     leave_marker(tmp_path / "run", RunEnd.DIVERGED, "diverged: loss nan", 7)
     outputs(capsys, "report", str(tmp_path / "run"))
     assert "DIVERGED at step 7: diverged (diverged: loss nan)" in page.read_text()
-    with (tmp_path / "run" / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(tmp_path / "run"):
         outputs(capsys, "report", str(tmp_path / "run"), "--out", str(tmp_path / "other.html"))
     assert '<span class="state">running</span>' in (tmp_path / "other.html").read_text()
 
