@@ -24,8 +24,8 @@ from megatron_lite.data.sealed import read_sealed, sealed
 from megatron_lite.errors import DamagedFileError
 from megatron_lite.files import BLOCK_BYTES, replace_file, size_text
 
-MEMORY_FILE = ".digests.json"
-LOCK_FILE = "digests"
+MEMORY_FILE = f"{LOCKS}/digests.json"  # in data.cache_dir, where only prepared folders are to be seen
+LOCK_FILE = f"{LOCKS}/digests"
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system in use ticks every two seconds
 QUIET_SECONDS = 3.0  # of reading before the first line about it
 REPORT_SECONDS = 10.0
@@ -64,6 +64,7 @@ def remembered_digests(cache_dir: Path, report: Callable[[str], None]) -> Iterat
 
 class _Memory:
     def __init__(self, cache_dir: Path, report: Callable[[str], None]) -> None:
+        self._cache_dir = cache_dir
         self._path = cache_dir / MEMORY_FILE
         self._report = report
         self._entries = self._read(report)
@@ -94,10 +95,10 @@ class _Memory:
     def _lock(self) -> None:
         self._locked = ExitStack()
         self._next_line = time.monotonic() + QUIET_SECONDS
-        if not self._path.parent.is_dir():  # whoever only asks where data would lie makes no folders
+        if not self._cache_dir.is_dir():  # whoever only asks where data would lie makes no folders
             return
         with suppress(OSError, NotImplementedError):  # a folder that is not ours, or without locks: read alone
-            lock = FileLock(self._path.parent / LOCKS / LOCK_FILE)
+            lock = FileLock(self._cache_dir / LOCK_FILE)
             self._locked.enter_context(locked(lock, "another process reads the corpus; waiting for it", self._report))
         self._entries = self._read(lambda line: None)  # of damage is said once
 
@@ -135,6 +136,6 @@ class _Memory:
         if self._is_saved:
             return
         there = {name: entry for name, entry in self._entries.items() if os.path.exists(name)}
-        with suppress(OSError):
+        with suppress(OSError):  # a folder that is not ours, or a full disk: the files are read again next time
             replace_file(self._path, sealed(msgspec.to_builtins(there)))
             self._is_saved = True

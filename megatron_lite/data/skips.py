@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DamagedFileError, DataError
 from megatron_lite.files import replace_file
 from megatron_lite.observe.metrics import SKIPS_FILE
+from megatron_lite.state_files import read_object
 
 FORMAT = 1
 
@@ -89,6 +89,14 @@ class Rollback:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Document:
+    """The file."""
+
+    format: int
+    rollbacks: list[Rollback]
+
+
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
     """All rollbacks of a run so far, oldest first.
 
@@ -96,14 +104,16 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         DataError: the file is damaged: which samples to leave out is then unknown.
     """
     path = run_dir / SKIPS_FILE
-    if not path.exists():
-        return []
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']}, and this version reads {FORMAT}")
-        return [Rollback(**entry | {"window": Window(**entry["window"])}) for entry in found["rollbacks"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_object(path, _Document)
+        if found is None:
+            return []
+        if found.format != FORMAT:
+            raise DamagedFileError(f"it has format {found.format}, and this version reads {FORMAT}")
+        if any(not 0 <= one.window.first < one.window.stop for one in found.rollbacks):
+            raise DamagedFileError("a window ends before it begins")
+        return found.rollbacks
+    except DamagedFileError as error:
         raise DataError(
             f"{path} cannot be read ({error}), and it tells which samples this run leaves out; bring it back, or train "
             "in a new train.run_dir"
