@@ -26,7 +26,7 @@ def model_files(config: RunConfig, *, vocab_size: int, tokens: SpecialTokens, dt
     next_sentence = has_next_sentence_head(config)
     tokens = exported_tokens(tokens, config)
     described = hf_config(config.model, vocab_size=vocab_size, tokens=tokens, dtype=dtype, next_sentence=next_sentence)
-    generation = generation_config(described, tokens)
+    generation = generation_config(described, stops=() if tokens.eod is None else (tokens.eod,))
     files = {"config.json": _as_file(described)}
     return files | ({} if generation is None else {"generation_config.json": _as_file(generation)})
 

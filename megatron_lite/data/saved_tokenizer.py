@@ -71,7 +71,7 @@ def exported_tokens(special: SpecialTokens, config: RunConfig) -> SpecialTokens:
         return special
     if config.objective.name is ObjectiveName.bart_denoising:
         return replace(special, bos=special.cls, eos=special.sep)
-    return replace(special, eos=None)
+    return replace(special, eos=special.eod)
 
 
 def saved_files(folder: Path, config: RunConfig, special: SpecialTokens) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_lite.config.derived import complete_model
@@ -57,16 +57,18 @@ def hf_config(
     }
 
 
-def generation_config(config: Mapping[str, Any], tokens: TokenRoles) -> dict[str, Any] | None:
+def generation_config(config: Mapping[str, Any], stops: Sequence[int] = ()) -> dict[str, Any] | None:
     """generation_config.json beside this config.json; None for a model that generates nothing.
 
-    A decoder whose tokenizer ends with another token than its documents do, as in a chat, stops at either.
+    Args:
+        stops: tokens that end a text of a decoder, beside the one of config.json.
     """
     if config["model_type"] not in (GPT2.model_type, LLAMA.model_type, T5.model_type, BART.model_type):
         return None
     described = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
-    if config["model_type"] in (GPT2.model_type, LLAMA.model_type) and None not in (tokens.eos, tokens.eod):
-        described["eos_token_id"] = list(dict.fromkeys([tokens.eos, tokens.eod]))
+    ends = [token for token in dict.fromkeys([config.get("eos_token_id"), *stops]) if token is not None]
+    if config["model_type"] in (GPT2.model_type, LLAMA.model_type) and len(ends) > 1:
+        described["eos_token_id"] = ends
     return described
 
 
@@ -109,15 +111,21 @@ _SPECIAL: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 }
 
 
+def _first(*tokens: int | None) -> int | None:
+    """The first one that there is."""
+    return next((token for token in tokens if token is not None), None)
+
+
 def _token_ids(model_type: str, model: ModelConfig, tokens: TokenRoles) -> dict[str, int | None]:
     """As the tokenizer beside them says, and our objectives use them."""
-    eos = tokens.eod if tokens.eos is None else tokens.eos
+    eos = _first(tokens.eos, tokens.eod)
     if model_type in (GPT2.model_type, LLAMA.model_type):
         return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     if model_type == T5.model_type:
         return {"eos_token_id": eos, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
     if model_type == BART.model_type:
-        ends = {"bos_token_id": tokens.bos, "eos_token_id": eos, "forced_eos_token_id": eos}
+        bos, eos = _first(tokens.bos, tokens.cls), _first(tokens.eos, tokens.sep)
+        ends = {"bos_token_id": bos, "eos_token_id": eos, "forced_eos_token_id": eos}
         return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": eos}
     if model_type == ROBERTA.model_type:
         if tokens.pad != model.position_offset - 1:

@@ -20,6 +20,8 @@ class Ids:
     """A test's tokens with a role."""
 
     eod: int | None = 0
+    bos: int | None = 0
+    eos: int | None = None
     cls: int | None = 2
     sep: int | None = 3
     pad: int | None = 1
