@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
     plot = report = None
     if config.tracking.plot:
-        plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
-        report = _report(run_dir, console)
+        loss = baseline.get("loss")
+        plot = _drawn("loss.png", lambda: plot_run(run_dir, title=run_dir.name, unigram_loss=loss), run_dir, console)
+        report = _drawn("report.html", lambda: write_report(run_dir, ALL_TRAINED), run_dir, console)
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
@@ -78,13 +80,13 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     )
 
 
-def _report(run_dir: Path, console: Console) -> Path | None:
+def _drawn(name: str, draw: Callable[[], Path | None], run_dir: Path, console: Console) -> Path | None:
     """A run that has trained to its end is no failure because a page cannot be drawn: the command can draw it later."""
     try:
-        return write_report(run_dir, ALL_TRAINED)
+        return draw()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"report.html could not be written ({reason}); try `python -m launch report {run_dir}`")
+        console.print(f"{name} could not be written ({reason}); try `python -m launch report {run_dir}`")
         return None
 
 

@@ -159,11 +159,15 @@ def test_key_like_nothing_gets_no_guess() -> None:
          "train.run_dir"),
         ("model={hidden_size:3}", "model={...} names no preset; set single values as model.KEY=VALUE"),
         (
-            "train.generate_prompt=a b(",
-            "train.generate_prompt=a b( cannot be read (extraneous input '(' expecting <EOF>); "
-            "quote a text with special characters: 'train.generate_prompt=\"a b(\"'",
+            "train.steps=[",
+            "train.steps=[ cannot be read: HydraException: no viable alternative at input '['; write "
+            "train.steps=VALUE with an integer",
         ),
-        ("train.run_dir=${no.such}", "train.run_dir: Interpolation key 'no.such' not found"),
+        (
+            "train.run_dir=${no.such}",
+            "train.run_dir: Interpolation key 'no.such' not found; ${...} names another setting, such as "
+            "${model.name}; for the characters themselves write \\${...}",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_words(word: str, message: str) -> None:
@@ -235,7 +239,7 @@ def test_map_as_a_whole_and_by_name() -> None:
         ("launcher.environment=[1]", "launcher.environment=[1] is not possible: launcher.environment must be a map of "
          "names to texts, such as {NAME: value}"),
         ("launcher.environment.A=[1]", "launcher.environment.A=[1] is not possible: launcher.environment.A must be a "
-         "text"),
+         "text; for the text itself write 'launcher.environment.A=\"[1]\"'"),
         ("launcher.environment={A: null}", "launcher.environment={A: null} is not possible: launcher.environment must "
          "be a map of names to texts, such as {NAME: value}"),
     ],
