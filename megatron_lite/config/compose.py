@@ -31,6 +31,7 @@ from megatron_lite.config import words
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.hf.start import with_weights
 from megatron_lite.config.keys import expects, is_map, nearest, schema_keys, shown
+from megatron_lite.config.presets import check_preset
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
 
@@ -62,7 +63,7 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
     for word in (word for text in overrides for word in _spell_out_layout(text, conf_dir)):
         try:
             if words.key_of(word) in groups:
-                presets += _check_preset(word, groups)
+                presets += _check_preset(word, groups, conf_dir)
             else:
                 settings += _check_setting(word, groups)
         except ConfigError as error:
@@ -124,7 +125,7 @@ def _spell_out_layout(word: str, conf_dir: Path) -> Iterator[str]:
         yield f"parallel.{axis}_parallel_size={size or 1}"
 
 
-def _check_preset(word: str, groups: dict[str, list[str]]) -> list[str]:
+def _check_preset(word: str, groups: dict[str, list[str]], conf_dir: Path) -> list[str]:
     """The word as Hydra is to see it; none where it asks for no experiment."""
     group, options = words.key_of(word), groups[words.key_of(word)]
     override = words.parse(word)
@@ -140,6 +141,7 @@ def _check_preset(word: str, groups: dict[str, list[str]]) -> list[str]:
         if name not in options:
             wrong = "" if name is None else str(name)
             raise ConfigError(f"{shown(word)} is not a preset; {_choices(wrong, options)}")
+        check_preset(conf_dir / group / f"{name}.yaml", group)
     return [word.lstrip("+")]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
 from megatron_lite.config.keys import ALIASES, leaf_keys, schema_keys
+from megatron_lite.config.presets import check_preset
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.errors import ConfigError
 
@@ -248,3 +249,41 @@ def test_what_a_map_cannot_be(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose("pretrain_gpt", [word])
     assert caught.value.problems == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("dataset_config: 1.10", "data.dataset_config", "1.10"),
+        ("dataset_config: 12e5", "data.dataset_config", "12e5"),
+        ("dataset_config: 2020-01-01", "data.dataset_config", "2020-01-01"),
+        ("text_key: yes", "data.text_key", "yes"),
+        ("source: [a.txt, 007]", "data.source", "007"),
+        ("# @package _global_\nlauncher:\n  time: 24:00:00", "launcher.time", "24:00:00"),
+        ("# @package _global_\nlauncher:\n  environment:\n    A: 0x10", "launcher.environment.A", "0x10"),
+    ],
+)
+def test_text_of_a_preset_that_yaml_would_change(own_conf: Path, text: str, key: str, value: str) -> None:
+    file = own_conf / "data" / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain_gpt", ["data=mine"], own_conf)
+    assert caught.value.problems == [
+        f"conf/data/mine.yaml: {key}: {value} is read by YAML as something else than this text; quote it: '{value}'"
+    ]
+    file.write_text(text.replace(value, f"'{value}'"))
+    compose("pretrain_gpt", ["data=mine"], own_conf)
+
+
+def test_aliases_of_a_preset(own_conf: Path) -> None:
+    """Nine levels of nine aliases would take all memory."""
+    levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (own_conf / "data" / "mine.yaml").write_text("\n".join(["a0: &a0 [x]", *levels]))
+    with pytest.raises(ConfigError, match=r"conf/data/mine\.yaml has aliases"):
+        compose("pretrain_gpt", ["data=mine"], own_conf)
+
+
+@pytest.mark.parametrize("group", preset_groups())
+def test_presets_hold_no_text_that_yaml_would_change(group: str) -> None:
+    for name in preset_groups()[group]:
+        check_preset(CONF_DIR / group / f"{name}.yaml", group)
