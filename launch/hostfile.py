@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_lite.config.keys import shown
 from megatron_lite.config.rules.ranges import MOST_PROCESSES, RANGES
+from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -98,6 +99,7 @@ def with_hosts(config: RunConfig) -> RunConfig:
     launcher = config.launcher
     if launcher.hostfile is None:
         return config
+    require_form(config, "launcher.hostfile")
     hosts = read_hostfile(launcher.hostfile)
     nodes, slots = len(hosts), hosts[0].slots
     problems = [

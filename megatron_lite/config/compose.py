@@ -32,6 +32,7 @@ from megatron_lite.config.frozen import as_node
 from megatron_lite.config.hf.start import with_weights
 from megatron_lite.config.keys import expects, is_map, nearest, schema_keys, shown
 from megatron_lite.config.presets import check_preset
+from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
 
@@ -70,7 +71,9 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return with_weights(_compose_checked(script, presets, settings, conf_dir), {key for key, _ in settings})
+    typed = _compose_checked(script, presets, settings, conf_dir)
+    require_form(typed, "model.init_from")
+    return with_weights(typed, {key for key, _ in settings})
 
 
 def change(config: RunConfig, overrides: list[str], conf_dir: Path = CONF_DIR) -> RunConfig:
@@ -94,6 +97,7 @@ def change(config: RunConfig, overrides: list[str], conf_dir: Path = CONF_DIR) -
     with _conf_edge():
         changed = _to_typed(as_node(config), settings)
     explicit = {key for key, _ in settings}
+    require_form(changed, "model.init_from")
     return with_weights(changed, explicit) if "model.init_from" in explicit else changed
 
 

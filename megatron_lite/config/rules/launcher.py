@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.rules.case import PROCESSES, Case, either, nearest_multiples
 
@@ -201,7 +202,7 @@ def _is_line(text: str) -> bool:
 
 def _shown(text: str) -> str:
     """On one line, as a message needs it."""
-    return text if text.isprintable() and text else repr(text)
+    return shown(text if text.isprintable() and text else repr(text))
 
 
 LAUNCHER_RULES = (

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_lite.config.keys import get_value, shown
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
 
 LOST = re.compile("[\x00\x80-\x9f]")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -139,6 +140,17 @@ def out_of_form(config: RunConfig) -> Iterator[tuple[str, str]]:
                 yield key, f"{name}={shown(str(text))} is no text; quote it: {name}='{shown(str(text))}'"
             elif problem := check(text):
                 yield key, f"{name}={shown(text) or repr(text)} {problem}"
+
+
+def require_form(config: RunConfig, key: str) -> None:
+    """Check one text by itself: of a file that is read before the whole configuration can be checked.
+
+    Raises:
+        ConfigError: what `out_of_form` says of it.
+    """
+    problems = [message for found, message in out_of_form(config) if found == key]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _entries(key: str, value: Any) -> Iterator[tuple[str, Any]]:

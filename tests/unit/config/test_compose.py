@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
-from megatron_lite.config.keys import ALIASES, leaf_keys, schema_keys
+from megatron_lite.config.keys import ALIASES, leaf_keys, nearest, schema_keys
 from megatron_lite.config.presets import check_preset
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.errors import ConfigError
@@ -112,6 +112,30 @@ def test_unknown_key_names_the_nearest(word: str, meant: str) -> None:
 def test_aliases_name_settings() -> None:
     assert set(ALIASES.values()) <= set(leaf_keys())
     assert not set(ALIASES) & set(schema_keys())
+
+
+FAMILIES = ["gpt2", "llama", "bert", "roberta", "t5", "bart"]
+
+
+@pytest.mark.parametrize(
+    "word", ["camembert", "opt", "albert", "mbart", "mt5", "umt5", "distilbert", "bloom", "gptj", "xlm"]
+)
+def test_another_thing_with_like_letters_is_no_slip(word: str) -> None:
+    assert nearest(word, FAMILIES) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lama", "llama"),
+        ("robreta", "roberta"),
+        ("gpt_tinny", "gpt_tiny"),
+        ("--dryrun", "--dry-run"),
+        ("wikitxt103", "wikitext103"),
+    ],
+)
+def test_slips(word: str, meant: str) -> None:
+    assert nearest(word, [*FAMILIES, "gpt_tiny", "--dry-run", "--debug", "wikitext103"]) == meant
 
 
 def test_key_like_nothing_gets_no_guess() -> None:

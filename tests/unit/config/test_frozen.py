@@ -77,7 +77,7 @@ def test_round_trip(tmp_path: Path, experiment: str) -> None:
         ("a: [", "while parsing"),
         ("\x00\x01", "special characters are not allowed"),
         ("a: &a [x]\nb: *a\n", "it holds aliases"),
-        (2000 * "[" + 2000 * "]", "RecursionError"),
+        (600 * "[" + 600 * "]", "RecursionError"),
         ("- 1\n", "Cannot merge DictConfig with ListConfig"),
         ("", "script, model, parallel, data, optimizer, train, stability, tracking, launcher, debug missing"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch.hostfile import with_hosts
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import check_run_folder
@@ -166,3 +167,11 @@ def test_folder_that_a_sweep_makes_too_long() -> None:
 def test_smallest_trained_vocabulary() -> None:
     """Two rooms need the number, and the lower one must not import the upper."""
     assert SMALLEST_BPE == vocabulary.SMALLEST_BPE
+
+
+@pytest.mark.parametrize("text", ["", 300 * "a", "a\0b", "a\nb"])
+def test_files_that_are_read_before_all_is_checked(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.init_from="):
+        compose("pretrain_gpt", [f"model.init_from={text}"])
+    with pytest.raises(ConfigError, match=r"^launcher\.hostfile="):
+        with_hosts(compose("pretrain_gpt", ["launcher=deepspeed", f"launcher.hostfile={text}"]))

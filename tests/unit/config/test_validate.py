@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -375,6 +376,19 @@ def test_every_rule_has_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = (*RULES, *LENGTH_RULES)
     silent = [rule.__name__ for rule in rules if not any(message for case in cases for message in rule(case))]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "remedy"),
+    [(5000, "use at most 5000"), (300, "name the tokenizer of model.init_from in data.tokenizer")],
+)
+def test_sizes_of_weights_are_not_offered_for_change(vocabulary: int, remedy: str) -> None:
+    config = config_of()
+    model = replace(config.model, init_from="w", vocab_size=vocabulary, max_position_embeddings=64)
+    assert problems(replace(config, model=model)) == [
+        "data.seq_length=128 is longer than model.max_position_embeddings=64; use at most 64",
+        f"data.tokenizer_vocab_size=8192 is more than model.vocab_size={vocabulary}; {remedy}",
+    ]
 
 
 @pytest.mark.parametrize("script", available_scripts())
