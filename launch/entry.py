@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from launch.arguments import Arguments, parse, usage
-from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
+from launch.environment import ERROR_FILE, apply, is_count, rank_environment, require_numbers, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
 from launch.preparation import ready_data
@@ -74,6 +74,7 @@ def run_script(
     terminal = os.dup(2)  # stays the user's when the run sends its own output to a log
     debug, config, claim = "--debug" in words, None, None
     try:
+        require_numbers(os.environ)
         arguments = parse(words)
         if arguments.help:
             print(usage(f"python {script}.py"))
@@ -128,7 +129,9 @@ def _certify(config: RunConfig) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """Of this process; 0 where the environment holds no number, which `require_numbers` has refused."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if is_count(value) else 0
 
 
 def _dry_run(script: str, arguments: Arguments) -> int:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import LaunchError
 from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # every launcher sets it, any rank may fill it
 
+COUNTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "MASTER_PORT")
 QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could mend
 
 
@@ -52,3 +54,23 @@ def use_own_extensions_folder(run_dir: Path) -> None:
     The shared default keeps the lock of a process that was killed while it built, and later ones wait for it for ever.
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(run_dir.absolute() / "torch_extensions" / str(os.getppid())))
+
+
+def is_count(value: str) -> bool:
+    """Whether a variable holds a number from 0 to 999999999."""
+    return value.isascii() and value.isdigit() and len(value) < 10
+
+
+def require_numbers(environment: Mapping[str, str]) -> None:
+    """Check the variables by which torchrun, deepspeed and srun number the processes.
+
+    Raises:
+        LaunchError: with every one that holds no number.
+    """
+    given = {name: environment[name] for name in COUNTS if name in environment}
+    wrong = [f"{name}={value!r}" for name, value in given.items() if not is_count(value)]
+    if wrong:
+        raise LaunchError(
+            f"{', '.join(wrong)} in the environment must be whole numbers, as torchrun, deepspeed or srun set them; "
+            "unset what does not come from one of these"
+        )

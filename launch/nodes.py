@@ -32,7 +32,7 @@ def own_node_rank(asked: int | None, nodes: int, environment: Mapping[str, str] 
             "launcher.rendezvous=c10d with launcher=torchrun"
         )
     value = environment[name]
-    if not (value.isascii() and value.isdigit() and int(value) < nodes):
+    if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) < nodes):
         raise LaunchError(
             f"{name}={value!r} in the environment is not among the ranks of launcher.nodes={nodes}, 0 to {nodes - 1}; "
             "correct it, or give launcher.node_rank"

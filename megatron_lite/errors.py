@@ -97,6 +97,10 @@ class TrainingError(MegatronLiteError):
     """Training cannot go on with these settings."""
 
 
+class TrackingError(MegatronLiteError):
+    """A view of the figures (wandb, TensorBoard, a plot) cannot be made; training goes on without it."""
+
+
 class DivergedError(TrainingError):
     """The loss is no number any more."""
 

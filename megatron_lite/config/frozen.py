@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import tempfile
@@ -11,15 +12,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megatron_lite.config.changes import DATA_KEYS, Change, grade_changes, refusals
+from megatron_lite.config.keys import shown
+from megatron_lite.config.rules.texts import path as path_problem
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, library_edge
 
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
+GIVE_FROZEN = "give a config-*.yaml of a run folder"
 LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
 
 
@@ -85,14 +88,19 @@ def load_frozen(path: Path | str) -> RunConfig:
     """
     path = Path(path)
     try:
-        return _typed(OmegaConf.load(path))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--config {path} is no frozen configuration: {first_line}; give a config-*.yaml of a run folder"
-        ) from error
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--config {path}: {reason}; {GIVE_FROZEN}") from error
+    with library_edge(ConfigError, f"--config {path} is no frozen configuration", GIVE_FROZEN):
+        _refuse_aliases(content)
+        return _typed(OmegaConf.load(io.BytesIO(content)))
+
+
+def _refuse_aliases(content: bytes) -> None:
+    """We write none, and a few lines of them can stand for more than memory holds."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
+        raise ValueError("it holds aliases (*NAME), which a frozen configuration has not")
 
 
 def as_containers(config: RunConfig) -> dict[str, Any]:
@@ -106,11 +114,8 @@ def from_containers(content: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: this version does not know one of its settings.
     """
-    try:
+    with library_edge(ConfigError, "this version cannot read the configuration"):
         return _typed(OmegaConf.create(content))
-    except (OmegaConfBaseException, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ConfigError(f"this version cannot read the configuration ({first_line})") from error
 
 
 def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
@@ -135,8 +140,11 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     Raises:
         ConfigError: every change that a run cannot make, or train.run_dir where the folder itself is the matter.
     """
-    _check_writable(run_dir)
-    earlier = _last_trained(run_dir)
+    try:
+        _check_writable(run_dir)
+        earlier = _last_trained(run_dir)
+    except OSError as error:  # a folder on the way that may not be looked into, a lost disk
+        raise unwritable(run_dir, error) from error
     if earlier is None:
         return []
     try:
@@ -171,6 +179,8 @@ def _last_trained(run_dir: Path) -> Path | None:
 
 def _check_writable(run_dir: Path) -> None:
     """The folder, or the nearest one above it that exists, must let us write; nothing is made yet."""
+    if problem := path_problem(str(run_dir)):  # a sweep has put its values behind the name that was checked
+        raise ConfigError(f"train.run_dir={shown(str(run_dir))} {problem}")
     nearest = run_dir.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent

@@ -211,7 +211,8 @@ class DataConfig:
     text_key: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and Hugging Face datasets."""
     document_separator: str | None = "\n\n"
-    """What separates documents in a .txt file; None = one document a file."""
+    """What separates documents in a .txt file; None = one document a file. `\\n`, `\\t`, `\\uXXXX` and `\\\\`
+    are escapes where it is typed."""
     dataset_split: str = "train"
     """Split of a Hugging Face dataset."""
     dataset_config: str | None = None

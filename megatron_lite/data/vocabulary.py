@@ -69,7 +69,7 @@ def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -
     if needed is not None and needed > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
-            f"use {needed} or more, or null"
+            + ("name the tokenizer of model.init_from" if config.model.init_from else f"use {needed} or more, or null")
         )
     return vocab_size
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_lite.errors import TrackingError, library_edge
 from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT
 from megatron_lite.observe.panels import WHOLE_GROUP, Panel
 from megatron_lite.observe.run_folder import Entry, RunFolder
@@ -90,7 +91,8 @@ def chart(run: RunFolder, panel: Panel) -> Figure | None:
     curves = series_of(run, panel)
     if not curves:
         return None
-    import plotly.graph_objects as go
+    with library_edge(TrackingError, "plotly cannot draw", "`pip install plotly`"):
+        import plotly.graph_objects as go
 
     last_step = max([1, *(entry["step"] for entries in (run.metrics, run.rolled_back) for entry in entries)])
     figure = go.Figure(layout=_layout(panel, curves, last_step))

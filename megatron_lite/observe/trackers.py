@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_lite.errors import TrackingError, library_edge
 from megatron_lite.observe.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -162,25 +163,48 @@ def build_trackers(
     truth = JsonlTracker(run_dir, resume_step, rollbacks, report)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
-        from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
-
-        wandb = WandbTracker(
-            run_dir,
-            mode=str(tracking.wandb),
-            project=tracking.wandb_project,
-            name=tracking.wandb_name or run_dir.name,
-            config=_as_dict(config),
-            rollbacks=rollbacks,
-            report=report,
-        )
-        figures = [*read_metrics(run_dir / ROLLED_BACK_FILE), *read_metrics(run_dir / METRICS_FILE)]
-        wandb.catch_up(figures, read_metrics(run_dir / EVENTS_FILE))
-        views.append(wandb)
+        views += _view("wandb", lambda: _wandb(config, run_dir, rollbacks, report), report)
     if tracking.tensorboard:
-        from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
-
-        views.append(TensorBoardTracker(run_dir, resume_step))
+        views += _view("TensorBoard", lambda: _tensorboard(run_dir, resume_step), report)
     return Trackers([truth], views, report, guard)
+
+
+def _view(name: str, build: Callable[[], Tracker], report: Callable[[str], None]) -> list[Tracker]:
+    """The tracker, or none where its library cannot start: training does not end for a view of its figures.
+
+    Raises:
+        ConfigError: of settings that the user has to mend.
+    """
+    try:
+        with library_edge(TrackingError, f"{name} cannot start", "the run goes on without it"):
+            return [build()]
+    except TrackingError as error:
+        report(str(error))
+        return []
+
+
+def _wandb(config: RunSettings, run_dir: Path, rollbacks: int, report: Callable[[str], None]) -> Tracker:
+    from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
+
+    tracking = config.tracking
+    wandb = WandbTracker(
+        run_dir,
+        mode=str(tracking.wandb),
+        project=tracking.wandb_project,
+        name=tracking.wandb_name or run_dir.name,
+        config=_as_dict(config),
+        rollbacks=rollbacks,
+        report=report,
+    )
+    figures = [*read_metrics(run_dir / ROLLED_BACK_FILE), *read_metrics(run_dir / METRICS_FILE)]
+    wandb.catch_up(figures, read_metrics(run_dir / EVENTS_FILE))
+    return wandb
+
+
+def _tensorboard(run_dir: Path, resume_step: int) -> Tracker:
+    from megatron_lite.observe.tensorboard_tracker import TensorBoardTracker
+
+    return TensorBoardTracker(run_dir, resume_step)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -61,7 +61,7 @@ class WandbTracker:
         }
         try:
             self._run = _start(mode, arguments)
-        except wandb.errors.Error as error:
+        except Exception as error:  # of wandb, its network and its service
             if mode == "offline":
                 raise
             report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")

@@ -53,7 +53,7 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "time without time": (
         [*SLURM, "launcher.time=0:30"],
-        "launcher.time=0:30 is too short to train and to end in; use more than 30 seconds",
+        "launcher.time=0:30 is too short to train and to end in; use more than 150 seconds",
     ),
     "chain without slurm": (
         ["launcher.chain=3"],
@@ -68,9 +68,9 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         [*SLURM, "launcher.account=''"],
         "launcher.account='' must be one line of text without backslashes; use a name, or null",
     ),
-    "run folder of two lines": (
-        [*SLURM, "train.run_dir='a\nb'"],
-        r"train.run_dir='a\nb' must be one line without backslashes with launcher=slurm, which writes it into a line "
+    "run folder with a backslash": (
+        [*SLURM, r"train.run_dir=a\b"],
+        r"train.run_dir=a\b must be one line without backslashes with launcher=slurm, which writes it into a line "
         "of its script; give another folder",
     ),
     "option without dashes": (

@@ -76,6 +76,8 @@ def test_round_trip(tmp_path: Path, experiment: str) -> None:
         ("train:\n  steps: many\n", "Value 'many' of type 'str' could not be converted to Integer"),
         ("a: [", "while parsing"),
         ("\x00\x01", "special characters are not allowed"),
+        ("a: &a [x]\nb: *a\n", "it holds aliases"),
+        (600 * "[" + 600 * "]", "RecursionError"),
         ("- 1\n", "Cannot merge DictConfig with ListConfig"),
         ("", "script, model, parallel, data, optimizer, train, stability, tracking, launcher, debug missing"),
     ],
@@ -233,7 +235,7 @@ def test_containers_of_json_give_the_same_configuration() -> None:
     del content["objective"], content["train"]["async_save"]  # of a version that did not have them yet
     assert from_containers(content) == config
     content["train"]["flavour"] = 1
-    with pytest.raises(ConfigError, match=r"this version cannot read the configuration \(Key 'flavour' not in"):
+    with pytest.raises(ConfigError, match=r"this version cannot read the configuration: .*Key 'flavour' not in"):
         from_containers(content)
 
 

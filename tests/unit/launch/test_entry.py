@@ -75,6 +75,17 @@ def test_world_of_one_by_hand() -> None:
     assert os.environ["TORCH_EXTENSIONS_DIR"].startswith(str(Path("run").absolute()))
 
 
+@pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "1e3", "٣", 5000 * "9"])
+def test_numbers_of_processes_that_are_none(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        os.environ[name] = value
+        assert run_script(Script(), "pretrain_gpt", []) == 2
+        assert "in the environment must be whole numbers, as torchrun, deepspeed or srun set them" in (
+            capfd.readouterr().err
+        )
+        del os.environ[name]
+
+
 def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.CaptureFixture[str]) -> None:
     script = Script()
     assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2"]) == 2
