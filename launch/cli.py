@@ -23,7 +23,6 @@ from launch.processes import SIGNALS
 from launch.registry import LAUNCHERS
 from launch.slurm import scheduler
 from launch.sweep import Point
-from megatron_lite.checkpoint.fit import require_start
 from megatron_lite.config.changes import table
 from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import (
@@ -116,7 +115,10 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
     changes = check_run_folder(config, Path(config.train.run_dir))
-    require_start(config)
+    if config.model.init_from is not None:
+        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+
+        require_start(config)
     plan = replace(_launcher(config, arguments).plan(config), changes=tuple(changes))
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))

@@ -22,7 +22,6 @@ from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
 from launch.preparation import ready_data
 from launch.processes import die_with
-from megatron_lite.checkpoint.fit import require_start
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen, unwritable
@@ -164,7 +163,10 @@ def _own_config(script: str, arguments: Arguments) -> RunConfig:
     validate(resolved, world_size)
     assert resolved.train.run_dir is not None
     check_run_folder(resolved, Path(resolved.train.run_dir))
-    require_start(resolved)
+    if resolved.model.init_from is not None:
+        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+
+        require_start(resolved)
     return replace(resolved, debug=resolved.debug or arguments.debug)
 
 

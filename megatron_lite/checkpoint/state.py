@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from megatron_lite.config.hf.folder import STATE_FILE as STATE_FILE
 from megatron_lite.config.hf.folder import TRAINING as TRAINING
@@ -68,9 +68,10 @@ class CheckpointState:
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:
-        """Numbers that are not finite become null: JSON has no word for them."""
-        plain = msgspec.json.encode({"format": FORMAT, **asdict(self)})
-        return msgspec.json.format(plain, indent=1).decode()
+        """A validation loss that is not finite becomes null: JSON has no word for it."""
+        loss = self.validation_loss
+        finite = loss if loss is not None and math.isfinite(loss) else None
+        return json.dumps({"format": FORMAT, **asdict(self), "validation_loss": finite}, indent=1)
 
 
 def read_state(folder: Path) -> CheckpointState:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_lite.errors import CheckpointError, DamagedFileError
 from megatron_lite.state_files import Object, decode, read_object
@@ -164,7 +164,7 @@ def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     return TensorEntry(file, name, dtype, tuple(shape), (base + start, base + stop))
 
 
-def _are_sizes(value: Any, most: int) -> bool:
+def _are_sizes(value: Any, most: int) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > most:
         return False
     return all(type(size) is int and size >= 0 for size in value)  # True is an int, too

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_lite.config.hf.families import BART, FAMILIES, LLAMA, ROBERTA, T5, Family, NoCounterpart, counterpart
-from megatron_lite.config.hf.translation import WORDS, Words
+from megatron_lite.config.hf.translation import OF_OTHER_FAMILIES, WORDS, Words
 from megatron_lite.config.keys import as_word
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError
@@ -146,9 +146,12 @@ class _Reader:
         self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}")
 
     def refuse_unknown(self, words: Words) -> None:
-        """Keys that may change what the model computes: null, false, 0 and nothing are taken for "no such thing"."""
+        """Keys that may change what the model computes.
+
+        null, false, 0 and nothing are taken for "no such thing", but where the key itself is a sign of another family.
+        """
         for key, found in self.config.items():
-            if found and not words.knows(key):
+            if (found or key in OF_OTHER_FAMILIES) and not words.knows(key):
                 self.problems.append(
                     f"{self.where}: {key}={_shown(found)} is a key that we do not know for model_type="
                     f"{self.config['model_type']}, and it may change what the model computes; remove it if it does "

@@ -101,6 +101,18 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 """Keys of any config.json that change no logit."""
+OF_OTHER_FAMILIES = frozenset(
+    {
+        "attn_logit_softcapping",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "hidden_activation",
+        "layer_types",
+        "query_pre_attn_scalar",
+        "use_bidirectional_attention",
+    }
+)
+"""Keys that tell of another family, whatever they say: Gemma's has null for the last one, and scales its embeddings."""
 _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),

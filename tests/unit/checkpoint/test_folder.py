@@ -141,6 +141,15 @@ def test_nested_or_foreign_text_is_a_problem_and_no_traceback(name: str, text: s
     assert name in found
 
 
+class Version(str):
+    """As torch.__version__ is one."""
+
+
+def test_a_state_may_hold_texts_of_other_classes(tmp_path: Path) -> None:
+    folder = save(tmp_path, 100, replace(STATE, versions={"torch": Version("2.13.0")}))
+    assert read_state(folder).versions == {"torch": "2.13.0"}
+
+
 def test_a_validation_loss_without_a_number_can_be_read_again(tmp_path: Path) -> None:
     """Earlier versions wrote the word NaN, which JSON does not have."""
     folder = save(tmp_path, 100, replace(STATE, validation_loss=float("nan")))

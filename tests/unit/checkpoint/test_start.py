@@ -300,6 +300,21 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
     assert found.difference <= found.allowed
 
 
+def test_a_key_of_gemma_tells_though_it_says_nothing(tmp_path: Path) -> None:
+    """Its tensors are those of a LLaMA, and every other key is one of LLaMA's too."""
+    folder = write_start(tmp_path / "m", "llama_geglu", use_bidirectional_attention=None)
+    assert "use_bidirectional_attention=null is a key that we do not know" in refusal(folder, "llama_geglu")
+
+
+def test_the_remedies_for_an_unknown_key_work(tmp_path: Path) -> None:
+    folder = write_start(tmp_path / "m", "llama_tied", my_note="a text")
+    found = refusal(folder, "llama_tied")
+    assert "my_note=a text is a key that we do not know for model_type=llama" in found
+    assert "remove it if it does not, or set model.check_init=always" in found
+    require_parity(folder, "llama_tied", "model.check_init=always")
+    require_parity(write_start(tmp_path / "m", "llama_tied"), "llama_tied")
+
+
 NEW_NAMES = ["lm_head.weight", "model.norm.bias", "x", "transformer.h.9.ln_1.weight", "cls.predictions.decoder.bias"]
 FLAGS: dict[str, list[Any]] = {
     "tie_word_embeddings": [True, False, None],
