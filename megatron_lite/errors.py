@@ -6,6 +6,7 @@ invariants of our own; anything that a wrong config, file or machine can trigger
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -108,4 +109,22 @@ def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") ->
     except Exception as problem:
         text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
         said = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        remedy = remedy_of(problem, remedy)
         raise error(f"{what}: {said}" + (f"; {remedy}" if remedy else "")) from problem
+
+
+def remedy_of(problem: BaseException, otherwise: str) -> str:
+    """What helps where the machine has run out of something, whatever the library was doing; else `otherwise`."""
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
+            return _REMEDIES[cause.errno]
+        cause = cause.__cause__ or cause.__context__
+    return otherwise
+
+
+_REMEDIES = {
+    errno.EMFILE: "a process may not open more files here; raise the limit, as with `ulimit -n 4096`",
+    errno.ENFILE: "this machine has no room for more open files; end other programs, or raise fs.file-max",
+    errno.ENOMEM: "no memory is left, or too many files are mapped (vm.max_map_count); end other programs or raise it",
+}

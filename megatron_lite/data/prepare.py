@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from megatron_lite.data.prepared import (
 from megatron_lite.data.publish import publish_folder
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import scan_ready, shared_tokenizer
+from megatron_lite.data.rows import RowCounts, require_few_bad
 from megatron_lite.data.sentences import sentence_kinds
-from megatron_lite.data.sources import Source, identity, resolve_sources
+from megatron_lite.data.source_names import resolve_sources
+from megatron_lite.data.sources import Source, identity
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import Counted, Job, SourceSets, tokenise_source, training_texts
 from megatron_lite.data.tokenizer import (
@@ -51,7 +53,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 2  # raise it when the same text would become other tokens
+PIPELINE = 3  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def prepare(config: RunConfig, *, report: Callable[[str], None]) -> PreparedData
         report=report,
         marker=MANIFEST,
     )
-    return load_prepared(folder, config)
+    prepared = load_prepared(folder, config)
+    for counts in prepared.rows:  # of data that another data.max_bad_fraction has prepared
+        require_few_bad(counts, counts.source, config.data)
+    return prepared
 
 
 def prepared_folder(config: RunConfig) -> Path:
@@ -148,7 +153,11 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     validation = [found.validation for found in sets if found.validation is not None]
     if not validation:
         raise _nothing_held_out(config.data, sets)
-    _write(plan, job, train, validation)
+    rows = [found.rows for found in sets if found.rows is not None]
+    _write(plan, job, train, validation, rows)
+    for counts in rows:
+        for line in counts.lines():
+            report(line)
     tokens = sum(counted.shard.tokens for counted in [*train, *validation])
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
@@ -189,7 +198,7 @@ def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callabl
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
-    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target)
+    tokenizer = train_bpe(training_texts(plan.train, data, held_out, report), wanted, target)
     if tokenizer.vocab_size < wanted:
         report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
     return tokenizer
@@ -228,7 +237,7 @@ def _nothing_held_out(data: DataConfig, sets: list[SourceSets]) -> DataError:
     )
 
 
-def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]) -> None:
+def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]) -> None:
     counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
     counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}
     np.savez_compressed(job.folder / COUNTS, **counts)
@@ -246,6 +255,7 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
         "train": [shard_entry(counted.shard, job.folder) for counted in train],
         "validation": [shard_entry(counted.shard, job.folder) for counted in validation],
         "separate_validation": bool(plan.validation),
+        "rows": [asdict(counts) for counts in rows],
         "fingerprint": fingerprint,
     }
     write_manifest(job.folder, manifest)

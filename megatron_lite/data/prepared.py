@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +28,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.needs import require_tokens_of_run
+from megatron_lite.data.rows import RowCounts
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
@@ -102,6 +104,8 @@ class PreparedData:
     """Names exactly these tokens in this order: equal fingerprints, equal samples."""
     unigram_entropy_nats: float
     """Loss of the validation tokens under the training corpus' unigram distribution, nats per token."""
+    rows: tuple[RowCounts, ...] = ()
+    """What became of the rows of each source of text, those of validation sources last."""
 
     @property
     def train_tokens(self) -> int:
@@ -170,6 +174,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         special=SpecialTokens.from_facts(tokenizer),
         fingerprint=manifest["fingerprint"],
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
+        rows=tuple(msgspec.convert(manifest["rows"], list[RowCounts])),
     )
     require_tokens_of_run(config, prepared.special, prepared.tokenizer_dir)
     return prepared

@@ -19,15 +19,18 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.hugging_face import as_files
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.origins import ORIGIN_DTYPE, origins_writer
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
-from megatron_lite.data.readers import Document, read_documents
+from megatron_lite.data.readers import read_documents
+from megatron_lite.data.rows import Document, RowCounts, no_documents
 from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.files import size_text
 
 BATCH_CHARACTERS = 2**20
 BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
@@ -66,15 +69,20 @@ class SourceSets:
     validation: Counted | None
     lowest_hash: int
     """Smallest hash of its documents: the first that a larger validation_fraction would hold out."""
+    rows: RowCounts | None = None
+    """What became of the rows of a source of text."""
 
 
-def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
+def training_texts(
+    sources: Iterable[Source], data: DataConfig, held_out: float | None, report: Callable[[str], None]
+) -> Iterator[str]:
     """The first training documents of each source, an equal share of 256 million characters together."""
     sources = list(sources)
     threshold = validation_threshold(held_out) if held_out else 0
     for source in sources:
         left = TRAINING_TEXT_CHARACTERS // len(sources)
-        for text, _, _ in read_documents(source, data):
+        progress = _Progress(report, source.name, "reading for the vocabulary")
+        for text, _, _ in read_documents(source, data, progress=progress.read):
             if document_hash(text) >= threshold:
                 yield text
                 left -= len(text)
@@ -97,13 +105,16 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
         DataError: the source is unreadable, or holds no document, or none that is not held out.
     """
     assert job.tokenizer is not None
+    source, data = as_files(source, job.data)
     threshold = validation_threshold(held_out) if held_out else 0
     outputs = {into: _Output(job, source, index, into)}
     if held_out:
         outputs[Part.validation] = _Output(job, source, index, Part.validation)
     lowest = 2**64
     progress = _Progress(job.report, source.name)
-    for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
+    rows = RowCounts(source.name)
+    read = read_documents(source, data, rows, progress.read)
+    for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read):
         hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
         origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
         lowest = min(lowest, int(hashes.min()))
@@ -115,10 +126,10 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
     progress.finish()
     if outputs[into].documents == 0:
         if lowest == 2**64:
-            raise DataError(f"{source} holds no text; name a source with documents in it")
+            raise no_documents(rows, source)
         raise all_held_out(source, held_out)
     done = {part: output.finish() for part, output in outputs.items()}
-    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest)
+    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest, rows)
 
 
 def all_held_out(source: Source, fraction: float | None) -> DataError:
@@ -233,26 +244,37 @@ def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[D
 class _Progress:
     """A line every ten seconds, and one at the end."""
 
-    def __init__(self, report: Callable[[str], None], name: str) -> None:
+    def __init__(self, report: Callable[[str], None], name: str, verb: str = "tokenising") -> None:
         self._report = report
+        self._verb = verb
         self._name = name
         self._started = self._last = time.monotonic()
         self._characters = 0
         self._tokens = 0
+        self._bytes = 0
+
+    def read(self, count: int) -> None:
+        """Bytes that were read: rows may give no document for a long time."""
+        self._bytes += count
+        self._line_in_time()
 
     def add(self, characters: int, tokens: int) -> None:
         self._characters += characters
         self._tokens += tokens
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
-            self._line("tokenising")
+        self._line_in_time()
 
     def finish(self) -> None:
         self._line("tokenised")
 
+    def _line_in_time(self) -> None:
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._last = time.monotonic()
+            self._line(self._verb)
+
     def _line(self, verb: str) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
         million = self._characters / 1e6
-        self._report(
-            f"{verb} {self._name}: {million:.1f} M characters, {self._tokens:,} tokens, {million / seconds:.1f} M/s"
-        )
+        figures = [f"{size_text(self._bytes)} read"] if self._bytes else []
+        if self._characters:
+            figures += [f"{million:.1f} M characters", f"{self._tokens:,} tokens", f"{million / seconds:.1f} M/s"]
+        self._report(f"{verb} {self._name}: {', '.join(figures) or 'nothing yet'}")

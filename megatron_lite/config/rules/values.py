@@ -26,6 +26,7 @@ POSITIVE = (
     "data.tokenizer_vocab_size",
     "data.seq_length",
     "data.num_workers",
+    "data.max_document_bytes",
     "objective.decoder_seq_length",
     "optimizer.decay_steps",
     "train.steps",
@@ -106,6 +107,7 @@ SHARES = (  # [0, 1]
     "objective.short_fraction",
     "objective.fim_fraction",
     "objective.fim_spm_fraction",
+    "data.max_bad_fraction",
 )
 PARTS = (  # (0, 1)
     "objective.masked_fraction",

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.readers import read_documents
-from megatron_lite.data.sources import identity, resolve_source
+from megatron_lite.data.source_names import resolve_source
+from megatron_lite.data.sources import identity
 from megatron_lite.errors import DataError
 
 datasets = pytest.importorskip("datasets")
