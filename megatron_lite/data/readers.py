@@ -63,7 +63,8 @@ def read_rows(source: Source, data: DataConfig, progress: Progress = ignore_prog
     if source.kind is SourceKind.embedded:
         for text, file, number in embedded_documents():
             progress(len(text))
-            yield row_of_text(text, file, number)
+            if text.strip():  # some modules are empty: that is no news
+                yield row_of_text(text, file, number)
     elif source.kind is SourceKind.dataset:
         yield from dataset_rows(source, data, progress)
     else:

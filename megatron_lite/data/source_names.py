@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 DOWNLOADS = {"s3": "aws s3 cp", "gs": "gcloud storage cp", "http": "curl -LO", "https": "curl -LO"}
 FIRST_BYTES = 4096
+LISTED_FILES = 10_000  # of a folder: one that begins with more files of other forms is left to `datasets`
 _ACCESS = "correct the path or its permissions"
 
 
@@ -202,19 +204,17 @@ def _pair(prefix: Path, entry: str) -> Path:
 def _dataset_folder(path: Path, entry: str) -> Path:
     if any((path / name).is_file() for name in SAVED_DATASET_FILES):
         return path
-    suffixes: set[str] = set()
-    for file in visible_files(path):
+    others: list[str] = []
+    for file in islice(visible_files(path), LISTED_FILES):
         suffix = os.path.splitext(_unpacked(file.name))[1]
         if suffix in FOLDER_SUFFIXES:
             return path
-        suffixes.add(file.suffix)
         if suffix == ".idx":
             raise DataError(f"{entry} is a folder of Megatron shards; use the prefix {file.with_suffix('')}")
-    found = (
-        f"only {', '.join(sorted(suffix or 'files without a suffix' for suffix in suffixes))}"
-        if suffixes
-        else "nothing"
-    )
+        others.append(file.suffix or "files without a suffix")
+    if len(others) == LISTED_FILES:
+        return path
+    found = f"only {', '.join(sorted(set(others)))}" if others else "nothing"
     raise DataError(
         f"{entry} is a folder without data files: it holds {found}; name a folder of files that `datasets` reads "
         f"({', '.join(FOLDER_SUFFIXES)}) or that its save_to_disk wrote"

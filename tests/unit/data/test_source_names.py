@@ -114,7 +114,7 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
     assert refusal(name).startswith(f"data.source={name} does not exist (looked from {folder}); use embedded, a .txt, ")
 
 
-@pytest.mark.parametrize("name", ["-a/b", "a--b/c", "a..b/c", "a/b:c", "a/b c", "x" * 300, "~", "größe/corpus"])
+@pytest.mark.parametrize("name", ["-a/b", "a--b/c", "a..b/c", "a/b:c", "a/b c", "x" * 300, "größe/corpus"])
 def test_what_cannot_be_a_name_of_the_hub(name: str) -> None:
     assert refusal(name).startswith(f"data.source={name}")
 
@@ -280,8 +280,6 @@ def test_empty_list() -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=20) | st.from_regex(r"\A[a-z~./*\[\]:\\%]{0,12}(\.txt|\.jsonl|/)?\Z"))
 def test_any_name_is_a_source_or_refused(name: str) -> None:
-    assume(
-        "*" not in name or (not name.startswith("/") and "**" not in name and ".." not in name)
-    )  # read no disk through
+    assume("~" not in name and ".." not in name and "**" not in name and not name.startswith("/"))  # no other folders
     with suppress(DataError):
         assert resolve_source(name, "data.source").name == name
