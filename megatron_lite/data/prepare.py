@@ -50,6 +50,7 @@ from megatron_lite.data.tokenizer import (
 )
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.files import raise_open_file_limit
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
@@ -84,6 +85,7 @@ def prepare(config: RunConfig, *, report: Callable[[str], None]) -> PreparedData
         DataError: a source is missing, empty, binary, malformed or cut off, or cache_dir cannot be written.
         ConfigError: data.* or model.vocab_size do not fit each other.
     """
+    raise_open_file_limit()
     plan = make_plan(config)
     folder = Path(config.data.cache_dir).expanduser() / plan.folder_name
     publish_folder(

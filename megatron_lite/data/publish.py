@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, remedy_of
 from megatron_lite.files import sync
 
 LOCKS = ".locks"
@@ -45,7 +45,8 @@ def publish_folder(
     except OSError as error:
         place = error.filename or folder.parent
         reason = error.strerror or str(error)
-        raise DataError(f"{key} cannot be written: {place}: {reason}; name another folder, or make room") from error
+        remedy = remedy_of(error, "name another folder, or make room")
+        raise DataError(f"{key} cannot be written: {place}: {reason}; {remedy}") from error
 
 
 @contextmanager

@@ -28,6 +28,8 @@ BEGINNINGS = ("start", "resume")
 SPIKE_EVENT = "spike"
 """Its `title` and `text` are what is alerted."""
 ROLLBACK_EVENT = "rollback"
+ROWS_EVENT = "rows"
+"""What became of the rows of each source of the data: `sources` are objects as data.rows.RowCounts."""
 ROLLBACKS = "rollbacks"
 """The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
 
