@@ -23,6 +23,7 @@ from megatron_lite.data.streams import Progress, read_chunks
 from megatron_lite.errors import DataError, library_edge
 
 BUILDERS = {"json": SourceKind.jsonl, "parquet": SourceKind.parquet, "text": SourceKind.text}
+MESSAGE_LINES = 8
 PLAIN_SETTINGS: dict[str, Any] = {"field": None, "encoding": "utf-8", "filters": None, "sample_by": "line"}
 """Settings of a builder that our readers know nothing of, with the values that make no difference."""
 
@@ -91,7 +92,8 @@ def _generated(name: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+        hidden = error.__cause__ or error
+    raise hidden
 
 
 def _split_of(splits: dict[str, Any], source: Source, data: DataConfig) -> Any:
@@ -101,11 +103,14 @@ def _split_of(splits: dict[str, Any], source: Source, data: DataConfig) -> Any:
 
 
 def _edge(source: Source) -> AbstractContextManager[None]:
+    """Of `datasets`, which names configurations and columns in later lines of its messages."""
+    several = "set data.dataset_config if it has several configurations"
     if source.paths:
-        remedy = "name its files instead, or mend what is said here"
-        return library_edge(DataError, f"{source} is a folder that `datasets` cannot load", remedy)
-    remedy = "correct the name, or download it where there is a network and name its folder"
-    return library_edge(DataError, f"{source} is no local file, and `datasets` cannot load it", remedy)
+        what, remedy = "is a folder that `datasets` cannot load", f"{several}, or name its files instead"
+    else:
+        what = "is no local file, and `datasets` cannot load it"
+        remedy = f"{several}, correct the name, or download it where there is a network and name its folder"
+    return library_edge(DataError, f"{source} {what}", remedy, lines=MESSAGE_LINES)
 
 
 def _is_saved(folder: Path) -> bool:

@@ -121,8 +121,9 @@ def test_splits_and_configurations_of_a_folder(folder: Path, config_for: ConfigF
         "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n- config_name: b\n  data_files: test.jsonl\n---\n"
     )
     assert read(config_for(folder, dataset_config="b")) == ["text of test"]
-    with pytest.raises(DataError, match=r"is a folder that `datasets` cannot load: ValueError: .*\['a', 'b'\]"):
+    with pytest.raises(DataError, match=r"cannot load: ValueError: .*\['a', 'b'\].*; set data\.dataset_config"):
         read(config_for(folder))
+    assert read(config_for(folder, dataset_config="a", dataset_split="train")) == ["text of train"]
 
 
 def test_a_folder_of_text_has_a_row_a_line(folder: Path, config_for: ConfigFor) -> None:

@@ -149,3 +149,6 @@ def test_what_the_machine_has_run_out_of(number: int, remedy: str) -> None:
     ):
         library()
     assert remedy_of(OSError(errno.ENOENT, "x"), "name another file") == "name another file"
+    first, second = OSError(errno.ENOENT, "x"), RuntimeError("y")
+    first.__context__, second.__cause__ = second, first  # raised again from within its own handler
+    assert remedy_of(second, "name another file") == "name another file"
