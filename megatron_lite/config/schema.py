@@ -194,8 +194,8 @@ class DataConfig:
     """Where the text comes from and how it becomes samples."""
 
     source: Any = "embedded"
-    """`embedded`, one path/dataset name or a list of them: .txt[.gz], .jsonl[.gz], .parquet (`*` joins files into one
-    source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path."""
+    """`embedded`, one path or dataset name or a list: .txt, .jsonl (also .gz, .bz2, .xz, .zst), .parquet (`*` joins
+    files into one source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path. See docs/data.md."""
     weights: list[float] | None = None
     """Share of samples drawn from each source; None = proportional to its tokens."""
     text_key: str = "text"

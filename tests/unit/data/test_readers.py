@@ -442,3 +442,13 @@ def test_row_numbers_begin_anew_in_each_file(tmp_path: Path, config_for: ConfigF
 def test_bytes_of_a_row_are_text_or_bad() -> None:
     assert row_of_bytes("größe".encode(), 1, 2) == Document("größe", 1, 2)
     assert row_of_bytes(b"\xff", 1, 2) == BadRow(RowKind.not_utf8, 1, 2, "byte 0xff at offset 0")
+
+
+def test_the_example_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "one"}\n5\n')
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out == f"one\n{tmp_path}/corpus.jsonl:2 not a JSON object: it is a number\n"
