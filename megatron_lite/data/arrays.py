@@ -81,7 +81,7 @@ def map_file(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     memory = (ctypes.c_ubyte * size).from_address(address)
     unmap = weakref.finalize(memory, _libc().munmap, address, size)  # with the last array that looks at it
     unmap.atexit = False  # at the end of the process other threads may still read
-    values = np.frombuffer(memory, dtype)
+    values = np.frombuffer(memoryview(memory).cast("B"), dtype)
     values.flags.writeable = False
     return values
 

@@ -17,7 +17,7 @@ from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.columns import batch_rows, column_rows, require_text
 from megatron_lite.data.hub import quiet_hub
 from megatron_lite.data.rows import Row
-from megatron_lite.data.source_names import kind_of
+from megatron_lite.data.source_names import kind_of, require_utf8
 from megatron_lite.data.sources import SAVED_DATASET_FILES, Source, SourceKind
 from megatron_lite.data.streams import Progress, read_chunks
 from megatron_lite.errors import DataError, library_edge
@@ -47,6 +47,8 @@ def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
         return source, data
     of_split = _split_of({str(name): found for name, found in files.items()}, source, data)
     paths = tuple(Path(name) for name in of_split)
+    for path in paths:
+        require_utf8(path)
     if any(kind_of(path.name) is not kind or not path.is_file() for path in paths):
         return source, data
     found = replace(source, kind=kind, paths=paths)

@@ -144,12 +144,21 @@ def _path(name: str, entry: str) -> Path:
         raise DataError(f"{entry} names no file; {FORMS}")
     try:
         path = Path(name).expanduser()
-        str(path).encode("utf-8")
     except RuntimeError:
         raise DataError(f"{entry}: there is no user of that name; write the path without ~") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{entry!r} is not UTF-8, which the record of the data needs; rename the file") from None
+    require_utf8(path)
     return path
+
+
+def require_utf8(path: Path) -> None:
+    """
+    Raises:
+        DataError: the name of the file has bytes that are not UTF-8, so that no record can hold it.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!r}: the name of this file is not UTF-8; rename it") from None
 
 
 def _way_from(name: str, scheme: str, rest: str) -> str:
@@ -228,6 +237,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _kind_of_file(path: Path, entry: str) -> SourceKind:
     """The kind of a file that is there, can be read, and is of a form that we read."""
+    require_utf8(path)
     kind = kind_of(path.name)
     try:
         mode = path.stat().st_mode

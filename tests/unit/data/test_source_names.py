@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +126,8 @@ def test_names_that_no_file_has(folder: Path) -> None:
     assert " names no file; use embedded" in refusal("a\0.txt")
     assert "File name too long; correct the path" in refusal("x" * 300 + ".txt")
     (folder / "bad\udcff.txt").write_text("x")
-    assert "is not UTF-8, which the record of the data needs; rename the file" in refusal("bad\udcff.txt")
+    for name in ("bad\udcff.txt", "b*.txt"):
+        assert refusal(name) == "'bad\\udcff.txt': the name of this file is not UTF-8; rename it"
     os.rename("bad\udcff.txt", "good.txt")
     assert resolve_source("good.txt", "data.source")
 
@@ -184,6 +186,20 @@ def test_files_of_other_forms(folder: Path) -> None:
     assert "unpack it and name what was in it" in refusal("a.parquet.gz")
     (folder / "a.xyz").write_text("x")
     assert "a.xyz is a file of no known form; use embedded, a .txt" in refusal("a.xyz")
+
+
+def test_what_is_done_to_files_of_other_forms(folder: Path, config_for: ConfigFor) -> None:
+    """The remedies are obeyed."""
+    (folder / "x.txt").write_text("packed")
+    with zipfile.ZipFile("a.zip", "w") as packed:
+        packed.write("x.txt", "from_zip.txt")
+    assert "unpack it and name what was in it" in refusal("a.zip")
+    zipfile.ZipFile("a.zip").extractall()
+    assert texts("from_zip.txt", config_for) == ["packed"]
+    (folder / "a.md").write_text("# plain")
+    assert "give it a name that ends in .txt" in refusal("a.md")
+    os.rename("a.md", "a.md.txt")
+    assert texts("a.md.txt", config_for) == ["# plain"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".arrow"])
