@@ -27,13 +27,12 @@ def read_through_transformers(name: str) -> tuple[bytes, dict[str, Any]]:
     quiet_hub()  # after the import, which sets its own level
     try:
         opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-        backend = getattr(opened, "backend_tokenizer", None)
-        found = (str(backend.to_str()).encode(), dict(opened.special_tokens_map)) if backend is not None else None
     except Exception as error:  # files of many kinds and the network: errors of many kinds
         raise cannot_open(name, _reason(folder, error)) from error
-    if found is None:
+    backend = getattr(opened, "backend_tokenizer", None)
+    if backend is None:
         raise cannot_open(name, "it has no fast version; save one as tokenizer.json")
-    return found
+    return str(backend.to_str()).encode(), dict(opened.special_tokens_map)
 
 
 def _reason(folder: Path, error: Exception) -> str:
@@ -47,8 +46,7 @@ def _reason(folder: Path, error: Exception) -> str:
                 )
     if _any_file(folder, SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
         return "SentencePiece files need two more packages; run `pip install sentencepiece protobuf`"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 _SENTENCEPIECE_KINDS = (("spiece.model", "T5Tokenizer"), ("tokenizer.model", "LlamaTokenizer"))

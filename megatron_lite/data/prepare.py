@@ -200,7 +200,7 @@ def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callabl
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
-    tokenizer = train_bpe(training_texts(plan.train, data, held_out, report), wanted, target)
+    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target)
     if tokenizer.vocab_size < wanted:
         report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
     return tokenizer

@@ -73,16 +73,13 @@ class SourceSets:
     """What became of the rows of a source of text."""
 
 
-def training_texts(
-    sources: Iterable[Source], data: DataConfig, held_out: float | None, report: Callable[[str], None]
-) -> Iterator[str]:
+def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
     """The first training documents of each source, an equal share of 256 million characters together."""
     sources = list(sources)
     threshold = validation_threshold(held_out) if held_out else 0
     for source in sources:
         left = TRAINING_TEXT_CHARACTERS // len(sources)
-        progress = _Progress(report, source.name, "reading for the vocabulary")
-        for text, _, _ in read_documents(source, data, progress=progress.read):
+        for text, _, _ in read_documents(source, data):
             if document_hash(text) >= threshold:
                 yield text
                 left -= len(text)
@@ -244,9 +241,8 @@ def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[D
 class _Progress:
     """A line every ten seconds, and one at the end."""
 
-    def __init__(self, report: Callable[[str], None], name: str, verb: str = "tokenising") -> None:
+    def __init__(self, report: Callable[[str], None], name: str) -> None:
         self._report = report
-        self._verb = verb
         self._name = name
         self._started = self._last = time.monotonic()
         self._characters = 0
@@ -269,12 +265,12 @@ class _Progress:
     def _line_in_time(self) -> None:
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
-            self._line(self._verb)
+            self._line("tokenising")
 
     def _line(self, verb: str) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
         million = self._characters / 1e6
-        figures = [f"{size_text(self._bytes)} read"] if self._bytes else []
-        if self._characters:
-            figures += [f"{million:.1f} M characters", f"{self._tokens:,} tokens", f"{million / seconds:.1f} M/s"]
-        self._report(f"{verb} {self._name}: {', '.join(figures) or 'nothing yet'}")
+        self._report(
+            f"{verb} {self._name}: {size_text(self._bytes)} read, {million:.1f} M characters, {self._tokens:,} tokens, "
+            f"{million / seconds:.1f} M/s"
+        )

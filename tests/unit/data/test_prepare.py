@@ -141,7 +141,7 @@ def test_tokenizer_is_trained_without_the_held_out_documents(
 def test_held_out_documents_are_no_training_text(prepared_corpus: tuple[PreparedData, RunConfig]) -> None:
     prepared, config = prepared_corpus
     sources = resolve_sources(config.data.source, "data.source")
-    texts = [text + "<|endoftext|>" for text in tokenise.training_texts(sources, config.data, 0.1, print)]
+    texts = [text + "<|endoftext|>" for text in tokenise.training_texts(sources, config.data, 0.1)]
     assert texts == texts_of(prepared, prepared.train)
 
 
@@ -152,7 +152,7 @@ def test_training_text_is_bounded_and_shared_by_the_sources(
     config = config_for([corpus, tmp_path / "b.txt"])
     monkeypatch.setattr(tokenise, "TRAINING_TEXT_CHARACTERS", 600)
     sources = resolve_sources(config.data.source, "data.source")
-    texts = list(tokenise.training_texts(sources, config.data, None, print))
+    texts = list(tokenise.training_texts(sources, config.data, None))
     assert sum(len(text) for text in texts if text.startswith("b")) in range(300, 304)
     assert len([text for text in texts if text.startswith("document")]) == 2
 
