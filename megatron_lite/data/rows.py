@@ -154,7 +154,7 @@ class RowCounts:
         if not self.skipped:
             return []
         left_out = self.rows - self.documents
-        title = f"{self.source}: {left_out:,} of {self.rows:,} rows give no document, {self.bad:,} of them are bad"
+        title = f"{self.source}: {left_out:,} of {self.rows:,} rows give no document; {self.bad:,} are bad"
         return [title, *(f"  {shown(entry)}" for entry in self.skipped)]
 
 
@@ -206,8 +206,8 @@ def _constant(text: str) -> Callable[[RowCounts, DataConfig], str]:
 
 
 REMEDIES: dict[RowKind, Callable[[RowCounts, DataConfig], str]] = {
-    RowKind.not_utf8: _constant("convert the file, as with `iconv -f latin1 -t utf-8` where it is Latin-1"),
-    RowKind.nul: _constant("name files of text, or remove the NUL characters, as with `tr -d '\\000'`"),
+    RowKind.not_utf8: _constant("convert its text to UTF-8, a text file in Latin-1 as with `iconv -f latin1 -t utf-8`"),
+    RowKind.nul: _constant("name another file, or remove the NUL characters, from a text file as with `tr -d '\\000'`"),
     RowKind.not_json: _constant("write one JSON object a line"),
     RowKind.not_object: _constant("write one JSON object a line"),
     RowKind.no_text_key: lambda counts, data: f"set data.text_key, now {data.text_key}, to the field with the text",

@@ -216,7 +216,7 @@ def test_bad_documents_of_a_text_file(tmp_path: Path, config_for: ConfigFor, mon
             config = config_for(path, max_bad_fraction=0.6, max_document_bytes=40)
             assert documents_of(config) == ["one", "two", "größe"]
             assert counts_of(config).lines() == [
-                f"{path}: 5 of 8 rows give no document, 4 of them are bad",
+                f"{path}: 5 of 8 rows give no document; 4 are bad",
                 f"  2 not UTF-8: {path}:2: byte 0xe9 at offset 3; {path}:6: byte 0xe2 at offset 4",
                 f"  1 NUL character: {path}:4: character 4 is U+0000",
                 f"  1 empty: {path}:5",
@@ -256,7 +256,7 @@ def test_remedies_of_sources_that_are_all_bad(tmp_path: Path, config_for: Config
     latin.write_bytes("größe\n\ncafé".encode("latin-1"))
     message = failure_of(config_for(latin, max_bad_fraction=1.0))
     assert message.startswith(f"data.source={latin}: none of its 2 rows can be used (2 not UTF-8: {latin}:1: byte 0xf6")
-    assert message.endswith("; convert the file, as with `iconv -f latin1 -t utf-8` where it is Latin-1")
+    assert message.endswith("; convert its text to UTF-8, a text file in Latin-1 as with `iconv -f latin1 -t utf-8`")
     latin.write_text(latin.read_bytes().decode("latin-1"), encoding="utf-8")
     assert documents_of(config_for(latin)) == ["größe", "café"]
 
@@ -277,7 +277,7 @@ def test_remedies_of_sources_that_are_all_bad(tmp_path: Path, config_for: Config
     nul = tmp_path / "utf16.txt"
     nul.write_bytes("plain".encode("utf-16-le"))
     message = failure_of(config_for(nul))
-    assert message.endswith("name files of text, or remove the NUL characters, as with `tr -d '\\000'`")
+    assert message.endswith("or remove the NUL characters, from a text file as with `tr -d '\\000'`")
     nul.write_bytes(nul.read_bytes().translate(None, b"\0"))
     assert documents_of(config_for(nul)) == ["plain"]
 
