@@ -36,6 +36,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
+from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import (
     EXIT_INTERRUPTED,
@@ -213,6 +214,7 @@ def _dry_run_text(points: list[Point], plans: list[LaunchPlan], arguments: Argum
 
 def plan_text(plan: LaunchPlan, arguments: Arguments) -> str:
     """Everything that would happen, for --dry-run."""
+    require_sources(plan.config.data)
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
     lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]

@@ -139,8 +139,8 @@ def disk_error(error: OSError) -> DiskError | None:
 
 
 @contextmanager
-def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any exception of a library into `error`: "<what>: <the library's first line>; <remedy>".
+def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "", lines: int = 1) -> Iterator[None]:
+    """Turn any exception of a library into `error`: "<what>: <the library's first lines>; <remedy>".
 
     Libraries do not promise which exceptions they raise, so a list of types is always too short. Put nothing but calls
     of the library into the block: an exception of our own code is a bug, and has to keep its traceback. Errors of ours
@@ -154,6 +154,26 @@ def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") ->
     except BaseException as problem:
         if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
             raise
-        text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+        text = " ".join([line.strip() for line in str(problem).splitlines() if line.strip()][:lines])
         said = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        remedy = remedy_of(problem, remedy)
         raise error(f"{what}: {said}" + (f"; {remedy}" if remedy else "")) from problem
+
+
+def remedy_of(problem: BaseException, otherwise: str) -> str:
+    """What helps where the machine has run out of something, whatever the library was doing; else `otherwise`."""
+    cause: BaseException | None = problem
+    seen: set[int] = set()  # a library may raise a cause again, so that it leads back to itself
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
+            return _REMEDIES[cause.errno]
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return otherwise
+
+
+_REMEDIES = {
+    errno.EMFILE: "a process may not open more files here; raise the limit, as with `ulimit -n 4096`",
+    errno.ENFILE: "this machine has no room for more open files; end other programs, or raise fs.file-max",
+    errno.ENOMEM: "no memory is left, or too many files are mapped (vm.max_map_count); end other programs or raise it",
+}

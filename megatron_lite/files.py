@@ -1,11 +1,13 @@
 """What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer;
-and sizes in words."""
+how many files a process may open; and sizes in words."""
 
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -123,6 +125,14 @@ def publish_first(path: Path, text: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def raise_open_file_limit() -> None:
+    """Let this process open as many files as it may without asking: the soft limit is often 1,024 or less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS grants less than it says; then what there was has to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def size_text(count: float) -> str:

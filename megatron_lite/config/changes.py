@@ -58,6 +58,7 @@ SAFE = (
     "data.max_epochs",
     "data.cache_dir",
     "data.num_workers",
+    "data.max_bad_fraction",  # it stops a preparation, or does not: the documents are the same
     "train.loss_scale.initial_power",  # the scale has long left it
     "train.log_interval",
     "train.eval_interval",
@@ -265,8 +266,8 @@ FORBIDDEN = (
     )),
     Refusal("it decides which samples there are, and so which of them are left to train on", True, (
         "data.source", "data.weights", "data.text_key", "data.document_separator", "data.dataset_split",
-        "data.dataset_config", "data.seq_length", "data.validation_fraction", "data.validation_source",
-        "objective.decoder_seq_length",
+        "data.dataset_config", "data.max_document_bytes", "data.seq_length", "data.validation_fraction",
+        "data.validation_source", "objective.decoder_seq_length",
     )),
     Refusal("it decides what the model is trained to predict", True, (
         "script", "data.mask_loss_after_eod", "objective.name", "objective.masked_fraction",

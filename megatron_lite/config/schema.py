@@ -204,8 +204,8 @@ class DataConfig:
     """Where the text comes from and how it becomes samples."""
 
     source: Any = "embedded"
-    """`embedded`, one path/dataset name or a list of them: .txt[.gz], .jsonl[.gz], .parquet (`*` joins files into one
-    source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path."""
+    """`embedded`, one path or dataset name or a list: .txt, .jsonl (also .gz, .bz2, .xz, .zst), .parquet (`*` joins
+    files into one source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path. See docs/data.md."""
     weights: list[float] | None = None
     """Share of samples drawn from each source; None = proportional to its tokens."""
     text_key: str = "text"
@@ -217,6 +217,12 @@ class DataConfig:
     """Split of a Hugging Face dataset."""
     dataset_config: str | None = None
     """Configuration name of a Hugging Face dataset."""
+    max_bad_fraction: float = 0.01
+    """Most bad rows of a source, as a share of its rows that are not empty: they are counted, shown and left out. More
+    of them end the preparation. Null and empty rows are counted and shown too, and are never too many."""
+    max_document_bytes: int = 16 * 2**20
+    """Longest row, in bytes of the unpacked file: a line of .jsonl with all its fields, a document of .txt, a cell of
+    a column. Longer ones are left out as bad rows and never held in memory."""
     tokenizer: str = "train"
     """`train` a byte-level BPE on the sources, or the folder (or hub name) of a Hugging Face tokenizer."""
     tokenizer_vocab_size: int = 8192

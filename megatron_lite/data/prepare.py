@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ from megatron_lite.data.prepared import (
 from megatron_lite.data.publish import publish_folder, require_folder
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.ready import check_ready, hashes_of_documents, scan_ready, shared_tokenizer
+from megatron_lite.data.rows import RowCounts, require_few_bad
 from megatron_lite.data.sentences import sentence_kinds
 from megatron_lite.data.shard_ends import as_in_shards
-from megatron_lite.data.sources import Source, SourceKind, identity, resolve_sources
+from megatron_lite.data.source_names import resolve_sources
+from megatron_lite.data.sources import Source, SourceKind, identity
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenise import (
     Counted,
@@ -61,10 +63,11 @@ from megatron_lite.data.tokenizer import (
 )
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.files import raise_open_file_limit
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 2  # raise it when the same text would become other tokens
+PIPELINE = 3  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
         ConfigError: data.* or model.vocab_size do not fit each other, or other data is to be prepared than that of
             `earlier`, which is still there.
     """
+    raise_open_file_limit()
     cache_dir, key = Path(config.data.cache_dir).expanduser(), f"data.cache_dir={config.data.cache_dir}"
     resolved_sources(config)  # what is wrong with them is said before a folder is made
     require_folder(cache_dir, key)
@@ -124,7 +128,10 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
         report=report,
         marker=MANIFEST,
     )
-    return load_prepared(folder, config)
+    prepared = load_prepared(folder, config)
+    for counts in prepared.rows:  # of data that another data.max_bad_fraction has prepared
+        require_few_bad(counts, counts.source, config.data)
+    return prepared
 
 
 def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:
@@ -222,7 +229,11 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     if not validation:  # ready shards whose held-out documents have no tokens
         documents = sum(counted.shard.documents for counted in train)
         raise _nothing_held_out(config.data, documents, min(found.lowest_hash for found in sets))
-    _write(plan, job, train, validation)
+    rows = [found.rows for found in sets if found.rows is not None]
+    _write(plan, job, train, validation, rows)
+    for counts in rows:
+        for line in counts.lines():
+            report(line)
     tokens = sum(counted.shard.tokens for counted in [*train, *validation])
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
@@ -270,7 +281,8 @@ def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callabl
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
-    tokenizer = train_bpe(training_texts(plan.train, data, held_out), wanted, target, data, report=report)
+    texts = training_texts(plan.train, data, held_out)
+    tokenizer = train_bpe(texts, wanted, target, data, report=report)
     if tokenizer.vocab_size < wanted:
         report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
     return tokenizer
@@ -332,7 +344,7 @@ def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> Dat
     )
 
 
-def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]) -> None:
+def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]) -> None:
     counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
     counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}
     np.savez_compressed(job.folder / COUNTS, **counts)
@@ -350,6 +362,7 @@ def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted]
         "train": [shard_entry(counted.shard, job.folder) for counted in train],
         "validation": [shard_entry(counted.shard, job.folder) for counted in validation],
         "separate_validation": bool(plan.validation),
+        "rows": [asdict(counts) for counts in rows],
         "fingerprint": fingerprint,
     }
     write_manifest(job.folder, manifest, shards)

@@ -23,6 +23,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -31,10 +32,11 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import ORDER, normalised, shares_of
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.needs import needs_sentences, no_sentences, require_tokens_of_run
+from megatron_lite.data.rows import RowCounts
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.saved_tokenizer import saved_files
 from megatron_lite.data.sealed import read_sealed, sealed
-from megatron_lite.data.sources import shard_prefix, source_names
+from megatron_lite.data.source_names import shard_prefix, source_names
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
@@ -113,6 +115,8 @@ class PreparedData:
     """
     unigram_entropy_nats: float
     """Loss of the validation tokens under the training corpus' unigram distribution, nats per token."""
+    rows: tuple[RowCounts, ...] = ()
+    """What became of the rows of each source of text, those of validation sources last."""
 
     @property
     def train_tokens(self) -> int:
@@ -185,6 +189,7 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
         special=SpecialTokens.from_facts(tokenizer),
         fingerprint=manifest["fingerprint"] + (f".{blend_name(weights)}" if len(weights) > 1 else ""),
         unigram_entropy_nats=unigram_cross_entropy_nats(counts[0], weights, counts[1], validation_weights, vocab_size),
+        rows=tuple(msgspec.convert(manifest["rows"], list[RowCounts])),
     )
     require_tokens_of_run(config, prepared.special, prepared.tokenizer_dir)
     if needs_sentences(config.objective):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, remedy_of
 from megatron_lite.files import sync
 
 LOCKS = ".locks"
@@ -62,7 +62,8 @@ def require_folder(folder: Path, key: str) -> None:
 def _unwritable(key: str, folder: Path, error: OSError) -> DataError:
     place = error.filename or folder
     reason = error.strerror or str(error)
-    return DataError(f"{key} cannot be written: {place}: {reason}; name another folder, or make room")
+    remedy = remedy_of(error, "name another folder, or make room")
+    return DataError(f"{key} cannot be written: {place}: {reason}; {remedy}")
 
 
 @contextmanager

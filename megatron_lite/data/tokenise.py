@@ -18,16 +18,19 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.hugging_face import as_files
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.origins import ORIGIN_DTYPE, origins_writer
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.progress import Progress
-from megatron_lite.data.readers import Document, read_documents
+from megatron_lite.data.readers import read_documents
+from megatron_lite.data.rows import Document, RowCounts, no_documents
 from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.files import size_text
 
 BATCH_CHARACTERS = 2**20
 BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
@@ -65,6 +68,8 @@ class SourceSets:
     validation: Counted | None
     lowest_hash: int
     """Smallest hash of its documents: the first that a larger validation_fraction would hold out."""
+    rows: RowCounts | None = None
+    """What became of the rows of a source of text."""
 
 
 def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
@@ -96,14 +101,17 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
         DataError: the source is unreadable, or holds no document, or none that is not held out.
     """
     assert job.tokenizer is not None
+    source, data = as_files(source, job.data)
     threshold = validation_threshold(held_out) if held_out else 0
     outputs = {into: _Output(job, source, index, into)}
     if held_out:
         outputs[Part.validation] = _Output(job, source, index, Part.validation)
     lowest = 2**64
     amount = _Amount(source.name)
+    rows = RowCounts(source.name)
     with Progress(job.report, amount.line):
-        for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
+        read = read_documents(source, data, rows, amount.read)
+        for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read):
             hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
             origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
             lowest = min(lowest, int(hashes.min()))
@@ -115,10 +123,10 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
             amount.tokens += len(tokens)
     if outputs[into].documents == 0:
         if lowest == 2**64:
-            raise DataError(f"{source} holds no text; name a source with documents in it")
+            raise no_documents(rows, source)
         raise all_held_out(source, held_out)
     done = {part: output.finish() for part, output in outputs.items()}
-    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest)
+    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest, rows)
 
 
 def all_held_out(source: Source, fraction: float | None) -> DataError:
@@ -237,10 +245,15 @@ class _Amount:
     source: str
     characters: int = 0
     tokens: int = 0
+    bytes: int = 0
+
+    def read(self, count: int) -> None:
+        """Bytes that were read: rows may give no document for a long time."""
+        self.bytes += count
 
     def line(self, seconds: float, is_done: bool) -> str:
         million = self.characters / 1e6
         return (
-            f"{'tokenised' if is_done else 'tokenising'} {self.source}: {million:.1f} M characters, {self.tokens:,} "
-            f"tokens, {million / seconds:.1f} M/s"
+            f"{'tokenised' if is_done else 'tokenising'} {self.source}: {size_text(self.bytes)} read, {million:.1f} M "
+            f"characters, {self.tokens:,} tokens, {million / seconds:.1f} M/s"
         )

@@ -9,7 +9,8 @@ from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.roles import trained_names
 from megatron_lite.data.sidecar import read_sidecar
-from megatron_lite.data.sources import Source, resolve_sources
+from megatron_lite.data.source_names import resolve_sources
+from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenizer_files import TOKENIZER_FILE, TokenizerJson, parsed, read_file
 from megatron_lite.errors import ConfigError
 

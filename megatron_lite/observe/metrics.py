@@ -38,6 +38,8 @@ NUMBERS = (
 """What of an event is a number, or not there; of a step everything is."""
 MOST = 2**63
 """Larger numbers are none of ours."""
+ROWS_EVENT = "rows"
+"""What became of the rows of each source of the data: `sources` are objects as data.rows.RowCounts."""
 ROLLBACKS = "rollbacks"
 """The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_lite.files import replace_file, size_text
 from megatron_lite.observe.charts import chart
 from megatron_lite.observe.dossier import Dossier
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT, branch_of
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
 from megatron_lite.observe.panels import sections
 from megatron_lite.observe.progress import duration
 from megatron_lite.observe.run_folder import RunFolder
@@ -47,6 +47,18 @@ class Chart:
     figure: str
     """JSON without a character that HTML would take for its own."""
     is_wide: bool
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of one source that gave no document, for one reason."""
+
+    source: str
+    documents: int
+    """Of the source in all."""
+    kind: str
+    count: int
+    examples: list[str]
 
 
 def write_report(run_dir: Path, state: str, out: Path | None = None) -> Path:
@@ -90,6 +102,7 @@ def render(run: RunFolder, state: str) -> str:
         older_spikes=max(len(spikes) - MOST_DOSSIERS, 0),
         rollbacks=run.of_kind(ROLLBACK_EVENT),
         skipped=run.skipped,
+        left_out=left_out_rows(run),
         attempts=run.attempts(),
         saves=run.of_kind("save")[-MOST_SAVES:],
         size=size_text,
@@ -175,6 +188,15 @@ def _layout(run: RunFolder) -> str:
 def _versions(begin: Mapping[str, Any]) -> str:
     versions = begin.get("versions")
     return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+
+
+def left_out_rows(run: RunFolder) -> list[LeftOut]:
+    """The rows of the corpus that gave no document, a line for each source and kind."""
+    return [
+        LeftOut(str(counts["source"]), counts["documents"], entry["kind"], entry["count"], list(entry["examples"]))
+        for counts in run.newest(ROWS_EVENT).get("sources", [])
+        for entry in counts["skipped"]
+    ]
 
 
 def tiles(run: RunFolder) -> list[Tile]:

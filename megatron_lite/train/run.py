@@ -26,7 +26,7 @@ from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
-from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, ROWS_EVENT, read_metrics
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.run_lock import Claim
 from megatron_lite.observe.trackers import Trackers, build_trackers
@@ -260,6 +260,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
+    trackers.event(ROWS_EVENT, first_step, {"sources": [asdict(counts) for counts in run.prepared.rows]})
     terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
     trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)

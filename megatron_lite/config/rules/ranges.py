@@ -151,6 +151,8 @@ RANGES: dict[str, Range] = {
     "data.tokenizer_vocab_size": VOCABULARY,
     "data.seq_length": LENGTH,
     "data.validation_fraction": _fraction(),
+    "data.max_bad_fraction": SHARE,
+    "data.max_document_bytes": _count(2**40, "the longest document that is read"),
     "data.max_epochs": _count(10**6, "the most passes that are counted"),
     "data.num_workers": THREADS,
     "objective.masked_fraction": PART,

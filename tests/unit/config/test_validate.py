@@ -306,6 +306,14 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         ["data.weights=[1,2]"],
         "data.weights=[1.0, 2.0] has 2 numbers for 1 data.source; give one weight a source",
     ),
+    "share of bad rows": (
+        ["data.max_bad_fraction=1.5"],
+        "data.max_bad_fraction=1.5 must be at least 0 and at most 1; use a fraction such as 0.1",
+    ),
+    "longest document": (
+        ["data.max_document_bytes=0"],
+        "data.max_document_bytes=0 must be at least 1; use 1 or more",
+    ),
     "negative weight": (
         ["data.source=[a,b]", "data.weights=[1,-2]"],
         "data.weights=[1.0, -2.0] must be 0 or more and not all 0; give each source its share",

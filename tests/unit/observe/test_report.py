@@ -50,6 +50,8 @@ def test_the_page_tells_what_the_run_is_and_how_it_went(eventful: Path) -> None:
         "7,392 to 7,455",
         "61.5 robust deviations above",
         "web, document 1731",
+        '<td>web</td><td class="number">98,765</td><td>not JSON</td><td class="number">1,200</td>',
+        "web.jsonl:7: ",
         "8 checkpoints, the latest of step 400",
         "without a word: killed, or its machine was lost",
     ):
