@@ -220,7 +220,10 @@ def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> t
 
 
 class PlainOptimizer:
-    """torch's own AdamW and SGD with decoupled weight decay of matrices alone; of Adafactor torch has no equal."""
+    """torch's own Adam and SGD with decoupled weight decay of matrices alone.
+
+    Adafactor is ours: torch's would count the padding of the vocabulary among a matrix's rows.
+    """
 
     def __init__(self, model: FlatModel, config: OptimizerConfig) -> None:
         named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lite.config.derived import run_directory, topology
 from megatron_lite.config.schema import RunConfig
@@ -31,7 +32,9 @@ from megatron_lite.observe.markers import ERROR_FILE, HANG_FILE, leave_marker
 from megatron_lite.observe.run_lock import Claim
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.culprit import Finding, Kind, find_culprit
-from megatron_lite.train.distributed import ProcessEnvironment
+
+if TYPE_CHECKING:  # it imports DeepSpeed
+    from megatron_lite.train.distributed import ProcessEnvironment
 
 TURN_INTERVALS = 2  # between those who read first, second and last
 FAREWELL_INTERVALS = 2  # from seeing the report to the end: the others must see it before our connections close

@@ -119,6 +119,35 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
 
 
+def evaluated_twice_rank(config: RunConfig, vocab_size: int) -> tuple[Evaluation, Evaluation]:
+    """Of an untrained model on one rank: by the engine, and by torch's functions on the model's outputs.
+
+    Every third label is the one that the model predicts: by itself it would be right nowhere.
+    """
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    batches = batches_from(0, config.train.global_batch_size // config.train.micro_batch_size)
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # right, nats, all: of tokens, of classes
+    engine.module.eval()
+    for place, batch in enumerate(batches):
+        with torch.no_grad():
+            outputs = engine.module(*batch.inputs)
+        logits, classes = outputs if isinstance(outputs, tuple) else (outputs, None)
+        hit = torch.arange(batch.labels.shape[1]) % 3 == 0
+        batch = batch._replace(labels=torch.where(hit, logits[..., :vocab_size].argmax(-1), batch.labels))
+        batches[place] = batch
+        parts = [(logits[..., :vocab_size].flatten(0, 1), batch.labels.flatten(), batch.loss_weights.flatten())]
+        if classes is not None:
+            parts.append((classes, batch.sequence_labels, batch.sequence_weights))
+        for row, (scores, labels, weights) in enumerate(parts):
+            nats = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+            right = scores.argmax(-1) == labels
+            sums[row] += torch.stack([(right * weights).sum(), (nats * weights).sum(), weights.sum()]).double()
+    (right, nats, tokens), (right_classes, class_nats, count) = sums.tolist()
+    loss, share = nats / tokens, right_classes / count if count else None
+    total = loss + (class_nats / count if count else 0.0)
+    return engine.evaluate(batches, len(batches)), Evaluation(total, loss, right / tokens, share, tokens, count)
+
+
 def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
     """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
     engine, batches_from = synthetic_engine(config, vocab_size)
