@@ -13,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from megatron_lite.errors import DamagedFileError, library_edge
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
@@ -279,7 +280,7 @@ def _seconds(entry: Mapping[str, Any]) -> float:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    newest = max(path.glob("config-*.yaml"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    newest = max(path.glob("config-*.yaml"), key=modified_ns, default=None)
     if newest is None:
         return {}
     try:
