@@ -17,6 +17,7 @@ from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
 from megatron_lite.errors import EXIT_OK, ConfigError, DamagedFileError, LaunchError, RunEnd
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ask_to_stop, read_marker
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_lock import Holder, holder_of
@@ -138,7 +139,7 @@ def _progress(run_dir: Path) -> str:
 
 
 def _train_steps(run_dir: Path) -> str:
-    frozen = max(run_dir.glob("config-*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    frozen = max(run_dir.glob("config-*.yaml"), key=modified_ns)
     try:
         return str(load_frozen(frozen).train.steps)
     except ConfigError as error:
@@ -176,7 +177,7 @@ def logs(run_dir: Path) -> int:
 def _job_log(run_dir: Path) -> Path | None:
     """The log of the newest job that has begun."""
     found = (run_dir / "logs").glob("slurm-*.out")
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(found, key=modified_ns, default=None)
 
 
 def _telling_rank_log(run_dir: Path) -> Path | None:
@@ -204,6 +205,8 @@ def follow_logs(run_dir: Path) -> int:
 def _print_from(path: Path, position: int) -> int:
     """Print what stands in a file from this byte on; returns its length in bytes."""
     try:
+        if not path.is_file():
+            return 0
         with path.open("rb") as file:
             file.seek(position)
             new = file.read()

@@ -56,6 +56,8 @@ def show_left_error(error_file: Path) -> bool:
 def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:
     """The last lines of a log, of what was written from byte `start` on; none where there is no log."""
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return []
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(start, file.tell() - 16384))

@@ -94,6 +94,14 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
+def modified_ns(path: Path) -> int:
+    """When a file was last written; 0 where nobody can tell."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def set_aside_others(path: Path) -> None:
     """Make way for a file of ours where something else has its name: a folder, a pipe, a link to itself."""
     try:

@@ -19,7 +19,9 @@ from megatron_lite.config.changes import DATA_KEYS, Change, grade_changes, refus
 from megatron_lite.config.keys import shown
 from megatron_lite.config.rules.texts import path as path_problem
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError, library_edge
+from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
+from megatron_lite.files import modified_ns
+from megatron_lite.state_files import read_bytes
 
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
 GIVE_FROZEN = "give a config-*.yaml of a run folder"
@@ -88,10 +90,11 @@ def load_frozen(path: Path | str) -> RunConfig:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"--config {path}: {reason}; {GIVE_FROZEN}") from error
+        content = read_bytes(path)
+    except (DamagedFileError, ValueError) as error:
+        raise ConfigError(f"--config {error}; {GIVE_FROZEN}") from error
+    if content is None:
+        raise ConfigError(f"--config {path}: No such file or directory; {GIVE_FROZEN}")
     with library_edge(ConfigError, f"--config {path} is no frozen configuration", GIVE_FROZEN):
         _refuse_aliases(content)
         return _typed(OmegaConf.load(io.BytesIO(content)))
@@ -174,7 +177,7 @@ def _last_trained(run_dir: Path) -> Path | None:
     frozen = list(run_dir.glob("config-*.yaml"))
     if not frozen or not has_trained(run_dir):
         return None
-    return max(frozen, key=lambda path: path.stat().st_mtime_ns)
+    return max(frozen, key=modified_ns)
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from megatron_lite.errors import DamagedFileError, library_edge
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
@@ -279,7 +280,7 @@ def _seconds(entry: Mapping[str, Any]) -> float:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    newest = max(path.glob("config-*.yaml"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    newest = max(path.glob("config-*.yaml"), key=modified_ns, default=None)
     if newest is None:
         return {}
     try:
@@ -303,5 +304,7 @@ def _skipped(path: Path) -> list[Entry]:
 
 def _is_whole(event: Entry) -> bool:
     """Whether an event has all that a page shows of its kind."""
+    if not {"event", "time"} <= event.keys():
+        return False
     kind = EVENTS.get(event["event"])
     return kind is None or fits(event, kind)
