@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lite.errors import DamagedFileError
 from megatron_lite.files import replace_file, set_aside_others
-from megatron_lite.observe.lines import LineWriter
+from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.state_files import Object, decode, read_bytes, warn
 
 _SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+
 from megatron_lite.observe.console import plain_console
 from megatron_lite.train import finish
 

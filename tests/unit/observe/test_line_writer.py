@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_lite.errors import ConfigError, DiskError, RunEnd, TrainingError, disk_error, end_of
 from megatron_lite.observe import lines
 from megatron_lite.observe.console import Forgiving
-from megatron_lite.observe.lines import LineWriter
+from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.markers import RESERVE_FILE, leave_marker, read_marker, reserve_space
 from megatron_lite.observe.metrics import EventWriter, MetricsWriter, read_metrics
 from tests.mounts import small_disk
