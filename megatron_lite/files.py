@@ -4,6 +4,7 @@ and sizes in words."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -34,11 +35,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns."""
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns.
+
+    Args:
+        content: or its pieces, where it is too large for the memory.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lite.config.hf.folder import STATE_FILE as STATE_FILE
 from megatron_lite.config.hf.folder import TRAINING as TRAINING
 from megatron_lite.errors import CheckpointError, ForeignFormatError
+from megatron_lite.observe.logged import LoggedLines
 
 FORMAT = 1
 
@@ -59,7 +60,10 @@ class CheckpointState:
     validation_loss: float | None  # if the run was validated after this very step
     skipped: tuple[tuple[int, int], ...] = ()
     """Global samples [first, stop) that the run had left out until then, in ascending order."""
-    config: dict[str, Any] = field(default_factory=dict)  # the frozen configuration, as plain containers
+    config: dict[str, Any] = field(default_factory=dict)
+    """The frozen configuration, as plain containers; restores the file in the run folder, should it be damaged."""
+    metrics: LoggedLines | None = None
+    """Of metrics.jsonl up to this step; None in checkpoints of earlier versions."""
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:
@@ -80,13 +84,19 @@ def read_state(folder: Path) -> CheckpointState:
                 "go on with the version that wrote it"
             )
         optimizer = found.pop("optimizer")
-        scale = found.pop("loss_scale")
+        scale, metrics = found.pop("loss_scale"), found.pop("metrics", None)
         return CheckpointState(
             layout=Layout(**found.pop("layout")),
             optimizer=OptimizerState(optimizer["name"], optimizer["step"], tuple(optimizer["moments"])),
             loss_scale=None if scale is None else LossScaleState(**scale),
+            metrics=None if metrics is None else _logged(metrics),
             skipped=tuple((first, stop) for first, stop in found.pop("skipped", ())),
             **found,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read ({error})") from error
+
+
+def _logged(found: dict[str, Any]) -> LoggedLines:
+    steps = tuple((first, last, every) for first, last, every in found.pop("steps"))
+    return LoggedLines(**found, steps=steps)

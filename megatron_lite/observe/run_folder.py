@@ -7,16 +7,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_lite.observe.history import History
+from megatron_lite.observe.lines import Gap
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
+    LOSS_EVENT,
     METRICS_FILE,
     ROLLBACK_EVENT,
     ROLLED_BACK_FILE,
@@ -50,26 +55,37 @@ class RunFolder:
     path: Path
     settings: Mapping[str, Any]
     """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
-    metrics: list[Entry]
     rolled_back: list[Entry]
     events: list[Entry]
     skipped: list[Entry]
     """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
     marker: Marker | None
     job_ends: list[Entry]
+    logged: LoggedLines | None = None
+    """What the newest checkpoint knows of metrics.jsonl."""
 
     @classmethod
-    def read(cls, path: Path) -> RunFolder:
+    def read(cls, path: Path, logged: LoggedLines | None = None) -> RunFolder:
         return cls(
             path,
             _settings(path),
-            read_metrics(path / METRICS_FILE),
             read_metrics(path / ROLLED_BACK_FILE),
             read_metrics(path / EVENTS_FILE),
             _skipped(path / SKIPS_FILE),
             read_marker(path),
             [entry for entry in read_metrics(path / ATTEMPTS_FILE) if entry.get("event") == "end"],
+            logged,
         )
+
+    @cached_property
+    def history(self) -> History:
+        """The figures of all steps that count; read when they are first asked for."""
+        return History.read(self.path / METRICS_FILE, self.known_losses(), self.logged)
+
+    def known_losses(self) -> list[Gap]:
+        """Steps whose lines resumes have found missing."""
+        texts = [text for entry in self.of_kind(LOSS_EVENT) for text in entry.get("ranges") or []]
+        return [gap for text in texts if (gap := Gap.read(text)) is not None]
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None where there is none."""

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.metrics import (
     EVENTS_FILE,
+    LOSS_EVENT,
     METRICS_FILE,
     ROLLED_BACK_FILE,
     EventWriter,
+    Loss,
     MetricsWriter,
+    entries,
     read_metrics,
 )
+from megatron_lite.observe.words import counted
+
+MOST_RANGES = 1000  # of lost steps that an event names
 
 
 class Tracker(Protocol):
@@ -61,9 +69,24 @@ class RunSettings(Protocol):
 class JsonlTracker:
     """`metrics.jsonl` and `events.jsonl` in the run folder."""
 
-    def __init__(self, run_dir: Path, resume_step: int, rollbacks: int = 0) -> None:
-        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks)
+    def __init__(self, run_dir: Path, resume_step: int, rollbacks: int = 0, logged: LoggedLines | None = None) -> None:
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, logged)
         self._events = EventWriter(run_dir / EVENTS_FILE)
+
+    @property
+    def logged(self) -> LoggedLines:
+        """The lines of metrics.jsonl so far."""
+        return self._metrics.logged()
+
+    @property
+    def loss(self) -> Loss | None:
+        """What has been found missing."""
+        return self._metrics.loss
+
+    @property
+    def damaged_events(self) -> int:
+        """Lines of events.jsonl that could not be read and are left out."""
+        return self._events.damaged
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(step, values)
@@ -93,6 +116,7 @@ class Trackers:
         self, truth: Sequence[Tracker], views: Sequence[Tracker], report: Callable[[str], None] = lambda line: None
     ) -> None:
         self._truth = list(truth)
+        self._files = next((tracker for tracker in truth if isinstance(tracker, JsonlTracker)), None)
         self._views = list(views)
         self._report = report
 
@@ -101,6 +125,22 @@ class Trackers:
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.event(kind, step, values))
+
+    @property
+    def logged(self) -> LoggedLines | None:
+        """What a checkpoint that is saved now has to know of metrics.jsonl; None on ranks that do not write it."""
+        return self._files.logged if self._files is not None else None
+
+    def tell_losses(self, step: int) -> None:
+        """Warn of what the files of earlier attempts have lost, and keep it as an event of this one."""
+        if self._files is None:
+            return
+        if (loss := self._files.loss) is not None:
+            self._report(f"warning: {loss.text}")
+            ranges = [gap.as_text for gap in loss.gaps[:MOST_RANGES]]
+            self.event(LOSS_EVENT, step, {"ranges": ranges, "text": loss.text})
+        if damaged := self._files.damaged_events:
+            self._report(f"warning: {counted(damaged, 'line')} of {EVENTS_FILE} could not be read and are left out")
 
     def alert(self, title: str, text: str) -> None:
         self._each(lambda tracker: tracker.alert(title, text))
@@ -129,6 +169,7 @@ def build_trackers(
     *,
     resume_step: int = 0,
     rollbacks: int = 0,
+    logged: LoggedLines | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Trackers:
     """The trackers that the configuration asks for; none at all unless `is_writer`.
@@ -137,6 +178,7 @@ def build_trackers(
         config: a `RunConfig`; its fields are also shown in wandb.
         resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
         rollbacks: of the run so far; later figures of branches that it has left are kept apart.
+        logged: what that checkpoint knows of metrics.jsonl.
         report: shows one line to the user.
     Raises:
         ConfigError: tracking.wandb=online without an API key.
@@ -144,7 +186,7 @@ def build_trackers(
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
-    truth = JsonlTracker(run_dir, resume_step, rollbacks)
+    truth = JsonlTracker(run_dir, resume_step, rollbacks, logged)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds
@@ -158,7 +200,7 @@ def build_trackers(
             rollbacks=rollbacks,
             report=report,
         )
-        figures = [*read_metrics(run_dir / ROLLED_BACK_FILE), *read_metrics(run_dir / METRICS_FILE)]
+        figures = chain(entries(run_dir / ROLLED_BACK_FILE), entries(run_dir / METRICS_FILE))
         wandb.catch_up(figures, read_metrics(run_dir / EVENTS_FILE))
         views.append(wandb)
     if tracking.tensorboard:

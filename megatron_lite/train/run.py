@@ -128,6 +128,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         run.context.is_writer,
         resume_step=start.step,
         rollbacks=len(rollbacks),
+        logged=start.state.metrics if start.state else None,
         report=run.console.print,
     )
     summary: dict[str, Any] = {}
@@ -264,6 +265,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
+    trackers.tell_losses(first_step)
     terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
     trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)

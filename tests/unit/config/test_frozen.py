@@ -218,7 +218,9 @@ def test_run_folder_without_permission(tmp_path: Path) -> None:
 def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
     config = resolve(compose("pretrain_gpt", [f"train.run_dir={tmp_path}"]))
     path = freeze(config, tmp_path)
-    path.write_text(path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n"))
+    later = path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n")
+    path.unlink()
+    (tmp_path / f"config-{hashlib.sha256(later.encode()).hexdigest()[:12]}.yaml").write_text(later)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path} holds a run .* give another train\.run_dir"):
         check_run_folder(config, tmp_path)
