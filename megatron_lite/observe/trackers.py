@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_lite.observe.credentials import tracked_settings
 from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.metrics import (
     EVENTS_FILE,
@@ -226,5 +227,5 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _as_dict(config: RunSettings) -> dict[str, Any]:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return dataclasses.asdict(config)
+        return tracked_settings(dataclasses.asdict(config))
     return {}
