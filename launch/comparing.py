@@ -100,7 +100,10 @@ def _lines(first: RunFolder, second: RunFolder, names: tuple[str, str], found: C
         yield label, f"{name}: {counted(side.count, 'step')}"
     for label, side in zip(SIDES, found.sides, strict=True):
         if side.gaps:
-            yield "lines missing", f"the {label} has lost {_gaps_text(side.gaps)} of {METRICS_FILE}: no part of this"
+            yield (
+                "lines missing",
+                f"the {label} has lost {_gaps_text(side.gaps)} of {METRICS_FILE}, which is no part of this",
+            )
     for name, parting in found.partings.items():
         yield name.replace("_", " "), _parting_text(parting)
     yield "validation loss", _validation_text(first, second)

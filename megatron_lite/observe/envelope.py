@@ -45,8 +45,8 @@ class Envelope:
         if not self._new:
             return
         steps, values = (np.concatenate(parts) for parts in zip(*self._new, strict=True))
-        steps, values = _reduced(steps, values, self._width)
-        self._steps, self._values = np.concatenate([self._steps, steps]), np.concatenate([self._values, values])
+        steps, values = np.concatenate([self._steps, steps]), np.concatenate([self._values, values])
+        self._steps, self._values = _reduced(steps, values, self._width)
         self._new, self._num_new = [], 0
         self._shrink(self._most)
 

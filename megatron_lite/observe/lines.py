@@ -87,15 +87,13 @@ class RawLine:
 
 
 def raw_blocks(path: Path) -> Iterator[Block]:
-    """The same with the text of each line: RawLines."""
-    decoder = msgspec.json.Decoder(Line)
-    return _in_order(
-        [
-            None if (line := _one(text, decoder, Line)) is None else RawLine(line.step, text + b"\n")
-            for text in piece[:-1].split(b"\n")
-        ]
-        for piece in whole_lines(path)
-    )
+    """The same with the text of each line: RawLines. Every byte of a line is checked, not only the wanted keys."""
+    return _in_order([_raw(text) for text in piece[:-1].split(b"\n")] for piece in whole_lines(path))
+
+
+def _raw(text: bytes) -> RawLine | None:
+    line = _lenient(text, Line)
+    return None if line is None else RawLine(line.step, text + b"\n")
 
 
 def _in_order(pieces: Iterable[list[Any]]) -> Iterator[Block]:
