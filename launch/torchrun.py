@@ -92,7 +92,7 @@ def _listen_where_needed() -> None:
     from megatron_lite.parallel.stores import local_store
 
     for module in (dist, c10d_rendezvous_backend, static_tcp_rendezvous):
-        module.TCPStore = local_store  # type: ignore[assignment, misc]
+        module.TCPStore = local_store
 
 
 def _tell(rank: int, status: int) -> int:

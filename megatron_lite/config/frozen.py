@@ -170,7 +170,7 @@ def _environment_in(damaged: bytes) -> dict[str, str]:
     """launcher.environment of a file of which other parts are damaged."""
     found = re.search(rb"^  environment:\n((?:    .*\n|\n)+)", damaged, re.MULTILINE)
     try:
-        variables = OmegaConf.to_container(OmegaConf.create(found[1].decode())) if found else {}
+        variables = OmegaConf.to_container(OmegaConf.create(found[1].decode()), resolve=True) if found else {}
     except (OmegaConfBaseException, YAMLError, ValueError):
         return {}
     return {str(key): str(value) for key, value in variables.items()} if isinstance(variables, dict) else {}

@@ -155,8 +155,8 @@ def _add_group(curves: dict[str, Envelope], lines: Sequence[Line], name: str) ->
     if found.count(None) == len(found):
         return
     having = [(line.step, value) for line, value in zip(lines, found, strict=True) if value is not None]
-    alike: dict[tuple[str, ...], list[int]] = {}
-    groups = [group if isinstance(group, dict) else dict(enumerate(group)) for _, group in having]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    groups: list[dict[Any, Any]] = [group if isinstance(group, dict) else dict(enumerate(group)) for _, group in having]
     for place, group in enumerate(groups):
         alike.setdefault(tuple(group), []).append(place)
     for keys, places in alike.items():

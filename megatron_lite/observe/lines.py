@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 
@@ -39,7 +39,7 @@ def line_type(numbers: Sequence[str], groups: Sequence[str] = ()) -> type[Line]:
     """
     fields: list[tuple[str, Any, Any]] = [(name, float | str | None, None) for name in numbers if name != "rollbacks"]
     fields += [(name, dict[str, Any] | list[Any] | None, None) for name in groups]
-    return msgspec.defstruct("FiguresLine", fields, bases=(Line,), gc=False)
+    return cast(type[Line], msgspec.defstruct("FiguresLine", fields, bases=(Line,), gc=False))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Log:
     """The lines so far, as they are written."""
 
     lines: int = 0
-    bytes: int = 0
+    num_bytes: int = 0
     digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
     steps: list[list[int]] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class Log:
         self.add_step(step)
 
     def add_text(self, text: bytes) -> None:
-        self.bytes += len(text)
+        self.num_bytes += len(text)
         self.digest.update(text)
 
     def add_step(self, step: int) -> None:
@@ -65,4 +65,4 @@ class Log:
 
     def so_far(self) -> LoggedLines:
         steps = tuple((first, last, every) for first, last, every in self.steps)
-        return LoggedLines(self.lines, self.bytes, self.digest.hexdigest(), steps)
+        return LoggedLines(self.lines, self.num_bytes, self.digest.hexdigest(), steps)

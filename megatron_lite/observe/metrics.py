@@ -91,8 +91,8 @@ class MetricsWriter:
     def _begin(self, last_step: int, rollbacks: int, logged: LoggedLines | None) -> None:
         log = _as_written(self._path, logged) if logged is not None else None
         if log is not None:
-            _set_aside(self._path, log.bytes, last_step, rollbacks)
-            shorten(self._path, log.bytes)
+            _set_aside(self._path, log.num_bytes, last_step, rollbacks)
+            shorten(self._path, log.num_bytes)
         else:
             _set_aside(self._path, 0, last_step, rollbacks)
             log, gaps = _keep_lines(self._path, last_step)
@@ -235,7 +235,7 @@ def _as_written(path: Path, logged: LoggedLines) -> Log | None:
     log = Log(logged.lines, steps=[list(stretch) for stretch in logged.steps])
     try:
         with path.open("rb") as file:
-            while block := file.read(min(BLOCK_BYTES, logged.bytes - log.bytes)):
+            while block := file.read(min(BLOCK_BYTES, logged.bytes - log.num_bytes)):
                 log.add_text(block)
     except FileNotFoundError:
         pass
@@ -258,7 +258,7 @@ def _keep_lines(path: Path, last_step: int) -> tuple[Log, list[Gap]]:
     if skipped:  # maybe between lines that are kept
         replace_file(path, (line.text for block in raw_blocks(path) for line in block.lines if line.step <= last_step))
     else:
-        shorten(path, log.bytes)
+        shorten(path, log.num_bytes)
     return log, gaps
 
 
