@@ -79,16 +79,28 @@ def blocks(path: Path, kind: type[Line]) -> Iterator[Block]:
     return _in_order(_decoded(text, decoder, kind) for text in whole_lines(path))
 
 
-@dataclass(frozen=True)
-class RawLine:
+class RawLine(msgspec.Struct, gc=False):
     step: int
     text: bytes
     """With its newline."""
 
 
-def raw_blocks(path: Path) -> Iterator[Block]:
-    """The same with the text of each line: RawLines. Every byte of a line is checked, not only the wanted keys."""
-    return _in_order([_raw(text) for text in piece[:-1].split(b"\n")] for piece in whole_lines(path))
+def raw_blocks(path: Path, *, is_suspect: bool) -> Iterator[Block]:
+    """The same with the text of each line: RawLines.
+
+    Args:
+        is_suspect: the file is known to be changed, so every byte of a line is checked, not only the wanted keys.
+    """
+    decoder = msgspec.json.Decoder(Line)
+    return _in_order(_raw_lines(piece, None if is_suspect else decoder) for piece in whole_lines(path))
+
+
+def _raw_lines(piece: bytes, decoder: msgspec.json.Decoder[Any] | None) -> list[Any]:
+    texts = piece[:-1].split(b"\n")
+    found = _decoded(piece, decoder, Line) if decoder is not None else []
+    if len(found) != len(texts):  # blank lines are none to the decoder
+        return [_raw(text) for text in texts]
+    return [None if line is None else RawLine(line.step, text + b"\n") for line, text in zip(found, texts, strict=True)]
 
 
 def _raw(text: bytes) -> RawLine | None:

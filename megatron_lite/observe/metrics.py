@@ -67,6 +67,7 @@ class MetricsWriter:
     def __init__(self, path: Path, resume_step: int = 0, rollbacks: int = 0, logged: LoggedLines | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._logged_at = {} if logged is None else {resume_step: logged}
         self.loss: Loss | None = None
         """What was found missing when the file was opened; None = nothing."""
         self._begin(resume_step, rollbacks, logged)
@@ -76,14 +77,15 @@ class MetricsWriter:
         self._log.add(step, line.encode())
         self._file.write(line)
 
-    def logged(self) -> LoggedLines:
-        """What the checkpoint that is saved now has to know."""
-        return self._log.so_far()
+    def logged(self, step: int) -> LoggedLines:
+        """What the checkpoint of this step, the last one, has to know."""
+        self._logged_at[step] = self._log.so_far()
+        return self._logged_at[step]
 
     def rewind(self, step: int, rollbacks: int) -> None:
         """Go on after `step`, in the branch that so many rollbacks have led to."""
         self._file.close()
-        self._begin(step, rollbacks, None)
+        self._begin(step, rollbacks, self._logged_at.get(step))
 
     def close(self) -> None:
         self._file.close()
@@ -95,7 +97,7 @@ class MetricsWriter:
             shorten(self._path, log.num_bytes)
         else:
             _set_aside(self._path, 0, last_step, rollbacks)
-            log, gaps = _keep_lines(self._path, last_step)
+            log, gaps = _keep_lines(self._path, last_step, is_suspect=logged is not None)
             self.loss = _loss(self._path, last_step, logged, log, gaps)
         self._log = log
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
@@ -242,21 +244,22 @@ def _as_written(path: Path, logged: LoggedLines) -> Log | None:
     return log if log.so_far() == logged else None
 
 
-def _keep_lines(path: Path, last_step: int) -> tuple[Log, list[Gap]]:
+def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, list[Gap]]:
     """Leave in the file what is whole, in its place and not beyond `last_step`.
 
     Returns:
         the log of what is left, and the steps that are lost between others
     """
     log, gaps, skipped = Log(), list[Gap](), 0
-    for block in raw_blocks(path) if last_step > 0 else ():
+    for block in raw_blocks(path, is_suspect=is_suspect) if last_step > 0 else ():
         kept = [line for line in block.lines if line.step <= last_step]
         gaps += [gap for gap in block.gaps if gap.last < last_step]
         skipped += block.damaged if kept or not block.lines else 0
         for line in kept:
             log.add(line.step, line.text)
     if skipped:  # maybe between lines that are kept
-        replace_file(path, (line.text for block in raw_blocks(path) for line in block.lines if line.step <= last_step))
+        again = raw_blocks(path, is_suspect=is_suspect)
+        replace_file(path, (line.text for block in again for line in block.lines if line.step <= last_step))
     else:
         shorten(path, log.num_bytes)
     return log, gaps

@@ -74,10 +74,9 @@ class JsonlTracker:
         self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, logged)
         self._events = EventWriter(run_dir / EVENTS_FILE)
 
-    @property
-    def logged(self) -> LoggedLines:
-        """The lines of metrics.jsonl so far."""
-        return self._metrics.logged()
+    def logged(self, step: int) -> LoggedLines:
+        """The lines of metrics.jsonl up to this step, the last one."""
+        return self._metrics.logged(step)
 
     @property
     def loss(self) -> Loss | None:
@@ -127,10 +126,10 @@ class Trackers:
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.event(kind, step, values))
 
-    @property
-    def logged(self) -> LoggedLines | None:
-        """What a checkpoint that is saved now has to know of metrics.jsonl; None on ranks that do not write it."""
-        return self._files.logged if self._files is not None else None
+    def logged(self, step: int) -> LoggedLines | None:
+        """What the checkpoint of this step, the last one, has to know of metrics.jsonl; None on ranks that do not
+        write it."""
+        return self._files.logged(step) if self._files is not None else None
 
     def tell_losses(self, step: int) -> None:
         """Warn of what the files of earlier attempts have lost, and keep it as an event of this one."""

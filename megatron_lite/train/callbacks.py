@@ -144,7 +144,7 @@ class Save:
         validated = self.validate.newest
         loss = validated[1] if validated and validated[0] == step else None
         first_sample = trainer.schedule.at(step).first_sample
-        self.checkpoints.save(step, first_sample, trainer.source.skips, loss, self.trackers.logged)
+        self.checkpoints.save(step, first_sample, trainer.source.skips, loss, self.trackers.logged(step))
         self.report()
 
     def wait(self, trainer: Trainer) -> None:

@@ -52,7 +52,7 @@ def test_whatever_is_damaged_a_resume_finds_and_tells_it(data: st.DataObject, in
     logged = range(interval, 30 * interval + 1, interval)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
-        known = written(path, logged).logged()
+        known = written(path, logged).logged(logged[-1])
         before = path.read_bytes()
         first = data.draw(st.integers(0, len(before) - 1))
         size = data.draw(st.sampled_from([1, 1, 1, 40, 4096]))
@@ -67,7 +67,7 @@ def test_whatever_is_damaged_a_resume_finds_and_tells_it(data: st.DataObject, in
         assert steps == sorted(set(steps))
         if writer.loss is not None:
             assert steps_in(writer.loss.gaps, logged) == set(logged) - set(steps)
-        again = MetricsWriter(path, resume_step=logged[-1], logged=writer.logged())
+        again = MetricsWriter(path, resume_step=logged[-1], logged=writer.logged(logged[-1]))
         again.close()
         assert again.loss is None, "what is told once is known"
 
@@ -76,7 +76,7 @@ def test_damage_is_told_named_and_drawn(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, steps=40)
     run.begin()
     run.train(1, 20)
-    known = run.metrics.logged()
+    known = run.metrics.logged(20)
     run.close()
     path = tmp_path / "metrics.jsonl"
     text = path.read_bytes().splitlines(keepends=True)
@@ -102,7 +102,7 @@ def test_damage_is_told_named_and_drawn(tmp_path: Path) -> None:
 
 def test_a_file_of_zeros_and_no_file_are_losses(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    known = written(path, range(1, 11)).logged()
+    known = written(path, range(1, 11)).logged(10)
     for damage in (lambda: path.write_bytes(b"\0" * path.stat().st_size), path.unlink):
         written(path, range(1, 11))
         damage()
@@ -119,10 +119,10 @@ def test_intervals_rollbacks_and_older_checkpoints_are_no_losses(tmp_path: Path)
     for step in range(10, 101, 10):
         writer.write(step, {"loss": 1.0, "rollbacks": 0})
     writer.rewind(50, 1)
-    at_50 = writer.logged()
+    at_50 = writer.logged(50)
     for step in range(51, 61):  # another train.log_interval
         writer.write(step, {"loss": 1.0, "rollbacks": 1})
-    at_60 = writer.logged()
+    at_60 = writer.logged(60)
     writer.close()
     assert at_60.steps == ((10, 50, 10), (51, 60, 1))
     for known, step in ((at_60, 60), (at_50, 50)):
