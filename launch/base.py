@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from launch.environment import ERROR_FILE, rank_environment
+from launch.environment import ERROR_FILE, passed_environment, rank_environment
 from launch.machine import free_port
 from launch.nodes import NODES_PORT, is_loopback
 from megatron_lite.config import frozen
@@ -117,6 +117,7 @@ def make_plan(
     port = launcher.master_port
     if port is None:
         port = NODES_PORT if several else free_port(address)
+    passed_environment(config)  # that it is there
     environment = rank_environment(config, one_machine=not several or is_loopback(address))
     environment |= launcher.environment
     environment |= {

@@ -220,6 +220,8 @@ def plan_text(plan: LaunchPlan, arguments: Arguments) -> str:
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     if plan.changes:
         lines += ["changed since the run in this folder last ran", *(f"  {line}" for line in table(plan.changes)), ""]
+    if names := plan.config.launcher.pass_environment:
+        lines += [f"taken from this environment for every rank: {', '.join(names)}", ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     return "\n".join([*lines, *_commands(plan, arguments)])
 

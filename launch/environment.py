@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import LaunchError
+from megatron_lite.errors import ConfigError, LaunchError
 from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # every launcher sets it, any rank may fill it
 
 COUNTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "MASTER_PORT")
@@ -36,7 +36,28 @@ def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without opening them
     if one_machine and Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks the host's name up, which laptops cannot resolve
+        if config.launcher.device != "cpu":
+            environment["NCCL_SOCKET_IFNAME"] = "lo"  # for its bootstrap: nobody else has to reach it
     return environment
+
+
+def passed_environment(config: RunConfig) -> dict[str, str]:
+    """The variables that the ranks get from this process by name, with the values that they have here: for no file.
+
+    Raises:
+        ConfigError: one is not set here.
+    """
+    names = config.launcher.pass_environment
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            [
+                f"launcher.pass_environment names {name}, and there is no such variable in the environment; "
+                f"`export {name}=...` in the shell that launches, or leave it out"
+                for name in missing
+            ]
+        )
+    return {name: os.environ[name] for name in names}
 
 
 def apply(environment: Mapping[str, str], *, overwrite: bool) -> None:

@@ -67,6 +67,7 @@ class TorchrunLauncher(ProgramLauncher):
         from torch.distributed.run import main
 
         logging.disable(logging.CRITICAL)
+        _listen_where_needed()
         try:
             main(list(argv[1:]))
         except ChildFailedError as error:
@@ -84,6 +85,17 @@ class TorchrunLauncher(ProgramLauncher):
         if status == CANNOT_START:  # a marker in the folder is then of an earlier attempt
             return EXIT_USER_ERROR
         return super()._conclude(plan, ending, status, left_behind)
+
+
+def _listen_where_needed() -> None:
+    """Let torchrun's own stores at a loopback address listen there alone, rather than at all of the machine's."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
+
+    from megatron_lite.parallel.stores import local_store
+
+    for module in (dist, c10d_rendezvous_backend, static_tcp_rendezvous):
+        module.TCPStore = local_store
 
 
 def _tell(rank: int, status: int) -> int:

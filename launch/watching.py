@@ -37,10 +37,13 @@ def report(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; report.html in the run folder if not given")
     arguments = parser.parse_args(words)
     run_dir = run_folder(arguments.run)
-    from megatron_lite.observe.report import REPORT_FILE, write_report  # what it imports, other commands do not need
+    # What these import, other commands do not need.
+    from megatron_lite.checkpoint.folder import newest_logged
+    from megatron_lite.observe.report import REPORT_FILE, write_report
+    from megatron_lite.observe.run_folder import RunFolder
 
     try:
-        print(write_report(run_dir, state(run_dir), arguments.out))
+        print(write_report(run_dir, state(run_dir), arguments.out, RunFolder.read(run_dir, newest_logged(run_dir))))
     except OSError as error:
         raise _unwritable(arguments.out or run_dir / REPORT_FILE, error) from error
     return EXIT_OK

@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns."""
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns.
+
+    Args:
+        content: or its pieces, where it is too large for the memory.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -55,6 +55,7 @@ def batch_script(
         modules=launcher.modules,
         setup=launcher.setup,
         environment=environment,
+        passed=launcher.pass_environment,
         master_address=launcher.master_address,
         master_port=PORT_OF_JOB if launcher.master_port is None else launcher.master_port,
         srun_arguments=_srun_arguments(config),

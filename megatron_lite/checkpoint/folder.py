@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_lite.checkpoint.state import CheckpointState, Format, read_state, require_format
 from megatron_lite.errors import DISK_ERRNOS, CheckpointError, DamagedFileError, DiskError, ForeignFormatError
 from megatron_lite.files import file_xxh3, size_text, sync
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.state_files import decode, read_bytes
 
 FORMAT = 1
@@ -262,6 +263,14 @@ def newest_complete(
     if hint:
         report(hint)
     return None if chosen is None else (chosen, read_state(chosen))
+
+
+def newest_logged(run_dir: Path) -> LoggedLines | None:
+    """What the newest checkpoint that can be read knows of the run's metrics.jsonl."""
+    for folder in candidates(run_dir / "checkpoints"):
+        with contextlib.suppress(CheckpointError):
+            return read_state(folder).metrics
+    return None
 
 
 def read_latest(checkpoints: Path) -> str | None:

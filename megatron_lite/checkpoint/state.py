@@ -12,6 +12,7 @@ from typing import Any
 from megatron_lite.config.hf.folder import STATE_FILE as STATE_FILE
 from megatron_lite.config.hf.folder import TRAINING as TRAINING
 from megatron_lite.errors import CheckpointError, DamagedFileError, ForeignFormatError
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.state_files import Object, decode, read_bytes
 
 FORMAT = 1
@@ -64,7 +65,10 @@ class CheckpointState:
     validation_loss: float | None  # if the run was validated after this very step
     skipped: tuple[tuple[int, int], ...] = ()
     """Global samples [first, stop) that the run had left out until then, in ascending order."""
-    config: dict[str, Any] = field(default_factory=dict)  # the frozen configuration, as plain containers
+    config: dict[str, Any] = field(default_factory=dict)
+    """The frozen configuration, as plain containers; restores the file in the run folder, should it be damaged."""
+    metrics: LoggedLines | None = None
+    """Of metrics.jsonl up to this step; None in checkpoints of earlier versions."""
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:

@@ -115,6 +115,7 @@ SAFE = (
     "launcher.modules",
     "launcher.setup",
     "launcher.environment",
+    "launcher.pass_environment",
     "launcher.container",
     "launcher.container_mounts",
     "launcher.sbatch_options",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +15,14 @@ import yaml
 
 from megatron_lite.errors import DamagedFileError, library_edge
 from megatron_lite.files import modified_ns
+from megatron_lite.observe.history import History
+from megatron_lite.observe.lines import Gap
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
+    LOSS_EVENT,
     METRICS_FILE,
     ROLLBACK_EVENT,
     ROLLED_BACK_FILE,
@@ -159,26 +164,37 @@ class RunFolder:
     path: Path
     settings: Mapping[str, Any]
     """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
-    metrics: list[Entry]
     rolled_back: list[Entry]
     events: list[Entry]
     skipped: list[Entry]
     """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
     marker: Marker | None
     job_ends: list[JobEnd]
+    logged: LoggedLines | None = None
+    """What the newest checkpoint knows of metrics.jsonl."""
 
     @classmethod
-    def read(cls, path: Path) -> RunFolder:
+    def read(cls, path: Path, logged: LoggedLines | None = None) -> RunFolder:
         return cls(
             path,
             _settings(path),
-            read_metrics(path / METRICS_FILE),
             read_metrics(path / ROLLED_BACK_FILE),
             [entry for entry in read_metrics(path / EVENTS_FILE) if _is_whole(entry)],
             _skipped(path / SKIPS_FILE),
             read_marker(path),
             [entry for entry in sound_lines(path / ATTEMPTS_FILE, JobEnd) if entry.event == "end"],
+            logged,
         )
+
+    @cached_property
+    def history(self) -> History:
+        """The figures of all steps that count; read when they are first asked for."""
+        return History.read(self.path / METRICS_FILE, self.known_losses(), self.logged)
+
+    def known_losses(self) -> list[Gap]:
+        """Steps whose lines resumes have found missing."""
+        texts = [text for entry in self.of_kind(LOSS_EVENT) for text in entry.get("ranges") or []]
+        return [gap for text in texts if (gap := Gap.read(text)) is not None]
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None where there is none."""

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_lite.errors import TrackingError, library_edge
+from megatron_lite.observe.credentials import tracked_settings
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.metrics import (
     EVENTS_FILE,
+    LOSS_EVENT,
     METRICS_FILE,
     ROLLED_BACK_FILE,
     EventWriter,
+    Loss,
     MetricsWriter,
+    entries,
     read_metrics,
 )
+from megatron_lite.observe.words import counted
+
+MOST_RANGES = 1000  # of lost steps that an event names
 
 
 class Tracker(Protocol):
@@ -67,10 +76,25 @@ class JsonlTracker:
         run_dir: Path,
         resume_step: int,
         rollbacks: int = 0,
+        logged: LoggedLines | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, report)
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, logged, report)
         self._events = EventWriter(run_dir / EVENTS_FILE, report)
+
+    def logged(self, step: int) -> LoggedLines:
+        """The lines of metrics.jsonl up to this step, the last one."""
+        return self._metrics.logged(step)
+
+    @property
+    def loss(self) -> Loss | None:
+        """What has been found missing."""
+        return self._metrics.loss
+
+    @property
+    def damaged_events(self) -> int:
+        """Lines of events.jsonl that could not be read and are left out."""
+        return self._events.damaged
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(step, values)
@@ -104,6 +128,7 @@ class Trackers:
         guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._truth = list(truth)
+        self._files = next((tracker for tracker in truth if isinstance(tracker, JsonlTracker)), None)
         self._views = list(views)
         self._report = report
         self._guard = guard
@@ -113,6 +138,22 @@ class Trackers:
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.event(kind, step, values))
+
+    def logged(self, step: int) -> LoggedLines | None:
+        """What the checkpoint of this step, the last one, has to know of metrics.jsonl; None on ranks that do not
+        write it."""
+        return self._files.logged(step) if self._files is not None else None
+
+    def tell_losses(self, step: int) -> None:
+        """Warn of what the files of earlier attempts have lost, and keep it as an event of this one."""
+        if self._files is None:
+            return
+        if (loss := self._files.loss) is not None:
+            self._report(f"warning: {loss.text}")
+            ranges = [gap.as_text for gap in loss.gaps[:MOST_RANGES]]
+            self.event(LOSS_EVENT, step, {"ranges": ranges, "text": loss.text})
+        if damaged := self._files.damaged_events:
+            self._report(f"warning: {counted(damaged, 'line')} of {EVENTS_FILE} could not be read and are left out")
 
     def alert(self, title: str, text: str) -> None:
         self._each(lambda tracker: tracker.alert(title, text))
@@ -143,6 +184,7 @@ def build_trackers(
     *,
     resume_step: int = 0,
     rollbacks: int = 0,
+    logged: LoggedLines | None = None,
     report: Callable[[str], None] = lambda line: None,
     guard: Callable[[], None] = lambda: None,
 ) -> Trackers:
@@ -152,6 +194,7 @@ def build_trackers(
         config: a `RunConfig`; its fields are also shown in wandb.
         resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
         rollbacks: of the run so far; later figures of branches that it has left are kept apart.
+        logged: what that checkpoint knows of metrics.jsonl.
         report: shows one line to the user.
         guard: called ahead of whatever is written; raises where this process may not write any more.
     Raises:
@@ -160,7 +203,7 @@ def build_trackers(
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
-    truth = JsonlTracker(run_dir, resume_step, rollbacks, report)
+    truth = JsonlTracker(run_dir, resume_step, rollbacks, logged, report)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         views += _view("wandb", lambda: _wandb(config, run_dir, rollbacks, report), report)
@@ -196,7 +239,7 @@ def _wandb(config: RunSettings, run_dir: Path, rollbacks: int, report: Callable[
         rollbacks=rollbacks,
         report=report,
     )
-    figures = [*read_metrics(run_dir / ROLLED_BACK_FILE), *read_metrics(run_dir / METRICS_FILE)]
+    figures = chain(entries(run_dir / ROLLED_BACK_FILE), entries(run_dir / METRICS_FILE))
     wandb.catch_up(figures, read_metrics(run_dir / EVENTS_FILE))
     return wandb
 
@@ -223,5 +266,5 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _as_dict(config: RunSettings) -> dict[str, Any]:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return dataclasses.asdict(config)
+        return tracked_settings(dataclasses.asdict(config))
     return {}

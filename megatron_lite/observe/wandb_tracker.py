@@ -171,7 +171,8 @@ def _logged_steps(run_dir: Path) -> set[tuple[str, int, int]]:
 
 
 def _start(mode: str, arguments: dict[str, Any]) -> Any:
-    # Console capture off: our console and logs are not for upload. Offline, `resume` would only draw a warning.
-    settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30)
+    # Console capture off: our console and logs are not for upload. No metadata: it holds variables such as SLURM_*,
+    # the command line and the host. Offline, `resume` would only draw a warning.
+    settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30, x_disable_meta=True)
     resume = "allow" if mode == "online" else None
     return wandb.init(**{**arguments, "mode": mode, "resume": resume, "settings": settings})

@@ -23,6 +23,7 @@ from megatron_lite.data.skips import Skips
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.observe.console import Console
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.optim.batch_ramp import BEGINNING, Origin
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.parallel.context import ParallelContext
@@ -158,7 +159,14 @@ class Checkpoints:
         shards.weights_changed()
         self.newest_step = state.step
 
-    def save(self, step: int, samples: int, skips: Skips, validation_loss: float | None) -> Path:
+    def save(
+        self,
+        step: int,
+        samples: int,
+        skips: Skips,
+        validation_loss: float | None,
+        logged: LoggedLines | None = None,
+    ) -> Path:
         """Write a checkpoint, or begin to; the folder that it will be.
 
         Args:
@@ -166,6 +174,7 @@ class Checkpoints:
             samples: consumed in them.
             skips: what the run leaves out.
             validation_loss: where the run was validated after this very step.
+            logged: up to it, on the writing rank.
         """
         config, shards = self.engine.config, self.engine.shards
         state = CheckpointState(
@@ -180,6 +189,7 @@ class Checkpoints:
             validation_loss=validation_loss,
             skipped=tuple((window.first, window.stop) for window in skips.before(skips.index(samples))),
             config=as_containers(without_environment(config)),
+            metrics=logged,
             versions=versions(),
         )
         folder = self.saver.save(shards.fragments(), state)

@@ -181,6 +181,26 @@ def environment_has_names(case: Case) -> Iterator[str]:
             )
 
 
+def passed_variables_have_names(case: Case) -> Iterator[str]:
+    launcher = case.config.launcher
+    for name in launcher.pass_environment:
+        if not VARIABLE.fullmatch(name):
+            yield (
+                f"launcher.pass_environment holds {_named(name)}, and takes names of variables alone; write NAME, and "
+                "`export NAME=...` in the shell that launches"
+            )
+        elif name in launcher.environment:
+            yield (
+                f"launcher.pass_environment names {name}, to which launcher.environment gives a value; leave one of "
+                "the two out"
+            )
+
+
+def _named(text: str) -> str:
+    """Without what may be a secret behind the name."""
+    return f"{text.partition('=')[0]}=..." if "=" in text else _shown(text)
+
+
 def mounts_are_pairs(case: Case) -> Iterator[str]:
     launcher = case.config.launcher
     if launcher.container_mounts and launcher.container is None:
@@ -214,5 +234,6 @@ LAUNCHER_RULES = (
     chains_are_slurms,
     batch_options_are_lines,
     environment_has_names,
+    passed_variables_have_names,
     mounts_are_pairs,
 )
