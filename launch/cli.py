@@ -37,7 +37,16 @@ from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.vocabulary import known_vocab_size
-from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError, RunEnd
+from megatron_lite.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    MegatronLiteError,
+    RunEnd,
+    disk_error,
+    end_of,
+)
+from megatron_lite.observe.console import forgive_output
 from megatron_lite.planning.placement import placement_warnings
 from megatron_lite.planning.plan import describe
 
@@ -58,7 +67,13 @@ def main(argv: list[str]) -> int:
         return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
-        return EXIT_USER_ERROR
+        return end_of(error)
+    except OSError as error:
+        problem = disk_error(error)
+        if problem is None:
+            raise
+        show_error(problem, debug=debug)
+        return problem.end
 
 
 def _launch(arguments: Arguments) -> int:
@@ -125,7 +140,7 @@ def _start_all(points: list[Point], plans: list[LaunchPlan], arguments: Argument
             codes.append(_start(plan, arguments))
         except MegatronLiteError as error:
             show_error(error, debug=arguments.debug)
-            codes.append(EXIT_USER_ERROR)
+            codes.append(end_of(error))
         os.environ.clear()  # of what the launcher has set for the ranks of this run
         os.environ.update(environment)
         if codes[-1] in ASKED_TO_END:
@@ -239,11 +254,8 @@ def _typed_again(arguments: Arguments, node_rank: int | None) -> str:
 
 def run() -> None:
     """The console entry."""
+    forgive_output()  # of a full disk, and of `--dry-run | head`, which has seen enough
     try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before there was anything to end
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `--dry-run | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

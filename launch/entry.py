@@ -35,8 +35,10 @@ from megatron_lite.errors import (
     RunEnd,
     RunFolderInUseError,
     RunFolderLostError,
+    disk_error,
+    end_of,
 )
-from megatron_lite.observe.markers import clear_markers, leave_marker
+from megatron_lite.observe.markers import clear_markers, free_reserve, leave_marker, reserve_space
 from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attempt, take
 
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
@@ -90,6 +92,7 @@ def run_script(
         return _end_by(error, config, claim, terminal, debug=debug)
     finally:
         if isinstance(claim, RunLock):
+            free_reserve(claim.run_dir)
             claim.release()
         os.close(terminal)
 
@@ -207,21 +210,25 @@ def _claim(config: RunConfig, terminal: int) -> Claim:
         lock = take(run_dir, Role.rank, own_attempt(), report=say)
     except OSError as error:
         raise unwritable(run_dir, error) from error
+    reserve_space(run_dir)
     lock.keep(on_loss=end)
     return lock
 
 
 def _end_by(error: Exception, config: RunConfig | None, claim: Claim | None, terminal: int, *, debug: bool) -> RunEnd:
     """Leave word of an error in the run folder, and tell the user."""
+    if isinstance(error, OSError):
+        error = disk_error(error) or error
+    end = end_of(error)
     if not isinstance(error, MegatronLiteError):
         _leave_marker(config, claim, RunEnd.FAILED, f"rank {_rank()}: {type(error).__name__}: {error}")
         _tell_failure(error, config, terminal)
         return RunEnd.FAILED
-    _leave_marker(config, claim, error.end, str(error))
+    _leave_marker(config, claim, end, str(error))
     # Those are of a folder that is another run's: its launcher would show what we left there as its own.
     is_foreign = isinstance(error, RunFolderInUseError | RunFolderLostError)
     _tell(error_text(error, debug=debug), terminal, None if is_foreign else os.environ.get(ERROR_FILE))
-    return error.end
+    return end
 
 
 def _get_ready(config: RunConfig, *, is_frozen: bool) -> None:
@@ -260,8 +267,9 @@ def _leave_marker(config: RunConfig | None, claim: Claim | None, end: RunEnd, me
 def _tell(text: str, terminal: int, error_file: str | None) -> None:
     """Show a user's error once per job: through our launcher's file, or from rank 0, or from the only rank alive."""
     if error_file:
-        leave_error(Path(error_file), text)
-        return
+        with contextlib.suppress(OSError):  # a full disk: then it is said here
+            leave_error(Path(error_file), text)
+            return
     if _rank() != 0:
         time.sleep(SILENCE_SECONDS)
     os.write(terminal, (text + "\n").encode())

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from launch.messages import tail
 from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
-from megatron_lite.errors import EXIT_OK, ConfigError, LaunchError, RunEnd
+from megatron_lite.errors import EXIT_OK, ConfigError, DamagedFileError, LaunchError, RunEnd
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ask_to_stop, read_marker
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_lock import Holder, holder_of
+from megatron_lite.state_files import decode, warn
 
 FOLLOW_FLAG = "--follow"
 POLL_SECONDS = 1.0
@@ -31,6 +34,7 @@ IN_WORDS = {
     RunEnd.OUT_OF_DATA: "out of data",
     RunEnd.OUT_OF_MEMORY: "out of memory",
     RunEnd.HUNG: "hung",
+    RunEnd.DISK_ERROR: "ended by a disk that is full or fails",
 }
 
 
@@ -88,12 +92,12 @@ def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
     if jobs is None:
         yield "jobs", "no slurm answers on this machine"
     for job in jobs or []:
-        restarts = max((entry["restart"] for entry in records.attempts(run_dir, "begin", job.number)), default=0)
+        restarts = max((entry.restart for entry in records.attempts(run_dir, records.BEGIN, job.number)), default=0)
         where = f"on {job.nodes}" if job.nodes else f"({job.reason})"
         yield "job", f"{job.number}: {job.state} {where}; restarts: {restarts}"
-    ends = records.attempts(run_dir, "end")
+    ends = records.attempts(run_dir, records.END)
     if ends:
-        yield "last end", f"job {ends[-1]['job']}: {ends[-1]['reason']}"
+        yield "last end", f"job {ends[-1].job}: {ends[-1].reason}"
     step = records.newest_checkpoint(run_dir)
     yield "checkpoint", "none" if step is None else f"step {step}"
 
@@ -126,23 +130,37 @@ def _end_in_words(run_dir: Path) -> str:
 
 
 def _progress(run_dir: Path) -> str:
-    frozen = max(run_dir.glob("config-*.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    steps, last = load_frozen(frozen).train.steps, _last_metrics(run_dir)
+    last, steps = _last_figures(run_dir), _train_steps(run_dir)
     if last is None:
         return f"step 0 of {steps}"
-    loss, speed = last.get("loss"), last.get("tokens_per_second")
-    text = f"step {last['step']} of {steps}"
-    text += "" if loss is None else f", loss {float(loss):.4g}"
-    return text + ("" if speed is None else f", {float(speed):,.0f} tokens/s")
+    text = f"step {last.step} of {steps}"
+    text += "" if last.loss is None else f", loss {float(last.loss):.4g}"
+    return text + ("" if last.tokens_per_second is None else f", {last.tokens_per_second:,.0f} tokens/s")
 
 
-def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl."""
+def _train_steps(run_dir: Path) -> str:
+    frozen = max(run_dir.glob("config-*.yaml"), key=modified_ns)
+    try:
+        return str(load_frozen(frozen).train.steps)
+    except ConfigError as error:
+        warn(error)
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of a line of metrics.jsonl, what a status shows."""
+
+    step: int
+    loss: float | Literal["NaN", "Infinity", "-Infinity"] | None = None
+    tokens_per_second: float | None = None
+
+
+def _last_figures(run_dir: Path) -> _Figures | None:
+    """Of the last whole line of metrics.jsonl."""
     for line in reversed(tail(run_dir / METRICS_FILE, lines=2)):  # the very last may be half written
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
+        with suppress(DamagedFileError):
+            return decode(line, _Figures, METRICS_FILE)
     return None
 
 
@@ -159,7 +177,7 @@ def logs(run_dir: Path) -> int:
 def _job_log(run_dir: Path) -> Path | None:
     """The log of the newest job that has begun."""
     found = (run_dir / "logs").glob("slurm-*.out")
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(found, key=modified_ns, default=None)
 
 
 def _telling_rank_log(run_dir: Path) -> Path | None:
@@ -186,9 +204,15 @@ def follow_logs(run_dir: Path) -> int:
 
 def _print_from(path: Path, position: int) -> int:
     """Print what stands in a file from this byte on; returns its length in bytes."""
-    with path.open("rb") as file:
-        file.seek(position)
-        new = file.read()
+    try:
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            file.seek(position)
+            new = file.read()
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}")
+        return 0
     sys.stdout.write(new.decode(errors="replace"))
     sys.stdout.flush()
     return len(new)

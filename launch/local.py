@@ -20,7 +20,7 @@ from types import ModuleType
 
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
-from launch.messages import show_error, tail
+from launch.messages import show_error, show_left_error, tail
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
@@ -153,8 +153,7 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
         return ending.exit_code
     pid = culprit(ranks.ends)
     rank, end = ranks.pids.index(pid), ranks.ends[pid]
-    if end.status in EXPLAINED and plan.error_file.exists():
-        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+    if end.status in EXPLAINED and show_left_error(plan.error_file):
         return end.status
     place = topology(plan.config).coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"

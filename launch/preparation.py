@@ -15,7 +15,8 @@ from launch.processes import Children, Ending, start
 from megatron_lite.config.frozen import freeze, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, MegatronLiteError, RunFolderInUseError
+from megatron_lite.errors import EXIT_FAILURE, MegatronLiteError, RunFolderInUseError, end_of
+from megatron_lite.files import make_folder, remove_file, replace_file
 from megatron_lite.observe.markers import clear_markers
 from megatron_lite.observe.run_lock import Role, RunLock, holder_of, take
 
@@ -77,7 +78,7 @@ def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
             os.write(answer, str(folder.absolute()).encode())
     except MegatronLiteError as error:
         show_error(error, debug=config.debug)
-        return EXIT_USER_ERROR
+        return end_of(error)
     except Exception:
         traceback.print_exc(file=sys.stderr)
         return EXIT_FAILURE
@@ -101,22 +102,29 @@ def run_folder(plan: LaunchPlan, ending: Ending | None = None) -> Iterator[Calla
         RunFolderInUseError: somebody else is at work in it.
     """
     try:
-        plan.error_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(plan.error_file.parent)
         lock = _lock(plan, ending)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
     try:
-        path = freeze(plan.config, plan.run_dir)
-        assert path == plan.frozen_config
-        for further in set(plan.files) - {path}:
-            further.write_text(plan.files[further])
-        if lock is not None:
-            plan.error_file.unlink(missing_ok=True)
-            clear_markers(plan.run_dir)
+        try:
+            _write_files(plan, clear=lock is not None)
+        except OSError as error:
+            raise unwritable(plan.run_dir, error) from error
         yield (lambda: None) if lock is None else lock.beat
     finally:
         if lock is not None:
             lock.release()
+
+
+def _write_files(plan: LaunchPlan, *, clear: bool) -> None:
+    path = freeze(plan.config, plan.run_dir)
+    assert path == plan.frozen_config
+    for further in set(plan.files) - {path}:
+        replace_file(further, plan.files[further].encode())
+    if clear:
+        remove_file(plan.error_file)
+        clear_markers(plan.run_dir)
 
 
 def _lock(plan: LaunchPlan, ending: Ending | None) -> RunLock | None:

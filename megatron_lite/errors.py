@@ -6,6 +6,7 @@ invariants of our own; anything that a wrong config, file or machine can trigger
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -15,6 +16,10 @@ EXIT_OK = 0
 EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
+
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS})
+"""What systems say of a disk or a quota that is full, and of one that fails or is away; none of it is a setting's."""
 
 
 class RunEnd(IntEnum):
@@ -28,6 +33,7 @@ class RunEnd(IntEnum):
     OUT_OF_DATA = 82
     OUT_OF_MEMORY = 83
     HUNG = 84
+    DISK_ERROR = 85  # the disk is full, or fails
 
 
 class MegatronLiteError(Exception):
@@ -59,6 +65,12 @@ class OutOfDataError(DataError):
 
 class CheckpointError(MegatronLiteError):
     """A checkpoint is missing, incomplete or does not fit this run."""
+
+
+class DiskError(MegatronLiteError):
+    """A disk is full, or fails, and what has to be written or read cannot wait."""
+
+    end = RunEnd.DISK_ERROR
 
 
 class ForeignFormatError(CheckpointError):
@@ -99,6 +111,27 @@ class DeviceMemoryError(MegatronLiteError):
 
 class VerificationError(MegatronLiteError):
     """A layout does not compute what one rank computes."""
+
+
+def end_of(error: BaseException) -> RunEnd:
+    """How an attempt ends by an error. Whatever the error says, a disk that is full or fails may be its cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DiskError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
+            return RunEnd.DISK_ERROR
+        cause = cause.__cause__
+    return error.end if isinstance(error, MegatronLiteError) else RunEnd.FAILED
+
+
+def disk_error(error: OSError) -> DiskError | None:
+    """The error for the user where the disk is at fault; None where it is not."""
+    if error.errno not in DISK_ERRNOS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return DiskError(
+        f"the disk does not do what it has to ({where}{error.strerror}); make room on it, or see to it: the same "
+        "command then goes on from the newest complete checkpoint"
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ and sizes in words."""
 from __future__ import annotations
 
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -62,6 +63,53 @@ def make_folder(path: Path) -> None:
 def set_aside(path: Path) -> None:
     """Give a file or folder that is not what it should be another name, under which people can look at it."""
     path.rename(path.with_name(f".{path.name}.damaged-{time.time_ns()}"))
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be there; something else of its name is set aside."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        set_aside(path)
+    except PermissionError:  # macOS's word for the same
+        if not path.is_dir():
+            raise
+        set_aside(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, on the disk when it returns. A line before it that was cut short does not swallow it."""
+    set_aside_others(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        content = (("\n" if torn else "") + line + "\n").encode("utf-8", errors="backslashreplace")
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def modified_ns(path: Path) -> int:
+    """When a file was last written; 0 where nobody can tell."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def set_aside_others(path: Path) -> None:
+    """Make way for a file of ours where something else has its name: a folder, a pipe, a link to itself."""
+    try:
+        is_other = not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except OSError:
+        is_other = True
+    if is_other:
+        set_aside(path)
 
 
 def publish_first(path: Path, text: str) -> bool:

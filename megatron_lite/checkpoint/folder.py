@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint.state import CheckpointState, read_state
-from megatron_lite.errors import CheckpointError, ForeignFormatError
+from megatron_lite.errors import DISK_ERRNOS, CheckpointError, DiskError, ForeignFormatError
 from megatron_lite.files import file_xxh3, size_text, sync
 
 FORMAT = 1
@@ -61,14 +61,14 @@ def begin(checkpoints: Path, step: int) -> Path:
 def require_space(checkpoints: Path, needed_bytes: int) -> None:
     """
     Raises:
-        CheckpointError: the disk has less than that free; nothing of the save that was to come is left behind.
+        DiskError: the disk has less than that free; nothing of the save that was to come is left behind.
     """
     if _free_bytes(checkpoints) >= needed_bytes:
         return
     remove_leftovers(checkpoints)
     free = _free_bytes(checkpoints)
     if free < needed_bytes:
-        raise CheckpointError(
+        raise DiskError(
             f"{checkpoints} needs {size_text(needed_bytes)} for a checkpoint, and its disk has {size_text(free)} free; "
             "make room, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune` drops them now), "
             "or move the run folder to another disk and name it in train.run_dir"
@@ -114,7 +114,8 @@ def explained(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        kind = DiskError if error.errno in DISK_ERRNOS else CheckpointError
+        raise kind(
             f"{final} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
             "from the last complete checkpoint"
         ) from error

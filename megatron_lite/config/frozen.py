@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import tempfile
@@ -17,7 +18,9 @@ from yaml import YAMLError
 
 from megatron_lite.config.changes import Change, grade_changes, refusals
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DamagedFileError
+from megatron_lite.files import modified_ns
+from megatron_lite.state_files import read_bytes
 
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
 LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
@@ -84,15 +87,18 @@ def load_frozen(path: Path | str) -> RunConfig:
     what is now its default.
     """
     path = Path(path)
+    remedy = "give a config-*.yaml of a run folder"
     try:
-        return _typed(OmegaConf.load(path))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        content = read_bytes(path)
+    except DamagedFileError as error:
+        raise ConfigError(f"--config {error}; {remedy}") from error
+    if content is None:
+        raise ConfigError(f"--config {path}: No such file or directory; {remedy}")
+    try:
+        return _typed(OmegaConf.load(io.StringIO(content.decode())))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--config {path} is no frozen configuration: {first_line}; give a config-*.yaml of a run folder"
-        ) from error
+        raise ConfigError(f"--config {path} is no frozen configuration: {first_line}; {remedy}") from error
 
 
 def as_containers(config: RunConfig) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def _last_trained(run_dir: Path) -> Path | None:
     frozen = list(run_dir.glob("config-*.yaml"))
     if not frozen or not (has_metrics or has_checkpoints):
         return None
-    return max(frozen, key=lambda path: path.stat().st_mtime_ns)
+    return max(frozen, key=modified_ns)
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -23,6 +23,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
+from megatron_lite.errors import DamagedFileError
+from megatron_lite.state_files import decode, read_bytes
+
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 WRAPPERS = tuple(os.path.join("train", name) for name in ("phases.py", "schedule.py"))  # of DeepSpeed's methods
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -188,8 +191,10 @@ def read_beats(folder: Path, world_size: int) -> dict[int, Beat]:
     """Of the ranks that have given one, in this attempt at the run or in an earlier one."""
     beats = {}
     for rank in range(world_size):
-        with suppress(OSError, ValueError, TypeError):  # not there, or caught half written: no sign of life
-            beats[rank] = Beat(**json.loads(_path(folder, rank).read_text().partition("\n")[0]))
+        with suppress(DamagedFileError):  # caught half written, for one: no sign of life
+            content = read_bytes(_path(folder, rank))
+            if content is not None:
+                beats[rank] = decode(content.partition(b"\n")[0], Beat, f"the heartbeat of rank {rank}")
     return beats
 
 

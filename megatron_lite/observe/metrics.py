@@ -13,7 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.files import replace_file
+from megatron_lite.errors import DamagedFileError
+from megatron_lite.files import replace_file, set_aside_others
+from megatron_lite.observe.lines import LineWriter
+from megatron_lite.state_files import Object, decode, read_bytes, warn
 
 _SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -28,6 +31,13 @@ BEGINNINGS = ("start", "resume")
 SPIKE_EVENT = "spike"
 """Its `title` and `text` are what is alerted."""
 ROLLBACK_EVENT = "rollback"
+NUMBERS = (
+    "loss", "grad_norm", "validation_loss", "validation_token_loss", "validation_accuracy",
+    "validation_sequence_accuracy", "rollbacks", "to_step", "first_sample", "stop_sample", "entropy_nats", "accuracy",
+)  # fmt: skip
+"""What of an event is a number, or not there; of a step everything is."""
+MOST = 2**63
+"""Larger numbers are none of ours."""
 ROLLBACKS = "rollbacks"
 """The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
 
@@ -42,11 +52,14 @@ class MetricsWriter:
     Args:
         resume_step: the last step that counts; 0 = a fresh start.
         rollbacks: of the run so far.
+        report: is told when the disk takes no lines, and when it does again.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, rollbacks: int = 0) -> None:
+    def __init__(
+        self, path: Path, resume_step: int = 0, rollbacks: int = 0, report: Callable[[str], None] = lambda line: None
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self._path, self._report = path, report
         self._begin(resume_step, rollbacks)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -63,7 +76,7 @@ class MetricsWriter:
     def _begin(self, last_step: int, rollbacks: int) -> None:
         _set_aside(self._path, last_step, rollbacks)
         _keep_lines(self._path, lambda entry: _counts(entry, last_step))
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._file = LineWriter(self._path, self._report)
 
 
 class EventWriter:
@@ -72,10 +85,10 @@ class EventWriter:
     Nothing is dropped on a resume: the file is a history, and a repeated evaluation is a part of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, report: Callable[[str], None] = lambda line: None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_lines(path, lambda entry: True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = LineWriter(path, report)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Args: kind: what happened, e.g. `start`, `resume`, `save`, `evaluation`, `finish`."""
@@ -88,9 +101,12 @@ class EventWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a JSONL file in order; a missing file is an empty list."""
-    if not path.exists():
+    try:
+        content = read_bytes(path) or b""
+    except DamagedFileError as error:
+        warn(f"{error}; it counts as empty")
         return []
-    parsed = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
+    parsed = [_parse(line) for line in content.splitlines(keepends=True)]
     return [entry for entry in parsed if entry is not None]
 
 
@@ -125,10 +141,36 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = json.loads(line)
-    except ValueError:
+        entry = from_json(decode(line, Object, "a line"))
+    except DamagedFileError:
         return None
-    return from_json(entry) if isinstance(entry, dict) else None
+    return entry if _is_sound(entry) else None
+
+
+def _is_sound(entry: Mapping[str, Any]) -> bool:
+    """Whether what every reader counts on has its type: one flipped bit can make another key, or another value."""
+    if type(entry.get("step")) is not int or not 0 <= entry["step"] < MOST:
+        return False
+    if "event" not in entry:
+        return all(map(_is_figure, entry.values()))
+    if not all(_is_figure(entry[name]) for name in NUMBERS if name in entry):
+        return False
+    told = isinstance(entry["event"], str) and _is_time(entry.get("time"))
+    return told and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
+
+
+def _is_figure(value: Any) -> bool:
+    """A number, none, or several by place or name."""
+    if isinstance(value, list | dict):
+        return all(map(_is_figure, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
@@ -167,6 +209,7 @@ def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite the file without the lines that are broken or not kept."""
+    set_aside_others(path)
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)

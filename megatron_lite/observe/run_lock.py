@@ -122,6 +122,10 @@ class RunLock:
         self._thread: threading.Thread | None = None
         self._beaten = time.monotonic()
 
+    @property
+    def run_dir(self) -> Path:
+        return self._path.parents[1]
+
     def is_ours(self) -> bool:
         try:
             os.close(os.open(self._path, os.O_RDONLY))  # opening makes shared filesystems ask the server
@@ -169,9 +173,9 @@ class RunLock:
             os.utime(self._path, (0, 0))
 
     def _lost_text(self) -> str:
-        run_dir, entry = self._path.parents[1], _newest(self._path.parent)
+        entry = _newest(self._path.parent)
         return (
-            f"train.run_dir={run_dir} was taken over by {entry or 'somebody'}: process {self._me.pid} on "
+            f"train.run_dir={self.run_dir} was taken over by {entry or 'somebody'}: process {self._me.pid} on "
             f"{self._me.host} had given no sign of life for {STALE_SECONDS:g} s, as if it had been suspended; it ends "
             "now and writes nothing more"
         )

@@ -61,9 +61,15 @@ class RunSettings(Protocol):
 class JsonlTracker:
     """`metrics.jsonl` and `events.jsonl` in the run folder."""
 
-    def __init__(self, run_dir: Path, resume_step: int, rollbacks: int = 0) -> None:
-        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks)
-        self._events = EventWriter(run_dir / EVENTS_FILE)
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        rollbacks: int = 0,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, report)
+        self._events = EventWriter(run_dir / EVENTS_FILE, report)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(step, values)
@@ -86,7 +92,7 @@ class Trackers:
     """Several trackers as one.
 
     The first failure of a view (a network, a full quota) is reported and ends that view, never the training; the
-    truth is not guarded, for a run that cannot write its metrics should stop.
+    truth waits in memory while the disk takes none of it (`lines.py`).
     """
 
     def __init__(
@@ -153,7 +159,7 @@ def build_trackers(
     if not is_writer:
         return Trackers([], [])
     tracking = config.tracking
-    truth = JsonlTracker(run_dir, resume_step, rollbacks)
+    truth = JsonlTracker(run_dir, resume_step, rollbacks, report)
     views: list[Tracker] = []
     if str(tracking.wandb) != "disabled":
         from megatron_lite.observe.wandb_tracker import WandbTracker  # imports wandb: 1.7 seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
-from megatron_lite.observe.plot import plot_run
-from megatron_lite.observe.report import write_report
+from megatron_lite.observe.plot import PLOT_FILE, plot_run
+from megatron_lite.observe.report import REPORT_FILE, write_report
 from megatron_lite.observe.summary import RunSummary, show_summary
 
 BASELINE_EVENT = "baseline"
@@ -40,8 +41,12 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
     plot = report = None
     if config.tracking.plot:
-        plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
-        report = _report(run_dir, console)
+        plot = _drawn(
+            run_dir / PLOT_FILE,
+            lambda: plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss")),
+            console,
+        )
+        report = _drawn(run_dir / REPORT_FILE, lambda: write_report(run_dir, ALL_TRAINED), console)
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
     steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
     seconds = sum(entry["step_seconds"] for entry in steady)
@@ -78,13 +83,13 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     )
 
 
-def _report(run_dir: Path, console: Console) -> Path | None:
+def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Path | None:
     """A run that has trained to its end is no failure because a page cannot be drawn: the command can draw it later."""
     try:
-        return write_report(run_dir, ALL_TRAINED)
+        return draw()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"report.html could not be written ({reason}); try `python -m launch report {run_dir}`")
+        console.print(f"{path.name} could not be written ({reason}); try `python -m launch report {path.parent}`")
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.skips import Rollback, read_rollbacks
+from megatron_lite.data.skips import Rollback, rollbacks_to_go_on_with
 from megatron_lite.errors import DataError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Heartbeat
@@ -113,7 +113,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
     """
     found, problem = list[Rollback](), None
     try:
-        found = read_rollbacks(run.folder) if run.context.is_writer else []
+        found = rollbacks_to_go_on_with(run.folder) if run.context.is_writer else []
     except DataError as error:
         problem = str(error)
     found, problem = agreed((found, problem))

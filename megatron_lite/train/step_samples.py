@@ -10,6 +10,7 @@ from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
@@ -97,7 +98,7 @@ def config_of(run_dir: Path, step: int | None) -> Path:
         raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
     attempts = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
     named = [run_dir / event["config"] for event in attempts if step is None or event["step"] < step]
-    return named[-1] if named and named[-1] in there else max(there, key=lambda path: path.stat().st_mtime)
+    return named[-1] if named and named[-1] in there else max(there, key=modified_ns)
 
 
 def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:

@@ -75,7 +75,7 @@ def test_begin_makes_the_folder_ready(slurm: Notes, run_dir: Path, capsys: pytes
     (run_dir / "logs" / "error.txt").write_text("old")
     assert begin(run_dir) == 0
     assert capsys.readouterr().out == "job 12: attempt 1 on n1, n2; newest checkpoint: none\n"
-    assert {path.name for path in run_dir.iterdir()} == {"logs", "jobs.jsonl", "attempts.jsonl"}
+    assert {path.name for path in run_dir.iterdir()} == {"logs", "jobs.jsonl", "attempts.jsonl", "lock"}
     assert not list((run_dir / "logs").iterdir())
     assert records.submissions(run_dir) == [[JOB]]  # somebody typed `sbatch job.sh`
 
@@ -138,7 +138,7 @@ def test_a_rollback_is_progress(slurm: Notes, run_dir: Path) -> None:
     begin(run_dir)
     (run_dir / "checkpoints" / "step_00000030").rmdir()
     end(run_dir, code=137)
-    assert records.attempts(run_dir, "end")[-1]["advanced"]
+    assert records.attempts(run_dir, "end")[-1].advanced
 
 
 def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
