@@ -21,7 +21,7 @@ from megatron_lite.state_files import read_object, read_text, warn
 STOP_FILE = "STOP"
 HANG_FILE = "hang.json"
 RESERVE_FILE = ".reserve"
-RESERVE_BYTES = 2**16
+RESERVE_BYTES = 2**14
 ATTEMPTS_FILE = "attempts.jsonl"
 """When the attempts of a job began and ended: launch/slurm/records.py."""
 ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"

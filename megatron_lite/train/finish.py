@@ -48,7 +48,8 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
         )
         report = _drawn(run_dir / REPORT_FILE, lambda: write_report(run_dir, ALL_TRAINED), console)
     first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
-    steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
+    timed = {"step_seconds", "data_seconds", "tokens_per_second"}  # a line that is damaged may lack some
+    steady = [entry for entry in metrics[len(metrics) // 2 :] if timed <= entry.keys()]  # past the warm-up of caches
     seconds = sum(entry["step_seconds"] for entry in steady)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in steady)
     show_summary(
@@ -94,7 +95,7 @@ def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Pat
 
 
 def _last(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event["event"] == name), {})
+    return next((event for event in reversed(events) if event.get("event") == name), {})
 
 
 def _command(config: RunConfig, run_dir: Path) -> str:

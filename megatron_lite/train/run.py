@@ -263,9 +263,9 @@ def _is_evaluated(run: Run, step: int) -> bool:
         return True
     evaluated = False
     for event in read_metrics(run.folder / EVENTS_FILE):
-        if event["event"] == EVALUATION_EVENT and event["step"] == step:
+        if event.get("event") == EVALUATION_EVENT and event["step"] == step:
             evaluated = True
-        elif event["event"] == ROLLBACK_EVENT and event["to_step"] < step:
+        elif event.get("event") == ROLLBACK_EVENT and event["to_step"] < step:
             evaluated = False  # it was with other weights
     return evaluated
 

@@ -97,7 +97,7 @@ def config_of(run_dir: Path, step: int | None) -> Path:
     if not there:
         raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
     attempts = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
-    named = [run_dir / event["config"] for event in attempts if step is None or event["step"] < step]
+    named = [run_dir / str(event.get("config")) for event in attempts if step is None or event["step"] < step]
     return named[-1] if named and named[-1] in there else max(there, key=modified_ns)
 
 

@@ -188,7 +188,8 @@ def steps_remembered(config: RunConfig) -> int:
 
 def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
     """Of the latest steps up to this one, as far as metrics.jsonl has them."""
-    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["step"] <= step]
+    needed = {"loss", "grad_norm", "loss_scale", "skipped"}
+    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["step"] <= step and needed <= row.keys()]
     return [_vitals_of(row, config.train.precision) for row in rows[-steps_remembered(config) :]]
 
 

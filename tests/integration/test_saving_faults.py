@@ -95,7 +95,7 @@ def test_disk_that_is_full_for_a_while_costs_no_step(tiny: TinyWords, tmp_path: 
 @pytest.mark.slow
 def test_full_disk_ends_the_run_with_one_error_and_it_goes_on_with_more_room(tiny: TinyWords, tmp_path: Path) -> None:
     """Room for one checkpoint, and not for two."""
-    with small_disk(tmp_path / "disk", kibibytes=1024) as disk:
+    with small_disk(tmp_path / "disk", kibibytes=1040) as disk:
         run_dir = disk / "run"
         words = tiny("run", *WORDS, f"train.run_dir={run_dir}", "train.async_save=false")
         finished = run(launch(*words))
