@@ -155,7 +155,7 @@ def _is_sound(entry: Mapping[str, Any]) -> bool:
         return all(map(_is_figure, entry.values()))
     if not all(_is_figure(entry[name]) for name in NUMBERS if name in entry):
         return False
-    told = isinstance(entry["event"], str) and _is_time(entry.get("time"))
+    told = isinstance(entry["event"], str) and ("time" not in entry or _is_time(entry["time"]))
     return told and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
 
 

@@ -304,7 +304,7 @@ def _skipped(path: Path) -> list[Entry]:
 
 def _is_whole(event: Entry) -> bool:
     """Whether an event has all that a page shows of its kind."""
-    if "event" not in event:
+    if not {"event", "time"} <= event.keys():
         return False
     kind = EVENTS.get(event["event"])
     return kind is None or fits(event, kind)
