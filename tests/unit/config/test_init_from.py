@@ -259,6 +259,7 @@ def test_a_name_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_it_is_known_without_torch(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "gpt2", GPT2)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "t1"}')
     code = (
         "import sys; from launch.cli import main; "
         f"code = main(['pretrain_gpt', 'model.init_from={folder}', 'launcher.device=cpu', 'data.seq_length=16', "

@@ -110,6 +110,12 @@ BY_HAND: dict[str, list[list[str]]] = {
     "node rank that torchrun decides": [["launcher.node_rank=null"], ["launcher.rendezvous=static"]],
     "credential among the variables": [["launcher.environment={}"]],
     "credential in the batch script": [["launcher.setup=[]"]],
+    "beginning of text of an encoder": [["data.add_bos=null"]],
+    "value with a name that is to be passed": [["launcher.pass_environment=[HF_TOKEN]"]],
+    "variable that is passed and given": [["launcher.pass_environment=[]"], ["launcher.environment={}"]],
+    "credential by its value": [["launcher.environment={}", "launcher.pass_environment=[GREETING]"]],
+    "login in the batch script": [["launcher.setup=[]", "launcher.pass_environment=[WANDB_API_KEY]"]],
+    "share of bad rows": [["data.max_bad_fraction=0.1"]],
     "login in an address": [["data.source=[embedded, 'https://host/x.jsonl']"]],
 }  # fmt: skip
 NUMBER = r"\d[\d.]*(?:e[+-]?\d+)?"

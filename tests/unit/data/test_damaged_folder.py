@@ -44,7 +44,7 @@ def use(config: RunConfig, folder: Path) -> None:
     tokenizer = prepared.open_tokenizer()
     assert tokenizer is not None
     assert prepared.vocabulary.size == prepared.vocab_size
-    assert prepared.tokenizer_files()
+    assert prepared.tokenizer_files(config)
     for shape in (WindowShape(17, 16, sentences=True), PairShape(32, 0.5, 0.1)):
         provenance = Provenance.of(prepared, config, shape)
         for index in range(40):

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data import tokenise
+from megatron_lite.data import progress, tokenise
 from megatron_lite.data.loader import training_dataset
 from megatron_lite.data.origins import read_origins
 from megatron_lite.data.prepare import prepare, prepared_folder
@@ -59,7 +59,7 @@ def test_bad_rows_are_shown_and_kept_and_documents_stay_whole(
 ) -> None:
     config = config_for(sources, max_bad_fraction=0.1, num_workers=1)
     lines: list[str] = []
-    monkeypatch.setattr(tokenise, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
     prepared = prepare(config, report=lines.append)
     assert any(line.startswith(f"tokenising {sources[2]}: ") and " read" in line for line in lines)
     manifest = json.loads((prepared.folder / "prepared.json").read_text())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.errors import ConfigError, DiskError, RunEnd, TrainingError, disk_error, end_of
-from megatron_lite.observe import lines
+from megatron_lite.observe import line_writer
 from megatron_lite.observe.console import Forgiving
 from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.markers import RESERVE_FILE, leave_marker, read_marker, reserve_space
@@ -52,7 +52,7 @@ def test_any_line_on_any_disk(
     disk, told = Disk(), list[str]()
     disk.error = error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines.os, "write", disk)
+        patch.setattr(line_writer.os, "write", disk)
         writer = LineWriter(path, told.append)
         written = [json.dumps(text) + "\n" for text, _ in steps]
         for line, (_, room) in zip(written, steps, strict=True):
@@ -71,8 +71,8 @@ def test_any_line_on_any_disk(
 
 def test_memory_is_bounded_and_the_oldest_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, told = Disk(), list[str]()
-    monkeypatch.setattr(lines.os, "write", disk)
-    monkeypatch.setattr(lines, "MOST_BYTES", 30)
+    monkeypatch.setattr(line_writer.os, "write", disk)
+    monkeypatch.setattr(line_writer, "MOST_BYTES", 30)
     writer = LineWriter(tmp_path / "file", told.append)
     disk.room = 0
     for number in range(10):
@@ -85,7 +85,7 @@ def test_memory_is_bounded_and_the_oldest_are_lost(tmp_path: Path, monkeypatch: 
 
 def test_end_on_a_full_disk_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, told = Disk(), list[str]()
-    monkeypatch.setattr(lines.os, "write", disk)
+    monkeypatch.setattr(line_writer.os, "write", disk)
     writer = LineWriter(tmp_path / "file", told.append)
     disk.room = 3
     writer.write("a line\n")
