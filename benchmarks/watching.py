@@ -23,6 +23,8 @@ from benchmarks.ranks import build_rank, run_job
 from benchmarks.shape import SEED, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from megatron_lite.config.schema import RunConfig
     from megatron_lite.data.batch import MicroBatch
     from megatron_lite.engine.engine import Engine
@@ -49,10 +51,17 @@ class _Switch:
         return self.judge is not None and self.judge(update)
 
 
+class _Nothing:
+    """To evaluate on."""
+
+    def rounds(self) -> Iterator[tuple[list[MicroBatch], int]]:
+        return iter(())
+
+
 class _Batches:
     """The same batch again and again."""
 
-    num_validation_micro_batches = 0
+    held_out = _Nothing()
 
     def __init__(self, own: list[MicroBatch]) -> None:
         from megatron_lite.data.skips import Skips
@@ -62,9 +71,6 @@ class _Batches:
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         return self._own
-
-    def validation(self) -> list[MicroBatch]:
-        return []
 
 
 def main(vocab_size: str, turns: str) -> None:

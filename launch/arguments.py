@@ -12,6 +12,9 @@ from megatron_lite.errors import ConfigError
 FLAGS = ("--dry-run", "--debug", "--help")
 VERIFY_FLAG = "--verify"  # from `python -m launch verify` to the ranks that it starts
 
+EVALUATE_FLAG = "--evaluate"  # the same of `python -m launch evaluate`; the folder with the weights follows it
+ALL_FLAG = "--all"  # on each held-out sample once
+
 
 @dataclass
 class Arguments:
@@ -25,6 +28,10 @@ class Arguments:
     help: bool = False
     verify: bool = False
     """Certify the layout instead of training."""
+    evaluate: Path | None = None
+    """Evaluate the weights of this folder instead of training."""
+    all: bool = False
+    """On each held-out sample once."""
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -38,6 +45,10 @@ def parse(argv: list[str]) -> Arguments:
         word = words.pop(0)
         if word == "--config" or word.startswith("--config="):
             arguments.config_file = Path(_value(word, words))
+        elif word == EVALUATE_FLAG and words:
+            arguments.evaluate = Path(words.pop(0))
+        elif word == ALL_FLAG:
+            arguments.all = True
         elif word == VERIFY_FLAG:
             arguments.verify = True
         elif word in FLAGS or word == "-h":
@@ -82,6 +93,7 @@ settings
 
 scripts: {", ".join(available_scripts())}
 `python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
+`python -m launch evaluate CHECKPOINT [SETTING ...] [--all] [--json]` tells loss and accuracy on held-out text
 `python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
 `python -m launch report RUN_FOLDER [--out FILE]` draws a run on one page, whether it runs, has ended or was killed
 `python -m launch compare RUN_FOLDER RUN_FOLDER [--tolerance 1e-6] [--html FILE]` says where two runs part, and why

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from launch.environment import ERROR_FILE, rank_environment
+from launch.environment import ERROR_FILE, passed_environment, rank_environment
 from launch.machine import free_port
 from launch.nodes import NODES_PORT, is_loopback
 from megatron_lite.config import frozen
@@ -17,6 +17,7 @@ from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
+from megatron_lite.observe.run_lock import ATTEMPT
 
 LOOPBACK = "127.0.0.1"
 
@@ -55,6 +56,11 @@ class LaunchPlan:
     def num_processes(self) -> int:
         assert self.config.launcher.num_processes is not None
         return self.config.launcher.num_processes
+
+    @property
+    def attempt(self) -> str:
+        """What all ranks have in common; empty where a scheduler says it once it starts them."""
+        return self.env.get(ATTEMPT, "")
 
     @property
     def frozen_config(self) -> Path:
@@ -111,11 +117,13 @@ def make_plan(
     port = launcher.master_port
     if port is None:
         port = NODES_PORT if several else free_port(address)
+    passed_environment(config)  # that it is there
     environment = rank_environment(config, one_machine=not several or is_loopback(address))
     environment |= launcher.environment
     environment |= {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        ATTEMPT: f"{address}:{port}/{path.stem}",
         ERROR_FILE: str(run_dir.absolute() / "logs" / "error.txt"),
     }
     return LaunchPlan(

@@ -36,8 +36,18 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
+from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import known_vocab_size
-from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError, RunEnd
+from megatron_lite.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    MegatronLiteError,
+    RunEnd,
+    disk_error,
+    end_of,
+)
+from megatron_lite.observe.console import forgive_output
 from megatron_lite.planning.placement import placement_warnings
 from megatron_lite.planning.plan import describe
 
@@ -55,10 +65,20 @@ def main(argv: list[str]) -> int:
         command = argv[0] if argv else ""
         if command in follow.COMMANDS:
             return follow.main(argv)
+        if command == "evaluate":
+            from launch import evaluation  # it imports what no other command needs, and this module
+
+            return evaluation.main(argv[1:])
         return watching.main(argv) if command in watching.COMMANDS else _launch(parse(argv))
     except MegatronLiteError as error:
         show_error(error, debug=debug)
-        return EXIT_USER_ERROR
+        return end_of(error)
+    except OSError as error:
+        problem = disk_error(error)
+        if problem is None:
+            raise
+        show_error(problem, debug=debug)
+        return problem.end
 
 
 def _launch(arguments: Arguments) -> int:
@@ -96,6 +116,10 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
         config = replace(config, debug=True)
     assert config.train.run_dir is not None
     changes = check_run_folder(config, Path(config.train.run_dir))
+    if config.model.init_from is not None:
+        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+
+        require_start(config)
     plan = replace(_launcher(config, arguments).plan(config), changes=tuple(changes))
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
@@ -125,7 +149,7 @@ def _start_all(points: list[Point], plans: list[LaunchPlan], arguments: Argument
             codes.append(_start(plan, arguments))
         except MegatronLiteError as error:
             show_error(error, debug=arguments.debug)
-            codes.append(EXIT_USER_ERROR)
+            codes.append(end_of(error))
         os.environ.clear()  # of what the launcher has set for the ranks of this run
         os.environ.update(environment)
         if codes[-1] in ASKED_TO_END:
@@ -190,11 +214,14 @@ def _dry_run_text(points: list[Point], plans: list[LaunchPlan], arguments: Argum
 
 def plan_text(plan: LaunchPlan, arguments: Arguments) -> str:
     """Everything that would happen, for --dry-run."""
+    require_sources(plan.config.data)
     lines = [f"{_headline(plan.config)}; dry run, nothing is started", ""]
     lines += [describe(plan.config, known_vocab_size(plan.config)), ""]
     lines += ["writes", *(f"  {path}" for path in plan.files), ""]
     if plan.changes:
         lines += ["changed since the run in this folder last ran", *(f"  {line}" for line in table(plan.changes)), ""]
+    if names := plan.config.launcher.pass_environment:
+        lines += [f"taken from this environment for every rank: {', '.join(names)}", ""]
     lines += ["environment of every rank", *(f"  {name}={value}" for name, value in sorted(plan.env.items())), ""]
     return "\n".join([*lines, *_commands(plan, arguments)])
 
@@ -239,11 +266,8 @@ def _typed_again(arguments: Arguments, node_rank: int | None) -> str:
 
 def run() -> None:
     """The console entry."""
+    forgive_output()  # of a full disk, and of `--dry-run | head`, which has seen enough
     try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before there was anything to end
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `--dry-run | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

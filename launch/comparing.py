@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.checkpoint.folder import newest_logged
 from megatron_lite.config.changes import SAFE, shown
 from megatron_lite.config.keys import is_map
 from megatron_lite.data.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
-from megatron_lite.observe.comparison import Curve, Parting, curve_of, relative_gap, write_chart
+from megatron_lite.observe.comparison import Comparison, Curve, Parting, curve_of, relative_gap, write_chart
+from megatron_lite.observe.lines import Gap
+from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_folder import RunFolder
-from megatron_lite.train.step_samples import batch_of_line
+from megatron_lite.observe.words import counted
 
 EXIT_PARTED = 1
-FIGURES = ("loss", "grad_norm")
 VALIDATION = "validation_loss"
 ABSENT = "(not there)"
 LABEL_WIDTH = 18
+SIDES = ("first", "second")
+MOST_GAPS = 4
 
 
 class Effect(StrEnum):
@@ -65,53 +69,70 @@ def compare(folders: tuple[Path, Path], names: tuple[str, str], tolerance: float
         DataError: a record of skipped samples is damaged.
         OSError: the page cannot be written.
     """
-    first, second = map(RunFolder.read, folders)
-    curves = {name: (curve_of(first.metrics, name), curve_of(second.metrics, name)) for name in FIGURES}
-    losses = Parting.of(*curves["loss"], tolerance)
-    if losses is None:
-        raise ConfigError(
-            f"{names[0]} has logged {len(first.metrics)} steps and {names[1]} {len(second.metrics)}, and none is in "
-            "both; compare runs that have trained the same steps"
-        )
-    for label, text in _lines(first, second, names, curves, tolerance):
+    runs = tuple(RunFolder.read(folder, newest_logged(folder)) for folder in folders)
+    first, second = runs
+    found = Comparison.of(first, second, tolerance)
+    loss = found.partings["loss"]
+    if loss.steps == 0:
+        raise ConfigError(_nothing_in_common(found, names))
+    for label, text in _lines(first, second, names, found):
         print(f"{label:<{LABEL_WIDTH}}{text}")
     if chart is not None:
-        write_chart(chart, names, curves)
+        write_chart(chart, names, found)
         print(f"{'chart':<{LABEL_WIDTH}}{chart}")
-    if losses.first_beyond is not None:
-        command = f"python -m megatron_lite.data trace {shlex.quote(names[0])} --step {losses.first_beyond}"
+    if loss.first_beyond is not None:
+        command = f"python -m megatron_lite.data trace {shlex.quote(names[0])} --step {loss.first_beyond}"
         print(f"{'documents':<{LABEL_WIDTH}}{command}")
-    print(verdict(losses, curves["loss"], (first, second), tolerance))
-    return EXIT_OK if losses.first_beyond is None else EXIT_PARTED
+    print(verdict(found, (first, second)))
+    return EXIT_OK if loss.first_beyond is None else EXIT_PARTED
 
 
-def _lines(
-    first: RunFolder,
-    second: RunFolder,
-    names: tuple[str, str],
-    curves: Mapping[str, tuple[Curve, Curve]],
-    tolerance: float,
-) -> Iterator[tuple[str, str]]:
-    yield "first", f"{names[0]}: {len(first.metrics):,} steps"
-    yield "second", f"{names[1]}: {len(second.metrics):,} steps"
-    for name, pair in curves.items():
-        yield name.replace("_", " "), _parting_text(Parting.of(*pair, tolerance), pair, tolerance)
+def _nothing_in_common(found: Comparison, names: tuple[str, str]) -> str:
+    counts = [side.count for side in found.sides]
+    logged = f"{names[0]} has logged {counted(counts[0], 'step')} and {names[1]} {counts[1]:,}"
+    if found.common_steps:
+        return f"{logged}, and no step has a loss in both; compare runs that log their losses"
+    return f"{logged}, and none is in both; compare runs that have trained the same steps"
+
+
+def _lines(first: RunFolder, second: RunFolder, names: tuple[str, str], found: Comparison) -> Iterator[tuple[str, str]]:
+    for label, name, side in zip(SIDES, names, found.sides, strict=True):
+        yield label, f"{name}: {counted(side.count, 'step')}"
+    for label, side in zip(SIDES, found.sides, strict=True):
+        if side.gaps:
+            yield (
+                "lines missing",
+                f"the {label} has lost {_gaps_text(side.gaps)} of {METRICS_FILE}, which is no part of this",
+            )
+    for name, parting in found.partings.items():
+        yield name.replace("_", " "), _parting_text(parting)
     yield "validation loss", _validation_text(first, second)
     yield from _origins(first, second)
     yield from _settings(first, second)
 
 
-def _parting_text(parting: Parting | None, pair: tuple[Curve, Curve], tolerance: float) -> str:
-    if parting is None:
+def _gaps_text(gaps: Sequence[Gap]) -> str:
+    more = len(gaps) - MOST_GAPS
+    return ", ".join(map(str, gaps[:MOST_GAPS])) + (
+        f" and {counted(more, 'more stretch', 'more stretches')}" if more > 0 else ""
+    )
+
+
+def _parting_text(parting: Parting) -> str:
+    if parting.steps == 0:
         return "not logged by both"
-    values = f"at step {parting.last_step}: {_pair(pair, parting.last_step)}"
+    values = f"at step {parting.last_step}: {_both(parting.last_values)}"
     if parting.first_different is None:
-        return f"the same bit for bit over {parting.steps:,} common steps; {values}"
+        return f"the same bit for bit over {counted(parting.steps, 'common step')}; {values}"
     beyond = "never" if parting.first_beyond is None else f"at step {parting.first_beyond}"
     return (
-        f"differs from step {parting.first_different} on, by more than {tolerance:g} {beyond}; largest gap "
+        f"differs from step {parting.first_different} on, by more than {parting.tolerance:g} {beyond}; largest gap "
         f"{parting.largest_gap:.3g} at step {parting.largest_gap_step}; {values}"
     )
+
+
+def _both(values: tuple[float, float]) -> str:
+    return " and ".join(f"{value:.9g}" for value in values)
 
 
 def _pair(pair: tuple[Curve, Curve], step: int) -> str:
@@ -126,7 +147,7 @@ def _validation_text(first: RunFolder, second: RunFolder) -> str:
     different = [step for step in common if relative_gap(pair[0][step], pair[1][step]) > 0]
     last = f"at step {common[-1]}: {_pair(pair, common[-1])}"
     if not different:
-        return f"the same bit for bit in {len(common)} validations; {last}"
+        return f"the same bit for bit in {counted(len(common), 'validation')}; {last}"
     return f"differs from step {different[0]} on; {last}"
 
 
@@ -143,7 +164,11 @@ def _origins(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def _window_text(window: Mapping[str, int]) -> str:
-    return f"samples {window['first']}-{window['stop'] - 1}"
+    return _numbers_text(window["first"], window["stop"] - 1)
+
+
+def _numbers_text(first: int, last: int) -> str:
+    return f"sample {first}" if first == last else f"samples {first}-{last}"
 
 
 def _same_or_both(first: Any, second: Any) -> str:
@@ -175,30 +200,52 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield key, value
 
 
-def verdict(parting: Parting, losses: tuple[Curve, Curve], runs: tuple[RunFolder, RunFolder], tolerance: float) -> str:
+def verdict(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
     """The last line: whether the two are the same run."""
-    if parting.first_different is None:
-        return f"the same loss bit for bit over {parting.steps:,} common steps"
-    if parting.first_beyond is None:
+    loss = found.partings["loss"]
+    common = counted(loss.steps, "common step")
+    if loss.first_different is None:
+        return f"the same loss bit for bit over {common}{_further(found)}"
+    if loss.first_beyond is None:
         return (
-            f"the same loss within {tolerance:g} over {parting.steps:,} common steps, though not bit for bit from step "
-            f"{parting.first_different} on"
+            f"the same loss within {loss.tolerance:g} over {common}, though not bit for bit from step "
+            f"{loss.first_different} on{_further(found)}"
         )
-    step = parting.first_beyond
-    earlier = f"; bit for bit the same before step {parting.first_different}"
-    return f"part at step {step} ({_samples_text(runs, step)}): loss {_pair(losses, step)}{earlier}"
+    step = loss.first_beyond
+    return f"part at step {step} ({_samples_text(found, runs)}): loss {_both(loss.beyond_values)}; {_before(found)}"
 
 
-def _samples_text(runs: tuple[RunFolder, RunFolder], step: int) -> str:
-    texts = [_samples_of(run, step) for run in runs]
+def _further(found: Comparison) -> str:
+    """Who has logged steps that the other has not: nothing is known of these."""
+    more = [side.count - found.common_steps for side in found.sides]
+    pairs = zip(SIDES, more, strict=True)
+    texts = [f"the {which} has logged {counted(number, 'step')} more" for which, number in pairs if number]
+    return "".join(f"; {text}" for text in texts)
+
+
+def _before(found: Comparison) -> str:
+    """What is known of the steps ahead of the one at which they part."""
+    loss = found.partings["loss"]
+    different = loss.first_different
+    if different == loss.first_step:
+        if different == loss.first_beyond:
+            return "no earlier step is in both"
+        return f"not bit for bit the same from step {different} on, the first in both"
+    if all(side.before_parting == loss.steps_before for side in found.sides):
+        return f"bit for bit the same before step {different}"
+    return f"bit for bit the same in the {counted(loss.steps_before, 'common step')} before step {different}"
+
+
+def _samples_text(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
+    assert found.beyond is not None
+    texts = [_samples_of(run, line) for run, line in zip(runs, found.beyond, strict=True)]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} in the first, {texts[1]} in the second"
 
 
-def _samples_of(run: RunFolder, step: int) -> str:
+def _samples_of(run: RunFolder, line: Any) -> str:
     """The global numbers of the samples that a step trained on, `samples 960-991`."""
-    line = next(entry for entry in run.metrics if entry["step"] == step)
-    if "samples" not in line or "global_batch_size" not in line:
+    if not all(isinstance(value, int | float) and value > 0 for value in (line.samples, line.global_batch_size)):
         return "samples unknown"
-    batch = batch_of_line(line)
-    indices = skips_of(read_rollbacks(run.path)).indices(batch.first_sample, batch.global_batch_size)
-    return f"samples {indices[0]}-{indices[-1]}"
+    samples, batch = int(line.samples), int(line.global_batch_size)
+    indices = skips_of(read_rollbacks(run.path)).indices(samples - batch, batch)
+    return _numbers_text(indices[0], indices[-1])

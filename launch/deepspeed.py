@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from launch.base import LOOPBACK, LaunchPlan, make_plan
+from launch.environment import passed_environment
 from launch.hostfile import read_hostfile
+from launch.processes import Ending
 from launch.program import ProgramLauncher, installed
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, RunEnd
@@ -35,6 +38,12 @@ class DeepSpeedLauncher(ProgramLauncher):
 
     def exit_code(self, status: int, left_behind: bool) -> int:
         return exit_code(status, left_behind)
+
+    def _run_program(self, plan: LaunchPlan, ending: Ending, beat: Callable[[], None]) -> tuple[int, bool]:
+        ours = plan.files.get(plan.run_dir / ENV_FILE)
+        if ours is not None:
+            os.environ[ENV_FILE_VARIABLE] = private_file(ours, plan.config)
+        return super()._run_program(plan, ending, beat)
 
 
 def exit_code(status: int, left_behind: bool) -> int:
@@ -95,7 +104,7 @@ def _plan_of_hosts(config: RunConfig) -> LaunchPlan:
 
 
 def _through_shells(plan: LaunchPlan) -> LaunchPlan:
-    """The plan with a file of the variables that remote ranks get: DeepSpeed itself passes on only Python's and NCCL's.
+    """The plan with a file of our variables for remote ranks: DeepSpeed itself passes on only Python's and NCCL's.
 
     Raises:
         ConfigError: a path or variable that the hosts' shells would not take as it stands; DeepSpeed does not quote.
@@ -111,12 +120,30 @@ def _through_shells(plan: LaunchPlan) -> LaunchPlan:
     if problems:
         raise ConfigError(problems)
     file = plan.run_dir / ENV_FILE
-    lines = [*_own_variables(), *(f"{name}={value}" for name, value in sorted(plan.env.items()))]
-    return replace(
-        plan,
-        files={**plan.files, file: "".join(line + "\n" for line in lines)},
-        env={**plan.env, ENV_FILE_VARIABLE: str(file.absolute())},
-    )
+    lines = [f"{name}={value}" for name, value in sorted(plan.env.items())]
+    return replace(plan, files={**plan.files, file: "".join(line + "\n" for line in lines)})
+
+
+def private_file(ours: str, config: RunConfig) -> str:
+    """The path of a file in memory, for our child processes alone, with all variables that remote ranks get.
+
+    The user's own files, and the values of launcher.pass_environment, may hold secrets, so they are on no disk.
+    """
+    passed = passed_environment(config)
+    bad = [name for name, value in passed.items() if not PLAIN.fullmatch(value)]
+    if bad:
+        raise ConfigError(
+            [
+                f"launcher.pass_environment names {name}, whose value a shell on every host would read, and DeepSpeed "
+                "does not quote it; set it on each host (~/.bashrc), or start each host with launcher.node_rank"
+                for name in bad
+            ]
+        )
+    lines = [*_own_variables(), *(f"{name}={value}" for name, value in passed.items())]
+    descriptor = os.memfd_create(ENV_FILE, flags=0)  # inherited by the program
+    with os.fdopen(descriptor, "w", closefd=False) as file:
+        file.write("".join(line + "\n" for line in lines) + ours)
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _own_variables() -> list[str]:

@@ -13,21 +13,35 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from launch.arguments import Arguments, parse, usage
-from launch.environment import ERROR_FILE, apply, rank_environment, use_own_extensions_folder
+from launch.environment import ERROR_FILE, apply, is_count, rank_environment, require_numbers, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
+from launch.preparation import ready_data
 from launch.processes import die_with
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
-from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen
+from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, LaunchError, MegatronLiteError, RunEnd
-from megatron_lite.observe.markers import clear_markers, leave_marker
+from megatron_lite.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    LaunchError,
+    MegatronLiteError,
+    RunEnd,
+    RunFolderInUseError,
+    RunFolderLostError,
+    disk_error,
+    end_of,
+)
+from megatron_lite.observe.markers import clear_markers, free_reserve, leave_marker, reserve_space
+from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attempt, take
 
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
 # than this is not one of many with the same error.
@@ -39,8 +53,12 @@ LOST_PEER = ("closed by peer", "reset by peer", "remote worker", "remote process
 STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
 
-def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str, argv: list[str] | None = None) -> int:
+def run_script(
+    main_function: Callable[[RunConfig, Claim], RunEnd | None], script: str, argv: list[str] | None = None
+) -> int:
     """Run `main_function` on the configuration that the command line describes; returns the exit code.
+
+    Rank 0 holds the lock of the run folder meanwhile, however the script was started.
 
     A user's error is shown once per job, without a traceback unless --debug asks for it, and ends every rank with the
     exit code of its `RunEnd`, which the run folder's marker names, too.
@@ -53,8 +71,9 @@ def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str,
     if "LOCAL_SIZE" in os.environ:  # deepspeed's name for it
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     terminal = os.dup(2)  # stays the user's when the run sends its own output to a log
-    debug, config = "--debug" in words, None
+    debug, config, claim = "--debug" in words, None, None
     try:
+        require_numbers(os.environ)
         arguments = parse(words)
         if arguments.help:
             print(usage(f"python {script}.py"))
@@ -64,30 +83,42 @@ def run_script(main_function: Callable[[RunConfig], RunEnd | None], script: str,
         config = _frozen_config(arguments) if arguments.config_file else _own_config(script, arguments)
         debug = config.debug
         _enter(config)
-        if not arguments.config_file:
-            _make_ready(config)
-        elif FOLDER_VARIABLE not in os.environ and not arguments.verify:  # no launcher of this machine has done it
-            _prepare_data(config)
-        return (_certify if arguments.verify else main_function)(config) or RunEnd.DONE
-    except MegatronLiteError as error:
-        _leave_marker(config, error.end, str(error))
-        _tell(error_text(error, debug=debug), terminal)
-        return error.end
+        if arguments.verify:
+            _certify(config)
+            return RunEnd.DONE
+        claim = _claim(config, terminal)
+        _get_ready(config, is_frozen=arguments.config_file is not None)
+        return _task(arguments, main_function)(config, claim) or RunEnd.DONE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
-        _leave_marker(config, RunEnd.FAILED, f"rank {_rank()}: {type(error).__name__}: {error}")
-        _tell_failure(error, config, terminal)
-        return RunEnd.FAILED
+        return _end_by(error, config, claim, terminal, debug=debug)
     finally:
+        if isinstance(claim, RunLock):
+            free_reserve(claim.run_dir)
+            claim.release()
         os.close(terminal)
 
 
-def pretrain(config: RunConfig) -> RunEnd:
+def pretrain(config: RunConfig, claim: Claim) -> RunEnd:
     """Train as configured; called in every rank."""
     from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
 
-    return train(config)
+    return train(config, claim)
+
+
+Task = Callable[[RunConfig, Claim], RunEnd | None]
+
+
+def _task(arguments: Arguments, train: Task) -> Task:
+    """What this rank was started for."""
+    return train if arguments.evaluate is None else partial(_evaluate, arguments.evaluate, arguments.all)
+
+
+def _evaluate(folder: Path, one_pass: bool, config: RunConfig, claim: Claim) -> RunEnd:
+    from megatron_lite.train.evaluate_checkpoint import evaluate_checkpoint  # seconds of imports
+
+    return evaluate_checkpoint(config, claim, folder, one_pass=one_pass)
 
 
 def _certify(config: RunConfig) -> None:
@@ -97,7 +128,9 @@ def _certify(config: RunConfig) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """Of this process; 0 where the environment holds no number, which `require_numbers` has refused."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if is_count(value) else 0
 
 
 def _dry_run(script: str, arguments: Arguments) -> int:
@@ -130,6 +163,10 @@ def _own_config(script: str, arguments: Arguments) -> RunConfig:
     validate(resolved, world_size)
     assert resolved.train.run_dir is not None
     check_run_folder(resolved, Path(resolved.train.run_dir))
+    if resolved.model.init_from is not None:
+        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+
+        require_start(resolved)
     return replace(resolved, debug=resolved.debug or arguments.debug)
 
 
@@ -173,6 +210,57 @@ def _enter(config: RunConfig) -> None:
     use_own_extensions_folder(Path(config.train.run_dir))
 
 
+def _claim(config: RunConfig, terminal: int) -> Claim:
+    """The lock of the run folder: rank 0 takes it, the others make sure that it is their own rank 0 that has it.
+
+    Raises:
+        RunFolderInUseError: another run holds it; on every rank.
+    """
+    assert config.train.run_dir is not None
+    run_dir = Path(config.train.run_dir)
+    if _rank() != 0:
+        return join(run_dir, own_attempt())
+
+    def say(line: str) -> None:
+        os.write(terminal, (line + "\n").encode())
+
+    def end(text: str) -> None:  # whatever the other threads do: nothing that this process writes is wanted any more
+        with contextlib.suppress(OSError):
+            say(f"error: {text}")
+        os._exit(RunEnd.CONFIG_ERROR)
+
+    try:
+        lock = take(run_dir, Role.rank, own_attempt(), report=say)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+    reserve_space(run_dir)
+    lock.keep(on_loss=end)
+    return lock
+
+
+def _end_by(error: Exception, config: RunConfig | None, claim: Claim | None, terminal: int, *, debug: bool) -> RunEnd:
+    """Leave word of an error in the run folder, and tell the user."""
+    if isinstance(error, OSError):
+        error = disk_error(error) or error
+    end = end_of(error)
+    if not isinstance(error, MegatronLiteError):
+        _leave_marker(config, claim, RunEnd.FAILED, f"rank {_rank()}: {type(error).__name__}: {error}")
+        _tell_failure(error, config, terminal)
+        return RunEnd.FAILED
+    _leave_marker(config, claim, end, str(error))
+    # Those are of a folder that is another run's: its launcher would show what we left there as its own.
+    is_foreign = isinstance(error, RunFolderInUseError | RunFolderLostError)
+    _tell(error_text(error, debug=debug), terminal, None if is_foreign else os.environ.get(ERROR_FILE))
+    return end
+
+
+def _get_ready(config: RunConfig, *, is_frozen: bool) -> None:
+    if not is_frozen:
+        _make_ready(config)
+    elif FOLDER_VARIABLE not in os.environ:  # no launcher of this machine has done it
+        _prepare_data(config)
+
+
 def _make_ready(config: RunConfig) -> None:
     """What a launcher does before it starts the ranks."""
     _prepare_data(config)
@@ -184,27 +272,25 @@ def _make_ready(config: RunConfig) -> None:
 
 def _prepare_data(config: RunConfig) -> None:
     """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
-    from megatron_lite.data.prepare import prepare
-
     is_first = _rank() == 0
-    prepared = prepare(config, report=lambda line: print(line, flush=True) if is_first else None)
-    os.environ[FOLDER_VARIABLE] = str(prepared.folder)
+    folder = ready_data(config, lambda line: print(line, flush=True) if is_first else None)
+    os.environ[FOLDER_VARIABLE] = str(folder)
 
 
-def _leave_marker(config: RunConfig | None, end: RunEnd, message: str) -> None:
-    """For whoever looks at the run folder later; there is none where the run has not begun."""
-    if config is None or config.train.run_dir is None or not Path(config.train.run_dir).is_dir():
+def _leave_marker(config: RunConfig | None, claim: Claim | None, end: RunEnd, message: str) -> None:
+    """For whoever looks at the run folder later; there is none in the folder of another attempt."""
+    if config is None or config.train.run_dir is None or claim is None or not claim.is_ours():
         return
     with contextlib.suppress(OSError):  # a full or lost disk: the error itself is shown all the same
         leave_marker(Path(config.train.run_dir), end, message)
 
 
-def _tell(text: str, terminal: int) -> None:
+def _tell(text: str, terminal: int, error_file: str | None) -> None:
     """Show a user's error once per job: through our launcher's file, or from rank 0, or from the only rank alive."""
-    error_file = os.environ.get(ERROR_FILE)
     if error_file:
-        leave_error(Path(error_file), text)
-        return
+        with contextlib.suppress(OSError):  # a full disk: then it is said here
+            leave_error(Path(error_file), text)
+            return
     if _rank() != 0:
         time.sleep(SILENCE_SECONDS)
     os.write(terminal, (text + "\n").encode())

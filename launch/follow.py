@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from launch.messages import tail
-from launch.preparation import LOCK_FILE
 from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
-from megatron_lite.errors import EXIT_OK, ConfigError, LaunchError, RunEnd
+from megatron_lite.errors import EXIT_OK, ConfigError, DamagedFileError, LaunchError, RunEnd
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ask_to_stop, read_marker
 from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.run_lock import Holder, holder_of
+from megatron_lite.state_files import decode, warn
 
 FOLLOW_FLAG = "--follow"
 POLL_SECONDS = 1.0
@@ -32,6 +34,7 @@ IN_WORDS = {
     RunEnd.OUT_OF_DATA: "out of data",
     RunEnd.OUT_OF_MEMORY: "out of memory",
     RunEnd.HUNG: "hung",
+    RunEnd.DISK_ERROR: "ended by a disk that is full or fails",
 }
 
 
@@ -80,32 +83,32 @@ def status(run_dir: Path) -> int:
 
 def _status(run_dir: Path) -> Iterator[tuple[str, str]]:
     yield "run folder", str(run_dir)
-    process = _process_of_this_machine(run_dir)
+    holder = holder_of(run_dir)
     jobs = _known_jobs(run_dir)
-    yield "state", _state(run_dir, process, jobs)
+    yield "state", _state(run_dir, holder, jobs)
     yield "progress", _progress(run_dir)
-    if process is not None:
-        yield "process", f"{process} of this machine"
+    if holder is not None:
+        yield "process", str(holder).removeprefix("process ")
     if jobs is None:
         yield "jobs", "no slurm answers on this machine"
     for job in jobs or []:
-        restarts = max((entry["restart"] for entry in records.attempts(run_dir, "begin", job.number)), default=0)
+        restarts = max((entry.restart for entry in records.attempts(run_dir, records.BEGIN, job.number)), default=0)
         where = f"on {job.nodes}" if job.nodes else f"({job.reason})"
         yield "job", f"{job.number}: {job.state} {where}; restarts: {restarts}"
-    ends = records.attempts(run_dir, "end")
+    ends = records.attempts(run_dir, records.END)
     if ends:
-        yield "last end", f"job {ends[-1]['job']}: {ends[-1]['reason']}"
+        yield "last end", f"job {ends[-1].job}: {ends[-1].reason}"
     step = records.newest_checkpoint(run_dir)
     yield "checkpoint", "none" if step is None else f"step {step}"
 
 
 def state(run_dir: Path) -> str:
     """What the run is doing, or how its latest attempt ended."""
-    return _state(run_dir, _process_of_this_machine(run_dir), _known_jobs(run_dir))
+    return _state(run_dir, holder_of(run_dir), _known_jobs(run_dir))
 
 
-def _state(run_dir: Path, process: str | None, jobs: list[scheduler.Job] | None) -> str:
-    running = process is not None or any(job.state == "RUNNING" for job in jobs or [])
+def _state(run_dir: Path, holder: Holder | None, jobs: list[scheduler.Job] | None) -> str:
+    running = holder is not None or any(job.state == "RUNNING" for job in jobs or [])
     return "running" if running else _end_in_words(run_dir)
 
 
@@ -115,18 +118,6 @@ def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
     if not submissions:
         return []
     return scheduler.jobs(submissions[-1]) if scheduler.answers() else None
-
-
-def _process_of_this_machine(run_dir: Path) -> str | None:
-    """The launcher that holds the run folder's lock; None = there is none here."""
-    try:
-        with (run_dir / LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        return (run_dir / LOCK_FILE).read_text().partition("\n")[0]
-    return None
 
 
 def _end_in_words(run_dir: Path) -> str:
@@ -139,23 +130,37 @@ def _end_in_words(run_dir: Path) -> str:
 
 
 def _progress(run_dir: Path) -> str:
-    frozen = max(run_dir.glob("config-*.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    steps, last = load_frozen(frozen).train.steps, _last_metrics(run_dir)
+    last, steps = _last_figures(run_dir), _train_steps(run_dir)
     if last is None:
         return f"step 0 of {steps}"
-    loss, speed = last.get("loss"), last.get("tokens_per_second")
-    text = f"step {last['step']} of {steps}"
-    text += "" if loss is None else f", loss {float(loss):.4g}"
-    return text + ("" if speed is None else f", {float(speed):,.0f} tokens/s")
+    text = f"step {last.step} of {steps}"
+    text += "" if last.loss is None else f", loss {float(last.loss):.4g}"
+    return text + ("" if last.tokens_per_second is None else f", {last.tokens_per_second:,.0f} tokens/s")
 
 
-def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl."""
+def _train_steps(run_dir: Path) -> str:
+    frozen = max(run_dir.glob("config-*.yaml"), key=modified_ns)
+    try:
+        return str(load_frozen(frozen).train.steps)
+    except ConfigError as error:
+        warn(error)
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of a line of metrics.jsonl, what a status shows."""
+
+    step: int
+    loss: float | Literal["NaN", "Infinity", "-Infinity"] | None = None
+    tokens_per_second: float | None = None
+
+
+def _last_figures(run_dir: Path) -> _Figures | None:
+    """Of the last whole line of metrics.jsonl."""
     for line in reversed(tail(run_dir / METRICS_FILE, lines=2)):  # the very last may be half written
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
+        with suppress(DamagedFileError):
+            return decode(line, _Figures, METRICS_FILE)
     return None
 
 
@@ -172,7 +177,7 @@ def logs(run_dir: Path) -> int:
 def _job_log(run_dir: Path) -> Path | None:
     """The log of the newest job that has begun."""
     found = (run_dir / "logs").glob("slurm-*.out")
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(found, key=modified_ns, default=None)
 
 
 def _telling_rank_log(run_dir: Path) -> Path | None:
@@ -187,7 +192,7 @@ def follow_logs(run_dir: Path) -> int:
     """Print what the job writes, and the jobs after it, until none waits or runs; Ctrl-C ends it sooner."""
     path, position = None, 0
     while True:
-        alive = _process_of_this_machine(run_dir) is not None or bool(live_jobs(run_dir))
+        alive = holder_of(run_dir) is not None or bool(live_jobs(run_dir))
         newest = _job_log(run_dir) or _telling_rank_log(run_dir)
         if newest is not None:
             path, position = newest, position if newest == path else 0
@@ -199,9 +204,15 @@ def follow_logs(run_dir: Path) -> int:
 
 def _print_from(path: Path, position: int) -> int:
     """Print what stands in a file from this byte on; returns its length in bytes."""
-    with path.open("rb") as file:
-        file.seek(position)
-        new = file.read()
+    try:
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            file.seek(position)
+            new = file.read()
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}")
+        return 0
     sys.stdout.write(new.decode(errors="replace"))
     sys.stdout.flush()
     return len(new)
@@ -213,11 +224,11 @@ def cancel(run_dir: Path) -> int:
         scheduler.cancel(jobs)
         print(f"cancelled job {', '.join(map(str, jobs))}; {_how_to_go_on(run_dir)}")
         return EXIT_OK
-    process = _process_of_this_machine(run_dir)
-    if process is None:
+    holder = holder_of(run_dir)
+    if holder is None:
         raise LaunchError(f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status")
     ask_to_stop(run_dir, "`python -m launch cancel`")
-    print(f"asked process {process} and its ranks to save and to stop")
+    print(f"asked {holder} and its ranks to save and to stop")
     return EXIT_OK
 
 
@@ -241,6 +252,8 @@ def requeue(run_dir: Path) -> int:
         print(f"job {running[0]} goes back into the queue, and on from its newest checkpoint")
     elif jobs:
         raise LaunchError(f"job {jobs[0].number} of {run_dir} is {jobs[0].state} already; wait for it, or cancel it")
+    elif (holder := holder_of(run_dir)) is not None:
+        raise LaunchError(f"{run_dir} is in use by {holder}; wait for it, or end it with `python -m launch cancel`")
     else:
         submit(run_dir, links=1)
     return EXIT_OK

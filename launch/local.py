@@ -20,13 +20,14 @@ from types import ModuleType
 
 from launch.base import LaunchPlan, make_plan
 from launch.environment import apply
-from launch.messages import show_error, tail
+from launch.messages import show_error, show_left_error, tail
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import ask_to_stop
+from megatron_lite.observe.run_lock import require_free
 
 # Slow to import, in this order. torch's optimizers import torch._dynamo at first use, in every rank.
 EXPLAINED = frozenset(RunEnd) - {RunEnd.DONE, RunEnd.FAILED}
@@ -67,6 +68,7 @@ class LocalLauncher:
     def run(self, plan: LaunchPlan) -> int:
         forks = plan.config.launcher.device == "cpu" if self._fork is None else self._fork
         with Ending().watching() as ending:
+            require_free(plan.run_dir, plan.attempt)
             # the child is forked before the imports, of which it needs none
             with Preparation(plan.config, self._prepare) as preparation:
                 apply(plan.env, overwrite=True)
@@ -74,9 +76,9 @@ class LocalLauncher:
                 code = preparation.wait(ending)
             if code != EXIT_OK or body is None:
                 return code
-            with run_folder(plan):
+            with run_folder(plan, ending) as beat:
                 logs_before = [_size(plan.log_file(rank)) for rank in range(plan.num_processes)]
-                ranks = _start_ranks(body, plan.rank_envs)
+                ranks = _start_ranks(body, plan.rank_envs, beat)
                 ranks.wait(ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds)
                 return _conclude(plan, ranks, ending, logs_before)
 
@@ -84,13 +86,13 @@ class LocalLauncher:
 Body = Callable[[], int]
 
 
-def _start_ranks(body: Body, rank_envs: list[dict[str, str]]) -> Children:
+def _start_ranks(body: Body, rank_envs: list[dict[str, str]], beat: Callable[[], None]) -> Children:
     """All of them, or none.
 
     Raises:
         LaunchError: the system does not let us start so many processes.
     """
-    ranks = Children([], ending_grace_seconds=0.0)
+    ranks = Children([], ending_grace_seconds=0.0, each_poll=beat)
     try:
         for rank_env in rank_envs:
             ranks.pids.append(start(_rank_body(body, rank_env)))
@@ -151,8 +153,7 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
         return ending.exit_code
     pid = culprit(ranks.ends)
     rank, end = ranks.pids.index(pid), ranks.ends[pid]
-    if end.status in EXPLAINED and plan.error_file.exists():
-        print(plan.error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+    if end.status in EXPLAINED and show_left_error(plan.error_file):
         return end.status
     place = topology(plan.config).coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"

@@ -7,9 +7,11 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_lite.errors import ConfigError, RunEnd
+from megatron_lite.errors import ConfigError, DamagedFileError, RunEnd
 from megatron_lite.files import publish_first
+from megatron_lite.observe.credentials import without_logins
 from megatron_lite.observe.markers import read_marker
+from megatron_lite.state_files import read_text
 
 TAIL_LINES = 15
 
@@ -20,7 +22,7 @@ def error_text(error: Exception | str, *, debug: bool = False) -> str:
     lines = [f"error: {problem}" for problem in problems]
     if debug and isinstance(error, Exception):
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
-    return "\n".join(lines)
+    return without_logins("\n".join(lines))
 
 
 def show_error(error: Exception | str, *, debug: bool = False) -> None:
@@ -37,14 +39,26 @@ def told_end(run_dir: Path, error_file: Path) -> RunEnd | None:
     marker = read_marker(run_dir)
     if marker is None or marker.end is RunEnd.FAILED:
         return None
-    if error_file.exists():
-        print(error_file.read_text().rstrip(), file=sys.stderr, flush=True)
+    show_left_error(error_file)
     return marker.end
+
+
+def show_left_error(error_file: Path) -> bool:
+    """Show what the ranks have left there to be shown; whether there was anything."""
+    try:
+        text = (read_text(error_file) or "").strip("\0 \n")
+    except DamagedFileError as error:
+        text = f"warning: {error}"
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    return bool(text)
 
 
 def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:
     """The last lines of a log, of what was written from byte `start` on; none where there is no log."""
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            return []
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(start, file.tell() - 16384))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 
 from megatron_lite.errors import LaunchError
+from megatron_lite.parallel.loopback import is_loopback as is_loopback
 
 NODE_RANK_VARIABLES = ("NODE_RANK", "GROUP_RANK")
 """Where schedulers (Kubernetes' PyTorchJob, cloud services) say which of its nodes a job's process is on."""
@@ -32,17 +32,9 @@ def own_node_rank(asked: int | None, nodes: int, environment: Mapping[str, str] 
             "launcher.rendezvous=c10d with launcher=torchrun"
         )
     value = environment[name]
-    if not (value.isascii() and value.isdigit() and int(value) < nodes):
+    if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) < nodes):
         raise LaunchError(
             f"{name}={value!r} in the environment is not among the ranks of launcher.nodes={nodes}, 0 to {nodes - 1}; "
             "correct it, or give launcher.node_rank"
         )
     return int(value)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address leads back to the machine that uses it; no name is looked up."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from launch.base import LaunchPlan
 from launch.messages import show_error
-from launch.processes import POLL_SECONDS, Children, Ending, start
-from megatron_lite.config.frozen import freeze, unwritable
+from launch.processes import Children, Ending, start
+from megatron_lite.config.derived import run_directory
+from megatron_lite.config.frozen import freeze, has_trained, unwritable
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, LaunchError, MegatronLiteError
+from megatron_lite.errors import EXIT_FAILURE, MegatronLiteError, RunFolderInUseError, end_of
+from megatron_lite.files import make_folder, remove_file, replace_file
 from megatron_lite.observe.markers import clear_markers
+from megatron_lite.observe.run_lock import Role, RunLock, holder_of, take
 
-LOCK_FILE = ".lock"
-OWNER_SECONDS = 10.0  # that a launcher may take from its claim to its name in the file, seen from another machine
 PATH_BYTES = 4096  # longest path of Linux
 
 
@@ -69,9 +67,28 @@ Prepare = Callable[[RunConfig], Path | None]
 
 def prepare_data(config: RunConfig) -> Path:
     """Make the shards of a configuration, saying what takes time."""
-    from megatron_lite.data.prepare import prepare  # seconds of imports that only this process needs
+    return ready_data(config, lambda line: print(line, flush=True))
 
-    return prepare(config, report=lambda line: print(line, flush=True)).folder
+
+def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
+    """The folder of the prepared data of a run that begins or goes on.
+
+    Raises:
+        ConfigError, DataError: it cannot be made.
+        CheckpointError: the run in train.run_dir was trained on other tokens.
+    """
+    # seconds of imports that only this process needs
+    from megatron_lite.checkpoint.resume import allowed_changes
+    from megatron_lite.data.prepare import prepare
+    from megatron_lite.train.step_samples import trained_with
+
+    run_dir = run_directory(config)
+    before = trained_with(run_dir) if has_trained(run_dir) else None
+    prepared = prepare(config, report=report, earlier=None if before is None else before.config)
+    if before is not None:  # said before the ranks start; they look at the checkpoint itself
+        newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
+        allowed_changes(before, config, prepared.fingerprint, f"the run in train.run_dir={run_dir}", newest)
+    return prepared.folder
 
 
 def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
@@ -81,7 +98,7 @@ def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
             os.write(answer, str(folder.absolute()).encode())
     except MegatronLiteError as error:
         show_error(error, debug=config.debug)
-        return EXIT_USER_ERROR
+        return end_of(error)
     except Exception:
         traceback.print_exc(file=sys.stderr)
         return EXIT_FAILURE
@@ -89,62 +106,65 @@ def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
 
 
 @contextlib.contextmanager
-def run_folder(plan: LaunchPlan) -> Iterator[None]:
-    """The run folder for the length of the block: ours alone, with the files of the plan and room for logs.
+def run_folder(plan: LaunchPlan, ending: Ending | None = None) -> Iterator[Callable[[], None]]:
+    """The run folder for the length of the block: locked, with the files of the plan and room for logs.
 
-    These are the only writes of a launcher itself. Forked ranks share the claim, so it ends with the last of them.
-    Nodes of one job share it, too: that of rank 0 claims it or, where they have no ranks yet, the first one. The others
-    write the same files again, in case the folder is not the same.
+    These are the only writes of a launcher itself. Rank 0 takes the lock over and keeps it to its own end. Nodes of one
+    job share it: that of rank 0 locks the folder or, where they have no ranks yet, the first one. The others write the
+    same files again, in case the folder is not the same.
 
+    Args:
+        ending: ends the wait for a holder of which nobody knows whether it is alive.
+    Yields:
+        what gives a sign of life; to be called again and again.
     Raises:
         ConfigError: the folder cannot be written.
-        LaunchError: another launcher is at work in it.
+        RunFolderInUseError: somebody else is at work in it.
     """
     try:
-        plan.error_file.parent.mkdir(parents=True, exist_ok=True)
-        lock = (plan.run_dir / LOCK_FILE).open("a+")
+        make_folder(plan.error_file.parent)
+        lock = _lock(plan, ending)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
-    with lock:
-        claimed = not plan.node_rank and _claim(lock, plan)
-        path = freeze(plan.config, plan.run_dir)
-        assert path == plan.frozen_config
-        for further in set(plan.files) - {path}:
-            further.write_text(plan.files[further])
-        if claimed:
-            plan.error_file.unlink(missing_ok=True)
-            clear_markers(plan.run_dir)
-        yield
-
-
-def _claim(lock: IO[str], plan: LaunchPlan) -> bool:
-    """Take the folder, or find that it belongs to another node of this job."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if plan.job and _owned_by_job(plan):
-            return False
-        owner = _read_owner(plan)[0]
-        raise LaunchError(
-            f"train.run_dir={plan.run_dir} is in use by process {owner}; wait for it, or give another folder"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n{plan.job}")
-    lock.flush()
-    return True
+        try:
+            _write_files(plan, clear=lock is not None)
+        except OSError as error:
+            raise unwritable(plan.run_dir, error) from error
+        yield (lambda: None) if lock is None else lock.beat
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _owned_by_job(plan: LaunchPlan) -> bool:
-    """Whether the owner is of our job: nodes start at the same time, so it may be about to write that."""
-    deadline = time.monotonic() + OWNER_SECONDS
-    while _read_owner(plan)[1] != plan.job:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
+def _write_files(plan: LaunchPlan, *, clear: bool) -> None:
+    path = freeze(plan.config, plan.run_dir)
+    assert path == plan.frozen_config
+    for further in set(plan.files) - {path}:
+        replace_file(further, plan.files[further].encode())
+    if clear:
+        remove_file(plan.error_file)
+        clear_markers(plan.run_dir)
 
 
-def _read_owner(plan: LaunchPlan) -> tuple[str, str]:
-    """Process and job that the lock's file names; read anew, as what other machines write reaches no open file."""
-    owner, _, job = (plan.run_dir / LOCK_FILE).read_text().partition("\n")
-    return owner, job
+def _lock(plan: LaunchPlan, ending: Ending | None) -> RunLock | None:
+    """None where another node of this job has it, or will."""
+    if plan.node_rank or _is_shared(plan):
+        return None
+    try:
+        return take(
+            plan.run_dir,
+            Role.launcher,
+            plan.attempt,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+            give_up=lambda: ending is not None and ending.signal is not None,
+        )
+    except RunFolderInUseError:
+        if _is_shared(plan):  # nodes start at the same time
+            return None
+        raise
+
+
+def _is_shared(plan: LaunchPlan) -> bool:
+    holder = holder_of(plan.run_dir) if plan.job else None
+    return holder is not None and holder.attempt == plan.attempt

@@ -83,6 +83,8 @@ class Children:
     """Each process leads a group of its own, which is signalled as a whole."""
     failure_grace_seconds: float = 3.0
     ending_grace_seconds: float = 10.0
+    each_poll: Callable[[], None] = lambda: None
+    """Called some times a second as long as we wait."""
     ends: dict[int, End] = field(default_factory=dict)
     """pid -> end, in the order of the ends."""
     _signalled: bool = False
@@ -133,6 +135,7 @@ class Children:
         while self.running and time.monotonic() < deadline and not enough():
             time.sleep(POLL_SECONDS)
             self.poll()
+            self.each_poll()
 
     def _send(self, number: int) -> None:
         self._signalled = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +19,7 @@ from launch.processes import Children, Ending, adopt_orphans, descendants, end_d
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_OK, LaunchError
 from megatron_lite.observe.markers import ask_to_stop
+from megatron_lite.observe.run_lock import require_free
 
 HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
 
@@ -44,22 +45,29 @@ class ProgramLauncher:
     def run(self, plan: LaunchPlan) -> int:
         plan = on_this_node(plan)
         with Ending().watching() as ending:
+            require_free(plan.run_dir, plan.attempt)
             with Preparation(plan.config, self._prepare) as preparation:
                 code = preparation.wait(ending)
             if code != EXIT_OK:
                 return code
             apply(plan.env, overwrite=True)
-            with run_folder(plan):
-                status, left_behind = self._run_program(plan, ending)
+            with run_folder(plan, ending) as beat:
+                status, left_behind = self._run_program(plan, ending, beat)
                 return self._conclude(plan, ending, status, left_behind)
 
-    def _run_program(self, plan: LaunchPlan, ending: Ending) -> tuple[int, bool]:
+    def _run_program(self, plan: LaunchPlan, ending: Ending, beat: Callable[[], None]) -> tuple[int, bool]:
         """The program's exit code, or minus its signal, and whether it has left processes behind, which are ended."""
         adopt_orphans()  # torchrun's ranks are in sessions of their own: only as descendants can all be found
         others = descendants()
         pid = start(lambda: self._become(plan.argv), own_session=True)
         # The program itself ends the ranks when one fails: nothing to wait for beyond that.
-        children = Children([pid], as_groups=True, failure_grace_seconds=0.0, ending_grace_seconds=HELPERS_SECONDS)
+        children = Children(
+            [pid],
+            as_groups=True,
+            failure_grace_seconds=0.0,
+            ending_grace_seconds=HELPERS_SECONDS,
+            each_poll=beat,
+        )
         children.wait(ending, lambda: ask_to_stop(plan.run_dir, ending.name), plan.config.launcher.grace_seconds)
         left_behind = end_descendants(HELPERS_SECONDS, others)
         return children.ends[pid].status, left_behind

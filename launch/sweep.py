@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException
 
+from megatron_lite.config import words
+from megatron_lite.config.keys import shown
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError, library_edge
 
 RUN_DIR = "train.run_dir"
 NAME_LIMIT = 120  # characters that a sweep adds to a folder's name, of the 255 that file systems allow
+MAX_POINTS = 1000  # runs of a sweep
 NAMED_POINTS = 3  # that a message about several points names
 
 Result = TypeVar("Result")
@@ -42,7 +44,7 @@ class Point:
         return " ".join(f"{key}={value}" for key, value in self.varied)
 
 
-def expand(words: Sequence[str]) -> list[Point]:
+def expand(command_line: Sequence[str]) -> list[Point]:
     """The points of a command line, the last varied word changing fastest; a single one where no word is varied.
 
     Raises:
@@ -51,13 +53,15 @@ def expand(words: Sequence[str]) -> list[Point]:
     choices: list[list[str]] = []
     keys: list[str | None] = []
     problems: list[str] = []
-    for word in words:
+    for word in command_line:
         override = _sweep(word)
         keys.append(override.key_or_group if override else None)
         try:
             choices.append(_values(word, override) if override else [word])
         except ConfigError as error:
             problems += error.problems
+    if not problems and math.prod(map(len, choices)) > MAX_POINTS:
+        problems.append(f"the command line makes more than {MAX_POINTS} runs; give fewer values")
     if problems:
         raise ConfigError(problems)
     return [
@@ -71,18 +75,24 @@ def expand(words: Sequence[str]) -> list[Point]:
 
 def _sweep(word: str) -> Override | None:
     try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:
+        override = words.parse(word)
+    except ConfigError:
         return None  # whoever reads the word for its value says what is wrong
     return override if override.is_sweep_override() else None
 
 
 def _values(word: str, override: Override) -> list[str]:
-    """The word once for each of its values."""
+    """The word once for each of its values; those of a text as they were typed."""
     if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
-        raise ConfigError(f"{word} names no values one by one; write them as KEY=A,B,C or KEY=range(START,STOP,STEP)")
-    start = word.partition("=")[0]
-    return [f"{start}={value}" for value in override.sweep_string_iterator()]
+        raise ConfigError(
+            f"{shown(word)} names no values one by one; write them as KEY=A,B,C or KEY=range(START,STOP,STEP)"
+        )
+    start, _, typed = word.partition("=")
+    with library_edge(ConfigError, f"{shown(word)} cannot be read", "write KEY=A,B,C or KEY=range(START,STOP)"):
+        values = list(itertools.islice(override.sweep_string_iterator(), MAX_POINTS + 1))
+    if words.is_text(word) and (literal := words.sweep_values(typed)) is not None:
+        values = literal
+    return [f"{start}={value}" for value in values]
 
 
 def build_all(points: Sequence[Point], build: Callable[[Point], Result]) -> list[Result]:

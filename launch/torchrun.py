@@ -6,6 +6,7 @@ on torchrun's command line.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.launcher import LauncherConfig, Rendezvous
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
+from megatron_lite.observe.run_lock import ATTEMPT
 
 CANNOT_START = 126  # no rank ends with it; shells say so of a program that they cannot run
 JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
@@ -55,7 +57,8 @@ class TorchrunLauncher(ProgramLauncher):
             return replace(plan, argv=argvs[0], node_argvs=argvs if len(argvs) > 1 else ())
         # No node knows its rank before they meet, so the first one takes the run folder for all of this job.
         job = " ".join(plan.argv[1:]) if config.launcher.nodes > 1 else ""
-        return replace(plan, job=job)
+        attempt = hashlib.sha256(job.encode()).hexdigest()[:12] if job else plan.attempt
+        return replace(plan, job=job, env={**plan.env, ATTEMPT: attempt})
 
     def _become(self, argv: Sequence[str]) -> int:
         """What the `torchrun` command does, but for its traceback about a rank that has said itself why it failed."""
@@ -64,6 +67,7 @@ class TorchrunLauncher(ProgramLauncher):
         from torch.distributed.run import main
 
         logging.disable(logging.CRITICAL)
+        _listen_where_needed()
         try:
             main(list(argv[1:]))
         except ChildFailedError as error:
@@ -81,6 +85,17 @@ class TorchrunLauncher(ProgramLauncher):
         if status == CANNOT_START:  # a marker in the folder is then of an earlier attempt
             return EXIT_USER_ERROR
         return super()._conclude(plan, ending, status, left_behind)
+
+
+def _listen_where_needed() -> None:
+    """Let torchrun's own stores at a loopback address listen there alone, rather than at all of the machine's."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
+
+    from megatron_lite.parallel.stores import local_store
+
+    for module in (dist, c10d_rendezvous_backend, static_tcp_rendezvous):
+        module.TCPStore = local_store
 
 
 def _tell(rank: int, status: int) -> int:

@@ -15,7 +15,7 @@ from megatron_lite.errors import EXIT_OK, ConfigError
 DEFAULT_TOLERANCE = 1e-6
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers a wrong word like every other command: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -32,22 +32,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(words: Sequence[str]) -> int:
-    parser = _Parser(prog="python -m launch report", description="Draw a run on one page: running, ended or killed.")
+    parser = Parser(prog="python -m launch report", description="Draw a run on one page: running, ended or killed.")
     parser.add_argument("run", metavar="RUN_FOLDER")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; report.html in the run folder if not given")
     arguments = parser.parse_args(words)
     run_dir = run_folder(arguments.run)
-    from megatron_lite.observe.report import REPORT_FILE, write_report  # what it imports, other commands do not need
+    # What these import, other commands do not need.
+    from megatron_lite.checkpoint.folder import newest_logged
+    from megatron_lite.observe.report import REPORT_FILE, write_report
+    from megatron_lite.observe.run_folder import RunFolder
 
     try:
-        print(write_report(run_dir, state(run_dir), arguments.out))
+        print(write_report(run_dir, state(run_dir), arguments.out, RunFolder.read(run_dir, newest_logged(run_dir))))
     except OSError as error:
         raise _unwritable(arguments.out or run_dir / REPORT_FILE, error) from error
     return EXIT_OK
 
 
 def compare(words: Sequence[str]) -> int:
-    parser = _Parser(prog="python -m launch compare", description="Where two runs part, and what can have caused it.")
+    parser = Parser(prog="python -m launch compare", description="Where two runs part, and what can have caused it.")
     parser.add_argument("first", metavar="RUN_FOLDER")
     parser.add_argument("second", metavar="RUN_FOLDER")
     parser.add_argument("--tolerance", type=_tolerance, default=DEFAULT_TOLERANCE, help="relative; %(default)s")

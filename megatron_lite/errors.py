@@ -6,6 +6,7 @@ invariants of our own; anything that a wrong config, file or machine can trigger
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -15,6 +16,10 @@ EXIT_OK = 0
 EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
+
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS})
+"""What systems say of a disk or a quota that is full, and of one that fails or is away; none of it is a setting's."""
 
 
 class RunEnd(IntEnum):
@@ -28,6 +33,7 @@ class RunEnd(IntEnum):
     OUT_OF_DATA = 82
     OUT_OF_MEMORY = 83
     HUNG = 84
+    DISK_ERROR = 85  # the disk is full, or fails
 
 
 class MegatronLiteError(Exception):
@@ -61,6 +67,12 @@ class CheckpointError(MegatronLiteError):
     """A checkpoint is missing, incomplete or does not fit this run."""
 
 
+class DiskError(MegatronLiteError):
+    """A disk is full, or fails, and what has to be written or read cannot wait."""
+
+    end = RunEnd.DISK_ERROR
+
+
 class ForeignFormatError(CheckpointError):
     """A checkpoint of another version of megatron_lite: it may be whole, but this version cannot tell."""
 
@@ -73,8 +85,20 @@ class LaunchError(MegatronLiteError):
     """The processes of a run cannot be started, or not enough of them were."""
 
 
+class RunFolderInUseError(LaunchError):
+    """Another process holds the lock of the run folder."""
+
+
+class RunFolderLostError(LaunchError):
+    """Somebody has taken over the lock of the run folder: what this process would write is no longer wanted."""
+
+
 class TrainingError(MegatronLiteError):
     """Training cannot go on with these settings."""
+
+
+class TrackingError(MegatronLiteError):
+    """A view of the figures (wandb, TensorBoard, a plot) cannot be made; training goes on without it."""
 
 
 class DivergedError(TrainingError):
@@ -93,19 +117,63 @@ class VerificationError(MegatronLiteError):
     """A layout does not compute what one rank computes."""
 
 
+def end_of(error: BaseException) -> RunEnd:
+    """How an attempt ends by an error. Whatever the error says, a disk that is full or fails may be its cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DiskError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
+            return RunEnd.DISK_ERROR
+        cause = cause.__cause__
+    return error.end if isinstance(error, MegatronLiteError) else RunEnd.FAILED
+
+
+def disk_error(error: OSError) -> DiskError | None:
+    """The error for the user where the disk is at fault; None where it is not."""
+    if error.errno not in DISK_ERRNOS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return DiskError(
+        f"the disk does not do what it has to ({where}{error.strerror}); make room on it, or see to it: the same "
+        "command then goes on from the newest complete checkpoint"
+    )
+
+
 @contextmanager
-def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any exception of a library into `error`: "<what>: <the library's first line>; <remedy>".
+def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "", lines: int = 1) -> Iterator[None]:
+    """Turn any exception of a library into `error`: "<what>: <the library's first lines>; <remedy>".
 
     Libraries do not promise which exceptions they raise, so a list of types is always too short. Put nothing but calls
     of the library into the block: an exception of our own code is a bug, and has to keep its traceback. Errors of ours
-    (raised by a callback, say) pass unchanged; so does running out of memory.
+    (raised by a callback, say) pass unchanged; so does running out of memory. A panic of a library in Rust is an error
+    of it too, though Python knows it as no Exception.
     """
     try:
         yield
     except (MegatronLiteError, MemoryError):
         raise
-    except Exception as problem:
-        text = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+    except BaseException as problem:
+        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+            raise
+        text = " ".join([line.strip() for line in str(problem).splitlines() if line.strip()][:lines])
         said = f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+        remedy = remedy_of(problem, remedy)
         raise error(f"{what}: {said}" + (f"; {remedy}" if remedy else "")) from problem
+
+
+def remedy_of(problem: BaseException, otherwise: str) -> str:
+    """What helps where the machine has run out of something, whatever the library was doing; else `otherwise`."""
+    cause: BaseException | None = problem
+    seen: set[int] = set()  # a library may raise a cause again, so that it leads back to itself
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
+            return _REMEDIES[cause.errno]
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return otherwise
+
+
+_REMEDIES = {
+    errno.EMFILE: "a process may not open more files here; raise the limit, as with `ulimit -n 4096`",
+    errno.ENFILE: "this machine has no room for more open files; end other programs, or raise fs.file-max",
+    errno.ENOMEM: "no memory is left, or too many files are mapped (vm.max_map_count); end other programs or raise it",
+}

@@ -1,9 +1,14 @@
 """What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer;
-and sizes in words."""
+how many files a process may open; and sizes in words."""
 
 from __future__ import annotations
 
 import os
+import resource
+import stat
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -34,15 +39,84 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns."""
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns.
+
+    Args:
+        content: or its pieces, where it is too large for the memory.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it. What has its name and is none is moved out of the way, not removed.
+
+    Raises:
+        OSError: the system does not let us.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        set_aside(path)
+        path.mkdir(exist_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Give a file or folder that is not what it should be another name, under which people can look at it."""
+    path.rename(path.with_name(f".{path.name}.damaged-{time.time_ns()}"))
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be there; something else of its name is set aside."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        set_aside(path)
+    except PermissionError:  # macOS's word for the same
+        if not path.is_dir():
+            raise
+        set_aside(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, on the disk when it returns. A line before it that was cut short does not swallow it."""
+    set_aside_others(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        content = (("\n" if torn else "") + line + "\n").encode("utf-8", errors="backslashreplace")
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def modified_ns(path: Path) -> int:
+    """When a file was last written; 0 where nobody can tell."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def set_aside_others(path: Path) -> None:
+    """Make way for a file of ours where something else has its name: a folder, a pipe, a link to itself."""
+    try:
+        is_other = not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except OSError:
+        is_other = True
+    if is_other:
+        set_aside(path)
 
 
 def publish_first(path: Path, text: str) -> bool:
@@ -64,6 +138,14 @@ def publish_first(path: Path, text: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def raise_open_file_limit() -> None:
+    """Let this process open as many files as it may without asking: the soft limit is often 1,024 or less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS grants less than it says; then what there was has to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def size_text(count: float) -> str:

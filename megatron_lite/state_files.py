@@ -7,6 +7,8 @@ and who reads decides: stop with its message, or warn and take the safe choice.
 
 from __future__ import annotations
 
+import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,15 @@ def decode(content: bytes | str, kind: type[T], where: str) -> T:
         raise DamagedFileError(f"{where} is damaged: {_reason(content, error)}") from error
 
 
+def fits(value: object, kind: type) -> bool:
+    """Whether JSON that is decoded already has the fields and types of a dataclass."""
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError, TypeError, OverflowError):
+        return False
+    return True
+
+
 def read_object(path: Path, kind: type[T]) -> T | None:
     """The content of a JSON file as an instance of `kind`; None where there is no such file.
 
@@ -52,6 +63,8 @@ def read_bytes(path: Path) -> bytes | None:
         DamagedFileError: it exists and cannot be read (a folder, a lost disk, no permission).
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise DamagedFileError(f"{path} cannot be read: it is no file")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -72,6 +85,27 @@ class DamagedLine:
     number: int
     """1 = the first line of the file."""
     reason: str
+
+
+def warn(problem: object) -> None:
+    """Tell people of a damaged file that nothing has to stop for."""
+    print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+
+def sound_lines(path: Path, kind: type[T]) -> list[T]:
+    """All lines of a JSONL file that are what was written, with a warning of the others; a missing file has none."""
+    try:
+        content = read_bytes(path)
+    except DamagedFileError as error:
+        warn(f"{error}; it counts as empty")
+        return []
+    sound = []
+    for line in lines_of(content or b"", kind, str(path)):
+        if isinstance(line, DamagedLine):
+            warn(f"{line.reason}; it is passed over")
+        else:
+            sound.append(line)
+    return sound
 
 
 def lines_of(content: bytes, kind: type[T], where: str) -> Iterator[T | DamagedLine]:

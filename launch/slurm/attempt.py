@@ -7,40 +7,72 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm import records, scheduler
-from launch.slurm.verdict import FINAL, Limits, Outcome, decide, suspects, to_exclude
-from megatron_lite.errors import EXIT_OK, LaunchError
+from launch.slurm.verdict import FINAL, NOTHING_LEFT, Limits, Outcome, decide, suspects, to_exclude
+from megatron_lite.errors import EXIT_OK, DamagedFileError, LaunchError, RunEnd
+from megatron_lite.files import remove_file
+from megatron_lite.observe.console import forgive_output
 from megatron_lite.observe.markers import HANG_FILE, Marker, clear_markers, read_marker
+from megatron_lite.observe.run_lock import Role, holder_of, own_attempt, take
+from megatron_lite.state_files import read_object, read_text, warn
+
+
+@dataclass(frozen=True)
+class HangReport:
+    """What a job needs of hang.json."""
+
+    node: str | None = None
 
 
 def begin(run_dir: Path, job: int) -> int:
-    """Make the folder ready for an attempt; anything but 0 means that there is no sense in one."""
+    """Make the folder ready for an attempt; anything but 0 means that there is no sense in one.
+
+    Raises:
+        LaunchError: somebody else is at work in the folder, or Slurm does not answer.
+    """
     if not any(job in jobs for jobs in records.submissions(run_dir)):  # somebody typed `sbatch job.sh`
         records.record_submission(run_dir, [job])
-    code = _end_of_chain(run_dir, job)
+    code = _earlier_end(run_dir, job)
     if code != EXIT_OK:
         return code
-    clear_markers(run_dir)
-    (run_dir / "logs" / "error.txt").unlink(missing_ok=True)
-    nodes = scheduler.host_names(os.environ["SLURM_JOB_NODELIST"])
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    _clear(run_dir, job)
+    nodes, restart = _nodes_of_job(), _restarts()
     records.record_begin(run_dir, job=job, restart=restart, nodes=nodes)
     _say(job, f"attempt {restart + 1} on {', '.join(nodes)}; newest checkpoint: {_step(run_dir)}")
     return EXIT_OK
 
 
-def _end_of_chain(run_dir: Path, job: int) -> int:
-    """The exit code of an earlier link that ended for good; 0 = there is none."""
-    ends, marker = records.attempts(run_dir, "end"), read_marker(run_dir)
+def _clear(run_dir: Path, job: int) -> None:
+    """Remove what earlier attempts have said. The ranks take the lock themselves, once they are there.
+
+    A disk that does not let us is no reason to stop here: ranks that cannot write will say so, and the job comes back.
+    """
+    try:
+        lock = take(run_dir, Role.command, own_attempt(), report=lambda line: _say(job, line))
+        try:
+            clear_markers(run_dir)
+            remove_file(run_dir / "logs" / "error.txt")
+        finally:
+            lock.release()
+    except OSError as error:
+        warn(f"{run_dir} cannot be made ready ({error}); the ranks are started all the same")
+
+
+def _earlier_end(run_dir: Path, job: int) -> int:
+    """The exit code where the run is done, or an earlier link of the chain ended for good; 0 = there is none."""
+    ends, marker = records.attempts(run_dir, records.END), read_marker(run_dir)
+    if marker is not None and marker.end is RunEnd.DONE:
+        _say(job, "the run is done, nothing is left to do")
+        return NOTHING_LEFT
     if not ends or marker is None or marker.end not in FINAL:
         return EXIT_OK
-    earlier = ends[-1]["job"]
+    earlier = ends[-1].job
     if earlier == job or not any({earlier, job} <= set(jobs) for jobs in records.submissions(run_dir)):
         return EXIT_OK
     _say(job, f"not started: job {earlier} of this chain ended with {marker.end.name}: {marker.message}")
@@ -50,17 +82,16 @@ def _end_of_chain(run_dir: Path, job: int) -> int:
 def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) -> int:
     """Decide what follows an attempt, say it and do it; returns the job's exit code."""
     marker = read_marker(run_dir)
-    begun = records.attempts(run_dir, "begin", job)[-1]
-    checkpoint = records.newest_checkpoint(run_dir)
-    advanced = checkpoint not in (None, begun["checkpoint"])  # an older one is what a rollback leaves
-    earlier = [entry for entry in records.attempts(run_dir, "end", job) if entry["requeued"]]
+    begins, nodes = records.attempts(run_dir, records.BEGIN, job), _nodes_of_job()
+    earlier = [entry for entry in records.attempts(run_dir, records.END, job) if entry.requeued]
     outcome = Outcome(
         marker=marker,
         code=code,
         terminated=terminated,
-        requeues=len(earlier),
-        stalled=_stalled([entry["advanced"] for entry in earlier]),
-        advanced=advanced,
+        requeues=len(earlier) + max(_restarts() + 1 - len(begins), 0),
+        stalled=_stalled([entry.advanced for entry in earlier]),
+        advanced=_has_advanced(run_dir, begins[-1] if begins else None),
+        used_by=_other_user(run_dir, job),
     )
     verdict = decide(outcome, limits)
     records.record_end(
@@ -68,13 +99,13 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) ->
         job=job,
         end=None if marker is None else marker.end.name,
         requeued=verdict.requeue,
-        advanced=advanced,
+        advanced=outcome.advanced,
         reason=verdict.reason,
     )
     _say(job, f"{verdict.reason}; newest checkpoint: {_step(run_dir)}")
     _show_error(run_dir)
     if verdict.requeue:
-        excluded = _nodes_to_exclude(run_dir, job, marker, begun["nodes"])
+        excluded = _nodes_to_exclude(run_dir, job, marker, nodes)
         # From here on Slurm ends the batch script and all in it, with SIGTERM, and with SIGKILL after KillWait (30 s by
         # default). In between it takes the nodes to exclude, which it refuses while the job runs.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -82,8 +113,33 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) ->
         _exclude(job, excluded)
     elif terminated:
         with contextlib.suppress(LaunchError):  # it was cancelled, not requeued by Slurm because a node was lost
-            _exclude(job, _nodes_to_exclude(run_dir, job, None, begun["nodes"]))
+            _exclude(job, _nodes_to_exclude(run_dir, job, None, nodes))
     return verdict.exit_code
+
+
+def _has_advanced(run_dir: Path, begun: records.Attempt | None) -> bool:
+    """Whether the newest checkpoint is another than at the begin; an older one is what a rollback leaves.
+
+    Where the record of the begin is lost, that of whichever attempt was the last before it has to do.
+    """
+    before = [*records.attempts(run_dir, records.END), *([begun] if begun else [])]
+    known = before[-1].checkpoint if before else None
+    return records.newest_checkpoint(run_dir) not in (None, known)
+
+
+def _other_user(run_dir: Path, job: int) -> str | None:
+    """Who else holds the run folder, which then was refused to our ranks, or taken over from them."""
+    holder = holder_of(run_dir)
+    return None if holder is None or holder.job == job else str(holder)
+
+
+def _restarts() -> int:
+    """Times that Slurm has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _nodes_of_job() -> list[str]:
+    return scheduler.host_names(os.environ["SLURM_JOB_NODELIST"])
 
 
 def _stalled(advanced: list[bool]) -> int:
@@ -111,16 +167,18 @@ def _exclude(job: int, nodes: list[str]) -> None:
 
 def _reported_node(run_dir: Path) -> str | None:
     try:
-        return json.loads((run_dir / HANG_FILE).read_text())["node"]
-    except (OSError, ValueError):  # there is no such report, or it was cut short
+        report = read_object(run_dir / HANG_FILE, HangReport)
+    except DamagedFileError as error:
+        warn(f"{error}; no node is excluded for it")
         return None
+    return None if report is None else report.node
 
 
 def _show_error(run_dir: Path) -> None:
     """The message of a user's error, which the ranks leave once for all of them."""
-    error_file = run_dir / "logs" / "error.txt"
-    if error_file.exists():
-        print(error_file.read_text().rstrip(), flush=True)
+    with contextlib.suppress(DamagedFileError):  # there is no message to show
+        if text := read_text(run_dir / "logs" / "error.txt"):
+            print(text.rstrip(), flush=True)
 
 
 def _step(run_dir: Path) -> str:
@@ -155,4 +213,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    forgive_output()
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.base import LaunchPlan, script_path
-from launch.environment import ERROR_FILE, rank_environment
+from launch.environment import ERROR_FILE, passed_environment, rank_environment
 from launch.preparation import run_folder
 from launch.slurm import records, scheduler
 from launch.slurm.script import batch_script
@@ -33,6 +33,7 @@ class SlurmLauncher:
     def plan(self, config: RunConfig) -> LaunchPlan:
         assert config.train.run_dir is not None
         run_dir = Path(config.train.run_dir).absolute()  # the job may be submitted again from anywhere
+        passed_environment(config)  # that it is there: sbatch hands it on
         config_file = frozen.frozen_path(config, run_dir)
         environment = {
             **rank_environment(config, one_machine=config.launcher.nodes == 1),

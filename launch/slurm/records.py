@@ -1,4 +1,7 @@
-"""What a run folder remembers of its jobs: `jobs.jsonl` (submissions) and `attempts.jsonl` (begins and ends)."""
+"""What a run folder remembers of its jobs: `jobs.jsonl` (submissions) and `attempts.jsonl` (begins and ends).
+
+A record that is damaged or cannot be written ends no job: what is known without it has to do.
+"""
 
 from __future__ import annotations
 
@@ -6,76 +9,90 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from megatron_lite.files import append_line
 from megatron_lite.observe.markers import ATTEMPTS_FILE
-from megatron_lite.observe.metrics import read_metrics
+from megatron_lite.state_files import sound_lines, warn
 
 JOBS_FILE = "jobs.jsonl"
 SCRIPT_FILE = "job.sh"
-CHECKPOINT = re.compile(r"step_(\d+)")  # a folder has this name only once it is complete
+CHECKPOINT = re.compile(r"step_(\d{1,18})")  # a folder has this name only once it is complete
+BEGIN = "begin"
+END = "end"
+
+
+@dataclass(frozen=True)
+class Submission:
+    jobs: list[int]
+    """One, or the links of a chain."""
+    time: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The begin or the end of one attempt of a job."""
+
+    event: str
+    job: int
+    time: float
+    checkpoint: int | None = None
+    """The newest one then."""
+    restart: int = 0
+    """Times that Slurm had started this job before."""
+    nodes: list[str] = field(default_factory=list)
+    """None are known at an end."""
+    end: str | None = None
+    """Name of the marker; None = the ranks left none."""
+    requeued: bool = False
+    advanced: bool = False
+    reason: str = ""
 
 
 def record_submission(run_dir: Path, jobs: Sequence[int]) -> None:
     """Args: jobs: one, or the links of a chain."""
-    _append(run_dir / JOBS_FILE, {"jobs": list(jobs), "time": time.time()})
+    _append(run_dir / JOBS_FILE, Submission(list(jobs), time.time()))
 
 
 def submissions(run_dir: Path) -> list[list[int]]:
     """The job numbers of each submission, oldest first."""
-    return [entry["jobs"] for entry in read_metrics(run_dir / JOBS_FILE)]
+    return [entry.jobs for entry in sound_lines(run_dir / JOBS_FILE, Submission)]
 
 
 def record_begin(run_dir: Path, *, job: int, restart: int, nodes: Sequence[str]) -> None:
     """Args: restart: times that Slurm has started this job before."""
-    step = newest_checkpoint(run_dir)
-    _append(
-        run_dir / ATTEMPTS_FILE,
-        {
-            "event": "begin",
-            "job": job,
-            "restart": restart,
-            "nodes": list(nodes),
-            "checkpoint": step,
-            "time": time.time(),
-        },
-    )
+    checkpoint = newest_checkpoint(run_dir)
+    _append(run_dir / ATTEMPTS_FILE, Attempt(BEGIN, job, time.time(), checkpoint, restart=restart, nodes=list(nodes)))
 
 
 def record_end(run_dir: Path, *, job: int, end: str | None, requeued: bool, advanced: bool, reason: str) -> None:
     """Args: end: name of the marker; None = the ranks left none."""
+    checkpoint = newest_checkpoint(run_dir)
     _append(
         run_dir / ATTEMPTS_FILE,
-        {
-            "event": "end",
-            "job": job,
-            "end": end,
-            "requeued": requeued,
-            "advanced": advanced,
-            "checkpoint": newest_checkpoint(run_dir),
-            "reason": reason,
-            "time": time.time(),
-        },
+        Attempt(END, job, time.time(), checkpoint, end=end, requeued=requeued, advanced=advanced, reason=reason),
     )
 
 
-def attempts(run_dir: Path, event: str, job: int | None = None) -> list[dict[str, Any]]:
+def attempts(run_dir: Path, event: str, job: int | None = None) -> list[Attempt]:
     """The records of one kind, oldest first, of one job or of all."""
-    return [
-        entry
-        for entry in read_metrics(run_dir / ATTEMPTS_FILE)
-        if entry["event"] == event and job in (None, entry["job"])
-    ]
+    entries = sound_lines(run_dir / ATTEMPTS_FILE, Attempt)
+    return [entry for entry in entries if entry.event == event and job in (None, entry.job)]
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:
     """Step of the newest complete checkpoint; None = there is none."""
     folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return None
     return max((int(found[1]) for found in map(CHECKPOINT.fullmatch, names) if found), default=None)
 
 
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+def _append(path: Path, entry: Submission | Attempt) -> None:
+    try:
+        append_line(path, json.dumps(asdict(entry)))
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror or error}); the job goes on without this record")

@@ -14,6 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from launch.machine import PORTS
+from launch.slurm.verdict import NOTHING_LEFT
 from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
 from megatron_lite.config.schema import RunConfig
@@ -54,10 +55,12 @@ def batch_script(
         modules=launcher.modules,
         setup=launcher.setup,
         environment=environment,
+        passed=launcher.pass_environment,
         master_address=launcher.master_address,
         master_port=PORT_OF_JOB if launcher.master_port is None else launcher.master_port,
         srun_arguments=_srun_arguments(config),
         node_command=_node_command(config, (python, *TORCHRUN) if torchrun is None else torchrun, rank_argv),
+        nothing_left=NOTHING_LEFT,
         max_requeues=launcher.max_requeues,
         max_stalled=launcher.max_stalled_requeues,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_lite.errors import EXIT_FAILURE, RunEnd
+from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunEnd
 from megatron_lite.observe.markers import Marker
 
+NOTHING_LEFT = 100  # what `attempt begin` says of a run that is done; the job then ends with 0
 EXIT_TERMINATED = 143  # 128 + SIGTERM
 # Trying again would end the same way; somebody has to change something first.
 FINAL = frozenset({RunEnd.CONFIG_ERROR, RunEnd.DIVERGED, RunEnd.OUT_OF_DATA, RunEnd.OUT_OF_MEMORY})
@@ -37,6 +38,8 @@ class Outcome:
     """Of these, the last in a row that had left no newer checkpoint."""
     advanced: bool
     """The newest checkpoint is not the one that this attempt began with."""
+    used_by: str | None = None
+    """Who else holds the run folder; the marker is then none of ours."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def decide(outcome: Outcome, limits: Limits) -> Verdict:
     what, code = _told(marker, outcome.code)
     if marker is not None and marker.end is RunEnd.DONE:
         return Verdict(False, code, what)
+    if outcome.used_by is not None:
+        return Verdict(False, EXIT_USER_ERROR, f"not requeued: the run folder is in use by {outcome.used_by}")
     if outcome.terminated:
         return Verdict(False, EXIT_TERMINATED, f"{what}; not requeued from here: Slurm is ending the job itself")
     if marker is not None and marker.end in FINAL:

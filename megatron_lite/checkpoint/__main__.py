@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lite.checkpoint.folder import candidates, newest_complete, problem, read_manifest, step_of
@@ -26,6 +27,7 @@ from megatron_lite.checkpoint.retention import Kept, drop, examine, to_drop
 from megatron_lite.config.changes import table
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, CheckpointError, MegatronLiteError
 from megatron_lite.files import bytes_below, size_text
+from megatron_lite.observe.run_lock import Role, own_attempt, take
 
 EXIT_DIFFERENT = 1
 """Also of a checkpoint that differs from its manifest."""
@@ -164,9 +166,27 @@ def _prune(arguments: argparse.Namespace) -> int:
     for folder in folders.values():
         print(f"{'goes' if folder in going else 'stays'}  {folder.name}")
     if not arguments.dry_run:
-        drop(going)
+        with _locked(checkpoints.parent):
+            drop(going)
     print(f"{'would free' if arguments.dry_run else 'freed'} {size_text(freed)}")
     return EXIT_OK
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Nobody else writes in the run folder meanwhile; a folder of checkpoints may also lie somewhere else.
+
+    Raises:
+        RunFolderInUseError: the run is at work, and prunes its checkpoints itself.
+    """
+    if not any(run_dir.glob("config-*.yaml")):
+        yield
+        return
+    lock = take(run_dir, Role.command, own_attempt(), report=print)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _export(arguments: argparse.Namespace) -> int:

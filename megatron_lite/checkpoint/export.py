@@ -21,13 +21,15 @@ from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.hf import NoCounterpart, hf_config
-from megatron_lite.config.hf.folder import CONFIG_FILE
+from megatron_lite.config.hf.folder import CONFIG_FILE, TRAINING
 from megatron_lite.config.hf.headers import INDEX_FILE, tensors_of
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.special import SpecialTokens
-from megatron_lite.data.tokenizer import TOKENIZER_FILE, open_tokenizer
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.data.tokenizer import open_tokenizer
+from megatron_lite.data.tokenizer_files import TOKENIZER_FILE
+from megatron_lite.errors import CheckpointError, ConfigError, DamagedFileError, library_edge
 from megatron_lite.files import sync
+from megatron_lite.state_files import Object, read_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,7 +58,7 @@ def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> 
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"OUT={out} exists, and export overwrites nothing; remove it, or give another folder")
-    require_transformers()
+    require_transformers("export lets transformers read what it writes")
     folder, state = _whole_checkpoint(path, report)
     config = _configuration(folder, state)
     _require_counterpart(folder, state, config)
@@ -120,24 +122,33 @@ def _write(source: Path, target: Path, dtype: str) -> None:
     entries = tensors_of(source)
     files = sorted({entry.file for entry in entries.values()})
     total = sum(_convert(file, target / file.name, DTYPES[dtype]) for file in files)
-    kept = [name for name in read_manifest(source) if "/" not in name and not name.endswith(".safetensors")]
+    kept = [
+        name
+        for name in read_manifest(source)
+        if not name.startswith(f"{TRAINING}/") and not name.endswith(".safetensors")
+    ]
     for name in kept:
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     _edit(target / CONFIG_FILE, lambda config: config | {"torch_dtype": dtype})
     if INDEX_FILE in kept:
         _edit(target / INDEX_FILE, lambda index: index | {"metadata": {"total_size": total}})
 
 
-def _edit(file: Path, change: Callable[[dict[str, object]], dict[str, object]]) -> None:
-    content = change(json.loads(file.read_text(encoding="utf-8")))
+def _edit(file: Path, change: Callable[[Object], Object]) -> None:
+    try:
+        content = change(read_object(file, Object) or {})
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; export another checkpoint of the run") from error
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
     """Bytes of the tensors that were written."""
-    with safe_open(source, framework="pt") as file:
+    with library_edge(CheckpointError, f"{source} cannot be read"), safe_open(source, framework="pt") as file:
         tensors = {name: _rounded(file.get_tensor(name), dtype, name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    save_file(tensors, target, metadata={"format": "pt"})
+    with library_edge(CheckpointError, f"{target} cannot be written", "free some space, or give another OUT"):
+        save_file(tensors, target, metadata={"format": "pt"})
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -169,8 +180,8 @@ def _require_equal(parity: Parity, folder: Path, out: Path) -> None:
 
 def _publish(temporary: Path, out: Path) -> int:
     """Bytes of the folder."""
-    files = sorted(temporary.iterdir())
-    size = sum(file.stat().st_size for file in files)
+    files = sorted(temporary.rglob("*"))
+    size = sum(file.stat().st_size for file in files if file.is_file())
     for path in (*files, temporary):
         sync(path)
     temporary.rename(out)

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_lite.checkpoint.state import CheckpointState, read_state
-from megatron_lite.errors import CheckpointError, ForeignFormatError
+from megatron_lite.checkpoint.state import CheckpointState, Format, read_state, require_format
+from megatron_lite.errors import DISK_ERRNOS, CheckpointError, DamagedFileError, DiskError, ForeignFormatError
 from megatron_lite.files import file_xxh3, size_text, sync
+from megatron_lite.observe.logged import LoggedLines
+from megatron_lite.state_files import decode, read_bytes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,9 +36,10 @@ class FileRecord:
     bytes: int
     xxh3: str  # xxh3-128 of the content, in hexadecimal digits
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.bytes, int) or not isinstance(self.xxh3, str):
-            raise TypeError(f"{self} is no size and hash")
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, FileRecord]
 
 
 def folder_name(step: int) -> str:
@@ -61,14 +64,14 @@ def begin(checkpoints: Path, step: int) -> Path:
 def require_space(checkpoints: Path, needed_bytes: int) -> None:
     """
     Raises:
-        CheckpointError: the disk has less than that free; nothing of the save that was to come is left behind.
+        DiskError: the disk has less than that free; nothing of the save that was to come is left behind.
     """
     if _free_bytes(checkpoints) >= needed_bytes:
         return
     remove_leftovers(checkpoints)
     free = _free_bytes(checkpoints)
     if free < needed_bytes:
-        raise CheckpointError(
+        raise DiskError(
             f"{checkpoints} needs {size_text(needed_bytes)} for a checkpoint, and its disk has {size_text(free)} free; "
             "make room, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune` drops them now), "
             "or move the run folder to another disk and name it in train.run_dir"
@@ -114,7 +117,8 @@ def explained(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        kind = DiskError if error.errno in DISK_ERRNOS else CheckpointError
+        raise kind(
             f"{final} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
             "from the last complete checkpoint"
         ) from error
@@ -161,20 +165,29 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """Every file of a checkpoint by its name relative to the folder, but for the manifest itself.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another version.
+        CheckpointError: it is missing, damaged, or of another version, or names a file outside the folder.
     """
-    path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text())
-        if found.get("format") != FORMAT:
-            raise ForeignFormatError(
-                f"{MANIFEST} has format {found.get('format')}, and this version of megatron_lite reads format {FORMAT}"
+        content = read_bytes(folder / MANIFEST)
+        if content is None:
+            raise CheckpointError(f"it has no {MANIFEST}, so it was never finished")
+        require_format(decode(content, Format, MANIFEST).format, FORMAT, MANIFEST)
+        files = decode(content, _Manifest, MANIFEST).files
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+    for name, record in files.items():
+        if not _is_below(name) or record.bytes < 0:
+            raise CheckpointError(
+                f"{MANIFEST} is damaged: it names {name!r} of {record.bytes:,} bytes, and names only files below its "
+                "own folder"
             )
-        return {name: FileRecord(**record) for name, record in found["files"].items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"it has no {MANIFEST}, so it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
+    return files
+
+
+def _is_below(name: str) -> bool:
+    """Whether it is the plain name of a file below a folder: as `publish` writes it, and never outside."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and "\0" not in name and "\\" not in name
 
 
 def is_foreign(folder: Path) -> bool:
@@ -250,6 +263,14 @@ def newest_complete(
     if hint:
         report(hint)
     return None if chosen is None else (chosen, read_state(chosen))
+
+
+def newest_logged(run_dir: Path) -> LoggedLines | None:
+    """What the newest checkpoint that can be read knows of the run's metrics.jsonl."""
+    for folder in candidates(run_dir / "checkpoints"):
+        with contextlib.suppress(CheckpointError):
+            return read_state(folder).metrics
+    return None
 
 
 def read_latest(checkpoints: Path) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf import generation_config, hf_config
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.saved_tokenizer import exported_tokens
 from megatron_lite.data.special import SpecialTokens
 
 
@@ -23,8 +24,9 @@ def model_files(config: RunConfig, *, vocab_size: int, tokens: SpecialTokens, dt
         NoCounterpart: transformers has no such model, so the weights are stored under our names.
     """
     next_sentence = has_next_sentence_head(config)
+    tokens = exported_tokens(tokens, config)
     described = hf_config(config.model, vocab_size=vocab_size, tokens=tokens, dtype=dtype, next_sentence=next_sentence)
-    generation = generation_config(described)
+    generation = generation_config(described, stops=() if tokens.eod is None else (tokens.eod,))
     files = {"config.json": _as_file(described)}
     return files | ({} if generation is None else {"generation_config.json": _as_file(generation)})
 

@@ -18,6 +18,7 @@ from megatron_lite.checkpoint.folder import (
     quick_problems,
     read_manifest,
 )
+from megatron_lite.checkpoint.resume import same_data
 from megatron_lite.checkpoint.state import (
     STATE_FILE,
     TRAINING,
@@ -172,7 +173,8 @@ def setting_changes(one: Inspection, other: Inspection) -> list[Change]:
     Raises:
         CheckpointError: a configuration is of a version that this one cannot read.
     """
-    return grade_changes(_configuration(one), _configuration(other))
+    same = same_data(one.state.data_fingerprint, other.state.data_fingerprint)
+    return grade_changes(_configuration(one), _configuration(other), same=same)
 
 
 def state_differences(one: CheckpointState, other: CheckpointState) -> list[str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
+from megatron_lite.checkpoint.fit import fitting
 from megatron_lite.checkpoint.fragments import Fragment, transfers
 from megatron_lite.checkpoint.plan import Plan, files_of
 from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.headers import TensorEntry, entries_of
+from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.hf import locate
 from megatron_lite.models.stored import StoredForm
@@ -73,6 +75,17 @@ def _shared_problem(folder: Path) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
+def require_complete(folder: Path) -> None:
+    """A collective of all ranks, who share the reading.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; on every rank alike.
+    """
+    problem = agreed(folders.quick_problem(folder) if dist.get_rank() == 0 else None) or _shared_problem(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} is damaged: {problem}; bring back a whole copy, or name another checkpoint")
+
+
 def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterable[str]) -> None:
     """Fill this rank's fragments of these kinds from a checkpoint's files.
 
@@ -87,21 +100,20 @@ def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterabl
             reader.read(transfers([one for one in fragments if one.kind == kind], form))
 
 
-def start_from(entries: Mapping[str, TensorEntry], form: StoredForm, weights: Sequence[Fragment], where: str) -> None:
-    """Fill this rank's fragments of the weights from a model folder of transformers, or one like it.
+def start_from(
+    entries: Mapping[str, TensorEntry],
+    form: StoredForm,
+    weights: Sequence[Fragment],
+    where: str,
+    model: ModelConfig | None,
+) -> None:
+    """Fill this rank's fragments of the weights from a model folder.
 
     Args:
         where: what is read, for messages.
+        model: whose form it is, if the files have transformers' names; None = ours.
     Raises:
-        CheckpointError: a tensor is missing, has another shape than the model needs, or has no place in it.
+        CheckpointError: a tensor is missing, left over, or of another shape than the model needs.
     """
-    used = {piece.target for piece in form.pieces}
-    spare = {name: entries[name] for name in form.shapes if name not in used and name in entries}
-    with TensorReader(locate(form, entries, where) | spare) as reader:
-        foreign = [name for name in spare if bool(reader.whole(name).any())]
-        if foreign:
-            raise CheckpointError(
-                f"{where} holds {', '.join(foreign)} that is not zero, and our model has no such parameter; "
-                "give a folder without it"
-            )
+    with TensorReader(fitting(form, entries, model, where)) as reader:
         reader.read(transfers(weights, form))

@@ -5,11 +5,10 @@ One model is in memory at a time. Shapes: b samples, s positions, d positions of
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +16,23 @@ from torch import Tensor
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region
 from megatron_lite.checkpoint.loading import start_from
 from megatron_lite.config.derived import has_next_sentence_head
+from megatron_lite.config.hf.families import counterpart
 from megatron_lite.config.hf.folder import CONFIG_FILE
 from megatron_lite.config.hf.headers import tensors_of
 from megatron_lite.config.schema import Architecture, ModelConfig, Recompute, RunConfig
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, DamagedFileError, MegatronLiteError, library_edge
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import stored_form
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.state_files import Object, read_object
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, in fp32 arithmetic; where logits exceed 1 a share of the largest one, for rounding
 grows with them: the logits of SmolLM2-135M reach 36, and 1.1e-4 of difference comes from the order of sums alone."""
 SAMPLES, LENGTH = 4, 128
+START_SAMPLES, START_LENGTH = 2, 64
 THEIR_NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
 
 
@@ -47,18 +49,13 @@ class Parity:
     allowed: float
 
 
-def require_transformers() -> None:
+def require_transformers(why: str, error: type[MegatronLiteError] = CheckpointError) -> None:
     """
     Raises:
-        CheckpointError: it cannot be imported.
+        CheckpointError: it cannot be imported, or `error` of another kind.
     """
-    try:
+    with library_edge(error, f"{why}, and transformers cannot be imported", "pip install 'transformers>=4.50'"):
         import transformers  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            f"export lets transformers read what it writes, and that cannot be imported ({error}); "
-            "pip install 'transformers>=4.50'"
-        ) from error
 
 
 def compare(source: Path, exported: Path, config: RunConfig, dtype: torch.dtype) -> Parity:
@@ -72,40 +69,89 @@ def compare(source: Path, exported: Path, config: RunConfig, dtype: torch.dtype)
     Raises:
         CheckpointError: transformers misses something in the folder, or does not know a tensor in it.
     """
-    described = json.loads((exported / CONFIG_FILE).read_text(encoding="utf-8"))
-    vocab_size = described["vocab_size"]
-    inputs = random_inputs(config.model, vocab_size, described.get("pad_token_id"))
+    described = _described(exported)
+    inputs = random_inputs(config.model, described["vocab_size"], described.get("pad_token_id"))
+    reading = _Reading(exported, described["architectures"][0], every_tensor=True)
+    return _compare(source, reading, config, described["vocab_size"], inputs, dtype)
+
+
+def compare_start(folder: Path, config: RunConfig) -> Parity:
+    """The same of the weights that a run begins with, which both read from one folder; a shorter look.
+
+    Args:
+        config: whose model.vocab_size is that of the weights.
+    Raises:
+        CheckpointError: transformers cannot read the folder, or misses a tensor of its model.
+    """
+    family = counterpart(config.model, next_sentence=has_next_sentence_head(config))
+    vocab_size, pad_id = config.model.vocab_size, _described(folder).get("pad_token_id")
+    assert vocab_size is not None  # weights have one
+    inputs = random_inputs(config.model, vocab_size, pad_id, samples=START_SAMPLES, longest=START_LENGTH)
+    reading = _Reading(folder, family.architecture, every_tensor=False)
+    return _compare(folder, reading, config, vocab_size, inputs, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How transformers is to read a folder."""
+
+    folder: Path
+    architecture: str
+    every_tensor: bool
+    """Of the files belongs to the model; otherwise it may pass over some."""
+
+
+def _described(folder: Path) -> Object:
+    try:
+        found = read_object(folder / CONFIG_FILE, Object)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+    if found is None:
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
+    return found
+
+
+def _compare(
+    source: Path,
+    reading: _Reading,
+    config: RunConfig,
+    vocab_size: int,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> Parity:
     with torch.no_grad():
         ours = _ours(source, config, vocab_size, inputs, dtype)
-        theirs = _theirs(exported, described["architectures"][0], inputs)
-    difference = max_of([one - other for one, other in zip(ours, theirs, strict=True)])
-    outputs = "logits and next-sentence logits" if len(ours) > 1 else "logits"
+        theirs = _theirs(reading, inputs)
     import transformers
 
-    reader = f"{described['architectures'][0]} of transformers {transformers.__version__}"
+    difference = max_of([one - other for one, other in zip(ours, theirs, strict=True)])
+    outputs = "logits and next-sentence logits" if len(ours) > 1 else "logits"
+    reader = f"{reading.architecture} of transformers {transformers.__version__}"
     return Parity(reader, outputs, difference, TOLERANCE * max(1.0, max_of(ours)))
+
+
+def random_inputs(
+    model: ModelConfig, vocab_size: int, pad_id: int | None, *, samples: int = SAMPLES, longest: int = LENGTH
+) -> dict[str, Tensor]:
+    """Every input that the model has, by our names: [b, s], [b, d]. The same ones at every call."""
+    generator = torch.Generator().manual_seed(SAMPLES)
+    length = min(longest, model.max_position_embeddings)
+
+    def tokens(length: int) -> Tensor:
+        drawn = torch.randint(vocab_size, (samples, length), generator=generator)
+        return torch.where(drawn == pad_id, (drawn + 1) % vocab_size, drawn) if isinstance(pad_id, int) else drawn
+
+    found = {"tokens": tokens(length)}
+    if model.num_segments > 1:
+        found["segments"] = torch.randint(model.num_segments, (samples, length), generator=generator)
+    if model.architecture is Architecture.encoder_decoder:
+        found["decoder_tokens"] = tokens(max(1, length // 2))
+    return found
 
 
 def max_of(tensors: list[Tensor]) -> float:
     """Of the magnitudes; NaN where there is one, as Python's max would not give it."""
     return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
-
-
-def random_inputs(model: ModelConfig, vocab_size: int, pad_id: int | None) -> dict[str, Tensor]:
-    """Every input that the model has, by our names: [b, s], [b, d]. The same ones at every call."""
-    generator = torch.Generator().manual_seed(SAMPLES)
-    length = min(LENGTH, model.max_position_embeddings)
-
-    def tokens(length: int) -> Tensor:
-        drawn = torch.randint(vocab_size, (SAMPLES, length), generator=generator)
-        return torch.where(drawn == pad_id, (drawn + 1) % vocab_size, drawn) if pad_id is not None else drawn
-
-    found = {"tokens": tokens(length)}
-    if model.num_segments > 1:
-        found["segments"] = torch.randint(model.num_segments, (SAMPLES, length), generator=generator)
-    if model.architecture is Architecture.encoder_decoder:
-        found["decoder_tokens"] = tokens(max(1, length // 2))
-    return found
 
 
 def _ours(
@@ -149,27 +195,49 @@ def read_weights(model: FlatModel, source: Path, settings: ModelConfig) -> None:
         )
         for name, parameter in model.named_parameters()
     ]
-    start_from(tensors_of(source), form, fragments, str(source))
+    start_from(tensors_of(source), form, fragments, str(source), settings)
 
 
-def _theirs(folder: Path, architecture: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The same of transformers' model."""
+def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same of transformers' model.
+
+    Raises:
+        CheckpointError: it cannot read the folder, or does not find there what it wants.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    arguments: dict[str, Any] = {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
-    model, found = getattr(transformers, architecture).from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    architecture, arguments = reading.architecture, {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
+    reader = f"{architecture} of transformers {transformers.__version__}"
+    with _quiet(), library_edge(CheckpointError, f"{reader} cannot read {reading.folder}"):
+        model, found = getattr(transformers, architecture).from_pretrained(
+            reading.folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     faults = [
-        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in found.items() if names
+        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(names, key=str)[:3]))}"
+        for kind, names in found.items()
+        if names and (reading.every_tensor or kind != "unexpected_keys")
     ]
     if faults:
         raise CheckpointError(
-            f"{architecture} of transformers {transformers.__version__} does not find in the exported folder what it "
-            f"wants ({'; '.join(faults)}); install the transformers of constraints.txt and export again"
+            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); install the transformers "
+            "of constraints.txt and try again"
         )
-    outputs = model.eval()(**arguments)
+    with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}"):
+        outputs = model.eval()(**arguments)
     if "prediction_logits" in outputs:
         return [outputs.prediction_logits, outputs.seq_relationship_logits]
     return [outputs.logits]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of what it has loaded: what is wrong, we say."""
+    import transformers
+
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

@@ -8,9 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from megatron_lite.checkpoint.state import CheckpointState, Layout
-from megatron_lite.config.changes import Change, Grade, grade_changes, refusals, table
+from megatron_lite.config.changes import DATA_KEYS, Change, Grade, grade_changes, refusals, table
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.schema import OptimizerConfig, Precision, RunConfig
+from megatron_lite.data.prepared import tokens_of
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.optim.batch_ramp import Origin
 from megatron_lite.optim.moments import moments_of
@@ -88,12 +89,9 @@ def describe(
             f"{where}: {error}; go on with the version of megatron_lite that wrote it, or begin another run in a new "
             "train.run_dir"
         ) from error
-    changes = grade_changes(previous, without_environment(config), folder)
-    refused = refusals(changes, where)
-    if not refused and state.data_fingerprint != data_fingerprint:
-        refused = [_other_data(state, data_fingerprint, where, folder)]
-    if refused:
-        raise CheckpointError("\n".join(refused))
+    changes = allowed_changes(
+        Trained(previous, state.data_fingerprint), without_environment(config), data_fingerprint, where, folder
+    )
     load_moments = _keeps_moments(state, config.optimizer)
     load_loss_scale = config.train.precision is Precision.fp16 and state.loss_scale is not None
     return ResumeReport(
@@ -104,7 +102,7 @@ def describe(
             _schedule(state, config, changes),
             _loss_scale(state, config),
             _randomness(config, changes),
-            _data(state, config, changes),
+            _data(state, config, changes, is_reordered=state.data_fingerprint != data_fingerprint),
         ),
         changes=tuple(changes),
         load_moments=load_moments,
@@ -112,16 +110,52 @@ def describe(
     )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run, or a checkpoint of it, was trained with."""
+
+    config: RunConfig
+    data_fingerprint: str
+
+
+def allowed_changes(
+    before: Trained, config: RunConfig, data_fingerprint: str, where: str, folder: Path | None
+) -> list[Change]:
+    """Every setting that differs, graded with what is known of the data: other names of the same tokens are safe.
+
+    Args:
+        where: what was trained with `before`, for messages.
+        folder: of a checkpoint, that a remedy proposes to begin another run with.
+    Raises:
+        CheckpointError: something differs that makes another run of it.
+    """
+    same = same_data(before.data_fingerprint, data_fingerprint)
+    changes = grade_changes(before.config, config, folder, same=same)
+    refused = refusals(changes, where)
+    if not refused and not same:
+        refused = [_other_data(before.data_fingerprint, data_fingerprint, where, folder)]
+    if refused:
+        raise CheckpointError("\n".join(refused))
+    return changes
+
+
 def without_environment(config: RunConfig) -> RunConfig:
     """What a checkpoint keeps of a configuration: the environment of its jobs may hold secrets, and folders travel."""
     return replace(config, launcher=replace(config.launcher, environment={}))
 
 
-def _other_data(state: CheckpointState, data_fingerprint: str, where: str, folder: Path | None) -> str:
+def same_data(before: str, after: str) -> tuple[str, ...]:
+    """The settings of the data that lead to what they led to; none where the tokens are others."""
+    if tokens_of(before) != tokens_of(after):
+        return ()
+    return DATA_KEYS if before == after else tuple(key for key in DATA_KEYS if key != "data.weights")
+
+
+def _other_data(before: str, data_fingerprint: str, where: str, folder: Path | None) -> str:
     weights = "" if folder is None else f" with model.init_from={folder}"
     return (
         f"data.source holds other tokens (fingerprint {data_fingerprint}) than those that {where} was trained on "
-        f"({state.data_fingerprint}): which of them are left to train on is unknown; bring back the earlier files and "
+        f"({before}): which of them are left to train on is unknown; bring back the earlier files and "
         f"tokenizer, or begin another run in a new train.run_dir{weights}"
     )
 
@@ -181,12 +215,20 @@ def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
     return Subsystem("randomness", Fate.restored, f"{seed}; masks follow from (seed, sample, layer), nothing is stored")
 
 
-def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change]) -> Subsystem:
+def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], is_reordered: bool) -> Subsystem:
+    """`is_reordered`: an earlier version let the sources take turns in another order, rounded to 1/65,536."""
     position = f"goes on with sample {state.samples:,}"
     if any(change.key.startswith(OF_BATCHES) for change in changes):
         ramp = " at the end of the ramp" if config.train.batch_ramp.start else ""
         position += f", in batches of {config.train.global_batch_size}{ramp}"
-    return Subsystem("data", Fate.restored, position)
+    if not is_reordered:
+        return Subsystem("data", Fate.restored, position)
+    return Subsystem(
+        "data",
+        Fate.reset,
+        f"{position}; this version lets the sources take turns in another order: of each, up to about "
+        f"{state.samples // 65_536 + 4:,} samples come twice or not at all",
+    )
 
 
 def _resetting(changes: Sequence[Change]) -> Iterator[Change]:

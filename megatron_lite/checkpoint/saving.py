@@ -25,10 +25,12 @@ from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
 from megatron_lite.checkpoint.tensor_files import write
 from megatron_lite.config.hf.headers import INDEX_FILE
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, DiskError
 from megatron_lite.files import file_xxh3
 
 T = TypeVar("T")
+Answer = tuple[CheckpointError | DiskError | None, T | None]
+"""Of one rank: why it failed, or what it gave."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,16 @@ class Saver:
         *,
         asynchronous: bool,
         on_failure: Callable[[], None] = lambda: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
             asynchronous: `save` returns when the rank's memory is copied.
             on_failure: called as soon as a save has failed, by the thread that was at it; `wait` then raises why.
+            guard: called on the writing rank ahead of each change to the folder; raises where it is another attempt's.
         """
+        self._guard = guard
         self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
         self.documents = dict(documents)
         if plan.index is not None:
@@ -80,7 +85,7 @@ class Saver:
         Returns:
             the folder that it will be
         Raises:
-            CheckpointError: this save or the one before cannot be written; on every rank alike.
+            CheckpointError, DiskError: this save or the one before cannot be written; on every rank alike.
             RuntimeError: another rank is gone.
         """
         began = time.perf_counter()
@@ -113,7 +118,7 @@ class Saver:
         """Until nothing is being written any more.
 
         Raises:
-            CheckpointError: what was being written cannot be; on every rank alike.
+            CheckpointError, DiskError: what was being written cannot be; on every rank alike.
             RuntimeError: another rank is gone.
         """
         if self._thread is not None:
@@ -172,6 +177,7 @@ class Saver:
         for file in self.plan.files:
             file.create(temporary)
         for name, content in self.documents.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
         (temporary / STATE_FILE).write_text(state.as_text())
 
@@ -191,21 +197,24 @@ class Saver:
         Returns:
             what it gave on each rank
         Raises:
-            CheckpointError: it failed on some rank; on every rank alike, but for one with a fault of ours, which
-                raises that.
+            CheckpointError, DiskError: it failed on some rank; on every rank alike, but for one with a fault of ours,
+                which raises that.
             RuntimeError: another rank is gone. Nothing that the user could mend: who it was explains more.
         """
-        answer: tuple[str | None, T | None] = (None, None)
+        answer: Answer[T] = (None, None)
         fault: Exception | None = None
         try:
+            if self._is_writer:
+                self._guard()
             if self._is_writer or not by_writer:
                 with folders.explained(self.checkpoints):
                     answer = (None, do())
-        except CheckpointError as error:
-            answer = (str(error), None)
+        except (CheckpointError, DiskError) as error:
+            answer = (error, None)
         except Exception as error:  # ours to mend; the other ranks must not wait for this one
-            fault, answer = error, (f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}", None)
-        answers: list[tuple[str | None, T | None]] = [(None, None)] * dist.get_world_size()
+            text = f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}"
+            fault, answer = error, (CheckpointError(text), None)
+        answers: list[Answer[T]] = [(None, None)] * dist.get_world_size()
         try:
             dist.all_gather_object(answers, answer, group=self._group)
         except RuntimeError as error:
@@ -214,5 +223,5 @@ class Saver:
             raise fault
         errors = [error for error, _ in answers if error is not None]
         if errors:
-            raise CheckpointError(errors[0])
+            raise errors[0]
         return [given for _, given in answers]

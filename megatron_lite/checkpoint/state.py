@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.hf.folder import STATE_FILE as STATE_FILE
 from megatron_lite.config.hf.folder import TRAINING as TRAINING
-from megatron_lite.errors import CheckpointError, ForeignFormatError
+from megatron_lite.errors import CheckpointError, DamagedFileError, ForeignFormatError
+from megatron_lite.observe.logged import LoggedLines
+from megatron_lite.state_files import Object, decode, read_bytes
 
 FORMAT = 1
+_NAN_LOSS = re.compile(rb'^( "validation_loss": )(NaN|-?Infinity)(?=,$)', re.MULTILINE)
+"""As earlier versions wrote it, in words that JSON does not have."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,17 @@ class CheckpointState:
     validation_loss: float | None  # if the run was validated after this very step
     skipped: tuple[tuple[int, int], ...] = ()
     """Global samples [first, stop) that the run had left out until then, in ascending order."""
-    config: dict[str, Any] = field(default_factory=dict)  # the frozen configuration, as plain containers
+    config: dict[str, Any] = field(default_factory=dict)
+    """The frozen configuration, as plain containers; restores the file in the run folder, should it be damaged."""
+    metrics: LoggedLines | None = None
+    """Of metrics.jsonl up to this step; None in checkpoints of earlier versions."""
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """A validation loss that is not finite becomes null: JSON has no word for it."""
+        loss = self.validation_loss
+        finite = loss if loss is not None and math.isfinite(loss) else None
+        return json.dumps({"format": FORMAT, **asdict(self), "validation_loss": finite}, indent=1)
 
 
 def read_state(folder: Path) -> CheckpointState:
@@ -71,22 +83,39 @@ def read_state(folder: Path) -> CheckpointState:
     Raises:
         CheckpointError: it is missing, damaged, or of a version that this one cannot read.
     """
+    path = folder / STATE_FILE
     try:
-        found = json.loads((folder / STATE_FILE).read_text())
-        version = found.pop("format")
-        if version != FORMAT:
-            raise ForeignFormatError(
-                f"{folder} has format {version}, and this version of megatron_lite reads format {FORMAT}; "
-                "go on with the version that wrote it"
-            )
-        optimizer = found.pop("optimizer")
-        scale = found.pop("loss_scale")
-        return CheckpointState(
-            layout=Layout(**found.pop("layout")),
-            optimizer=OptimizerState(optimizer["name"], optimizer["step"], tuple(optimizer["moments"])),
-            loss_scale=None if scale is None else LossScaleState(**scale),
-            skipped=tuple((first, stop) for first, stop in found.pop("skipped", ())),
-            **found,
+        content = read_bytes(path)
+        if content is None:
+            raise CheckpointError(f"{folder} has no {STATE_FILE}, so it was never finished")
+        content = _NAN_LOSS.sub(b"\\1null", content)
+        require_format(decode(content, Format, str(path)).format, FORMAT, str(folder))
+        state = decode(content, CheckpointState, str(path))
+        unknown = decode(content, Object, str(path)).keys() - {"format", *(field.name for field in fields(state))}
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(unknown))}, which this version of megatron_lite does not know; go on with "
+            "the version that wrote it"
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE} cannot be read ({error})") from error
+    return state
+
+
+@dataclass(frozen=True)
+class Format:
+    """What every file with a version says first."""
+
+    format: int | str | None = None
+
+
+def require_format(found: int | str | None, known: int, what: str) -> None:
+    """
+    Raises:
+        ForeignFormatError: it is of another version than the one that we know.
+    """
+    if found != known:
+        raise ForeignFormatError(
+            f"{what} has format {found}, and this version of megatron_lite reads format {known}; "
+            "go on with the version that wrote it"
+        )

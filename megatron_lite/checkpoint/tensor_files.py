@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_lite.checkpoint.fragments import Transfer
 from megatron_lite.config.hf.headers import TensorEntry
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, library_edge
 from megatron_lite.models.stored import Shape, StoredForm
 
 ITEM_BYTES = 4  # fp32: master weights and moments
@@ -160,10 +160,8 @@ class TensorReader:
         self._entries = entries
         self._files: dict[Path, Any] = {}
         for path in {entry.file for entry in entries.values()}:
-            try:
+            with library_edge(CheckpointError, f"{path} is no whole safetensors file"):
                 self._files[path] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
 
     def __enter__(self) -> TensorReader:
         return self
@@ -175,7 +173,8 @@ class TensorReader:
 
     def whole(self, name: str) -> Tensor:
         entry = self._entries[name]
-        return self._files[entry.file].get_tensor(entry.name)
+        with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read"):
+            return self._files[entry.file].get_tensor(entry.name)
 
     def read(self, moved: Iterable[Transfer]) -> None:
         """Fill each transfer's memory."""
@@ -184,6 +183,7 @@ class TensorReader:
             box = tuple(
                 slice(start, start + size) for start, size in zip(transfer.start, transfer.view.shape, strict=True)
             )
-            values = self._files[entry.file].get_slice(entry.name)[box] if box else self.whole(transfer.target)
+            with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read"):
+                values = self._files[entry.file].get_slice(entry.name)[box] if box else self.whole(transfer.target)
             with torch.no_grad():
                 transfer.view.copy_(values)

@@ -49,6 +49,17 @@ def difference(first: TensorEntry, second: TensorEntry) -> str | None:
     return None if same else f"max abs {largest:.3g}{dtypes}"
 
 
+def is_zero(tensor: TensorEntry) -> bool:
+    """Whether every number is 0, of either sign.
+
+    Raises:
+        CheckpointError: a file is shorter than its header says.
+    """
+    if tensor.dtype not in DTYPES:
+        return not any(block.strip(b"\0") for block in _bytes(tensor))
+    return not any(_numbers(block, tensor.dtype).any() for block in _blocks(tensor))
+
+
 def _shape(tensor: TensorEntry) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 

@@ -6,7 +6,8 @@ another run of it. A new setting must be put into exactly one of the tables belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from megatron_lite.config.keys import as_word, get_value, leaf_keys
 from megatron_lite.config.schema import Decay, ModelConfig, OptimizerName, Precision, RunConfig
+from megatron_lite.files import file_xxh3
 
 Consequence = Callable[[RunConfig, RunConfig], str]
 """From the configurations before and after the change to what it resets; empty = nothing, with these values."""
@@ -46,6 +48,7 @@ class Change:
 SAFE = (
     "debug",
     "model.name",
+    "model.check_init",
     "model.vocab_pad_multiple",  # padding is in no file
     "parallel.pipeline_parallel_size",
     "parallel.data_parallel_size",
@@ -55,6 +58,7 @@ SAFE = (
     "data.max_epochs",
     "data.cache_dir",
     "data.num_workers",
+    "data.max_bad_fraction",  # it stops a preparation, or does not: the documents are the same
     "train.loss_scale.initial_power",  # the scale has long left it
     "train.log_interval",
     "train.eval_interval",
@@ -111,6 +115,7 @@ SAFE = (
     "launcher.modules",
     "launcher.setup",
     "launcher.environment",
+    "launcher.pass_environment",
     "launcher.container",
     "launcher.container_mounts",
     "launcher.sbatch_options",
@@ -254,7 +259,7 @@ FORBIDDEN = (
         "model.init", "model.init_std", "model.init_from",
     )),
     Refusal("the model has learnt the tokens of the earlier value", False, (
-        "data.tokenizer", "data.tokenizer_vocab_size",
+        "data.tokenizer", "data.tokenizer_vocab_size", "data.add_bos", "data.eod_token",
     )),
     Refusal("the weights are trained to compute with the earlier value", True, (
         "model.norm_epsilon", "model.activation", "model.rotary_base",
@@ -262,8 +267,8 @@ FORBIDDEN = (
     )),
     Refusal("it decides which samples there are, and so which of them are left to train on", True, (
         "data.source", "data.weights", "data.text_key", "data.document_separator", "data.dataset_split",
-        "data.dataset_config", "data.seq_length", "data.validation_fraction", "data.validation_source",
-        "objective.decoder_seq_length",
+        "data.dataset_config", "data.max_document_bytes", "data.seq_length", "data.validation_fraction",
+        "data.validation_source", "objective.decoder_seq_length",
     )),
     Refusal("it decides what the model is trained to predict", True, (
         "script", "data.mask_loss_after_eod", "objective.name", "objective.masked_fraction",
@@ -277,15 +282,50 @@ FORBIDDEN = (
     Refusal("the order of the data follows from it, and so which samples are left to train on", True, ("train.seed",)),
 )  # fmt: skip
 
+DATA_KEYS = (
+    "data.source", "data.weights", "data.text_key", "data.document_separator", "data.dataset_split",
+    "data.dataset_config", "data.validation_fraction", "data.validation_source", "data.tokenizer",
+    "data.tokenizer_vocab_size",
+)  # fmt: skip
+"""Matter by the tokens that they lead to: a change of one is none where the data keeps its fingerprint. The same file
+under another name, say, or a separator where no text file is read."""
+UNDECIDED = "the run goes on only with the tokens that it had, which shows when the data is ready"
 
-def grade_changes(previous: RunConfig, current: RunConfig, checkpoint: Path | None = None) -> list[Change]:
+
+def grade_changes(
+    previous: RunConfig,
+    current: RunConfig,
+    checkpoint: Path | None = None,
+    *,
+    same: Collection[str] = (),
+    undecided: Collection[str] = (),
+) -> list[Change]:
     """Every setting that differs between two resolved configurations of one run, in the order of the schema.
 
     Args:
         checkpoint: of the run, that a remedy proposes to begin another one with.
+        same: those of DATA_KEYS that are known to lead to the same tokens, however they are spelled.
+        undecided: those of which it is not known yet.
     """
     differing = [key for key in leaf_keys() if get_value(previous, key) != get_value(current, key)]
-    return [_graded(key, previous, current, checkpoint) for key in differing]
+    graded = []
+    for key in differing:
+        settled = _may_be_respelled(key, previous, current) and (key in same or key in undecided)
+        text = UNDECIDED if settled and key in undecided else ""
+        safe = Change(key, get_value(previous, key), get_value(current, key), Grade.safe, text)
+        graded.append(safe if settled else _graded(key, previous, current, checkpoint))
+    return graded
+
+
+def _may_be_respelled(key: str, before: RunConfig, after: RunConfig) -> bool:
+    """Whether the fingerprint of the data tells all that a setting does to a run.
+
+    A tokenizer that is trained also gives the model its size, which the tokens alone do not show.
+    """
+    trained = [config.data.tokenizer == "train" for config in (before, after)]
+    if key == "data.tokenizer":
+        return trained[0] == trained[1]
+    return key != "data.tokenizer_vocab_size" or not any(trained)
 
 
 def refusals(changes: Sequence[Change], where: str) -> list[str]:
@@ -322,6 +362,8 @@ def shown(value: Any) -> str:
 
 def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path | None) -> Change:
     before, after = get_value(previous, key), get_value(current, key)
+    if key == "model.init_from" and (reason := _same_beginning(before, after)) is not None:
+        return Change(key, before, after, Grade.safe, reason)
     refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
     if refusal is None:
         consequence = RESETS[key](previous, current) if key in RESETS else ""
@@ -330,3 +372,26 @@ def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path 
     if refusal.weights_fit and checkpoint is not None:
         remedy += f" with model.init_from={checkpoint}"
     return Change(key, before, after, Grade.forbidden, refusal.rule, remedy)
+
+
+def _same_beginning(before: str | None, after: str | None) -> str | None:
+    """Why another model.init_from does not matter to a run that goes on; None where it does.
+
+    The weights come from the run's checkpoint. So a folder that is gone is no reason to stop, and one that was moved
+    or is spelled otherwise is the same.
+    """
+    if before is None:
+        return None
+    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # else it may be a name of the hub
+    old = Path(before).expanduser()
+    if not old.exists():
+        return "the earlier one is gone; the weights come from the checkpoint" if is_local else None
+    if after is None or not (new := Path(after).expanduser()).is_dir():
+        return None
+    return "" if os.path.samefile(old, new) or _content(old) == _content(new) else None
+
+
+def _content(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of the files that hold a model."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {path.name: (path.stat().st_size, file_xxh3(path)) for path in files}

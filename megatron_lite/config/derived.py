@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_lite.config.launcher import LauncherName
 from megatron_lite.config.lengths import decoder_length
+from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import (
     Architecture,
     ModelConfig,
@@ -156,6 +157,8 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
     if processes is not None and processes % ranks_per_replica(config):
         return config  # no layout has so many processes: validation says so, and nothing can be derived from them
     replicas = data_parallel_size(config, processes)
+    if replicas * ranks_per_replica(config) > MOST_PROCESSES:
+        return config  # refused, too
     resolved = replace(
         config,
         model=complete_model(config.model),
@@ -166,6 +169,8 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
             device=config.launcher.device if device is None else device,
         ),
     )
+    if config.train.run_dir == "":
+        return resolved  # refused; as a path it would be the current folder
     return replace(resolved, train=replace(resolved.train, run_dir=str(run_directory(resolved))))
 
 

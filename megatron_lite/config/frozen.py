@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import re
-import tempfile
-from dataclasses import fields, is_dataclass, replace
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from megatron_lite.config.changes import Change, grade_changes, refusals
+from megatron_lite.config.changes import DATA_KEYS, Change, grade_changes, refusals
+from megatron_lite.config.hf.folder import STATE_FILE
+from megatron_lite.config.keys import shown
+from megatron_lite.config.rules.texts import path as path_problem
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
+from megatron_lite.files import modified_ns
+from megatron_lite.state_files import read_bytes, read_object
+
+
+@dataclass(frozen=True)
+class KeptConfig:
+    """What a checkpoint's state keeps of the configuration, as far as it matters here."""
+
+    config: dict[str, Any]
+
+
+class DamagedConfigError(ConfigError):
+    """A frozen configuration is not what was written, and nothing can restore it."""
+
 
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
+FROZEN_NAME = re.compile(r"config-[0-9a-f]{12}\.yaml")
+GIVE_FROZEN = "give a config-*.yaml of a run folder"
 LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
 
 
@@ -47,8 +69,11 @@ def _escaped(value: Any) -> Any:
 
 def frozen_path(config: RunConfig, run_dir: Path) -> Path:
     """Where `freeze` puts this configuration: `<run_dir>/config-<first 12 hex digits of its SHA-256>.yaml`."""
-    digest = hashlib.sha256(render(config).encode()).hexdigest()
-    return run_dir / f"config-{digest[:12]}.yaml"
+    return run_dir / _name_of(render(config).encode())
+
+
+def _name_of(content: bytes) -> str:
+    return f"config-{hashlib.sha256(content).hexdigest()[:12]}.yaml"
 
 
 def freeze(config: RunConfig, run_dir: Path) -> Path:
@@ -60,39 +85,105 @@ def freeze(config: RunConfig, run_dir: Path) -> Path:
         ConfigError: when the folder cannot be made or written.
     """
     path = frozen_path(config, run_dir)
-    temporary = None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=run_dir, prefix=".config-", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(render(config))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        _replace(path, render(config).encode())
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise unwritable(run_dir, error) from error
     return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Nodes and ranks may do so at the same time. The file's mode is the umask's."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_frozen(path: Path | str) -> RunConfig:
     """The configuration of a frozen file. Unknown keys, wrong types and missing groups are errors: nothing is guessed.
 
     A single setting may be missing, and so may a group of LATER_GROUPS: a version that did not have it yet ran with
-    what is now its default.
+    what is now its default. A damaged file is restored from the copy in a checkpoint of its run.
+
+    Raises:
+        ConfigError: there is no such file, this version cannot read it, or it is damaged and no checkpoint has a copy.
     """
     path = Path(path)
     try:
-        return _typed(OmegaConf.load(path))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give a config-*.yaml of a run folder") from error
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--config {path} is no frozen configuration: {first_line}; give a config-*.yaml of a run folder"
-        ) from error
+        content = read_bytes(path)
+    except (DamagedFileError, ValueError) as error:
+        raise ConfigError(f"--config {error}; {GIVE_FROZEN}") from error
+    if content is None:
+        raise ConfigError(f"--config {path}: No such file or directory; {GIVE_FROZEN}")
+    if FROZEN_NAME.fullmatch(path.name) and path.name != _name_of(content):
+        content = _restored(path, content)
+    with library_edge(ConfigError, f"--config {path} is no frozen configuration", GIVE_FROZEN):
+        _refuse_aliases(content)
+        return _typed(OmegaConf.load(io.BytesIO(content)))
+
+
+def _refuse_aliases(content: bytes) -> None:
+    """We write none, and a few lines of them can stand for more than memory holds."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
+        raise ValueError("it holds aliases (*NAME), which a frozen configuration has not")
+
+
+def _restored(path: Path, damaged: bytes) -> bytes:
+    """The content that the name of a damaged file tells, from the newest checkpoint that has it; written back as well.
+
+    Checkpoints keep no variables of launcher.environment, so these are taken from what is left of the file. The hash
+    in the name tells whether all of it is right.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    for config, variables in product(_kept_configs(path.parent), ({}, _environment_in(damaged))):
+        content = render(replace(config, launcher=replace(config.launcher, environment=variables))).encode()
+        if _name_of(content) != path.name:
+            continue
+        print(
+            f"warning: {path} is damaged: its content is not what the hash in its name tells; it is restored from the "
+            "copy in a checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        with contextlib.suppress(OSError):  # of a folder that we may only read
+            times = path.stat()
+            _replace(path, content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # which tells what the folder last ran with
+        return content
+    raise DamagedConfigError(
+        f"{path} is damaged: its content is not what the hash in its name tells, and no checkpoint of its run has a "
+        "copy of it; repeat the settings of the run instead of --config (the same words write the file anew), bring "
+        "the file back from a backup, or, if it was edited by hand, give it another name"
+    )
+
+
+def _kept_configs(run_dir: Path) -> Iterator[RunConfig]:
+    """The configurations that the checkpoints of a run were saved with, newest first."""
+    for state in sorted((run_dir / "checkpoints").glob(f"step_*/{STATE_FILE}"), reverse=True):
+        with contextlib.suppress(DamagedFileError, ConfigError):
+            kept = read_object(state, KeptConfig)
+            if kept is not None:
+                yield from_containers(kept.config)
+
+
+def _environment_in(damaged: bytes) -> dict[str, str]:
+    """launcher.environment of a file of which other parts are damaged."""
+    found = re.search(rb"^  environment:\n((?:    .*\n|\n)+)", damaged, re.MULTILINE)
+    try:
+        with library_edge(ConfigError, "launcher.environment"):
+            variables = OmegaConf.to_container(OmegaConf.create(found[1].decode()), resolve=True) if found else {}
+    except ConfigError:
+        return {}
+    return {str(key): str(value) for key, value in variables.items()} if isinstance(variables, dict) else {}
 
 
 def as_containers(config: RunConfig) -> dict[str, Any]:
@@ -106,11 +197,8 @@ def from_containers(content: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: this version does not know one of its settings.
     """
-    try:
+    with library_edge(ConfigError, "this version cannot read the configuration"):
         return _typed(OmegaConf.create(content))
-    except (OmegaConfBaseException, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ConfigError(f"this version cannot read the configuration ({first_line})") from error
 
 
 def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
@@ -125,7 +213,8 @@ def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
 def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     """Refuse a folder that cannot be written, or whose run cannot go on with this configuration.
 
-    A folder whose run never got to its first step is free.
+    A folder whose run never got to its first step is free. What the data holds is not known here: `DATA_KEYS` are left
+    to those who have it ready.
 
     Args:
         config: resolved, as it is frozen.
@@ -134,38 +223,52 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     Raises:
         ConfigError: every change that a run cannot make, or train.run_dir where the folder itself is the matter.
     """
-    _check_writable(run_dir)
-    earlier = _last_trained(run_dir)
+    try:
+        _check_writable(run_dir)
+        earlier = _last_trained(run_dir)
+    except OSError as error:  # a folder on the way that may not be looked into, a lost disk
+        raise unwritable(run_dir, error) from error
     if earlier is None:
         return []
     try:
         previous = load_frozen(earlier)
+    except DamagedConfigError as error:
+        kept = next(_kept_configs(run_dir), None)
+        if earlier != frozen_path(config, run_dir) and kept is None:
+            raise ConfigError(f"train.run_dir={run_dir}: {error}") from error
+        previous = kept or config  # which is about to be written again
     except ConfigError as error:
         raise ConfigError(
             f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
             "give another train.run_dir, or go on with the version that began it"
         ) from error
     newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
-    changes = grade_changes(previous, config, newest)
+    changes = grade_changes(previous, config, newest, undecided=DATA_KEYS)
     refused = refusals(changes, f"the run in train.run_dir={run_dir} ({earlier.name})")
     if refused:
         raise ConfigError(refused)
     return changes
 
 
-def _last_trained(run_dir: Path) -> Path | None:
-    """The newest frozen configuration of a folder that holds the results of training."""
+def has_trained(run_dir: Path) -> bool:
+    """Whether a folder holds the results of training: the run in it got to its first step."""
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     has_metrics = metrics.is_file() and metrics.stat().st_size > 0
-    has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return has_metrics or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _last_trained(run_dir: Path) -> Path | None:
+    """The newest frozen configuration of a folder that holds the results of training."""
     frozen = list(run_dir.glob("config-*.yaml"))
-    if not frozen or not (has_metrics or has_checkpoints):
+    if not frozen or not has_trained(run_dir):
         return None
-    return max(frozen, key=lambda path: path.stat().st_mtime_ns)
+    return max(frozen, key=modified_ns)
 
 
 def _check_writable(run_dir: Path) -> None:
     """The folder, or the nearest one above it that exists, must let us write; nothing is made yet."""
+    if problem := path_problem(str(run_dir)):  # a sweep has put its values behind the name that was checked
+        raise ConfigError(f"train.run_dir={shown(str(run_dir))} {problem}")
     nearest = run_dir.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent

@@ -13,6 +13,8 @@ from typing import Any
 
 from megatron_lite.config.schema import RunConfig
 
+LIKENESS_OF_SLIPS = 0.8  # two letters swapped, one missing or one too many in names of five letters and more
+LONGEST_SHOWN = 160  # characters of a value in a message
 # What people type who come from other trainers, where likeness of spelling would not lead them here.
 ALIASES = {
     "lr": "optimizer.learning_rate",
@@ -123,6 +125,30 @@ def is_map(key: str) -> bool:
     return typing.get_origin(schema_keys().get(key)) is dict
 
 
+class Shape(Enum):
+    """What of a setting is text."""
+
+    text = "text"
+    texts = "texts"  # a list
+    text_or_texts = "text_or_texts"  # typed `Any`: one, or a list
+    map = "map"  # from names to texts
+
+
+def text_shape(key: str) -> Shape | None:
+    """How a setting holds text; None where it holds none. An entry of a map is a text."""
+    hint = schema_keys().get(key)
+    if hint is None:
+        return Shape.text if is_map(key.rpartition(".")[0]) else None
+    shapes = {str: Shape.text, str | None: Shape.text, list[str]: Shape.texts, Any: Shape.text_or_texts}
+    return Shape.map if is_map(key) else shapes.get(hint)
+
+
+def may_be_null(key: str) -> bool:
+    """Whether None is a value of the setting."""
+    hint = schema_keys().get(key)
+    return hint is Any or type(None) in typing.get_args(hint)
+
+
 def leaf_keys() -> list[str]:
     """The dotted keys that hold a value."""
     return [key for key in schema_keys() if not is_group(key)]
@@ -145,9 +171,15 @@ def as_word(value: Any) -> str:
     return format(value, "g") if isinstance(value, float) else str(value)
 
 
+def shown(text: str) -> str:
+    """A value in a message: on one line, and not longer than a screen."""
+    line = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}... ({len(line)} characters)"
+
+
 def expects(key: str) -> str:
     """What a key's value has to be, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
-    return _describe(schema_keys()[key])
+    return _describe(schema_keys().get(key, str))
 
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -164,13 +196,13 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(member.name for member in hint)
     if is_dataclass(hint):
         return "a group of settings"
-    return _NAMES.get(hint, "any value")
+    return "a text, a list of texts or null" if hint is Any else _NAMES[hint]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `word`, or None when none is like it."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    """The choice that `word` is a slip of, or None: two names that share letters may well be of two things."""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=LIKENESS_OF_SLIPS)
+    return matches[0] if matches and word[:1] == matches[0][:1] else None
 
 
 def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:

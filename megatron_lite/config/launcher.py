@@ -68,7 +68,9 @@ class LauncherConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines that the batch script runs before srun, such as `source /apps/env.sh`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of every rank."""
+    """Variables of every rank, with their values; nothing secret, for it is kept in the run folder."""
+    pass_environment: list[str] = field(default_factory=list)
+    """Names of variables that every rank gets from the shell that launches. Their values are in no file: for keys."""
     container: str | None = None
     """Image for srun's --container-image (pyxis)."""
     container_mounts: list[str] = field(default_factory=list)

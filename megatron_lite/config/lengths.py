@@ -16,6 +16,7 @@ from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 ENDS = 2  # [CLS] ... [SEP] around a text
 PAIR_ENDS = 3  # [CLS] A [SEP] B [SEP]
 TRAINED_SENTINELS = 100  # of a tokenizer that is trained here, as T5's
+SMALLEST_BPE = 256 + 111  # tokens of a vocabulary that is trained here: the bytes, and what objectives need
 FIM_TOKENS = 3  # that a rearranged document gains
 MIN_SEQ_LENGTH = {
     ObjectiveName.causal_lm: 1,

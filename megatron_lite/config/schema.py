@@ -57,6 +57,12 @@ class InitScheme(StrEnum):
     t5 = "t5"  # by fan-in, with 1 / sqrt(head_size) folded into the query (arXiv 1910.10683)
 
 
+class CheckInit(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Recompute(StrEnum):
     none = "none"
     selective = "selective"  # the core attention only (arXiv 2205.05198)
@@ -109,6 +115,10 @@ class ModelConfig:
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder (or hub name) with safetensors, or a checkpoint of ours. They bring
     the settings of the model, and data.tokenizer where none is named; None = draw them."""
+    check_init: CheckInit = CheckInit.auto
+    """Compare logits of the weights of init_from with those that transformers computes from the same folder, before the
+    first step: `auto` where it is installed and the model fits in this machine's memory, `always` (also takes a
+    config.json with keys that we do not know), or `never`."""
     architecture: Architecture = Architecture.decoder
     num_layers: int = 4
     """Of the only stack, or of the encoder."""
@@ -194,22 +204,35 @@ class DataConfig:
     """Where the text comes from and how it becomes samples."""
 
     source: Any = "embedded"
-    """`embedded`, one path/dataset name or a list of them: .txt[.gz], .jsonl[.gz], .parquet (`*` joins files into one
-    source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path."""
+    """`embedded`, one path or dataset name or a list: .txt, .jsonl (also .gz, .bz2, .xz, .zst), .parquet (`*` joins
+    files into one source), a Megatron .bin/.idx prefix, or a Hugging Face dataset name/path. See docs/data.md."""
     weights: list[float] | None = None
     """Share of samples drawn from each source; None = proportional to its tokens."""
     text_key: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and Hugging Face datasets."""
     document_separator: str | None = "\n\n"
-    """What separates documents in a .txt file; None = one document a file."""
+    """What separates documents in a .txt file; None = one document a file. `\\n`, `\\t`, `\\uXXXX` and `\\\\`
+    are escapes where it is typed."""
     dataset_split: str = "train"
     """Split of a Hugging Face dataset."""
     dataset_config: str | None = None
     """Configuration name of a Hugging Face dataset."""
+    max_bad_fraction: float = 0.01
+    """Most bad rows of a source, as a share of its rows that are not empty: they are counted, shown and left out. More
+    of them end the preparation. Null and empty rows are counted and shown too, and are never too many."""
+    max_document_bytes: int = 16 * 2**20
+    """Longest row, in bytes of the unpacked file: a line of .jsonl with all its fields, a document of .txt, a cell of
+    a column. Longer ones are left out as bad rows and never held in memory."""
     tokenizer: str = "train"
     """`train` a byte-level BPE on the sources, or the folder (or hub name) of a Hugging Face tokenizer."""
     tokenizer_vocab_size: int = 8192
     """Size of a trained tokenizer, special tokens included."""
+    add_bos: bool | None = None
+    """Begin every document with the tokenizer's beginning-of-text token (decoders only); None = if the tokenizer does
+    so with a text. The tokenizer of a checkpoint then does the same."""
+    eod_token: str | None = None
+    """The token that every document ends with; None = the tokenizer's eos_token, or where that ends a turn of a chat,
+    such as <|im_end|> or <|eot_id|>, its <|endoftext|> or <|end_of_text|>."""
     seq_length: int = 128
     """Tokens of one sample."""
     validation_fraction: float = 0.02

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.rules import credentials, launcher, layout, lengths, model, nodes, objective, training
+from megatron_lite.config.rules import (
+    credentials,
+    launcher,
+    layout,
+    lengths,
+    model,
+    nodes,
+    objective,
+    tracking,
+    training,
+)
 from megatron_lite.config.rules.case import Case, Rule
-from megatron_lite.config.rules.values import out_of_range
+from megatron_lite.config.rules.ranges import out_of_range
+from megatron_lite.config.rules.texts import out_of_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -35,20 +46,22 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
 
 
 def values_are_in_range(case: Case) -> Iterator[str]:
-    """The tables of `rules/values.py`."""
-    for _, message in out_of_range(case.config):
+    """The tables of `rules/ranges.py` and `rules/texts.py`."""
+    for _, message in (*out_of_range(case.config), *out_of_form(case.config)):
         yield message
 
 
 RULES: tuple[Rule, ...] = (
     credentials.credentials_stay_outside,
     values_are_in_range,
+    layout.processes_can_be_planned,
     layout.world_size_fits_layout,
     nodes.nodes_know_where_to_meet,
     nodes.deepspeed_knows_its_hosts,
     nodes.hostfile_is_of_deepspeed,
     nodes.node_rank_is_of_a_node,
     nodes.device_of_other_machines_is_given,
+    objective.script_is_there,
     objective.architecture_fits_script,
     objective.objective_fits_script,
     model.heads_divide_hidden,
@@ -72,6 +85,7 @@ RULES: tuple[Rule, ...] = (
     objective.span_denoisers_are_described,
     objective.decoder_length_can_be_chosen,
     objective.eod_mask_needs_next_tokens,
+    objective.bos_needs_a_decoder,
     lengths.lengths_fit,
     layout.sequence_parallel_needs_tensor,
     layout.zero_stage_fits_pipeline,
@@ -80,6 +94,7 @@ RULES: tuple[Rule, ...] = (
     layout.offload_needs_zero_and_adamw,
     training.batch_is_whole,
     training.ramp_is_whole,
+    training.tokens_are_counted,
     training.fp16_needs_a_gpu,
     training.warmup_ends,
     training.decay_follows_warmup,
@@ -92,5 +107,6 @@ RULES: tuple[Rule, ...] = (
     training.kept_checkpoints_exist,
     training.window_holds_enough,
     training.rollback_has_checkpoints,
+    tracking.wandb_mode_is_known,
     *launcher.LAUNCHER_RULES,
 )

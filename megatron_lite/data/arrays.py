@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import weakref
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, remedy_of
+
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class ArrayWriter:
@@ -45,11 +51,47 @@ def map_array(path: Path, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
     Raises:
         DataError: the file is missing, or of another size.
     """
+    again = "remove its folder to prepare it again"
     try:
         found = path.stat().st_size
         if found == size > 0:
-            with path.open("rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+            return map_file(path, dtype)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; remove its folder to prepare it again") from None
-    raise DataError(f"{path} is {found:,} bytes; {size:,} were written; remove its folder to prepare it again")
+        raise DataError(f"{path} cannot be read: {error.strerror}; {remedy_of(error, again)}") from None
+    raise DataError(f"{path} is {found:,} bytes; {size:,} were written; {again}")
+
+
+def map_file(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """All of a file, read-only and paged in on use. No descriptor stays open, so any number of files may be mapped.
+
+    Python's own maps keep a descriptor each (until `trackfd` of 3.13), and a blend of sources maps several files of
+    each for the whole run.
+
+    Raises:
+        OSError: it cannot be opened or mapped.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    unmap = weakref.finalize(memory, _libc().munmap, address, size)  # with the last array that looks at it
+    unmap.atexit = False  # at the end of the process other threads may still read
+    values = np.frombuffer(memoryview(memory).cast("B"), dtype)
+    values.flags.writeable = False
+    return values
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc

@@ -1,26 +1,34 @@
-"""Which source a sample comes from: exact shares, without state.
+"""Which source a sample comes from: exact shares of any size, found by arithmetic alone.
 
-Samples are dealt in blocks of BLOCK. In every block each source has the same whole number of places, so that the
-n-th sample of a source is found by arithmetic alone. Its places are spread evenly over the block with a jitter, so
-that short stretches keep the shares too.
+The sources form a binary tree. Each split deals the samples that reach it to its two sides: of the first n samples the
+left side gets floor(n x share + phase), with the share as a fraction of whole numbers and a phase in [0, 1) of the
+seed. So nothing is rounded to a grid, any sample is found from its number in one walk from the root, and the number of
+any sample of a source in one walk back.
+
+How near the shares are kept: a split is never one sample or more away from its exact share of what reaches it. What
+reaches it may itself be off by what the splits above leave, scaled by its share of that. No side of two or more sources
+has more than 2/3 of its split, so after any number of samples
+    - each of two sources has had the floor or the ceiling of its exact share, and
+    - each of any number of sources is less than 1 + 2/3 + (2/3)^2 + ... = 3 samples away from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from math import gcd, isfinite, lcm
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_lite.data.sampler import raw_bits
+from megatron_lite.data.sampler import stream_key
 from megatron_lite.errors import ConfigError
 
-BLOCK = 65_536
+ORDER = 2
+"""Raise it when the same shares and seed would give another order of the sources. 1 dealt in blocks of 65,536."""
 
 
-def normalised(weights: Sequence[float], num_sources: int, key: str = "data.weights") -> tuple[float, ...]:
-    """Weights as shares that sum to 1.
+def normalised(weights: Sequence[float], num_sources: int) -> tuple[Fraction, ...]:
+    """data.weights as exact shares that sum to 1: 0.1 is the tenth that was typed, not the nearest binary number.
 
     Raises:
         ConfigError: wrong count, a weight that is negative or no number, or a sum of zero.
@@ -28,61 +36,115 @@ def normalised(weights: Sequence[float], num_sources: int, key: str = "data.weig
     shown = "[" + ", ".join(f"{weight:g}" for weight in weights) + "]"
     if len(weights) != num_sources:
         raise ConfigError(
-            f"{key}={shown} has {len(weights)} entries for {num_sources} sources; give one weight for each source"
+            f"data.weights={shown} has {len(weights)} entries for {num_sources} sources; give one weight for each "
+            "source"
         )
-    if not all(np.isfinite(weight) and weight >= 0 for weight in weights):
-        raise ConfigError(f"{key}={shown} must hold numbers that are 0 or more; correct the negative or infinite ones")
-    total = float(sum(weights))
-    if total == 0:
-        raise ConfigError(f"{key}={shown} sums to 0; give at least one source a positive weight")
-    return tuple(weight / total for weight in weights)
+    if not all(isfinite(weight) and weight >= 0 for weight in weights):
+        raise ConfigError(
+            f"data.weights={shown} must hold numbers that are 0 or more; correct the negative or infinite ones"
+        )
+    exact = [Fraction(repr(float(weight))) if isinstance(weight, float) else Fraction(weight) for weight in weights]
+    if not any(exact):
+        raise ConfigError(f"data.weights={shown} sums to 0; give at least one source a positive weight")
+    return shares_of(exact)
 
 
-def places_per_block(weights: Sequence[float], block: int = BLOCK) -> npt.NDArray[np.int64]:
-    """Whole numbers that sum to `block`, nearest to weights x block by largest remainder. Weights sum to 1.
+def shares_of(sizes: Sequence[Fraction | int]) -> tuple[Fraction, ...]:
+    """Sizes, such as numbers of tokens, as shares that sum to 1. One of them at least is positive."""
+    exact = [Fraction(size) for size in sizes]
+    total = sum(exact, Fraction())
+    return tuple(size / total for size in exact)
 
-    Raises:
-        ConfigError: a positive weight is too small to get a place.
-    """
-    exact = np.asarray(weights, np.float64) * block
-    places = np.floor(exact).astype(np.int64)
-    missing = block - int(places.sum())
-    by_remainder = np.argsort(-(exact - places), kind="stable")
-    places[by_remainder[:missing]] += 1
-    for i, weight in enumerate(weights):
-        if weight > 0 and places[i] == 0:
-            raise ConfigError(
-                f"data.weights[{i}]={weight:.3g} of the blend is below its resolution of 1/{block:,}; "
-                "give it a larger weight, weight 0, or join its text with another source"
-            )
-    return places
+
+@dataclass
+class _Split:
+    """Deals `left_size` of `size` samples to the left side."""
+
+    left_size: int
+    size: int
+    phase: int
+    """In range(size): the phase in units of 1 / size."""
+    left: int = 0
+    """A split, or ~source."""
+    right: int = 0
+
+    def dealt_left(self, count: int) -> int:
+        """Of the first `count` samples."""
+        return (count * self.left_size + self.phase) // self.size
+
+    def place_of_left(self, rank: int) -> int:
+        """Number of the sample that is the left side's `rank`-th, from 0: before it `rank` have been dealt left."""
+        return -((self.phase - (rank + 1) * self.size) // self.left_size) - 1
+
+    def place_of_right(self, rank: int) -> int:
+        mirrored = self.size - 1 - self.phase  # n - floor(n x share + phase) is a floor of the same form
+        return -((mirrored - (rank + 1) * self.size) // (self.size - self.left_size)) - 1
 
 
 class Blend:
-    """Maps a global sample index to (source, index within the source)."""
+    """Maps a global sample index to (source, index within the source).
 
-    def __init__(self, weights: Sequence[float], seed: int, block: int = BLOCK) -> None:
-        self.places = places_per_block(weights, block)
-        self._block = block
-        self._seed = seed
-        self._table = lru_cache(maxsize=2)(self._build_table)
+    Args:
+        weights: of the sources, in any unit; those of weight 0 are never drawn.
+    """
+
+    def __init__(self, weights: Sequence[Fraction | int], seed: int) -> None:
+        scale = lcm(*(Fraction(weight).denominator for weight in weights))
+        sizes = [int(weight * scale) for weight in weights]
+        used = sorted((source for source, size in enumerate(sizes) if size), key=lambda source: -sizes[source])
+        self._splits: list[_Split] = []
+        self._paths: dict[int, list[tuple[_Split, bool]]] = {}
+        self._root = self._build(used, sizes, seed)
 
     def __call__(self, index: int) -> tuple[int, int]:
-        block, place = divmod(index, self._block)
-        sources, ranks = self._table(block)
-        source = int(sources[place])
-        return source, block * int(self.places[source]) + int(ranks[place])
+        node, count = self._root, index
+        while node >= 0:
+            split = self._splits[node]
+            dealt = split.dealt_left(count)
+            if split.dealt_left(count + 1) > dealt:
+                node, count = split.left, dealt
+            else:
+                node, count = split.right, count - dealt
+        return ~node, count
 
     def index_of(self, source: int, inner: int) -> int:
-        """The global index of a source's sample: the inverse of a call. The source must have places."""
-        block, rank = divmod(inner, int(self.places[source]))
-        sources, ranks = self._table(block)
-        return block * self._block + int(np.flatnonzero((sources == source) & (ranks == rank))[0])
+        """The global index of a source's sample: the inverse of a call. The source must have a positive weight."""
+        for split, is_left in reversed(self._paths[source]):
+            inner = split.place_of_left(inner) if is_left else split.place_of_right(inner)
+        return inner
 
-    def _build_table(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Source of every place of a block, and its rank among the places of that source: two arrays [block]."""
-        sources = np.repeat(np.arange(len(self.places), dtype=np.int32), self.places)
-        ranks = np.concatenate([np.arange(count, dtype=np.int32) for count in self.places])
-        jitter = (raw_bits(self._block, self._seed, block) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        order = np.argsort((ranks + jitter) / self.places[sources], kind="stable")
-        return sources[order], ranks[order]
+    def splits_above(self, source: int) -> int:
+        """What finding a sample of the source costs: at most log(1 / share) / log(3/2) + 1, and fewer than sources."""
+        return len(self._paths[source])
+
+    def _build(self, used: list[int], sizes: list[int], seed: int) -> int:
+        """The whole tree, from the root down, the largest sources first; returns the root."""
+        below: list[tuple[list[int], list[tuple[_Split, bool]]]] = [(used, [])]
+        while below:
+            group, path = below.pop()
+            if len(group) == 1:
+                node, self._paths[group[0]] = ~group[0], path
+            else:
+                node, cut = len(self._splits), _balanced_cut([sizes[source] for source in group])
+                split = _split([sizes[source] for source in group], cut, stream_key(seed, node))
+                self._splits.append(split)
+                below += [(group[:cut], [*path, (split, True)]), (group[cut:], [*path, (split, False)])]
+            if path:
+                parent, is_left = path[-1]
+                setattr(parent, "left" if is_left else "right", node)
+        return 0 if self._splits else ~used[0]
+
+
+def _split(sizes: list[int], cut: int, key: int) -> _Split:
+    left, total = sum(sizes[:cut]), sum(sizes)
+    unit = gcd(left, total)
+    return _Split(left // unit, total // unit, phase=key * (total // unit) >> 64)
+
+
+def _balanced_cut(descending: list[int]) -> int:
+    """How many of the largest make the left side: the fewest that have a third.
+
+    Either that is one source, or each has less than a third: then neither side has more than two.
+    """
+    total = sum(descending)
+    return next(cut for cut, size in enumerate(accumulate(descending), start=1) if 3 * size >= total)

@@ -3,11 +3,15 @@
 One epoch of a source: its documents in an order that belongs to (seed, epoch), one after another, cut into windows of
 window_tokens tokens that start every stride_tokens tokens. The windows come in an order that belongs to (seed, epoch)
 too. A tail shorter than a window is dropped in that epoch. Then the next epoch follows, for ever.
+
+A source of a blend may be shorter than one window. Its documents are then repeated until they fill one, so that an
+"epoch" of one sample takes several passes over them; its share of the samples is its share of the tokens all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -15,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.blend import Blend
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.indexed import IndexedReader, bin_path
 from megatron_lite.data.prepared import Shard, documents_of_part
 from megatron_lite.data.sampler import Permutation, shuffled_order, stream_key
 from megatron_lite.data.samples import Text
 from megatron_lite.data.sentences import read_sentences
+from megatron_lite.errors import DataError
 
 EPOCHS_IN_MEMORY = 2  # neighbouring samples at the end of an epoch need both
 
@@ -65,12 +70,19 @@ class WindowDataset:
         stride_tokens: distance of the starts of neighbouring samples.
         seed: decides the order; also the number of the source, so that sources differ.
         sentences: say where sentences begin, too. The shard must know it.
+        repeat: fill a window with several passes over the documents where one pass is too short.
     Raises:
         DataError: the files are damaged.
     """
 
     def __init__(
-        self, shard: Shard, window_tokens: int, stride_tokens: int, seed: int, sentences: bool = False
+        self,
+        shard: Shard,
+        window_tokens: int,
+        stride_tokens: int,
+        seed: int,
+        sentences: bool = False,
+        repeat: bool = False,
     ) -> None:
         self.shard = shard
         self._window = window_tokens
@@ -84,7 +96,12 @@ class WindowDataset:
             self._sentences = read_sentences(shard.sentences, shard.sentences_bytes)
         self.num_tokens = int(self._reader.document_lengths[self._documents].sum())
         self.samples_per_epoch = windows_in(self.num_tokens, window_tokens, stride_tokens)
-        """0 where the shard is shorter than a window: it has no samples."""
+        """0 where the shard is shorter than a window and is not repeated: it has no samples."""
+        self.passes_per_epoch = 1
+        if repeat and 0 < self.num_tokens < window_tokens:
+            self._documents = self._documents[self._reader.document_lengths[self._documents] > 0]
+            self.passes_per_epoch = -(-window_tokens // self.num_tokens)
+            self.samples_per_epoch = 1
         self._epoch = lru_cache(maxsize=EPOCHS_IN_MEMORY)(self._build_epoch)
 
     def sample(self, index: int) -> Text:
@@ -97,10 +114,14 @@ class WindowDataset:
             out[place : place + taken] = tokens[begin : begin + taken]
             if sentences is not None:
                 sentences.append(self._sentences_in(begin, begin + taken) + (place - begin))
+        checked_ids(out, self.shard)
         if sentences is None:
             return Text(out)
         found = np.concatenate(sentences)
-        return Text(out, found[1:] if len(found) > 1 and found[1] == 0 else found)
+        found = found[1:] if len(found) > 1 and found[1] == 0 else found
+        if not 0 <= found[0] <= found[-1] < len(out) or np.any(np.diff(found) < 1):
+            raise damaged_sentences(self.shard)
+        return Text(out, found)
 
     def stretches(self, index: int) -> list[Stretch]:
         epoch, place = divmod(index, self.samples_per_epoch)
@@ -121,7 +142,7 @@ class WindowDataset:
         return found
 
     def samples_in(self, epochs: int) -> int:
-        return epochs * self.samples_per_epoch
+        return epochs // self.passes_per_epoch * self.samples_per_epoch
 
     def _sentences_in(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Places in the file, from `begin` up to `end`, where sentences begin."""
@@ -132,14 +153,16 @@ class WindowDataset:
     def _build_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Permutation]:
         """Documents in order, the end of each in the stream of this epoch [documents], and the order of windows."""
         documents = self._documents[shuffled_order(len(self._documents), self._key, epoch)]
+        if self.passes_per_epoch > 1:
+            documents = np.tile(documents, self.passes_per_epoch)
         ends = np.cumsum(self._reader.document_lengths[documents])
         return documents, ends, Permutation(self.samples_per_epoch, self._key, epoch, 1)
 
 
 class BlendedDataset(Generic[Sample]):
-    """Samples of several sources, mixed by weight."""
+    """Samples of several sources, mixed by positive weights."""
 
-    def __init__(self, datasets: Sequence[SampleDataset[Sample]], weights: tuple[float, ...], seed: int) -> None:
+    def __init__(self, datasets: Sequence[SampleDataset[Sample]], weights: Sequence[Fraction], seed: int) -> None:
         self.datasets = datasets
         self._blend = Blend(weights, seed)
 
@@ -153,8 +176,52 @@ class BlendedDataset(Generic[Sample]):
 
     def samples_in(self, epochs: int) -> int:
         """Where the first source of the blend is used up."""
-        used = [source for source, places in enumerate(self._blend.places) if places]
-        return min(self._blend.index_of(source, self.datasets[source].samples_in(epochs)) for source in used)
+        return min(self._blend.index_of(i, dataset.samples_in(epochs)) for i, dataset in enumerate(self.datasets))
+
+
+def checked_ids(tokens: npt.NDArray[np.int64], shard: Shard) -> npt.NDArray[np.int64]:
+    """The tokens of a sample, which are ids that the shard had when it was made: files too large to verify at every
+    start may have been damaged since, and an id beyond the vocabulary would end a GPU's kernel without a word of why.
+    """
+    if tokens.min() < 0 or tokens.max() > shard.max_token_id:
+        raise DataError(
+            f"{bin_path(shard.prefix)} is damaged: it holds token ids beyond {shard.max_token_id:,}, the largest when "
+            f"it was written; `python -m megatron_lite.data inspect --verify {shard.prefix.parent}` tells more; remove "
+            "the folder to prepare it again, or copy the pair again from where it came"
+        )
+    return tokens
+
+
+def damaged_sentences(shard: Shard) -> DataError:
+    assert shard.sentences is not None
+    return DataError(
+        f"{shard.sentences} is damaged: sentences do not follow each other; remove {shard.sentences.parent} to prepare "
+        "it again"
+    )
+
+
+class ChainedDataset(Generic[Sample]):
+    """The first so many samples of each of several datasets, one dataset after another, and then all of them again."""
+
+    def __init__(self, datasets: Sequence[SampleDataset[Sample]], counts: Sequence[int]) -> None:
+        self.datasets = datasets
+        self._ends = np.cumsum(counts)
+
+    def sample(self, index: int) -> Sample:
+        source, inner = self._place(index)
+        return self.datasets[source].sample(inner)
+
+    def stretches(self, index: int) -> list[Stretch]:
+        source, inner = self._place(index)
+        return self.datasets[source].stretches(inner)
+
+    def samples_in(self, epochs: int) -> int:
+        return epochs * int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        place = index % int(self._ends[-1])
+        source = int(self._ends.searchsorted(place, side="right"))
+        return source, place - (int(self._ends[source - 1]) if source else 0)
 
 
 def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:
@@ -162,6 +229,6 @@ def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:
     return 0 if num_tokens < window_tokens else (num_tokens - window_tokens) // stride_tokens + 1
 
 
-def blended(datasets: Sequence[SampleDataset[Sample]], weights: tuple[float, ...], seed: int) -> SampleDataset[Sample]:
+def blended(datasets: Sequence[SampleDataset[Sample]], weights: Sequence[Fraction], seed: int) -> SampleDataset[Sample]:
     """One dataset of several; a single one is returned as it is."""
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights, seed)

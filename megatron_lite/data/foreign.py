@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from megatron_lite.data.hub import quiet_hub
-from megatron_lite.errors import ConfigError
+from megatron_lite.data.tokenizer_files import TokenizerFiles, cannot_open, carried, read_folder, read_settings
+from megatron_lite.errors import ConfigError, library_edge
 
 KIND_FILES = ("tokenizer_config.json", "config.json")  # one of them tells transformers the class
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 
-def read_through_transformers(name: str) -> tuple[bytes, dict[str, Any]]:
-    """The tokenizer.json that transformers makes of a folder or hub name, and the names of its special tokens.
+def read_through_transformers(name: str) -> TokenizerFiles:
+    """The tokenizer.json that transformers makes of a folder or hub name, its settings, and the folder's files.
 
     Raises:
         ConfigError: it cannot be opened.
@@ -22,20 +24,28 @@ def read_through_transformers(name: str) -> tuple[bytes, dict[str, Any]]:
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise cannot_open(name, f"it is not a folder (looked from {Path.cwd()})")
+    own = read_settings(folder, name) if folder.is_dir() else {}
     from transformers import AutoTokenizer
 
     quiet_hub()  # after the import, which sets its own level
     try:
-        opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # files of many kinds and the network: errors of many kinds
+        with library_edge(ConfigError, name):
+            opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except ConfigError as error:
         raise cannot_open(name, _reason(folder, error)) from error
-    backend = getattr(opened, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(opened, "backend_tokenizer", None) is None:
         raise cannot_open(name, "it has no fast version; save one as tokenizer.json")
-    return str(backend.to_str()).encode(), dict(opened.special_tokens_map)
+    with tempfile.TemporaryDirectory() as saved:
+        with library_edge(ConfigError, f"data.tokenizer={name} cannot be saved as tokenizer.json"):
+            opened.save_pretrained(saved)
+        found = read_folder(Path(saved), name)
+    if found is None:
+        raise cannot_open(name, "transformers saves no tokenizer.json of it; save one there yourself")
+    others = found.others | (carried(folder, name) if folder.is_dir() else {})
+    return replace(found, settings=own | found.settings, others=others)
 
 
-def _reason(folder: Path, error: Exception) -> str:
+def _reason(folder: Path, error: ConfigError) -> str:
     """Of a failure of transformers, whose own words are about the last of all readers that it tried."""
     if folder.is_dir() and not _any_file(folder, KIND_FILES):
         for file_name, kind in (("vocab.txt", "BertTokenizer"), ("merges.txt", "GPT2Tokenizer"), *_SENTENCEPIECE_KINDS):
@@ -46,7 +56,7 @@ def _reason(folder: Path, error: Exception) -> str:
                 )
     if _any_file(folder, SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
         return "SentencePiece files need two more packages; run `pip install sentencepiece protobuf`"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return str(error).partition(": ")[2]
 
 
 _SENTENCEPIECE_KINDS = (("spiece.model", "T5Tokenizer"), ("tokenizer.model", "LlamaTokenizer"))
@@ -54,9 +64,3 @@ _SENTENCEPIECE_KINDS = (("spiece.model", "T5Tokenizer"), ("tokenizer.model", "Ll
 
 def _any_file(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_file() for name in names)
-
-
-def cannot_open(name: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"data.tokenizer={name} cannot be opened: {reason}; use `train`, or the folder or hub name of a tokenizer"
-    )

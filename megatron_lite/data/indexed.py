@@ -9,7 +9,6 @@ The .bin file is the tokens alone.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_lite.errors import DataError
+from megatron_lite.data.arrays import map_file
+from megatron_lite.errors import DataError, remedy_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -175,7 +175,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; shards are a pair of .bin and .idx") from None
+        raise _unreadable(path, error) from None
 
 
 def _parse_header(index: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
@@ -214,16 +214,21 @@ def _check_size(path: Path, expected: int, expected_by: str) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; shards are a pair of .bin and .idx") from None
+        raise _unreadable(path, error) from None
     if size != expected:
         raise _size_error(path, size, expected, expected_by)
 
 
 def _map_tokens(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype)
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+    try:
+        return map_file(path, dtype)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    remedy = remedy_of(error, "shards are a pair of .bin and .idx")
+    return DataError(f"{path} cannot be read: {error.strerror}; {remedy}")
 
 
 def _size_error(path: Path, size: int, expected: int, expected_by: str) -> DataError:

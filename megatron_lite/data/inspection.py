@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
-from megatron_lite.data.prepared import MANIFEST, Shard, check_shard, read_manifest, shards_of
+from megatron_lite.data.prepared import MANIFEST, Shard, check_files, check_shard, read_manifest, shards_of
 from megatron_lite.data.sentences import SENTENCE_DTYPE
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
@@ -28,11 +29,12 @@ def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
         DataError: a file is missing or is not what was written.
     """
     manifest = read_manifest(folder)
+    check_files(manifest, folder)
     tokenizer = _tokenizer_of(manifest["tokenizer"], folder)
     lines = [f"{folder / MANIFEST}: fingerprint {manifest['fingerprint']}", _tokenizer_line(manifest["tokenizer"])]
     for name in ("train", "validation"):
         for shard in shards_of(manifest, name, folder):
-            check_shard(shard, folder, checksum=verify)
+            check_shard(shard, folder, largest_read=inf if verify else 0)
             lines.append(_shard_line(name, shard) + (", checksums agree" if verify else ""))
             lines += _document_lines(shard.prefix, documents, tokenizer)
     return lines
@@ -60,11 +62,9 @@ def describe_pair(prefix: Path, *, verify: bool, documents: int) -> list[str]:
 
 def _verify_pair(prefix: Path, sidecar: dict[str, Any]) -> None:
     for path, key in ((bin_path(prefix), "bin_xxh3"), (idx_path(prefix), "idx_xxh3")):
-        actual = file_xxh3(path)
-        if actual != sidecar[key]:
-            raise DataError(
-                f"{path} has checksum {actual}; it was written with {sidecar[key]} (damaged); copy it again"
-            )
+        actual, written = file_xxh3(path), sidecar.get(key)
+        if actual != written:
+            raise DataError(f"{path} has checksum {actual}; it was written with {written} (damaged); copy it again")
 
 
 def _tokenizer_of(facts: dict[str, Any], folder: Path) -> Tokenizer | None:

@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 from megatron_lite.config.lengths import TRAINED_SENTINELS, sentinels_needed
-from megatron_lite.config.schema import ObjectiveName, RunConfig
+from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName, RunConfig
 from megatron_lite.data.roles import END_OF_TEXT, STANDARD_NAMES, sentinel_name
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_extended
 from megatron_lite.data.vocabulary import TRAIN
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DataError
 
 MODES = ("mode_r", "mode_s", "mode_x")
 NEEDS: dict[ObjectiveName, tuple[str, ...]] = {
@@ -29,6 +29,20 @@ NAMES = {**STANDARD_NAMES, "eod": END_OF_TEXT}
 NEED_SENTINELS = frozenset({ObjectiveName.span_corruption, ObjectiveName.ul2})
 NEED_TOKENIZER = frozenset({ObjectiveName.masked_lm, ObjectiveName.masked_lm_nsp})
 """Read `Vocabulary.is_special`, which the tokenizer itself tells: what they hide and draw are ordinary tokens."""
+
+
+def needs_sentences(objective: ObjectiveConfig) -> bool:
+    """Whether the samples of an objective follow the sentences of a text."""
+    if objective.name is ObjectiveName.bart_denoising:
+        return objective.permute_sentences
+    return objective.name is ObjectiveName.masked_lm_nsp
+
+
+def no_sentences(source: str) -> DataError:
+    return DataError(
+        f"{source} tells no sentences, which this objective needs: these shards came without a tokenizer; name its "
+        "folder in data.tokenizer"
+    )
 
 
 def missing_tokens(

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.dataset import EPOCHS_IN_MEMORY, Stretch
+from megatron_lite.data.dataset import EPOCHS_IN_MEMORY, Stretch, checked_ids, damaged_sentences
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepared import Shard, documents_of_part
 from megatron_lite.data.sampler import Permutation, raw_bits, stream_key
@@ -53,6 +53,7 @@ class PairDataset:
         self._key = stream_key(seed, shard.source_index)
         self._reader = IndexedReader(shard.prefix)
         self._sentences = read_sentences(shard.sentences, shard.sentences_bytes)
+        _check_sentences(self._sentences, self._reader.num_tokens, shard)
         documents = documents_of_part(self._reader, shard.part, shard.validation_fraction)
         starts = self._reader.document_starts[documents]
         first = np.searchsorted(self._sentences, starts)
@@ -121,10 +122,18 @@ class PairDataset:
         return Stretch(self.shard, document, tokens[0] - int(starts[document]), tokens[1] - tokens[0], place)
 
     def _read(self, tokens: Range) -> Ids:
-        return self._reader.tokens[tokens[0] : tokens[1]].astype(np.int64)
+        return checked_ids(self._reader.tokens[tokens[0] : tokens[1]].astype(np.int64), self.shard)
 
     def _build_order(self, epoch: int) -> Permutation:
         return Permutation(self.samples_per_epoch, self._key, epoch, 2)
+
+
+def _check_sentences(sentences: Places, num_tokens: int, shard: Shard) -> None:
+    """They are all read here anyway, so that it shows at once where one is not ahead of the next."""
+    places = range(0, len(sentences), BLOCK_SENTENCES)
+    ascend = all(np.all(np.diff(sentences[place : place + BLOCK_SENTENCES + 1]) > 0) for place in places)
+    if len(sentences) and not (ascend and sentences[0] >= 0 and sentences[-1] < num_tokens):
+        raise damaged_sentences(shard)
 
 
 def chunks_of(sentences: Places, first: Places, last: Places, tokens: int) -> tuple[Places, Places]:

@@ -20,6 +20,7 @@ from megatron_lite.data.origins import read_origins
 from megatron_lite.data.prepared import PreparedData, Shard
 from megatron_lite.data.samples import Ids, SentencePair, Text
 from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Provenance:
         file, number = str(shard.prefix), stretch.document
         if origins is not None:
             place, number = origins[stretch.document].item()
+            if place >= len(shard.files):
+                raise DataError(
+                    f"{shard.origins} is damaged: it names file {place:,} of {len(shard.files)}; remove "
+                    f"{shard.prefix.parent} to prepare it again"
+                )
             file = shard.files[place]
         return DocumentPart(shard.source, file, number, stretch.first_token, stretch.tokens, stretch.place)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, remedy_of
 from megatron_lite.files import sync
 
 LOCKS = ".locks"
@@ -37,23 +37,42 @@ def publish_folder(
         locks = folder.parent / LOCKS
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / folder.name)
-        with _acquired(lock, folder, report):
+        with locked(lock, f"another process prepares {folder}; waiting for it", report):
             if not (folder / marker).is_file():
                 _build_and_rename(folder, build)
     except NotImplementedError:
         raise DataError(f"{key} lies on a file system without file locks; name a folder on another one") from None
     except OSError as error:
-        place = error.filename or folder.parent
-        reason = error.strerror or str(error)
-        raise DataError(f"{key} cannot be written: {place}: {reason}; name another folder, or make room") from error
+        raise _unwritable(key, folder.parent, error) from error
+
+
+def require_folder(folder: Path, key: str) -> None:
+    """Make the parent of published folders, with a place for their locks. One that others have made may be read-only.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not folder.is_dir():
+            raise _unwritable(key, folder, error) from error
+
+
+def _unwritable(key: str, folder: Path, error: OSError) -> DataError:
+    place = error.filename or folder
+    reason = error.strerror or str(error)
+    remedy = remedy_of(error, "name another folder, or make room")
+    return DataError(f"{key} cannot be written: {place}: {reason}; {remedy}")
 
 
 @contextmanager
-def _acquired(lock: FileLock, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+def locked(lock: FileLock, waiting: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock for the length of the block; `waiting` is reported where another process has it."""
     try:
         lock.acquire(timeout=0.2)
     except Timeout:
-        report(f"another process prepares {folder}; waiting for it")
+        report(waiting)
         lock.acquire()
     try:
         yield

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.indexed import IndexedReader, bin_path, idx_path
+from megatron_lite.data.needs import no_sentences
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.sentences import SentenceWriter, sentences_path
@@ -31,17 +32,36 @@ NO_TOKENIZER: dict[str, Any] = {
 LARGEST_VOCABULARY = 2**24  # far above any in use: an id beyond it means that the file holds no token ids
 
 
-def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
-    """Check a ready pair against the tokenizer and count its tokens, in one pass.
+def check_ready(job: Job, source: Source, needs_sentences: bool) -> None:
+    """Refuse a ready pair for what shows without reading its tokens.
 
     Raises:
-        DataError: the pair is damaged or empty, or was made with another tokenizer.
+        DataError: it is damaged or empty, was made with another tokenizer, or does not tell the sentences that the
+            objective needs.
     """
     prefix = source.paths[0].resolve()
     reader = IndexedReader(prefix)
     if reader.num_tokens == 0:
         raise DataError(f"{source}: {bin_path(prefix)} holds no tokens; name shards with documents in them")
     _check_tokenizer(job, source, prefix)
+    if needs_sentences and job.sentence_kinds is None and not _is_split(reader):
+        raise no_sentences(str(source))
+
+
+def hashes_of_documents(source: Source) -> npt.NDArray[np.uint64]:
+    """By which documents of a ready pair are held out [documents]."""
+    documents = IndexedReader(source.paths[0].resolve()).num_documents
+    return mix64_array(np.arange(documents, dtype=np.uint64))
+
+
+def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+    """Count the tokens of a ready pair that `check_ready` has passed.
+
+    Raises:
+        DataError: an id is no token, or every document is held out.
+    """
+    prefix = source.paths[0].resolve()
+    reader = IndexedReader(prefix)
     job.report(f"reading {source.name}: {reader.num_tokens:,} tokens")
     facts: dict[str, Any] = {
         "source": source.name,
@@ -52,8 +72,7 @@ def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float
         "bin_xxh3": file_xxh3(bin_path(prefix)),
         "idx_xxh3": file_xxh3(idx_path(prefix)),
     }
-    documents = np.arange(reader.num_documents, dtype=np.uint64)
-    hashes = mix64_array(documents)
+    hashes = hashes_of_documents(source)
     chosen = hashes < np.uint64(validation_threshold(held_out or 0.0))
     sentences = _SentenceFile(job, reader, f"{into}-{index}")
     kept_counts, chosen_counts = count_tokens(reader, chosen, sentences.add)
@@ -100,7 +119,7 @@ class _SentenceFile:
     """
 
     def __init__(self, job: Job, reader: IndexedReader, name: str) -> None:
-        self._is_split = len(reader.sequence_starts) > reader.num_documents
+        self._is_split = _is_split(reader)
         self._writer: SentenceWriter | None = None
         if self._is_split or job.sentence_kinds is not None:
             self._writer = SentenceWriter(sentences_path(job.folder / name), job.sentence_kinds)
@@ -114,6 +133,10 @@ class _SentenceFile:
     def finish(self) -> dict[str, Any]:
         """The fields of a `Shard`."""
         return self._writer.finish() if self._writer else {}
+
+
+def _is_split(reader: IndexedReader) -> bool:
+    return len(reader.sequence_starts) > reader.num_documents
 
 
 def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:

@@ -7,10 +7,23 @@ from itertools import count, takewhile
 from typing import Any
 
 from megatron_lite.config.lengths import TRAINED_SENTINELS
-from megatron_lite.data.special import SpecialTokens
 
 END_OF_TEXT = "<|endoftext|>"
 EOD_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # tried where the folder names no eos_token
+CHAT_ENDS = (  # end a turn of a chat: the eos_token of chat models, which their pretraining did not end documents with
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eot|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+)
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS_TOKEN>", "</s>")
+"""End documents where the eos_token is one of CHAT_ENDS: of Qwen and Phi, Llama 3, Gemma, Cohere, Mistral."""
 
 STANDARD_NAMES = {
     "cls": "[CLS]",
@@ -79,9 +92,3 @@ def sentinel_names(known: set[str]) -> list[str]:
     spellings = ((sentinel_name(number), "▁" + sentinel_name(number)) for number in count())
     found = (next((name for name in names if name in known), "") for names in spellings)
     return list(takewhile(bool, found))
-
-
-def resolve_roles(ids: Mapping[str, int], names: Mapping[str, str], sentinels: list[str], eod: str) -> SpecialTokens:
-    """Ids of the tokens that have a role."""
-    roles = {role: ids[name] for role, name in names.items()}
-    return SpecialTokens(eod=ids[eod], sentinels=tuple(ids[name] for name in sentinels), **roles)

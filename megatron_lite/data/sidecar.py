@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.errors import DataError
+import msgspec
+
+from megatron_lite.data.special import SpecialTokens
+from megatron_lite.errors import DamagedFileError, DataError
+from megatron_lite.state_files import Object, read_object
 
 REQUIRED = {"tokenizer_hash", "tokenizer_folder", "vocab_size", "eod_id"}
+
+
+@dataclass(frozen=True)
+class _Sidecar:
+    """Types of what is read of it: `SpecialTokens.from_facts`, the tokenizer, the checksums of the pair."""
+
+    tokenizer_hash: str
+    tokenizer_folder: str
+    vocab_size: int
+    eod_id: int | None
+    special: dict[str, int | list[int] | None] | None = None
+    bin_xxh3: str = ""
+    idx_xxh3: str = ""
 
 
 def sidecar_path(prefix: Path) -> Path:
@@ -25,13 +43,16 @@ def read_sidecar(prefix: Path) -> dict[str, Any] | None:
     """What `prepare` recorded beside a pair of shards it made; None for shards from elsewhere.
 
     Raises:
-        DataError: the file is there but is no JSON.
+        DataError: the file is there but is damaged.
     """
     path = sidecar_path(prefix)
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_object(path, Object)
+        if content is None or not content.keys() >= REQUIRED:
+            return None
+        roles = msgspec.convert(content, _Sidecar).special or {}
+        if unknown := roles.keys() - {role.name for role in fields(SpecialTokens)}:
+            raise DamagedFileError(f"no token has the role {min(unknown)}")
+    except (DamagedFileError, msgspec.ValidationError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again, or remove it") from None
-    return content if isinstance(content, dict) and content.keys() >= REQUIRED else None
+    return content

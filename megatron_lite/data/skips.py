@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from megatron_lite.errors import DataError
-from megatron_lite.files import replace_file
-from megatron_lite.observe.metrics import SKIPS_FILE
+from megatron_lite.errors import DamagedFileError, DataError
+from megatron_lite.files import replace_file, set_aside
+from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, SKIPS_FILE, read_metrics
+from megatron_lite.state_files import read_object, warn
 
 FORMAT = 1
 
@@ -89,6 +89,14 @@ class Rollback:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Document:
+    """The file."""
+
+    format: int
+    rollbacks: list[Rollback]
+
+
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
     """All rollbacks of a run so far, oldest first.
 
@@ -96,18 +104,53 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         DataError: the file is damaged: which samples to leave out is then unknown.
     """
     path = run_dir / SKIPS_FILE
-    if not path.exists():
-        return []
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']}, and this version reads {FORMAT}")
-        return [Rollback(**entry | {"window": Window(**entry["window"])}) for entry in found["rollbacks"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}), and it tells which samples this run leaves out; bring it back, or train "
-            "in a new train.run_dir"
-        ) from error
+        found = read_object(path, _Document)
+    except DamagedFileError as error:
+        raise _unknown(path, str(error)) from error
+    if found is not None and found.format != FORMAT:
+        raise _unknown(path, f"{path} has format {found.format}, and this version reads {FORMAT}")
+    if found is not None and any(not 0 <= one.window.first < one.window.stop for one in found.rollbacks):
+        raise _unknown(path, f"{path} is damaged: a window ends before it begins")
+    return [] if found is None else found.rollbacks
+
+
+def _unknown(path: Path, problem: str) -> DataError:
+    return DataError(
+        f"{problem}, and it tells which samples this run leaves out; bring {path.name} back, or train in a new "
+        "train.run_dir"
+    )
+
+
+def restored_rollbacks(run_dir: Path) -> list[Rollback] | None:
+    """What events.jsonl says of the rollbacks of a run; None where it does not have them all."""
+    events = [one for one in read_metrics(run_dir / EVENTS_FILE) if one.get("event") == ROLLBACK_EVENT]
+    by_number = {one.get("rollbacks"): one for one in events if {"first_sample", "stop_sample"} <= one.keys()}
+    if not by_number or sorted(by_number, key=str) != sorted(range(1, len(by_number) + 1), key=str):
+        return None
+    return [
+        Rollback(Window(one["first_sample"], one["stop_sample"]), one["step"], one["to_step"], f"as {EVENTS_FILE} says")
+        for _, one in sorted(by_number.items())
+    ]
+
+
+def rollbacks_to_go_on_with(run_dir: Path) -> list[Rollback]:
+    """The same for a run that is about to go on: a damaged file is set aside and written anew from events.jsonl. For
+    the writing rank alone.
+
+    Raises:
+        DataError: events.jsonl does not have them either.
+    """
+    try:
+        return read_rollbacks(run_dir)
+    except DataError as error:
+        restored = restored_rollbacks(run_dir)
+        if restored is None:
+            raise
+        warn(f"{error}. It is restored from {EVENTS_FILE}: {len(restored)} windows of samples are left out")
+        set_aside(run_dir / SKIPS_FILE)
+        write_rollbacks(run_dir, restored)
+        return restored
 
 
 def write_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback]) -> None:

@@ -1,31 +1,26 @@
-"""What `data.source` can name, and the identity that decides whether a prepared copy is still right.
+"""A source of documents, and the identity that decides whether a prepared copy of it is still right.
 
 A source is one entry of `data.source`: the embedded corpus, a file (or a pattern of files of one kind), a Hugging Face
-dataset, or ready Megatron shards. Each source gets its own shards, so that several can be blended by weight.
+dataset, or ready Megatron shards. Each source gets its own shards, so that several can be blended by weight. Which one
+a name means is told by `source_names`.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.embedded import embedded_digest, embedded_names
 from megatron_lite.data.sidecar import read_sidecar
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.errors import DataError, remedy_of
 
 EMBEDDED = "embedded"
-FORMS = "use embedded, a .txt, .jsonl[.gz] or .parquet file, a Megatron .bin/.idx prefix, or a Hugging Face dataset"
-WHOLE_FILE_BYTES = 256 * 2**20  # up to this size a file is identified by all of its bytes
-SAMPLED_BLOCKS = 64  # a larger one by this many blocks of 1 MiB, its size and its time of change
-SAMPLED_BLOCK_BYTES = 2**20
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # of what `save_to_disk` of `datasets` writes
+FileIdentity = Callable[[Path], list[Any]]
 
 
 class SourceKind(StrEnum):
@@ -35,15 +30,6 @@ class SourceKind(StrEnum):
     parquet = "parquet"
     dataset = "dataset"
     shards = "shards"
-
-
-SUFFIXES = {
-    ".txt": SourceKind.text,
-    ".txt.gz": SourceKind.text,
-    ".jsonl": SourceKind.jsonl,
-    ".jsonl.gz": SourceKind.jsonl,
-    ".parquet": SourceKind.parquet,
-}
 
 
 @dataclass(frozen=True)
@@ -74,94 +60,40 @@ class Source:
         return f"{self.key}={self.name}"
 
 
-def source_names(value: Any) -> list[str]:
-    """The entries of a `source` setting, which may be one string or a list of them."""
-    if value is None:
-        return []
-    return [str(value)] if isinstance(value, str | os.PathLike) else [str(entry) for entry in value]
+def identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> dict[str, Any]:
+    """Everything about a source that decides its documents, and not how it is spelled or where it lies.
 
+    Equal identities give equal shards. A dataset of the hub is identified by its name: the prepared copy pins what was
+    downloaded first.
 
-def resolve_sources(value: Any, key: str) -> list[Source]:
-    """The sources behind `data.source` or `data.validation_source`.
-
-    Raises:
-        DataError: a named file does not exist, or is of no known form.
-        ConfigError: the list is empty.
-    """
-    names = source_names(value)
-    if not names and value is not None:
-        raise ConfigError(f"{key}=[] names no source; {FORMS}")
-    keys = [key] if isinstance(value, str) else [f"{key}[{i}]" for i in range(len(names))]
-    return [resolve_source(name, entry_key) for name, entry_key in zip(names, keys, strict=True)]
-
-
-def resolve_source(name: str, key: str) -> Source:
-    if name == EMBEDDED:
-        return Source(key, name, SourceKind.embedded)
-    path = Path(name).expanduser()
-    if prefix := _shard_prefix(path):
-        return Source(key, name, SourceKind.shards, (prefix,))
-    kind = _kind_by_suffix(name)
-    if kind is None:
-        return _dataset(name, key, path)
-    paths = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(name) and not path.exists() else [path]
-    if not paths:
-        raise DataError(f"{key}={name} matches no file (looked from {Path.cwd()}); correct the pattern")
-    if missing := [p for p in paths if not p.is_file()]:
-        raise DataError(f"{key}={name}: {missing[0]} is not a file (looked from {Path.cwd()}); correct the path")
-    return Source(key, name, kind, tuple(paths))
-
-
-def _kind_by_suffix(name: str) -> SourceKind | None:
-    return next((kind for suffix, kind in SUFFIXES.items() if name.lower().endswith(suffix)), None)
-
-
-def _shard_prefix(path: Path) -> Path | None:
-    """`corpus` of corpus.bin and corpus.idx, whichever of the three was named."""
-    if path.suffix in (".bin", ".idx"):
-        return path.with_suffix("")
-    has_half = any(path.with_name(path.name + suffix).is_file() for suffix in (".bin", ".idx"))
-    return path if has_half and not path.exists() else None
-
-
-def _dataset(name: str, key: str, path: Path) -> Source:
-    if path.is_file():
-        raise DataError(f"{key}={name} is a file of no known form; {FORMS}")
-    if path.is_dir():
-        return Source(key, name, SourceKind.dataset, (path,))
-    if name.count("/") > 1 or name.startswith((".", "~", "/")):  # cannot be a name of the hub
-        raise DataError(f"{key}={name} does not exist (looked from {Path.cwd()}); {FORMS}")
-    return Source(key, name, SourceKind.dataset)
-
-
-def identity(source: Source, data: DataConfig) -> dict[str, Any]:
-    """Everything about a source that decides its documents. Equal identities give equal shards.
-
-    A dataset of the hub is identified by its name: the prepared copy pins what was downloaded first.
-
+    Args:
+        file_identity: of `digests`: what a file holds.
     Raises:
         DataError: a file cannot be read.
     """
     try:
-        return _identity(source, data)
+        return _identity(source, data, file_identity)
     except OSError as error:
-        raise DataError(f"{source}: {error.filename} cannot be read: {error.strerror}") from None
+        remedy = remedy_of(error, "correct its permissions, or name another file")
+        raise DataError(f"{source}: {error.filename} cannot be read: {error.strerror}; {remedy}") from None
 
 
-def _identity(source: Source, data: DataConfig) -> dict[str, Any]:
+def _identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": str(source.kind)}
     if source.kind is SourceKind.embedded:
         facts["content"] = embedded_digest()
     elif source.kind is SourceKind.dataset:
         facts |= {"config": data.dataset_config, "split": data.dataset_split, "text_key": data.text_key}
-        facts["content"] = _folder_identity(source.paths[0]) if source.paths else source.name
+        facts["longest"] = data.max_document_bytes
+        facts["content"] = _folder_identity(source.paths[0], file_identity) if source.paths else source.name
     elif source.kind is SourceKind.shards:
         prefix = source.paths[0]
         sidecar = read_sidecar(prefix)
-        facts |= {"prefix": str(prefix.resolve()), "tokenizer": sidecar["tokenizer_hash"] if sidecar else None}
-        facts["content"] = [stat_identity(_half(prefix, suffix, source)) for suffix in (".bin", ".idx")]
+        facts["tokenizer"] = sidecar["tokenizer_hash"] if sidecar else None
+        facts["content"] = [file_identity(_half(prefix, suffix, source)) for suffix in (".bin", ".idx")]
     else:
         facts["content"] = [file_identity(path) for path in source.paths]
+        facts |= {"longest": data.max_document_bytes}
         facts |= {"separator": data.document_separator} if source.kind is SourceKind.text else {"key": data.text_key}
     return facts
 
@@ -173,31 +105,10 @@ def _half(prefix: Path, suffix: str, source: Source) -> Path:
     return path
 
 
-def stat_identity(path: Path) -> list[Any]:
-    """Size and time of change: for files too large to read at every start."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def _folder_identity(folder: Path, file_identity: FileIdentity) -> list[Any]:
+    return [[str(path.relative_to(folder)), *file_identity(path)] for path in sorted(visible_files(folder))]
 
 
-def file_identity(path: Path) -> list[Any]:
-    """Size and checksum; above 256 MiB the checksum covers 64 blocks, and the time of change is added."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            while block := file.read(SAMPLED_BLOCK_BYTES):
-                digest.update(block)
-            return [size, digest.hexdigest()]
-        for i in range(SAMPLED_BLOCKS):
-            file.seek(i * (size - SAMPLED_BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
-            digest.update(file.read(SAMPLED_BLOCK_BYTES))
-    return [size, digest.hexdigest(), path.stat().st_mtime_ns]
-
-
-def _folder_identity(folder: Path) -> list[Any]:
-    return [[str(path.relative_to(folder)), *file_identity(path)] for path in sorted(_visible_files(folder))]
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
     paths: Iterable[Path] = folder.rglob("*")
     return (p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))

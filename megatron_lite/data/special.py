@@ -16,6 +16,12 @@ class SpecialTokens:
 
     eod: int | None = None
     """Ends every document in the shards."""
+    begin: tuple[int, ...] = ()
+    """Every document in the shards begins with these; empty = with its text."""
+    bos: int | None = None
+    """What the tokenizer calls its beginning-of-text token, whether it adds that to texts or not."""
+    eos: int | None = None
+    """What the tokenizer calls its end token where that is not `eod`, as in chat models; None = `eod`."""
     cls: int | None = None
     """Begins an input of BERT, RoBERTa and BART."""
     sep: int | None = None
@@ -39,7 +45,8 @@ class SpecialTokens:
     def from_facts(cls, facts: dict[str, Any]) -> SpecialTokens:
         """From what a manifest or a sidecar says of a tokenizer; the oldest ones tell the end of documents only."""
         roles = facts.get("special") or {}
-        return cls(**{**roles, "sentinels": tuple(roles.get("sentinels", ()))}, eod=facts["eod_id"])
+        rows = {name: tuple(roles.get(name, ())) for name in ("sentinels", "begin")}
+        return cls(**{**roles, **rows}, eod=facts["eod_id"])
 
     def to_facts(self) -> dict[str, Any]:
         """As `from_facts` reads it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,9 @@ import numpy.typing as npt
 
 def unigram_cross_entropy_nats(
     train_counts: Sequence[npt.NDArray[np.int64]],
-    train_weights: Sequence[float],
+    train_weights: Sequence[float | Fraction],
     validation_counts: Sequence[npt.NDArray[np.int64]],
-    validation_weights: Sequence[float],
+    validation_weights: Sequence[float | Fraction],
     vocab_size: int,
 ) -> float:
     """Loss per token, in nats, of the validation tokens under the training tokens' unigram distribution.
@@ -31,6 +32,6 @@ def _fit(counts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float64]:
     return padded
 
 
-def _mixture(counts: Sequence[npt.NDArray[np.float64]], weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    shares = [weight * count / count.sum() for count, weight in zip(counts, weights, strict=True)]
+def _mixture(counts: Sequence[npt.NDArray[np.float64]], weights: Sequence[float | Fraction]) -> npt.NDArray[np.float64]:
+    shares = [float(weight) * count / count.sum() for count, weight in zip(counts, weights, strict=True)]
     return np.asarray(np.sum(shares, axis=0))

@@ -5,7 +5,6 @@ Memory is bounded by a few batches, whatever the size of the corpus.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,20 +18,23 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.hugging_face import as_files
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.origins import ORIGIN_DTYPE, origins_writer
 from megatron_lite.data.prepared import Part, Shard, validation_threshold
-from megatron_lite.data.readers import Document, read_documents
+from megatron_lite.data.progress import Progress
+from megatron_lite.data.readers import read_documents
+from megatron_lite.data.rows import Document, RowCounts, no_documents
 from megatron_lite.data.sentences import Kinds, SentenceWriter, sentences_path
 from megatron_lite.data.sidecar import write_sidecar
 from megatron_lite.data.sources import Source
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.files import size_text
 
 BATCH_CHARACTERS = 2**20
 BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
 TRAINING_TEXT_CHARACTERS = 256 * 2**20  # a vocabulary does not change for more, and training holds all words in memory
-REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class SourceSets:
     validation: Counted | None
     lowest_hash: int
     """Smallest hash of its documents: the first that a larger validation_fraction would hold out."""
+    rows: RowCounts | None = None
+    """What became of the rows of a source of text."""
 
 
 def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
@@ -97,28 +101,32 @@ def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: 
         DataError: the source is unreadable, or holds no document, or none that is not held out.
     """
     assert job.tokenizer is not None
+    source, data = as_files(source, job.data)
     threshold = validation_threshold(held_out) if held_out else 0
     outputs = {into: _Output(job, source, index, into)}
     if held_out:
         outputs[Part.validation] = _Output(job, source, index, Part.validation)
     lowest = 2**64
-    progress = _Progress(job.report, source.name)
-    for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read_documents(source, job.data)):
-        hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
-        origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
-        lowest = min(lowest, int(hashes.min()))
-        chosen = hashes < np.uint64(threshold)
-        outputs[into].add(tokens, lengths, origins, ~chosen)
-        if held_out:
-            outputs[Part.validation].add(tokens, lengths, origins, chosen)
-        progress.add(sum(len(text) for text, _, _ in documents), len(tokens))
-    progress.finish()
+    amount = _Amount(source.name)
+    rows = RowCounts(source.name)
+    with Progress(job.report, amount.line):
+        read = read_documents(source, data, rows, amount.read)
+        for documents, (tokens, lengths) in _encoded_batches(job.tokenizer, read):
+            hashes = np.fromiter((document_hash(text) for text, _, _ in documents), np.uint64, len(documents))
+            origins = np.array([(file, number) for _, file, number in documents], ORIGIN_DTYPE)
+            lowest = min(lowest, int(hashes.min()))
+            chosen = hashes < np.uint64(threshold)
+            outputs[into].add(tokens, lengths, origins, ~chosen)
+            if held_out:
+                outputs[Part.validation].add(tokens, lengths, origins, chosen)
+            amount.characters += sum(len(text) for text, _, _ in documents)
+            amount.tokens += len(tokens)
     if outputs[into].documents == 0:
         if lowest == 2**64:
-            raise DataError(f"{source} holds no text; name a source with documents in it")
+            raise no_documents(rows, source)
         raise all_held_out(source, held_out)
     done = {part: output.finish() for part, output in outputs.items()}
-    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest)
+    return SourceSets(done.get(Part.train), done.get(Part.validation), lowest, rows)
 
 
 def all_held_out(source: Source, fraction: float | None) -> DataError:
@@ -230,29 +238,22 @@ def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[D
         yield batch
 
 
-class _Progress:
-    """A line every ten seconds, and one at the end."""
+@dataclass
+class _Amount:
+    """What of a source is tokenised so far."""
 
-    def __init__(self, report: Callable[[str], None], name: str) -> None:
-        self._report = report
-        self._name = name
-        self._started = self._last = time.monotonic()
-        self._characters = 0
-        self._tokens = 0
+    source: str
+    characters: int = 0
+    tokens: int = 0
+    bytes: int = 0
 
-    def add(self, characters: int, tokens: int) -> None:
-        self._characters += characters
-        self._tokens += tokens
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
-            self._line("tokenising")
+    def read(self, count: int) -> None:
+        """Bytes that were read: rows may give no document for a long time."""
+        self.bytes += count
 
-    def finish(self) -> None:
-        self._line("tokenised")
-
-    def _line(self, verb: str) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        million = self._characters / 1e6
-        self._report(
-            f"{verb} {self._name}: {million:.1f} M characters, {self._tokens:,} tokens, {million / seconds:.1f} M/s"
+    def line(self, seconds: float, is_done: bool) -> str:
+        million = self.characters / 1e6
+        return (
+            f"{'tokenised' if is_done else 'tokenising'} {self.source}: {size_text(self.bytes)} read, {million:.1f} M "
+            f"characters, {self.tokens:,} tokens, {million / seconds:.1f} M/s"
         )

@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, or open any Hugging Face tokenizer.
+"""Tokenizers: any Hugging Face tokenizer opened, copied and extended.
 
 Every tokenizer used here is one `tokenizers.Tokenizer`. Text is encoded as text: a document that contains the name of
 a special token, such as `<|endoftext|>` or `[MASK]`, gets the pieces of that string and never the token itself.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,56 +17,47 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_lite.data.foreign import cannot_open, read_through_transformers
-from megatron_lite.data.pieces import Pieces, read_pieces, unknown_token
-from megatron_lite.data.roles import (
-    END_OF_TEXT,
-    EOD_NAMES,
-    SETTING_OF_ROLE,
-    STANDARD_NAMES,
-    named_tokens,
-    resolve_names,
-    resolve_roles,
-    sentinel_names,
-    trained_names,
+from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.encoding import Encoder
+from megatron_lite.data.foreign import read_through_transformers
+from megatron_lite.data.framing import END_OF_DOCUMENT_KEY, DocumentEnds, document_ends
+from megatron_lite.data.pieces import Pieces, read_pieces
+from megatron_lite.data.roles import SETTING_OF_ROLE, named_tokens, resolve_names, sentinel_names
+from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.data.tokenizer_files import (
+    DECISIVE_FILES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TokenizerFiles,
+    cannot_open,
+    encoded,
+    known_name,
+    parsed,
+    read_file,
+    read_folder,
 )
-from megatron_lite.data.special import Vocabulary
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.data.vocabulary import TRAIN
+from megatron_lite.errors import ConfigError, library_edge
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FOLDER = "tokenizer"  # inside prepared data
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-TOKENS_MAP_FILE = "special_tokens_map.json"
-FILES = (  # all that may decide the ids of a folder
-    TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    TOKENS_MAP_FILE,
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-KEPT_TOKENS = ("bos_token", "unk_token")
-KEPT_SETTINGS = ("model_max_length", "clean_up_tokenization_spaces", "chat_template")
-PIECE_CHARACTERS = 2**18  # a longer document is encoded in pieces, so that one document uses all threads too
+DIGESTS_KEY = "extends"  # of our tokenizer_config.json
 
 
 class RoleNames(NamedTuple):
     """Texts of the tokens that have a role."""
 
+    begin: tuple[str, ...]
+    """Ahead of every document; empty = none."""
     eod: str
     roles: dict[str, str]
     """By role, such as {"mask": "[MASK]"}."""
     sentinels: list[str]
 
-    def __contains__(self, text: object) -> bool:
-        return text == self.eod or text in self.roles.values() or text in self.sentinels
+    def all(self) -> list[str]:
+        return [*self.begin, self.eod, *self.roles.values(), *self.sentinels]
 
 
 class Tokenizer:
@@ -76,36 +66,31 @@ class Tokenizer:
     Args:
         backend: the tokenizer; its truncation and padding are switched off.
         names: its tokens that have a role.
+        files: what it was read from.
         digest: xxh3-128 of the tokenizer.json; shards remember it.
-        extends: digests of the tokenizers that this one has all ids of, and more.
-        settings: what else of its tokenizer_config.json its copies keep.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        names: RoleNames,
-        digest: str,
-        extends: tuple[str, ...] = (),
-        settings: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, names: RoleNames, files: TokenizerFiles, digest: str) -> None:
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # special tokens inside a text are text
         self._backend = backend
         self.names = names
+        self.files = files
         self.eod = names.eod
         self.digest = digest
-        self.extends = extends
-        self.settings = settings or {}
+        extends = files.settings.get(DIGESTS_KEY)
+        self.extends = tuple(map(str, extends)) if isinstance(extends, list) else ()
+        """Digests of the tokenizers that this one has all ids of."""
         ids = backend.get_vocab(with_added_tokens=True)
-        self.special = resolve_roles(ids, names.roles, names.sentinels, names.eod)
+        self.special = _special_tokens(ids, names, files.settings)
         self.eod_id = ids[names.eod]
         self.vocab_size: int = 1 + max(ids.values())
         """One above the largest id: what an embedding needs, even where ids have gaps."""
-        self._text_of_role = {ids[text]: text for text in (names.eod, *names.roles.values(), *names.sentinels)}
-        self._has_role = np.zeros(self.vocab_size, np.bool_)
-        self._has_role[list(self._text_of_role)] = True
+        self._text_of_role = {ids[text]: text for text in names.all()}
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(json.loads(self._backend.to_str()), self._text_of_role, self.eod_id, self.files.name)
 
     def pieces(self) -> Pieces:
         """The text behind every id."""
@@ -117,170 +102,113 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""
-        tokens, _ = self.encode_documents([text], append_eod=False)
-        return [int(token) for token in tokens]
+        return [int(token) for token in self._encoder.encode([text])[0]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; ids that are no token of this vocabulary (padded rows) are left out."""
         return str(self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False))
 
-    def encode_documents(
-        self, documents: Sequence[str], *, append_eod: bool = True
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def encode_documents(self, documents: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Ids of all documents one after another [sum of lengths], and the length of each [documents].
 
-        The documents are encoded in parallel by the threads of the `tokenizers` library.
+        Each has the tokens that documents begin with ahead of its text, and the end-of-document token behind it. They
+        are encoded in parallel by the threads of the `tokenizers` library.
         """
-        pieces: list[str] = []
-        counts: list[int] = []
-        for document in documents:
-            parts = split_long(document, PIECE_CHARACTERS)
-            pieces += parts
-            counts.append(len(parts))
-        encoded = [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
-        tokens, piece_lengths = _flattened(encoded)
-        if self._has_role[tokens].any():
-            for i in self._pieces_with_roles(tokens, piece_lengths):
-                encoded[i] = self._encode_as_text(pieces[i])
-            tokens, piece_lengths = _flattened(encoded)
-        return _join(tokens, piece_lengths, counts, self.eod_id if append_eod else None)
-
-    def _pieces_with_roles(
-        self, tokens: npt.NDArray[np.int32], piece_lengths: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.intp]:
-        """Numbers of the pieces in which a token with a role was found."""
-        places = np.flatnonzero(self._has_role[tokens])
-        return np.unique(np.searchsorted(np.cumsum(piece_lengths), places, side="right"))
-
-    def _encode_as_text(self, text: str) -> list[int]:
-        """Ids of a text that holds names of special tokens, cut inside each name.
-
-        Vocabularies that hold a name as an ordinary piece too (`</s>` in Unigram and SentencePiece) would find it
-        otherwise. A tokenizer that folds the case finds it in `</S>` as well.
-        """
-        longest_first = sorted(self._text_of_role.values(), key=len, reverse=True)
-        names = "|".join(re.escape(name.strip("▁")) for name in longest_first)
-        cuts = [0, *((m.start() + m.end()) // 2 for m in re.finditer(names, text, re.IGNORECASE)), len(text)]
-        parts = [text[a:b] for a, b in pairwise(cuts)]
-        encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
-        ids = list(chain.from_iterable(encoding.ids for encoding in encodings))
-        for found in self._text_of_role.keys() & set(ids):
-            raise DataError(
-                f"the text {text[:40]!r}... gives the {'end-of-document' if found == self.eod_id else 'special'} token "
-                f"{self._text_of_role[found]!r} itself; name another data.tokenizer, or other special tokens in its "
-                f"{TOKENIZER_CONFIG_FILE}"
-            )
-        return ids
+        tokens, lengths = self._encoder.encode(documents)
+        around = np.array([self.eod_id, *self.special.begin], np.int32)  # between two documents
+        stops = np.cumsum(lengths)
+        tokens = np.insert(tokens, np.repeat(stops, len(around)), np.tile(around, len(stops)))
+        return np.roll(tokens, len(around) - 1), lengths + len(around)  # what would begin another one begins the first
 
 
-def split_long(text: str, size: int) -> list[str]:
-    """Cut a very long text ahead of single spaces or line ends, where byte-level BPE starts a new word anyway."""
-    if len(text) <= size:
-        return [text]
-    parts: list[str] = []
-    begin = 0
-    while len(text) - begin > size:
-        gap = _LAST_WORD_GAP.search(text, begin + size // 2, begin + size)
-        end = gap.start() + 1 if gap else begin + size
-        parts.append(text[begin:end])
-        begin = end
-    return [*parts, text[begin:]]
-
-
-_LAST_WORD_GAP = re.compile(r"\S[ \n](?=\S)")
-
-
-def _flattened(encoded: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """All ids one after another, and the length of each piece."""
-    piece_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    return np.fromiter(chain.from_iterable(encoded), np.int32, int(piece_lengths.sum())), piece_lengths
-
-
-def _join(
-    tokens: npt.NDArray[np.int32], piece_lengths: npt.NDArray[np.int64], counts: list[int], eod_id: int | None
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Documents of `counts` pieces each, with the end-of-document token behind each, and their lengths."""
-    extra = 0 if eod_id is None else 1
-    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    totals = np.concatenate([[0], np.cumsum(piece_lengths)])
-    lengths = np.diff(totals[bounds]) + extra
-    if eod_id is None:
-        return tokens, lengths
-    return np.insert(tokens, totals[bounds[1:]], eod_id), lengths
-
-
-def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Train a byte-level BPE (Radford et al. 2019, GPT-2) and save it as a Hugging Face tokenizer folder.
-
-    It has the special tokens of every objective, so that one set of shards serves them all. A small text may hold fewer
-    words than `vocab_size` asks for; the vocabulary is then smaller.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=trained_names(),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+def _special_tokens(ids: Mapping[str, int], names: RoleNames, settings: Mapping[str, Any]) -> SpecialTokens:
+    """Ids of the tokens that have a role."""
+    named = (known_name(settings, key, ids) for key in ("bos_token", "eos_token"))
+    bos, eos = (None if name is None else ids[name] for name in named)
+    if len(names.begin) == 1:
+        bos = ids[names.begin[0]]
+    return SpecialTokens(
+        eod=ids[names.eod],
+        begin=tuple(ids[name] for name in names.begin),
+        bos=bos,
+        eos=None if eos == ids[names.eod] else eos,
+        sentinels=tuple(ids[name] for name in names.sentinels),
+        **{role: ids[name] for role, name in names.roles.items()},
     )
-    backend.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / TOKENIZER_FILE))
-    names = RoleNames(END_OF_TEXT, STANDARD_NAMES, [])
-    write_settings(folder, names, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
-    return open_tokenizer(str(folder))
 
 
-def write_settings(folder: Path, names: RoleNames, **more: Any) -> None:
-    """The tokenizer_config.json that names the tokens with a role."""
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names.eod, **more}
-    settings |= {key: names.roles[role] for role, key in SETTING_OF_ROLE.items() if role in names.roles}
-    (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def open_tokenizer(name: str) -> Tokenizer:
+def open_tokenizer(name: str, data: DataConfig | None = None, *, is_decoder: bool = False) -> Tokenizer:
     """Open a tokenizer folder or hub name.
 
     A folder with a tokenizer.json is read directly. Others (vocab.json + merges.txt, vocab.txt, SentencePiece) and
     names of the hub go through transformers' AutoTokenizer.
 
+    Args:
+        data: says what documents begin and end with (add_bos, eod_token); None = as the tokenizer does.
+        is_decoder: the model reads a stream of documents, see `framing`.
     Raises:
         ConfigError: it cannot be opened, or has no end-of-document token.
     """
+    return _opened(_read(name), data or DataConfig(), is_decoder)
+
+
+def _read(name: str) -> TokenizerFiles:
     folder = Path(name).expanduser()
-    if (folder / TOKENIZER_FILE).is_file():
-        content = (folder / TOKENIZER_FILE).read_bytes()
-        return _from_json(content, _settings_of(folder), name)
-    return _from_transformers(name)
-
-
-def _from_transformers(name: str) -> Tokenizer:
-    prepared = Path(name).expanduser() / TOKENIZER_FOLDER
+    found = read_folder(folder, name)
+    if found is not None:
+        return found
+    prepared = folder / TOKENIZER_FOLDER
     if (prepared / TOKENIZER_FILE).is_file():
         raise cannot_open(name, f"it is a folder of prepared data; its tokenizer is {prepared}")
-    content, settings = read_through_transformers(name)
-    return _from_json(content, settings, name)
+    return read_through_transformers(name)
 
 
-def save_tokenizer(name: str, folder: Path) -> Tokenizer:
-    """Copy what `open_tokenizer(name)` opens into `folder`, so that prepared data never depends on another place."""
-    source = Path(name).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (source / TOKENIZER_FILE).is_file():
-        (folder / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-        opened = open_tokenizer(name)
-    else:
-        opened = _from_transformers(name)
-        opened._backend.save(str(folder / TOKENIZER_FILE))
-    write_settings(folder, opened.names, **opened.settings, **_extending(opened.extends))
-    return open_tokenizer(str(folder))
+def _opened(files: TokenizerFiles, data: DataConfig, is_decoder: bool) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    ends = document_ends(files.spec, files.settings, data, is_decoder=is_decoder, name=files.name)
+    known = set(files.spec.ids())
+    roles = resolve_names(known, files.settings, files.spec.model.unknown())
+    names = RoleNames(ends.begin, ends.eod, roles, sentinel_names(known))
+    spec = {"added_tokens": [], **parsed(files.content, dict[str, Any], TOKENIZER_FILE, files.name)}
+    for entry in spec["added_tokens"]:
+        if entry["content"] in names.all():
+            entry["special"] = True  # else it would be found inside documents
+    remedy = "use `train`, or the folder or hub name of a tokenizer"
+    what = f"data.tokenizer={files.name} cannot be opened: its {TOKENIZER_FILE} is no tokenizer"
+    with library_edge(ConfigError, what, remedy):
+        backend = Backend.from_str(json.dumps(spec))
+    return Tokenizer(backend, names, files, xxhash.xxh3_128_hexdigest(files.content))
 
 
-def save_extended(opened: Tokenizer, names: list[str], folder: Path) -> Tokenizer:
+def save_tokenizer(name: str, folder: Path, data: DataConfig | None = None, *, is_decoder: bool = False) -> Tokenizer:
+    """Copy what `open_tokenizer` opens into `folder`, so that prepared data never depends on another place.
+
+    All files of the tokenizer come along. The copy is opened with the same settings.
+    """
+    opened = open_tokenizer(name, data, is_decoder=is_decoder)
+    write_files(folder, {**opened.files.others, TOKENIZER_FILE: opened.files.content})
+    write_settings(folder, opened.files.settings, opened.names)
+    return open_tokenizer(str(folder), data, is_decoder=is_decoder)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any], names: RoleNames) -> None:
+    """The tokenizer_config.json of a copy: what the original says, and which tokens have a role here."""
+    named = {key: names.roles[role] for role, key in SETTING_OF_ROLE.items() if role in names.roles}
+    written = {"eos_token": names.eod, **settings, **named}
+    if next(named_tokens(written, ("eos_token",)), None) != names.eod:
+        written[END_OF_DOCUMENT_KEY] = names.eod
+    (folder / TOKENIZER_CONFIG_FILE).write_bytes(encoded(written))
+
+
+def save_extended(opened: Tokenizer, added: list[str], folder: Path) -> Tokenizer:
     """A copy of a tokenizer with special tokens appended. The roles of the copy are those that the names have.
 
     Raises:
@@ -290,100 +218,41 @@ def save_extended(opened: Tokenizer, names: list[str], folder: Path) -> Tokenize
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_str(opened._backend.to_str())
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
     ids = list(backend.get_vocab(with_added_tokens=True).values())
     if len(set(ids)) < len(ids):
         raise ConfigError(
-            f"the ids of {opened.vocab_size:,} tokens have gaps, into which {len(names)} new ones do not fit; add them "
+            f"the ids of {opened.vocab_size:,} tokens have gaps, into which {len(added)} new ones do not fit; add them "
             f"to the tokenizer by hand, from id {opened.vocab_size} on"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / TOKENIZER_FILE))
-    more = opened.settings | _extending((*opened.extends, opened.digest))
-    write_settings(folder, opened.names, **more)
-    write_settings(folder, open_tokenizer(str(folder)).names, **more)  # now the new roles too
+    write_files(folder, {**opened.files.others, TOKENIZER_FILE: backend.to_str(pretty=True).encode()})
+    settings = opened.files.settings | {DIGESTS_KEY: [*opened.extends, opened.digest]}
+    write_settings(folder, settings, opened.names)
+    write_settings(folder, settings, open_tokenizer(str(folder)).names)  # now the new roles too
     return open_tokenizer(str(folder))
 
 
-def _extending(digests: tuple[str, ...]) -> dict[str, Any]:
-    return {"extends": list(digests)} if digests else {}
+def tokenizer_identity(data: DataConfig, ends: DocumentEnds | None, is_decoder: bool) -> Any:
+    """What decides the ids of documents: the tokenizer (a size, a folder's files, or a hub name), and their ends.
 
-
-def tokenizer_identity(name: str, vocab_size: int) -> Any:
-    """What decides the ids that `data.tokenizer` gives: a size, a folder's files, or a hub name."""
-    folder = Path(name).expanduser()
-    if name == "train":
-        return {"train": vocab_size}
-    if not folder.is_dir():
-        return {"name": name}  # what was downloaded first stays in the prepared folder
-    files = [folder / file_name for file_name in FILES if (folder / file_name).is_file()]
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+    Args:
+        ends: as far as they are known before it is opened.
+    """
+    facts: dict[str, Any]
+    folder = Path(data.tokenizer).expanduser()
+    if data.tokenizer == TRAIN:
+        facts = {"train": data.tokenizer_vocab_size}
+    elif not folder.is_dir():
+        facts = {"name": data.tokenizer}  # what was downloaded first stays in the prepared folder
+    else:
+        contents = {name: read_file(folder / name, data.tokenizer) for name in DECISIVE_FILES}
+        facts = {name: xxhash.xxh3_128_hexdigest(content) for name, content in contents.items() if content is not None}
+    if ends is not None:
+        return facts | {"documents": [*ends.begin, ends.eod]}
+    return facts | {"documents": [data.add_bos, data.eod_token, is_decoder]}
 
 
 def limit_threads(count: int | None) -> None:
     """Threads of the `tokenizers` library; works only before its first use in this process."""
     if count is not None:
         os.environ["RAYON_NUM_THREADS"] = str(count)
-
-
-def _from_json(content: bytes, settings: dict[str, Any], name: str) -> Tokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        spec = json.loads(content)
-        known = {entry["content"] for entry in spec.get("added_tokens", [])} | _vocabulary_names(spec)
-        eod = _choose_eod(next(named_tokens(settings, ("eos_token", "sep_token")), None), known, name)
-        names = RoleNames(eod, resolve_names(known, settings, unknown_token(spec)), sentinel_names(known))
-        for entry in spec.get("added_tokens", []):
-            if entry["content"] in names:
-                entry["special"] = True  # else it would be found inside documents
-        backend = Backend.from_str(json.dumps(spec))
-    except ConfigError:
-        raise
-    except Exception as error:  # the Rust library raises plain Exception
-        raise cannot_open(name, f"its {TOKENIZER_FILE} is no tokenizer ({error})") from None
-    extends = tuple(settings.get("extends", ()))
-    return Tokenizer(backend, names, xxhash.xxh3_128_hexdigest(content), extends, _kept(settings, known))
-
-
-def _kept(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """What copies keep beside the tokens with a role. A name that the tokenizer lacks would become a new token."""
-    tokens = {key: next(named_tokens(settings, (key,)), None) for key in KEPT_TOKENS}
-    kept = {key: name for key, name in tokens.items() if name in known}
-    return kept | {key: settings[key] for key in KEPT_SETTINGS if key in settings}
-
-
-def _vocabulary_names(spec: dict[str, Any]) -> set[str]:
-    vocab = spec.get("model", {}).get("vocab", {})
-    return set(vocab) if isinstance(vocab, dict) else {entry[0] for entry in vocab}
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """What the folder's own files say about its special tokens."""
-    settings: dict[str, Any] = {}
-    for file_name in (TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE):
-        if (folder / file_name).is_file():
-            found = _read_settings(folder / file_name)
-            settings |= {key: value for key, value in found.items() if value not in (None, "", {})}
-    return settings
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise cannot_open(str(path.parent), f"its {path.name} cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise cannot_open(str(path.parent), f"its {path.name} holds no JSON object")
-    return settings
-
-
-def _choose_eod(eos: str | None, known: set[str], name: str) -> str:
-    if eos is not None:
-        if eos not in known:
-            raise cannot_open(name, f"its {TOKENIZER_CONFIG_FILE} names the end token {eos!r}, which it does not have")
-        return eos
-    for candidate in EOD_NAMES:
-        if candidate in known:
-            return candidate
-    raise cannot_open(name, f"it has no end-of-document token; name one as eos_token in its {TOKENIZER_CONFIG_FILE}")

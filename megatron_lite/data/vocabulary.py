@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.roles import trained_names
 from megatron_lite.data.sidecar import read_sidecar
-from megatron_lite.data.sources import Source, resolve_sources
+from megatron_lite.data.source_names import resolve_sources
+from megatron_lite.data.sources import Source
+from megatron_lite.data.tokenizer_files import TOKENIZER_FILE, TokenizerJson, parsed, read_file
 from megatron_lite.errors import ConfigError
 
 TRAIN = "train"
+T = TypeVar("T")
 SMALLEST_BPE = 256 + len(trained_names())  # every byte, and the special tokens
 
 
@@ -68,7 +70,7 @@ def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -
     if needed is not None and needed > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} must hold the {needed} tokens of data.tokenizer={config.data.tokenizer}; "
-            f"use {needed} or more, or null"
+            + ("name the tokenizer of model.init_from" if config.model.init_from else f"use {needed} or more, or null")
         )
     return vocab_size
 
@@ -92,34 +94,25 @@ def _size_of_folder(name: str) -> int | None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         cached = _cached_hub_file(name)
-        return _size_in_json(cached) if cached else None
-    if (folder / "tokenizer.json").is_file():
-        return _size_in_json(folder / "tokenizer.json")
+        return _size_in_json(cached, name) if cached else None
+    if (folder / TOKENIZER_FILE).is_file():
+        return _size_in_json(folder / TOKENIZER_FILE, name)
     ids: set[int] = set()
     if (folder / "vocab.txt").is_file():  # BERT's WordPiece: one token a line
         ids.add(len((folder / "vocab.txt").read_bytes().removesuffix(b"\n").split(b"\n")) - 1)
     for file_name in ("vocab.json", "added_tokens.json"):
         if (folder / file_name).is_file():
-            ids.update(_read_json(folder / file_name).values())
+            ids.update(_read(folder / file_name, dict[str, int], name).values())
     return max(ids) + 1 if ids else None
 
 
-def _size_in_json(path: Path) -> int | None:
-    spec = _read_json(path)
-    vocab = spec.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-    ids += [entry["id"] for entry in spec.get("added_tokens", [])]
+def _size_in_json(path: Path, name: str) -> int | None:
+    ids = _read(path, TokenizerJson, name).ids().values()
     return max(ids) + 1 if ids else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.tokenizer: {path} cannot be read ({error}); name a tokenizer folder") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"data.tokenizer: {path} holds no JSON object; name a tokenizer folder")
-    return content
+def _read(path: Path, kind: type[T], name: str) -> T:
+    return parsed(read_file(path, name) or b"", kind, str(path), name)
 
 
 def _cached_hub_file(name: str) -> Path | None:

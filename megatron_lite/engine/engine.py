@@ -78,6 +78,8 @@ class Evaluation:
     token_loss: float  # nats per token alone
     accuracy: float  # fraction of tokens whose label has the largest logit
     sequence_accuracy: float | None = None  # of the samples' classes; None = they have none
+    tokens: float = 0.0  # all that count, by their weights
+    sequences: float = 0.0  # samples that have a class
 
 
 class Engine(ABC):
@@ -149,6 +151,7 @@ class Engine(ABC):
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
         """Over the micro-batches of all data-parallel ranks. A collective of all ranks."""
+        weights = _weights_of(batches).to(self.context.device)
         self.module.eval()
         self.loss.hits = hits = Hits.none(self.context.device)
         try:
@@ -158,9 +161,11 @@ class Engine(ABC):
                 loss = self._mean_over_job(num_micro_batches)
         finally:
             self.loss.hits = None
-        (right, nats, tokens), (right_classes, _, classes) = self._hits_of_job(hits).tolist()
-        tokens = max(tokens, 1e-20)
-        return Evaluation(loss, nats / tokens, right / tokens, right_classes / classes if classes else None)
+        tokens, classes = self._of_job(torch.cat([torch.stack([hits.tokens, hits.sequences]), weights], 1)).tolist()
+        (right, nats, counted, token_weight), (right_classes, _, counted_classes, class_weight) = tokens, classes
+        counted = max(counted, 1e-20)
+        class_accuracy = right_classes / counted_classes if counted_classes else None
+        return Evaluation(loss, nats / counted, right / counted, class_accuracy, token_weight, class_weight)
 
     # The parts of a step, in its order.
 
@@ -302,13 +307,12 @@ class Engine(ABC):
         parts = [sequences[0].sum() for sequences in self.loss.sequences]
         return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
 
-    def _hits_of_job(self, hits: Hits) -> torch.Tensor:
-        """[2, 3]: `Hits` of the last stage, summed over all data-parallel ranks."""
-        counts = torch.stack([hits.tokens, hits.sequences])
+    def _of_job(self, sums: torch.Tensor) -> torch.Tensor:
+        """What the last stage has, summed over all data-parallel ranks."""
         if self.context.data_group is not None:
-            dist.all_reduce(counts, group=self.context.data_group)
-        dist.broadcast(counts, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
-        return counts
+            dist.all_reduce(sums, group=self.context.data_group)
+        dist.broadcast(sums, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
+        return sums
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         """DeepSpeed's engine: it casts the module, partitions the optimizer and takes over backward and step."""
@@ -332,3 +336,10 @@ class Engine(ABC):
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
         clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)
         return engine
+
+
+def _weights_of(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """[2, 1] fp64: of all tokens, and of all samples with a class."""
+    tokens = sum(float(batch.loss_weights.sum()) for batch in batches)
+    classes = sum(float(batch.sequence_weights.sum()) for batch in batches if batch.sequence_weights is not None)
+    return torch.tensor([[tokens], [classes]], dtype=torch.float64)

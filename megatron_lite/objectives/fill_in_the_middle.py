@@ -7,7 +7,8 @@
 
 Token level: the cuts are uniform over the tokens of the document. Context level: the window is cut into documents
 first, and what it holds of a document is rearranged, so that no part of it can get lost. A document that the window
-cuts off has no [EOD]; one without any token besides [EOD] stays as it is.
+cuts off has no [EOD]; one without any token besides [EOD] stays as it is. What every document begins with, such as a
+beginning-of-text token, stays ahead of it.
 
 The tokens that are added take the room of the window's last ones, which are dropped before anything is rearranged.
 """
@@ -36,6 +37,7 @@ class FillInTheMiddle(Objective):
         self._weightless = weightless_token(data, vocabulary)
         special = vocabulary.special
         self._eod = known(special.eod)
+        self._begin = np.array(special.begin, np.int64)
         added = (known(special.fim_prefix), known(special.fim_suffix), known(special.fim_middle))
         self._prefix, self._suffix, self._middle = (np.array([token], np.int64) for token in added)
         self._fraction = objective.fim_fraction
@@ -61,9 +63,7 @@ class FillInTheMiddle(Objective):
             kept = min(end - begin, room - FIM_TOKENS * is_moved)
             document = window[begin : begin + kept]
             if is_moved:
-                content = kept - int(is_end[begin + kept - 1])
-                first, second = sorted((int(one * (content + 1)), int(other * (content + 1))))
-                parts += self._pieces(document, first, second, content, order < self._spm_fraction)
+                parts += self._moved(document, one, other, order < self._spm_fraction)
             else:
                 parts.append(document)
             begin = end
@@ -71,6 +71,14 @@ class FillInTheMiddle(Objective):
             if room == 0:
                 break
         return np.concatenate(parts)
+
+    def _moved(self, document: Ids, one: float, other: float, is_spm: bool) -> list[Ids]:
+        """A document in its new order, cut at two places in [0, 1); what every document begins with stays ahead."""
+        start = len(self._begin) if np.array_equal(document[: len(self._begin)], self._begin) else 0
+        text = document[start:]
+        content = len(text) - int(document[-1] == self._eod)
+        first, second = sorted((int(one * (content + 1)), int(other * (content + 1))))
+        return [document[:start], *self._pieces(text, first, second, content, is_spm)]
 
     def _pieces(self, document: Ids, first: int, second: int, content: int, is_spm: bool) -> list[Ids]:
         prefix, middle, suffix = document[:first], document[first:second], document[second:content]

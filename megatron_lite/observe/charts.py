@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from megatron_lite.errors import TrackingError, library_edge
+from megatron_lite.observe.envelope import MOST_POINTS, Envelope
+from megatron_lite.observe.history import Points
+from megatron_lite.observe.lines import Gap
 from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT
 from megatron_lite.observe.panels import WHOLE_GROUP, Panel
 from megatron_lite.observe.run_folder import Entry, RunFolder
-from megatron_lite.observe.trackers import numbers
 
-MOST_POINTS = 2000
 MOST_LINES = 100  # of resumes in a chart
 # Each is legible on white and on near-black.
 COLOURS = ("#3b82c4", "#d1495b", "#2f9e7a", "#d08a1d", "#8b6fc9", "#4fa3b5", "#b0639c", "#7d8b3a")
@@ -34,22 +38,13 @@ class Series:
 
 
 def thinned(series: Series, most: int = MOST_POINTS) -> Series:
-    """At most so many points: the first and the last, and of each stretch the lowest, the highest and a gap.
-
-    So a spike of one step survives, as does a loss that was no number once.
-    """
-    count = len(series.steps)
-    if count <= most:
+    """At most so many points, in the order of steps: what an Envelope keeps, so that a spike of one step survives."""
+    if len(series.steps) <= most:
         return series
-    stretches = (most - 2) // 3
-    kept = {0, count - 1}
-    for stretch in range(stretches):
-        indices = range(stretch * count // stretches, (stretch + 1) * count // stretches)
-        known = [(value, index) for index in indices if (value := series.values[index]) is not None]
-        kept |= {min(known)[1], max(known)[1]} if known else set()
-        kept |= set([index for index in indices if series.values[index] is None][:1])
-    chosen = sorted(kept)
-    return Series(series.name, [series.steps[index] for index in chosen], [series.values[index] for index in chosen])
+    order = np.argsort(series.steps, kind="stable")
+    envelope = Envelope(most)
+    envelope.add(np.array(series.steps)[order], np.array(series.values, dtype=float)[order])
+    return Series(series.name, *envelope.points())
 
 
 def series_of(run: RunFolder, panel: Panel) -> list[Series]:
@@ -57,22 +52,26 @@ def series_of(run: RunFolder, panel: Panel) -> list[Series]:
     found: list[Series] = []
     for key in panel.all_keys:
         kind, _, name = key.partition("/")
-        entries = run.metrics if kind == "train" else run.of_kind(kind) if panel.points else run.standing(kind)
-        curves = _curves(entries, name, panel)
+        curves = _of_steps(run, name, panel) if kind == "train" else _of_events(run, kind, name, panel)
         found += [replace(series, name=f"{kind} {series.name}") for series in curves] if panel.points else curves
     return [series for series in found if any(value is not None for value in series.values)]
 
 
-def _curves(entries: Sequence[Entry], name: str, panel: Panel) -> list[Series]:
+def _of_steps(run: RunFolder, name: str, panel: Panel) -> list[Series]:
     if not name.endswith(WHOLE_GROUP):
-        return [_curve(_label(name), ((entry["step"], entry.get(name)) for entry in entries), panel.factor)]
+        return [_scaled(_label(name), run.history.curve(name), panel.factor)]
     group = name.removesuffix(WHOLE_GROUP)
-    points: dict[str, list[tuple[int, Any]]] = {}
-    for entry in entries:
-        for inner, value in numbers({"": entry.get(group)}).items():
-            points.setdefault(inner.removeprefix("/"), []).append((entry["step"], value))
     prefix = "stage " if group.startswith("stage_") else ""
-    return [_curve(prefix + inner, values, panel.factor) for inner, values in points.items()]
+    return [_scaled(prefix + inner, points, panel.factor) for inner, points in run.history.group(group).items()]
+
+
+def _of_events(run: RunFolder, kind: str, name: str, panel: Panel) -> list[Series]:
+    entries: Sequence[Entry] = run.of_kind(kind) if panel.points else run.standing(kind)
+    return [_curve(_label(name), ((entry["step"], entry.get(name)) for entry in entries), panel.factor)]
+
+
+def _scaled(name: str, points: Points, factor: float) -> Series:
+    return Series(name, points[0], [None if value is None else value * factor for value in points[1]])
 
 
 def _label(name: str) -> str:
@@ -90,9 +89,10 @@ def chart(run: RunFolder, panel: Panel) -> Figure | None:
     curves = series_of(run, panel)
     if not curves:
         return None
-    import plotly.graph_objects as go
+    with library_edge(TrackingError, "plotly cannot draw", "`pip install plotly`"):
+        import plotly.graph_objects as go
 
-    last_step = max([1, *(entry["step"] for entries in (run.metrics, run.rolled_back) for entry in entries)])
+    last_step = max([1, run.history.last.get("step", 0), *(entry["step"] for entry in run.rolled_back)])
     figure = go.Figure(layout=_layout(panel, curves, last_step))
     if panel.branches:
         _add_branches(figure, run, panel)
@@ -100,6 +100,7 @@ def chart(run: RunFolder, panel: Panel) -> Figure | None:
         figure.add_trace(_trace(thinned(series), colour, panel))
     if panel.branches:
         _add_marks(figure, run, panel)
+        _add_gaps(figure, run.history.gaps)
     return figure
 
 
@@ -188,6 +189,26 @@ def _add_marks(figure: Figure, run: RunFolder, panel: Panel) -> None:
         )
     _add_lines(figure, "rollback", [entry["to_step"] for entry in rollbacks], ROLLBACK, "dash")
     _add_lines(figure, "resume", [attempt.step for attempt in run.attempts() if attempt.kind == "resume"], GREY, "dot")
+
+
+def _add_gaps(figure: Figure, gaps: Sequence[Gap]) -> None:
+    """Where lines are missing, the ground is grey."""
+    for number, gap in enumerate(gaps[:MOST_LINES]):
+        figure.add_shape(
+            type="rect",
+            x0=gap.first - 0.5,
+            x1=gap.last + 0.5,
+            y0=0,
+            y1=1,
+            yref="paper",
+            layer="below",
+            line={"width": 0},
+            fillcolor=GREY,
+            opacity=0.3,
+            name="lines missing",
+            legendgroup="lines missing",
+            showlegend=number == 0,
+        )
 
 
 def _add_lines(figure: Figure, name: str, steps: Sequence[int], colour: str, dash: str) -> None:

@@ -1,66 +1,172 @@
-"""Two curves of one figure, step by step: where they part, and how far."""
+"""Figures of two runs, step by step: where they part, and how far. Read in one pass and in bounded memory."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_lite.files import replace_file
-from megatron_lite.observe.charts import COLOURS, Series, thinned
+from megatron_lite.observe.charts import COLOURS, Series
+from megatron_lite.observe.envelope import Array, Envelope
+from megatron_lite.observe.history import MissingSteps, Pairs, columns_of, paired, steps_of
+from megatron_lite.observe.lines import Block, Gap, blocks, line_type
+from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.run_folder import RunFolder
 
 Curve = Mapping[int, float]
 """Step -> value."""
+FIGURES = ("loss", "grad_norm")
+SAMPLES = ("samples", "global_batch_size")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parting:
     """What becomes of one figure in two runs, over the steps that both have logged."""
 
-    steps: int
-    """In common; at least one."""
-    first_different: int | None
-    """The first step at which the values are not the same bit for bit; None = there is none."""
-    first_beyond: int | None
-    """The first step at which they differ by more than the tolerance, relative to the larger one."""
-    largest_gap: float
-    """Absolute; infinite where one is a number and the other is none."""
-    largest_gap_step: int
-    last_step: int
+    tolerance: float
+    """Relative to the larger value."""
+    steps: int = 0
     """In common."""
+    first_step: int = 0
+    last_step: int = 0
+    last_values: tuple[float, float] = (math.nan, math.nan)
+    first_different: int | None = None
+    """The first step at which the values are not the same bit for bit; None = there is none."""
+    steps_before: int = 0
+    """In common, ahead of `first_different`."""
+    first_beyond: int | None = None
+    """The first step at which they differ by more than the tolerance."""
+    beyond_values: tuple[float, float] = (math.nan, math.nan)
+    """There."""
+    largest_gap: float = -1.0
+    """Absolute; infinite where one is a number and the other is none."""
+    largest_gap_step: int = 0
 
     @classmethod
     def of(cls, first: Curve, second: Curve, tolerance: float) -> Parting | None:
         """None where there is no step in common."""
         common = sorted(first.keys() & second.keys())
-        if not common:
-            return None
-        gaps = {step: abs_gap(first[step], second[step]) for step in common}
-        largest = max(common, key=lambda step: gaps[step])
-        return cls(
-            len(common),
-            next((step for step in common if gaps[step] > 0), None),
-            next((step for step in common if relative_gap(first[step], second[step]) > tolerance), None),
-            gaps[largest],
-            largest,
-            common[-1],
-        )
+        values = [np.array([curve[step] for step in common], dtype=float) for curve in (first, second)]
+        parting = cls(tolerance)
+        parting.add(np.array(common, dtype=np.int64), *values)
+        return parting if common else None
+
+    def add(self, steps: Array, first: Array, second: Array) -> None:
+        """Further steps, in their order."""
+        if not len(steps):
+            return
+        gaps = abs_gap(first, second)
+        largest = int(np.argmax(gaps))
+        if gaps[largest] > self.largest_gap:
+            self.largest_gap, self.largest_gap_step = float(gaps[largest]), int(steps[largest])
+        self._part(steps, first, second, gaps)
+        self.first_step = self.first_step if self.steps else int(steps[0])
+        self.last_step, self.last_values = int(steps[-1]), (float(first[-1]), float(second[-1]))
+        self.steps += len(steps)
+
+    def _part(self, steps: Array, first: Array, second: Array, gaps: Array) -> None:
+        if self.first_different is None and (gaps > 0).any():
+            place = int(np.argmax(gaps > 0))
+            self.first_different, self.steps_before = int(steps[place]), self.steps + place
+        beyond = relative_gap(first, second) > self.tolerance
+        if self.first_beyond is None and beyond.any():
+            place = int(np.argmax(beyond))
+            self.first_beyond, self.beyond_values = int(steps[place]), (float(first[place]), float(second[place]))
 
 
-def abs_gap(first: float, second: float) -> float:
-    """0 for two NaN or the same infinity, infinite where only one is a finite number."""
-    if first == second or (math.isnan(first) and math.isnan(second)):
-        return 0.0
-    gap = abs(first - second)
-    return gap if math.isfinite(gap) else math.inf
+def abs_gap(first: Any, second: Any) -> Any:
+    """0 for two NaN or the same infinity, infinite where only one is a finite number; of numbers or of arrays."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = np.abs(np.subtract(first, second))
+    same = np.equal(first, second) | (np.isnan(first) & np.isnan(second))
+    return np.where(same, 0.0, np.where(np.isfinite(gap), gap, np.inf))
 
 
-def relative_gap(first: float, second: float) -> float:
+def relative_gap(first: Any, second: Any) -> Any:
     gap = abs_gap(first, second)
-    return gap / max(abs(first), abs(second)) if 0 < gap < math.inf else gap
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = gap / np.maximum(np.abs(first), np.abs(second))
+    return np.where((gap > 0) & (gap < np.inf), relative, gap)
+
+
+@dataclass
+class Side:
+    """What one of two runs has logged."""
+
+    count: int = 0
+    """Lines."""
+    before_parting: int = 0
+    """Lines ahead of the first step with another loss; of all where there is none."""
+    gaps: list[Gap] = field(default_factory=list)
+    curves: dict[str, Envelope] = field(default_factory=lambda: {name: Envelope() for name in FIGURES})
+
+    def watched(self, source: Iterator[Block], run: RunFolder) -> Iterator[Block]:
+        missing = MissingSteps(run.known_losses(), run.logged)
+        for block in source:
+            missing.see(block)
+            self.count += len(block.lines)
+            if block.lines:
+                steps = steps_of(block)
+                for name, (values, there) in columns_of(block.lines, FIGURES).items():
+                    self.curves[name].add(steps[there], values[there])
+            yield block
+        self.gaps = missing.gaps
+
+
+@dataclass
+class Comparison:
+    """The metrics of two runs."""
+
+    sides: tuple[Side, Side]
+    partings: dict[str, Parting]
+    """Of FIGURES; one without a step where both have it not in common."""
+    differences: dict[str, Envelope]
+    """Relative."""
+    common_steps: int = 0
+    beyond: tuple[Any, Any] | None = None
+    """The lines of both at which the losses differ by more than the tolerance."""
+
+    @classmethod
+    def of(cls, first: RunFolder, second: RunFolder, tolerance: float) -> Comparison:
+        found = cls(
+            (Side(), Side()),
+            {name: Parting(tolerance) for name in FIGURES},
+            {name: Envelope() for name in FIGURES},
+        )
+        kind = line_type([*FIGURES, *SAMPLES])
+        sources = [
+            side.watched(blocks(run.path / METRICS_FILE, kind), run)
+            for side, run in zip(found.sides, (first, second), strict=True)
+        ]
+        for pairs in paired(sources[0], sources[1]):
+            found._add(pairs)
+        return found
+
+    def _add(self, pairs: Pairs) -> None:
+        self.common_steps += len(pairs.steps)
+        loss = self.partings["loss"]
+        parted = loss.first_different is not None, loss.first_beyond is not None
+        if len(pairs.steps):
+            both = [columns_of(lines, FIGURES) for lines in (pairs.first, pairs.second)]
+            for name in FIGURES:
+                (first, in_first), (second, in_second) = (columns[name] for columns in both)
+                there = in_first & in_second
+                steps, values = pairs.steps[there], (first[there], second[there])
+                self.partings[name].add(steps, *values)
+                self.differences[name].add(steps, relative_gap(*values))
+        if loss.first_beyond is not None and not parted[1]:
+            place = int(np.searchsorted(pairs.steps, loss.first_beyond))
+            self.beyond = pairs.first[place], pairs.second[place]
+        if not parted[0]:
+            until = math.inf if loss.first_different is None else loss.first_different
+            for side, steps in zip(self.sides, pairs.all_steps, strict=True):
+                side.before_parting += int(np.searchsorted(steps, until))
 
 
 def curve_of(entries: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -68,34 +174,27 @@ def curve_of(entries: Sequence[Mapping[str, Any]], name: str) -> dict[int, float
     return {entry["step"]: float(entry[name]) for entry in entries if isinstance(entry.get(name), int | float)}
 
 
-def write_chart(path: Path, names: tuple[str, str], curves: Mapping[str, tuple[Curve, Curve]]) -> None:
+def write_chart(path: Path, names: tuple[str, str], comparison: Comparison) -> None:
     """A page that opens from disk: of each figure both curves, and below them their relative difference.
 
-    Args:
-        curves: title -> the curves of both runs.
     Raises:
         OSError: it cannot be written.
     """
     from plotly.subplots import make_subplots
 
-    titles = [title for name in curves for title in (name, f"{name}: relative difference")]
+    titles = [title for name in FIGURES for title in (name, f"{name}: relative difference")]
     figure = make_subplots(rows=len(titles), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.06)
-    for place, pair in enumerate(curves.values()):
+    for place, figure_name in enumerate(FIGURES):
         row = 2 * place + 1
-        for name, curve, colour in zip(names, pair, COLOURS, strict=False):
-            _add(figure, row, _series(html.escape(name), curve), colour, showlegend=place == 0)
-        common = sorted(pair[0].keys() & pair[1].keys())
-        gaps = {step: relative_gap(pair[0][step], pair[1][step]) for step in common}
-        _add(figure, row + 1, _series("difference", gaps), COLOURS[3], showlegend=False)
+        for name, side, colour in zip(names, comparison.sides, COLOURS, strict=False):
+            curve = Series(html.escape(name), *side.curves[figure_name].points())
+            _add(figure, row, curve, colour, showlegend=place == 0)
+        difference = Series("difference", *comparison.differences[figure_name].points())
+        _add(figure, row + 1, difference, COLOURS[3], showlegend=False)
         figure.update_yaxes(type="log", exponentformat="e", row=row + 1, col=1)
     figure.update_layout(height=260 * len(titles), title_text=html.escape(" and ".join(names)), hovermode="x unified")
     figure.update_xaxes(title_text="step", row=len(titles), col=1)
     replace_file(path, figure.to_html(include_plotlyjs=True, full_html=True).encode())
-
-
-def _series(name: str, curve: Curve) -> Series:
-    values = [value if math.isfinite(value) else None for value in curve.values()]
-    return thinned(Series(name, list(curve), values))
 
 
 def _add(figure: Any, row: int, series: Series, colour: str, *, showlegend: bool) -> None:

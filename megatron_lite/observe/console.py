@@ -18,29 +18,36 @@ from typing import Any, TextIO, cast
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import DISK_ERRNOS, ConfigError
+from megatron_lite.files import make_folder, set_aside_others
 
 _STDOUT, _STDERR = 1, 2
 
 
-class _Terminal(io.TextIOBase):
-    """A text file over a descriptor that outlives its reader.
+class Forgiving(io.TextIOBase):
+    """A text file over a descriptor, of which no failed write ends the process.
 
-    A closed SSH session or `| head` must not end a run of days: after the first failed write the rest is dropped, and
-    metrics and logs go on in their files.
+    A closed SSH session or `| head` must not end a run of days, nor a disk that is full for a while: what cannot be
+    written is lost, and so, where the reader is gone, is all that follows.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._gone = False
+        self._lost_bytes = 0
 
     def write(self, text: str) -> int:
         data = text.encode("utf-8", errors="replace")
+        if self._lost_bytes and not self._gone:
+            data = f"\n--- {self._lost_bytes} bytes could not be written here ---\n".encode() + data
         while data and not self._gone:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except OSError:
-                self._gone = True
+                self._lost_bytes = 0
+            except OSError as error:
+                self._gone = error.errno not in DISK_ERRNOS
+                self._lost_bytes += len(data)
+                break
         return len(text)
 
     def fileno(self) -> int:
@@ -106,11 +113,14 @@ class Console:
 class _RedirectedConsole(Console):
     """A console that owns the saved descriptors of a redirected process."""
 
-    def __init__(self, saved_stdout: int, saved_stderr: int, log_path: Path, rank: int) -> None:
+    def __init__(
+        self, saved_stdout: int, saved_stderr: int, log_path: Path, rank: int, streams: tuple[TextIO, TextIO]
+    ) -> None:
+        self._streams = streams
         self._saved: tuple[int, int] | None = (saved_stdout, saved_stderr)
-        output = cast(TextIO, _Terminal(saved_stdout)) if rank == 0 else None
+        output = cast(TextIO, Forgiving(saved_stdout)) if rank == 0 else None
         label = "" if rank == 0 else f"rank {rank}"
-        super().__init__(output, cast(TextIO, _Terminal(saved_stderr)), label, log_path)
+        super().__init__(output, cast(TextIO, Forgiving(saved_stderr)), label, log_path)
 
     def restore(self) -> None:
         if self._saved is None:
@@ -120,6 +130,7 @@ class _RedirectedConsole(Console):
             os.dup2(saved, target)
             os.close(saved)
         self._saved = None
+        sys.stdout, sys.stderr = self._streams
         self.rich = None
         self._errors = _rich(sys.stderr)
 
@@ -136,7 +147,8 @@ def redirect_output(run_dir: Path, rank: int) -> Console:
     """
     log_path = Path(run_dir) / "logs" / f"rank-{rank}.log"
     try:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log_path.parent)
+        set_aside_others(log_path)
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise ConfigError(
@@ -148,11 +160,22 @@ def redirect_output(run_dir: Path, rank: int) -> Console:
     os.dup2(log, _STDOUT)
     os.dup2(log, _STDERR)
     os.close(log)
-    for stream in (sys.stdout, sys.stderr):
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # else a killed rank takes its last words with it
+            stream.reconfigure(line_buffering=True)  # for whoever has kept it
+    forgive_output()
     print(f"--- {datetime.now().isoformat(timespec='seconds')} rank {rank} starts, process {os.getpid()} ---")
-    return _RedirectedConsole(saved_stdout, saved_stderr, log_path, rank)
+    return _RedirectedConsole(saved_stdout, saved_stderr, log_path, rank, streams)
+
+
+def forgive_output() -> None:
+    """Let no `print` of this process fail, whatever becomes of its terminal or of the disk of its log.
+
+    Nothing is buffered, so a killed process does not take its last words with it.
+    """
+    _flush()
+    sys.stdout, sys.stderr = cast(TextIO, Forgiving(_STDOUT)), cast(TextIO, Forgiving(_STDERR))
 
 
 def plain_console(output: TextIO | None = None) -> Console:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_lite.observe.words import counted, span
+
 MOST_RANGES = 4
 MOST_DOCUMENTS = 200
 
@@ -94,9 +96,9 @@ def _judged(known: Mapping[str, Any], name: str) -> str:
 
 def ranges(samples: Sequence[Sequence[int]]) -> str:
     """`1,024 to 1,087` of [[1024, 1088]]; of many ranges the first ones."""
-    texts = [f"{first:,} to {stop - 1:,}" for first, stop in samples[:MOST_RANGES]]
+    texts = [span(first, stop - 1) for first, stop in samples[:MOST_RANGES]]
     more = len(samples) - MOST_RANGES
-    return ", ".join(texts) + (f" and {more} more ranges" if more > 0 else "")
+    return ", ".join(texts) + (f" and {counted(more, 'more range')}" if more > 0 else "")
 
 
 def _layers(norms: Mapping[int, Mapping[str, Any]], steps: Sequence[int], spike: int) -> list[LayerRow]:

@@ -23,6 +23,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
+from megatron_lite.errors import DamagedFileError
+from megatron_lite.state_files import decode, read_bytes
+
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
@@ -187,8 +190,10 @@ def read_beats(folder: Path, world_size: int) -> dict[int, Beat]:
     """Of the ranks that have given one, in this attempt at the run or in an earlier one."""
     beats = {}
     for rank in range(world_size):
-        with suppress(OSError, ValueError, TypeError):  # not there, or caught half written: no sign of life
-            beats[rank] = Beat(**json.loads(_path(folder, rank).read_text().partition("\n")[0]))
+        with suppress(DamagedFileError):  # caught half written, for one: no sign of life
+            content = read_bytes(_path(folder, rank))
+            if content is not None:
+                beats[rank] = decode(content.partition(b"\n")[0], Beat, f"the heartbeat of rank {rank}")
     return beats
 
 

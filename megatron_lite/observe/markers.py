@@ -6,16 +6,22 @@ asks the ranks to stop.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_lite.errors import RunEnd
-from megatron_lite.files import publish_first
+from megatron_lite.errors import DamagedFileError, RunEnd
+from megatron_lite.files import publish_first, remove_file
+from megatron_lite.state_files import read_object, read_text, warn
 
 STOP_FILE = "STOP"
 HANG_FILE = "hang.json"
+RESERVE_FILE = ".reserve"
+RESERVE_BYTES = 2**14
 ATTEMPTS_FILE = "attempts.jsonl"
 """When the attempts of a job began and ended: launch/slurm/records.py."""
 ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"
@@ -28,6 +34,7 @@ TELLING = (
     RunEnd.DIVERGED,
     RunEnd.OUT_OF_DATA,
     RunEnd.HUNG,
+    RunEnd.DISK_ERROR,
     RunEnd.PREEMPTED,
     RunEnd.FAILED,
 )
@@ -46,25 +53,59 @@ class Marker:
 
 
 def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = None) -> None:
-    """Write the marker, whole or not at all; the first rank with the same end wins."""
-    publish_first(run_dir / end.name, json.dumps(asdict(Marker(end, step, message, time.time()))) + "\n")
+    """Write the marker, whole or not at all; the first rank with the same end wins.
+
+    Raises:
+        OSError: the disk does not take it, not even in the place of what `reserve_space` has kept free.
+    """
+    text = json.dumps(asdict(Marker(end, step, message, time.time()))) + "\n"
+    try:
+        publish_first(run_dir / end.name, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (run_dir / RESERVE_FILE).exists():
+            raise
+        free_reserve(run_dir)
+        publish_first(run_dir / end.name, text)
+
+
+def reserve_space(run_dir: Path) -> None:
+    """Keep free what word of the end will need, should the disk be full by then."""
+    with suppress(OSError):  # it is full already
+        descriptor = os.open(run_dir / RESERVE_FILE, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, bytes(RESERVE_BYTES))  # written, not only promised: some filesystems do not keep that
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def free_reserve(run_dir: Path) -> None:
+    with suppress(OSError):
+        (run_dir / RESERVE_FILE).unlink()
 
 
 def read_marker(run_dir: Path) -> Marker | None:
-    """The most telling marker of a run folder; None = no attempt has ended (or it was killed)."""
+    """The most telling marker of a run folder; None = no attempt has ended (or it was killed).
+
+    One that is damaged tells nothing: the run then counts as killed, and goes on where it may.
+    """
     for end in TELLING:
         try:
-            found = json.loads((run_dir / end.name).read_text())
-        except FileNotFoundError:
+            found = read_object(run_dir / end.name, Marker)
+            if found is not None and found.end is not end:
+                raise DamagedFileError(f"{run_dir / end.name} is damaged: it tells of {found.end.name}")
+        except DamagedFileError as error:
+            warn(f"{error}; it counts as missing")
             continue
-        return Marker(**{**found, "end": end})
+        if found is not None:
+            return found
     return None
 
 
 def clear_markers(run_dir: Path) -> None:
     """Begin a new attempt: nothing is known of its end, and nobody has asked it to stop."""
     for name in (STOP_FILE, HANG_FILE, *(end.name for end in RunEnd)):
-        (run_dir / name).unlink(missing_ok=True)
+        remove_file(run_dir / name)
 
 
 def ask_to_stop(run_dir: Path, reason: str = "") -> None:
@@ -74,5 +115,8 @@ def ask_to_stop(run_dir: Path, reason: str = "") -> None:
 
 def asked_because(run_dir: Path) -> str:
     """The reason in the STOP file; anybody may have made it, with nothing in it."""
-    text = (run_dir / STOP_FILE).read_text(errors="replace").strip()
+    try:
+        text = (read_text(run_dir / STOP_FILE) or "").strip()
+    except DamagedFileError:
+        text = ""
     return text or f"a file named {STOP_FILE}"

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.files import replace_file
+from megatron_lite.files import replace_file, set_aside_others, sync
+from megatron_lite.observe.line_writer import LineWriter
+from megatron_lite.observe.lines import BLOCK_BYTES, LONGEST_LINE_BYTES, Gap, raw_blocks, whole_lines
+from megatron_lite.observe.logged import Log, LoggedLines
+from megatron_lite.state_files import DamagedLine, Object, lines_of, read_bytes
 
+TAIL_BYTES = 2**16
+MOST_GAPS_TOLD = 4
 _SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "rolled_back.jsonl"
 """Lines of metrics.jsonl that a rollback took back; `rollbacks` says which branch of the run they are of."""
 EVENTS_FILE = "events.jsonl"
+LOSS_EVENT = "metrics_lost"
+"""Steps that were logged and whose lines are gone: `ranges` as texts of first and last step, `text`."""
 SKIPS_FILE = "skipped_samples.json"
 """What rollbacks leave out: data/skips.py."""
 BEGINNINGS = ("start", "resume")
@@ -28,8 +39,26 @@ BEGINNINGS = ("start", "resume")
 SPIKE_EVENT = "spike"
 """Its `title` and `text` are what is alerted."""
 ROLLBACK_EVENT = "rollback"
+NUMBERS = (
+    "loss", "grad_norm", "validation_loss", "validation_token_loss", "validation_accuracy",
+    "validation_sequence_accuracy", "rollbacks", "to_step", "first_sample", "stop_sample", "entropy_nats", "accuracy",
+)  # fmt: skip
+"""What of an event is a number, or not there; of a step everything is."""
+MOST = 2**63
+"""Larger numbers are none of ours."""
+ROWS_EVENT = "rows"
+"""What became of the rows of each source of the data: `sources` are objects as data.rows.RowCounts."""
 ROLLBACKS = "rollbacks"
 """The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a resume has found missing in metrics.jsonl."""
+
+    gaps: list[Gap]
+    """Steps that were logged up to the checkpoint, and whose lines are gone."""
+    text: str
 
 
 class MetricsWriter:
@@ -42,28 +71,55 @@ class MetricsWriter:
     Args:
         resume_step: the last step that counts; 0 = a fresh start.
         rollbacks: of the run so far.
+        logged: what the checkpoint of that step knows of the lines up to it; None = nothing, as of an earlier version.
+        report: is told when the disk takes no lines, and when it does again.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, rollbacks: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int = 0,
+        rollbacks: int = 0,
+        logged: LoggedLines | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._begin(resume_step, rollbacks)
+        self._path, self._report = path, report
+        self._logged_at = {} if logged is None else {resume_step: logged}
+        self.loss: Loss | None = None
+        """What was found missing when the file was opened; None = nothing."""
+        self._begin(resume_step, rollbacks, logged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(_line({"step": step, **values}))
+        line = _line({"step": step, **values})
+        self._log.add(step, line.encode())
+        self._file.write(line)
+
+    def logged(self, step: int) -> LoggedLines:
+        """What the checkpoint of this step, the last one, has to know."""
+        self._logged_at[step] = self._log.so_far()
+        return self._logged_at[step]
 
     def rewind(self, step: int, rollbacks: int) -> None:
         """Go on after `step`, in the branch that so many rollbacks have led to."""
         self._file.close()
-        self._begin(step, rollbacks)
+        self._begin(step, rollbacks, self._logged_at.get(step))
 
     def close(self) -> None:
         self._file.close()
 
-    def _begin(self, last_step: int, rollbacks: int) -> None:
-        _set_aside(self._path, last_step, rollbacks)
-        _keep_lines(self._path, lambda entry: _counts(entry, last_step))
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+    def _begin(self, last_step: int, rollbacks: int, logged: LoggedLines | None) -> None:
+        set_aside_others(self._path)
+        log = _as_written(self._path, logged) if logged is not None else None
+        if log is not None:
+            _set_aside(self._path, log.num_bytes, last_step, rollbacks)
+            shorten(self._path, log.num_bytes)
+        else:
+            _set_aside(self._path, 0, last_step, rollbacks)
+            log, gaps = _keep_lines(self._path, last_step, is_suspect=logged is not None)
+            self.loss = _loss(self._path, last_step, logged, log, gaps)
+        self._log = log
+        self._file = LineWriter(self._path, self._report)
 
 
 class EventWriter:
@@ -72,10 +128,12 @@ class EventWriter:
     Nothing is dropped on a resume: the file is a history, and a repeated evaluation is a part of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, report: Callable[[str], None] = lambda line: None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_lines(path, lambda entry: True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        set_aside_others(path)
+        self.damaged = _drop_damaged(path)
+        """Lines that could not be read and are left out."""
+        self._file = LineWriter(path, report)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Args: kind: what happened, e.g. `start`, `resume`, `save`, `evaluation`, `finish`."""
@@ -88,10 +146,50 @@ class EventWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a JSONL file in order; a missing file is an empty list."""
-    if not path.exists():
-        return []
-    parsed = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
-    return [entry for entry in parsed if entry is not None]
+    return list(entries(path))
+
+
+def entries(path: Path, begin: int = 0) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that may be long.
+
+    Args:
+        begin: byte of the file at which a line begins.
+    """
+    for text in whole_lines(path, begin):
+        yield from _sound_entries(text, path)
+
+
+def newest_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The same from the end on: reads no more of the file than is asked for."""
+    rest = b""
+    for piece in _pieces_backwards(path):
+        first, newline, whole = (piece + rest).partition(b"\n")
+        if not newline:
+            rest = first if len(first) <= LONGEST_LINE_BYTES else b""
+            continue
+        rest = first + newline
+        yield from reversed(list(_sound_entries(whole, path)))
+    yield from _sound_entries(rest, path)
+
+
+def _sound_entries(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    for line in lines_of(text, Object, path.name):
+        if not isinstance(line, DamagedLine) and _is_sound(entry := from_json(line)):
+            yield entry
+
+
+def _pieces_backwards(path: Path) -> Iterator[bytes]:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(end - TAIL_BYTES, 0)
+            file.seek(begin)
+            yield file.read(end - begin)
+            end = begin
 
 
 def _line(entry: Mapping[str, Any]) -> str:
@@ -120,15 +218,30 @@ def from_json(value: Any) -> Any:
     return _SPELLING.get(value, value) if isinstance(value, str) else value
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object of one line; None for a line that was cut short."""
-    if not line.endswith(b"\n"):
-        return None
+def _is_sound(entry: Mapping[str, Any]) -> bool:
+    """Whether what every reader counts on has its type: one flipped bit can make another key, or another value."""
+    if type(entry.get("step")) is not int or not 0 <= entry["step"] < MOST:
+        return False
+    if "event" not in entry:
+        return all(map(_is_figure, entry.values()))
+    if not all(_is_figure(entry[name]) for name in NUMBERS if name in entry):
+        return False
+    told = isinstance(entry["event"], str) and ("time" not in entry or _is_time(entry["time"]))
+    return told and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
+
+
+def _is_figure(value: Any) -> bool:
+    """A number, none, or several by place or name."""
+    if isinstance(value, list | dict):
+        return all(map(_is_figure, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
+
+
+def _is_time(value: Any) -> bool:
     try:
-        entry = json.loads(line)
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
     except ValueError:
-        return None
-    return from_json(entry) if isinstance(entry, dict) else None
+        return False
 
 
 def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
@@ -148,16 +261,19 @@ def with_branches(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[
         yield branch, entry
 
 
-def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:
+def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
     """Copy what lies beyond `last_step` in branches that are left to `rolled_back.jsonl`, on the disk when it returns.
 
     A kill before metrics.jsonl is shortened has this done again, so what is there already is not copied twice.
+
+    Args:
+        begin: byte of the file ahead of which no line is beyond `last_step`.
     """
     if rollbacks == 0:
         return
     aside = path.with_name(ROLLED_BACK_FILE)
-    entries = read_metrics(path)
-    left = [entry for entry in entries if not _counts(entry, last_step) and branch_of(entry) < rollbacks]
+    beyond = (entry for entry in entries(path, begin) if not _counts(entry, last_step))
+    left = [entry for entry in beyond if branch_of(entry) < rollbacks]
     before = read_metrics(aside)
     known = {(branch_of(entry), entry.get("step")) for entry in before}
     new = [entry for entry in left if (branch_of(entry), entry.get("step")) not in known]
@@ -165,12 +281,69 @@ def _set_aside(path: Path, last_step: int, rollbacks: int) -> None:
         replace_file(aside, "".join(_line(entry) for entry in [*before, *new]).encode())
 
 
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file without the lines that are broken or not kept."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (entry := _parse(line)) is not None and keep(entry)]
-    if len(kept) == len(lines):
-        return
-    replace_file(path, b"".join(kept))
+def _as_written(path: Path, logged: LoggedLines) -> Log | None:
+    """The log of a file that begins with the very lines that were logged; None where it does not."""
+    log = Log(logged.lines, steps=[list(stretch) for stretch in logged.steps])
+    try:
+        with path.open("rb") as file:
+            while block := file.read(min(BLOCK_BYTES, logged.bytes - log.num_bytes)):
+                log.add_text(block)
+    except FileNotFoundError:
+        pass
+    return log if log.so_far() == logged else None
+
+
+def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, list[Gap]]:
+    """Leave in the file what is whole, in its place and not beyond `last_step`.
+
+    Returns:
+        the log of what is left, and the steps that are lost between others
+    """
+    log, gaps, skipped = Log(), list[Gap](), 0
+    for block in raw_blocks(path, is_suspect=is_suspect) if last_step > 0 else ():
+        kept = [line for line in block.lines if line.step <= last_step]
+        gaps += [gap for gap in block.gaps if gap.last < last_step]
+        skipped += block.damaged if kept or not block.lines else 0
+        for line in kept:
+            log.add(line.step, line.text)
+    if skipped:  # maybe between lines that are kept
+        again = raw_blocks(path, is_suspect=is_suspect)
+        replace_file(path, (line.text for block in again for line in block.lines if line.step <= last_step))
+    else:
+        shorten(path, log.num_bytes)
+    return log, gaps
+
+
+def _loss(path: Path, last_step: int, logged: LoggedLines | None, log: Log, gaps: list[Gap]) -> Loss | None:
+    """What a file lacks of the lines up to this step."""
+    if logged is not None:
+        gaps = logged.missing(log.so_far().all_steps())
+    if gaps:
+        what = f"has lost the lines of {', '.join(map(str, gaps[:MOST_GAPS_TOLD]))}"
+        what += f" and of {len(gaps) - MOST_GAPS_TOLD} more stretches" if len(gaps) > MOST_GAPS_TOLD else ""
+    elif logged is not None:
+        what = "was changed since it was written, though no line is missing: a figure in it may be wrong"
+    else:
+        return None
+    return Loss(
+        gaps, f"{path} {what} (up to step {last_step:,}, from which the run goes on); training is not affected by it"
+    )
+
+
+def _drop_damaged(path: Path) -> int:
+    """Rewrite a JSONL file without its damaged lines; how many there were, besides a last one that a kill tore."""
+    content = read_bytes(path)
+    if content is None:
+        return 0
+    damaged = {line.number for line in lines_of(content, Object, path.name) if isinstance(line, DamagedLine)}
+    lines = re.findall(rb"[^\n]*\n|[^\n]+$", content)
+    if damaged:
+        replace_file(path, (line for number, line in enumerate(lines, 1) if number not in damaged))
+    return len(damaged - ({len(lines)} if content[-1:] != b"\n" else set()))
+
+
+def shorten(path: Path, size: int) -> None:
+    """Cut a file off behind so many bytes, where it has more; on the disk when it returns."""
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
+        sync(path)

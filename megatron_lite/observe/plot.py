@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.run_folder import RunFolder
 
 PLOT_FILE = "loss.png"
 
@@ -17,19 +17,22 @@ _GRID, _TEXT = "#e3e7eb", "#22303c"
 _Points = tuple[list[int], list[float]]  # steps and values of equal length
 
 
-def plot_run(run_dir: Path, *, title: str, unigram_loss: float | None = None) -> Path | None:
+def plot_run(
+    run_dir: Path, *, title: str, unigram_loss: float | None = None, run: RunFolder | None = None
+) -> Path | None:
     """Draw `<run_dir>/loss.png` from the run's own files.
 
     Training loss as logged and smoothed, validation losses (`evaluation` events with `validation_loss`), the loss of a
     model that knows nothing but how often each label occurs, which a real one must beat, and below them the learning
     rate and the gradient norm.
 
+    Args:
+        run: the folder, where it has been read already.
     Returns:
         The picture's path; None when no step has been logged.
     """
-    metrics = read_metrics(run_dir / METRICS_FILE)
-    evaluations = [entry for entry in read_metrics(run_dir / EVENTS_FILE) if entry.get("event") == "evaluation"]
-    loss = _series(metrics, "loss")
+    run = run or RunFolder.read(run_dir)
+    loss = _points(run, "loss")
     if not loss[0]:
         return None
     # A late import of 0.6 s, only by the rank that draws. `Figure` without pyplot needs no display and leaves no state.
@@ -39,9 +42,9 @@ def plot_run(run_dir: Path, *, title: str, unigram_loss: float | None = None) ->
     figure = Figure(figsize=(9.0, 6.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1.0])
-    _draw_losses(upper, loss, _series(evaluations, "validation_loss"), unigram_loss)
+    _draw_losses(upper, loss, run.history.loss.points(), _validations(run), unigram_loss)
     upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, pad=12)
-    _draw_rate_and_norm(lower, _series(metrics, "learning_rate"), _series(metrics, "grad_norm"))
+    _draw_rate_and_norm(lower, _points(run, "learning_rate"), _points(run, "grad_norm"))
     lower.set_xlabel("step", color=_TEXT)
     lower.set_xlim(left=min(loss[0][0], 0), right=loss[0][-1] * 1.01 + 0.5)
     figure.align_ylabels([upper, lower])
@@ -52,13 +55,12 @@ def plot_run(run_dir: Path, *, title: str, unigram_loss: float | None = None) ->
     return temporary.replace(path)
 
 
-def _draw_losses(axes: Any, loss: _Points, validation: _Points, unigram_loss: float | None) -> None:
+def _draw_losses(axes: Any, loss: _Points, means: _Points, validation: _Points, unigram_loss: float | None) -> None:
     _style(axes)
     steps, values = loss
-    smooth = smoothed(values)
     if len(values) > 50:
         axes.plot(steps, values, color=_TRAIN, alpha=0.28, linewidth=0.9)
-        axes.plot(steps, smooth, color=_TRAIN, linewidth=1.9, label="training loss (pale: each step)")
+        axes.plot(means[0], smoothed(means[1]), color=_TRAIN, linewidth=1.9, label="training loss (pale: each step)")
     else:
         axes.plot(steps, values, color=_TRAIN, linewidth=1.9, label="training loss")
     bounds = [*values, *validation[1]]
@@ -161,11 +163,17 @@ def _one_sided(values: Sequence[float], share: float) -> list[float]:
     return result
 
 
-def _series(entries: Sequence[Mapping[str, Any]], name: str) -> _Points:
-    """Steps and values of one figure in the order of steps; of a step that came twice, the later value."""
-    by_step = {entry["step"]: float(entry[name]) for entry in entries if isinstance(entry.get(name), int | float)}
-    steps = sorted(by_step)
-    return steps, [by_step[step] for step in steps]
+def _points(run: RunFolder, name: str) -> _Points:
+    """NaN is a gap."""
+    steps, values = run.history.curve(name)
+    return steps, [math.nan if value is None else value for value in values]
+
+
+def _validations(run: RunFolder) -> _Points:
+    """In the order of steps, without those that a rollback has taken back."""
+    found = [(entry["step"], entry.get("validation_loss")) for entry in run.standing("evaluation")]
+    known = [(step, float(value)) for step, value in found if isinstance(value, int | float)]
+    return [step for step, _ in known], [value for _, value in known]
 
 
 def _finite_range(values: Sequence[float]) -> tuple[float, float]:

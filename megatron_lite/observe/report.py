@@ -16,16 +16,19 @@ from typing import Any
 from megatron_lite.files import replace_file, size_text
 from megatron_lite.observe.charts import chart
 from megatron_lite.observe.dossier import Dossier
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT, branch_of
+from megatron_lite.observe.history import History
+from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
 from megatron_lite.observe.panels import sections
 from megatron_lite.observe.progress import duration
 from megatron_lite.observe.run_folder import RunFolder
 from megatron_lite.observe.summary import perplexity
+from megatron_lite.observe.words import counted, span
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_DOSSIERS = 100
 MOST_SAVES = 200
+MOST_GAPS = 20
 Fact = tuple[str, str]
 """Label and text."""
 
@@ -49,19 +52,32 @@ class Chart:
     is_wide: bool
 
 
-def write_report(run_dir: Path, state: str, out: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of one source that gave no document, for one reason."""
+
+    source: str
+    documents: int
+    """Of the source in all."""
+    kind: str
+    count: int
+    examples: list[str]
+
+
+def write_report(run_dir: Path, state: str, out: Path | None = None, run: RunFolder | None = None) -> Path:
     """Read the run folder as it is now and write its page, whole or not at all.
 
     Args:
         state: what the run is doing, or how it has ended, in words.
         out: None = `report.html` in the run folder.
+        run: the folder, where it has been read already.
     Returns:
         the page's path
     Raises:
         OSError: it cannot be written.
     """
     path = out or run_dir / REPORT_FILE
-    replace_file(path, render(RunFolder.read(run_dir), state).encode())
+    replace_file(path, render(run or RunFolder.read(run_dir), state).encode())
     return path
 
 
@@ -81,7 +97,7 @@ def render(run: RunFolder, state: str) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         facts=facts(run),
         tiles=tiles(run),
-        notice="" if len(run.metrics) > 1 else _few_steps(run),
+        notices=_notices(run),
         sections=charts,
         missing=missing,
         plotly=Markup(get_plotlyjs()) if charts else "",
@@ -90,9 +106,12 @@ def render(run: RunFolder, state: str) -> str:
         older_spikes=max(len(spikes) - MOST_DOSSIERS, 0),
         rollbacks=run.of_kind(ROLLBACK_EVENT),
         skipped=run.skipped,
+        left_out=left_out_rows(run),
         attempts=run.attempts(),
         saves=run.of_kind("save")[-MOST_SAVES:],
         size=size_text,
+        counted=counted,
+        span=span,
     )
 
 
@@ -120,15 +139,32 @@ def _json(figure: Any) -> str:
     return str(figure.to_json(engine="json"))
 
 
-def _few_steps(run: RunFolder) -> str:
-    if run.metrics:
-        return "One step has been logged so far: curves begin with the second."
-    return "No step has been logged yet: there is nothing to draw."
+def _notices(run: RunFolder) -> list[str]:
+    """What a reader of the charts has to know."""
+    found, history = [], run.history
+    if history.count == 0:
+        found.append("No step has been logged yet: there is nothing to draw.")
+    elif history.count == 1:
+        found.append("One step has been logged so far: curves begin with the second.")
+    if history.gaps:
+        more = len(history.gaps) - MOST_GAPS
+        which = ", ".join(map(str, history.gaps[:MOST_GAPS])) + (f" and {more} more stretches" if more > 0 else "")
+        found.append(
+            f"{METRICS_FILE} lacks lines that had been written: {which}. The curves have a gap there; training is not "
+            "affected."
+        )
+    elif history.damaged:
+        found.append(f"{counted(history.damaged, 'line')} of {METRICS_FILE} cannot be read and {_is_are(history)}.")
+    return found
+
+
+def _is_are(history: History) -> str:
+    return "is left out" if history.damaged == 1 else "are left out"
 
 
 def facts(run: RunFolder) -> list[Fact]:
     """What the run is."""
-    last = run.metrics[-1] if run.metrics else {}
+    last = run.history.last
     begin = run.newest("resume") or run.newest("start")
     rows = [
         ("model", _model(run)),
@@ -136,7 +172,7 @@ def facts(run: RunFolder) -> list[Fact]:
         ("data", _data(run, begin)),
         ("layout", _layout(run)),
         ("steps", f"{last.get('step', 0):,} of {run.setting('train.steps') or 0:,}"),
-        ("tokens", f"{last['tokens']:,}" if "tokens" in last else ""),
+        ("tokens", f"{last['tokens']:,.0f}" if _is_finite(last.get("tokens")) else ""),
         ("versions", _versions(begin)),
         ("run folder", str(run.path)),
     ]
@@ -177,6 +213,15 @@ def _versions(begin: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
 
 
+def left_out_rows(run: RunFolder) -> list[LeftOut]:
+    """The rows of the corpus that gave no document, a line for each source and kind."""
+    return [
+        LeftOut(str(counts["source"]), counts["documents"], entry["kind"], entry["count"], list(entry["examples"]))
+        for counts in run.newest(ROWS_EVENT).get("sources", [])
+        for entry in counts["skipped"]
+    ]
+
+
 def tiles(run: RunFolder) -> list[Tile]:
     """What one looks at first."""
     rows = [_last_loss(run), _best_validation(run), *_speed(run), _health(run)]
@@ -184,9 +229,9 @@ def tiles(run: RunFolder) -> list[Tile]:
 
 
 def _last_loss(run: RunFolder) -> Tile | None:
-    if not run.metrics:
+    first, last = run.history.first, run.history.last
+    if not first:
         return None
-    first, last = run.metrics[0], run.metrics[-1]
     return Tile(
         "training loss", _number(last.get("loss")), f"from {_number(first.get('loss'))} at step {first['step']}"
     )
@@ -204,12 +249,12 @@ def _best_validation(run: RunFolder) -> Tile | None:
 
 
 def _speed(run: RunFolder) -> list[Tile]:
-    steady = [entry for entry in run.metrics[len(run.metrics) // 2 :] if _is_finite(entry.get("tokens_per_second"))]
-    if not steady:
+    steady = run.history.steady()
+    if not len(steady["step_seconds"]):
         return []
-    speed = statistics.median(float(entry["tokens_per_second"]) for entry in steady)
-    seconds = statistics.median(float(entry["step_seconds"]) for entry in steady)
-    left = (run.setting("train.steps") or 0) - run.metrics[-1]["step"]
+    speed = statistics.median(steady["tokens_per_second"].tolist())
+    seconds = statistics.median(steady["step_seconds"].tolist())
+    left = (run.setting("train.steps") or 0) - run.history.last["step"]
     note = f"{_number(seconds)} s a step" + (f", {duration(left * seconds)} for the rest" if left > 0 else "")
     return [Tile("tokens/s", f"{speed:,.0f}", note), *_utilisation(run, speed)]
 

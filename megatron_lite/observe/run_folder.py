@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from megatron_lite.errors import DamagedFileError, library_edge
+from megatron_lite.files import modified_ns
+from megatron_lite.observe.history import History
+from megatron_lite.observe.lines import Gap
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
+    LOSS_EVENT,
     METRICS_FILE,
     ROLLBACK_EVENT,
     ROLLED_BACK_FILE,
     SKIPS_FILE,
+    SPIKE_EVENT,
     branch_of,
     from_json,
     read_metrics,
     with_branches,
 )
+from megatron_lite.state_files import fits, read_object, read_text, sound_lines, warn
 
 Entry = dict[str, Any]
 
@@ -44,32 +52,149 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class JobEnd:
+    """A line of attempts.jsonl."""
+
+    event: str
+    time: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SampleWindow:
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class SkippedSamples:
+    window: SampleWindow
+    step: int
+    to_step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SkipsFile:
+    rollbacks: list[SkippedSamples]
+
+
+@dataclass(frozen=True)
+class DossierDocument:
+    source: str
+    file: str
+    document: int
+    first_token: int
+    tokens: int
+    samples: list[int]
+
+
+@dataclass(frozen=True)
+class DossierSequence:
+    sample: int
+    loss: float | str | None
+    documents: list[DossierDocument]
+    text: str
+
+
+@dataclass(frozen=True)
+class DossierFile:
+    """What a dossier has besides the figures of its event."""
+
+    learning_rate: float | str | None = None
+    loss_scale: float | str | None = None
+    samples: list[tuple[int, int]] = field(default_factory=list)
+    documents: list[DossierDocument] = field(default_factory=list)
+    sequences: list[DossierSequence] = field(default_factory=list)
+    layer_grad_norm: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class SaveEvent:
+    folder: str
+    bytes: int
+    stall_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True)
+class RollbackEvent:
+    to_step: int
+    first_sample: int
+    stop_sample: int
+    rollbacks: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SpikeEvent:
+    kinds: list[str] = field(default_factory=list)
+    dossier: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class BeginEvent:
+    world_size: int | None = None
+    versions: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class SpeedTerms:
+    flops_per_token: float | None = None
+    peak_flops: float | str | None = None
+
+
+EVENTS: dict[str, type] = {
+    "save": SaveEvent,
+    "start": BeginEvent,
+    "resume": BeginEvent,
+    "speed_terms": SpeedTerms,
+    ROLLBACK_EVENT: RollbackEvent,
+    SPIKE_EVENT: SpikeEvent,
+}
+"""What a page needs of an event, by its kind."""
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The files of one run, as they were when they were read."""
 
     path: Path
     settings: Mapping[str, Any]
     """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
-    metrics: list[Entry]
     rolled_back: list[Entry]
     events: list[Entry]
     skipped: list[Entry]
     """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
     marker: Marker | None
-    job_ends: list[Entry]
+    job_ends: list[JobEnd]
+    logged: LoggedLines | None = None
+    """What the newest checkpoint knows of metrics.jsonl."""
 
     @classmethod
-    def read(cls, path: Path) -> RunFolder:
+    def read(cls, path: Path, logged: LoggedLines | None = None) -> RunFolder:
         return cls(
             path,
             _settings(path),
-            read_metrics(path / METRICS_FILE),
             read_metrics(path / ROLLED_BACK_FILE),
-            read_metrics(path / EVENTS_FILE),
+            [entry for entry in read_metrics(path / EVENTS_FILE) if _is_whole(entry)],
             _skipped(path / SKIPS_FILE),
             read_marker(path),
-            [entry for entry in read_metrics(path / ATTEMPTS_FILE) if entry.get("event") == "end"],
+            [entry for entry in sound_lines(path / ATTEMPTS_FILE, JobEnd) if entry.event == "end"],
+            logged,
         )
+
+    @cached_property
+    def history(self) -> History:
+        """The figures of all steps that count; read when they are first asked for."""
+        return History.read(self.path / METRICS_FILE, self.known_losses(), self.logged)
+
+    def known_losses(self) -> list[Gap]:
+        """Steps whose lines resumes have found missing."""
+        texts = [text for entry in self.of_kind(LOSS_EVENT) for text in entry.get("ranges") or []]
+        return [gap for text in texts if (gap := Gap.read(text)) is not None]
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None where there is none."""
@@ -133,15 +258,23 @@ class RunFolder:
         """What Slurm's record says of the attempt whose last event was then, before another attempt began."""
         later = [_seconds(entry) for entry in self.events if entry.get("event") in BEGINNINGS]
         until = min((time for time in later if time > last), default=math.inf)
-        return next((str(entry["reason"]) for entry in self.job_ends if last <= entry["time"] <= until), "")
+        return next((entry.reason for entry in self.job_ends if last <= entry.time <= until), "")
 
     def dossier(self, spike: Mapping[str, Any]) -> Entry | None:
         """What was found out about a spike; None where it has not been written, or not whole."""
         name = spike.get("dossier")
         if not isinstance(name, str):
             return None
-        found = _json(self.path / name)
-        return found if isinstance(found, dict) else None
+        path = self.path / name
+        try:
+            found = read_object(path, DossierFile)
+            if found is None or not all(step.isdecimal() and len(step) < 19 for step in found.layer_grad_norm):
+                return None
+        except DamagedFileError as error:
+            warn(f"{error}; the page does without it")
+            return None
+        known = {name: value for name, value in asdict(found).items() if value is not None}
+        return cast(Entry, from_json(known))
 
 
 def _is(entry: Mapping[str, Any], kind: str) -> bool:
@@ -163,19 +296,31 @@ def _seconds(entry: Mapping[str, Any]) -> float:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    newest = max(path.glob("config-*.yaml"), key=lambda file: file.stat().st_mtime_ns, default=None)
-    found = yaml.safe_load(newest.read_text(encoding="utf-8")) if newest is not None else None
+    newest = max(path.glob("config-*.yaml"), key=modified_ns, default=None)
+    if newest is None:
+        return {}
+    try:
+        text = read_text(newest) or ""
+        with library_edge(DamagedFileError, f"{newest} is damaged"):
+            found = yaml.safe_load(text)
+    except DamagedFileError as error:
+        warn(f"{error}; what it says is left out")
+        return {}
     return found if isinstance(found, dict) else {}
 
 
 def _skipped(path: Path) -> list[Entry]:
-    found = _json(path)
-    return found.get("rollbacks", []) if isinstance(found, dict) else []
-
-
-def _json(path: Path) -> Any:
-    """None where the file is missing or damaged: a report shows what there is."""
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
+        found = read_object(path, SkipsFile)
+    except DamagedFileError as error:
+        warn(f"{error}; what it says is left out")
+        return []
+    return [] if found is None else [asdict(one) for one in found.rollbacks]
+
+
+def _is_whole(event: Entry) -> bool:
+    """Whether an event has all that a page shows of its kind."""
+    if not {"event", "time"} <= event.keys():
+        return False
+    kind = EVENTS.get(event["event"])
+    return kind is None or fits(event, kind)

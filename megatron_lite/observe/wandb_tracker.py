@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DamagedFileError
+from megatron_lite.files import make_folder, replace_file, set_aside_others
 from megatron_lite.observe.credentials import without_secrets
 from megatron_lite.observe.metrics import BEGINNINGS, ROLLBACK_EVENT, ROLLBACKS, SPIKE_EVENT, branch_of, with_branches
 from megatron_lite.observe.trackers import numbers
 from megatron_lite.observe.wandb_record import alerts, history
+from megatron_lite.state_files import read_text, warn
 
+RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 OF_ATTEMPTS = (*BEGINNINGS, "stop", "finish")  # events of each attempt, not of a step that may be repeated
 OF_LINES = ("event", "step", "time")  # what lines of metrics.jsonl and events.jsonl have besides figures
 
@@ -61,7 +65,7 @@ class WandbTracker:
         }
         try:
             self._run = _start(mode, arguments)
-        except wandb.errors.Error as error:
+        except Exception as error:  # of wandb, its network and its service
             if mode == "offline":
                 raise
             report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")
@@ -93,14 +97,14 @@ class WandbTracker:
         """Log what `rolled_back.jsonl`, `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has
         not."""
         rows = [("train", branch_of(entry), entry) for entry in metrics]
-        told = with_branches(events)
+        told = with_branches(event for event in events if "event" in event)
         rows += [(entry["event"], branch, entry) for branch, entry in told if entry["event"] not in OF_ATTEMPTS]
         for kind, rollbacks, entry in rows:
             figures = {name: entry[name] for name in entry if name not in OF_LINES}
             self._add(kind, entry["step"], rollbacks, figures)
             self._logged.add((kind, entry["step"], rollbacks))  # an event may be told twice, by two attempts
             if kind == SPIKE_EVENT:
-                self.alert(entry["title"], entry["text"])
+                self.alert(str(entry.get("title", "")), str(entry.get("text", "")))
 
     def _branch(self, kind: str, values: Mapping[str, Any]) -> int:
         """A rollback begins the branch that it leads to."""
@@ -145,11 +149,18 @@ def has_api_key(environment: Mapping[str, str]) -> bool:
 def run_id(run_dir: Path) -> str:
     """The wandb id of this run folder, made on first use."""
     path = run_dir / "wandb" / "run-id"
-    if path.exists() and (stored := path.read_text().strip()):
-        return stored
+    try:
+        stored = (read_text(path) or "").strip()
+        if RUN_ID.fullmatch(stored):
+            return stored
+        if stored:
+            warn(f"{path} is damaged: it holds no id of a run; wandb gets a new run")
+    except DamagedFileError as error:
+        warn(f"{error}; wandb gets a new run")
     new = secrets.token_hex(4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(new + "\n")
+    make_folder(path.parent)
+    set_aside_others(path)
+    replace_file(path, (new + "\n").encode())
     return new
 
 
@@ -160,7 +171,8 @@ def _logged_steps(run_dir: Path) -> set[tuple[str, int, int]]:
 
 
 def _start(mode: str, arguments: dict[str, Any]) -> Any:
-    # Console capture off: our console and logs are not for upload. Offline, `resume` would only draw a warning.
-    settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30)
+    # Console capture off: our console and logs are not for upload. No metadata: it holds variables such as SLURM_*,
+    # the command line and the host. Offline, `resume` would only draw a warning.
+    settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30, x_disable_meta=True)
     resume = "allow" if mode == "online" else None
     return wandb.init(**{**arguments, "mode": mode, "resume": resume, "settings": settings})

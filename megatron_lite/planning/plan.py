@@ -17,6 +17,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.framing import described_ends
 from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
 from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted
@@ -31,7 +32,7 @@ def describe(config: RunConfig, vocab_size: int | None) -> str:
     Args:
         vocab_size: true vocabulary; None = not known before the data is prepared: figures then hold it as `v`.
     """
-    lines = [*_layout(config), _objective(config), *_batches(config)]
+    lines = [*_layout(config), _objective(config), _row("documents", described_ends(config)), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
     lines += _weights(config)
     lines += ["stages (model states of one rank; activations not counted)", *stage_lines(config, vocab_size), ""]

@@ -143,7 +143,8 @@ class Save:
         trainer.heartbeat.enter(Phase.SAVE)
         validated = self.validate.newest
         loss = validated[1] if validated and validated[0] == step else None
-        self.checkpoints.save(step, trainer.schedule.at(step).first_sample, trainer.source.skips, loss)
+        first_sample = trainer.schedule.at(step).first_sample
+        self.checkpoints.save(step, first_sample, trainer.source.skips, loss, self.trackers.logged(step))
         self.report()
 
     def wait(self, trainer: Trainer) -> None:

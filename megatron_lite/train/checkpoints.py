@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
@@ -16,7 +17,6 @@ from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.frozen import as_containers
-from megatron_lite.config.hf.folder import read_weights
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips
@@ -24,6 +24,7 @@ from megatron_lite.engine.engine import Engine
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.observe.console import Console
+from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.optim.batch_ramp import BEGINNING, Origin
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.parallel.context import ParallelContext
@@ -91,12 +92,14 @@ class Checkpoints:
         prepared: PreparedData,
         report: Callable[[str], None],
         on_failure: Callable[[], None] = lambda: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> Checkpoints:
         """A collective of all ranks.
 
         Args:
             report: is told where a checkpoint will be no model folder of transformers.
             on_failure: called on each rank, by another thread, as soon as a save has failed.
+            guard: called ahead of each change to the folder; raises where this process may not write any more.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
         form, documents = None, {}
@@ -109,10 +112,11 @@ class Checkpoints:
         saver = Saver(
             folder,
             Plan.of(shapes, form),
-            documents | prepared.tokenizer_files(),
+            documents | prepared.tokenizer_files(config),
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
             on_failure=on_failure,
+            guard=guard,
         )
         return cls(engine, prepared.fingerprint, shapes, saver)
 
@@ -125,11 +129,8 @@ class Checkpoints:
         if start.report is not None and start.state is not None and start.folder is not None:
             report = start.report
             self._restore(start.folder, start.state, report.load_moments, report.load_loss_scale)
-        elif (name := self.engine.config.model.init_from) is not None:
-            weights = read_weights(name)
-            form = self._plan(weights.has_hf_names).sets[WEIGHT].form
-            start_from(weights.tensors, form, self._fragments(WEIGHT), f"model.init_from={name}")
-            self.engine.shards.weights_changed()
+        elif self.engine.config.model.init_from is not None:
+            take_initial_weights(self.engine, self.shapes)
 
     @property
     def folder(self) -> Path:
@@ -146,11 +147,11 @@ class Checkpoints:
         shards, kinds = self.engine.shards, [WEIGHT]
         if load_moments:
             kinds += state.optimizer.moments
-        load(folder, self._plan(state.hugging_face), self._fragments(*kinds), kinds)
+        load(folder, _plan(self.engine, self.shapes, state.hugging_face), _fragments(self.engine, *kinds), kinds)
         if load_moments:
             shards.updates = state.optimizer.step
         else:
-            for moment in self._fragments(*moments_of(self.engine.config.optimizer)):
+            for moment in _fragments(self.engine, *moments_of(self.engine.config.optimizer)):
                 moment.values.zero_()
             shards.updates = 0
         if load_loss_scale and state.loss_scale is not None:
@@ -158,13 +159,14 @@ class Checkpoints:
         shards.weights_changed()
         self.newest_step = state.step
 
-    def _plan(self, hugging_face: bool) -> Plan:
-        return Plan.of(self.shapes, _hugging_face(self.engine.config.model) if hugging_face else None)
-
-    def _fragments(self, *kinds: str) -> list[Fragment]:
-        return [fragment for fragment in self.engine.shards.fragments() if fragment.kind in kinds]
-
-    def save(self, step: int, samples: int, skips: Skips, validation_loss: float | None) -> Path:
+    def save(
+        self,
+        step: int,
+        samples: int,
+        skips: Skips,
+        validation_loss: float | None,
+        logged: LoggedLines | None = None,
+    ) -> Path:
         """Write a checkpoint, or begin to; the folder that it will be.
 
         Args:
@@ -172,6 +174,7 @@ class Checkpoints:
             samples: consumed in them.
             skips: what the run leaves out.
             validation_loss: where the run was validated after this very step.
+            logged: up to it, on the writing rank.
         """
         config, shards = self.engine.config, self.engine.shards
         state = CheckpointState(
@@ -186,11 +189,45 @@ class Checkpoints:
             validation_loss=validation_loss,
             skipped=tuple((window.first, window.stop) for window in skips.before(skips.index(samples))),
             config=as_containers(without_environment(config)),
+            metrics=logged,
             versions=versions(),
         )
         folder = self.saver.save(shards.fragments(), state)
         self.newest_step = step
         return folder
+
+
+def take_weights(engine: Engine, folder: Path, state: CheckpointState) -> None:
+    """Give the model the weights of a checkpoint, and nothing else of it. A collective of all ranks.
+
+    Raises:
+        CheckpointError: the files hold other tensors than the model has.
+    """
+    plan = _plan(engine, shapes_of_all_ranks(engine.shards.shapes()), state.hugging_face)
+    load(folder, plan, _fragments(engine, WEIGHT), [WEIGHT])
+    engine.shards.weights_changed()
+
+
+def take_initial_weights(engine: Engine, shapes: Shapes) -> None:
+    """Give the model the weights that model.init_from names.
+
+    Raises:
+        CheckpointError: the files hold other tensors than the model has.
+    """
+    model = engine.config.model
+    weights = weights_of(engine.config)
+    form = _plan(engine, shapes, weights.has_hf_names).sets[WEIGHT].form
+    described = model if weights.has_hf_names else None
+    start_from(weights.tensors, form, _fragments(engine, WEIGHT), f"model.init_from={model.init_from}", described)
+    engine.shards.weights_changed()
+
+
+def _plan(engine: Engine, shapes: Shapes, hugging_face: bool) -> Plan:
+    return Plan.of(shapes, _hugging_face(engine.config.model) if hugging_face else None)
+
+
+def _fragments(engine: Engine, *kinds: str) -> list[Fragment]:
+    return [fragment for fragment in engine.shards.fragments() if fragment.kind in kinds]
 
 
 def layout_of(config: RunConfig, context: ParallelContext) -> Layout:

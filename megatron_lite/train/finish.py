@@ -5,16 +5,17 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.observe.console import Console
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
-from megatron_lite.observe.plot import plot_run
-from megatron_lite.observe.report import write_report
+from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.plot import PLOT_FILE, plot_run
+from megatron_lite.observe.report import REPORT_FILE, write_report
+from megatron_lite.observe.run_folder import RunFolder
 from megatron_lite.observe.summary import RunSummary, show_summary
 
 BASELINE_EVENT = "baseline"
@@ -35,17 +36,19 @@ class Outcome:
 
 def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
     """Draw the loss curve, write the report and print the summary; on the writing rank only."""
-    metrics = read_metrics(run_dir / METRICS_FILE)
-    events = read_metrics(run_dir / EVENTS_FILE)
-    evaluation, baseline = (_last(events, name) for name in ("evaluation", BASELINE_EVENT))
+    run = RunFolder.read(run_dir)
+    evaluation, baseline = run.newest("evaluation"), run.newest(BASELINE_EVENT)
     plot = report = None
     if config.tracking.plot:
-        plot = plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"))
-        report = _report(run_dir, console)
-    first, last = (metrics[0], metrics[-1]) if metrics else ({}, {})
-    steady = metrics[len(metrics) // 2 :]  # past the warm-up of caches and allocators
-    seconds = sum(entry["step_seconds"] for entry in steady)
-    tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in steady)
+        plot = _drawn(
+            run_dir / PLOT_FILE,
+            lambda: plot_run(run_dir, title=run_dir.name, unigram_loss=baseline.get("loss"), run=run),
+            console,
+        )
+        report = _drawn(run_dir / REPORT_FILE, lambda: write_report(run_dir, ALL_TRAINED, run=run), console)
+    first, last, steady = run.history.first, run.history.last, run.history.steady()
+    seconds = float(steady["step_seconds"].sum())
+    tokens = float((steady["tokens_per_second"] * steady["step_seconds"]).sum())
     show_summary(
         console,
         RunSummary(
@@ -60,10 +63,10 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
             unigram_label="unigram entropy" if config.objective.name is ObjectiveName.causal_lm else "frequencies",
             unigram_entropy_nats=baseline.get("entropy_nats"),
             unigram_accuracy=baseline.get("accuracy"),
-            tokens=last.get("tokens"),
+            tokens=int(last["tokens"]) if isinstance(last.get("tokens"), float) else None,
             seconds=None if outcome.done else time.monotonic() - outcome.started,
             tokens_per_second=tokens / seconds if seconds else None,
-            data_wait=sum(entry["data_seconds"] for entry in steady) / seconds if seconds else None,
+            data_wait=float(steady["data_seconds"].sum()) / seconds if seconds else None,
             model_flops_utilization=last.get("model_flops_utilization"),
             prompt=outcome.prompt,
             sample=outcome.sample,
@@ -78,18 +81,14 @@ def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Ou
     )
 
 
-def _report(run_dir: Path, console: Console) -> Path | None:
+def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Path | None:
     """A run that has trained to its end is no failure because a page cannot be drawn: the command can draw it later."""
     try:
-        return write_report(run_dir, ALL_TRAINED)
+        return draw()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"report.html could not be written ({reason}); try `python -m launch report {run_dir}`")
+        console.print(f"{path.name} could not be written ({reason}); try `python -m launch report {path.parent}`")
         return None
-
-
-def _last(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event["event"] == name), {})
 
 
 def _command(config: RunConfig, run_dir: Path) -> str:

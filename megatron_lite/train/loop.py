@@ -15,6 +15,7 @@ from megatron_lite.engine.engine import Engine, Evaluation, StepResult
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.schedule import learning_rate_at
+from megatron_lite.train.evaluation import Loader, evaluate
 from megatron_lite.train.stopping import StopAgreement
 
 
@@ -24,15 +25,12 @@ class BatchSource(Protocol):
     skips: Skips
     """The training samples that the run leaves out."""
 
+    @property
+    def held_out(self) -> Loader:
+        """What the run validates on."""
+
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         """This data-parallel rank's part of one global batch."""
-
-    def validation(self) -> list[MicroBatch]:
-        """This data-parallel rank's part of the held-out batches; the same at every call."""
-
-    @property
-    def num_validation_micro_batches(self) -> int:
-        """Length of `validation()` on the ranks that read."""
 
 
 @dataclass(frozen=True)
@@ -118,4 +116,4 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """On the held-out samples; a collective of all ranks."""
         self.heartbeat.enter(Phase.EVALUATE)
-        return self.engine.evaluate(self.source.validation(), self.source.num_validation_micro_batches)
+        return evaluate(self.engine, self.source.held_out)

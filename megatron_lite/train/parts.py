@@ -8,11 +8,12 @@ from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.skips import Rollback, read_rollbacks
+from megatron_lite.data.skips import Rollback, rollbacks_to_go_on_with
 from megatron_lite.errors import DataError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.progress import Progress
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.observe.spikes import Vitals
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
@@ -42,6 +43,7 @@ class Run:
     started: float  # time.monotonic()
     heartbeat: Heartbeat
     links: Links
+    claim: Claim
 
     @property
     def checkpoints(self) -> Path:
@@ -112,7 +114,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
     """
     found, problem = list[Rollback](), None
     try:
-        found = read_rollbacks(run.folder) if run.context.is_writer else []
+        found = rollbacks_to_go_on_with(run.folder) if run.context.is_writer else []
     except DataError as error:
         problem = str(error)
     found, problem = agreed((found, problem))

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.skips import Rollback, Skips, Window, skips_of, write_rollbacks
-from megatron_lite.errors import DivergedError, TrainingError
+from megatron_lite.errors import DISK_ERRNOS, DiskError, DivergedError, TrainingError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import ROLLBACK_EVENT, SKIPS_FILE
@@ -188,20 +188,20 @@ class GoBack:
         """From here on every attempt leaves the window out.
 
         Raises:
-            TrainingError: the file cannot be written; on every rank alike.
+            TrainingError, DiskError: the file cannot be written; on every rank alike.
         """
-        problem = None
+        problem: TrainingError | DiskError | None = None
         if self.save.checkpoints.engine.context.is_writer:
             try:
                 write_rollbacks(self.run_dir, self.rollbacks)
             except OSError as error:
-                problem = f"{self.run_dir / SKIPS_FILE} cannot be written ({error})"
+                problem = (DiskError if error.errno in DISK_ERRNOS else TrainingError)(
+                    f"{self.run_dir / SKIPS_FILE} cannot be written ({error}), and a rollback needs it; free some "
+                    "space or mend its permissions: the same command comes to the spike again"
+                )
         problem = agreed(problem)
         if problem is not None:
-            raise TrainingError(
-                f"{problem}, and a rollback needs it; free some space or mend its permissions: the same command comes "
-                "to the spike again"
-            )
+            raise problem
 
     def _drop_later(self, state: CheckpointState) -> None:
         """Checkpoints from behind the one gone back to."""

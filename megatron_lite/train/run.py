@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
-from megatron_lite.config.derived import run_directory, topology
+from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
@@ -26,18 +26,20 @@ from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
-from megatron_lite.observe.console import Console, redirect_output
+from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
-from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, read_metrics
+from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, ROWS_EVENT, read_metrics
 from megatron_lite.observe.progress import Progress
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train import distributed
 from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
+from megatron_lite.train.check_init import check_start
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
@@ -51,17 +53,18 @@ from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
 from megatron_lite.train.watch import UpdateJudge
-from megatron_lite.train.watchdog import Watchdog, place_of
+from megatron_lite.train.watchdog import watchdog_of
 
 T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
-def train(config: RunConfig) -> RunEnd:
+def train(config: RunConfig, claim: Claim) -> RunEnd:
     """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
         config: resolved, and its data prepared.
+        claim: on the lock of the run folder.
     Returns:
         DONE, or PREEMPTED where the ranks were asked to stop and saved what they had.
     Raises:
@@ -72,7 +75,7 @@ def train(config: RunConfig) -> RunEnd:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     heartbeat = Heartbeat()
-    watchdog = _watchdog(config, environment, heartbeat, console)
+    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
     request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
     try:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
@@ -90,26 +93,12 @@ def train(config: RunConfig) -> RunEnd:
             for line in (links.line, *links.warnings):
                 console.print(line)
             agreement = StopAgreement.of_job(request, context)
-            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links)
+            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links, claim)
             end = _attempt(run, agreement)
             distributed.leave()
             return end
     finally:
         console.restore()
-
-
-def _watchdog(
-    config: RunConfig, environment: distributed.ProcessEnvironment, heartbeat: Heartbeat, console: Console
-) -> Watchdog:
-    return Watchdog(
-        run_directory(config),
-        place_of(environment.rank, topology(config)),
-        heartbeat,
-        local_rank=environment.local_rank,
-        world_size=environment.world_size,
-        limit_seconds=config.train.timeout_seconds,
-        console=console,
-    )
 
 
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
@@ -132,7 +121,9 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         run.context.is_writer,
         resume_step=start.step,
         rollbacks=len(rollbacks),
+        logged=start.state.metrics if start.state else None,
         report=run.console.print,
+        guard=run.claim.confirm,
     )
     summary: dict[str, Any] = {}
     try:
@@ -173,6 +164,8 @@ def _build(
     run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips, judge: UpdateJudge
 ) -> tuple[Engine, ShardSource, Checkpoints]:
     """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
+    if start.folder is None:
+        check_start(run.config, run.console.print)
     run.heartbeat.enter(Phase.BUILD)
     task = build_task(run.config, run.context, run.prepared.vocabulary)
     source = ShardSource(run.prepared, run.config, task.objective, run.context, skips)
@@ -187,7 +180,9 @@ def _build(
     run.heartbeat.enter(Phase.LOAD)
     # A run that cannot save must not go on for hours: all ranks stop, and `_stop` tells why.
     give_up = partial(agreement.request, Reason.save)
-    checkpoints = Checkpoints.of(run.checkpoints, engine, run.prepared, run.console.print, give_up)
+    checkpoints = Checkpoints.of(
+        run.checkpoints, engine, run.prepared, run.console.print, give_up, guard=run.claim.confirm
+    )
     checkpoints.begin(start)
     return engine, source, checkpoints
 
@@ -219,6 +214,7 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
         save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})
     if run.context.is_writer:
+        run.claim.confirm()
         leave_marker(run.folder, RunEnd.PREEMPTED, str(request), step)
         newest = save.checkpoints.newest_step
         kept = f"saved in {run.checkpoints / folder_name(newest)}" if newest else "nothing to save yet"
@@ -231,6 +227,7 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
 def _conclude(run: Run, outcome: Outcome) -> None:
     run.heartbeat.enter(Phase.FINISH)
     if run.context.is_writer:
+        run.claim.confirm()
         show_outcome(run.config, run.folder, run.console, outcome)
         leave_marker(run.folder, RunEnd.DONE, ALL_TRAINED, run.config.train.steps)
 
@@ -261,9 +258,9 @@ def _is_evaluated(run: Run, step: int) -> bool:
         return True
     evaluated = False
     for event in read_metrics(run.folder / EVENTS_FILE):
-        if event["event"] == EVALUATION_EVENT and event["step"] == step:
+        if event.get("event") == EVALUATION_EVENT and event["step"] == step:
             evaluated = True
-        elif event["event"] == ROLLBACK_EVENT and event["to_step"] < step:
+        elif event.get("event") == ROLLBACK_EVENT and event["to_step"] < step:
             evaluated = False  # it was with other weights
     return evaluated
 
@@ -274,14 +271,16 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     figures = {"data_fingerprint": run.prepared.fingerprint, "world_size": dist.get_world_size()}
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
+    trackers.event(ROWS_EVENT, first_step, {"sources": [asdict(counts) for counts in run.prepared.rows]})
+    trackers.tell_losses(first_step)
     terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
     trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)
     for line in start.report.lines() if start.report else ():
         run.console.print(line)
     seconds = time.monotonic() - run.started
-    if source.skipped_documents:
-        run.console.print(f"{source.skipped_documents:,} documents of a single sentence are skipped: they make no pair")
+    for note in source.notes():
+        run.console.print(note)
     run.console.print(
         f"{run.prepared.train_tokens:,} training tokens, {run.prepared.validation_tokens:,} for validation; "
         f"ranks ready after {seconds:.1f} s"
@@ -296,7 +295,7 @@ def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
         return "", ""
     if run.config.model.architecture is not Architecture.decoder:
         return "", preview(engine, _agreed_example(run, source), tokenizer)
-    prompt = tokenizer.encode(train.generate_prompt)
+    prompt = [*run.prepared.special.begin, *tokenizer.encode(train.generate_prompt)]
     tokens = generate(
         engine,
         prompt,

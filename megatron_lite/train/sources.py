@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.batch import MicroBatch, micro_batches
-from megatron_lite.data.loader import VALIDATION_SEED, Dataset, examples, training_dataset, validation_dataset
+from megatron_lite.data.loader import VALIDATION_SEED, Dataset, examples, training_dataset
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.skips import Skips
 from megatron_lite.objectives.base import Example, Objective
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.train.evaluation import HeldOut
 
 NOTHING_SKIPPED = Skips()
 
@@ -25,6 +26,7 @@ class ShardSource:
 
     Attributes:
         skips: which samples are left out; a rollback replaces it, on all ranks together.
+        held_out: what the run validates on.
     Raises:
         DataError: the shards hold no full sample, or are damaged.
     """
@@ -43,16 +45,26 @@ class ShardSource:
         self._objective = objective
         self._context = context
         self._training: Dataset | None = None
-        self._validation: Dataset | None = None
         if context.is_first_stage or context.is_last_stage:
             self._training = training_dataset(prepared, config, objective.shape)
-            self._validation = validation_dataset(prepared, config, objective.shape)
+        self.held_out = HeldOut.of_run(prepared, config, objective, context)
 
     @property
     def skipped_documents(self) -> int:
         """Training documents that give no sample, since they have a single sentence; 0 on ranks that do not read."""
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
+
+    def notes(self) -> Iterator[str]:
+        """What is unusual about the training data, in words; nothing on ranks that do not read."""
+        if self.skipped_documents:
+            yield f"{self.skipped_documents:,} documents of a single sentence are skipped: they make no pair"
+        for part in getattr(self._training, "datasets", ()):
+            if getattr(part, "passes_per_epoch", 1) > 1:
+                yield (
+                    f"{part.shard.source} has {part.num_tokens:,} training tokens, fewer than a sample: each of its "
+                    f"samples repeats them {part.passes_per_epoch:,} times"
+                )
 
     def provenance(self) -> Provenance:
         """What the training samples are made of, on ranks that read."""
@@ -71,33 +83,20 @@ class ShardSource:
         """
         own = self._own_part(batch.global_batch_size)
         indices = self.skips.indices(batch.first_sample + own.start, len(own))
-        return self._micro_batches(self._training, indices, self._config.train.seed)
-
-    def validation(self) -> list[MicroBatch]:
-        return self._micro_batches(self._validation, self._own_part(self._num_validation_samples), VALIDATION_SEED)
-
-    @property
-    def num_validation_micro_batches(self) -> int:
-        return self._num_validation_samples // (self._config.train.micro_batch_size * self._context.data_size)
+        if self._training is None:
+            return []
+        train = self._config.train
+        return micro_batches(self._training, self._objective, indices, train.micro_batch_size, train.seed)
 
     def examples(self, *, training: bool, count: int) -> Iterator[Example]:
         """The first samples of a set, on ranks that read."""
-        dataset = self._training if training else self._validation
+        dataset = self._training if training else self.held_out.dataset
         assert dataset is not None
         seed = self._config.train.seed if training else VALIDATION_SEED
         return examples(dataset, self._objective, range(count), seed)
-
-    @property
-    def _num_validation_samples(self) -> int:
-        return self._config.train.eval_batches * self._config.train.global_batch_size
 
     def _own_part(self, num_samples: int) -> range:
         """Places of this rank's samples in a global batch."""
         own = num_samples // self._context.data_size
         first = self._context.data_rank * own
         return range(first, first + own)
-
-    def _micro_batches(self, dataset: Dataset | None, indices: Sequence[int], seed: int) -> list[MicroBatch]:
-        if dataset is None:
-            return []
-        return micro_batches(dataset, self._objective, indices, self._config.train.micro_batch_size, seed)

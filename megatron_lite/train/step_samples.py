@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.checkpoint.resume import Trained
 from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
+from megatron_lite.files import modified_ns
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
@@ -96,8 +98,8 @@ def config_of(run_dir: Path, step: int | None) -> Path:
     if not there:
         raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
     attempts = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
-    named = [run_dir / event["config"] for event in attempts if step is None or event["step"] < step]
-    return named[-1] if named and named[-1] in there else max(there, key=lambda path: path.stat().st_mtime)
+    named = [run_dir / str(event.get("config")) for event in attempts if step is None or event["step"] < step]
+    return named[-1] if named and named[-1] in there else max(there, key=modified_ns)
 
 
 def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:
@@ -108,8 +110,24 @@ def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:
 
 def trained_on(run_dir: Path) -> str | None:
     """The fingerprint of the data that the latest attempt read; None where no attempt got so far."""
-    found = [event.get("data_fingerprint") for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
-    return found[-1] if found else None
+    return (_latest_attempt(run_dir) or {}).get("data_fingerprint")
+
+
+def trained_with(run_dir: Path) -> Trained | None:
+    """What the latest attempt that read data had; None where there is none, or its configuration is gone.
+
+    Raises:
+        ConfigError: this version cannot read the configuration.
+    """
+    attempt = _latest_attempt(run_dir)
+    if attempt is None or "data_fingerprint" not in attempt or not (run_dir / attempt.get("config", "")).is_file():
+        return None
+    return Trained(load_frozen(run_dir / attempt["config"]), attempt["data_fingerprint"])
+
+
+def _latest_attempt(run_dir: Path) -> dict[str, Any] | None:
+    events = read_metrics(run_dir / EVENTS_FILE)
+    return next((event for event in reversed(events) if _is_attempt(event)), None)
 
 
 def _is_attempt(event: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.loader import examples
 from megatron_lite.data.prepare import prepared_folder
-from megatron_lite.data.prepared import MANIFEST, PreparedData, load_prepared
+from megatron_lite.data.prepared import MANIFEST, PreparedData, load_prepared, tokens_of
 from megatron_lite.data.provenance import DocumentPart, Provenance, merged
 from megatron_lite.data.skips import stretches
 from megatron_lite.errors import DataError
@@ -123,6 +123,11 @@ def _prepared(question: Question, path: Path, config: RunConfig) -> PreparedData
         )
     prepared = load_prepared(folder, config)
     fingerprint = trained_on(question.run_dir)
+    if fingerprint not in (None, prepared.fingerprint) and tokens_of(fingerprint) == tokens_of(prepared.fingerprint):
+        raise DataError(
+            f"{question.run_dir} was trained by a version that let sources take turns in another order; trace it with "
+            "that version"
+        )
     if fingerprint not in (None, prepared.fingerprint):
         raise DataError(
             f"{folder} holds other tokens (fingerprint {prepared.fingerprint}) than {question.run_dir} was trained on "

@@ -1,31 +1,33 @@
 """The equivalence certificate: a layout against a bare one-rank torch loop, per parameter, before clipping.
 
 Both train on the same synthetic samples with uneven loss weights. The twin uses no DeepSpeed, no process group and no
-sharding, so whatever a layout drops, doubles or averages wrongly shows up as a difference.
+sharding, so whatever a layout drops, doubles or averages wrongly shows up as a difference. Its loss, denominator,
+clipping and optimizer are torch's or written out here, so that a fault in ours shows up as well.
 
-Shapes: b micro-batch, s sequence.
+Shapes: b micro-batch, s sequence, v vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 
 from megatron_lite.config.lengths import sentinels_needed
-from megatron_lite.config.schema import Recompute, RunConfig
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Recompute, RunConfig
 from megatron_lite.data.batch import MicroBatch, stack
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.hooks import EngineHooks
-from megatron_lite.engine.loss_weights import normalise, targets_of
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.flat import FlatModel
@@ -47,6 +49,7 @@ class Trace:
     losses: list[float] = field(default_factory=list)  # one a step
     grad_norms: list[float] = field(default_factory=list)  # one a step, before clipping
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)  # of all steps together, where they are asked for
 
 
 SYNTHETIC_ROLES = (
@@ -80,7 +83,7 @@ def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
             f"use {ordinary + 1} or more"
         )
     is_special = np.arange(size) < ordinary
-    special = SpecialTokens(**roles, sentinels=tuple(range(len(roles), ordinary)))
+    special = SpecialTokens(**roles, begin=(), sentinels=tuple(range(len(roles), ordinary)))
     return Vocabulary(size, special, is_special, begins_word=np.arange(size) % 3 > 0)
 
 
@@ -128,8 +131,14 @@ def synthetic_batches(
     return [stack([samples.example(index) for index in range(start, start + size)]) for start in starts]
 
 
-def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int) -> Trace:
-    """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks."""
+def trace_layout(
+    config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int, *, updates: bool = False
+) -> Trace:
+    """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks.
+
+    Args:
+        updates: record them, too. They say little under Adam, whose updates forget the size of a gradient.
+    """
     vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
     schedule = BatchSchedule(config.train)
@@ -137,6 +146,7 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
     hooks = EngineHooks(after_reduction=lambda engine: _record_first(engine, trace))
     first_batch = schedule.at(0).global_batch_size
     engine = build_engine(config, context, task, global_batch_size=first_batch, hooks=hooks)
+    before = engine.full_weights() if updates else {}
     for step in range(num_steps):
         batch = schedule.at(step)
         num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
@@ -149,6 +159,8 @@ def trace_layout(config: RunConfig, context: ParallelContext, vocab_size: int, n
         result = engine.train_step(micro_batches, batch, learning_rate)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
+    if updates:
+        trace.updates = {name: weight - before[name] for name, weight in engine.full_weights().items()}
     return trace
 
 
@@ -163,7 +175,8 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
     plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
     task = build_task(plain, context, vocabulary)
     model = FlatModel(task.specs).to(device)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer, context)
+    before = _full_of_one_rank(model, lambda parameter: parameter.detach())
+    optimizer = PlainOptimizer(model, config.optimizer)
     schedule = BatchSchedule(config.train)
     trace = Trace()
     for step in range(num_steps):
@@ -171,21 +184,73 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
         count = batch.global_batch_size // config.train.micro_batch_size
         micro_batches = synthetic_batches(task.objective, vocabulary, batch.first_sample, count, config)
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
-        loss = 0.0
-        for micro_batch in normalise(micro_batches, context):
-            outputs = model(*(tensor.to(device) for tensor in micro_batch.inputs))
-            part = task.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(micro_batch)))
-            (part / count).backward()
-            loss += part.item() / count
+        trace.losses.append(_accumulate(model, [_on(device, batch) for batch in micro_batches], vocab_size))
         if step == 0:
-            trace.gradients = _full_gradients_of_one_rank(model)
+            trace.gradients = _full_of_one_rank(model, _gradient)
         trace.grad_norms.append(_clip(model, config.optimizer.clip_grad_norm))
-        trace.losses.append(loss)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step + 1, config.optimizer, config.train.steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(learning_rate_at(step + 1, config.optimizer, config.train.steps))
+    after = _full_of_one_rank(model, lambda parameter: parameter.detach())
+    trace.updates = {name: weight - before[name] for name, weight in after.items()}
     return trace
+
+
+def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
+    inputs = tuple(tensor.to(device) for tensor in batch.inputs)
+    return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
+
+
+def _accumulate(model: FlatModel, batches: Sequence[MicroBatch], vocab_size: int) -> float:
+    """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes."""
+    tokens = float(sum(batch.loss_weights.sum() for batch in batches))
+    samples = sum(len(batch.labels) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        outputs = model(*batch.inputs)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        loss = _token_losses(logits, batch, vocab_size) / max(tokens, 1e-20)
+        if batch.sequence_labels is not None:
+            loss = loss + F.cross_entropy(outputs[1].float(), batch.sequence_labels, reduction="sum") / samples
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> torch.Tensor:
+    """Weighted sum by torch's own cross-entropy over the vocabulary without its padding; logits [b, s, v]."""
+    counted = batch.loss_weights > 0
+    losses = F.cross_entropy(logits[..., :vocab_size][counted].float(), batch.labels[counted], reduction="none")
+    return (losses * batch.loss_weights[counted]).sum()
+
+
+class PlainOptimizer:
+    """torch's own Adam and SGD with decoupled weight decay of matrices alone.
+
+    Adafactor is ours: torch's would count the padding of the vocabulary among a matrix's rows.
+    """
+
+    def __init__(self, model: FlatModel, config: OptimizerConfig) -> None:
+        named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+        self._matrices = [one for name, one in named.values() if one.dim() > 1 and name.rpartition(".")[2] != "bias"]
+        self._decay = config.weight_decay
+        parameters = [parameter for _, parameter in named.values()]
+        self._optimizer: torch.optim.Optimizer
+        if config.name is OptimizerName.adamw:
+            betas = config.beta1, config.beta2
+            self._optimizer = torch.optim.Adam(parameters, config.learning_rate, betas, config.epsilon)
+        elif config.name is OptimizerName.sgd:
+            self._optimizer = torch.optim.SGD(parameters, config.learning_rate, config.momentum)
+        else:
+            single = ParallelContext.single(device=parameters[0].device)
+            self._optimizer, self._decay = build_optimizer(model.named_parameters(), config, single), 0.0
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        for matrix in self._matrices:
+            matrix.mul_(1.0 - learning_rate * self._decay)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
@@ -204,13 +269,14 @@ def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
 
 
 def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float]]:
-    for name, gradient in trace.gradients.items():
-        expected = twin.gradients.get(name)
-        if expected is None or expected.shape != gradient.shape:
-            yield f"gradient of {name}", math.inf
-        else:
-            difference = float((gradient - expected).norm() / expected.norm().clamp(min=1e-30))
-            yield f"gradient of {name}", math.inf if math.isnan(difference) else difference
+    for kind in ("gradient", "update"):
+        for name, tensor in getattr(trace, f"{kind}s").items():
+            expected = getattr(twin, f"{kind}s").get(name)
+            if expected is None or expected.shape != tensor.shape:
+                yield f"{kind} of {name}", math.inf
+            else:
+                difference = float((tensor - expected).norm() / expected.norm().clamp(min=1e-30))
+                yield f"{kind} of {name}", math.inf if math.isnan(difference) else difference
     for kind in ("losses", "grad_norms"):
         for step, (mine, theirs) in enumerate(zip(getattr(trace, kind), getattr(twin, kind), strict=True), start=1):
             difference = abs(mine - theirs) / max(abs(theirs), 1e-30)
@@ -259,9 +325,13 @@ def _clip(model: FlatModel, largest: float) -> float:
     return norm
 
 
-def _full_gradients_of_one_rank(model: FlatModel) -> dict[str, torch.Tensor]:
-    found = {}
-    for parameter in model.parameters():
-        assert parameter.grad is not None, f"{parameter.global_name} got no gradient"
-        found[parameter.global_name] = join_slices([parameter.grad], parameter.shard_spec).cpu().clone()
-    return found
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, f"{parameter.global_name} got no gradient"
+    return parameter.grad
+
+
+def _full_of_one_rank(model: FlatModel, fetch: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        parameter.global_name: join_slices([fetch(parameter)], parameter.shard_spec).cpu().clone()
+        for parameter in model.parameters()
+    }

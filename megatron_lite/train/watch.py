@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
 from megatron_lite.engine.hooks import PendingUpdate
 from megatron_lite.observe.heartbeat import Phase
-from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, read_metrics
+from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, newest_entries
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
 from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.dossier import Dossier, Dossiers
 from megatron_lite.train.loop import StepRecord, Trainer
 
+NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # of a line
 STEPS_AFTER = 2  # whose figures are added to a dossier
 SHARES = {
     "share_data": (Phase.DATA,),
@@ -201,8 +203,9 @@ def steps_remembered(config: RunConfig) -> int:
 
 def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
     """Of the latest steps up to this one, as far as metrics.jsonl has them."""
-    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if row["step"] <= step]
-    return [_vitals_of(row, config.train.precision) for row in rows[-steps_remembered(config) :]]
+    earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
+    rows = list(islice(earlier, steps_remembered(config)))
+    return [_vitals_of(row, config.train.precision) for row in reversed(rows)]
 
 
 def _vitals_of(row: dict[str, Any], precision: Precision) -> Vitals:

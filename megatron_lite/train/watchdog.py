@@ -20,14 +20,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_lite.config.derived import run_directory, topology
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import RunEnd
 from megatron_lite.files import publish_first
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_name, publish, read_beats
 from megatron_lite.observe.markers import ERROR_FILE, HANG_FILE, leave_marker
+from megatron_lite.observe.run_lock import Claim
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.culprit import Finding, Kind, find_culprit
+
+if TYPE_CHECKING:  # it imports DeepSpeed
+    from megatron_lite.train.distributed import ProcessEnvironment
 
 TURN_INTERVALS = 2  # between those who read first, second and last
 FAREWELL_INTERVALS = 2  # from seeing the report to the end: the others must see it before our connections close
@@ -46,6 +53,7 @@ class Watchdog:
         local_rank: of this rank on its node.
         limit_seconds: train.timeout_seconds.
         console: shows the report to the user where no launcher waits to show it.
+        claim: on the run folder; ranks that have lost it find hangs of their own, which must end no other attempt.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Watchdog:
         world_size: int,
         limit_seconds: float,
         console: Console,
+        claim: Claim,
     ) -> None:
         self._folder = folder
         self._place = place
@@ -65,6 +74,7 @@ class Watchdog:
         self._world_size = world_size
         self._limit = limit_seconds
         self._console = console
+        self._claim = claim
         self._interval = interval_seconds(limit_seconds)
         turn = 0 if place.rank == 0 else 1 if local_rank == 0 else 2
         self._patience = limit_seconds + turn * TURN_INTERVALS * self._interval
@@ -123,6 +133,9 @@ class Watchdog:
         return None
 
     def _find_and_report(self) -> None:
+        if not self._claim.is_ours():
+            self._console.error(f"error: {self._folder} belongs to another attempt at the run by now", own=False)
+            os._exit(RunEnd.CONFIG_ERROR)
         beats = read_beats(self._beats, self._world_size)
         finding = find_culprit(
             beats, self._world_size, now=time.time(), limit_seconds=self._limit, started=self._started
@@ -171,3 +184,19 @@ def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
     """What hang.json holds: the finding, and what it was found by."""
     rank = finding.ranks[0]
     return {"rank": rank, **asdict(finding), "time": time.time(), "beats": [asdict(beat) for beat in beats.values()]}
+
+
+def watchdog_of(
+    config: RunConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console, claim: Claim
+) -> Watchdog:
+    """Of this rank in a job of this configuration."""
+    return Watchdog(
+        run_directory(config),
+        place_of(environment.rank, topology(config)),
+        heartbeat,
+        local_rank=environment.local_rank,
+        world_size=environment.world_size,
+        limit_seconds=config.train.timeout_seconds,
+        console=console,
+        claim=claim,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -43,6 +43,19 @@ def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: st
     """One rank of one layout; its stage's gradients."""
     with planted(mutation):
         return trace_layout(config, _context(config), vocab_size, num_steps)
+
+
+def updates_rank(
+    configs: Sequence[RunConfig], vocab_size: int, num_steps: int, mutation: str
+) -> list[tuple[Trace, Trace]]:
+    """Of each configuration: the layout as it is, and with the fault in it, each with the updates of its weights."""
+    found = []
+    for config in configs:
+        context = _context(config)
+        right = trace_layout(config, context, vocab_size, num_steps, updates=True)
+        with planted(mutation):
+            found.append((right, trace_layout(config, context, vocab_size, num_steps, updates=True)))
+    return found
 
 
 def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
@@ -107,6 +120,46 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     context = engine.context
     own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
+
+
+def evaluated_twice_rank(config: RunConfig, vocab_size: int) -> tuple[Evaluation, Evaluation]:
+    """Of an untrained model on one rank: by the engine, and by torch's functions on the model's outputs.
+
+    Every third label is the one that the model predicts: by itself it would be right nowhere.
+    """
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    batches = batches_from(0, config.train.global_batch_size // config.train.micro_batch_size)
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # right, nats, all: of tokens, of classes
+    engine.module.eval()
+    for place, batch in enumerate(batches):
+        with torch.no_grad():
+            outputs = engine.module(*batch.inputs)
+        logits, classes = outputs if isinstance(outputs, tuple) else (outputs, None)
+        hit = torch.arange(batch.labels.shape[1]) % 3 == 0
+        batch = batch._replace(labels=torch.where(hit, logits[..., :vocab_size].argmax(-1), batch.labels))
+        batches[place] = batch
+        parts = [(logits[..., :vocab_size].flatten(0, 1), batch.labels.flatten(), batch.loss_weights.flatten())]
+        if classes is not None:
+            parts.append((classes, batch.sequence_labels, batch.sequence_weights))
+        for row, (scores, labels, weights) in enumerate(parts):
+            nats = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+            right = scores.argmax(-1) == labels
+            sums[row] += torch.stack([(right * weights).sum(), (nats * weights).sum(), weights.sum()]).double()
+    (right, nats, tokens), (right_classes, class_nats, count) = sums.tolist()
+    loss, share = nats / tokens, right_classes / count if count else None
+    total = loss + (class_nats / count if count else 0.0)
+    return engine.evaluate(batches, len(batches)), Evaluation(total, loss, right / tokens, share, tokens, count)
+
+
+def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
+    """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
+    engine, batches_from = synthetic_engine(config, vocab_size)
+    own = config.train.global_batch_size // config.train.micro_batch_size
+    evaluated = engine.evaluate(batches_from(0, own), own).loss
+    (after,) = train_steps(engine, batches_from, config, 0, 1)
+    other, batches_from = synthetic_engine(config, vocab_size)
+    (without,) = train_steps(other, batches_from, config, 0, 1)
+    return evaluated, after.loss, without.loss
 
 
 def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
@@ -223,11 +276,25 @@ def _pack_without_memory_gradient(wire: Wire, x: Activations) -> Any:
 
 _PACK = Wire.pack
 
+
+@contextmanager
+def _clip_coefficient_too_large() -> Iterator[None]:
+    """By 5 %: as if the norm that is clipped by were so much smaller."""
+    engine = megatron_lite.engine.engine
+    give, clip = engine.clip_by_given_norm, engine.clip_grads_with_norm_  # DeepSpeed's optimizers; ZeRO-0
+    with (
+        mock.patch.object(engine, "clip_by_given_norm", lambda o, norm, c: give(o, lambda: norm() / 1.05, c)),
+        mock.patch.object(engine, "clip_grads_with_norm_", lambda p, largest, norm: clip(p, largest, norm / 1.05)),
+    ):
+        yield
+
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
     ),
+    "clip_coefficient_too_large": _clip_coefficient_too_large,
     "tied_gradient_doubled": _patch(PipelineEngine, "_exec_reduce_tied_grads", _double_tied_gradient),
     "relative_bias_gradient_not_summed": _patch(
         PipelineEngine, "_exec_reduce_tied_grads", _sum_all_but_the_relative_bias

@@ -76,6 +76,18 @@ def _attention_output() -> Tensor:
     return attention._attend(qkv, KEY).detach()
 
 
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_what_is_kept_is_scaled_up_by_the_share_that_is_kept(probability: float):
+    """Exactly, for the twin of the equivalence tests draws by the same functions."""
+    ones, context = torch.ones(2, 8, 64), _context(1, False)
+    for masked in (
+        activation_dropout(ones, probability, KEY, "mlp_output", context),
+        inner_dropout(ones, probability, KEY, context),
+    ):
+        assert masked[masked > 0].unique().tolist() == pytest.approx([1 / (1 - probability)])
+        assert (masked == 0).float().mean() == pytest.approx(probability, abs=0.06)
+
+
 def test_replicated_activations_share_their_masks():
     first, second = run_ranks(_hidden_mask, 2, False)
     assert torch.equal(first, second)

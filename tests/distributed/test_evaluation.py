@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import argmax_rank, evaluate_rank
+from tests.distributed.layout_ranks import (
+    argmax_rank,
+    evaluate_rank,
+    evaluated_and_trained_rank,
+    evaluated_twice_rank,
+)
 from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config, world_size
 
 
@@ -34,6 +40,28 @@ def test_layout_evaluates_as_one_rank(model: str, layout: str) -> None:
         assert found.sequence_accuracy == (
             None if expected.sequence_accuracy is None else pytest.approx(expected.sequence_accuracy, abs=1e-9)
         )
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_one_rank_evaluates_as_torch_does(model: str) -> None:
+    """All layouts share what counts; so the figures themselves are held to torch's cross-entropy and argmax."""
+    config = run_config(model, zero_stage=2)  # whose module is called with a batch
+    ((found, expected),) = run_ranks(evaluated_twice_rank, 1, config, VOCAB_SIZE)
+    assert (expected.sequence_accuracy is not None) == (model == "bert")
+    assert 0.1 < expected.accuracy < 0.6
+    for name, value in asdict(expected).items():
+        assert getattr(found, name) == (None if value is None else pytest.approx(value, rel=1e-5)), name
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_dropout_takes_part_in_training_and_not_in_an_evaluation(zero_stage: int) -> None:
+    dropout, plain = (run_config(model, zero_stage=zero_stage) for model in ("gpt2_dropout", "gpt2"))
+    ((evaluated, after, without),) = run_ranks(evaluated_and_trained_rank, 1, dropout, VOCAB_SIZE)
+    ((expected, _, trained),) = run_ranks(evaluated_and_trained_rank, 1, plain, VOCAB_SIZE)
+    assert evaluated == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(trained, rel=1e-6)
+    assert after == without
+    assert abs(after - trained) > 1e-4
 
 
 @pytest.mark.parametrize(("model", "layout"), [("t5", "dp2_tp2_pp2"), ("bert", "sequence_parallel_dp2_tp2_pp2")])

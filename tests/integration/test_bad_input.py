@@ -51,7 +51,7 @@ def test_debug_shows_the_traceback(tiny: TinyWords) -> None:
 
 @pytest.mark.parametrize(
     ("content", "parts"),
-    [(b"", ("empty",)), (b"text\0\1\2" * 50, ("corpus.txt", "not UTF-8 text", "offset 4"))],
+    [(b"", ("empty",)), (b"text\0\1\2" * 50, ("corpus.txt:1", "NUL character", "character 4 is U+0000"))],
     ids=["empty", "binary"],
 )
 def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyWords, tmp_path: Path) -> None:
@@ -59,8 +59,7 @@ def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyW
     source.write_bytes(content)
     words = tiny("run", f"data.source={source}", f"data.cache_dir={tmp_path / 'cache'}")
     _require_one_clear_error(run_warm(words), *parts)
-    cache = tmp_path / "cache"
-    assert [path.name for path in cache.iterdir()] == [".locks"]
+    assert {path.name for path in (tmp_path / "cache").glob("*")} <= {".locks"}
 
 
 @pytest.mark.slow

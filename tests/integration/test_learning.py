@@ -56,6 +56,7 @@ def test_other_demos_learn_more_than_frequencies(
     ]
     run_warm(words, script=script, timeout_seconds=2400).require_success()
     events = {event["event"]: event for event in read_metrics(tmp_path / "demo" / EVENTS_FILE)}
+    assert events["rows"]["sources"][0]["documents"] > 500
     found, baseline = events["evaluation"], events["baseline"]
     assert found["validation_token_loss"] < baseline["entropy_nats"] - nats
     assert found["validation_accuracy"] > baseline["accuracy"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.observe.comparison import curve_of, write_chart
+from megatron_lite.observe.comparison import Comparison, write_chart
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.report import write_report
 from megatron_lite.observe.run_folder import RunFolder
@@ -66,9 +66,13 @@ def test_a_run_that_has_hardly_begun(browser: str, tmp_path: Path, steps: int) -
 
 
 def test_two_curves_on_a_page(browser: str, tmp_path: Path) -> None:
-    eventful_run(tmp_path)
-    loss = curve_of(RunFolder.read(tmp_path).metrics, "loss")
-    write_chart(tmp_path / "page.html", ("a", "<b>b"), {"loss": (loss, loss | {31: 9.0})})
+    for name in ("a", "b"):
+        eventful_run(tmp_path / name)
+    text = (tmp_path / "b" / "metrics.jsonl").read_text()
+    (tmp_path / "b" / "metrics.jsonl").write_text(text.replace('"step": 31, "loss": ', '"step": 31, "loss": 9', 1))
+    compared = Comparison.of(RunFolder.read(tmp_path / "a"), RunFolder.read(tmp_path / "b"), 1e-6)
+    assert compared.partings["loss"].first_beyond == 31
+    write_chart(tmp_path / "page.html", ("a", "<b>b"), compared)
     page = open_page(browser, tmp_path / "page.html")
     assert page.console == []
     assert "relative difference" in page.dom

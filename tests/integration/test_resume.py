@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.state import read_state
+from megatron_lite.errors import EXIT_USER_ERROR
 from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
-from tests.integration.runs import TINY, end_tree, launch, losses, run_warm, start, wait_for_step
+from tests.integration.runs import TINY, Finished, end_tree, launch, losses, run_warm, start, wait_for_step
 
 STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
 
@@ -66,6 +67,33 @@ def test_resume_under_zero_2_and_3(zero_stage: int, tiny: Callable[..., list[str
     run_warm(tiny("parts", *words, "train.steps=8")).require_success()
     run_warm(tiny("parts", *words)).require_success()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_the_same_data_under_another_name_resumes_and_other_data_does_not(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(f"{i} apples and {i * i} pears in basket {i % 7}" for i in range(400)))
+    words = [*TINY, f"data.cache_dir={tmp_path / 'cache'}", "optimizer.decay_steps=12"]
+
+    def train(name: str, steps: int, source: Path | str) -> Finished:
+        return run_warm([*words, f"train.steps={steps}", f"data.source={source}", f"train.run_dir={tmp_path / name}"])
+
+    train("whole", 6, text).require_success()
+    train("parts", 4, text).require_success()
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("apples", "plums"))
+    refused = train("parts", 6, other)
+    assert refused.code == EXIT_USER_ERROR
+    assert refused.err.startswith(f"error: data.source={other} cannot go on from {text} of ")
+    assert "Traceback" not in refused.err
+    moved = text.rename(tmp_path / "moved.txt")
+    resumed = train("parts", 6, f"[{moved}]").require_success()
+    assert "optimizer   restored   exp_avg, exp_avg_sq after 4 updates" in resumed.out
+    assert "tokenised" not in resumed.out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    text.write_text(moved.read_text().replace("pears", "plums"))  # where the old one lay, so only the tokens can tell
+    refused = train("parts", 8, text)
+    assert refused.code == EXIT_USER_ERROR
+    assert f"data.source={text} cannot go on from" in refused.err
 
 
 @pytest.mark.slow

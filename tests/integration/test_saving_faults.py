@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -69,19 +70,42 @@ def test_stop_during_a_save_ends_with_both_checkpoints(
 
 
 @pytest.mark.slow
+def test_disk_that_is_full_for_a_while_costs_no_step(tiny: TinyWords, tmp_path: Path) -> None:
+    """Nothing has to be saved meanwhile, so training goes on, and what was to be written is written later."""
+    with small_disk(tmp_path / "disk", kibibytes=1024) as disk:
+        run_dir = disk / "run"
+        words = (*WORDS[:1], f"train.run_dir={run_dir}", "train.save_interval=0", "train.eval_interval=0")
+        process = start(launch(*tiny("run", *words, "train.steps=60", "train.async_save=false")))
+        wait_for_step(process, run_dir, 3)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        while not process.poll() and (line := process.stdout.readline()):  # type: ignore[union-attr]
+            if "training goes on" in line:
+                break
+        (disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        assert "metrics.jsonl can be written again" in out
+        assert [entry["step"] for entry in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 61))
+        assert "Traceback" not in (run_dir / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.slow
 def test_full_disk_ends_the_run_with_one_error_and_it_goes_on_with_more_room(tiny: TinyWords, tmp_path: Path) -> None:
     """Room for one checkpoint, and not for two."""
-    with small_disk(tmp_path / "disk", kibibytes=1024) as disk:
+    with small_disk(tmp_path / "disk", kibibytes=1040) as disk:
         run_dir = disk / "run"
         words = tiny("run", *WORDS, f"train.run_dir={run_dir}", "train.async_save=false")
         finished = run(launch(*words))
-        assert finished.code == RunEnd.CONFIG_ERROR, finished.err
+        assert finished.code == RunEnd.DISK_ERROR, finished.err
         for part in ("KiB for a checkpoint, and its disk has", "make room", "train.keep_last", "train.run_dir"):
             assert part in finished.err
         assert len(finished.err.splitlines()) == 1, finished.err
         marker = read_marker(run_dir)
         assert marker is not None
-        assert marker.end is RunEnd.CONFIG_ERROR
+        assert marker.end is RunEnd.DISK_ERROR
         assert saved(run_dir) == ["latest", "step_00000004"]
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         again = run(launch(*words)).require_success()

@@ -66,7 +66,7 @@ class Submitted:
 
     def nodes(self) -> list[list[str]]:
         """Of each attempt."""
-        return [entry["nodes"] for entry in records.attempts(self.run_dir, "begin")]
+        return [entry.nodes for entry in records.attempts(self.run_dir, "begin")]
 
     def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -227,7 +227,7 @@ def require_one_stop(run: Submitted) -> None:
     assert marker is not None
     assert marker.end.name == "DONE"
     assert marker.step == checkpoints[1] == checkpoints[0] + 5
-    assert [entry["checkpoint"] for entry in records.attempts(run.run_dir, "begin")] == [None, checkpoints[0]]
+    assert [entry.checkpoint for entry in records.attempts(run.run_dir, "begin")] == [None, checkpoints[0]]
 
 
 def test_dry_run_asks_slurm(slurm: Cluster, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

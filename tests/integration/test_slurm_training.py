@@ -60,7 +60,7 @@ class Trained:
     @property
     def nodes(self) -> list[list[str]]:
         """Of each attempt."""
-        return [entry["nodes"] for entry in records.attempts(self.run_dir, "begin")]
+        return [entry.nodes for entry in records.attempts(self.run_dir, "begin")]
 
     def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -196,7 +196,7 @@ def test_node_lost(trained: dict[str, Trained], reference: Path) -> None:
     finally:
         found.set_node(lost, "state=resume")
     assert lost not in found.nodes[1]
-    assert records.attempts(found.run_dir, "begin")[1]["checkpoint"] == 10
+    assert records.attempts(found.run_dir, "begin")[1].checkpoint == 10
     _require_undisturbed(found, reference)
 
 

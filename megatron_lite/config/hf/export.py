@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_lite.config.derived import complete_model
@@ -18,6 +18,10 @@ class TokenRoles(Protocol):
 
     @property
     def eod(self) -> int | None: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
     @property
     def cls(self) -> int | None: ...
     @property
@@ -53,11 +57,19 @@ def hf_config(
     }
 
 
-def generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """generation_config.json beside this config.json; None for a model that generates nothing."""
+def generation_config(config: Mapping[str, Any], stops: Sequence[int] = ()) -> dict[str, Any] | None:
+    """generation_config.json beside this config.json; None for a model that generates nothing.
+
+    Args:
+        stops: tokens that end a text of a decoder, beside the one of config.json.
+    """
     if config["model_type"] not in (GPT2.model_type, LLAMA.model_type, T5.model_type, BART.model_type):
         return None
-    return {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    described = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    ends = [token for token in dict.fromkeys([config.get("eos_token_id"), *stops]) if token is not None]
+    if config["model_type"] in (GPT2.model_type, LLAMA.model_type) and len(ends) > 1:
+        described["eos_token_id"] = ends
+    return described
 
 
 def _nothing_special(model: ModelConfig) -> dict[str, Any]:
@@ -99,20 +111,27 @@ _SPECIAL: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 }
 
 
+def _first(*tokens: int | None) -> int | None:
+    """The first one that there is."""
+    return next((token for token in tokens if token is not None), None)
+
+
 def _token_ids(model_type: str, model: ModelConfig, tokens: TokenRoles) -> dict[str, int | None]:
-    """As our objectives use them."""
+    """As the tokenizer beside them says, and our objectives use them."""
+    eos = _first(tokens.eos, tokens.eod)
     if model_type in (GPT2.model_type, LLAMA.model_type):
-        return {"bos_token_id": tokens.eod, "eos_token_id": tokens.eod, "pad_token_id": tokens.pad}
+        return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     if model_type == T5.model_type:
-        return {"eos_token_id": tokens.eod, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
+        return {"eos_token_id": eos, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.pad}
     if model_type == BART.model_type:
-        ends = {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "forced_eos_token_id": tokens.sep}
-        return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": tokens.sep}
+        bos, eos = _first(tokens.bos, tokens.cls), _first(tokens.eos, tokens.sep)
+        ends = {"bos_token_id": bos, "eos_token_id": eos, "forced_eos_token_id": eos}
+        return {**ends, "pad_token_id": tokens.pad, "decoder_start_token_id": eos}
     if model_type == ROBERTA.model_type:
         if tokens.pad != model.position_offset - 1:
             raise NoCounterpart(
                 f"{ROBERTA.architecture} of transformers counts positions from the id of its padding token + 1, which "
                 f"is {tokens.pad} here, for model.position_offset={model.position_offset}"
             )
-        return {"bos_token_id": tokens.cls, "eos_token_id": tokens.sep, "pad_token_id": tokens.pad}
+        return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     return {"pad_token_id": tokens.pad}

@@ -164,7 +164,8 @@ def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Ite
     if model.num_query_groups != heads and not family.query_groups:
         yield f"keys and values for each of {heads} heads, not model.num_query_groups={model.num_query_groups}"
     if not family.free_head_size and model.head_size != hidden / heads:
-        yield f"heads of model.hidden_size={hidden} / {heads} channels, not model.head_size={model.head_size}"
+        size = f"model.hidden_size={hidden} / model.num_attention_heads={heads}"
+        yield f"heads of {size} channels, not model.head_size={as_word(model.head_size)}"
     if family is LLAMA and hidden % heads:
         yield f"no model.num_attention_heads={heads} that does not divide model.hidden_size={hidden}"
     if family.script == "pretrain_bert" and not model.num_segments:

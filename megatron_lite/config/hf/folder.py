@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_lite.config.hf.headers import TensorEntry, has_tensors, tensors_of
 from megatron_lite.config.hf.settings import settings_of
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
+from megatron_lite.state_files import Object, read_object
 
 CONFIG_FILE = "config.json"
 TRAINING = "training"
 """Subfolder of our checkpoints for what only training needs; beside it lies the model folder."""
 STATE_FILE = f"{TRAINING}/state.json"
 CHECKPOINT = "a checkpoint, such as RUN/checkpoints/step_00000100"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+ADAPTER_FILE = "adapter_config.json"
+HUB_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "*.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 TOKENIZER_FILES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
@@ -52,10 +60,11 @@ class Weights:
         return any(all((self.folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, *, unknown_keys: bool = False) -> Weights:
     """
     Args:
         name: the value of model.init_from.
+        unknown_keys: take keys of config.json of which we do not know what they do: logits are going to be compared.
     Raises:
         ConfigError: there is no such folder, it holds no weights that can be used, or a model that we do not have.
         CheckpointError: a file of it is cut off or damaged.
@@ -68,11 +77,19 @@ def read_weights(name: str) -> Weights:
             f"or {CHECKPOINT}"
         )
     _require_safetensors(folder, name)
+    if (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(
+            f"model.init_from={name} holds an adapter beside its weights ({ADAPTER_FILE}), which changes what they "
+            "compute and which we cannot read; merge it with peft (merge_and_unload, then save_pretrained) and give "
+            "that folder"
+        )
     tensors = tensors_of(folder)
     if own is not None and not own.get("hugging_face", True):
         return _under_our_names(folder, name, own, tensors)
     path = folder / CONFIG_FILE
-    described = settings_of(_read_json(path, name), names=tensors, where=f"model.init_from: {path}")
+    described = settings_of(
+        _read_json(path, name), names=tensors, where=f"model.init_from: {path}", unknown_keys=unknown_keys
+    )
     return Weights(folder, described.family.script, described.family.architecture, described.settings, tensors)
 
 
@@ -82,10 +99,16 @@ def local_folder(name: str) -> Path:
     Raises:
         ConfigError: there is no such folder, and the hub has no such model or cannot be reached.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if not name.strip():
+        raise ConfigError(f"model.init_from={name!r} names no folder; give one, or leave model.init_from out")
+    try:
+        folder = Path(name).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a lost disk, ~ of nobody
+        raise ConfigError(f"model.init_from={name} cannot be looked up ({error}); correct the path") from error
+    if is_folder:
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if exists or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
             f"model.init_from={name} is no folder (looked from {Path.cwd()}); give a Hugging Face folder, or "
             f"{CHECKPOINT}"
@@ -102,24 +125,25 @@ def local_folder(name: str) -> Path:
         ) from error
 
 
-def _own_state(folder: Path) -> dict[str, Any] | None:
+def _own_state(folder: Path) -> Object | None:
     """What one of our checkpoints says of itself; None for other folders."""
     path = folder / STATE_FILE
     return _read_json(path, str(folder)) if path.is_file() else None
 
 
-def _under_our_names(folder: Path, name: str, own: dict[str, Any], tensors: dict[str, TensorEntry]) -> Weights:
+def _under_our_names(folder: Path, name: str, own: Object, tensors: dict[str, TensorEntry]) -> Weights:
     """Of a checkpoint whose model transformers does not have."""
-    try:
-        frozen = own["config"]
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), frozen["model"]))
-        vocab_size = tensors["embedding.weight"].shape[0]
-        settings = {key: getattr(model, key) for key in frozen["model"] if key not in ("name", "init_from")}
-        return Weights(folder, frozen["script"], "of ours", {**settings, "vocab_size": vocab_size}, tensors, False)
-    except (KeyError, TypeError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"model.init_from={name}: {folder / STATE_FILE} describes no model ({error}); give another checkpoint"
-        ) from error
+    frozen = own.get("config")
+    described = frozen.get("model") if isinstance(frozen, dict) else None
+    table = tensors.get("embedding.weight")
+    state = f"model.init_from={name}: {folder / STATE_FILE}"
+    if not isinstance(frozen, dict) or not isinstance(described, dict) or table is None or len(table.shape) != 2:
+        raise ConfigError(f"{state} describes no model; give another checkpoint")
+    with library_edge(ConfigError, f"{state} describes no model", "give another checkpoint"):
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), described))
+    settings = {key: getattr(model, key) for key in described if key not in ("name", "init_from", "check_init")}
+    settings["vocab_size"] = table.shape[0]
+    return Weights(folder, str(frozen.get("script")), "of ours", settings, tensors, False)
 
 
 def _require_safetensors(folder: Path, name: str) -> None:
@@ -134,11 +158,11 @@ def _require_safetensors(folder: Path, name: str) -> None:
     raise ConfigError(f"model.init_from={name} holds no model.safetensors; give a folder with weights")
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Path, name: str) -> Object:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.init_from={name}: {path} cannot be read ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.init_from={name}: {path} holds no JSON object; copy it again")
-    return content
+        found = read_object(path, Object)
+    except DamagedFileError as error:
+        raise ConfigError(f"model.init_from={name}: {error}; copy it again") from None
+    if found is None:
+        raise ConfigError(f"model.init_from={name}: there is no {path}; copy it again")
+    return found

@@ -5,14 +5,15 @@ A file is 8 bytes, the length n of its header; n bytes of JSON, {name: {dtype, s
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, DamagedFileError
+from megatron_lite.state_files import Object, decode, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +24,9 @@ ITEM_BYTES = {
     "U8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,
@@ -33,7 +37,12 @@ ITEM_BYTES = {
     "I64": 8,
     "U64": 8,
     "F64": 8,
+    "C64": 8,
 }
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_MAX_DIMENSIONS = 64  # numpy's own bound; torch's is the same
+_SHOWN_CHARACTERS = 200  # of what a damaged header says
 
 
 @dataclass(frozen=True)
@@ -59,15 +68,21 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model folder, by its name in the files: one, or several with an index.
 
     Raises:
-        CheckpointError: a file is missing, cut off or damaged, or is not what the index says.
+        CheckpointError: a file is missing, cut off or damaged, is not what the index says, or the folder holds the
+            files of two models.
     """
     if not (folder / INDEX_FILE).is_file():
+        _require_one_model(folder, {SINGLE_FILE})
         return entries_of(folder / SINGLE_FILE)
     found: dict[str, TensorEntry] = {}
     places = _index(folder / INDEX_FILE)
-    for file in sorted(set(places.values())):
+    files = sorted(set(places.values()))
+    _require_one_model(folder, set(files))
+    strays = []
+    for file in files:
         entries = entries_of(folder / file)
         found |= {name: entry for name, entry in entries.items() if places.get(name) == file}
+        strays += [f"{name} in {file}" for name in entries if places.get(name) != file]
     lost = sorted(places.keys() - found.keys())
     if lost:
         raise CheckpointError(
@@ -75,7 +90,24 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
             + (f" ({len(lost)} tensors in all)" if len(lost) > 1 else "")
             + "; copy the folder again from where it came"
         )
+    if strays:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} does not name {strays[0]}, which is there"
+            + (f" ({len(strays)} tensors in all)" if len(strays) > 1 else "")
+            + "; copy the folder again from where it came"
+        )
     return found
+
+
+def _require_one_model(folder: Path, used: set[str]) -> None:
+    """transformers prefers one file where ours would take the index, so a folder of two models means two things."""
+    others = {path.name for path in folder.glob("model*.safetensors")} - used
+    left = sorted(name for name in others if name == SINGLE_FILE or _SHARD.fullmatch(name))
+    if left:
+        raise CheckpointError(
+            f"{folder} holds the weights of two models: {_listed(sorted(used))}, and {_listed(left)}; remove those "
+            "that are left over from an earlier save"
+        )
 
 
 def entries_of(file: Path) -> dict[str, TensorEntry]:
@@ -90,44 +122,77 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise _damaged(file, f"its header of {length:,} bytes does not fit its {size:,} bytes")
-            header = json.loads(stream.read(length))
+            text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy it again from where it came") from error
-    except ValueError as error:
-        raise _damaged(file, f"its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, "its header is no JSON object")
+    try:
+        header = decode(text, Object, "its header")
+    except DamagedFileError as error:
+        raise _damaged(file, str(error)) from error
     entries = {
         name: _entry(file, name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"
     }
-    end = max((entry.offsets[1] for entry in entries.values()), default=8 + length)
-    if end != size:
-        raise _damaged(file, f"its header describes {end:,} bytes, and it has {size:,}")
+    _require_gapless(file, entries.values(), 8 + length, size)
     return entries
 
 
+def _require_gapless(file: Path, entries: Iterable[TensorEntry], begin: int, size: int) -> None:
+    """Each byte behind the header belongs to one tensor: the format allows neither holes nor sharing."""
+    end = begin
+    for entry in sorted(entries, key=lambda entry: entry.offsets):
+        if entry.offsets[0] != end:
+            what = "overlaps the tensor before it" if entry.offsets[0] < end else "leaves a hole before it"
+            raise _damaged(file, f"{entry.name} {what}, at byte {entry.offsets[0]:,} instead of {end:,}")
+        end = entry.offsets[1]
+    if end != size:
+        raise _damaged(file, f"its header describes {end:,} bytes, and it has {size:,}")
+
+
 def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
-    try:
-        shape, (start, stop) = tuple(map(int, fields["shape"])), map(int, fields["data_offsets"])
-        entry = TensorEntry(file, name, str(fields["dtype"]), shape, (base + start, base + stop))
-        right = stop - start == math.prod(shape) * ITEM_BYTES[entry.dtype] and start >= 0 and min(shape, default=0) >= 0
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(file, f"its header describes {name} as {fields}") from error
-    if not right:
-        raise _damaged(file, f"{name} has {stop - start:,} bytes for shape {list(shape)} of {entry.dtype}")
-    return entry
+    shown = repr(fields)
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    if not isinstance(fields, dict) or not isinstance(fields.get("dtype"), str):
+        raise _damaged(file, f"its header describes {name} as {shown}")
+    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields["dtype"]
+    if not (_are_sizes(shape, _MAX_DIMENSIONS) and _are_sizes(offsets, 2) and len(offsets) == 2):
+        raise _damaged(file, f"its header describes {name} as {shown}")
+    if dtype not in ITEM_BYTES:
+        raise _damaged(file, f"its header describes {name} as {shown}")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _damaged(file, f"{name} has {stop - start:,} bytes for shape {list(shape)} of {dtype}")
+    return TensorEntry(file, name, dtype, tuple(shape), (base + start, base + stop))
+
+
+def _are_sizes(value: Any, most: int) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(type(size) is int and size >= 0 for size in value)  # True is an int, too
 
 
 def _index(path: Path) -> Mapping[str, str]:
     """Name -> file."""
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = set(places.values())
-        if not files or any(Path(file).name != file for file in files):  # never a file of another folder
-            raise ValueError("weight_map names no file of this folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = read_object(path, _Index)
+    except DamagedFileError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again from where it came") from error
-    return dict(places)
+    places = {} if found is None else found.weight_map
+    foreign = [file for file in places.values() if not _FILE_NAME.fullmatch(file)]  # never a file of another folder
+    if not places or foreign:
+        what = f"weight_map names {foreign[0]!r}, which is" if foreign else "weight_map names"
+        raise CheckpointError(
+            f"{path} cannot be read ({what} no file of this folder); copy it again from where it came"
+        )
+    return places
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _damaged(file: Path, fault: str) -> CheckpointError:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megatron_lite.config.hf.families import BART, FAMILIES, LLAMA, ROBERTA, T5, Family
-from megatron_lite.config.hf.translation import WORDS
-from megatron_lite.config.keys import as_word, nearest
+from megatron_lite.config.hf.families import BART, FAMILIES, LLAMA, ROBERTA, T5, Family, NoCounterpart, counterpart
+from megatron_lite.config.hf.translation import OF_OTHER_FAMILIES, WORDS, Words
+from megatron_lite.config.keys import as_word
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError
 
-_OF_TRAINING = ("name", "init_from", "vocab_pad_multiple", "init", "init_std")
+_OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
 DECISIVE = tuple(
     field.name
     for field in fields(ModelConfig)
@@ -30,35 +31,66 @@ class Described:
     """Fields of ModelConfig: the decisive ones, and dropouts."""
 
 
-def settings_of(config: Mapping[str, Any], *, names: Container[str] = (), where: str = "config.json") -> Described:
+def settings_of(
+    config: Mapping[str, Any],
+    *,
+    names: Collection[str] = (),
+    where: str = "config.json",
+    unknown_keys: bool = False,
+) -> Described:
     """
     Args:
         names: of the tensors beside it. They tell whether T5 v1.1 has a head of its own: transformers 5 writes that its
             embeddings are tied whether they are or not.
         where: the file, for messages.
+        unknown_keys: take keys of which we do not know what they do: logits are going to be compared.
     Raises:
         ConfigError: naming each key whose value we do not compute, the value and those that we do.
     """
     reader = _Reader(config, where)
     family = _family(reader)
     words = WORDS[family.model_type]
+    reader.use_aliases(words.aliases)
     settings = {name: getattr(ModelConfig(), name) for name in DECISIVE}
     settings |= {name: values[0] for name, values in family.fixed.items() if len(values) == 1}
     for key, entry in words.keys.items():
-        value = reader.value(key, entry.default)
+        value = reader.value(key, entry.default, entry.least)
         settings |= dict.fromkeys(entry.fields, value)
+        for name in entry.fields:
+            supported = family.fixed.get(name)
+            if supported is not None and value not in supported:
+                reader.refuse(key, value, " or ".join(map(as_word, supported)))
+            if names and name in ("num_layers", "num_decoder_layers") and (value or 0) > len(names):
+                reader.refuse(key, value, f"no more layers than the {len(names)} tensors of the files make")
     settings["vocab_size"] = reader.value("vocab_size", _VOCABULARIES[family.model_type])
     word = reader.choice(words.activation_key, words.default_activation, tuple(words.activations))
-    settings["activation"] = words.activations.get(word)
+    settings["activation"] = words.activations[word]
     for key, supported in words.demands.items():
         reader.choice(key, supported[0], supported)
     if family.model_type in _SPECIAL:
         settings |= _SPECIAL[family.model_type](reader, settings, names)
+    if not unknown_keys:
+        reader.refuse_unknown(words)
+    if not reader.problems:
+        reader.problems += _other_reasons(settings, words, where)
     if reader.problems:
         raise ConfigError(reader.problems)
     return Described(family, settings)
 
 
+def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Iterator[str]:
+    """Why transformers has no model of these settings, though each key has a value that it may have."""
+    try:
+        counterpart(replace(ModelConfig(), **settings))
+    except NoCounterpart as reason:
+        keys = {field: key for key, entry in words.keys.items() for field in entry.fields}
+        said = re.sub(r"model\.(\w+)", lambda found: keys.get(found[1], found[0]), str(reason))
+        yield f"{where} describes a model that we cannot begin with: {said}; correct it, or give another folder"
+
+
+_ROTARY_BASE = 10000.0
+_OF_DEFAULT_POSITIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+_SHOWN_CHARACTERS = 200
 _VOCABULARIES = {"gpt2": 50257, "llama": 32000, "bert": 30522, "roberta": 50265, "t5": 32128, "bart": 50265}
 
 
@@ -70,83 +102,136 @@ class _Reader:
         self.where = where
         self.problems: list[str] = []
 
-    def value(self, key: str, default: Any) -> Any:
-        """A switch, an integer or a number, as the default is; null or missing is the default."""
-        found = self.config.get(key)
-        if found is None:
+    def use_aliases(self, aliases: Mapping[str, str]) -> None:
+        """Let keys stand for others, as transformers does; one of which both names say different things is refused."""
+        for alias, key in aliases.items():
+            if alias not in self.config:
+                continue
+            said = self.config[alias]
+            if key in self.config and self.config[key] != said:
+                self.refuse(alias, said, f"what {key}={as_word(self.config[key])} says, another name of the same")
+            self.config = {**self.config, key: said}
+
+    def value(self, key: str, default: Any, least: int = 1) -> Any:
+        """A switch, an integer or a number, as the default is; missing is the default."""
+        return self.typed(key, self.config[key], default, least) if key in self.config else default
+
+    def typed(self, key: str, found: Any, default: Any, least: int = 1) -> Any:
+        """The same of a value at hand. null is what no default but "none" and "no" can mean."""
+        if found is None and not default:
             return default
         kinds: tuple[type, ...]
         if isinstance(default, bool):
             kinds, wanted = (bool,), "true or false"
         elif isinstance(default, float):
-            kinds, wanted = (int, float), "a number"
+            kinds, wanted = (int, float), "a number of at least 0"
         else:
-            kinds, wanted = (int,), "an integer"
-        if not isinstance(found, kinds) or isinstance(found, bool) is not isinstance(default, bool):
+            kinds, wanted = (int,), f"an integer of at least {least}"
+        right = isinstance(found, kinds) and isinstance(found, bool) is isinstance(default, bool)
+        if not right or (not isinstance(default, bool) and not (0 if isinstance(default, float) else least) <= found):
             self.refuse(key, found, wanted)
             return default
         return float(found) if isinstance(default, float) else found
 
     def choice(self, key: str, default: Any, supported: tuple[Any, ...]) -> Any:
         found = self.config.get(key, default)
+        if found is None and not default:
+            return default
         if found not in supported:
             self.refuse(key, found, " or ".join(dict.fromkeys(map(as_word, supported))))
+            return default
         return found
 
     def refuse(self, key: str, found: Any, supported: str) -> None:
-        self.problems.append(f"{self.where}: {key}={as_word(found)} is not supported; supported: {supported}")
+        self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}")
+
+    def refuse_unknown(self, words: Words) -> None:
+        """Keys that may change what the model computes.
+
+        null, false, 0 and nothing are taken for "no such thing", but where the key itself is a sign of another family.
+        """
+        for key, found in self.config.items():
+            if (found or key in OF_OTHER_FAMILIES) and not words.knows(key):
+                self.problems.append(
+                    f"{self.where}: {key}={_shown(found)} is a key that we do not know for model_type="
+                    f"{self.config['model_type']}, and it may change what the model computes; remove it if it does "
+                    "not, or set model.check_init=always, which takes it and compares logits with those of transformers"
+                )
+
+
+def _shown(value: Any) -> str:
+    text = as_word(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _family(reader: _Reader) -> Family:
+    """
+    Raises:
+        ConfigError: no family of ours, or two: what the file calls the model and its class are not of one family.
+    """
     found = reader.config.get("model_type")
-    types = list(WORDS)
-    if found not in types:
-        guess = nearest(str(found), types)
-        near = f"; the nearest is {guess}" if guess else ""
+    if found not in list(WORDS):
+        raise ConfigError(f"{reader.where}: model_type={_shown(found)} is not supported; supported: {', '.join(WORDS)}")
+    known, named = WORDS[found].architectures, reader.config.get("architectures") or []
+    if not isinstance(named, list) or not all(name in known for name in named):
         raise ConfigError(
-            f"{reader.where}: model_type={as_word(found)} is not supported; supported: {', '.join(types)}{near}"
+            f"{reader.where}: architectures={_shown(named)} contradicts model_type={found}, of which we know "
+            f"{', '.join(known)}; give the folder of such a model with a config.json of its own"
         )
     same_type = [family for family in FAMILIES if family.model_type == found]
-    architectures = reader.config.get("architectures") or []
-    return next((family for family in same_type if family.architecture in architectures), same_type[0])
+    return next((family for family in same_type if family.architecture in named), same_type[0])
 
 
-def _llama(reader: _Reader, settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+def _llama(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """The base of its rotary positions, under its old and its new key."""
-    rope = reader.config.get("rope_parameters") or {}
-    scaling = reader.config.get("rope_scaling") or {}
-    for key, spec in (("rope_parameters", rope), ("rope_scaling", scaling)):
+    bases = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        spec = reader.config.get(key) or {}
         if not isinstance(spec, Mapping):
             reader.refuse(key, spec, "null")
-            return {}
+            continue
         kind = spec.get("rope_type", spec.get("type", "default"))
         if kind != "default":
             reader.refuse(f"{key}.rope_type", kind, "default, positions without scaling")
         if spec.get("partial_rotary_factor", 1.0) != 1.0:
             reader.refuse(f"{key}.partial_rotary_factor", spec["partial_rotary_factor"], "1")
-    base = rope.get("rope_theta", scaling.get("rope_theta"))
-    return {"rotary_base": float(base) if base is not None else reader.value("rope_theta", 10000.0)}
+        if spec.get("rope_theta") is not None:
+            bases[f"{key}.rope_theta"] = reader.typed(f"{key}.rope_theta", spec["rope_theta"], _ROTARY_BASE)
+        for unknown in sorted(spec.keys() - _OF_DEFAULT_POSITIONS):
+            reader.refuse(f"{key}.{unknown}", spec[unknown], "positions without scaling, the same in all layers")
+    if "rope_theta" in reader.config:
+        bases["rope_theta"] = reader.value("rope_theta", _ROTARY_BASE)
+    (first, base), *others = bases.items() or [("rope_theta", _ROTARY_BASE)]
+    for key, other in others:
+        if other != base:
+            reader.refuse(key, other, f"what {first}={as_word(base)} says, another name of the same")
+    return {"rotary_base": base}
 
 
-def _roberta(reader: _Reader, settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+def _roberta(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Its positions begin behind the id of the padding token."""
-    offset = 1 + reader.value("pad_token_id", 1)
-    return {
-        "position_offset": offset,
-        "max_position_embeddings": settings["max_position_embeddings"] - offset,
-    }
+    offset = 1 + reader.value("pad_token_id", 1, least=0)
+    rows = settings["max_position_embeddings"]
+    if rows <= offset:
+        reader.refuse("max_position_embeddings", rows, f"more than pad_token_id + 1 = {offset}, the unused ones")
+    return {"position_offset": offset, "max_position_embeddings": rows - offset}
 
 
-def _t5(reader: _Reader, settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+def _t5(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Its head: scaled as in v1.0, or as in v1.1, where the files tell whether it is tied."""
     tied = reader.value("tie_word_embeddings", True)
     scaled = reader.value("scale_decoder_outputs", tied)
     if scaled and not tied:
         reader.refuse("scale_decoder_outputs", scaled, "false where tie_word_embeddings=false")
+    word = str(reader.config.get("feed_forward_proj", "relu"))
+    activation = "gelu_new" if word == "gated-gelu" else word.removeprefix("gated-")
+    for key, derived in (("dense_act_fn", activation), ("is_gated_act", word.startswith("gated-"))):
+        if reader.config.get(key, derived) != derived:
+            reader.refuse(key, reader.config[key], f"what feed_forward_proj={word} says: {as_word(derived)}")
     return {"tie_embeddings": tied and (scaled or "lm_head.weight" not in names), "scale_tied_head": scaled}
 
 
-def _bart(reader: _Reader, settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+def _bart(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Both stacks have to be of one width."""
     for kind, default in (("attention_heads", 16), ("ffn_dim", 4096)):
         encoder, decoder = (reader.value(f"{stack}_{kind}", default) for stack in ("encoder", "decoder"))
@@ -155,7 +240,7 @@ def _bart(reader: _Reader, settings: dict[str, Any], names: Container[str]) -> d
     return {}
 
 
-_SPECIAL: dict[str, Callable[[_Reader, dict[str, Any], Container[str]], dict[str, Any]]] = {
+_SPECIAL: dict[str, Callable[[_Reader, dict[str, Any], Collection[str]], dict[str, Any]]] = {
     LLAMA.model_type: _llama,
     ROBERTA.model_type: _roberta,
     T5.model_type: _t5,

@@ -10,7 +10,7 @@ from megatron_lite.config.hf.folder import Weights, read_weights
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.keys import as_word
 from megatron_lite.config.rules.credentials import address_without_login
-from megatron_lite.config.schema import ModelConfig, PositionEmbedding, RunConfig
+from megatron_lite.config.schema import CheckInit, ModelConfig, PositionEmbedding, RunConfig
 from megatron_lite.errors import ConfigError
 
 NEXT_SENTENCE_HEADS = ("next_sentence.classifier.weight", "cls.seq_relationship.weight")
@@ -33,13 +33,13 @@ def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
         return config
     if leaks := list(address_without_login("model.init_from", name)):  # ahead of messages that show it
         raise ConfigError(leaks)
-    weights = read_weights(name)
+    weights = read_weights(name, unknown_keys=config.model.check_init is CheckInit.always)
     if weights.script != config.script:
         raise ConfigError(
             f"model.init_from={name} is a model of {weights.script} ({weights.kind}), not of {config.script}; run "
             f"{weights.script}"
         )
-    problems = [*_contradictions(config.model, weights, explicit), *_lacking(config, weights, explicit)]
+    problems = [*contradictions(config.model, weights, explicit), *_lacking(config, weights, explicit)]
     if problems:
         raise ConfigError(problems)
     free = {key: value for key, value in weights.settings.items() if f"model.{key}" not in explicit}
@@ -51,12 +51,17 @@ def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
     return config
 
 
-def _contradictions(model: ModelConfig, weights: Weights, explicit: Collection[str]) -> Iterator[str]:
-    """Typed settings that the weights do not have."""
+def contradictions(model: ModelConfig, weights: Weights, explicit: Collection[str] | None = None) -> Iterator[str]:
+    """Settings that the weights do not have.
+
+    Args:
+        explicit: dotted keys that the user has typed; None = all: they come from weights that were there before.
+    """
     there = complete_model(replace(model, **weights.settings))
     for key in DECISIVE:
         typed, found = getattr(model, key), getattr(there, key)
-        if f"model.{key}" not in explicit or typed is None or typed == found or _is_free(key, there):
+        is_said = explicit is None or f"model.{key}" in explicit
+        if not is_said or typed is None or typed == found or _is_free(key, there):
             continue
         yield (
             f"model.{key}={as_word(typed)} contradicts model.init_from={model.init_from}, whose weights "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5
@@ -40,6 +40,8 @@ class Key:
     """Of ModelConfig. The first one is written; all are read."""
     default: Any
     """What transformers takes where the key is missing."""
+    least: int = 1
+    """Of an integer."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,82 @@ class Words:
     default_activation: str
     demands: Mapping[str, tuple[Any, ...]]
     """Keys that change the computation -> the values that we compute; the first is that of a missing key."""
+    architectures: tuple[str, ...]
+    """transformers' classes of this model type whose weights ours can take; those without a head are among them."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that transformers takes for a key."""
+    harmless: frozenset[str] = frozenset()
+    """Further keys that the family's files have and that change no logit."""
+
+    def knows(self, key: str) -> bool:
+        """Whether we know what a key of config.json does to the logits, if anything."""
+        read = key in self.keys or key in self.demands or key in self.aliases or key == self.activation_key
+        return read or key in self.harmless or key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS)
 
 
 def _keys(**words: tuple[str, Any] | tuple[tuple[str, ...], Any]) -> dict[str, Key]:
     return {
-        key: Key((fields,) if isinstance(fields, str) else fields, default) for key, (fields, default) in words.items()
+        key: Key((fields,) if isinstance(fields, str) else fields, default, least=0 if key == "type_vocab_size" else 1)
+        for key, (fields, default) in words.items()
     }
 
+
+HARMLESS_BEGINNINGS = ("_", "unsloth", "transformers.js")
+HARMLESS = frozenset(
+    {
+        # what the model is, where it came from, and how its files are read
+        "architectures", "dtype", "finetuning_task", "ignore_keys_at_rope_validation", "model_type",
+        "name_or_path", "prefix", "problem_type", "task_specific_params", "tokenizer_class", "torch_dtype",
+        "transformers_version", "use_bfloat16", "vocab_size",
+        # training
+        "gradient_checkpointing", "initializer_factor", "initializer_range", "init_std",
+        # what a call returns, and how fast
+        "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "output_past", "return_dict",
+        "tf_legacy_loss", "torchscript", "use_cache",
+        # ids of tokens
+        "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
+        "pad_token_id", "sep_token_id",
+        # generation
+        "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length",
+        "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+        "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+        "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+        # heads of classifiers, which no model here has
+        "classif_dropout", "classifier_dropout", "id2label", "label2id", "num_labels",
+    }
+)  # fmt: skip
+"""Keys of any config.json that change no logit."""
+OF_OTHER_FAMILIES = frozenset(
+    {
+        "attn_logit_softcapping",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "hidden_activation",
+        "layer_types",
+        "query_pre_attn_scalar",
+        "use_bidirectional_attention",
+    }
+)
+"""Keys that tell of another family, whatever they say: Gemma's has null for the last one, and scales its embeddings."""
+_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (None,),
+    "cross_attention_hidden_size": (None,),
+}
+_CLASSIFIERS = frozenset(
+    {
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+    }
+)
+_CAUSAL: dict[str, tuple[Any, ...]] = {**_EVERYWHERE, "is_causal": (True,)}
+_PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and both stacks, are what they are without being told
 
 _NO_DECODER: dict[str, tuple[Any, ...]] = {"is_decoder": (False,), "add_cross_attention": (False,)}
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"sliding_window": (None,), "use_sliding_window": (False,)}
@@ -76,7 +147,12 @@ _BERT_KEYS = _keys(
     hidden_dropout_prob=(("hidden_dropout", "embedding_dropout"), 0.1),
     attention_probs_dropout_prob=("attention_dropout", 0.1),
 )
-_BERT_DEMANDS: dict[str, tuple[Any, ...]] = {"position_embedding_type": ("absolute",), **_NO_DECODER}
+_BERT_DEMANDS: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("absolute",),
+    "is_encoder_decoder": (False,),
+    **_NO_DECODER,
+    **_EVERYWHERE,
+}
 
 WORDS: dict[str, Words] = {
     GPT2.model_type: Words(
@@ -96,7 +172,32 @@ WORDS: dict[str, Words] = {
         activation_key="activation_function",
         activations=_ACTIVATIONS,
         default_activation="gelu_new",
-        demands={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        demands={
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "is_encoder_decoder": (False,),
+            **_CAUSAL,
+        },
+        architectures=("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel"),
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        harmless=frozenset(
+            {
+                "is_decoder",
+                "n_ctx",  # of old files: n_positions
+                "reorder_and_upcast_attn",  # the same in another order, and in fp32
+                "summary_activation",
+                "summary_first_dropout",
+                "summary_last_dropout",
+                "summary_proj_to_labels",
+                "summary_type",
+                "summary_use_proj",
+            }
+        ),
     ),
     LLAMA.model_type: Words(
         keys=_keys(
@@ -116,10 +217,46 @@ WORDS: dict[str, Words] = {
         activation_key="hidden_act",
         activations=_GATES,
         default_activation="silu",
-        demands={"partial_rotary_factor": (1.0, 1, None), **_NO_WINDOW},
+        demands={
+            "partial_rotary_factor": (1.0, None),
+            "add_cross_attention": (False,),
+            "is_encoder_decoder": (False,),
+            **_NO_WINDOW,
+            **_CAUSAL,
+        },
+        architectures=("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"),
+        harmless=frozenset(
+            {
+                "is_decoder",
+                "is_llama_config",
+                "max_sequence_length",
+                "max_window_layers",  # which layers have a window, where there is one
+                "pretraining_tp",  # the same sums in parts
+                "rope_interleaved",  # of the program that trained SmolLM; its weights are converted
+                "rope_parameters",  # these three are read beside the table
+                "rope_scaling",
+                "rope_theta",
+            }
+        ),
     ),
-    BERT.model_type: Words(_BERT_KEYS, "hidden_act", _ACTIVATIONS, "gelu", _BERT_DEMANDS),
-    ROBERTA.model_type: Words(_BERT_KEYS, "hidden_act", {"gelu": Activation.gelu}, "gelu", _BERT_DEMANDS),
+    BERT.model_type: Words(
+        _BERT_KEYS,
+        "hidden_act",
+        _ACTIVATIONS,
+        "gelu",
+        _BERT_DEMANDS,
+        architectures=("BertForPreTraining", "BertForMaskedLM", "BertModel", "BertForNextSentencePrediction"),
+        harmless=_CLASSIFIERS,
+    ),
+    ROBERTA.model_type: Words(
+        _BERT_KEYS,
+        "hidden_act",
+        {"gelu": Activation.gelu},
+        "gelu",
+        _BERT_DEMANDS,
+        architectures=("RobertaForMaskedLM", "RobertaModel"),
+        harmless=_CLASSIFIERS,
+    ),
     T5.model_type: Words(
         keys=_keys(
             num_layers=("num_layers", 6),
@@ -140,7 +277,23 @@ WORDS: dict[str, Words] = {
         activation_key="feed_forward_proj",
         activations=_T5_ACTIVATIONS,
         default_activation="relu",
-        demands={},
+        demands=_CAUSAL,
+        architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"),
+        aliases={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "head_dim": "d_kv",
+        },
+        harmless=frozenset(
+            {
+                *_PAIRS,
+                "tie_word_embeddings",  # these four are read beside the table
+                "scale_decoder_outputs",
+                "dense_act_fn",
+                "is_gated_act",
+            }
+        ),
     ),
     BART.model_type: Words(
         keys=_keys(
@@ -158,6 +311,28 @@ WORDS: dict[str, Words] = {
         activation_key="activation_function",
         activations=_ACTIVATIONS,
         default_activation="gelu",
-        demands={"scale_embedding": (False,)},
+        demands={"scale_embedding": (False,), **_CAUSAL},
+        architectures=("BartForConditionalGeneration", "BartModel"),
+        aliases={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "encoder_layers",
+            "num_attention_heads": "encoder_attention_heads",
+        },
+        harmless=frozenset(
+            {
+                *_PAIRS,
+                "decoder_attention_heads",  # these two are read beside the table
+                "decoder_ffn_dim",
+                "decoder_layerdrop",
+                "encoder_layerdrop",
+                # of fairseq: no class of transformers reads them any more
+                "add_bias_logits",
+                "add_final_layer_norm",
+                "extra_pos_embeddings",
+                "normalize_before",
+                "normalize_embedding",
+                "static_position_embeddings",
+            }
+        ),
     ),
 }

@@ -1,6 +1,7 @@
 """Credentials stay outside: the configuration is written into the run folder, printed by --dry-run, and sent to wandb.
 
-Messages name the setting, never its value.
+A job gets them by reference: launcher.pass_environment names variables of the shell that launches. Messages name the
+setting, never its value.
 """
 
 from __future__ import annotations
@@ -10,25 +11,27 @@ from typing import Any
 
 from megatron_lite.config.keys import get_value, leaf_keys
 from megatron_lite.config.rules.case import Case
-from megatron_lite.observe.credentials import SECRET_KEY, assigned_secrets, has_url_secret
+from megatron_lite.observe.credentials import has_url_secret, looks_secret, names_secret, secrets_in_line
 
 ENVIRONMENT = "launcher.environment"
 LINES = ("launcher.setup", "launcher.sbatch_options", "launcher.srun_arguments")
 KEPT = "and the configuration is kept in the run folder"
 EXPORT = (
-    "leave it out and export it in the shell that launches: Slurm and the launchers hand the environment on (for "
-    "wandb, `wandb login` keeps the key)"
+    "leave it out, export the variable in the shell that launches and name it in launcher.pass_environment, from which "
+    "all ranks and the lines of launcher.setup get it (for wandb, `wandb login` in your shell keeps the key)"
 )
 
 
 def credentials_stay_outside(case: Case) -> Iterator[str]:
     for name, value in case.config.launcher.environment.items():
-        if value and SECRET_KEY.search(name):
+        if value and names_secret(name):
             yield f"{ENVIRONMENT}.{name} is named like a credential, {KEPT}; {EXPORT}"
+        elif looks_secret(value) and not has_url_secret(value):
+            yield f"{ENVIRONMENT}.{name} holds what looks like a credential, {KEPT}; {EXPORT}"
     for key in LINES:
         for line in get_value(case.config, key):
-            for name in assigned_secrets(line):
-                yield f"{key} gives a value to {name}, which is named like a credential, {KEPT}; {EXPORT}"
+            for what in dict.fromkeys(secrets_in_line(line)):
+                yield f"{key} {what}, {KEPT}; {EXPORT}"
     for key in leaf_keys():
         yield from address_without_login(key, get_value(case.config, key))
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.rules.case import PROCESSES, Case, either, nearest_multiples
 
 SECONDS_TO_CONCLUDE = 30
 """Between the end of the ranks' grace and a job's time limit: to kill what is left and to requeue the job."""
+LONGEST_JOB_SECONDS = 3650 * 86400
 MOST_PLAIN_MINUTES = 14 * 24 * 60
 # Forms of sbatch's --time: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
-TIME_FORMS = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+TIME_FORMS = re.compile(
+    r"(?:(?P<days>\d{1,6})-)?(?P<first>\d{1,9})(?::(?P<second>\d{1,9}))?(?::(?P<third>\d{1,9}))?", re.ASCII
+)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Options of sbatch that a setting of ours stands for, or that the job's script is built around.
 OWN_OPTIONS = {
@@ -95,11 +99,14 @@ def time_is_slurms(case: Case) -> Iterator[str]:
     time = case.config.launcher.time
     if time is None:
         return
-    if not job_seconds(time):
+    seconds = job_seconds(time)
+    if not seconds:
         yield (
             f"launcher.time={_shown(time)} is no time limit; use minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
             "D-HH:MM:SS, such as 24:00:00"
         )
+    elif seconds > LONGEST_JOB_SECONDS:
+        yield f"launcher.time={time} is longer than {LONGEST_JOB_SECONDS // 86400} days; use a shorter limit"
     elif time.isdecimal() and int(time) > MOST_PLAIN_MINUTES:
         yield (
             f"launcher.time={time} is {int(time) // 1440} days of minutes; YAML reads 24:00:00 as 86400 unless it is "
@@ -116,7 +123,7 @@ def grace_fits_the_time(case: Case) -> Iterator[str]:
     if most <= 0:
         yield (
             f"launcher.time={launcher.time} is too short to train and to end in; use more than "
-            f"{SECONDS_TO_CONCLUDE} seconds"
+            f"{launcher.grace_seconds + SECONDS_TO_CONCLUDE:g} seconds"
         )
     elif launcher.grace_seconds >= most:
         yield (
@@ -142,7 +149,7 @@ def batch_options_are_lines(case: Case) -> Iterator[str]:
         value = getattr(launcher, key)
         if value is not None and (not value.strip() or not _is_line(value)):
             yield f"launcher.{key}={_shown(value)} must be one line of text without backslashes; use a name, or null"
-    run_dir = case.config.train.run_dir
+    run_dir = case.config.train.run_dir if case.sound("train.run_dir") else None
     if launcher.name is LauncherName.slurm and run_dir is not None and not _is_line(run_dir):
         yield (
             f"train.run_dir={_shown(run_dir)} must be one line without backslashes with launcher=slurm, which writes "
@@ -174,6 +181,26 @@ def environment_has_names(case: Case) -> Iterator[str]:
             )
 
 
+def passed_variables_have_names(case: Case) -> Iterator[str]:
+    launcher = case.config.launcher
+    for name in launcher.pass_environment:
+        if not VARIABLE.fullmatch(name):
+            yield (
+                f"launcher.pass_environment holds {_named(name)}, and takes names of variables alone; write NAME, and "
+                "`export NAME=...` in the shell that launches"
+            )
+        elif name in launcher.environment:
+            yield (
+                f"launcher.pass_environment names {name}, to which launcher.environment gives a value; leave one of "
+                "the two out"
+            )
+
+
+def _named(text: str) -> str:
+    """Without what may be a secret behind the name."""
+    return f"{text.partition('=')[0]}=..." if "=" in text else _shown(text)
+
+
 def mounts_are_pairs(case: Case) -> Iterator[str]:
     launcher = case.config.launcher
     if launcher.container_mounts and launcher.container is None:
@@ -195,7 +222,7 @@ def _is_line(text: str) -> bool:
 
 def _shown(text: str) -> str:
     """On one line, as a message needs it."""
-    return text if text.isprintable() and text else repr(text)
+    return shown(text if text.isprintable() and text else repr(text))
 
 
 LAUNCHER_RULES = (
@@ -207,5 +234,6 @@ LAUNCHER_RULES = (
     chains_are_slurms,
     batch_options_are_lines,
     environment_has_names,
+    passed_variables_have_names,
     mounts_are_pairs,
 )

@@ -6,14 +6,27 @@ from collections.abc import Iterator
 
 from megatron_lite.config.derived import all_layers, given_processes, ranks_per_replica
 from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
+
+
+def processes_can_be_planned(case: Case) -> Iterator[str]:
+    if not case.sound(*SIZES, *PROCESSES):
+        return
+    count = case.data * case.tensor * case.pipeline
+    if count > MOST_PROCESSES:
+        yield (
+            f"parallel.data_parallel_size={case.data} x tensor x pipeline = {case.data} x {case.tensor} x "
+            f"{case.pipeline} = {count} processes are more than {MOST_PROCESSES}, the most that a plan can list; use "
+            "smaller sizes"
+        )
 
 
 def world_size_fits_layout(case: Case) -> Iterator[str]:
     """world_size = data x tensor x pipeline."""
     data = case.config.parallel.data_parallel_size
     given = case.world_size if case.world_size is not None else given_processes(case.config)
-    if given is None or not case.sound(*SIZES, *PROCESSES):
+    if given is None or given > MOST_PROCESSES or not case.sound(*SIZES, *PROCESSES):
         return
     name = "world_size" if case.world_size is not None else _keys_of_processes(case.config)
     replica = ranks_per_replica(case.config)

@@ -5,6 +5,7 @@ They come after one another: what a rule calculates with, those ahead of it have
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from megatron_lite.config.rules.case import SIZES, Case, Rule, either, nearest_m
 from megatron_lite.config.rules.objective import denoisers_are_sound, may_choose_decoder
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 
+ALTERNATIVES_TRIED = 1000  # multiples above, and as many below
 LONGEST_SEARCH = 2**14  # lengths up to which a remedy is looked for
 LONGEST_DENOISED = 512  # the same for ul2: its paper's length, at which all denoisers fit
 LONG_SPAN = 64  # mean span of a denoiser that is cut to what fits
@@ -44,16 +46,37 @@ def sequence_holds_sample(case: Case) -> Iterator[str]:
         return
     shortest = MIN_SEQ_LENGTH.get(objective.name, 1)
     if length < shortest:
+        enough = _enough(case, shortest)
         yield (
             f"data.seq_length={length} has no room for text beside the special tokens of objective.name="
-            f"{objective.name.value}; use {shortest} or more"
+            f"{objective.name.value}; {'use longer sequences' if enough is None else f'use {enough} or more'}"
         )
     elif objective.name is ObjectiveName.ul2 and not _decoder_holds_text(case):
         decoder = decoder_length(objective, length)
         yield (
             f"data.seq_length={length} with {decoder} positions of the decoder has no room for a denoiser of "
-            "objective.name=ul2; use longer ones"
+            f"objective.name=ul2; {_longer(objective, length).removesuffix(',')}"
         )
+
+
+def _enough(case: Case, shortest: int) -> int | None:
+    """The least length with room for text and for a span; None where no length that is looked at has."""
+    objective = case.config.objective
+    if not case.sound(*LENGTH_KEYS[1:]):
+        return shortest  # what a span is, other rules have refused
+    density, mean = objective.noise_density, objective.mean_span_length
+    lengths = range(shortest, LONGEST_SEARCH)
+    if objective.name is ObjectiveName.span_corruption:
+        return next((length for length in lengths if _holds_a_span(length, density, mean)), None)
+    if objective.name is ObjectiveName.bart_denoising:
+        covered = (covered_tokens(length, objective.infill_fraction) for length in lengths)
+        return next(
+            (length for length, here in zip(lengths, covered, strict=True) if here >= objective.infill_span_length),
+            None,
+        )
+    if objective.name is ObjectiveName.ul2 and denoisers_are_sound(objective):
+        return _least(lambda length: _all_fit(replace(objective, decoder_seq_length=None), length))
+    return shortest
 
 
 def _decoder_holds_text(case: Case) -> bool:
@@ -126,9 +149,22 @@ def denoisers_fit_sequence(case: Case) -> Iterator[str]:
     key = f"data.seq_length={length}" + ("" if given is None else f" with objective.decoder_seq_length={given}")
     yield (
         f"{key} is too short for objective.name=ul2: each weighted denoiser of mean span 3 or 8 must take out a whole "
-        f"span and no two may become the same task, but {fault.text}; {_longer(objective, length)} or set number "
-        f"{fault.place + 1} of objective.ul2_weights to 0"
+        f"span and no two may become the same task, but {fault.text}; {_longer(objective, length)}"
+        f"{_fewer(objective, length)}"
     )
+
+
+def _fewer(objective: ObjectiveConfig, length: int) -> str:
+    """The denoisers without which the others fit."""
+    places: list[int] = []
+    weights = list(objective.ul2_weights)
+    while fault := _unfit_denoiser(replace(objective, ul2_weights=weights), length):
+        places.append(fault.place + 1)
+        weights[fault.place] = 0.0
+        if not any(weights):
+            return " or another objective"
+    numbers = ", ".join(map(str, sorted(places)))
+    return f" or set number{'s' * (len(places) > 1)} {numbers} of objective.ul2_weights to 0"
 
 
 class _Fault(NamedTuple):
@@ -186,14 +222,22 @@ def spans_have_sentinels(case: Case) -> Iterator[str]:
         return
     needed = sentinels_needed(objective, data.seq_length)
     if needed > TRAINED_SENTINELS:
-        shorter = range(data.seq_length - 1, MIN_SEQ_LENGTH[objective.name] - 1, -1)
-        longest = next(n for n in shorter if sentinels_needed(objective, n) <= TRAINED_SENTINELS)
+        # spans grow with the length, so a search by halves finds the longest of any length
+        lengths = range(MIN_SEQ_LENGTH[objective.name], data.seq_length)
+        longest = lengths[bisect_right(lengths, TRAINED_SENTINELS, key=lambda n: _sentinels(objective, n)) - 1]
         other = ", longer spans" if objective.name is ObjectiveName.span_corruption else ""
         yield (
             f"data.seq_length={data.seq_length} makes up to {needed} spans with objective.name={objective.name.value}, "
             f"and data.tokenizer=train gives {TRAINED_SENTINELS} sentinels; use data.seq_length={longest} or "
             f"less{other}, or a tokenizer with more"
         )
+
+
+def _sentinels(objective: ObjectiveConfig, length: int) -> int:
+    try:
+        return sentinels_needed(objective, length)
+    except ValueError:  # too short for a span
+        return 0
 
 
 def _has_lengths(case: Case) -> bool:
@@ -250,8 +294,8 @@ def _even_length(case: Case, length: int) -> str:
     if case.config.objective.name is ObjectiveName.ul2:
         return f"objective.decoder_seq_length={either(nearest_multiples(length, case.tensor))}"
     given = case.config.data.seq_length
-    multiples = range(case.tensor, 2 * given, case.tensor)
-    for candidate in sorted(multiples, key=lambda multiple: abs(multiple - given)):
+    near = given // case.tensor
+    for candidate in (case.tensor * (near + off) for away in range(ALTERNATIVES_TRIED) for off in (away, -away)):
         if candidate < MIN_SEQ_LENGTH[case.config.objective.name]:
             continue
         decoder = decoder_length(case.config.objective, candidate)

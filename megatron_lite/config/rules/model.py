@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.config.derived import all_layers
+from megatron_lite.config.lengths import SMALLEST_BPE
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import Architecture, PositionEmbedding
 
@@ -24,7 +25,10 @@ def heads_divide_hidden(case: Case) -> Iterator[str]:
 def rotary_head_is_even(case: Case) -> Iterator[str]:
     size = case.model.head_size
     if case.model.position_embedding is PositionEmbedding.rotary and size is not None and size > 0 and size % 2:
-        yield f"model.head_size={size} must be even, since rotary positions turn pairs; use {size - 1} or {size + 1}"
+        yield (
+            f"model.head_size={size} must be even, since rotary positions turn pairs; use "
+            f"{either(nearest_multiples(size, 2))}"
+        )
 
 
 def groups_divide_heads(case: Case) -> Iterator[str]:
@@ -161,9 +165,11 @@ def scaled_head_is_tied(case: Case) -> Iterator[str]:
 def sequence_fits_positions(case: Case) -> Iterator[str]:
     length, positions = case.config.data.seq_length, case.model.max_position_embeddings
     if case.sound("data.seq_length", "model.max_position_embeddings") and length > positions:
+        learned = case.model.position_embedding is PositionEmbedding.learned
+        fixed = learned and case.model.init_from is not None  # the table has the rows that it has
         yield (
             f"data.seq_length={length} is longer than model.max_position_embeddings={positions}; use at most "
-            f"{positions}, or set model.max_position_embeddings={length}"
+            f"{positions}" + ("" if fixed else f", or set model.max_position_embeddings={length}")
         )
 
 
@@ -171,7 +177,10 @@ def tokenizer_fits_vocabulary(case: Case) -> Iterator[str]:
     data, vocabulary = case.config.data, case.model.vocab_size
     trained = data.tokenizer == "train" and case.sound("model.vocab_size", "data.tokenizer_vocab_size")
     if trained and vocabulary is not None and data.tokenizer_vocab_size > vocabulary:
+        remedies = [f"use at most {vocabulary}"] if vocabulary >= SMALLEST_BPE else []
+        remedies += ["set model.vocab_size=null"] if case.model.init_from is None else []  # else that of the weights
+        remedies = remedies or ["name the tokenizer of model.init_from in data.tokenizer"]
         yield (
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is more than model.vocab_size={vocabulary}; "
-            f"use at most {vocabulary}, or set model.vocab_size=null"
+            f"{', or '.join(remedies)}"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.lengths import DENOISER_MODES, NUM_SPAN_DENOISERS
 from megatron_lite.config.rules.case import Case
+from megatron_lite.config.rules.ranges import LONGEST_SEQUENCE, PART
 from megatron_lite.config.schema import Architecture, ObjectiveConfig, ObjectiveName
 
 ARCHITECTURES = {
@@ -24,6 +25,12 @@ OBJECTIVES = {
     "pretrain_t5": (ObjectiveName.span_corruption, ObjectiveName.bart_denoising, ObjectiveName.ul2),
 }
 NEXT_TOKEN = OBJECTIVES["pretrain_gpt"]
+
+
+def script_is_there(case: Case) -> Iterator[str]:
+    script = case.config.script
+    if case.sound("script") and script not in ARCHITECTURES:
+        yield f"script={script} is not one of {', '.join(ARCHITECTURES)}; leave it out: the command names the script"
 
 
 def architecture_fits_script(case: Case) -> Iterator[str]:
@@ -71,6 +78,8 @@ def next_sentence_needs_segments(case: Case) -> Iterator[str]:
 
 def weights_name_denoisers(case: Case) -> Iterator[str]:
     weights = case.config.objective.ul2_weights
+    if not case.sound("objective.ul2_weights"):
+        return
     key = f"objective.ul2_weights={weights}"
     if len(weights) != len(DENOISER_MODES):
         yield f"{key} has {len(weights)} numbers; give {len(DENOISER_MODES)}, one a denoiser: two R, one S, four X"
@@ -90,6 +99,8 @@ def span_denoisers_are_described(case: Case) -> Iterator[str]:
         ("ul2_noise_densities", objective.ul2_noise_densities, _is_density, "lie inside (0, 1)"),
     )
     for name, values, fits, rule in described:
+        if not case.sound(f"objective.{name}"):
+            continue
         if len(values) != NUM_SPAN_DENOISERS:
             yield (
                 f"objective.{name}={values} has {len(values)} numbers; give {NUM_SPAN_DENOISERS}: of two R- and four "
@@ -100,11 +111,11 @@ def span_denoisers_are_described(case: Case) -> Iterator[str]:
 
 
 def _is_span(value: float) -> bool:
-    return 1 <= value < math.inf
+    return 1 <= value <= LONGEST_SEQUENCE
 
 
 def _is_density(value: float) -> bool:
-    return 0 < value < 1
+    return PART.problem(value) is None
 
 
 def denoisers_are_sound(objective: ObjectiveConfig) -> bool:
@@ -132,6 +143,15 @@ def decoder_length_can_be_chosen(case: Case) -> Iterator[str]:
 def may_choose_decoder(case: Case) -> bool:
     objective = case.config.objective
     return objective.decoder_seq_length is None or objective.name is ObjectiveName.ul2
+
+
+def bos_needs_a_decoder(case: Case) -> Iterator[str]:
+    name, architecture = case.config.objective.name, case.model.architecture
+    if case.config.data.add_bos and architecture is not Architecture.decoder:
+        yield (
+            f"data.add_bos=true has no meaning with objective.name={name.value}, which itself puts tokens around what "
+            "the model reads; leave data.add_bos out, or set it to null"
+        )
 
 
 def eod_mask_needs_next_tokens(case: Case) -> Iterator[str]:

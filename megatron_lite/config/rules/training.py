@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.rules.ranges import INT64_LARGEST
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.config.stability import OnSpike
 
@@ -65,6 +66,20 @@ def _ramp_steps(full: int, start: int, increment: int, step: int) -> Iterator[st
         )
 
 
+def tokens_are_counted(case: Case) -> Iterator[str]:
+    """Of a whole run, in an int64."""
+    train, length = case.config.train, case.config.data.seq_length
+    if not case.sound("train.steps", "train.global_batch_size", "data.seq_length"):
+        return
+    tokens = train.steps * train.global_batch_size * length
+    if tokens > INT64_LARGEST:
+        yield (
+            f"train.steps={train.steps} x train.global_batch_size={train.global_batch_size} x data.seq_length={length} "
+            f"are {tokens} tokens, more than an int64 counts; use train.steps={INT64_LARGEST * train.steps // tokens} "
+            "or less"
+        )
+
+
 def fp16_needs_a_gpu(case: Case) -> Iterator[str]:
     config = case.config
     on_cpu = config.launcher.device == "cpu" and os.environ.get(FP16_ON_CPU) != "1"
@@ -108,10 +123,7 @@ def loss_scale_minimum_is_lower(case: Case) -> Iterator[str]:
 def source_is_given(case: Case) -> Iterator[str]:
     data = case.config.data
     for key, source in (("data.source", data.source), ("data.validation_source", data.validation_source)):
-        names = source if isinstance(source, list) else [source]
-        if key == "data.validation_source" and source is None:
-            continue
-        if not names or any(not isinstance(name, str) or not name for name in names):
+        if source == [] or (source is None and key == "data.source"):
             shown = "null" if source is None else source
             yield f"{key}={shown} names no text; give a file or a list of files, or use {key}=embedded"
 
@@ -124,7 +136,7 @@ def something_is_held_out(case: Case) -> Iterator[str]:
 
 def weights_match_sources(case: Case) -> Iterator[str]:
     weights, source = case.config.data.weights, case.config.data.source
-    if weights is None:
+    if weights is None or not case.sound("data.weights"):
         return
     count = len(source) if isinstance(source, list) else 1
     if len(weights) != count:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, counterpart
 from megatron_lite.config.hf.headers import TensorEntry
@@ -46,33 +48,83 @@ def stored_form(model: ModelConfig, shapes: Mapping[str, Shape]) -> StoredForm:
     return form
 
 
-def locate(form: StoredForm, tensors: Mapping[str, TensorEntry], where: str) -> dict[str, TensorEntry]:
+class Fault(NamedTuple):
+    """What is wrong with a tensor of the files."""
+
+    name: str
+    what: str
+    follows_settings: bool = True
+    """Other settings may be the remedy."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.what}"
+
+
+@dataclass(frozen=True)
+class Located:
+    """The tensors of a form in files."""
+
+    entries: Mapping[str, TensorEntry]
+    """By their names in the form."""
+    unused: tuple[str, ...]
+    """Names in the files of all other tensors."""
+    faults: tuple[Fault, ...]
+    """What is missing, or of another shape or kind than the form wants."""
+
+
+def search(form: StoredForm, tensors: Mapping[str, TensorEntry]) -> Located:
     """The entry in the files of each tensor of the form that holds something of ours.
 
     Args:
         tensors: of the files, as `config.hf.headers.tensors_of` reads them.
-        where: what is read, for messages: `model.init_from=DIR`, or a checkpoint's folder.
-    Raises:
-        CheckpointError: naming every tensor that is missing, or of another shape or kind.
     """
-    found, faults = {}, []
+    found, faults, taken = {}, [], set()
     for name in dict.fromkeys(piece.target for piece in form.pieces):
         there = find_name(name, tensors)
         if there is None:
-            faults.append(f"{name} {list(form.shapes[name])} is missing")
+            faults.append(Fault(name, f"{list(form.shapes[name])} is missing"))
             continue
         entry = found[name] = tensors[there]
+        taken.add(there)
         if entry.shape != form.shapes[name]:
-            faults.append(f"{there} is {list(entry.shape)}, and the model's is {list(form.shapes[name])}")
+            faults.append(Fault(there, f"is {list(entry.shape)}, and the model's is {list(form.shapes[name])}"))
         elif entry.dtype not in FLOATS:
-            faults.append(f"{there} is of type {entry.dtype}, and weights are {', '.join(FLOATS)}")
-    if faults:
-        more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
-        raise CheckpointError(
-            f"{where} does not hold the weights of this model: {'; '.join(faults[:NAMED_FAULTS])}{more}; give the "
-            "folder of such a model, or the settings of its own"
-        )
-    return found
+            what = f"is of type {entry.dtype}, and weights are {', '.join(FLOATS)}"
+            faults.append(Fault(there, what, follows_settings=False))
+    return Located(found, tuple(name for name in tensors if name not in taken), tuple(faults))
+
+
+def locate(form: StoredForm, tensors: Mapping[str, TensorEntry], where: str) -> Mapping[str, TensorEntry]:
+    """The same, where the files hold the form and nothing else, as a checkpoint does.
+
+    Args:
+        where: what is read, for messages: `model.init_from=DIR`, or a checkpoint's folder.
+    Raises:
+        CheckpointError: naming every tensor that is missing, left over, or of another shape or kind.
+    """
+    located = search(form, tensors)
+    left = [left_over(name, tensors[name]) for name in located.unused if name not in form.shapes]
+    require_none([*located.faults, *left], where)
+    return located.entries
+
+
+def left_over(name: str, entry: TensorEntry) -> Fault:
+    return Fault(name, f"{list(entry.shape)} is left over: no part of the model takes it")
+
+
+def require_none(faults: Sequence[Fault], where: str) -> None:
+    """
+    Raises:
+        CheckpointError: there are faults in the tensors.
+    """
+    if not faults:
+        return
+    named = "; ".join(map(str, faults[:NAMED_FAULTS]))
+    more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
+    raise CheckpointError(
+        f"{where} does not hold the weights of this model: {named}{more}; give the folder of such a model, with the "
+        "config.json that was saved with it"
+    )
 
 
 def find_name(name: str, available: Container[str]) -> str | None:
@@ -81,10 +133,10 @@ def find_name(name: str, available: Container[str]) -> str | None:
     Files of a model without its head lack the body's prefix (GPT-2's do); old files of BERT call the weights of a norm
     gamma and beta; the one table of words of T5 and BART may lie there as that of a stack.
     """
-    return next((candidate for candidate in _spellings(name) if candidate in available), None)
+    return next((candidate for candidate in spellings(name) if candidate in available), None)
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
     for whole in (name, *(name.removeprefix(body) for body in _BODIES if name.startswith(body))):
         yield whole
         for ours, old in _OLD_NORMS.items():

@@ -6,13 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.__main__ import main
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState, Layout, LossScaleState
@@ -230,10 +235,39 @@ def test_errors_name_the_file(run_folder: Path, command: Command) -> None:
     (folder / STATE_FILE).write_text("{")
     code, _, errors = command("inspect", folder)
     assert code == 2
-    assert errors[0].startswith(f"error: {folder}/{STATE_FILE} cannot be read (")
+    assert errors[0].startswith(f"error: {folder}/{STATE_FILE} is damaged: ")
     code, _, errors = command("inspect", run_folder / "checkpoints/step_00000300")
     assert code == 2
     assert errors[0].startswith(f"error: {run_folder}/checkpoints/step_00000300/{SHARD} is cut off or damaged: ")
+
+
+COMMANDS = (["inspect"], ["inspect", "--json"], ["verify"], ["diff"], ["prune", "--keep-last", "1", "--dry-run"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to be damaged: each test leaves it as it was."""
+    return save(tmp_path_factory.mktemp("whole") / "checkpoints", 100, state_with())
+
+
+@given(data=st.data())
+@fuzzing(max_examples=100, deadline=None)
+def test_any_damaged_byte_of_any_file_is_an_error_of_ours(whole: Path, data: st.DataObject) -> None:
+    """No command ends in a traceback, whatever byte of whatever file is changed, added or lost."""
+    file = data.draw(st.sampled_from(sorted(path for path in whole.rglob("*") if path.is_file())))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    other = data.draw(st.one_of(st.binary(max_size=3), st.sampled_from([b"[" * 50_000, b'{"a":' * 50_000, b"\0" * 8])))
+    command = data.draw(st.sampled_from(COMMANDS))
+    try:
+        file.write_bytes(content[:position] + other + content[position + data.draw(st.integers(0, 9)) :])
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
+            paths = [str(whole)] * (2 if command[0] == "diff" else 1)
+            code = main([command[0], *([str(whole.parent)] if command[0] == "prune" else paths), *command[1:]])
+        assert code in (0, 1, 2)
+        assert (code == 2) == errors.getvalue().startswith("error: ")
+    finally:
+        file.write_bytes(content)
 
 
 def test_settings_of_another_version(run_folder: Path, tmp_path: Path, command: Command) -> None:

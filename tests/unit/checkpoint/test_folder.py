@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint.folder import FileRecord, begin, candidates, content_problems, newest_complete, problem
 
 from megatron_lite.checkpoint.folder import publish, quick_problem, read_manifest, require_space  # isort: skip
-from megatron_lite.checkpoint.state import STATE_FILE
+from megatron_lite.checkpoint.state import STATE_FILE, read_state
 from megatron_lite.errors import CheckpointError
 from megatron_lite.files import file_xxh3
 from tests.unit.checkpoint.examples import SHARD, STATE, save, write_content
@@ -90,12 +91,12 @@ FAULTS = {
     "missing": f"{SHARD} is missing",
     "flipped": f"{SHARD} has other content than the manifest says",
     "unfinished": "it has no manifest.json, so it was never finished",
-    "manifest cut": "manifest.json cannot be read (",
+    "manifest cut": "manifest.json is damaged: ",
     "manifest of another version": "manifest.json has format None, and this version of megatron_lite reads format 1",
-    "manifest of something else": "manifest.json cannot be read (FileRecord",
-    "manifest of words": "manifest.json cannot be read (FileRecord(bytes='24', xxh3='') is no size and hash)",
+    "manifest of something else": "manifest.json is damaged: Object missing required field `xxh3`",
+    "manifest of words": "manifest.json is damaged: Expected `int`, got `str` - at `$.files[...].bytes`",
     "state of another version": "FOLDER has format 2, and this version of megatron_lite reads format 1; go on with the",
-    "state of a later one": f"FOLDER/{STATE_FILE} cannot be read (",
+    "state of a later one": f"FOLDER/{STATE_FILE} holds ",
     "renamed": "it holds step 200, and not what its name says",
 }
 
@@ -112,6 +113,52 @@ def test_damaged_one_is_skipped_with_the_reason(fault: str, tmp_path: Path) -> N
     damaged = next(iter(candidates(tmp_path)))
     assert messages[0].startswith(f"Skipping {damaged.name}: {FAULTS[fault].replace('FOLDER', str(damaged))}")
     assert messages[1].startswith(f"{tmp_path / 'latest'} names 'step_00000200', ")
+
+
+OUTSIDE = ["../../../x", "..", "/etc/passwd", "a/../../x", "a//b", "./a", "", "a\\..\\b", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_names_only_files_of_its_folder(name: str, tmp_path: Path) -> None:
+    """Nothing outside is opened, and the hash of a foreign file is no sign of a whole checkpoint."""
+    folder = save(tmp_path / "run" / "checkpoints", 100)
+    (tmp_path / "x").write_text("secret")
+    records = json.loads((folder / "manifest.json").read_text())
+    records["files"][name] = {"bytes": 6, "xxh3": file_xxh3(tmp_path / "x")}
+    (folder / "manifest.json").write_text(json.dumps(records))
+    assert problem(folder) == (
+        f"manifest.json is damaged: it names {name!r} of 6 bytes, and names only files below its own folder"
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format":' * 100_000, "", "\0" * 100, '{"format": 1e999}', "\ud800"])
+@pytest.mark.parametrize("name", ["manifest.json", STATE_FILE])
+def test_nested_or_foreign_text_is_a_problem_and_no_traceback(name: str, text: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, 100)
+    (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    found = problem(folder)
+    assert found is not None
+    assert name in found
+
+
+class Version(str):
+    """As torch.__version__ is one."""
+
+
+def test_a_state_may_hold_texts_of_other_classes(tmp_path: Path) -> None:
+    folder = save(tmp_path, 100, replace(STATE, versions={"torch": Version("2.13.0")}))
+    assert read_state(folder).versions == {"torch": "2.13.0"}
+
+
+def test_a_validation_loss_without_a_number_can_be_read_again(tmp_path: Path) -> None:
+    """Earlier versions wrote the word NaN, which JSON does not have."""
+    folder = save(tmp_path, 100, replace(STATE, validation_loss=float("nan")))
+    state = folder / STATE_FILE
+    assert '"validation_loss": null,' in state.read_text()
+    assert problem(folder) is None
+    state.write_text(state.read_text().replace('"validation_loss": null,', '"validation_loss": NaN,'))
+    assert quick_problem(folder) is not None  # of another size; what it says is read
+    assert read_state(folder).validation_loss is None
 
 
 def test_quick_look_reads_no_content(tmp_path: Path) -> None:
@@ -220,8 +267,8 @@ def test_what_the_system_refuses_is_one_clear_error(call: str, tmp_path: Path, m
     ("name", "expected"),
     [
         (SHARD, f"{SHARD} cannot be read (Permission denied)"),
-        ("manifest.json", "manifest.json cannot be read ([Errno 13] Permission denied: "),
-        ("training", "FOLDER/training/state.json cannot be read ([Errno 13] Permission denied: "),
+        ("manifest.json", "FOLDER/manifest.json cannot be read: Permission denied"),
+        ("training", "FOLDER/training/state.json cannot be read: Permission denied"),
     ],
 )
 def test_unreadable_file_is_a_problem_and_no_traceback(name: str, expected: str, tmp_path: Path) -> None:

@@ -209,6 +209,23 @@ def test_other_data_is_refused() -> None:
     )
 
 
+def test_the_same_data_under_another_name_goes_on_with_the_moments() -> None:
+    report = report_of(state_of("data.source=/x/a.jsonl"), "data.source=/x/./a.jsonl")
+    assert report.load_moments
+    assert report.lines()[-1] == "  safe       data.source: /x/a.jsonl -> /x/./a.jsonl"
+
+
+def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
+    report = report_of(state_of(samples=655_360), fingerprint=f"{STATE.data_fingerprint}.f00d")
+    assert fate_of(report, "data") == (
+        Fate.reset,
+        "goes on with sample 655,360; this version lets the sources take turns in another order: of each, up to about "
+        "14 samples come twice or not at all",
+    )
+    with pytest.raises(CheckpointError, match=r"data\.weights=\[1\.0,3\.0\] cannot go on from \[1\.0,2\.0\]"):
+        report_of(state_of("data.weights=[1,2]"), "data.weights=[1,3]", fingerprint=f"{STATE.data_fingerprint}.f00d")
+
+
 def test_configuration_of_another_version() -> None:
     with pytest.raises(CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*go on with the ver"):
         report_of(state_of(config={**state_of().config, "train": {"flavour": 1}}))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.schema import ModelConfig
+from megatron_lite.models.hf import stored_form
+from megatron_lite.models.shapes import parameter_shapes
 
 SPECIAL = {"<|endoftext|>": 0, "[PAD]": 1}
 
@@ -18,6 +20,8 @@ class Ids:
     """A test's tokens with a role."""
 
     eod: int | None = 0
+    bos: int | None = 0
+    eos: int | None = None
     cls: int | None = 2
     sep: int | None = 3
     pad: int | None = 1
@@ -42,14 +46,21 @@ def write_tokenizer(folder: Path, size: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
 
 
-def write_folder(folder: Path, model: ModelConfig, *names: str, vocab_size: int = 50, tokens: int = 40) -> Path:
-    """config.json, a tokenizer and tensors of these names."""
+def tensor_shapes(model: ModelConfig, vocab_size: int, *, next_sentence: bool = False) -> dict[str, tuple[int, ...]]:
+    """Of the files of a model, by transformers' names."""
+    shapes = parameter_shapes(model, vocab_size, next_sentence=next_sentence)
+    return dict(stored_form(model, shapes).shapes)
+
+
+def write_folder(
+    folder: Path, model: ModelConfig, *, next_sentence: bool = False, vocab_size: int = 50, tokens: int = 40
+) -> Path:
+    """config.json, a tokenizer and tensors of zeros."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = hf_config(model, vocab_size=vocab_size, tokens=Ids(), next_sentence=True) if model.num_segments == 2 else (
-        hf_config(model, vocab_size=vocab_size, tokens=Ids())
-    )  # fmt: skip
+    pairs = model.num_segments == 2
+    config = hf_config(model, vocab_size=vocab_size, tokens=Ids(), next_sentence=pairs)
     (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / "model.safetensors", dict.fromkeys(names or ("some.weight",), (2, 2)))
+    write_safetensors(folder / "model.safetensors", tensor_shapes(model, vocab_size, next_sentence=next_sentence))
     if tokens:
         write_tokenizer(folder, tokens)
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_lite.config.rules.credentials import EXPORT
+
 SLURM = ["launcher=slurm", "launcher.gpus_per_node=4", "parallel.data_parallel_size=null"]
 
 LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
@@ -53,7 +55,7 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "time without time": (
         [*SLURM, "launcher.time=0:30"],
-        "launcher.time=0:30 is too short to train and to end in; use more than 30 seconds",
+        "launcher.time=0:30 is too short to train and to end in; use more than 150 seconds",
     ),
     "chain without slurm": (
         ["launcher.chain=3"],
@@ -68,9 +70,9 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         [*SLURM, "launcher.account=''"],
         "launcher.account='' must be one line of text without backslashes; use a name, or null",
     ),
-    "run folder of two lines": (
-        [*SLURM, "train.run_dir='a\nb'"],
-        r"train.run_dir='a\nb' must be one line without backslashes with launcher=slurm, which writes it into a line "
+    "run folder with a backslash": (
+        [*SLURM, r"train.run_dir=a\b"],
+        r"train.run_dir=a\b must be one line without backslashes with launcher=slurm, which writes it into a line "
         "of its script; give another folder",
     ),
     "option without dashes": (
@@ -95,6 +97,24 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     "no variable": (
         [*SLURM, "launcher.environment={A-B:c}"],
         "launcher.environment holds A-B, which is no name of a variable; use letters, digits and _",
+    ),
+    "value with a name that is to be passed": (
+        ["launcher.pass_environment=['HF_TOKEN=hunter2']"],
+        "launcher.pass_environment holds HF_TOKEN=..., and takes names of variables alone; write NAME, and `export "
+        "NAME=...` in the shell that launches",
+    ),
+    "variable that is passed and given": (
+        ["launcher.pass_environment=[A]", "launcher.environment={A: b}"],
+        "launcher.pass_environment names A, to which launcher.environment gives a value; leave one of the two out",
+    ),
+    "credential by its value": (
+        ["launcher.environment={GREETING: hf_abcdefghijkl}"],
+        "launcher.environment.GREETING holds what looks like a credential, and the configuration is kept in the run "
+        "folder; " + EXPORT,
+    ),
+    "login in the batch script": (
+        [*SLURM, "launcher.setup=['wandb login 0123456789abcdef']"],
+        "launcher.setup logs in with a credential, and the configuration is kept in the run folder; " + EXPORT,
     ),
     "mounts without a container": (
         [*SLURM, "launcher.container_mounts=['/a:/b']"],
@@ -164,14 +184,12 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     "credential among the variables": (
         ["launcher.environment={WANDB_API_KEY: 0123456789abcdef}"],
         "launcher.environment.WANDB_API_KEY is named like a credential, and the configuration is kept in the run "
-        "folder; leave it out and export it in the shell that launches: Slurm and the launchers hand the environment "
-        "on (for wandb, `wandb login` keeps the key)",
+        "folder; " + EXPORT,
     ),
     "credential in the batch script": (
         [*SLURM, "launcher.setup=['export HF_TOKEN=hf_abc']"],
         "launcher.setup gives a value to HF_TOKEN, which is named like a credential, and the configuration is kept in "
-        "the run folder; leave it out and export it in the shell that launches: Slurm and the launchers hand the "
-        "environment on (for wandb, `wandb login` keeps the key)",
+        "the run folder; " + EXPORT,
     ),
     "login in an address": (
         ["data.source=[embedded, 'https://me:hunter2@host/x.jsonl']"],

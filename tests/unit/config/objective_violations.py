@@ -7,6 +7,10 @@ SEQUENCE_PARALLEL = "parallel.sequence_parallel=true"
 
 OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     # --------------------------------------------------------------------------------------------- script
+    "script that is none": (
+        ["script=foo"],
+        "script=foo is not one of pretrain_gpt, pretrain_bert, pretrain_t5; leave it out: the command names the script",
+    ),
     "architecture of another script": (
         [GPT, "model=bert_base"],
         "model.architecture=encoder is not what pretrain_gpt trains (decoder); run pretrain_bert, or choose a model of "
@@ -161,6 +165,11 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         "objective.decoder_seq_length=64 cannot be chosen with objective.name=causal_lm: there is no decoder beside "
         "the only stack; set objective.decoder_seq_length=null",
     ),
+    "beginning of text of an encoder": (
+        [BERT, "data.add_bos=true"],
+        "data.add_bos=true has no meaning with objective.name=masked_lm_nsp, which itself puts tokens around what the "
+        "model reads; leave data.add_bos out, or set it to null",
+    ),
     "loss after the end of a document": (
         [BERT, "data.mask_loss_after_eod=true"],
         "data.mask_loss_after_eod=true has no meaning with objective.name=masked_lm_nsp, which does not predict the "
@@ -173,13 +182,13 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no room for a span": (
         [T5, "data.seq_length=2"],
-        "data.seq_length=2 has no room for text beside the special tokens of objective.name=span_corruption; use 3 or "
+        "data.seq_length=2 has no room for text beside the special tokens of objective.name=span_corruption; use 10 or "
         "more",
     ),
     "no room for a denoiser": (
         [T5, "objective=ul2", "objective.decoder_seq_length=2"],
         "data.seq_length=128 with 2 positions of the decoder has no room for a denoiser of objective.name=ul2; use "
-        "longer ones",
+        "objective.decoder_seq_length=14 or more",
     ),
     "too short for the spans": (
         [T5, "data.seq_length=8"],
@@ -215,7 +224,7 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         [T5, "objective=ul2", "data.seq_length=16"],
         "data.seq_length=16 is too short for objective.name=ul2: each weighted denoiser of mean span 3 or 8 must take "
         "out a whole span and no two may become the same task, but the one of (8, 0.15) does not; use "
-        "data.seq_length=68 or more, or set number 2 of objective.ul2_weights to 0",
+        "data.seq_length=68 or more, or set numbers 2, 6, 7 of objective.ul2_weights to 0",
     ),
     "denoisers that become one": (
         [T5, "objective=ul2", "data.seq_length=64"],
@@ -227,15 +236,15 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
         [T5, "objective=ul2", "objective.decoder_seq_length=3"],
         "data.seq_length=128 with objective.decoder_seq_length=3 is too short for objective.name=ul2: each weighted "
         "denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, but the one of "
-        "(3, 0.15) does not; use objective.decoder_seq_length=14 or more, or set number 1 of objective.ul2_weights to "
-        "0",
+        "(3, 0.15) does not; use objective.decoder_seq_length=14 or more, or set numbers 1, 2, 4, 5 "
+        "of objective.ul2_weights to 0",
     ),
     "both stacks too short for a denoiser": (
         [T5, "objective=ul2", "data.seq_length=24", "objective.decoder_seq_length=30"],
         "data.seq_length=24 with objective.decoder_seq_length=30 is too short for objective.name=ul2: each weighted "
         "denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, but the one of "
-        "(8, 0.15) does not; use data.seq_length=68 or more and objective.decoder_seq_length=null, or set number 2 of "
-        "objective.ul2_weights to 0",
+        "(8, 0.15) does not; use data.seq_length=68 or more and objective.decoder_seq_length=null, or set numbers 2, 6 "
+        "of objective.ul2_weights to 0",
     ),
     "sentinels of spans": (
         [T5, "data.seq_length=2048", "model.max_position_embeddings=2048"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,18 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_lite.config.changes import FORBIDDEN, RESETS, SAFE, Change, Grade, grade_changes, refusals, shown, table
+from megatron_lite.config.changes import (
+    DATA_KEYS,
+    FORBIDDEN,
+    RESETS,
+    SAFE,
+    Change,
+    Grade,
+    grade_changes,
+    refusals,
+    shown,
+    table,
+)
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_node
@@ -201,3 +213,39 @@ def test_table_has_the_grave_ones_first() -> None:
 )
 def test_values_as_they_are_typed(value: object, text: str) -> None:
     assert shown(value) == text
+
+
+def test_settings_of_the_data_are_judged_by_its_tokens() -> None:
+    before, after = config_of("data.source=/a/x.txt"), config_of("data.source=/b/x.txt,data.tokenizer=tok")
+    grades = {
+        which: [change.grade for change in grade_changes(before, after, **{which: DATA_KEYS})]
+        for which in ("same", "undecided")
+    }
+    assert grades == {"same": [Grade.safe, Grade.forbidden], "undecided": [Grade.safe, Grade.forbidden]}
+    assert [change.grade for change in grade_changes(before, after)] == [Grade.forbidden] * 2
+    (change, _) = grade_changes(before, after, undecided=DATA_KEYS)
+    assert "with the tokens that it had" in change.consequence
+    size = config_of("data.source=/a/x.txt,data.tokenizer_vocab_size=999")
+    assert [change.grade for change in grade_changes(before, size, same=DATA_KEYS)] == [Grade.forbidden]
+
+
+def grade_of_weights(before: object, after: object) -> tuple[Grade, str]:
+    (change,) = changes_of(f"model.init_from={before}", f"model.init_from={after}")
+    return change.grade, change.consequence
+
+
+def test_weights_to_begin_with_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    (old / "model.safetensors").write_bytes(b"weights")
+    other = shutil.copytree(old, tmp_path / "other")
+    assert grade_of_weights(old, f"{old.parent}/./old") == (Grade.safe, "")
+    assert grade_of_weights(old, other) == (Grade.safe, "")
+    (other / "model.safetensors").write_bytes(b"Weights")
+    assert grade_of_weights(old, other)[0] is Grade.forbidden
+    assert grade_of_weights(old, "null")[0] is Grade.forbidden
+    shutil.rmtree(old)  # then the remedy to keep it would not work
+    gone = (Grade.safe, "the earlier one is gone; the weights come from the checkpoint")
+    assert grade_of_weights(old, other) == grade_of_weights(old, "null") == gone
+    assert grade_of_weights("gpt2", "gpt2-medium")[0] is Grade.forbidden  # names of the hub

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
-from megatron_lite.config.keys import ALIASES, leaf_keys, schema_keys
+from megatron_lite.config.keys import ALIASES, leaf_keys, nearest, schema_keys
+from megatron_lite.config.presets import check_preset
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.errors import ConfigError
 
@@ -113,6 +114,30 @@ def test_aliases_name_settings() -> None:
     assert not set(ALIASES) & set(schema_keys())
 
 
+FAMILIES = ["gpt2", "llama", "bert", "roberta", "t5", "bart"]
+
+
+@pytest.mark.parametrize(
+    "word", ["camembert", "opt", "albert", "mbart", "mt5", "umt5", "distilbert", "bloom", "gptj", "xlm"]
+)
+def test_another_thing_with_like_letters_is_no_slip(word: str) -> None:
+    assert nearest(word, FAMILIES) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lama", "llama"),
+        ("robreta", "roberta"),
+        ("gpt_tinny", "gpt_tiny"),
+        ("--dryrun", "--dry-run"),
+        ("wikitxt103", "wikitext103"),
+    ],
+)
+def test_slips(word: str, meant: str) -> None:
+    assert nearest(word, [*FAMILIES, "gpt_tiny", "--dry-run", "--debug", "wikitext103"]) == meant
+
+
 def test_key_like_nothing_gets_no_guess() -> None:
     assert problems_of("zzzzzz=3") == ["zzzzzz is not a setting; megatron_lite/config/schema.py explains all of them"]
 
@@ -159,11 +184,15 @@ def test_key_like_nothing_gets_no_guess() -> None:
          "train.run_dir"),
         ("model={hidden_size:3}", "model={...} names no preset; set single values as model.KEY=VALUE"),
         (
-            "train.generate_prompt=a b(",
-            "train.generate_prompt=a b( cannot be read (extraneous input '(' expecting <EOF>); "
-            "quote a text with special characters: 'train.generate_prompt=\"a b(\"'",
+            "train.steps=[",
+            "train.steps=[ cannot be read: HydraException: no viable alternative at input '['; write "
+            "train.steps=VALUE with an integer",
         ),
-        ("train.run_dir=${no.such}", "train.run_dir: Interpolation key 'no.such' not found"),
+        (
+            "train.run_dir=${no.such}",
+            "train.run_dir: Interpolation key 'no.such' not found; ${...} names another setting, such as "
+            "${model.name}; for the characters themselves write \\${...}",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_words(word: str, message: str) -> None:
@@ -235,7 +264,7 @@ def test_map_as_a_whole_and_by_name() -> None:
         ("launcher.environment=[1]", "launcher.environment=[1] is not possible: launcher.environment must be a map of "
          "names to texts, such as {NAME: value}"),
         ("launcher.environment.A=[1]", "launcher.environment.A=[1] is not possible: launcher.environment.A must be a "
-         "text"),
+         "text; for the text itself write 'launcher.environment.A=\"[1]\"'"),
         ("launcher.environment={A: null}", "launcher.environment={A: null} is not possible: launcher.environment must "
          "be a map of names to texts, such as {NAME: value}"),
     ],
@@ -244,3 +273,41 @@ def test_what_a_map_cannot_be(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose("pretrain_gpt", [word])
     assert caught.value.problems == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("dataset_config: 1.10", "data.dataset_config", "1.10"),
+        ("dataset_config: 12e5", "data.dataset_config", "12e5"),
+        ("dataset_config: 2020-01-01", "data.dataset_config", "2020-01-01"),
+        ("text_key: yes", "data.text_key", "yes"),
+        ("source: [a.txt, 007]", "data.source", "007"),
+        ("# @package _global_\nlauncher:\n  time: 24:00:00", "launcher.time", "24:00:00"),
+        ("# @package _global_\nlauncher:\n  environment:\n    A: 0x10", "launcher.environment.A", "0x10"),
+    ],
+)
+def test_text_of_a_preset_that_yaml_would_change(own_conf: Path, text: str, key: str, value: str) -> None:
+    file = own_conf / "data" / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain_gpt", ["data=mine"], own_conf)
+    assert caught.value.problems == [
+        f"conf/data/mine.yaml: {key}: {value} is read by YAML as something else than this text; quote it: '{value}'"
+    ]
+    file.write_text(text.replace(value, f"'{value}'"))
+    compose("pretrain_gpt", ["data=mine"], own_conf)
+
+
+def test_aliases_of_a_preset(own_conf: Path) -> None:
+    """Nine levels of nine aliases would take all memory."""
+    levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (own_conf / "data" / "mine.yaml").write_text("\n".join(["a0: &a0 [x]", *levels]))
+    with pytest.raises(ConfigError, match=r"conf/data/mine\.yaml has aliases"):
+        compose("pretrain_gpt", ["data=mine"], own_conf)
+
+
+@pytest.mark.parametrize("group", preset_groups())
+def test_presets_hold_no_text_that_yaml_would_change(group: str) -> None:
+    for name in preset_groups()[group]:
+        check_preset(CONF_DIR / group / f"{name}.yaml", group)

@@ -16,6 +16,7 @@ from megatron_lite.config.changes import Grade
 from megatron_lite.config.compose import change, compose, preset_groups
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_containers, check_run_folder, freeze, from_containers, load_frozen
+from megatron_lite.config.hf.folder import STATE_FILE
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -76,6 +77,8 @@ def test_round_trip(tmp_path: Path, experiment: str) -> None:
         ("train:\n  steps: many\n", "Value 'many' of type 'str' could not be converted to Integer"),
         ("a: [", "while parsing"),
         ("\x00\x01", "special characters are not allowed"),
+        ("a: &a [x]\nb: *a\n", "it holds aliases"),
+        (600 * "[" + 600 * "]", "RecursionError"),
         ("- 1\n", "Cannot merge DictConfig with ListConfig"),
         ("", "script, model, parallel, data, optimizer, train, stability, tracking, launcher, debug missing"),
     ],
@@ -218,7 +221,9 @@ def test_run_folder_without_permission(tmp_path: Path) -> None:
 def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
     config = resolve(compose("pretrain_gpt", [f"train.run_dir={tmp_path}"]))
     path = freeze(config, tmp_path)
-    path.write_text(path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n"))
+    later = path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n")
+    path.unlink()
+    (tmp_path / f"config-{hashlib.sha256(later.encode()).hexdigest()[:12]}.yaml").write_text(later)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path} holds a run .* give another train\.run_dir"):
         check_run_folder(config, tmp_path)
@@ -233,7 +238,7 @@ def test_containers_of_json_give_the_same_configuration() -> None:
     del content["objective"], content["train"]["async_save"]  # of a version that did not have them yet
     assert from_containers(content) == config
     content["train"]["flavour"] = 1
-    with pytest.raises(ConfigError, match=r"this version cannot read the configuration \(Key 'flavour' not in"):
+    with pytest.raises(ConfigError, match=r"this version cannot read the configuration: .*Key 'flavour' not in"):
         from_containers(content)
 
 
@@ -244,3 +249,65 @@ def test_shell_text_stays_as_it_is(tmp_path: Path) -> None:
     config = replace(config, launcher=replace(config.launcher, setup=lines, environment={"A": "${B:-c}"}))
     assert load_frozen(freeze(config, tmp_path)) == config
     assert change(config, ["train.steps=7"]) == replace(config, train=replace(config.train, steps=7))
+
+
+def saved(folder: Path, config: RunConfig, step: int = 10) -> None:
+    """What a checkpoint keeps of its configuration: no variables of the environment."""
+    path = folder / "checkpoints" / f"step_{step:08d}" / STATE_FILE
+    path.parent.mkdir(parents=True)
+    kept = replace(config, launcher=replace(config.launcher, environment={}))
+    path.write_text(json.dumps({"step": step, "config": as_containers(kept)}))
+
+
+@pytest.mark.parametrize("environment", [{}, {"A": "${B} x", "NCCL_DEBUG": "INFO"}])
+def test_a_damaged_configuration_is_restored_from_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], environment: dict[str, str]
+) -> None:
+    config = config_of(f"train.run_dir={tmp_path}")
+    config = replace(config, launcher=replace(config.launcher, environment=environment))
+    path = freeze(config, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    saved(tmp_path, config)
+    os.utime(path, ns=(1, 1))
+    whole = path.read_bytes()
+    place = whole.index(b"num_layers")
+    damages = [b"", b"\0" * len(whole), whole[:100]] if not environment else []
+    for damaged in [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], *damages]:
+        path.write_bytes(damaged)
+        os.utime(path, ns=(1, 1))
+        assert load_frozen(path) == config
+        assert (
+            f"warning: {path} is damaged: its content is not what the hash in its name tells" in capsys.readouterr().err
+        )
+        assert path.read_bytes() == whole
+        assert path.stat().st_mtime_ns == 1, "which tells what the folder last ran with"
+        check_run_folder(config, tmp_path)
+        assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_configuration_without_a_copy_is_named_and_the_same_words_write_it_anew(tmp_path: Path) -> None:
+    config = config_of("train.steps=100")
+    trained(tmp_path, config)
+    path = next(tmp_path.glob("config-*.yaml"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    message = rf"{path} is damaged: its content is not what the hash in its name tells, and no checkpoint"
+    with pytest.raises(ConfigError, match=message):
+        load_frozen(path)
+    with pytest.raises(ConfigError, match=rf"train\.run_dir={tmp_path}: {message}"):
+        check_run_folder(config_of("train.steps=200"), tmp_path)
+    check_run_folder(config, tmp_path)  # the remedies, each obeyed
+    freeze(config, tmp_path)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"steps: 100", b"steps: 101"))
+    edited = path.rename(tmp_path / "edited.yaml")
+    assert load_frozen(edited) == config_of("train.steps=101")
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    for umask, mode in ((0o077, 0o600), (0o022, 0o644)):
+        before = os.umask(umask)
+        try:
+            assert freeze(config_of(), tmp_path).stat().st_mode & 0o777 == mode
+        finally:
+            os.umask(before)

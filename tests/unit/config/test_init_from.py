@@ -6,20 +6,27 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from launch.cli import main
 from megatron_lite.config.compose import change, compose
 from megatron_lite.config.frozen import freeze, load_frozen
-from megatron_lite.config.hf.folder import STATE_FILE
-from megatron_lite.config.schema import PositionEmbedding, RunConfig
+from megatron_lite.config.hf.folder import STATE_FILE, local_folder
+from megatron_lite.config.schema import ModelConfig, PositionEmbedding, RunConfig
 from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
-from tests.tiny_models import BERT, GPT2, LLAMA, T5, T5_V1_1
+from tests.tiny_models import BART, BERT, GPT2, LLAMA, T5, T5_V1_1
 from tests.unit.config.hf_folders import write_folder, write_safetensors, write_tokenizer
 
 
@@ -95,7 +102,7 @@ def test_a_next_sentence_head_is_there_or_not_trained(tmp_path: Path) -> None:
     bare = write_folder(tmp_path / "bare", BERT)
     assert "needs a next-sentence head" in problems_of(bare, script="pretrain_bert")[0]
     config_of(bare, "objective.name=masked_lm", script="pretrain_bert")
-    config_of(write_folder(tmp_path / "whole", BERT, "cls.seq_relationship.weight"), script="pretrain_bert")
+    config_of(write_folder(tmp_path / "whole", BERT, next_sentence=True), script="pretrain_bert")
 
 
 def test_a_tokenizer_that_is_not_there_must_be_named(tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ def test_an_unsupported_config_names_file_and_key(tmp_path: Path) -> None:
 
 
 def test_tensors_tell_whether_t5_has_a_head_of_its_own(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "t5", T5_V1_1, "shared.weight", "lm_head.weight")
+    folder = write_folder(tmp_path / "t5", T5_V1_1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))  # by transformers 5
     assert not config_of(folder, script="pretrain_t5").model.tie_embeddings
@@ -161,6 +168,59 @@ def test_a_checkpoint_under_our_own_names(tmp_path: Path) -> None:
     assert "contradicts" in problems_of(tmp_path, "model.attention_scale=false", *words, script="pretrain_t5")[0]
     (tmp_path / STATE_FILE).write_text(json.dumps({"format": 1, "hugging_face": False, "config": {}}))
     assert "describes no model" in problems_of(tmp_path, *words, script="pretrain_t5")[0]
+
+
+LATE: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {
+    "an untied BART": (BART, "pretrain_t5", "tie_word_embeddings=false", {"tie_word_embeddings": False}),
+    "a tensor too many": (GPT2, "pretrain_gpt", "transformer.h.1.ln_1.bias [32] is left over", {"n_layer": 1}),
+    "a tensor that is missing": (LLAMA, "pretrain_gpt", "q_proj.bias [32] is missing", {"attention_bias": True}),
+    "nested too deeply": (GPT2, "pretrain_gpt", "config.json is damaged: it is nested too deeply", {}),
+}
+
+
+@pytest.mark.parametrize("fault", LATE)
+def test_all_that_needs_no_weights_is_found_before_the_start(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, script, problem, flags = LATE[fault]
+    folder = write_folder(tmp_path / "m", model)
+    config = json.loads((folder / "config.json").read_text()) | flags
+    (folder / "config.json").write_text(json.dumps(config) if flags else '{"a":' * 100_000)
+    words = [f"model.init_from={folder}", f"train.run_dir={tmp_path / 'run'}", "launcher.device=cpu"]
+    assert main([script, *words, "data.seq_length=16", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["", " ", "~nobody-of-this-name/x", "x" * 5000, "a\0b"])
+def test_a_name_that_no_folder_can_have(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.init_from="):
+        local_folder(name)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would apply it."""
+    folder = write_folder(tmp_path / "m", GPT2)
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter beside its weights (adapter_config.json)" in problems_of(folder)[0]
+
+
+@given(data=st.data())
+@fuzzing(max_examples=40, deadline=None)
+def test_any_damage_of_config_json_is_an_error_of_ours(data: st.DataObject) -> None:
+    with TemporaryDirectory() as parent:
+        folder = write_folder(Path(parent, "m"), data.draw(st.sampled_from([GPT2, LLAMA])))
+        file = folder / "config.json"
+        content = file.read_bytes()
+        position = data.draw(st.integers(0, len(content) - 1))
+        other = data.draw(
+            st.one_of(st.binary(max_size=2), st.sampled_from([b"[" * 9999, b"{}", b"null", b"-1", b'"x"']))
+        )
+        file.write_bytes(content[:position] + other + content[position + data.draw(st.integers(0, 5)) :])
+        with suppress(ConfigError, CheckpointError):
+            config_of(folder)
 
 
 def test_a_frozen_configuration_needs_the_folder_no_more(tmp_path: Path) -> None:
@@ -199,6 +259,7 @@ def test_a_name_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_it_is_known_without_torch(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "gpt2", GPT2)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "t1"}')
     code = (
         "import sys; from launch.cli import main; "
         f"code = main(['pretrain_gpt', 'model.init_from={folder}', 'launcher.device=cpu', 'data.seq_length=16', "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_lite.config.derived import resolve
 from megatron_lite.config.rules.case import Case
 from megatron_lite.config.rules.launcher import job_seconds
 from megatron_lite.config.rules.lengths import LENGTH_RULES
+from megatron_lite.config.rules.tracking import MODE_VARIABLE
 from megatron_lite.config.rules.training import FP16_ON_CPU
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import RULES, problems, validate
@@ -41,6 +43,11 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
          "launcher.num_processes=12"],
         "launcher.num_processes=12 must be a multiple of tensor x pipeline = 2 x 4 = 8; use 8 processes (dp=1), or 16 "
         "processes (dp=2), or the layout dp=2 tp=2 pp=3",
+    ),
+    "processes that no plan can list": (
+        ["parallel=dp512_tp2_pp4096", "model.num_layers=5000", "train.global_batch_size=2048"],
+        "parallel.data_parallel_size=512 x tensor x pipeline = 512 x 2 x 4096 = 4194304 processes are more than "
+        "131072, the most that a plan can list; use smaller sizes",
     ),
     "world size is not the layout's": (
         ["parallel=dp2_tp2_pp2", "launcher.num_processes=4"],
@@ -89,7 +96,10 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "data.tokenizer_vocab_size=8192 is more than model.vocab_size=5000; use at most 5000, or set "
         "model.vocab_size=null",
     ),
-    "vocabulary": (["model.vocab_size=0"], "model.vocab_size=0 must be at least 1; use 1 or more"),
+    "vocabulary": (
+        ["model.vocab_size=0"],
+        "model.vocab_size=0 must be at least 1; use null for the size of the tokenizer",
+    ),
     "vocabulary padding": (
         ["model.vocab_pad_multiple=0"],
         "model.vocab_pad_multiple=0 must be at least 1; use 1 or more",
@@ -142,6 +152,12 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "train.global_batch_size=36 must be a multiple of train.micro_batch_size x data-parallel size = 4 x 2 = 8; use "
         "32 or 40",
     ),
+    "tokens beyond an int64": (
+        ["train.steps=99999999", "train.global_batch_size=16777216", "data.seq_length=16777216",
+         "model.max_position_embeddings=16777216"],
+        "train.steps=99999999 x train.global_batch_size=16777216 x data.seq_length=16777216 are "
+        "28147497389590623289344 tokens, more than an int64 counts; use train.steps=32767 or less",
+    ),
     "ramp starts above": (
         ["train.batch_ramp={start:64,increment:4,samples:10}"],
         "train.batch_ramp.start=64 is more than train.global_batch_size=32; use at most 32",
@@ -173,6 +189,51 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "train.batch_ramp.increment=4 has no effect while train.batch_ramp.start=0; give the first batch as "
         "train.batch_ramp.start",
     ),
+    # ---------------------------------------------------------------------------------------------- range
+    "more than fp32 can tell": (
+        ["optimizer.epsilon=1e-300"],
+        "optimizer.epsilon=1e-300 is less than 1.2e-38, the smallest number that fp32 holds; use 1.2e-38 or more",
+    ),
+    "rate beyond use": (
+        ["optimizer.learning_rate=1e10"],
+        "optimizer.learning_rate=1e+10 is more than 1000, where no update is small any more; use at most 1000",
+    ),
+    "endless sequence": (
+        ["data.seq_length=1000000000"],
+        "data.seq_length=1000000000 is more than 16777216, the longest sequence that is planned for; use at most "
+        "16777216",
+    ),
+    "endless vocabulary": (
+        ["model.vocab_size=1e12"],
+        "model.vocab_size=1000000000000 is more than 2147483647, the largest int32, which holds a token; use at most "
+        "2147483647",
+    ),
+    "endless wait": (
+        ["train.timeout_seconds=1e30"],
+        "train.timeout_seconds=1e+30 is more than 1e+07, 115 days; use at most 1e+07",
+    ),
+    "weight that is no number": (
+        ["data.weights=[nan]"],
+        "data.weights[0]=nan must be a number; give a finite one",
+    ),
+    "path that a shell left empty": (
+        ["train.run_dir="],
+        "train.run_dir='' is an empty path, as an unset variable of a shell leaves it; give a path, or leave the "
+        "setting out",
+    ),
+    "name that leaves its folder": (
+        ["model.name=../../x"],
+        "model.name=../../x becomes a part of a folder's name; use a name without `/`",
+    ),
+    "name longer than file systems take": (
+        [f"train.run_dir=runs/{300 * 'a'}"],
+        f"train.run_dir=runs/{155 * 'a'}... (305 characters) holds a name of 300 bytes; file systems take 255: use a "
+        "shorter one",
+    ),
+    "separator of nothing": (
+        ["data.document_separator="],
+        "data.document_separator='' is empty; give a text, or leave the setting out",
+    ),
     # --------------------------------------------------------------------------------------- optimisation
     "fp16 on a CPU": (
         ["train.precision=fp16"],
@@ -180,7 +241,8 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
     ),
     "loss scale power": (
         ["train.loss_scale.initial_power=40"],
-        "train.loss_scale.initial_power=40 is more than 32; use 16",
+        "train.loss_scale.initial_power=40 is more than 32, where the scale overflows any fp16 gradient; use at most "
+        "32",
     ),
     "loss scale minimum": (
         ["train.loss_scale={initial_power:2,minimum:8}"],
@@ -232,8 +294,8 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "data.source=null names no text; give a file or a list of files, or use data.source=embedded",
     ),
     "source of validation": (
-        ["data.validation_source=[a.txt,5]"],
-        "data.validation_source=['a.txt', 5] names no text; give a file or a list of files, or use "
+        ["data.validation_source=[]"],
+        "data.validation_source=[] names no text; give a file or a list of files, or use "
         "data.validation_source=embedded",
     ),
     "nothing held out": (
@@ -243,6 +305,14 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
     "number of weights": (
         ["data.weights=[1,2]"],
         "data.weights=[1.0, 2.0] has 2 numbers for 1 data.source; give one weight a source",
+    ),
+    "share of bad rows": (
+        ["data.max_bad_fraction=1.5"],
+        "data.max_bad_fraction=1.5 must be at least 0 and at most 1; use a fraction such as 0.1",
+    ),
+    "longest document": (
+        ["data.max_document_bytes=0"],
+        "data.max_document_bytes=0 must be at least 1; use 1 or more",
     ),
     "negative weight": (
         ["data.source=[a,b]", "data.weights=[1,-2]"],
@@ -295,11 +365,38 @@ def test_one_violation_gives_one_message(name: str) -> None:
     assert problems_of(*words) == [message]
 
 
-def test_every_rule_has_a_case_above() -> None:
-    cases = [Case(config_of(*words, device="cpu"), None) for words, _ in VIOLATIONS.values()]
+def test_mode_of_wandb_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODE_VARIABLE, "bogus")
+    assert problems_of("tracking=wandb") == [
+        "WANDB_MODE=bogus in the environment is not known; use online, offline or disabled, or unset it"
+    ]
+    assert problems_of() == []
+    for mode in ("online", "offline", "disabled", ""):
+        monkeypatch.setenv(MODE_VARIABLE, mode)
+        assert problems_of("tracking=wandb") == []
+
+
+def test_every_rule_has_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODE_VARIABLE, "bogus")
+    cases = [
+        Case(config_of(*words, device="cpu"), None) for words, _ in [*VIOLATIONS.values(), (["tracking=wandb"], "")]
+    ]
     rules = (*RULES, *LENGTH_RULES)
     silent = [rule.__name__ for rule in rules if not any(message for case in cases for message in rule(case))]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "remedy"),
+    [(5000, "use at most 5000"), (300, "name the tokenizer of model.init_from in data.tokenizer")],
+)
+def test_sizes_of_weights_are_not_offered_for_change(vocabulary: int, remedy: str) -> None:
+    config = config_of()
+    model = replace(config.model, init_from="w", vocab_size=vocabulary, max_position_embeddings=64)
+    assert problems(replace(config, model=model)) == [
+        "data.seq_length=128 is longer than model.max_position_embeddings=64; use at most 64",
+        f"data.tokenizer_vocab_size=8192 is more than model.vocab_size={vocabulary}; {remedy}",
+    ]
 
 
 @pytest.mark.parametrize("script", available_scripts())

@@ -20,7 +20,7 @@ from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData, load_prepared
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer import open_tokenizer
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.objectives.build import build_objective
 
 ConfigFor = Callable[..., RunConfig]
@@ -156,9 +156,27 @@ def test_the_roles_alone_do_for_the_others(
 ) -> None:
     config = config_for(copied_alone(prepared_corpus[0], tmp_path), seq_length=32)
     config.objective.name = ObjectiveName(objective)
+    config.objective.permute_sentences = False
     prepared = prepare(config, report=lambda line: None)
     assert prepared.tokenizer_dir is None
     build_objective(config.objective, config.data, prepared.vocabulary)
+
+
+def test_sentences_that_nothing_tells_are_missed_before_a_token_is_read(
+    tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor
+) -> None:
+    made, _ = prepared_corpus
+    source = copied_alone(made, tmp_path)
+    alone, named = config_for(source), config_for(source, tokenizer=str(made.tokenizer_dir))
+    alone.objective.name = named.objective.name = ObjectiveName.bart_denoising
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"copy tells no sentences, .*; name its folder in data\.tokenizer"):
+        prepare(alone, report=said.append)
+    assert said == []
+    folder = prepare(config_for(source), report=said.append).folder  # shards that another objective made ready
+    with pytest.raises(DataError, match="copy tells no sentences"):
+        load_prepared(folder, alone)
+    assert prepare(named, report=said.append).train[0].sentences is not None
 
 
 def test_opening_prepared_data_leaves_the_tokenizer_closed(

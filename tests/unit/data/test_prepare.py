@@ -16,7 +16,7 @@ from megatron_lite.data import tokenise
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.prepare import load_prepared, planned_vocab_size, prepare, prepared_folder
 from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.sources import resolve_sources
+from megatron_lite.data.source_names import resolve_sources
 from megatron_lite.data.statistics import unigram_cross_entropy_nats
 from tests.unit.data.conftest import document, texts_of
 
@@ -151,7 +151,8 @@ def test_training_text_is_bounded_and_shared_by_the_sources(
     (tmp_path / "b.txt").write_text("\n\n".join(f"b{i}" for i in range(500)))
     config = config_for([corpus, tmp_path / "b.txt"])
     monkeypatch.setattr(tokenise, "TRAINING_TEXT_CHARACTERS", 600)
-    texts = list(tokenise.training_texts(resolve_sources(config.data.source, "data.source"), config.data, None))
+    sources = resolve_sources(config.data.source, "data.source")
+    texts = list(tokenise.training_texts(sources, config.data, None))
     assert sum(len(text) for text in texts if text.startswith("b")) in range(300, 304)
     assert len([text for text in texts if text.startswith("document")]) == 2
 

@@ -61,15 +61,14 @@ def test_folder_without_its_manifest(prepared_corpus: tuple[PreparedData, RunCon
 def test_damaged_manifest(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent, content: str) -> None:
     prepared, config = prepared_corpus
     (prepared.folder / "prepared.json").write_text(content)
-    with pytest.raises(
-        DataError, match=r"prepared\.json (cannot be read|has format 99).*; remove .* to prepare it again"
-    ):
+    with pytest.raises(DataError, match=r"prepared\.json (is damaged|has format 99).*; remove .* to prepare it again"):
         prepare(config, report=silent)
 
 
 def test_corpus_without_text(tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
     (tmp_path / "blank.txt").write_text("\n\n  \n\n")
-    with pytest.raises(DataError, match=r"data\.source=.*blank\.txt holds no text; name a source with documents in it"):
+    rule = r"data\.source=.*blank\.txt holds no text in its 2 rows \(2 empty: .*:1; .*:2\); name a source with "
+    with pytest.raises(DataError, match=rule):
         prepare(config_for(tmp_path / "blank.txt"), report=silent)
 
 

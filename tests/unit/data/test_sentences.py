@@ -11,12 +11,13 @@ import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import tokenise
+from megatron_lite.data.bpe import train_bpe
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter, idx_path
 from megatron_lite.data.pieces import read_pieces
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData, Shard
 from megatron_lite.data.sentences import LONG_SENTENCE, Kinds, read_sentences, sentence_kinds, sentence_starts
-from megatron_lite.data.tokenizer import Tokenizer, train_bpe
+from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
 
 ConfigFor = Callable[..., RunConfig]

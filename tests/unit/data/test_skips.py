@@ -51,7 +51,13 @@ def test_file(tmp_path: Path) -> None:
     assert skips_of(rollbacks).windows == (Window(64, 128),)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', '{"format": 1, "rollbacks": [{"step": 1}]}'])
+BACKWARDS = '{"format": 1, "rollbacks": [{"window": {"first": 9, "stop": 8}, "step": 3, "to_step": 2, "reason": "x"}]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "\0" * 9, "[" * 100_000, '{"format": 2}', '{"format": 1, "rollbacks": [{"step": 1}]}', BACKWARDS],
+)
 def test_damaged_file(tmp_path: Path, content: str) -> None:
     (tmp_path / SKIPS_FILE).write_text(content)
     with pytest.raises(DataError, match=r"train in a new train\.run_dir"):

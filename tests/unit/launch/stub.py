@@ -12,12 +12,13 @@ from launch.entry import run_script
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, RunEnd
 from megatron_lite.observe.markers import STOP_FILE, leave_marker
+from megatron_lite.observe.run_lock import Claim
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
          "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")  # fmt: skip
 
 
-def body(config: RunConfig) -> RunEnd | None:
+def body(config: RunConfig, claim: Claim) -> RunEnd | None:
     rank, what = int(os.environ["RANK"]), os.environ.get("STUB", "report")
     folder = Path(str(config.train.run_dir))
     (folder / f"pid-{rank}").write_text(str(os.getpid()))

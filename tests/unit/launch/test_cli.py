@@ -132,6 +132,18 @@ def test_dry_run_shows_what_has_changed_since(capsys: pytest.CaptureFixture[str]
     ) in text
 
 
+def test_dry_run_refuses_what_names_no_source(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    """All of them, also where no size has to be known from them."""
+    words = ["data.source=[x.jsonl.zst,embedded]", "data.validation_source=s3://b/y.jsonl", "model.vocab_size=9000"]
+    assert main(["pretrain_gpt", *words, "launcher.device=cpu", "--dry-run"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "data.source[0]=x.jsonl.zst: x.jsonl.zst is not a file (looked from " in captured.err
+    assert "data.validation_source=s3://b/y.jsonl is an address" in captured.err
+    (elsewhere / "x.jsonl.zst").write_text("x")
+    assert main(["pretrain_gpt", words[0], "launcher.device=cpu", "--dry-run"]) == 0
+
+
 def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
     words = ["parallel=dp2_tp2_pp2", "launcher.device=cpu", "launcher.master_port=29123", "train.run_dir=run"]
     assert main(["pretrain_gpt.py", *words, "--dry-run"]) == 0

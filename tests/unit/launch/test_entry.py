@@ -17,6 +17,8 @@ from megatron_lite.config.frozen import freeze
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import ConfigError
+from megatron_lite.observe import run_lock
+from megatron_lite.observe.run_lock import Claim
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", ERROR_FILE,
                   "TORCH_EXTENSIONS_DIR", "SLURM_STEP_NUM_TASKS", FOLDER_VARIABLE)  # fmt: skip
@@ -33,6 +35,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(entry, "_make_ready", lambda config: None)
     monkeypatch.setattr(entry, "_prepare_data", lambda config: os.environ.update({FOLDER_VARIABLE: "made by a rank"}))
     monkeypatch.setattr(entry, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(run_lock, "JOIN_SECONDS", 0.0)
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -45,8 +48,8 @@ class Script:
         self.error = error
         self.config: RunConfig | None = None
 
-    def __call__(self, config: RunConfig) -> None:
-        self.config = config
+    def __call__(self, config: RunConfig, claim: Claim) -> None:
+        self.config, self.claim = config, claim
         if self.error:
             raise self.error
 
@@ -70,6 +73,17 @@ def test_world_of_one_by_hand() -> None:
     }  # fmt: skip
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     assert os.environ["TORCH_EXTENSIONS_DIR"].startswith(str(Path("run").absolute()))
+
+
+@pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "1e3", "٣", 5000 * "9"])
+def test_numbers_of_processes_that_are_none(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        os.environ[name] = value
+        assert run_script(Script(), "pretrain_gpt", []) == 2
+        assert "in the environment must be whole numbers, as torchrun, deepspeed or srun set them" in (
+            capfd.readouterr().err
+        )
+        del os.environ[name]
 
 
 def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +194,7 @@ def test_user_error_under_our_launcher_goes_to_its_file_once(capfd: pytest.Captu
 def test_error_reaches_the_terminal_although_the_run_had_sent_stderr_to_a_log(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def redirect_and_fail(config: RunConfig) -> None:
+    def redirect_and_fail(config: RunConfig, claim: Claim) -> None:
         log = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 2)
         raise ConfigError("bad")

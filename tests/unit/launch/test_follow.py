@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
 from megatron_lite.errors import RunEnd
+from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.observe.markers import STOP_FILE, leave_marker
+from tests.unit.launch.holding import held as held_folder
 
 
 @pytest.fixture
@@ -34,11 +36,22 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def held(run_dir: Path) -> Iterator[None]:
     """A launcher is at work in the folder."""
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
+    with held_folder(run_dir):
         yield
+
+
+def test_run_on_another_machine(capsys: pytest.CaptureFixture[str], run_dir: Path) -> None:
+    """Nobody here can look at its process, so its heartbeat tells."""
+    with held_folder(run_dir):
+        (path,) = (run_dir / "lock").glob("*.json")
+        there = json.loads(path.read_text()) | {"host": "n7", "machine": "n7", "pid": 99}
+        path.write_text(json.dumps(there))
+        fields = fields_of(capsys, run_dir)
+        assert (fields["state"], fields["process"][:21]) == ("running", "99 on n7 (rank 0) sin")
+        (run_dir / "job.sh").touch()
+        assert "is in use by process 99 on n7" in error_of(capsys, "requeue", str(run_dir))
+        os.utime(path, (1e9, 1e9))
+        assert "process" not in fields_of(capsys, run_dir)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -75,9 +88,11 @@ def test_run_that_was_stopped(capsys: pytest.CaptureFixture[str], run_dir: Path)
 
 def test_run_of_this_machine(capsys: pytest.CaptureFixture[str], run_dir: Path, held: None) -> None:
     fields = fields_of(capsys, run_dir)
-    assert (fields["state"], fields["process"]) == ("running", "4711 of this machine")
+    who = f"{os.getpid()} on {node_name()} (rank 0) since "
+    assert fields["state"] == "running"
+    assert fields["process"].startswith(who)
     assert main(["cancel", str(run_dir)]) == 0
-    assert capsys.readouterr().out == "asked process 4711 and its ranks to save and to stop\n"
+    assert capsys.readouterr().out.startswith(f"asked process {who}")
     assert (run_dir / STOP_FILE).exists()
 
 

@@ -73,3 +73,19 @@ def test_nodes_and_processes_come_from_the_file() -> None:
     Path("hosts").write_text("a slots=4\nb slots=4\n")
     launcher = with_hosts(compose("pretrain_gpt", ["launcher=deepspeed", "launcher.hostfile=hosts"])).launcher
     assert (launcher.nodes, launcher.processes_per_node, launcher.num_processes) == (2, 4, None)
+
+
+def test_numbers_that_no_machine_has() -> None:
+    digits = 5000 * "9"
+    for line in ("node1 slots=99999999999999", "node1 slots=4097", f"node1 slots={digits}"):
+        (problem,) = problems_of(f"{line}\n")
+        assert "has more slots than 4096, the most that a machine runs; use at most 4096" in problem
+    many = "".join(f"node{i} slots=4096\n" for i in range(33))
+    (problem,) = problems_of(many)
+    assert "33 hosts x 4096 slots, more than the 131072 processes that a plan can list" in problem
+
+
+def test_device_in_place_of_a_hostfile() -> None:
+    """Reading it would never end."""
+    with pytest.raises(ConfigError, match=r"cannot be read \(not a file\)"):
+        read_hostfile("/dev/zero")

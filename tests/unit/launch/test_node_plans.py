@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import preparation
 from launch.base import LaunchPlan
 from launch.cli import main
+from launch.deepspeed import private_file
 from launch.nodes import is_loopback, own_node_rank
-from launch.preparation import LOCK_FILE, run_folder
+from launch.preparation import run_folder
 from launch.processes import Ending
 from launch.program import on_this_node
 from launch.registry import LAUNCHERS
@@ -143,8 +144,7 @@ def test_only_the_node_of_rank_0_takes_the_folder() -> None:
         assert not first.error_file.exists()
 
 
-def test_c10d_nodes_share_the_folder_of_whichever_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "OWNER_SECONDS", 0.2)
+def test_c10d_nodes_share_the_folder_of_whichever_was_first() -> None:
     plan, other = plan_of(*C10D), plan_of(*C10D, "launcher.rendezvous_id=other")
     with run_folder(plan):
         plan.error_file.write_text("error: of a rank\n")
@@ -152,25 +152,6 @@ def test_c10d_nodes_share_the_folder_of_whichever_was_first(monkeypatch: pytest.
             assert plan.error_file.exists()
         with pytest.raises(LaunchError, match="is in use by process"), run_folder(other):
             pass
-
-
-def test_owner_that_has_not_signed_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes start at the same moment: one may find the lock taken and the file still another's."""
-    plan = plan_of(*C10D)
-    plan.error_file.parent.mkdir(parents=True)
-    lock_file = plan.run_dir / LOCK_FILE
-    lock_file.write_text("123\nan earlier job")
-    waits: list[float] = []
-
-    def sign(seconds: float) -> None:
-        waits.append(seconds)
-        lock_file.write_text(f"124\n{plan.job}")
-
-    monkeypatch.setattr(preparation.time, "sleep", sign)
-    with lock_file.open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with run_folder(plan):
-            assert len(waits) == 1
 
 
 def test_node_that_met_no_other_does_not_take_an_earlier_end_for_its_own() -> None:
@@ -201,18 +182,37 @@ def test_deepspeed_by_hand() -> None:
     assert frozen.render(plan.config) == frozen.render(plan_of(*PDSH).config)
 
 
-def test_variables_reach_remote_ranks_through_deepspeeds_file(elsewhere: Path) -> None:
+def test_variables_reach_remote_ranks_through_deepspeeds_file(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (elsewhere / "home").mkdir()
-    (elsewhere / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\nno variable\n")
-    plan = plan_with_variable(*PDSH, "launcher.threads_per_process=3")
+    (elsewhere / "home" / ".deepspeed_env").write_text("DB_PASS=planted-1\nno variable\n")
+    monkeypatch.setenv("PASSED_TOKEN", "planted-2")
+    plan = plan_with_variable(*PDSH, "launcher.threads_per_process=3", "launcher.pass_environment=[PASSED_TOKEN]")
     file = Path("run/deepspeed.env")
-    assert plan.env["DS_ENV_FILE"] == str(elsewhere / file)
     lines = plan.files[file].splitlines()
-    assert lines[0] == "NCCL_DEBUG=INFO", "what the user has for deepspeed anyway"
     assert {"OMP_NUM_THREADS=3", "DS_ACCELERATOR=cpu", "SITE=x", "MASTER_ADDR=n0"} < set(lines)
     assert f"MEGATRON_LITE_ERROR_FILE={elsewhere}/run/logs/error.txt" in lines
+    assert "planted" not in str(plan)
     with run_folder(plan):
         assert file.read_text() == plan.files[file]
+    assert not [
+        path
+        for path in elsewhere.rglob("*")
+        if path.is_file() and "run" in path.parts and b"planted" in path.read_bytes()
+    ]
+    # What DeepSpeed reads is in memory, and inherited by the program alone.
+    private = private_file(plan.files[file], plan.config)
+    shown = subprocess.run(["cat", private], capture_output=True, text=True, check=True, close_fds=False).stdout
+    os.close(int(Path(private).name))
+    assert shown.splitlines()[:2] == ["DB_PASS=planted-1", "PASSED_TOKEN=planted-2"]
+    assert shown.endswith(plan.files[file])
+
+
+def test_a_variable_that_is_to_be_passed_has_to_be_there(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*PDSH, "launcher.pass_environment=[NOT_THERE]"]
+    with pytest.raises(ConfigError, match=r"launcher\.pass_environment names NOT_THERE, and there is no such variable"):
+        plan_of(*words)
+    monkeypatch.setenv("NOT_THERE", "x")  # as the message says
+    plan_of(*words)
 
 
 @pytest.mark.parametrize("name", ["with space", "$(id)", "a;b", "100%h", "quo'te", "new\\nline", "ü"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +11,11 @@ import pytest
 
 from launch.cli import main
 from launch.comparing import Effect, effect_of
-from launch.preparation import LOCK_FILE
 from megatron_lite.config.changes import FORBIDDEN, RESETS
 from megatron_lite.config.keys import leaf_keys
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import leave_marker
+from tests.unit.launch.holding import held
 from tests.unit.observe.synthetic_run import SyntheticRun, eventful_run
 
 
@@ -44,8 +44,7 @@ def test_report_of_ended_killed_and_running_runs(tmp_path: Path, capsys: pytest.
     leave_marker(tmp_path / "run", RunEnd.DIVERGED, "diverged: loss nan", 7)
     outputs(capsys, "report", str(tmp_path / "run"))
     assert "DIVERGED at step 7: diverged (diverged: loss nan)" in page.read_text()
-    with (tmp_path / "run" / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(tmp_path / "run"):
         outputs(capsys, "report", str(tmp_path / "run"), "--out", str(tmp_path / "other.html"))
     assert '<span class="state">running</span>' in (tmp_path / "other.html").read_text()
 
@@ -136,3 +135,73 @@ def test_every_setting_that_a_resume_takes_seriously_can_explain_a_difference() 
     assert not [key for key in serious if effect_of(key) is Effect.nothing]
     inert = {key.partition(".")[0] for key in leaf_keys() if effect_of(key) is Effect.nothing}
     assert inert == {"debug", "model", "data", "train", "stability", "tracking", "launcher"}
+
+
+def logged(path: Path, losses: dict[int, float], **more: float) -> str:
+    run = SyntheticRun(path, steps=60)
+    run.begin()
+    for step, loss in losses.items():
+        run.metrics.write(step, {"loss": loss, "samples": 8 * step, "global_batch_size": 8, **more})
+    run.close()
+    return str(path)
+
+
+EVEN = dict.fromkeys(range(1, 11), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("second", "code", "last"),
+    [
+        (EVEN | {1: 4.0}, 1, "part at step 1 (samples 0-7): loss 3 and 4; no earlier step is in both"),
+        (EVEN | {2: 4.0}, 1, "part at step 2 (samples 8-15): loss 3 and 4; bit for bit the same before step 2"),
+        (dict.fromkeys((10, 20), 4.0), 1, "part at step 10 (samples 72-79): loss 3 and 4; no earlier step is in both"),
+        ({5: 3.0, 10: 4.0}, 1, "part at step 10 (samples 72-79): loss 3 and 4; bit for bit the same in the 1 common "
+         "step before step 10"),
+        (EVEN | {1: 3.0000001, 4: 5.0}, 1, "part at step 4 (samples 24-31): loss 3 and 5; not bit for bit the same "
+         "from step 1 on, the first in both"),
+        (EVEN | {3: math.nan}, 1, "part at step 3 (samples 16-23): loss 3 and nan; bit for bit the same before step 3"),
+        (EVEN, 0, "the same loss bit for bit over 10 common steps"),
+        ({1: 3.0}, 0, "the same loss bit for bit over 1 common step; the first has logged 9 steps more"),
+        (EVEN | {11: 3.0}, 0, "the same loss bit for bit over 10 common steps; the second has logged 1 step more"),
+        (EVEN | {2: 3.0000001}, 0, "the same loss within 1e-06 over 10 common steps, though not bit for bit from step "
+         "2 on"),
+        ({20: 3.0}, 2, "error: a has logged 10 steps and b 1, and none is in both; compare runs that have trained the "
+         "same steps"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_true_at_every_border(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], second: dict[int, float],
+    code: int, last: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    logged(Path("a"), EVEN)
+    logged(Path("b"), second)
+    assert main(["compare", "a", "b"]) == code
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).splitlines()[-1] == last
+
+
+def test_nan_in_both_is_no_difference_and_lost_lines_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        logged(Path(name), EVEN | {4: math.nan})
+    text = Path("b/metrics.jsonl").read_text().splitlines()
+    text[6] = "\0" * len(text[6])
+    Path("b/metrics.jsonl").write_text("\n".join(text) + "\n")
+    lines = outputs(capsys, "compare", "a", "b")
+    assert "lines missing     the second has lost step 7 of metrics.jsonl, which is no part of this" in lines
+    assert lines[-1] == "the same loss bit for bit over 9 common steps; the first has logged 1 step more"
+
+
+def test_runs_without_a_loss_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logged(Path("a"), {1: 3.0})
+    run = SyntheticRun(Path("b"), steps=3)
+    run.metrics.write(1, {"grad_norm": 1.0})
+    run.close()
+    assert main(["compare", "a", "b"]) == 2
+    assert "a has logged 1 step and b 1, and no step has a loss in both" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_tensors_are_found_in_files_of_other_classes() -> None:
     assert str(caught.value) == (
         "model.init_from=DIR does not hold the weights of this model: wte.weight is [61, 16], and the model's is "
         "[61, 32]; h.0.ln_1.bias is of type I8, and weights are F32, BF16, F16, F64; transformer.ln_f.weight [32] is "
-        "missing; give the folder of such a model, or the settings of its own"
+        "missing; give the folder of such a model, with the config.json that was saved with it"
     )
 
 

@@ -183,6 +183,8 @@ def eventful_run(path: Path, text: str = "") -> SyntheticRun:
     """400 steps with a resume after a kill, a spike that was only told of, and one that was rolled back."""
     run = SyntheticRun(path, steps=400)
     run.begin()
+    skipped = [{"kind": "not JSON", "count": 1200, "examples": [f"web.jsonl:7: {text}"]}]
+    run.events.write("rows", 0, {"sources": [{"source": "web", "documents": 98765, "skipped": skipped}]})
     run.train(1, 118, spikes={90: 4.1})
     run.spike(90)
     run.resume(100)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.keys import leaf_keys
-from megatron_lite.observe.credentials import SECRET_KEY, assigned_secrets, has_url_secret, without_secrets
+from megatron_lite.observe.credentials import (
+    SECRET_KEY,
+    assigned_secrets,
+    has_url_secret,
+    looks_secret,
+    names_secret,
+    secrets_in_line,
+    tracked_settings,
+    without_secrets,
+)
 
 
 def test_secrets_are_masked_and_ordinary_keys_are_not() -> None:
@@ -73,3 +82,71 @@ def test_addresses(text: str, expected: bool) -> None:
 )
 def test_lines_that_give_a_value(line: str, names: list[str]) -> None:
     assert list(assigned_secrets(line)) == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SESSION_TOKEN", "DB_PASS", "MYSQL_PWD", "GITHUB_PAT", "SENTRY_DSN", "OPENAI_KEY", "PGPASSWORD", "NETRC",
+     "AZURE_STORAGE_CONNECTION_STRING", "SLACK_WEBHOOK", "SLACK_WEBHOOK_URL", "MY_PASSPHRASE", "AUTH_BEARER",
+     "TOKEN_FOR_HUB", "GOOGLE_APPLICATION_CREDENTIALS", "SECRET_SAUCE", "REGISTRY_AUTH", "JWT", "DB_PASSWORD_FILE"],
+)  # fmt: skip
+def test_variables_of_credentials(name: str) -> None:
+    assert names_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NCCL_DEBUG", "OMP_NUM_THREADS", "PATH", "LD_LIBRARY_PATH", "HF_HOME", "TOKENIZERS_PARALLELISM", "XAUTHORITY",
+     "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "AWS_ACCESS_KEY_ID", "BYPASS_CACHE", "KEYBOARD"],
+)  # fmt: skip
+def test_variables_of_other_things(name: str) -> None:
+    assert not names_secret(name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["hf_abcdefghijkl", "ghp_0123456789abcdef", "AKIAIOSFODNN7EXAMPLE", "0123456789abcdef0123456789abcdef01234567",
+     "https://me:pw@host", "Bearer sk-abcdefgh1234", "eyJhbGciOi.eyJzdWIiOi.SflKxw", "wJalrXUtnFEMI7K7MDENGbPxRfi1",
+     "-----BEGIN RSA PRIVATE KEY-----"],
+)  # fmt: skip
+def test_values_of_credentials(value: str) -> None:
+    assert looks_secret(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["INFO", "1", "lo,eth0", "/apps/OpenMPI-4.1.5/lib64:/usr/lib", "max_split_size_mb:512,expandable_segments:True",
+     "python3.11", "=".join(["a"] * 20), "https://proxy:8080", "ThisIsAVeryLongNameOfAClass1", ""],
+)  # fmt: skip
+def test_values_of_other_things(value: str) -> None:
+    assert not looks_secret(value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["wandb login 0123456789abcdef", "wandb login --relogin abcdef", "huggingface-cli login --token hf_x",
+     "docker login -u me -p hunter2 registry.io", "export DB_PASS=hunter2", "tool --api-key hunter2", "tool --pass=x",
+     "curl -H 'Authorization: Bearer abc' https://host", "curl -u me:hunter2 https://host", "sshpass -p x ssh host",
+     "echo machine host login me password hunter2 > ~/.netrc", "echo hunter2 | docker login --password-stdin reg.io",
+     "env X=ghp_0123456789abcdef true", "set-key wJalrXUtnFEMI7K7MDENGbPxRfi1"],
+)  # fmt: skip
+def test_lines_with_credentials(line: str) -> None:
+    assert list(secrets_in_line(line))
+    assert not any(secret in text for text in secrets_in_line(line) for secret in ("hunter2", "0123456789", "wJal"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["wandb login", 'wandb login "$WANDB_API_KEY"', "wandb login --relogin --host=https://wandb.example.com",
+     "docker login registry.io", "module load cuda/12.1", "source /apps/env.sh", 'curl -u "me:$DB_PASS" https://host',
+     "export HF_TOKEN=$(cat ~/.token)", "bash --login", "cat ~/.token | docker login --password-stdin registry.io",
+     "--constraint=h100", "--export=ALL", "git checkout 0123456789abcdef0123456789abcdef01234567"],
+)  # fmt: skip
+def test_lines_without_credentials(line: str) -> None:
+    assert list(secrets_in_line(line)) == []
+
+
+def test_trackers_see_what_is_listed() -> None:
+    config = {"model": {"num_layers": 2}, "launcher": {"name": "slurm", "setup": ["x"], "environment": {"A": "planted"},
+              "account": "project"}, "novel": {"a": 1}}  # fmt: skip
+    assert tracked_settings(config) == {"model": {"num_layers": 2}, "launcher": {"name": "slurm"}}

@@ -50,6 +50,8 @@ def test_the_page_tells_what_the_run_is_and_how_it_went(eventful: Path) -> None:
         "7,392 to 7,455",
         "61.5 robust deviations above",
         "web, document 1731",
+        '<td>web</td><td class="number">98,765</td><td>not JSON</td><td class="number">1,200</td>',
+        "web.jsonl:7: ",
         "8 checkpoints, the latest of step 400",
         "without a word: killed, or its machine was lost",
     ):
@@ -207,7 +209,8 @@ def test_layers_without_a_number_have_jumped_most() -> None:
 
 def test_many_ranges_of_samples_are_counted() -> None:
     assert ranges([[0, 32]]) == "0 to 31"
-    assert ranges([[10 * n, 10 * n + 1] for n in range(7)]) == "0 to 0, 10 to 10, 20 to 20, 30 to 30 and 3 more ranges"
+    assert ranges([[10 * n, 10 * n + 1] for n in range(5)]) == "0, 10, 20, 30 and 1 more range"
+    assert ranges([[10 * n, 10 * n + 1] for n in range(7)]) == "0, 10, 20, 30 and 3 more ranges"
 
 
 def test_only_the_latest_of_very_many_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

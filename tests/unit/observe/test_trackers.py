@@ -343,3 +343,42 @@ def test_run_id_lives_in_the_run_folder(tmp_path: Path) -> None:
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first
     assert run_id(tmp_path / "other") != first
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attribute"),
+    [
+        ("wandb", "megatron_lite.observe.wandb_tracker", "WandbTracker"),
+        ("TensorBoard", "megatron_lite.observe.tensorboard_tracker", "TensorBoardTracker"),
+    ],
+)
+def test_a_view_that_cannot_start_is_told_and_left_out(
+    name: str, module: str, attribute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a library raises, the run goes on, and its own files have the figures."""
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise RecursionError("deep\nwithin")
+
+    monkeypatch.setattr(f"{module}.{attribute}", fail)
+    config = RunConfig()
+    config.tracking.wandb = WandbMode.offline if name == "wandb" else WandbMode.disabled
+    config.tracking.tensorboard = name != "wandb"
+    told: list[str] = []
+    trackers = build_trackers(config, tmp_path, True, report=told.append)
+    trackers.log(1, {"loss": 2.0})
+    trackers.finish({})
+    assert told == [f"{name} cannot start: RecursionError: deep; the run goes on without it"]
+    assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_environment_that_wandb_does_not_take(
+    tmp_path: Path, offline: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb checks all its variables at once, and raises what pydantic raises."""
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    told: list[str] = []
+    trackers = build_trackers(offline, tmp_path, True, report=told.append)
+    trackers.log(1, {"loss": 2.0})
+    assert len(told) == 1
+    assert told[0].startswith("wandb cannot start: ")

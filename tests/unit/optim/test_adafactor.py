@@ -106,3 +106,23 @@ def test_without_the_group_every_sharded_tensor_is_wrong(one_rank: dict[str, Ten
             assert error < 1e-6, name
         else:
             assert error > 1e-4, name
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,)])
+def test_without_a_gradient_nothing_moves(shape: tuple[int, ...]) -> None:
+    """epsilon1 keeps the second moment above 0."""
+    weight = nn.Parameter(torch.ones(shape))
+    optimizer = Adafactor([weight], lr=0.1)
+    weight.grad = torch.zeros(shape)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,)])
+def test_a_parameter_that_is_zero_moves_by_the_smallest_scale(shape: tuple[int, ...]) -> None:
+    """epsilon2 = 1e-3 in place of its RMS (arXiv 1804.04235, section 8)."""
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = Adafactor([weight], lr=0.1)
+    weight.grad = torch.full(shape, 5.0)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full(shape, -1e-4), rtol=1e-5, atol=0.0)

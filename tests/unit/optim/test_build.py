@@ -62,6 +62,14 @@ def test_only_matrices_decay_and_tied_weights_come_once() -> None:
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
 
 
+def test_a_stacked_bias_is_no_matrix() -> None:
+    """That of SwiGLU's gate and up has two dimensions."""
+    named = [("gate_up.weight", nn.Parameter(torch.ones(2, 8, 8))), ("gate_up.bias", nn.Parameter(torch.ones(2, 8)))]
+    matrices, vectors = parameter_groups(named, 0.1)
+    assert [p.shape for p in matrices["params"]] == [(2, 8, 8)]
+    assert [p.shape for p in vectors["params"]] == [(2, 8)]
+
+
 def test_groups_leave_out_frozen_parameters_and_empty_groups() -> None:
     net = Net()
     for parameter in (net.norm.weight, net.norm.bias, net.up.bias, net.down.bias):
@@ -76,6 +84,16 @@ def test_adamw_is_fused_and_equals_the_formula() -> None:
     assert all(group["fused"] for group in optimizer.param_groups)
     run_formula_adamw(start, config, steps=5)
     assert_same(net, start)
+
+
+def test_adamw_adds_epsilon_to_the_root() -> None:
+    """A gradient as large as epsilon: half a step. Gradients of a model are so much larger that it would not show."""
+    weight = nn.Parameter(torch.zeros(2))
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, epsilon=1e-3)
+    optimizer = build_optimizer([("weight", weight)], config, ParallelContext.single())
+    weight.grad = torch.tensor([1e-3, -3e-3])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.05, 0.075]), rtol=1e-5, atol=0.0)
 
 
 def run_formula_adamw(net: Net, config: OptimizerConfig, steps: int) -> None:

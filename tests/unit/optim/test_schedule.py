@@ -63,4 +63,5 @@ def test_no_warmup_starts_near_the_peak(decay: Decay) -> None:
 
 def test_warmup_longer_than_the_run_stays_defined() -> None:
     assert rate(100, Decay.cosine, warmup_steps=200) == pytest.approx(PEAK / 2)
+    assert rate(200, Decay.cosine, warmup_steps=200) == pytest.approx(PEAK)
     assert rate(201, Decay.cosine, warmup_steps=200) == FLOOR

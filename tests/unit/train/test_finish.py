@@ -11,14 +11,14 @@ from megatron_lite.observe.console import plain_console
 from megatron_lite.train import finish
 
 
-def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(run_dir: Path, state: str) -> Path:
+@pytest.mark.parametrize("name", ["report.html", "loss.png"])
+def test_a_page_that_cannot_be_written_is_told_in_one_line(name: str, tmp_path: Path) -> None:
+    def fail() -> Path:
         raise OSError(28, "No space left\non device")
 
-    monkeypatch.setattr(finish, "write_report", fail)
     stream = io.StringIO()
-    assert finish._report(tmp_path, plain_console(stream)) is None
+    assert finish._drawn(tmp_path / name, fail, plain_console(stream)) is None
     assert stream.getvalue() == (
-        "report.html could not be written (OSError: [Errno 28] No space left on device); "
+        f"{name} could not be written (OSError: [Errno 28] No space left on device); "
         f"try `python -m launch report {tmp_path}`\n"
     )

@@ -12,7 +12,7 @@ from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerSta
 from megatron_lite.config.schema import TrainConfig
 from megatron_lite.config.stability import StabilityConfig
 from megatron_lite.data.skips import Rollback, Skips, Window
-from megatron_lite.errors import TrainingError
+from megatron_lite.errors import DiskError
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
 from megatron_lite.train import rollback as module
 from megatron_lite.train.rollback import GoBack, next_window, unsuited
@@ -122,6 +122,6 @@ def test_a_full_disk_ends_a_rollback_on_every_rank(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "write_rollbacks", full)
     said: list[str | None] = []
     monkeypatch.setattr(module, "agreed", lambda answer: said.append(answer) or answer)
-    with pytest.raises(TrainingError, match=r"skipped_samples.json cannot be written .*No space left"):
+    with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written .*No space left"):
         go_back(tmp_path)._publish()
     assert len(said) == 1

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.data.batch import MicroBatch, micro_batches
-from megatron_lite.data.loader import training_dataset
+from megatron_lite.data.loader import VALIDATION_SEED, training_dataset, validation_dataset
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import PreparedData
 from megatron_lite.data.skips import Skips, Window
@@ -17,6 +17,7 @@ from megatron_lite.objectives.build import build_objective
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
+from megatron_lite.train.evaluation import HeldOut
 from megatron_lite.train.sources import ShardSource
 from tests.unit.data.conftest import document
 
@@ -48,12 +49,14 @@ def rows(batches: list[MicroBatch]) -> tuple[torch.Tensor, ...]:
     return (torch.cat([b.inputs[0] for b in batches]), *(torch.cat([getattr(b, f) for b in batches]) for f in fields))
 
 
-def expected(corpus: tuple[PreparedData, RunConfig], indices: list[int]) -> tuple[torch.Tensor, ...]:
+def expected(
+    corpus: tuple[PreparedData, RunConfig], indices: list[int], *, held_out: bool = False
+) -> tuple[torch.Tensor, ...]:
     """These samples, one by one."""
     prepared, config = corpus
     objective = build_objective(config.objective, config.data, prepared.vocabulary)
-    dataset = training_dataset(prepared, config, objective.shape)
-    return rows(micro_batches(dataset, objective, indices, 1, config.train.seed))
+    dataset = (validation_dataset if held_out else training_dataset)(prepared, config, objective.shape)
+    return rows(micro_batches(dataset, objective, indices, 1, VALIDATION_SEED if held_out else config.train.seed))
 
 
 def equal(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> bool:
@@ -80,9 +83,53 @@ def test_a_rollback_replaces_what_is_left_out(corpus: tuple[PreparedData, RunCon
     assert equal(rows(source.training(batch)), expected(corpus, [4, 7, 8, 9]))
 
 
+PARTS = {
+    (1, 0): [0, 1, 2, 3, 4, 5, 6, 7],
+    (2, 0): [0, 1, 2, 3],
+    (2, 1): [4, 5, 6, 7],
+    (4, 0): [0, 1],
+    (4, 1): [2, 3],
+    (4, 2): [4, 5],
+    (4, 3): [6, 7],
+}
+"""Samples by (data-parallel size, rank), of 8."""
+
+
+def reads_its_part(corpus: tuple[PreparedData, RunConfig], data_size: int, rank: int) -> bool:
+    """Whether a rank's held-out samples are those of PARTS, and so many micro-batches as it is said to have."""
+    prepared, config = corpus
+    train = replace(config.train, global_batch_size=4, eval_batches=2)
+    source = source_of((prepared, replace(config, train=train)), data_size, rank, Skips())
+    ((batches, count),) = source.held_out.rounds()
+    assert len(batches) == count
+    return equal(rows(batches), expected(corpus, PARTS[data_size, rank], held_out=True))
+
+
+@pytest.mark.parametrize(("data_size", "rank"), PARTS)
+def test_each_rank_validates_on_its_part_of_the_held_out_samples(
+    corpus: tuple[PreparedData, RunConfig], data_size: int, rank: int
+) -> None:
+    assert reads_its_part(corpus, data_size, rank)
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_a_slice_that_is_off_by_one_is_caught(
+    corpus: tuple[PreparedData, RunConfig], off_by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = HeldOut._own_part
+
+    def shifted(held_out: HeldOut) -> range:
+        own = right(held_out)
+        return range(own.start + off_by, own.stop + off_by)
+
+    monkeypatch.setattr(HeldOut, "_own_part", shifted)
+    assert not reads_its_part(corpus, 2, 1)
+
+
 def test_validation_leaves_nothing_out(corpus: tuple[PreparedData, RunConfig]) -> None:
     plain, skipping = (source_of(corpus, 2, 1, skips) for skips in (Skips(), Skips([Window(0, 50)])))
-    assert equal(rows(plain.validation()), rows(skipping.validation()))
+    ((batches, _),), ((others, _),) = plain.held_out.rounds(), skipping.held_out.rounds()
+    assert equal(rows(batches), rows(others))
 
 
 def test_passes_hold_fewer_samples_where_some_are_left_out(corpus: tuple[PreparedData, RunConfig]) -> None:
@@ -98,4 +145,4 @@ def test_stages_between_first_and_last_read_nothing(corpus: tuple[PreparedData, 
     context = replace(ParallelContext.single(), topology=Topology(pipeline_parallel_size=3), rank=1)
     source = ShardSource(prepared, config, objective, context, Skips(WINDOWS))
     assert source.training(BatchStep(0, 8)) == []
-    assert source.validation() == []
+    assert all(batches == [] for batches, _ in source.held_out.rounds())

@@ -28,13 +28,17 @@ from pathlib import Path
 from megatron_lite.observe.console import plain_console
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.parallel.topology import Topology
+from megatron_lite.observe.run_lock import SharedLock
 from megatron_lite.train.watchdog import Watchdog, place_of
 
 folder, rank, limit = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 heartbeat = Heartbeat()
 console = plain_console()
 place = place_of(rank, Topology(data_parallel_size=2))
-with Watchdog(folder, place, heartbeat, local_rank=rank, world_size=2, limit_seconds=limit, console=console):
+with Watchdog(
+    folder, place, heartbeat, local_rank=rank, world_size=2, limit_seconds=limit, console=console,
+    claim=SharedLock(folder, 'this attempt'),
+):
     heartbeat.begin_step(5)
     (folder / "started").touch()
     BODY

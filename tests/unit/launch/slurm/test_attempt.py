@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import attempt, records, scheduler
+from launch.slurm.verdict import NOTHING_LEFT
 from megatron_lite.errors import LaunchError, RunEnd
 from megatron_lite.observe.markers import ask_to_stop, leave_marker, read_marker
+from tests.unit.launch.holding import held
 
 JOB = 12
 
@@ -75,9 +77,31 @@ def test_begin_makes_the_folder_ready(slurm: Notes, run_dir: Path, capsys: pytes
     (run_dir / "logs" / "error.txt").write_text("old")
     assert begin(run_dir) == 0
     assert capsys.readouterr().out == "job 12: attempt 1 on n1, n2; newest checkpoint: none\n"
-    assert {path.name for path in run_dir.iterdir()} == {"logs", "jobs.jsonl", "attempts.jsonl"}
+    assert {path.name for path in run_dir.iterdir()} == {"logs", "jobs.jsonl", "attempts.jsonl", "lock"}
     assert not list((run_dir / "logs").iterdir())
     assert records.submissions(run_dir) == [[JOB]]  # somebody typed `sbatch job.sh`
+
+
+def test_second_job_in_one_folder_does_not_begin(
+    slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_marker(run_dir, RunEnd.FAILED, "of the run that holds the folder")
+    monkeypatch.setenv("SLURM_JOB_ID", str(JOB - 1))
+    with held(run_dir):
+        monkeypatch.setenv("SLURM_JOB_ID", str(JOB))
+        assert begin(run_dir) == 2
+        assert "job 12: error: train.run_dir=" in (out := capsys.readouterr().out)
+        assert "is in use by process" in out
+        assert read_marker(run_dir) is not None
+        assert end(run_dir) == 2
+    assert slurm.calls == []
+
+
+def test_run_that_is_done_is_not_begun_again(slurm: Notes, run_dir: Path) -> None:
+    leave_marker(run_dir, RunEnd.DONE, "", 5)
+    assert begin(run_dir) == NOTHING_LEFT
+    (run_dir / "DONE").write_text("")
+    assert begin(run_dir) == 0, "an empty file says nothing"
 
 
 def test_preempted_goes_back(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +162,7 @@ def test_a_rollback_is_progress(slurm: Notes, run_dir: Path) -> None:
     begin(run_dir)
     (run_dir / "checkpoints" / "step_00000030").rmdir()
     end(run_dir, code=137)
-    assert records.attempts(run_dir, "end")[-1]["advanced"]
+    assert records.attempts(run_dir, "end")[-1].advanced
 
 
 def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

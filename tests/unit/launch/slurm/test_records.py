@@ -22,6 +22,6 @@ def test_submissions_and_attempts(tmp_path: Path) -> None:
     records.record_begin(tmp_path, job=3, restart=1, nodes=["n1", "n2"])
     records.record_end(tmp_path, job=3, end=None, requeued=True, advanced=False, reason="killed")
     records.record_begin(tmp_path, job=7, restart=0, nodes=["n3"])
-    assert [entry["nodes"] for entry in records.attempts(tmp_path, "begin")] == [["n1", "n2"], ["n3"]]
+    assert [entry.nodes for entry in records.attempts(tmp_path, "begin")] == [["n1", "n2"], ["n3"]]
     (end,) = records.attempts(tmp_path, "end", 3)
-    assert (end["requeued"], end["end"], end["checkpoint"]) == (True, None, None)
+    assert (end.requeued, end.end, end.checkpoint) == (True, None, None)

@@ -31,6 +31,23 @@ def test_preempted_goes_back() -> None:
     assert verdict.reason == "PREEMPTED at step 40: a file named STOP; requeued, 1 of at most 5"
 
 
+def test_full_disk_goes_back_while_there_is_progress() -> None:
+    """Somebody makes room, or the quota is raised, and nothing of the run has to be changed."""
+    full = replace(PREEMPTED, marker=marker(RunEnd.DISK_ERROR, "no space"))
+    assert decide(full, LIMITS).requeue
+    verdict = decide(replace(full, advanced=False, stalled=2), LIMITS)
+    assert (verdict.requeue, verdict.exit_code) == (False, 85)
+
+
+@pytest.mark.parametrize("end", [None, RunEnd.FAILED, RunEnd.CONFIG_ERROR, RunEnd.PREEMPTED])
+def test_ranks_that_were_refused_the_folder_do_not_come_back(end: RunEnd | None) -> None:
+    """The marker is that of the run which holds it."""
+    used = replace(PREEMPTED, marker=None if end is None else marker(end), used_by="process 7 on n3")
+    verdict = decide(used, LIMITS)
+    assert (verdict.requeue, verdict.exit_code) == (False, 2)
+    assert verdict.reason == "not requeued: the run folder is in use by process 7 on n3"
+
+
 @pytest.mark.parametrize("end", [None, *RunEnd])
 def test_a_job_that_slurm_ends_does_not_come_back_by_itself(end: RunEnd | None) -> None:
     verdict = decide(replace(PREEMPTED, marker=None if end is None else marker(end), terminated=True), LIMITS)

@@ -1,0 +1,305 @@
+"""`python -m launch evaluate CHECKPOINT [SETTING ...]`: how well a checkpoint predicts held-out text, without training.
+
+The ranks of a run are started under any layout to evaluate instead of training. They have a folder of their own: the
+run's is only read, and a training run may go on beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launch.arguments import ALL_FLAG, EVALUATE_FLAG
+from launch.base import Launcher, LaunchPlan
+from launch.cli import resolve_for_this_machine
+from launch.local import LocalLauncher
+from launch.machine import require_capacity
+from launch.preparation import Prepare
+from launch.registry import LAUNCHERS
+from launch.watching import Parser
+from megatron_lite.checkpoint.folder import candidates, quick_problem
+from megatron_lite.checkpoint.inspection import checkpoints_of, is_checkpoint
+from megatron_lite.checkpoint.state import read_state
+from megatron_lite.config.compose import change, compose, override_key
+from megatron_lite.config.derived import processes_per_node
+from megatron_lite.config.frozen import check_run_folder, from_containers, render
+from megatron_lite.config.hf.folder import CONFIG_FILE, Weights, read_weights
+from megatron_lite.config.launcher import LauncherConfig, LauncherName
+from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
+from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size
+from megatron_lite.errors import EXIT_OK, CheckpointError, ConfigError, DataError
+from megatron_lite.observe.evaluation import EVALUATION_FILE, EvaluationReport
+from megatron_lite.state_files import read_object
+
+FOLDER = Path("runs") / "evaluations"
+WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.evaluate_checkpoint")
+PRESETS = ("parallel", "launcher", "objective")
+"""Groups of which another preset can be chosen; the others belong to the checkpoint."""
+TEXT = ("data.source", "data.validation_source")
+OF_WEIGHTS = ("data.tokenizer", "data.tokenizer_vocab_size")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    folder: Path
+    """With the weights."""
+    config: RunConfig
+    """Under which they were trained, or the one that fits them."""
+    weights: Weights
+    fingerprint: str | None = None
+    """Of the data that they were trained on; None = unknown."""
+
+    @property
+    def name(self) -> str:
+        """Of the folder of the evaluation."""
+        parts = self.folder.absolute().parts
+        of_run = is_checkpoint(self.folder) and len(parts) > 2 and parts[-2] == "checkpoints"
+        return f"{parts[-3]}-{parts[-1]}" if of_run else parts[-1]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line, the word `evaluate` left out; returns the exit code.
+
+    Raises:
+        MegatronLiteError: anything that the user can mend, as far as it is known before the ranks start.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    words = arguments.settings
+    subject = find_subject(arguments.checkpoint)
+    config = replace(configured(subject, words), debug=arguments.debug)
+    is_own_text = all(override_key(word) not in TEXT for word in words)
+    launcher = _launcher(config, _preparation(subject.fingerprint if is_own_text else None))
+    plan = _with_flags(launcher.plan(config), [EVALUATE_FLAG, str(subject.folder), *[ALL_FLAG] * arguments.all])
+    if arguments.dry_run:
+        print(_plan_text(subject, plan))
+        return EXIT_OK
+    require_capacity(processes_per_node(config), config.launcher.device)
+    result = plan.run_dir / EVALUATION_FILE
+    result.unlink(missing_ok=True)
+    with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to stdout
+        code = launcher.run(plan)
+    if code == EXIT_OK:
+        report = read_object(result, EvaluationReport)
+        assert report is not None, f"the ranks have left no {result}"
+        print(report.as_json() if arguments.json else report.table())
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m launch evaluate",
+        description="Loss, perplexity and accuracy of a checkpoint on held-out text, without a training step.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run folder for its newest checkpoint, the folder of a step, or a Hugging Face model folder",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="SETTING",
+        help="data.source=FILE evaluates on that text instead of what the run holds out; train.eval_batches=N, "
+        "parallel=dp1, launcher=torchrun and the like",
+    )
+    parser.add_argument("--all", action="store_true", help="each held-out sample once, not train.eval_batches batches")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    return parser
+
+
+def find_subject(path: str) -> Subject:
+    """What a path means.
+
+    Raises:
+        ConfigError: it is no folder, or one without weights.
+        CheckpointError: the checkpoint is damaged.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{path} is no folder (looked from {Path.cwd()}); give a run folder, the folder of a step such as "
+            "RUN/checkpoints/step_00000100, or a Hugging Face model folder"
+        )
+    if not is_checkpoint(folder):
+        saved = candidates(checkpoints_of(folder))
+        if not saved and (folder / CONFIG_FILE).is_file():
+            return _of_transformers(folder)
+        if not saved:
+            raise ConfigError(
+                f"{path} holds no checkpoint; give a run folder that has saved one, the folder of a step such as "
+                "RUN/checkpoints/step_00000100, or a Hugging Face model folder"
+            )
+        folder = saved[0]
+    return _of_checkpoint(folder)
+
+
+def _of_checkpoint(folder: Path) -> Subject:
+    problem = quick_problem(folder)
+    if problem is not None:
+        whole = next((other for other in candidates(folder.parent) if quick_problem(other) is None), None)
+        remedy = "bring back a whole copy" + (f", or evaluate {whole}" if whole is not None else "")
+        raise CheckpointError(f"{folder} is damaged: {problem}; {remedy}")
+    state = read_state(folder)
+    try:
+        config = from_containers(state.config)
+    except ConfigError as error:
+        remedy = "evaluate it with the version of megatron_lite that wrote it"
+        raise CheckpointError(f"{folder}: {error}; {remedy}") from error
+    return Subject(folder, config, read_weights(str(folder)), state.data_fingerprint)
+
+
+def _of_transformers(folder: Path) -> Subject:
+    weights = read_weights(str(folder))
+    return Subject(folder, compose(weights.script, [f"model.init_from={folder}"]), weights)
+
+
+def configured(subject: Subject, words: Sequence[str]) -> RunConfig:
+    """The resolved configuration of the ranks.
+
+    Raises:
+        ConfigError: with every wrong word, or every setting that does not fit.
+    """
+    keys = {override_key(word) for word in words}
+    _check_words(subject, keys)
+    config = _with_presets(_for_this_machine(subject.config), [word for word in words if override_key(word) in PRESETS])
+    config = change(config, [word for word in words if override_key(word) not in PRESETS])
+    if config.launcher.name is LauncherName.slurm:
+        raise ConfigError(
+            "launcher.name=slurm cannot evaluate, for the answer would come when the job ends; use launcher=torchrun "
+            "within a job of yours, or launcher=local"
+        )
+    own_folder = config.train.run_dir if "train.run_dir" in keys else None
+    config = _without_training(_with_text(config, subject, keys))
+    _require_fitting_tokenizer(config, subject)
+    resolved = resolve_for_this_machine(config)
+    digest = hashlib.sha256(f"{subject.folder.absolute()}\n{render(resolved)}".encode()).hexdigest()[:8]
+    run_dir = own_folder or str(FOLDER / f"{subject.name}-{digest}")
+    resolved = replace(resolved, train=replace(resolved.train, run_dir=run_dir))
+    check_run_folder(resolved, Path(run_dir))
+    return resolved
+
+
+def _for_this_machine(config: RunConfig) -> RunConfig:
+    """Whatever machines the run itself was for: the words may say otherwise."""
+    launcher = LauncherConfig(threads_per_process=config.launcher.threads_per_process)
+    return replace(config, launcher=launcher)
+
+
+def _check_words(subject: Subject, keys: set[str]) -> None:
+    fixed = [key for key in sorted(keys) if key.partition(".")[0] == "model" and key != "model.vocab_pad_multiple"]
+    if subject.weights.has_tokenizer:
+        fixed += [key for key in OF_WEIGHTS if key in keys]
+    problems = [f"{key} is decided by the weights of {subject.folder}; leave it out" for key in fixed]
+    if subject.fingerprint is None and keys.isdisjoint(TEXT):
+        problems.append(f"{subject.folder} is no checkpoint of a run and has no held-out text; add data.source=FILE")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _with_presets(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """The configuration with whole groups replaced."""
+    if not words:
+        return config
+    composed = compose(config.script, list(words))
+    return replace(config, **{group: getattr(composed, group) for group in map(override_key, words)})
+
+
+def _with_text(config: RunConfig, subject: Subject, keys: set[str]) -> RunConfig:
+    """The configuration with all of the named text held out, encoded as the model has learned to read."""
+    model = replace(config.model, vocab_size=subject.weights.settings["vocab_size"])
+    data = config.data
+    named = next((key for key in reversed(TEXT) if key in keys), None)
+    if named is not None:
+        text: Any = data.validation_source if named == "data.validation_source" else data.source
+        data = replace(data, source=text, validation_source=text, weights=None)
+        if subject.weights.has_tokenizer:
+            data = replace(data, tokenizer=str(subject.weights.folder.absolute()))
+    return replace(config, model=model, data=data)
+
+
+def _require_fitting_tokenizer(config: RunConfig, subject: Subject) -> None:
+    if config.data.tokenizer == TRAIN:
+        return
+    rows = config.model.vocab_size
+    size = planned_vocab_size(replace(config, model=replace(config.model, vocab_size=None)))
+    if rows is not None and size is not None and size > rows:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {size} tokens, and the weights of {subject.folder} have rows "
+            f"for {rows}; name the tokenizer that they were trained with"
+        )
+
+
+def _without_training(config: RunConfig) -> RunConfig:
+    """The configuration with as little of an optimizer as an engine can have, and nothing that follows a run."""
+    return replace(
+        config,
+        optimizer=OptimizerConfig(name=OptimizerName.sgd, warmup_steps=0),
+        parallel=replace(config.parallel, offload_optimizer=False),
+        train=replace(config.train, batch_ramp=BatchRampConfig(), run_dir=None),
+        tracking=TrackingConfig(progress=False, plot=False),
+    )
+
+
+def _preparation(fingerprint: str | None) -> Prepare:
+    """Makes the text ready, and says what is wrong with it before the ranks start.
+
+    Args:
+        fingerprint: that the data must have, for it is what the run holds out; None = it is other text.
+    """
+
+    def prepare_text(config: RunConfig) -> Path:
+        from megatron_lite.data.loader import held_out_datasets  # seconds of imports that only this process needs
+        from megatron_lite.data.prepare import prepare
+        from megatron_lite.objectives.build import build_objective
+
+        prepared = prepare(config, report=lambda line: print(line, flush=True))
+        if fingerprint is not None and prepared.fingerprint != fingerprint:
+            raise DataError(
+                f"data.source holds other tokens now (fingerprint {prepared.fingerprint}) than the run was trained on "
+                f"({fingerprint}), so what it held out is unknown; bring back the earlier files, or name the text: "
+                "data.source=FILE"
+            )
+        held_out_datasets(prepared, config, build_objective(config.objective, config.data, prepared.vocabulary).shape)
+        return prepared.folder
+
+    return prepare_text
+
+
+def _launcher(config: RunConfig, prepare: Prepare) -> Launcher:
+    if config.launcher.name is LauncherName.local:
+        return LocalLauncher(warm_modules=WARM_MODULES, prepare=prepare)
+    return LAUNCHERS[config.launcher.name](prepare=prepare)  # type: ignore[call-arg]  # Slurm's, which is refused
+
+
+def _with_flags(plan: LaunchPlan, flags: Sequence[str]) -> LaunchPlan:
+    """The plan whose ranks evaluate instead of training."""
+    return replace(
+        plan,
+        argv=(*plan.argv, *flags),
+        node_argvs=tuple((*argv, *flags) for argv in plan.node_argvs),
+        by_hand=tuple((*argv, *flags) for argv in plan.by_hand),
+    )
+
+
+def _plan_text(subject: Subject, plan: LaunchPlan) -> str:
+    config = plan.config
+    separate = config.data.validation_source
+    rows = [
+        ("checkpoint", str(subject.folder)),
+        ("text", f"held-out documents of {config.data.source}" if separate is None else str(separate)),
+        ("processes", f"{config.launcher.num_processes} ({config.launcher.device})"),
+        ("writes", str(plan.run_dir)),
+        ("command", shlex.join(plan.argv)),
+    ]
+    return "\n".join(f"{label:<15} {value}" for label, value in rows)

@@ -1,0 +1,141 @@
+"""Checksums of the files of a corpus, remembered, so that a start reads only what has changed since the last one.
+
+The memory lies in data.cache_dir. An entry holds as long as the file of that path has the size, the time of change and
+the inode that it had. A file that was changed within the last moments is read again next time: another change within
+the same tick of the file system's clock would show in none of these (git calls this a racy index). One process reads,
+under a lock; others wait for it and take its results. Losing or damaging the memory costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+from filelock import FileLock
+
+from megatron_lite.data.publish import LOCKS, locked
+from megatron_lite.data.sealed import read_sealed, sealed
+from megatron_lite.errors import DamagedFileError
+from megatron_lite.files import BLOCK_BYTES, replace_file, size_text
+
+MEMORY_FILE = f"{LOCKS}/digests.json"  # in data.cache_dir, where only prepared folders are to be seen
+LOCK_FILE = f"{LOCKS}/digests"
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system in use ticks every two seconds
+QUIET_SECONDS = 3.0  # of reading before the first line about it
+REPORT_SECONDS = 10.0
+
+Identity = list[Any]
+"""Size in bytes and checksum: equal for equal content."""
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """What is remembered of a file."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    digest: str
+
+    def describes(self, stat: os.stat_result) -> bool:
+        return (self.size, self.mtime_ns, self.inode) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@contextmanager
+def remembered_digests(cache_dir: Path, report: Callable[[str], None]) -> Iterator[Callable[[Path], Identity]]:
+    """A function from a file to its identity, for the length of the block.
+
+    Where cache_dir cannot be written, nothing new is remembered.
+
+    Args:
+        report: is told when reading takes time, and of a damaged memory.
+    """
+    memory = _Memory(cache_dir, report)
+    try:
+        yield memory.identity
+    finally:
+        memory.close()
+
+
+class _Memory:
+    def __init__(self, cache_dir: Path, report: Callable[[str], None]) -> None:
+        self._cache_dir = cache_dir
+        self._path = cache_dir / MEMORY_FILE
+        self._report = report
+        self._entries = self._read(report)
+        self._locked: ExitStack | None = None  # from the first file that has to be read
+        self._is_saved = True
+        self._bytes_read = 0
+        self._next_line = 0.0
+
+    def identity(self, path: Path) -> Identity:
+        name = os.path.realpath(path)
+        entry = self._known(name)
+        if entry is None and self._locked is None:
+            self._lock()
+            entry = self._known(name)  # by a process that we have waited for
+        if entry is None:
+            entry = self._read_file(name)
+        return [entry.size, entry.digest]
+
+    def close(self) -> None:
+        if self._locked is not None:
+            with self._locked:
+                self._save()
+
+    def _known(self, name: str) -> Entry | None:
+        entry = self._entries.get(name)
+        return entry if entry is not None and entry.describes(os.stat(name)) else None
+
+    def _lock(self) -> None:
+        self._locked = ExitStack()
+        self._next_line = time.monotonic() + QUIET_SECONDS
+        if not self._cache_dir.is_dir():  # whoever only asks where data would lie makes no folders
+            return
+        with suppress(OSError, NotImplementedError):  # a folder that is not ours, or without locks: read alone
+            lock = FileLock(self._cache_dir / LOCK_FILE)
+            self._locked.enter_context(locked(lock, "another process reads the corpus; waiting for it", self._report))
+        self._entries = self._read(lambda line: None)  # of damage is said once
+
+    def _read_file(self, name: str) -> Entry:
+        digest = xxhash.xxh3_128()
+        began_ns = time.time_ns()
+        with open(name, "rb") as file:
+            stat = os.fstat(file.fileno())
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+                self._bytes_read += len(block)
+                self._tell(name)
+            after = os.fstat(file.fileno())
+        entry = Entry(stat.st_size, stat.st_mtime_ns, stat.st_ino, digest.hexdigest())
+        if entry.describes(after) and stat.st_mtime_ns + SETTLED_NS <= began_ns:
+            self._entries[name] = entry
+            self._is_saved = False
+        return entry
+
+    def _tell(self, name: str) -> None:
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + REPORT_SECONDS
+            self._report(f"reading what is new in the corpus: {size_text(self._bytes_read)} so far, now {name}")
+            self._save()  # a kill loses no more than the file that is being read
+
+    def _read(self, report: Callable[[str], None]) -> dict[str, Entry]:
+        try:
+            content = read_sealed(self._path) or {}
+            return msgspec.convert(content, dict[str, Entry])
+        except (DamagedFileError, msgspec.ValidationError) as error:
+            report(f"warning: {error}; it only tells which files are unchanged: all are read again")
+            return {}
+
+    def _save(self) -> None:
+        if self._is_saved:
+            return
+        there = {name: entry for name, entry in self._entries.items() if os.path.exists(name)}
+        with suppress(OSError):  # a folder that is not ours, or a full disk: the files are read again next time
+            replace_file(self._path, sealed(msgspec.to_builtins(there)))
+            self._is_saved = True

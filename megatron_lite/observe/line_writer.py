@@ -1,0 +1,107 @@
+"""Lines that a run appends to a file: whole, in order and once each, and kept in memory while the disk takes none."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+MOST_BYTES = 64 * 2**20
+"""That wait in memory: at 600 bytes a step 100,000 steps. Beyond that the oldest lines are lost."""
+
+
+class LineWriter:
+    """Appends to one file, which it alone writes.
+
+    Training must not end because a disk is full, a quota is used up or a file server is away for a while. The file
+    holds whole lines at any moment: what was written of one that did not fit is cut off again, which needs no space.
+
+    Args:
+        report: is told once when lines begin to wait, and when they are written after all.
+    Raises:
+        OSError: the file cannot be opened now, at the beginning.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None] = lambda line: None) -> None:
+        self._path, self._report = path, report
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._lost = 0
+        self._is_failing = False
+        self._file: int | None = None
+        self._size: int | None = None  # of the whole lines in the file; None = not known
+        self._open()
+
+    def write(self, line: str) -> None:
+        """Args: line: with its end."""
+        data = line.encode("utf-8", errors="backslashreplace")
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        while self._waiting_bytes > MOST_BYTES:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self._lost += 1
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits, as far as the disk takes it; whether nothing waits any more."""
+        late = len(self._waiting) - 1
+        try:
+            self._file = self._open() if self._file is None else self._file
+            while self._waiting:
+                self._put(self._file, self._waiting[0])
+                self._waiting_bytes -= len(self._waiting.popleft())
+        except OSError as error:
+            self._fail(error)
+            return False
+        if self._is_failing:
+            self._is_failing = False
+            lost = f"; {self._lost:,} older ones are lost" if self._lost else ""
+            self._report(f"{self._path} can be written again: {late:,} lines have waited in memory{lost}")
+            self._lost = 0
+        return True
+
+    def close(self) -> None:
+        """Nothing is written after it. What the disk still does not take is lost."""
+        if self._waiting and not self.flush():
+            self._report(f"warning: {len(self._waiting) + self._lost:,} lines of {self._path} are lost")
+            self._waiting.clear()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        """Open the file, and cut off what follows the last whole line."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._file).st_size
+        if self._size is not None and size > self._size:
+            os.ftruncate(self._file, self._size)
+            size = self._size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # of another writer, or of a disk that lost data
+            size += os.write(self._file, b"\n")
+        self._size = size
+        return self._file
+
+    def _put(self, file: int, data: bytes) -> None:
+        assert self._size is not None
+        written = os.write(file, data)
+        while written < len(data):  # a full disk may take a part, and refuse the rest
+            written += os.write(file, data[written:])
+        self._size += len(data)
+
+    def _fail(self, error: OSError) -> None:
+        """Leave whole lines, and begin with a newly opened file the next time: the old one may be stale."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with suppress(OSError):  # then it is done when the file is opened again
+                if self._size is not None:
+                    os.ftruncate(file, self._size)
+            with suppress(OSError):  # a disk that is away says so here, too
+                os.close(file)
+        if not self._is_failing:
+            self._is_failing = True
+            self._report(
+                f"warning: {self._path} cannot be written ({error.strerror or error}); training goes on, and what "
+                f"belongs there waits in memory, up to {MOST_BYTES >> 20} MiB of it"
+            )

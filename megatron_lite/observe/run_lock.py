@@ -1,0 +1,448 @@
+"""The lock of a run folder: one process at a time writes in it, whoever started it and on whatever node.
+
+`<run>/lock/` holds one small file for each time that the lock changed hands, named by a number that only grows; the
+file with the highest number says who holds the lock. Taking it over means publishing the next number, which the
+filesystem gives to exactly one of several that try (`os.link`), so two that find the same stale lock cannot both have
+it. The file's modification time is the heartbeat, set by a thread of the holder; 0 means that the lock is released.
+All times compared are the file server's own, so clocks of nodes need not agree.
+
+A lock is stale when its process is gone (on the same machine), when its heartbeat is older than STALE_SECONDS
+(elsewhere), or when it is of an earlier attempt of the same Slurm job, which Slurm has ended before it began this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from megatron_lite.errors import DamagedFileError, RunFolderInUseError, RunFolderLostError
+from megatron_lite.files import make_folder, publish_first
+from megatron_lite.observe.heartbeat import node_name
+from megatron_lite.state_files import read_object
+
+LOCK_FOLDER = "lock"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0
+"""Of a holder on another machine: twelve heartbeats that have not come."""
+POLL_SECONDS = 0.2
+ATTEMPT = "MEGATRON_LITE_ATTEMPT"
+"""The variable by which a launcher tells its ranks what they have in common, and no other attempt has."""
+FILE_NAME = re.compile(r"(\d{8,15})\.json")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+DERIVED_FROM = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+JOIN_SECONDS = 5.0  # that a rank waits to see the lock with its own rank 0, which may be slower to start
+REFUSAL_SECONDS = 10.0  # that it waits while another run holds the lock, for rank 0 to be refused first
+
+
+class Role(StrEnum):
+    """What the holder does in the folder."""
+
+    launcher = "launcher"  # makes it ready, and hands the lock on to rank 0
+    rank = "rank 0"
+    command = "command"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the lock, as the file says."""
+
+    role: str
+    host: str
+    machine: str
+    """Boot and process namespace: within one, a process number means one process."""
+    pid: int
+    started: int
+    """When the process started, in ticks since the boot: numbers of processes are used again."""
+    job: int | None
+    """Of Slurm."""
+    restart: int
+    """Of the Slurm job."""
+    attempt: str
+    """What all ranks of the attempt have in common."""
+    since: float
+    """Seconds since the epoch."""
+    folder: int
+    """The inode of the lock's folder: a copy of a run folder has another one, and is not locked."""
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f", Slurm job {self.job}"
+        since = datetime.fromtimestamp(self.since).isoformat(sep=" ", timespec="seconds")
+        return f"process {self.pid} on {self.host} ({self.role}{job}) since {since}"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The file with the highest number."""
+
+    number: int
+    holder: Holder | None
+    """None = the file is damaged."""
+    beat: float
+    """Modification time: the last heartbeat."""
+
+    @property
+    def is_released(self) -> bool:
+        return self.beat == 0
+
+    def __str__(self) -> str:
+        return "an unknown process (the lock's file is damaged)" if self.holder is None else str(self.holder)
+
+
+class Claim(Protocol):
+    """What a rank knows of the lock of its run folder."""
+
+    def is_ours(self) -> bool:
+        """Whether the lock is this attempt's; asks the filesystem."""
+
+    def confirm(self) -> None:
+        """Ahead of whatever must not be written into another attempt's folder.
+
+        Raises:
+            RunFolderLostError: somebody has taken the lock over.
+        """
+
+
+class RunLock:
+    """The lock, held until `release`. Get it from `take`."""
+
+    def __init__(self, path: Path, me: Holder) -> None:
+        self._path, self._me = path, me
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beaten = time.monotonic()
+
+    @property
+    def run_dir(self) -> Path:
+        return self._path.parents[1]
+
+    def is_ours(self) -> bool:
+        try:
+            os.close(os.open(self._path, os.O_RDONLY))  # opening makes shared filesystems ask the server
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # a disk that does not answer tells nothing of others
+        return True
+
+    def confirm(self) -> None:
+        if not self.is_ours():
+            raise RunFolderLostError(self._lost_text())
+
+    def beat(self) -> None:
+        """Give a sign of life, if it is time for one."""
+        if time.monotonic() - self._beaten < HEARTBEAT_SECONDS:
+            return
+        self._beaten = time.monotonic()
+        with suppress(OSError):  # of a disk that is away for a while, or of a lock that is lost
+            os.utime(self._path)
+
+    def keep(self, on_loss: Callable[[str], None]) -> None:
+        """Beat in a thread of its own from now on, whatever the process computes or waits for.
+
+        Args:
+            on_loss: called by that thread with what to tell, once somebody has taken the lock over.
+        """
+        self._thread = threading.Thread(target=self._keep, args=(on_loss,), name="run lock", daemon=True)
+        self._thread.start()
+
+    def _keep(self, on_loss: Callable[[str], None]) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if not self.is_ours():
+                on_loss(self._lost_text())
+                return
+            with suppress(OSError):
+                os.utime(self._path)
+
+    def release(self) -> None:
+        """Let the next one have it. Needs no space on the disk. Nothing happens where the lock is another's by now."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        with suppress(OSError):  # what cannot be released is stale once this process is gone
+            os.utime(self._path, (0, 0))
+
+    def _lost_text(self) -> str:
+        entry = _newest(self._path.parent)
+        return (
+            f"train.run_dir={self.run_dir} was taken over by {entry or 'somebody'}: process {self._me.pid} on "
+            f"{self._me.host} had given no sign of life for {STALE_SECONDS:g} s, as if it had been suspended; it ends "
+            "now and writes nothing more"
+        )
+
+
+class SharedLock:
+    """The same lock as the ranks see it that do not hold it, but whose rank 0 does. Get it from `join`."""
+
+    def __init__(self, run_dir: Path, attempt: str) -> None:
+        self._run_dir, self._attempt = run_dir, attempt
+
+    def is_ours(self) -> bool:
+        entry = _newest(self._run_dir / LOCK_FOLDER)
+        return entry is None or entry.holder is None or entry.holder.attempt == self._attempt
+
+    def confirm(self) -> None:
+        if not self.is_ours():
+            raise RunFolderLostError(f"train.run_dir={self._run_dir} belongs to another attempt at the run by now")
+
+
+def take(
+    run_dir: Path,
+    role: Role,
+    attempt: str,
+    *,
+    report: Callable[[str], None] = lambda line: None,
+    give_up: Callable[[], bool] = lambda: False,
+) -> RunLock:
+    """Take the lock: a free one, a stale one, or for rank 0 that of its own launcher.
+
+    A holder on another machine whose heartbeat is not old yet is watched until it beats or is stale.
+
+    Args:
+        attempt: see `own_attempt`.
+        report: is told of whom the lock is taken over, and of a wait.
+        give_up: whether to stop waiting.
+    Raises:
+        RunFolderInUseError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    folder = run_dir / LOCK_FOLDER
+    make_folder(folder)
+    me = _this_process(role, attempt, folder)
+    while True:
+        entry = _newest(folder)
+        reason = None if entry is None else _reason_to_take(entry, me)
+        if entry is not None and reason is None:
+            reason = _watch(folder, entry, me, report, give_up)
+            if reason is None:
+                continue  # it has changed hands
+        lock = _publish(folder, 1 if entry is None else entry.number + 1, me)
+        if lock is not None:
+            if reason:
+                report(f"took over the lock of {run_dir} from {entry}: {reason}")
+            return lock
+
+
+def join(run_dir: Path, attempt: str) -> SharedLock:
+    """Wait, not for long, until rank 0 of this attempt holds the lock.
+
+    Where rank 0 is slow to start, or sees another folder than this node, the ranks meet all the same, and rank 0 joins
+    them only with the lock.
+
+    Raises:
+        RunFolderInUseError: another run holds it, and goes on holding it.
+    """
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        entry = _newest(run_dir / LOCK_FOLDER)
+        if entry is not None and entry.holder is not None and entry.holder.attempt == attempt:
+            break
+        held = entry is not None and _is_held(entry, run_dir / LOCK_FOLDER)
+        if entry is not None and held and waited > REFUSAL_SECONDS + (0.0 if _is_here(entry) else STALE_SECONDS):
+            raise _in_use(run_dir, entry)
+        if not held and waited > JOIN_SECONDS:
+            break
+        time.sleep(POLL_SECONDS)
+    return SharedLock(run_dir, attempt)
+
+
+def holder_of(run_dir: Path) -> Holder | None:
+    """Who holds the lock and is alive, as far as can be told without waiting; None = nobody, or the file is damaged."""
+    entry = _newest(run_dir / LOCK_FOLDER)
+    return entry.holder if entry is not None and _is_held(entry, run_dir / LOCK_FOLDER) else None
+
+
+def require_free(run_dir: Path, attempt: str) -> None:
+    """A quick look ahead of what takes long; only `take` is certain.
+
+    Raises:
+        RunFolderInUseError: a process of this machine holds the lock, and it is not of this attempt.
+    """
+    entry = _newest(run_dir / LOCK_FOLDER)
+    if entry is None or entry.holder is None or entry.holder.attempt == attempt:
+        return
+    if _is_here(entry) and _is_held(entry, run_dir / LOCK_FOLDER):
+        raise _in_use(run_dir, entry)
+
+
+def own_attempt(environment: Mapping[str, str] = os.environ) -> str:
+    """What all ranks of this attempt have in common: what our launcher has told them, or what other launchers tell."""
+    derived = "/".join(environment.get(name, "") for name in DERIVED_FROM)
+    return environment.get(ATTEMPT) or derived
+
+
+def _publish(folder: Path, number: int, me: Holder) -> RunLock | None:
+    """Make this number ours; None where somebody else was first."""
+    path = folder / f"{number:08d}.json"
+    if not publish_first(path, json.dumps(asdict(me)) + "\n"):
+        return None
+    if max(_numbers(folder), default=0) != number:  # it had been given to somebody before, and taken over since
+        path.unlink(missing_ok=True)
+        return None
+    for older in _numbers(folder):
+        if older < number:
+            with suppress(OSError):
+                (folder / f"{older:08d}.json").unlink()
+    return RunLock(path, me)
+
+
+def _reason_to_take(entry: _Entry, me: Holder) -> str | None:
+    """Why the lock may be taken at once; empty = nothing to tell anybody; None = it may be held."""
+    holder = entry.holder
+    if entry.is_released:
+        return ""
+    if holder is None:
+        return None
+    if holder.folder != me.folder:
+        return "the run folder is a copy, and the lock is that of the original"
+    if holder.role == Role.launcher and me.role == Role.rank and holder.attempt == me.attempt:
+        return ""
+    if holder.job is not None and holder.job == me.job and holder.restart < me.restart:
+        return "it is of an earlier attempt of this Slurm job"
+    return "that process has ended" if holder.machine == me.machine and not _is_running(holder) else None
+
+
+def _watch(
+    folder: Path, entry: _Entry, me: Holder, report: Callable[[str], None], give_up: Callable[[], bool]
+) -> str | None:
+    """Until a holder on another machine is known to be dead; None = the lock has changed hands.
+
+    Raises:
+        RunFolderInUseError: it is alive.
+    """
+    if _is_here(entry):
+        raise _in_use(folder.parent, entry)
+    left = min(max(STALE_SECONDS - (_server_time(folder, me) - entry.beat), 0.0), STALE_SECONDS)
+    if left > 0:
+        report(
+            f"the lock of {folder.parent} is held by {entry}, which cannot be asked from here; waiting up to "
+            f"{left:.0f} s for its heartbeat"
+        )
+    deadline = time.monotonic() + left
+    while time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        now = _newest(folder)
+        if now is None or now.number != entry.number or now.is_released:
+            return None
+        if now.beat != entry.beat or give_up():
+            raise _in_use(folder.parent, entry)
+    return f"it has given no heartbeat for {STALE_SECONDS:g} s"
+
+
+def _in_use(run_dir: Path, entry: _Entry) -> RunFolderInUseError:
+    return RunFolderInUseError(
+        f"train.run_dir={run_dir} is in use by {entry}; wait for it, end it with `python -m launch cancel {run_dir}`, "
+        "or give another train.run_dir"
+    )
+
+
+def _is_held(entry: _Entry, folder: Path) -> bool:
+    """Whether the holder is alive, without writing a file: its clock and ours may differ a little."""
+    holder = entry.holder
+    if entry.is_released or holder is None or holder.folder != folder.stat().st_ino:
+        return False
+    return _is_running(holder) if _is_here(entry) else time.time() - entry.beat < STALE_SECONDS
+
+
+def _is_here(entry: _Entry) -> bool:
+    return entry.holder is not None and entry.holder.machine == _machine()
+
+
+def _numbers(folder: Path) -> list[int]:
+    try:
+        names = os.listdir(folder)
+    except OSError:  # there is none yet, or something else has its name
+        return []
+    return [int(found[1]) for found in map(FILE_NAME.fullmatch, names) if found]
+
+
+def _newest(folder: Path) -> _Entry | None:
+    """The file with the highest number; None where there is none."""
+    while numbers := _numbers(folder):
+        path = folder / f"{max(numbers):08d}.json"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a shared filesystem then asks the server
+        except FileNotFoundError:
+            continue  # taken over since
+        except OSError:
+            return _Entry(max(numbers), None, time.time())
+        try:
+            beat = os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+        try:
+            holder = read_object(path, Holder)
+        except DamagedFileError:
+            holder = None
+        return _Entry(max(numbers), holder, beat)
+    return None
+
+
+def _this_process(role: Role, attempt: str, folder: Path) -> Holder:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Holder(
+        role=role,
+        host=node_name(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_state_of(os.getpid())[1],
+        job=int(job) if job.isdigit() else None,
+        restart=int(restart) if restart.isdigit() else 0,
+        attempt=attempt,
+        since=time.time(),
+        folder=folder.stat().st_ino,
+    )
+
+
+def _machine() -> str:
+    """Where the number of a process means one process: a boot of a machine, and within it a namespace."""
+    try:
+        return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return os.uname().nodename
+
+
+def _is_running(holder: Holder) -> bool:
+    try:
+        state, started = _state_of(holder.pid)
+    except OSError:
+        return False
+    return state not in ("Z", "X") and started == holder.started
+
+
+def _state_of(pid: int) -> tuple[str, int]:
+    """Linux's letter for what a process does (Z = it has ended), and when it started, in ticks since the boot.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    if sys.platform != "linux":
+        os.kill(pid, 0)
+        return "R", 0
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()  # behind its name, which may be any
+    return fields[0].decode(), int(fields[19])
+
+
+def _server_time(folder: Path, me: Holder) -> float:
+    """What the clock says by which the heartbeats are dated."""
+    probe = folder / f".now.{me.host}.{me.pid}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()

@@ -1,0 +1,95 @@
+"""model.check_init: one rank compares logits with transformers', and all of them end alike."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import psutil
+import pytest
+from torch import Tensor
+
+from megatron_lite.checkpoint import parity
+from megatron_lite.config.schema import CheckInit, RunConfig
+from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
+from megatron_lite.train import check_init
+from megatron_lite.train.check_init import check_start
+from tests.distributed.harness import run_ranks
+from tests.unit.checkpoint.starts import begin, write_start
+
+
+def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]:
+    """(exit code and error, what was reported). `planted`: transformers computes otherwise than config.json tells."""
+    theirs = parity._theirs
+
+    def shifted(*arguments: object) -> list[Tensor]:
+        return [logits * 1.01 for logits in theirs(*arguments)]  # type: ignore[arg-type]
+
+    lines: list[str] = []
+    with mock.patch.object(parity, "_theirs", shifted) if planted else nullcontext():
+        try:
+            check_start(config, lines.append)
+        except MegatronLiteError as error:
+            return f"{error.end:d}: {error}", lines
+    return None, lines
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
+    config = begin(write_start(tmp_path / "m", "llama_grouped_query"), "llama_grouped_query")
+    first, second = run_ranks(start_rank, 2, config, planted)
+    assert first[0] == second[0]
+    assert second[1] == []
+    if planted:
+        assert first[0].startswith("2: model.init_from=")
+        assert "computes other logits here than LlamaForCausalLM of transformers" in first[0]
+        assert "set model.check_init=never" in first[0]
+        assert run_ranks(start_rank, 2, _with(config, CheckInit.never), planted)[0][0] is None  # the remedy works
+    else:
+        assert first[0] is None
+        assert "LlamaForCausalLM of transformers" in first[1][0]
+
+
+def test_a_folder_that_has_changed_since_the_launch_is_refused_by_all_ranks(tmp_path: Path) -> None:
+    """A frozen configuration outlives the folder that it came from."""
+    config = begin(write_start(tmp_path / "m", "llama_multi_head"), "llama_multi_head")
+    write_start(tmp_path / "m", "llama_multi_head", rope_theta=500.0, rope_parameters=...)
+    ranks = run_ranks(start_rank, 2, config, False)
+    assert ranks[0][0] == ranks[1][0]
+    assert ranks[0][0].startswith("2: model.rotary_base=10000 contradicts model.init_from=")
+
+
+def _with(config: RunConfig, wanted: CheckInit) -> RunConfig:
+    return replace(config, model=replace(config.model, check_init=wanted))
+
+
+def test_auto_says_why_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = begin(write_start(tmp_path / "m", "gpt2"), "gpt2")
+    assert "computes the same logits" in check_init._check(config)
+    assert check_init._check(_with(config, CheckInit.never)).endswith(": model.check_init=never")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=150_000))
+    assert "model.check_init=always compares all the same" in check_init._check(config)
+    assert "computes the same logits" in check_init._check(_with(config, CheckInit.always))
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = begin(write_start(tmp_path / "m", "gpt2"), "gpt2")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(check_init.importlib.util, "find_spec", lambda name: None)
+    assert check_init._check(config).endswith("it is not installed")
+    with pytest.raises(ConfigError, match=r"check_init=always compares .* cannot be imported.*pip install"):
+        check_init._check(_with(config, CheckInit.always))
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    folder = write_start(tmp_path / "m", "gpt2", lambda tensors: tensors.update(_nan(tensors)))
+    with pytest.raises(CheckpointError, match="largest difference nan"):
+        check_init._check(begin(folder, "gpt2"))
+
+
+def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"transformer.ln_f.weight": tensors["transformer.ln_f.weight"] * float("nan")}
