@@ -113,14 +113,14 @@ def test_disk_that_fills_up_during_a_save(asynchronous: bool, jobs: list[Held], 
     checkpoints = disk / "checkpoints"
     assert writer.error == other.error
     assert writer.error is not None
-    assert writer.error.startswith(f"CheckpointError: {checkpoints} cannot be written ([Errno 28] No space left")
+    assert writer.error.startswith(f"DiskError: {checkpoints} cannot be written ([Errno 28] No space left")
     assert "free some space or mend its permissions: the same command resumes from the last" in writer.error
     assert writer.left == ["latest", OLD], "nothing of the failed save"
     assert [writer.before.name, writer.after.name] == [OLD, NEW]
     assert all(found.is_right for rank in (writer, other) for found in (rank.before, rank.after))
     assert writer.too_little == other.too_little
     assert writer.too_little is not None
-    for part in ("CheckpointError", "KiB for a checkpoint, and its disk has", "make room", "train.keep_last"):
+    for part in ("DiskError", "KiB for a checkpoint, and its disk has", "make room", "train.keep_last"):
         assert part in writer.too_little
 
 
@@ -142,7 +142,7 @@ def test_fault_on_one_rank_in_the_background_ends_the_next_save_on_all(
     writer, other = run_ranks(failing_saves_rank, 2, jobs, tmp_path / "checkpoints", fault)
     if isinstance(fault, OSError):
         assert writer[0] == other[0]
-        assert "CheckpointError: " in writer[0]
+        assert "DiskError: " in writer[0]
         assert "Input/output error" in writer[0]
     else:
         assert writer[0] == "CheckpointError: rank 1 failed to write a checkpoint: ValueError('a fault of ours')"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.observe.metrics import EVENTS_FILE, read_metrics
+from megatron_lite.observe.run_lock import Role, take
 from tests.integration.runs import TINY, Finished, run_warm
 
 STEPS = 4
@@ -55,11 +55,13 @@ def state_of(folder: Path) -> Iterator[tuple[str, int, int]]:
 @pytest.mark.parametrize("run_dir", ["pretrain_gpt", "pretrain_bert"], indirect=True)
 def test_the_runs_own_number_under_two_layouts(run_dir: Path, evaluate: Any) -> None:
     """While another process holds the run folder, which stays as it is."""
-    before = list(state_of(run_dir))
-    with (run_dir / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = take(run_dir, Role.rank, "a training run")
+    try:
+        before = list(state_of(run_dir))
         found = [figures(evaluate("--json")), figures(evaluate("--json", "parallel=dp1_tp2_pp2"))]
-    assert list(state_of(run_dir)) == before
+        assert list(state_of(run_dir)) == before
+    finally:
+        lock.release()
     last = validated(run_dir)
     for one in found:
         assert one["step"] == STEPS
