@@ -36,6 +36,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
+from megatron_lite.data.framing import described_ends
 from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import (
@@ -114,6 +115,9 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
         config = verification.in_own_folder(config)
     if arguments.debug:
         config = replace(config, debug=True)
+    if point.varied:  # a single run asks its data at once; the later ones of a sweep would ask theirs hours later
+        require_sources(config.data)
+        described_ends(config)
     assert config.train.run_dir is not None
     changes = check_run_folder(config, Path(config.train.run_dir))
     if config.model.init_from is not None:
