@@ -34,6 +34,7 @@ from megatron_lite.config.derived import (
     spans_machines,
 )
 from megatron_lite.config.frozen import check_run_folder, load_frozen
+from megatron_lite.config.keys import nearest, shown
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.framing import described_ends
@@ -178,6 +179,11 @@ def _split_script(words: list[str]) -> tuple[str, list[str]]:
     scripts = available_scripts()
     if not words or "=" in words[0]:
         raise ConfigError(f"no script is named; write `{PROGRAM} [SETTING ...]` with one of {', '.join(scripts)}")
+    commands = (*follow.COMMANDS, *watching.COMMANDS, "evaluate", "verify")
+    begun = [command for command in commands if len(words[0]) > 2 and command.startswith(words[0])]
+    guess = begun[0] if begun else nearest(words[0], commands)
+    if guess is not None and words[0] not in scripts:
+        raise ConfigError(f"{shown(words[0])} is neither a command nor a script; did you mean {guess}?")
     return words[0].removesuffix(".py"), words[1:]
 
 

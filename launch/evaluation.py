@@ -36,6 +36,7 @@ from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
+from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size
 from megatron_lite.errors import EXIT_OK, CheckpointError, ConfigError, DataError
 from megatron_lite.observe.evaluation import EVALUATION_FILE, EvaluationReport
@@ -80,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     subject = find_subject(arguments.checkpoint)
     config = replace(configured(subject, words), debug=arguments.debug)
     is_own_text = all(override_key(word) not in TEXT for word in words)
+    if not is_own_text:
+        require_sources(config.data)  # which the preparation would only say beside seconds of imports
     launcher = _launcher(config, _preparation(subject.fingerprint if is_own_text else None))
     plan = _with_flags(launcher.plan(config), [EVALUATE_FLAG, str(subject.folder), *[ALL_FLAG] * arguments.all])
     if arguments.dry_run:
