@@ -54,13 +54,13 @@ from megatron_lite.data.tokenise import (
     training_texts,
 )
 from megatron_lite.data.tokenizer import (
-    TOKENIZER_FOLDER,
     Tokenizer,
     limit_threads,
     open_tokenizer,
     save_tokenizer,
     tokenizer_identity,
 )
+from megatron_lite.data.tokenizer_files import TOKENIZER_FOLDER
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.files import raise_open_file_limit
