@@ -129,8 +129,9 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
         marker=MANIFEST,
     )
     prepared = load_prepared(folder, config)
-    for counts in prepared.rows:  # of data that another data.max_bad_fraction has prepared
-        require_few_bad(counts, counts.source, config.data)
+    texts = [source for source in (*plan.train, *plan.validation) if source.is_text]
+    for source, counts in zip(texts, prepared.rows, strict=True):  # made by another data.max_bad_fraction
+        require_few_bad(counts, str(source), config.data)
     return prepared
 
 
