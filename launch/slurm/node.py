@@ -1,4 +1,4 @@
-"""What srun starts where a job has one node: `torchrun`, whose stores then listen for this machine's processes alone."""
+"""What srun starts where a job has one node: `torchrun`, with stores that listen for this machine alone."""
 
 from __future__ import annotations
 
