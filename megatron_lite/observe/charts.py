@@ -101,7 +101,7 @@ def chart(run: RunFolder, panel: Panel) -> Figure | None:
     if not curves:
         return None
     go = from_plotly("graph_objects")
-    last_step = max([1, run.history.last.get("step", 0), *(entry["step"] for entry in run.rolled_back)])
+    last_step = max(1, run.history.last.get("step", 0), run.taken_back.last_step)
     figure = go.Figure(layout=_layout(panel, curves, last_step))
     if panel.branches:
         _add_branches(figure, run, panel)
@@ -168,11 +168,10 @@ def _trace(series: Series, colour: str, panel: Panel) -> Any:
 def _add_branches(figure: Figure, run: RunFolder, panel: Panel) -> None:
     go = from_plotly("graph_objects")
     name = panel.keys[0].partition("/")[2]
-    for branch, entries in run.branches().items():
-        series = _curve(name, ((entry["step"], entry.get(name)) for entry in entries), panel.factor)
-        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": branch == min(run.branches())}
-        thin = thinned(series)
-        trace |= {"x": thin.steps, "y": thin.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
+    for place, points in enumerate(run.taken_back.branches(name).values()):
+        series = _scaled(name, points, panel.factor)
+        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": place == 0}
+        trace |= {"x": series.steps, "y": series.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
         figure.add_trace(go.Scatter(trace))
 
 
