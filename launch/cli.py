@@ -34,8 +34,10 @@ from megatron_lite.config.derived import (
     spans_machines,
 )
 from megatron_lite.config.frozen import check_run_folder, load_frozen
+from megatron_lite.config.keys import nearest, shown
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
+from megatron_lite.data.framing import described_ends
 from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import known_vocab_size
 from megatron_lite.errors import (
@@ -114,6 +116,9 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
         config = verification.in_own_folder(config)
     if arguments.debug:
         config = replace(config, debug=True)
+    if point.varied:  # a single run asks its data at once; the later ones of a sweep would ask theirs hours later
+        require_sources(config.data)
+        described_ends(config)
     assert config.train.run_dir is not None
     changes = check_run_folder(config, Path(config.train.run_dir))
     if config.model.init_from is not None:
@@ -174,6 +179,11 @@ def _split_script(words: list[str]) -> tuple[str, list[str]]:
     scripts = available_scripts()
     if not words or "=" in words[0]:
         raise ConfigError(f"no script is named; write `{PROGRAM} [SETTING ...]` with one of {', '.join(scripts)}")
+    commands = (*follow.COMMANDS, *watching.COMMANDS, "evaluate", "verify")
+    begun = [command for command in commands if len(words[0]) > 2 and command.startswith(words[0])]
+    guess = begun[0] if begun else nearest(words[0], commands)
+    if guess is not None and words[0] not in scripts:
+        raise ConfigError(f"{shown(words[0])} is neither a command nor a script; did you mean {guess}?")
     return words[0].removesuffix(".py"), words[1:]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,11 +29,14 @@ from megatron_lite.checkpoint.folder import candidates, quick_problem
 from megatron_lite.checkpoint.inspection import checkpoints_of, is_checkpoint
 from megatron_lite.checkpoint.state import read_state
 from megatron_lite.config.compose import change, compose, override_key
-from megatron_lite.config.derived import processes_per_node
-from megatron_lite.config.frozen import check_run_folder, from_containers, render
+from megatron_lite.config.derived import processes_per_node, run_directory
+from megatron_lite.config.frozen import check_run_folder, from_containers, has_trained, render
 from megatron_lite.config.hf.folder import CONFIG_FILE, Weights, read_weights
+from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
+from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
+from megatron_lite.data.source_names import require_sources
 from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size
 from megatron_lite.errors import EXIT_OK, CheckpointError, ConfigError, DataError
 from megatron_lite.observe.evaluation import EVALUATION_FILE, EvaluationReport
@@ -77,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     subject = find_subject(arguments.checkpoint)
     config = replace(configured(subject, words), debug=arguments.debug)
     is_own_text = all(override_key(word) not in TEXT for word in words)
+    if not is_own_text:
+        require_sources(config.data)  # which the preparation would only say beside seconds of imports
     launcher = _launcher(config, _preparation(subject.fingerprint if is_own_text else None))
     plan = _with_flags(launcher.plan(config), [EVALUATE_FLAG, str(subject.folder), *[ALL_FLAG] * arguments.all])
     if arguments.dry_run:
@@ -125,10 +131,10 @@ def find_subject(path: str) -> Subject:
         ConfigError: it is no folder, or one without weights.
         CheckpointError: the checkpoint is damaged.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if not os.path.isdir(folder):  # unlike Path's, it says so of a name that is too long, too
         raise ConfigError(
-            f"{path} is no folder (looked from {Path.cwd()}); give a run folder, the folder of a step such as "
+            f"{shown(path)} is no folder (looked from {Path.cwd()}); give a run folder, the folder of a step such as "
             "RUN/checkpoints/step_00000100, or a Hugging Face model folder"
         )
     if not is_checkpoint(folder):
@@ -179,7 +185,10 @@ def configured(subject: Subject, words: Sequence[str]) -> RunConfig:
             "launcher.name=slurm cannot evaluate, for the answer would come when the job ends; use launcher=torchrun "
             "within a job of yours, or launcher=local"
         )
-    own_folder = config.train.run_dir if "train.run_dir" in keys else None
+    require_form(config, "train.run_dir")
+    own_folder = str(run_directory(config)) if "train.run_dir" in keys and config.train.run_dir else None
+    if own_folder is not None and has_trained(Path(own_folder)):
+        raise ConfigError(f"train.run_dir={own_folder} holds a run; give the evaluation another folder, or none")
     config = _without_training(_with_text(config, subject, keys))
     _require_fitting_tokenizer(config, subject)
     resolved = resolve_for_this_machine(config)

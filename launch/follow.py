@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -16,6 +17,7 @@ from launch.messages import tail
 from launch.slurm import records, scheduler
 from launch.slurm.launcher import live_jobs, submit
 from megatron_lite.config.frozen import load_frozen
+from megatron_lite.config.keys import shown
 from megatron_lite.errors import EXIT_OK, ConfigError, DamagedFileError, LaunchError, RunEnd
 from megatron_lite.files import modified_ns
 from megatron_lite.observe.markers import ask_to_stop, read_marker
@@ -68,8 +70,8 @@ def run_folder(word: str) -> Path:
         ConfigError: there is none.
     """
     path = Path(word)
-    if not path.is_dir():
-        raise ConfigError(f"{word} is no folder; give the run folder that the launcher has named")
+    if not os.path.isdir(path):  # unlike Path's, it says so of a name that is too long, too
+        raise ConfigError(f"{shown(word)} is no folder; give the run folder that the launcher has named")
     if not any(path.glob("config-*.yaml")):
         raise ConfigError(f"{word} holds no run: there is no config-*.yaml in it; give a run folder")
     return path.absolute()

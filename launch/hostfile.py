@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,9 @@ def with_hosts(config: RunConfig) -> RunConfig:
     if launcher.hostfile is None:
         return config
     require_form(config, "launcher.hostfile")
-    hosts = read_hostfile(launcher.hostfile)
+    hostfile = os.path.expanduser(launcher.hostfile)
+    launcher = replace(launcher, hostfile=hostfile)  # deepspeed is handed it, too
+    hosts = read_hostfile(hostfile)
     nodes, slots = len(hosts), hosts[0].slots
     problems = [
         f"launcher.{key}={given}, but {launcher.hostfile} has {what}; leave launcher.{key} out, or change the file"

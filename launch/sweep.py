@@ -1,7 +1,7 @@
 """A sweep: `model.hidden_size=128,256 train.seed=1,2` is one run for each combination, each in a folder of its own.
 
 The values are Hydra's, `choice(...)` and `range(...)` included, but Hydra only reads them: a run of its multirun would
-be started in every rank.
+be started in every rank. Those of a text are split by `words.py`, for Hydra cannot read all texts.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ def expand(command_line: Sequence[str]) -> list[Point]:
     keys: list[str | None] = []
     problems: list[str] = []
     for word in command_line:
-        override = _sweep(word)
-        keys.append(override.key_or_group if override else None)
         try:
-            choices.append(_values(word, override) if override else [word])
+            values = _values(word)
         except ConfigError as error:
             problems += error.problems
+            continue
+        keys.append(None if values is None else words.key_of(word))
+        choices.append([word] if values is None else values)
     if not problems and math.prod(map(len, choices)) > MAX_POINTS:
         problems.append(f"the command line makes more than {MAX_POINTS} runs; give fewer values")
     if problems:
@@ -73,6 +74,26 @@ def expand(command_line: Sequence[str]) -> list[Point]:
     ]
 
 
+def _values(word: str) -> list[str] | None:
+    """The word once for each of its values; None where it is no sweep.
+
+    Raises:
+        ConfigError: its values cannot be counted, or there are none.
+    """
+    start, _, typed = word.partition("=")
+    values = words.sweep_values(typed) if words.is_text(word) else None
+    if values is None:
+        override = _sweep(word)
+        values = None if override is None else _counted(word, override)
+    if values is None:
+        return None
+    if not values:
+        raise ConfigError(
+            f"{shown(word)} holds no value; write KEY=A,B,C, or KEY=range(START,STOP) with START below STOP"
+        )
+    return [f"{start}={value}" for value in values]
+
+
 def _sweep(word: str) -> Override | None:
     try:
         override = words.parse(word)
@@ -81,18 +102,13 @@ def _sweep(word: str) -> Override | None:
     return override if override.is_sweep_override() else None
 
 
-def _values(word: str, override: Override) -> list[str]:
-    """The word once for each of its values; those of a text as they were typed."""
+def _counted(word: str, override: Override) -> list[str]:
     if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         raise ConfigError(
             f"{shown(word)} names no values one by one; write them as KEY=A,B,C or KEY=range(START,STOP,STEP)"
         )
-    start, _, typed = word.partition("=")
     with library_edge(ConfigError, f"{shown(word)} cannot be read", "write KEY=A,B,C or KEY=range(START,STOP)"):
-        values = list(itertools.islice(override.sweep_string_iterator(), MAX_POINTS + 1))
-    if words.is_text(word) and (literal := words.sweep_values(typed)) is not None:
-        values = literal
-    return [f"{start}={value}" for value in values]
+        return list(itertools.islice(override.sweep_string_iterator(), MAX_POINTS + 1))
 
 
 def build_all(points: Sequence[Point], build: Callable[[Point], Result]) -> list[Result]:

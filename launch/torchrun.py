@@ -67,7 +67,7 @@ class TorchrunLauncher(ProgramLauncher):
         from torch.distributed.run import main
 
         logging.disable(logging.CRITICAL)
-        _listen_where_needed()
+        listen_where_needed()
         try:
             main(list(argv[1:]))
         except ChildFailedError as error:
@@ -87,7 +87,7 @@ class TorchrunLauncher(ProgramLauncher):
         return super()._conclude(plan, ending, status, left_behind)
 
 
-def _listen_where_needed() -> None:
+def listen_where_needed() -> None:
     """Let torchrun's own stores at a loopback address listen there alone, rather than at all of the machine's."""
     import torch.distributed as dist
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous

@@ -3,11 +3,12 @@ how many files a process may open; and sizes in words."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,12 +47,37 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
         content: or its pieces, where it is too large for the memory.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # what a full disk took of it is room for others
+            temporary.unlink()
+        raise
     sync(path.parent)
+
+
+def leave_only(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
+    """Leave nothing in a file but these parts of what it holds, in their order; on the disk when it returns.
+
+    A kill leaves one or the other. On a full disk the parts move up within the file, which needs no space; a kill then
+    leaves some of them twice, and one line cut short where they meet.
+
+    Args:
+        parts: may read the file piece by piece as they are written, and are asked for again on a full disk.
+    """
+    try:
+        replace_file(path, parts())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with path.open("r+b") as file:
+            file.writelines(parts())
+            file.truncate()
+            os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> None:

@@ -7,12 +7,14 @@ and who reads decides: stop with its message, or warn and take the safe choice.
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -70,6 +72,19 @@ def read_bytes(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise DamagedFileError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading; what is none (a pipe, whose opening would wait for ever, a folder) is refused.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def read_text(path: Path) -> str | None:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.environment import is_count
 from launch.slurm import records, scheduler
 from launch.slurm.verdict import FINAL, NOTHING_LEFT, Limits, Outcome, decide, suspects, to_exclude
 from megatron_lite.errors import EXIT_OK, DamagedFileError, LaunchError, RunEnd
@@ -135,11 +136,30 @@ def _other_user(run_dir: Path, job: int) -> str | None:
 
 def _restarts() -> int:
     """Times that Slurm has started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    count = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(count) if is_count(count) else 0
+
+
+def _of_job(name: str) -> str:
+    """A variable that Slurm sets in every batch script.
+
+    Raises:
+        LaunchError: it is not set.
+    """
+    if not os.environ.get(name):
+        raise LaunchError(f"{name} is not set, as Slurm does within a job")
+    return os.environ[name]
+
+
+def _job_number() -> int:
+    number = _of_job("SLURM_JOB_ID")
+    if not is_count(number):
+        raise LaunchError(f"SLURM_JOB_ID={number} is no number, as Slurm gives every job")
+    return int(number)
 
 
 def _nodes_of_job() -> list[str]:
-    return scheduler.host_names(os.environ["SLURM_JOB_NODELIST"])
+    return scheduler.host_names(_of_job("SLURM_JOB_NODELIST"))
 
 
 def _stalled(advanced: list[bool]) -> int:
@@ -149,7 +169,7 @@ def _stalled(advanced: list[bool]) -> int:
 
 def _nodes_to_exclude(run_dir: Path, job: int, marker: Marker | None, nodes: list[str]) -> list[str]:
     """Those that the next attempt must not get; says so where none can be spared."""
-    states = scheduler.node_states(os.environ["SLURM_JOB_PARTITION"])
+    states = scheduler.node_states(_of_job("SLURM_JOB_PARTITION"))
     lost = [node for node in nodes if scheduler.is_lost(states.get(node, ""))]
     usable = [node for node, state in states.items() if state in scheduler.USABLE]
     suspected = suspects(marker, _reported_node(run_dir), lost, nodes)
@@ -186,8 +206,8 @@ def _step(run_dir: Path) -> str:
     return "none" if step is None else f"step {step}"
 
 
-def _say(job: int, text: str) -> None:
-    print(f"job {job}: {text}", flush=True)
+def _say(job: int | None, text: str) -> None:
+    print(text if job is None else f"job {job}: {text}", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -201,8 +221,9 @@ def main(argv: list[str]) -> int:
     ending.add_argument("--max-requeues", type=int, required=True)
     ending.add_argument("--max-stalled", type=int, required=True)
     words = parser.parse_args(argv)
-    job = int(os.environ["SLURM_JOB_ID"])
+    job: int | None = None
     try:
+        job = _job_number()
         if words.command == "begin":
             return begin(words.run_dir, job)
         limits = Limits(requeues=words.max_requeues, stalled=words.max_stalled)

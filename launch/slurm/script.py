@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from launch.base import LOOPBACK
 from launch.machine import PORTS
 from launch.slurm.verdict import NOTHING_LEFT
 from megatron_lite.config.derived import processes_per_node
@@ -20,7 +21,9 @@ from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
 from megatron_lite.config.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
+REPOSITORY = str(TEMPLATE.parents[2])
 TORCHRUN = ("-m", "torch.distributed.run")  # what `torchrun` runs, whatever the PATH holds
+TORCHRUN_OF_ONE_NODE = ("-m", "launch.slurm.node")  # the same, reachable from that node alone
 # A port that differs between jobs that share a node, and between a job's attempts should one be taken.
 PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0}}) % {len(PORTS)}))"
 
@@ -43,23 +46,24 @@ def batch_script(
     """
     launcher = config.launcher
     python = "python3" if launcher.container is not None else sys.executable
+    torchrun = torchrun or (python, *(TORCHRUN_OF_ONE_NODE if _stays_on_node(config) else TORCHRUN))
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["quote"] = shlex.quote
     return jinja.from_string(TEMPLATE.read_text()).render(
         options=batch_options(config, run_dir),
         run_dir=str(run_dir),
         cwd=str(Path.cwd()),
-        repository=str(TEMPLATE.parents[2]),
+        repository=REPOSITORY,
         python=sys.executable,
         grace_seconds=math.ceil(launcher.grace_seconds),
         modules=launcher.modules,
         setup=launcher.setup,
         environment=environment,
         passed=launcher.pass_environment,
-        master_address=launcher.master_address,
+        master_address=LOOPBACK if _stays_on_node(config) else launcher.master_address,
         master_port=PORT_OF_JOB if launcher.master_port is None else launcher.master_port,
         srun_arguments=_srun_arguments(config),
-        node_command=_node_command(config, (python, *TORCHRUN) if torchrun is None else torchrun, rank_argv),
+        node_command=_node_command(config, torchrun, rank_argv),
         nothing_left=NOTHING_LEFT,
         max_requeues=launcher.max_requeues,
         max_stalled=launcher.max_stalled_requeues,
@@ -104,9 +108,18 @@ def _srun_arguments(config: RunConfig) -> list[str]:
     return [*arguments, *launcher.srun_arguments]
 
 
+def _stays_on_node(config: RunConfig) -> bool:
+    """Whether no other machine has to reach the ranks."""
+    return config.launcher.nodes == 1 and config.launcher.master_address is None
+
+
 def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
     """What each node's shell runs: only there are its number and the master's address known."""
     launcher = config.launcher
     counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
-    return f"exec {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"
+    begin = "exec"
+    if _stays_on_node(config):
+        counts.append(f"--local-addr={LOOPBACK}")  # else torchrun looks the node's name up
+        begin = f"PYTHONPATH={shlex.quote(REPOSITORY)}${{PYTHONPATH:+:$PYTHONPATH}} exec"
+    return f"{begin} {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

@@ -269,7 +269,8 @@ def newest_logged(run_dir: Path) -> LoggedLines | None:
     """What the newest checkpoint that can be read knows of the run's metrics.jsonl."""
     for folder in candidates(run_dir / "checkpoints"):
         with contextlib.suppress(CheckpointError):
-            return read_state(folder).metrics
+            logged = read_state(folder).metrics
+            return logged if logged is None or logged.is_consistent else None
     return None
 
 

@@ -30,7 +30,16 @@ from yaml import YAMLError
 from megatron_lite.config import words
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.hf.start import with_weights
-from megatron_lite.config.keys import expects, is_map, nearest, schema_keys, shown
+from megatron_lite.config.keys import (
+    expects,
+    get_value,
+    has_container,
+    is_map,
+    leaf_keys,
+    nearest,
+    schema_keys,
+    shown,
+)
 from megatron_lite.config.presets import check_preset
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
@@ -207,7 +216,7 @@ def _conf_edge(script: str = "the configuration") -> Iterator[None]:
 
 
 def _interpolation_error(error: OmegaConfBaseException, script: str) -> ConfigError:
-    text = f"{error.full_key or script}: {_one_line(error)}"
+    text = f"{error.full_key or script}: {shown(_one_line(error))}"  # it may hold all of a group
     if isinstance(error, InterpolationResolutionError | GrammarParseError):
         text += "; ${...} names another setting, such as ${model.name}; for the characters themselves write \\${...}"
     return ConfigError(text)
@@ -219,6 +228,13 @@ def _to_typed(composed: DictConfig, settings: list[Setting]) -> RunConfig:
             OmegaConf.update(composed, key, value, merge=True)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    wrong = [
+        f"{key}={shown(str(get_value(config, key)))} is not possible: {key} must be {expects(key)}"
+        for key in leaf_keys()
+        if not has_container(key, get_value(config, key))
+    ]
+    if wrong:  # OmegaConf converts what `${...}` stands for, but not into lists and maps
+        raise ConfigError(wrong)
     return config
 
 

@@ -6,6 +6,7 @@ and p pipeline-parallel size.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,9 +141,12 @@ def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
 
 
 def run_directory(config: RunConfig) -> Path:
-    """The run folder. Its name has no time and no layout: the same command finds it, under another layout too."""
+    """The run folder. Its name has no time and no layout: the same command finds it, under another layout too.
+
+    A shell leaves the `~` of `train.run_dir=~/run` to us.
+    """
     if config.train.run_dir is not None:
-        return Path(config.train.run_dir)
+        return Path(os.path.expanduser(config.train.run_dir))  # unlike Path's, it raises nothing: rules come later
     return Path("runs") / f"{config.script}-{config.model.name}"
 
 

@@ -177,6 +177,14 @@ def shown(text: str) -> str:
     return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}... ({len(line)} characters)"
 
 
+def has_container(key: str, value: Any) -> bool:
+    """Whether a value is the list or the map that the setting holds; true of settings that hold neither."""
+    hint = schema_keys()[key]
+    origins = {typing.get_origin(part) for part in (hint, *typing.get_args(hint))}
+    containers = tuple(kind for kind in (list, dict) if kind in origins)
+    return not containers or isinstance(value, containers) or (value is None and may_be_null(key))
+
+
 def expects(key: str) -> str:
     """What a key's value has to be, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
     return _describe(schema_keys().get(key, str))

@@ -83,6 +83,9 @@ def parse(word: str) -> Override:
         ConfigError: Hydra cannot read it.
     """
     check_form(word)
+    parts = split(word.partition("=")[2])
+    if len(parts) > 1 and not all(part.strip() for part in parts):
+        raise ConfigError(f"{shown(word)} has a comma without a value beside it; leave the comma out")
     with library_edge(ConfigError, f"{shown(word)} cannot be read", f"write {_how_to_write(key_of(word))}"):
         return OverridesParser.create().parse_override(word)
 
@@ -171,14 +174,12 @@ def unescaped(text: str) -> str:
     """
 
     def replaced(found: re.Match[str]) -> str:
-        simple, *codes, other = found.groups()
+        simple, *codes, _ = found.groups()
         if simple:
             return SIMPLE_ESCAPES[simple]
         code = next((code for code in codes if code), None)
         if code is None or int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) < 0xE000:
-            raise _UnclearError(
-                rf"holds \{other or code}, which is no escape; use \n, \t, \uXXXX, or \\ for a backslash"
-            )
+            raise _UnclearError(rf"holds {found[0]}, which is no escape; use \n, \t, \uXXXX, or \\ for a backslash")
         return chr(int(code, 16))
 
     return ESCAPE.sub(replaced, text)
@@ -242,11 +243,17 @@ def _inside(key: str, text: str, brackets: str) -> list[str]:
 
 
 def sweep_values(value: str) -> list[str] | None:
-    """The values of a sweep over a text, `a,b` or `choice(a,b)`, each as it was typed; None for `range(1,3)`."""
-    if SWEEP_FUNCTION.match(value) is None:
-        return split(value)
+    """The values of a sweep over a text, `a,b` or `choice(a,b)`, each as it was typed.
+
+    None for one value, for values that are blank, and for functions that Hydra counts, such as `range(1,3)`.
+    """
+    function = SWEEP_FUNCTION.match(value)
     choice = CHOICE.fullmatch(value)
-    return None if choice is None else [part.strip() for part in split(choice[1])]
+    if function is not None and choice is None:
+        return None
+    parts = [part.strip() for part in split(choice[1])] if choice else split(value)
+    several = len(parts) > 1 or choice is not None
+    return parts if several and all(part.strip() for part in parts) else None
 
 
 def _read_typed(key: str, override: Override, word: str) -> list[tuple[str, Any]]:
@@ -289,7 +296,8 @@ def unknown_key(key: str, also: Any = ()) -> ConfigError:
     """
     suggestion = nearest_key(key, also)
     if suggestion is None:
-        return ConfigError(f"{shown(key)} is not a setting; megatron_lite/config/schema.py explains all of them")
+        wrong = shown(key) or repr(key)
+        return ConfigError(f"{wrong} is not a setting; megatron_lite/config/schema.py explains all of them")
     return ConfigError(f"{shown(key)} is not a setting; did you mean {suggestion}?")
 
 
@@ -312,4 +320,6 @@ def _how_to_write(key: str) -> str:
     """`train.steps as an integer`."""
     if key not in schema_keys():
         return "settings as key=value and presets as group=NAME"
+    if is_group(key):
+        return f"{key}=NAME with the name of a preset, or single settings as {key}.KEY=VALUE"
     return f"{key}=VALUE with {expects(key)}"

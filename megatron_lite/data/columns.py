@@ -38,7 +38,8 @@ def parquet_rows(path: Path, file: int, source: Source, data: DataConfig, progre
         rows = batch_rows(average_bytes(opened.metadata, data.text_key))
         with reading(path, source):
             batches = opened.iter_batches(batch_size=rows, columns=[data.text_key])
-        columns = ([batch.column(0)] for batch in batches)
+        # `columns` also takes fields inside a column: `a.b` may bring the column `a` along
+        columns = ([batch.column(batch.schema.names.index(data.text_key))] for batch in batches)
         yield from column_rows(columns, str(path), file, source, data, progress)
 
 

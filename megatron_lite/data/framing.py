@@ -21,6 +21,7 @@ from megatron_lite.data.tokenizer_files import (
     cannot_open,
     known_name,
     read_folder,
+    require_some_file,
 )
 from megatron_lite.data.vocabulary import TRAIN
 from megatron_lite.errors import ConfigError
@@ -190,8 +191,10 @@ def planned_ends(config: RunConfig) -> DocumentEnds | None:
     data = config.data
     if data.tokenizer == TRAIN:
         return trained_ends(data)
-    files = read_folder(Path(data.tokenizer).expanduser(), data.tokenizer)
+    folder = Path(data.tokenizer).expanduser()
+    files = read_folder(folder, data.tokenizer)
     if files is None:
+        require_some_file(folder, data.tokenizer)
         return None
     return document_ends(files.spec, files.settings, data, is_decoder=reads_documents(config), name=data.tokenizer)
 

@@ -40,7 +40,7 @@ def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
 
     quiet_hub()
     with _edge(source):
-        builder = datasets.load_dataset_builder(str(source.paths[0]), data.dataset_config)
+        builder = datasets.load_dataset_builder(_folder_name(source), data.dataset_config)
     files = builder.config.data_files
     kind = BUILDERS.get(builder.name)
     if not isinstance(files, dict) or kind is None or not _is_plain(builder.config):
@@ -83,7 +83,7 @@ def _open(source: Source, data: DataConfig) -> Any:
         if source.paths and _is_saved(source.paths[0]):
             loaded = datasets.load_from_disk(str(source.paths[0]))
         else:
-            loaded = _generated(str(source.paths[0]) if source.paths else source.name, data.dataset_config)
+            loaded = _generated(_folder_name(source) if source.paths else source.name, data.dataset_config)
     return _split_of(loaded, source, data) if isinstance(loaded, dict) else loaded
 
 
@@ -96,6 +96,11 @@ def _generated(name: str, config: str | None) -> Any:
     except datasets.exceptions.DatasetGenerationError as error:
         hidden = error.__cause__ or error
     raise hidden
+
+
+def _folder_name(source: Source) -> str:
+    """With a last part that is a name: `datasets` calls the dataset by it, and makes nothing of `.` and `..`."""
+    return str(source.paths[0].resolve())
 
 
 def _split_of(splits: dict[str, Any], source: Source, data: DataConfig) -> Any:

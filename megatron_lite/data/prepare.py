@@ -54,13 +54,13 @@ from megatron_lite.data.tokenise import (
     training_texts,
 )
 from megatron_lite.data.tokenizer import (
-    TOKENIZER_FOLDER,
     Tokenizer,
     limit_threads,
     open_tokenizer,
     save_tokenizer,
     tokenizer_identity,
 )
+from megatron_lite.data.tokenizer_files import TOKENIZER_FOLDER
 from megatron_lite.data.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.files import raise_open_file_limit
@@ -127,11 +127,26 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
         key=key,
         report=report,
         marker=MANIFEST,
+        originals=_originals(plan, config.data),
     )
     prepared = load_prepared(folder, config)
-    for counts in prepared.rows:  # of data that another data.max_bad_fraction has prepared
-        require_few_bad(counts, counts.source, config.data)
+    texts = [source for source in (*plan.train, *plan.validation) if source.is_text]
+    for source, counts in zip(texts, prepared.rows, strict=True):  # made by another data.max_bad_fraction
+        require_few_bad(counts, str(source), config.data)
     return prepared
+
+
+def _originals(plan: Plan, data: DataConfig) -> Iterator[Path]:
+    """The files whose content prepared data repeats: the sources, and those of a tokenizer."""
+    for source in (*plan.train, *plan.validation):
+        for path in source.paths:
+            if not source.is_text:
+                yield from (path.with_name(path.name + suffix) for suffix in (".bin", ".idx"))
+            else:
+                yield from path.rglob("*") if path.is_dir() else [path]
+    tokenizer = Path(data.tokenizer).expanduser()
+    if tokenizer.is_dir():
+        yield from tokenizer.rglob("*")
 
 
 def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:

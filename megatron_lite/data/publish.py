@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,7 +19,13 @@ LOCKS = ".locks"
 
 
 def publish_folder(
-    folder: Path, build: Callable[[Path], None], *, key: str, report: Callable[[str], None], marker: str
+    folder: Path,
+    build: Callable[[Path], None],
+    *,
+    key: str,
+    report: Callable[[str], None],
+    marker: str,
+    originals: Iterable[Path] = (),
 ) -> None:
     """Call `build(temporary)` and rename the temporary folder to `folder`; return at once where that is done already.
 
@@ -28,6 +35,7 @@ def publish_folder(
     Args:
         key: the configuration key and value of the parent folder, for messages.
         marker: a file that every complete folder holds.
+        originals: files whose content the folder repeats: whoever may not read all of them may not read it either.
     Raises:
         DataError: the parent folder cannot be written or locked, or the disk is full.
     """
@@ -39,7 +47,7 @@ def publish_folder(
         lock = FileLock(locks / folder.name)
         with locked(lock, f"another process prepares {folder}; waiting for it", report):
             if not (folder / marker).is_file():
-                _build_and_rename(folder, build)
+                _build_and_rename(folder, build, originals)
     except NotImplementedError:
         raise DataError(f"{key} lies on a file system without file locks; name a folder on another one") from None
     except OSError as error:
@@ -80,18 +88,39 @@ def locked(lock: FileLock, waiting: str, report: Callable[[str], None]) -> Itera
         lock.release()
 
 
-def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
+def _build_and_rename(folder: Path, build: Callable[[Path], None], originals: Iterable[Path]) -> None:
     if folder.exists():
         raise DataError(f"{folder} is incomplete; remove it to prepare it again")
     for orphan in folder.parent.glob(f".{folder.name}.tmp-*"):  # we hold the lock: its owner is gone
         shutil.rmtree(orphan)
     temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
+    usual = stat.S_IMODE(temporary.stat().st_mode)
     try:
+        temporary.chmod(0o700)  # until it is known what of it others may read
         build(temporary)
+        _narrow(temporary, usual, originals)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _narrow(folder: Path, usual: int, originals: Iterable[Path]) -> None:
+    """Give a folder its usual mode, as far as all originals may be read, and its files no wider one.
+
+    Those of another group say nothing of ours, so of them it counts what everybody may do.
+    """
+    group, allowed = folder.stat().st_gid, 0o777
+    for path in originals:
+        with suppress(OSError):  # gone since
+            found = path.stat()
+            others = found.st_mode & 0o7
+            allowed &= 0o700 | ((found.st_mode & 0o70) if found.st_gid == group else others << 3) | others
+    enter = (allowed & 0o444) >> 2  # who may read a file may enter its folder
+    for path in folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        path.chmod(mode & (allowed | enter | ~0o777) if path.is_dir() else mode & (allowed | ~0o777))
+    folder.chmod(usual & (allowed | enter | ~0o777))

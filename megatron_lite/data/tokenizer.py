@@ -29,12 +29,12 @@ from megatron_lite.data.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TokenizerFiles,
-    cannot_open,
     encoded,
     known_name,
     parsed,
     read_file,
     read_folder,
+    require_some_file,
 )
 from megatron_lite.data.vocabulary import TRAIN
 from megatron_lite.errors import ConfigError, library_edge
@@ -42,7 +42,6 @@ from megatron_lite.errors import ConfigError, library_edge
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FOLDER = "tokenizer"  # inside prepared data
 DIGESTS_KEY = "extends"  # of our tokenizer_config.json
 
 
@@ -157,9 +156,7 @@ def _read(name: str) -> TokenizerFiles:
     found = read_folder(folder, name)
     if found is not None:
         return found
-    prepared = folder / TOKENIZER_FOLDER
-    if (prepared / TOKENIZER_FILE).is_file():
-        raise cannot_open(name, f"it is a folder of prepared data; its tokenizer is {prepared}")
+    require_some_file(folder, name)
     return read_through_transformers(name)
 
 

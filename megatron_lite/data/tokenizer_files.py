@@ -17,6 +17,7 @@ from megatron_lite.errors import ConfigError, DamagedFileError
 from megatron_lite.state_files import decode, read_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"  # inside prepared data
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENS_MAP_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -35,8 +36,9 @@ DECISIVE_FILES = (  # all that may decide the ids of a folder, and the templates
     "chat_template.jinja",
     "chat_template.json",
 )
+VOCABULARY_SUFFIXES = (".model", ".tiktoken", ".vocab", ".codes", ".bpe")
 TEXT_FILES = ("merges.txt", "vocab.txt", "dict.txt")  # other .txt files of a folder are text, not a vocabulary
-CARRIED_SUFFIXES = ("", ".json", ".jinja", ".model", ".tiktoken", ".vocab", ".codes", ".bpe", ".md")
+CARRIED_SUFFIXES = ("", ".json", ".jinja", ".md", *VOCABULARY_SUFFIXES)
 NOT_CARRIED = ("config.json", "generation_config.json", "manifest.json", "prepared.json")  # of a model, a checkpoint
 LARGEST_CARRIED_BYTES = 64 * 2**20
 
@@ -141,6 +143,27 @@ def read_folder(folder: Path, name: str) -> TokenizerFiles | None:
         return None
     spec = parsed(content, TokenizerJson, str(folder / TOKENIZER_FILE), name)
     return TokenizerFiles(name, content, spec, read_settings(folder, name), carried(folder, name))
+
+
+def require_some_file(folder: Path, name: str) -> None:
+    """Refuse a folder in which transformers can find no tokenizer either.
+
+    Raises:
+        ConfigError: it holds no file of one.
+    """
+    if not folder.is_dir():
+        return
+    known = (*DECISIVE_FILES, *TEXT_FILES)
+    try:
+        there = list(folder.iterdir())
+    except OSError as error:
+        raise cannot_open(name, f"{folder}: {error.strerror}") from error
+    if any(path.name in known or path.suffix in VOCABULARY_SUFFIXES for path in there):
+        return
+    prepared = folder / TOKENIZER_FOLDER
+    if (prepared / TOKENIZER_FILE).is_file():
+        raise cannot_open(name, f"it is a folder of prepared data; its tokenizer is {prepared}")
+    raise cannot_open(name, f"there is no {TOKENIZER_FILE} in it, nor another file of a tokenizer")
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:

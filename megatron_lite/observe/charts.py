@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,15 +85,23 @@ def _curve(name: str, points: Iterable[tuple[int, Any]], factor: float) -> Serie
     return Series(name, [step for step, _ in known], values)
 
 
+def from_plotly(module: str) -> Any:
+    """A module of plotly, which is imported late: most commands draw nothing.
+
+    Raises:
+        TrackingError: it is missing or broken.
+    """
+    with library_edge(TrackingError, "plotly cannot draw", "run `pip install plotly`"):
+        return importlib.import_module(f"plotly.{module}")
+
+
 def chart(run: RunFolder, panel: Panel) -> Figure | None:
     """The panel of one run; None where the run has recorded none of its figures."""
     curves = series_of(run, panel)
     if not curves:
         return None
-    with library_edge(TrackingError, "plotly cannot draw", "`pip install plotly`"):
-        import plotly.graph_objects as go
-
-    last_step = max([1, run.history.last.get("step", 0), *(entry["step"] for entry in run.rolled_back)])
+    go = from_plotly("graph_objects")
+    last_step = max(1, run.history.last.get("step", 0), run.taken_back.last_step)
     figure = go.Figure(layout=_layout(panel, curves, last_step))
     if panel.branches:
         _add_branches(figure, run, panel)
@@ -136,15 +145,13 @@ def _colours(curves: Sequence[Series], panel: Panel) -> list[str]:
     if not panel.keys[0].endswith(WHOLE_GROUP) or len(curves) < 2:
         palette = (COLOURS[1], COLOURS[0], *COLOURS[2:]) if panel.stacked else COLOURS  # red is for waiting
         return [palette[index % len(palette)] for index in range(len(curves))]
-    from plotly.colors import sample_colorscale
-
+    sample_colorscale = from_plotly("colors").sample_colorscale
     places = [FROM + (TO - FROM) * index / (len(curves) - 1) for index in range(len(curves))]
     return [str(colour) for colour in sample_colorscale(LAYER_SCALE, places)]
 
 
 def _trace(series: Series, colour: str, panel: Panel) -> Any:
-    import plotly.graph_objects as go
-
+    go = from_plotly("graph_objects")
     trace: dict[str, Any] = {"name": series.name, "x": series.steps, "y": series.values, "mode": "lines"}
     trace["line"] = {"color": colour, "width": 1.6}
     if panel.points:
@@ -159,20 +166,17 @@ def _trace(series: Series, colour: str, panel: Panel) -> Any:
 
 
 def _add_branches(figure: Figure, run: RunFolder, panel: Panel) -> None:
-    import plotly.graph_objects as go
-
+    go = from_plotly("graph_objects")
     name = panel.keys[0].partition("/")[2]
-    for branch, entries in run.branches().items():
-        series = _curve(name, ((entry["step"], entry.get(name)) for entry in entries), panel.factor)
-        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": branch == min(run.branches())}
-        thin = thinned(series)
-        trace |= {"x": thin.steps, "y": thin.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
+    for place, points in enumerate(run.taken_back.branches(name).values()):
+        series = _scaled(name, points, panel.factor)
+        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": place == 0}
+        trace |= {"x": series.steps, "y": series.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
         figure.add_trace(go.Scatter(trace))
 
 
 def _add_marks(figure: Figure, run: RunFolder, panel: Panel) -> None:
-    import plotly.graph_objects as go
-
+    go = from_plotly("graph_objects")
     name = panel.keys[0].partition("/")[2]
     spikes, rollbacks = run.of_kind(SPIKE_EVENT), run.of_kind(ROLLBACK_EVENT)
     if spikes:

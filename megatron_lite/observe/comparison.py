@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.files import replace_file
-from megatron_lite.observe.charts import COLOURS, Series
+from megatron_lite.observe.charts import COLOURS, Series, from_plotly
 from megatron_lite.observe.envelope import Array, Envelope
 from megatron_lite.observe.history import MissingSteps, Pairs, columns_of, paired, steps_of
 from megatron_lite.observe.lines import Block, Gap, blocks, line_type
@@ -178,11 +178,11 @@ def write_chart(path: Path, names: tuple[str, str], comparison: Comparison) -> N
     """A page that opens from disk: of each figure both curves, and below them their relative difference.
 
     Raises:
+        TrackingError: plotly is missing or broken.
         OSError: it cannot be written.
     """
-    from plotly.subplots import make_subplots
-
     titles = [title for name in FIGURES for title in (name, f"{name}: relative difference")]
+    make_subplots = from_plotly("subplots").make_subplots
     figure = make_subplots(rows=len(titles), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.06)
     for place, figure_name in enumerate(FIGURES):
         row = 2 * place + 1

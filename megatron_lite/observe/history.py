@@ -4,6 +4,7 @@ loss curve and the summary show, and what `compare` holds side by side."""
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +18,7 @@ import numpy as np
 from megatron_lite.observe.envelope import MOST_POINTS, Array, Envelope, Means
 from megatron_lite.observe.lines import Block, Gap, Line, blocks, line_type
 from megatron_lite.observe.logged import LoggedLines
-from megatron_lite.observe.metrics import from_json
+from megatron_lite.observe.metrics import branch_of, entries, from_json
 from megatron_lite.observe.panels import PANELS, WHOLE_GROUP
 
 SPEED = ("step_seconds", "tokens_per_second", "data_seconds")
@@ -99,6 +100,43 @@ class History:
         for name in groups:
             _add_group(self._groups.setdefault(name, {}), block.lines, name)
         self.count += len(block.lines)
+
+
+@dataclass
+class TakenBack:
+    """What rollbacks have taken back, of the figures whose charts show it."""
+
+    last_step: int = 0
+    curves: dict[int, dict[str, tuple[array[int], array[float]]]] = field(default_factory=dict)
+    """By the rollbacks that a branch came after: of each figure steps and values."""
+
+    @classmethod
+    def read(cls, path: Path) -> TakenBack:
+        """Args: path: of a rolled_back.jsonl."""
+        found = cls()
+        names = [panel.keys[0].partition("/")[2] for panel in PANELS if panel.branches]
+        for entry in entries(path):
+            found.last_step = max(found.last_step, entry["step"])
+            curves = found.curves.setdefault(branch_of(entry), {name: (array("q"), array("d")) for name in names})
+            for name in names:
+                if isinstance(value := entry.get(name), int | float):
+                    curves[name][0].append(entry["step"])
+                    curves[name][1].append(value)
+        return found
+
+    def branches(self, name: str) -> dict[int, Points]:
+        """One figure of each branch, in the order of steps.
+
+        Of one branch a later rollback may have taken back earlier steps than the one before it.
+        """
+        found = {}
+        for branch, curves in sorted(self.curves.items()):
+            steps, values = (np.array(part) for part in curves[name])
+            order = np.argsort(steps, kind="stable")
+            envelope = Envelope()
+            envelope.add(steps[order], values[order])
+            found[branch] = envelope.points()
+        return found
 
 
 def wanted() -> tuple[list[str], list[str]]:

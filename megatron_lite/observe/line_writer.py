@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_lite.observe.words import counted
+
 MOST_BYTES = 64 * 2**20
 """That wait in memory: at 600 bytes a step 100,000 steps. Beyond that the oldest lines are lost."""
 
@@ -57,15 +59,19 @@ class LineWriter:
             return False
         if self._is_failing:
             self._is_failing = False
-            lost = f"; {self._lost:,} older ones are lost" if self._lost else ""
-            self._report(f"{self._path} can be written again: {late:,} lines have waited in memory{lost}")
+            waited = f"{counted(late, 'line')} {'has' if late == 1 else 'have'} waited in memory"
+            lost = f"; {counted(self._lost, 'line')} ahead of them {_is_are(self._lost)} lost" if self._lost else ""
+            self._report(f"{self._path} can be written again: {waited}{lost}")
             self._lost = 0
         return True
 
     def close(self) -> None:
         """Nothing is written after it. What the disk still does not take is lost."""
         if self._waiting and not self.flush():
-            self._report(f"warning: {len(self._waiting) + self._lost:,} lines of {self._path} are lost")
+            lost = len(self._waiting) + self._lost
+            self._report(
+                f"warning: {counted(lost, 'line')} of {self._path} could not be written and {_is_are(lost)} lost"
+            )
             self._waiting.clear()
         if self._file is not None:
             os.close(self._file)
@@ -105,3 +111,7 @@ class LineWriter:
                 f"warning: {self._path} cannot be written ({error.strerror or error}); training goes on, and what "
                 f"belongs there waits in memory, up to {MOST_BYTES >> 20} MiB of it"
             )
+
+
+def _is_are(count: int) -> str:
+    return "is" if count == 1 else "are"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import msgspec
 
 from megatron_lite.errors import DamagedFileError
-from megatron_lite.state_files import Object, decode, warn
+from megatron_lite.state_files import Object, decode, open_file, warn
 
 BLOCK_BYTES = 2**22
 LONGEST_LINE_BYTES = 2**24
@@ -127,7 +127,7 @@ def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
         begin: byte of the file at which a line begins.
     """
     try:
-        file = path.open("rb")
+        file = open_file(path)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:

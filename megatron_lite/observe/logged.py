@@ -22,6 +22,12 @@ class LoggedLines:
     steps: tuple[tuple[int, int, int], ...]
     """Of these lines, as first step, last step and interval of each stretch with one interval."""
 
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the stretches hold as many steps as there are lines; what does not is damaged."""
+        ascend = all(0 <= first <= last and every >= 0 for first, last, every in self.steps)
+        return ascend and self.lines == sum((last - first) // (every or 1) + 1 for first, last, every in self.steps)
+
     def all_steps(self) -> Array:
         parts = [np.arange(first, last + 1, every or 1) for first, last, every in self.steps]
         return np.concatenate([np.empty(0, np.int64), *parts])

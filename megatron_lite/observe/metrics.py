@@ -13,14 +13,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.files import replace_file, set_aside_others, sync
+from megatron_lite.files import leave_only, replace_file, set_aside_others, sync
 from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.lines import BLOCK_BYTES, LONGEST_LINE_BYTES, Gap, raw_blocks, whole_lines
 from megatron_lite.observe.logged import Log, LoggedLines
-from megatron_lite.state_files import DamagedLine, Object, lines_of, read_bytes
+from megatron_lite.state_files import DamagedLine, Object, lines_of, open_file, read_bytes, warn
 
 TAIL_BYTES = 2**16
 MOST_GAPS_TOLD = 4
@@ -180,8 +181,11 @@ def _sound_entries(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
 
 def _pieces_backwards(path: Path) -> Iterator[bytes]:
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
+        file = open_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}; it counts as empty")
         return
     with file:
         end = file.seek(0, os.SEEK_END)
@@ -272,13 +276,16 @@ def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
     if rollbacks == 0:
         return
     aside = path.with_name(ROLLED_BACK_FILE)
-    beyond = (entry for entry in entries(path, begin) if not _counts(entry, last_step))
-    left = [entry for entry in beyond if branch_of(entry) < rollbacks]
-    before = read_metrics(aside)
-    known = {(branch_of(entry), entry.get("step")) for entry in before}
-    new = [entry for entry in left if (branch_of(entry), entry.get("step")) not in known]
-    if new:
-        replace_file(aside, "".join(_line(entry) for entry in [*before, *new]).encode())
+    known = {(branch_of(entry), entry["step"]) for entry in entries(aside)}
+
+    def new() -> Iterator[dict[str, Any]]:
+        for entry in entries(path, begin):
+            branch = branch_of(entry)
+            if not _counts(entry, last_step) and branch < rollbacks and (branch, entry["step"]) not in known:
+                yield entry
+
+    if any(True for _ in new()):
+        replace_file(aside, (_line(entry).encode() for entry in chain(entries(aside), new())))
 
 
 def _as_written(path: Path, logged: LoggedLines) -> Log | None:
@@ -307,8 +314,15 @@ def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, l
         for line in kept:
             log.add(line.step, line.text)
     if skipped:  # maybe between lines that are kept
-        again = raw_blocks(path, is_suspect=is_suspect)
-        replace_file(path, (line.text for block in again for line in block.lines if line.step <= last_step))
+        leave_only(
+            path,
+            lambda: (
+                line.text
+                for block in raw_blocks(path, is_suspect=is_suspect)
+                for line in block.lines
+                if line.step <= last_step
+            ),
+        )
     else:
         shorten(path, log.num_bytes)
     return log, gaps
@@ -338,7 +352,7 @@ def _drop_damaged(path: Path) -> int:
     damaged = {line.number for line in lines_of(content, Object, path.name) if isinstance(line, DamagedLine)}
     lines = re.findall(rb"[^\n]*\n|[^\n]+$", content)
     if damaged:
-        replace_file(path, (line for number, line in enumerate(lines, 1) if number not in damaged))
+        leave_only(path, lambda: [line for number, line in enumerate(lines, 1) if number not in damaged])
     return len(damaged - ({len(lines)} if content[-1:] != b"\n" else set()))
 
 

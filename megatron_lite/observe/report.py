@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.files import replace_file, size_text
-from megatron_lite.observe.charts import chart
+from megatron_lite.observe.charts import chart, from_plotly
 from megatron_lite.observe.dossier import Dossier
 from megatron_lite.observe.history import History
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
@@ -86,7 +86,6 @@ def render(run: RunFolder, state: str) -> str:
     # Late imports: a run draws its report at its end, and most commands never do.
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
     jinja = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     charts, missing = charts_of(run)
@@ -100,7 +99,7 @@ def render(run: RunFolder, state: str) -> str:
         notices=_notices(run),
         sections=charts,
         missing=missing,
-        plotly=Markup(get_plotlyjs()) if charts else "",
+        plotly=Markup(from_plotly("offline").get_plotlyjs()) if charts else "",
         figures=Markup("[" + ",".join(one.figure for group in charts.values() for one in group) + "]"),
         dossiers=[Dossier.of(spike, run.dossier(spike)) for spike in spikes[-MOST_DOSSIERS:]],
         older_spikes=max(len(spikes) - MOST_DOSSIERS, 0),

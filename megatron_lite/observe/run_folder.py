@@ -15,7 +15,7 @@ import yaml
 
 from megatron_lite.errors import DamagedFileError, library_edge
 from megatron_lite.files import modified_ns
-from megatron_lite.observe.history import History
+from megatron_lite.observe.history import History, TakenBack
 from megatron_lite.observe.lines import Gap
 from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.markers import ATTEMPTS_FILE, Marker, read_marker
@@ -28,7 +28,6 @@ from megatron_lite.observe.metrics import (
     ROLLED_BACK_FILE,
     SKIPS_FILE,
     SPIKE_EVENT,
-    branch_of,
     from_json,
     read_metrics,
     with_branches,
@@ -164,7 +163,6 @@ class RunFolder:
     path: Path
     settings: Mapping[str, Any]
     """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
-    rolled_back: list[Entry]
     events: list[Entry]
     skipped: list[Entry]
     """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
@@ -178,7 +176,6 @@ class RunFolder:
         return cls(
             path,
             _settings(path),
-            read_metrics(path / ROLLED_BACK_FILE),
             [entry for entry in read_metrics(path / EVENTS_FILE) if _is_whole(entry)],
             _skipped(path / SKIPS_FILE),
             read_marker(path),
@@ -190,6 +187,11 @@ class RunFolder:
     def history(self) -> History:
         """The figures of all steps that count; read when they are first asked for."""
         return History.read(self.path / METRICS_FILE, self.known_losses(), self.logged)
+
+    @cached_property
+    def taken_back(self) -> TakenBack:
+        """What rollbacks have taken back; read when it is first asked for."""
+        return TakenBack.read(self.path / ROLLED_BACK_FILE)
 
     def known_losses(self) -> list[Gap]:
         """Steps whose lines resumes have found missing."""
@@ -221,16 +223,6 @@ class RunFolder:
     def newest(self, kind: str) -> Entry:
         """The last event of one kind; empty where there is none."""
         return next((entry for entry in reversed(self.events) if _is(entry, kind)), {})
-
-    def branches(self) -> dict[int, list[Entry]]:
-        """The lines that rollbacks have taken back, by the rollbacks that they came after, in the order of steps.
-
-        Of one branch a later rollback may have taken back earlier steps than the one before it.
-        """
-        found: dict[int, list[Entry]] = {}
-        for entry in sorted(self.rolled_back, key=lambda entry: entry["step"]):
-            found.setdefault(branch_of(entry), []).append(entry)
-        return dict(sorted(found.items()))
 
     def num_skipped(self) -> int:
         """Samples that are left out; windows of several rollbacks may overlap."""

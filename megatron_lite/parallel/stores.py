@@ -27,7 +27,10 @@ def local_store(
     if timeout is not None:
         arguments["timeout"] = timeout
     if is_master and is_loopback(host_name) and "master_listen_fd" not in options:
-        server = listen("127.0.0.1" if host_name == "localhost" else host_name, port)
+        try:
+            server = listen("127.0.0.1" if host_name == "localhost" else host_name, port)
+        except OSError as error:  # as TCPStore says it: torchrun's c10d then joins the store that is there already
+            raise RuntimeError(f"cannot listen at {host_name}:{port}: {error.strerror}") from error
         port, descriptor = server.getsockname()[1], server.detach()  # the store closes it
         arguments["master_listen_fd"] = descriptor
     return TorchStore(host_name, port, **arguments)

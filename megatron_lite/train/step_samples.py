@@ -18,6 +18,7 @@ from megatron_lite.observe.metrics import (
     METRICS_FILE,
     ROLLED_BACK_FILE,
     branch_of,
+    entries,
     read_metrics,
 )
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
@@ -45,9 +46,12 @@ def samples_of_step(run_dir: Path, config: RunConfig, step: int) -> StepSamples:
     """
     check_number(step, config)
     rollbacks = read_rollbacks(run_dir)
-    lines = [line for line in read_metrics(run_dir / METRICS_FILE) if {"samples", "global_batch_size"} <= line.keys()]
-    last = max((line["step"] for line in lines), default=0)
-    batch = _batch(lines, config, step)
+    last, before = 0, None
+    for line in entries(run_dir / METRICS_FILE):
+        if {"samples", "global_batch_size"} <= line.keys():
+            last = max(last, line["step"])
+            before = line if line["step"] <= step and (before is None or before["step"] < line["step"]) else before
+    batch = _batch(before, config, step)
     indices = skips_of(rollbacks).indices(batch.first_sample, batch.global_batch_size)
     if step >= last + config.train.log_interval:  # steps between two lines leave no trace
         raise DataError(
@@ -66,12 +70,12 @@ def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: i
         DataError: there is no such version.
     """
     check_number(step, config)
-    lines = read_metrics(run_dir / ROLLED_BACK_FILE)
     rollbacks = read_rollbacks(run_dir)
+    lines = entries(run_dir / ROLLED_BACK_FILE)
     versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step}
     chosen = max(versions, default=0) if rollback is None else rollback
     if chosen not in versions:
-        known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(lines)
+        known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(run_dir)
         by = "" if rollback is None else f" by rollback {rollback}"
         raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
     batch = batch_of_line(versions[chosen])
@@ -134,9 +138,8 @@ def _is_attempt(event: dict[str, Any]) -> bool:
     return event.get("event") in BEGINNINGS
 
 
-def _batch(lines: list[dict[str, Any]], config: RunConfig, step: int) -> BatchStep:
+def _batch(before: dict[str, Any] | None, config: RunConfig, step: int) -> BatchStep:
     """As the step's own line says, else counted on from the line before it."""
-    before = max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default=None)
     if before is None:
         return BatchSchedule(config.train, BEGINNING).at(step - 1)
     if before["step"] == step:
@@ -157,15 +160,13 @@ def _taken_back_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:
 
 
 def _taken_back(run_dir: Path, step: int) -> str:
-    steps = {line["step"] for line in read_metrics(run_dir / ROLLED_BACK_FILE)}
-    return ", or --rolled-back for the version that a rollback took back" if step in steps else ""
+    taken_back = any(line["step"] == step for line in entries(run_dir / ROLLED_BACK_FILE))
+    return ", or --rolled-back for the version that a rollback took back" if taken_back else ""
 
 
-def _rolled_back_steps(lines: list[dict[str, Any]]) -> str:
-    if not lines:
-        return "the run has not rolled back"
-    steps = [line["step"] for line in lines]
-    return f"{ROLLED_BACK_FILE} holds steps {min(steps)} to {max(steps)}"
+def _rolled_back_steps(run_dir: Path) -> str:
+    steps = {line["step"] for line in entries(run_dir / ROLLED_BACK_FILE)}
+    return f"{ROLLED_BACK_FILE} holds steps {min(steps)} to {max(steps)}" if steps else "the run has not rolled back"
 
 
 def _listed(noun: str, numbers: list[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_lite.config.hf.headers import TensorEntry, has_tensors, tensors_of
+from megatron_lite.config.hf.headers import INDEX_FILE, SINGLE_FILE, TensorEntry, has_tensors, tensors_of
 from megatron_lite.config.hf.settings import settings_of
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
@@ -155,7 +155,12 @@ def _require_safetensors(folder: Path, name: str) -> None:
             f"read; convert it with transformers: AutoModel.from_pretrained({str(folder)!r})"
             ".save_pretrained(FOLDER, safe_serialization=True), with the class that its config.json names for AutoModel"
         )
-    raise ConfigError(f"model.init_from={name} holds no model.safetensors; give a folder with weights")
+    if parts := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.init_from={name} holds {parts[0]}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which says what "
+            "lies in which file; copy the whole folder again from where it came, or rename a file that holds all of it"
+        )
+    raise ConfigError(f"model.init_from={name} holds no {SINGLE_FILE}; give a folder with weights")
 
 
 def _read_json(path: Path, name: str) -> Object:

@@ -65,7 +65,8 @@ def _world_size_remedy(case: Case, given: int) -> str:
         )
         for tensor in divisors(given)
         for pipeline in divisors(given // tensor)
-        if case.model.num_attention_heads % tensor == 0 and pipeline <= all_layers(case.model)
+        if case.model.num_attention_heads % tensor == 0
+        and pipeline <= (all_layers(case.model) if case.config.parallel.zero_stage < 2 else 1)
     ]
     if layouts:
         _, data, tensor, pipeline = min(layouts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.config.keys import get_value, shown
@@ -72,6 +73,10 @@ def path(text: str) -> str | None:
         return "is an empty path, as an unset variable of a shell leaves it; give a path, or leave the setting out"
     if CONTROL.search(text):
         return "holds a control character; give a path without one"
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return "begins with the home of a user whom this machine does not know; write the path without ~"
     name = max(text.split("/"), key=lambda part: len(part.encode()))
     if len(name.encode()) > LONGEST_NAME_BYTES:
         return f"holds a name of {len(name.encode())} bytes; file systems take {LONGEST_NAME_BYTES}: use a shorter one"
@@ -126,6 +131,7 @@ TEXTS: dict[str, Check] = {
     "launcher.modules": line,
     "launcher.setup": free,
     "launcher.environment": free,
+    "launcher.pass_environment": free,  # `passed_variables_have_names`
     "launcher.container": path,
     "launcher.container_mounts": free,  # `mounts_are_pairs`
     "launcher.sbatch_options": free,  # `batch_options_are_lines`

@@ -169,3 +169,11 @@ def test_one_tensor_parallel_rank_by_hand() -> None:
     assert counts.embedding == 4096 * 128
     assert counts.position_embedding == 1024 * 128
     assert counts.final_norm == 256
+
+
+def test_a_home_in_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.run_dir=~/run`: a shell replaces ~ only at the beginning of a word."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve(compose("pretrain_gpt", ["train.run_dir=~/run"])).train.run_dir == "/home/me/run"
+    unknown = "~nobody-of-this-name/run"  # left for the rules to refuse
+    assert resolve(compose("pretrain_gpt", [f"train.run_dir={unknown}"])).train.run_dir == unknown

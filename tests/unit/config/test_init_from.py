@@ -126,7 +126,9 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
     assert "is no folder" in problems_of(tmp_path / "nowhere")[0]
     assert "holds no config.json" in problems_of(tmp_path)[0]
     folder = write_folder(tmp_path / "gpt2", GPT2)
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "neither model.safetensors nor model.safetensors.index.json" in problems_of(folder)[0]
+    (folder / "model-00001-of-00002.safetensors").unlink()
     assert "holds no model.safetensors" in problems_of(folder)[0]
     (folder / "pytorch_model.bin").touch()
     assert "safe_serialization=True" in problems_of(folder)[0]

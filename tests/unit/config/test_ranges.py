@@ -123,6 +123,7 @@ BAD_PATHS = [
     "a/" + 300 * "b" + "/c",
     2000 * "a/",
     "\udcff",
+    "~nobody-of-this-name/x",
 ]
 
 
@@ -169,7 +170,7 @@ def test_smallest_trained_vocabulary() -> None:
     assert SMALLEST_BPE == vocabulary.SMALLEST_BPE
 
 
-@pytest.mark.parametrize("text", ["", 300 * "a", "a\0b", "a\nb"])
+@pytest.mark.parametrize("text", ["", 300 * "a", "a\0b", "a\nb", "~nobody-of-this-name/x"])
 def test_files_that_are_read_before_all_is_checked(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^model\.init_from="):
         compose("pretrain_gpt", [f"model.init_from={text}"])

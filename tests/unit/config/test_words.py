@@ -131,6 +131,11 @@ def test_what_is_no_escape(typed: str) -> None:
         compose("pretrain_gpt", [f"data.document_separator={typed}"])
 
 
+def test_a_wrong_escape_is_named_whole() -> None:
+    with pytest.raises(ConfigError, match=r"=a\\ud800 holds \\ud800, which"):
+        compose("pretrain_gpt", [r"data.document_separator=a\ud800"])
+
+
 @pytest.mark.parametrize("text", ["It's, well", "'tis", '"', "[a", "{a", "a,b", "choice(a)", "'a' b", "range(1,3)"])
 def test_the_advice_on_quoting_works_in_a_shell(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -150,6 +155,10 @@ def test_sweeps_keep_what_was_typed() -> None:
     assert values("train.generate_prompt='a,b'") == ["'a,b'"]
     assert values("data.dataset_config=range(1,3)") == ["1", "2"]
     assert values("train.seed=1,2") == ["1", "2"]
+    assert values("data.eod_token=<|endoftext|>,</s>") == ["<|endoftext|>", "</s>"]
+    assert values("data.eod_token=choice(<|endoftext|>)") == ["<|endoftext|>"]
+    assert values("train.generate_prompt=It's,100% sure;") == ["It's", "100% sure;"]
+    assert values("train.generate_prompt=Well, ") == ["Well, "]  # one run is refused, with how to write it
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,8 @@ def test_sweeps_keep_what_was_typed() -> None:
     [
         (["train.seed=range(0,3,0)"], "cannot be read"),
         (["train.seed=range(0,1000000000000)"], "more than 1000 runs"),
+        (["train.seed=range(0)"], "holds no value"),
+        (["tracking.wandb_name=range(3,1)"], "holds no value"),
         (["train.seed=range(0,100)", "train.steps=range(100,200)"], "more than 1000 runs"),
     ],
 )
@@ -207,7 +218,9 @@ def test_no_experiment() -> None:
         "data.source=" + 3000 * "[" + 3000 * "]", "train.steps=" + 3000 * "[" + 3000 * "]", "launcher.setup=[[1]]",
         "launcher.setup=a", "data.source={a:1}", "data.source=[[a],b]", "data.source=[a", "=5", "+=5", "model.=5",
         "model@x=gpt_tiny", "train.steps=1,", "train.loss_scale={window:[1]}", "launcher.environment={A}", "a b=5",
-        "data.weights=[[1]]", "data.weights={a:1}", "train.seed=int(x)", "train.steps='", "train.steps=tag(1)",
+        "data.weights=[[1]]", "data.weights={a:1}", "train.seed=int(x)", "tracking.wandb_name=${model}",
+        "data.weights=${optimizer.beta1}", "objective.ul2_weights=${model.name}", "data.weights=${data.source}",
+        "train.steps='", "train.steps=tag(1)",
     ],
 )  # fmt: skip
 def test_unreadable_words_are_one_short_error(word: str) -> None:

@@ -55,6 +55,19 @@ def test_folder_of_files(tmp_path: Path, config_for: ConfigFor, monkeypatch: pyt
     assert read(config_for(folder)) == ["first", "second"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "../folder"])
+@pytest.mark.parametrize("file", ["train.jsonl", "train.csv"])
+def test_a_folder_by_a_relative_name(
+    name: str, file: str, tmp_path: Path, config_for: ConfigFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    (folder / file).write_text('{"text": "first"}\n' if file.endswith("jsonl") else "text\nfirst\n")
+    monkeypatch.chdir(folder / "inside" if name == ".." else folder)
+    assert read(config_for(name)) == ["first"]
+
+
 def test_missing_column(saved: Path, config_for: ConfigFor) -> None:
     with pytest.raises(DataError, match=r"has no data\.text_key=body; it has text, id"):
         read(config_for(saved, text_key="body"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -126,7 +127,10 @@ def test_too_many_are_fatal_before_a_tokenizer_is_trained(sources: list[Path], c
     assert prepared.train_documents + prepared.validation_documents == 60
     config.data.max_bad_fraction = 0.01
     assert prepared_folder(config) == prepared.folder, "the documents are the same"
-    with pytest.raises(DataError, match="4 of 64 rows are bad"):
+    name = f"{sources[0].parent}/./{sources[0].name}"
+    config.data.source = [name]
+    assert prepared_folder(config) == prepared.folder
+    with pytest.raises(DataError, match=rf"^data\.source\[0\]={re.escape(name)}: 4 of 64 rows are bad"):
         prepare(config, report=lambda line: None)
     assert load_prepared(prepared.folder, config).rows == prepared.rows, "a run that goes on is not stopped"
 

@@ -92,6 +92,45 @@ def test_published_by_renaming(tmp_path: Path, silent: Silent) -> None:
     assert built == [(tmp_path / "x").stat().st_ino]
 
 
+@pytest.mark.parametrize(("modes", "file", "folder"), [
+    ([0o644, 0o600], 0o600, 0o700), ([0o640, 0o644], 0o640, 0o750), ([0o444], 0o644, 0o755), ([0o604], 0o604, 0o705),
+    ([], 0o644, 0o755),
+])  # fmt: skip
+def test_nobody_may_read_more_than_of_the_originals(
+    modes: list[int], file: int, folder: int, tmp_path: Path, silent: Silent
+) -> None:
+    originals = [tmp_path / str(number) for number in range(len(modes))]
+    for path, mode in zip(originals, modes, strict=True):
+        path.touch()
+        path.chmod(mode)
+
+    def build(temporary: Path) -> None:
+        assert temporary.stat().st_mode & 0o777 == 0o700
+        (temporary / "tokenizer").mkdir()
+        for name in ("marker", "tokenizer/tokenizer.json"):
+            (temporary / name).touch()
+
+    before = os.umask(0o022)
+    try:
+        publish.publish_folder(
+            tmp_path / "x", build, key="k", report=silent, marker="marker", originals=[*originals, tmp_path / "gone"]
+        )
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "x", *(tmp_path / "x").rglob("*")]}
+    assert found == {"x": folder, "tokenizer": folder, "marker": file, "tokenizer.json": file}
+
+
+def test_prepared_text_is_as_private_as_its_source(
+    tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent
+) -> None:
+    corpus.chmod(0o600)
+    prepare(config_for(corpus), report=silent)
+    (name,) = visible(tmp_path / "cache")
+    made = tmp_path / "cache" / name
+    assert all(path.stat().st_mode & 0o077 == 0 for path in [made, *made.rglob("*")])
+
+
 def test_error_in_the_middle_leaves_nothing(
     tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent
 ) -> None:

@@ -403,6 +403,13 @@ def test_batches_of_large_cells_are_small(tmp_path: Path) -> None:
         assert batch_rows(average_bytes(parquet.ParquetFile(path).metadata, "text")) == pytest.approx(rows, abs=1)
 
 
+def test_a_dot_in_the_name_of_a_column_of_parquet(tmp_path: Path, config_for: ConfigFor) -> None:
+    """For Arrow it is the way to a field inside a column as well."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"doc": [{"text": "inside"}], "doc.text": ["one"]}), path)
+    assert documents_of(config_for(path, text_key="doc.text")) == ["one"]
+
+
 def test_encrypted_parquet(tmp_path: Path, config_for: ConfigFor) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["one"]}), path)

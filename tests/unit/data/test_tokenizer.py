@@ -10,8 +10,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers
 
+from megatron_lite.config.compose import compose
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.bpe import train_bpe
+from megatron_lite.data.framing import planned_ends
 from megatron_lite.data.roles import trained_names
 from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer, save_tokenizer
 from megatron_lite.data.vocabulary import SMALLEST_BPE, planned_vocab_size
@@ -232,8 +234,12 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
         ConfigError, match=r"missing cannot be opened: it is not a folder .*; use `train`, or the folder"
     ):
         open_tokenizer(str(tmp_path / "missing"))
-    with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path} cannot be opened: "):
+    (tmp_path / "config.json").write_text("{}")
+    said = rf"data\.tokenizer={tmp_path} cannot be opened: there is no tokenizer\.json in it, nor another file"
+    with pytest.raises(ConfigError, match=said):
         open_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match=said):  # the dry run knows it, too
+        planned_ends(compose("pretrain_gpt", [f"data.tokenizer={tmp_path}"]))
 
 
 @pytest.mark.parametrize(("kind", "file_name"), [("BertTokenizer", "vocab.txt"), ("GPT2Tokenizer", "merges.txt")])

@@ -82,6 +82,8 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
          "pretrain_bert, pretrain_gpt, pretrain_t5"),
         (["pretrain_gtp"], "error: 'pretrain_gtp' is not a script; did you mean pretrain_gpt? (choose one of "
          "pretrain_bert, pretrain_gpt, pretrain_t5)"),
+        (["statuss", "RUN"], "error: statuss is neither a command nor a script; did you mean status?"),
+        (["eval", "RUN"], "error: eval is neither a command nor a script; did you mean evaluate?"),
         (["pretrain_gpt", "--dryrun"], "error: --dryrun is not an option; did you mean --dry-run?"),
         (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --debug, --help; settings "
          "are written key=value, without dashes"),

@@ -155,6 +155,8 @@ def test_damaged_checkpoint(
 def test_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert "nowhere is no folder" in refused(capsys, "nowhere")
+    assert "is no folder" in refused(capsys, 5000 * "x")
+    assert "~nobody-of-this-name/run is no folder" in refused(capsys, "~nobody-of-this-name/run")
     assert "empty holds no checkpoint" in refused(capsys, "empty")
     assert "the following arguments are required: CHECKPOINT" in refused(capsys)
 
@@ -168,6 +170,8 @@ def test_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["train.eval_batchs=3"], ("did you mean train.eval_batches?",)),
         (["optimizer=sgd"], ("optimizer=sgd names a preset",)),
         (["--jsn"], ("--jsn",)),
+        (["train.run_dir="], ("train.run_dir='' is an empty path",)),
+        (["train.run_dir=run"], ("train.run_dir=run holds a run; give the evaluation another folder",)),
         (["train.seed=1,2"], ("several values",)),
     ],
 )

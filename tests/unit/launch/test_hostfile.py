@@ -89,3 +89,10 @@ def test_device_in_place_of_a_hostfile() -> None:
     """Reading it would never end."""
     with pytest.raises(ConfigError, match=r"cannot be read \(not a file\)"):
         read_hostfile("/dev/zero")
+
+
+def test_a_home_that_the_shell_has_left_to_us(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    config = with_hosts(compose("pretrain_gpt", ["launcher=deepspeed", "launcher.hostfile=~/hosts"]))
+    assert (config.launcher.hostfile, config.launcher.nodes) == (str(tmp_path / "hosts"), 2)

@@ -136,6 +136,18 @@ def test_every_problem_of_every_run_before_any_starts(capsys: pytest.CaptureFixt
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("data.source=embedded,none.txt", "data.source=none.txt: data.source=none.txt: none.txt is not a file"),
+        ("data.eod_token=<|endoftext|>,<none>", "data.eod_token=<none>: data.eod_token=<none> is no token"),
+    ],
+)
+def test_texts_of_every_run_before_any_starts(capsys: pytest.CaptureFixture[str], word: str, problem: str) -> None:
+    (line,) = errors_of(capsys, word)
+    assert line.startswith(f"error: {problem}")
+
+
 def test_one_folder_for_two_runs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert errors_of(capsys, "train.run_dir=x", "train.seed=1,1") == [
         "error: train.run_dir=x-seed_1 would be the folder of 2 runs (train.seed=1; train.seed=1); give each value once"

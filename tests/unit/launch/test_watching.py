@@ -57,6 +57,20 @@ def test_report_imports_no_torch(tmp_path: Path) -> None:
     assert finished.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("module", ["graph_objects", "offline", "subplots", "colors"])
+def test_broken_plotly_is_one_line(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(eventful_run(tmp_path / "run").path)
+    monkeypatch.setitem(sys.modules, f"plotly.{module}", None)
+    command = ["compare", run, run, "--html", str(tmp_path / "page.html")] if module == "subplots" else ["report", run]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: plotly cannot draw: ")
+    assert said.endswith("; run `pip install plotly`\n")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

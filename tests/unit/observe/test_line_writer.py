@@ -80,7 +80,7 @@ def test_memory_is_bounded_and_the_oldest_are_lost(tmp_path: Path, monkeypatch: 
     disk.room = None
     writer.write("the last\n")
     assert (tmp_path / "file").read_text() == "line 7\nline 8\nline 9\nthe last\n"
-    assert told[1].endswith("3 lines have waited in memory; 7 older ones are lost")
+    assert told[1].endswith("3 lines have waited in memory; 7 lines ahead of them are lost")
 
 
 def test_end_on_a_full_disk_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_end_on_a_full_disk_says_what_is_lost(tmp_path: Path, monkeypatch: pytes
     disk.room = 3
     writer.write("a line\n")
     writer.close()
-    assert told[-1] == f"warning: 1 lines of {tmp_path / 'file'} are lost"
+    assert told[-1] == f"warning: 1 line of {tmp_path / 'file'} could not be written and is lost"
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -127,6 +127,27 @@ def test_metrics_events_and_the_log_of_a_full_disk(tmp_path: Path) -> None:
         metrics.close()
         events.close()
         os.close(log)
+
+
+@pytest.mark.parametrize("rollbacks", [0, 1])
+def test_a_resume_on_a_full_disk_shortens_what_it_has_to(rollbacks: int, tmp_path: Path) -> None:
+    """Lines beyond the checkpoint, damaged ones in between and a torn last one go without a byte of room."""
+    with small_disk(tmp_path / "disk", kibibytes=1024) as disk:
+        lines = [f'{{"step": {step}, "loss": 1.5, "rollbacks": {rollbacks}}}\n' for step in range(1, 4001)]
+        lines[99] = "\0" * 60 + "\n"
+        (disk / "metrics.jsonl").write_text("".join(lines) + '{"step": 4001, "lo')
+        (disk / "events.jsonl").write_text("".join([*lines[:5], "damaged\n", *lines[5:9]]) + '{"event": "sa')
+        fill(disk / "filler")
+        metrics = MetricsWriter(disk / "metrics.jsonl", resume_step=3000, rollbacks=rollbacks)
+        events = EventWriter(disk / "events.jsonl")
+        assert [entry["step"] for entry in read_metrics(disk / "metrics.jsonl")] == [*range(1, 100), *range(101, 3001)]
+        assert (disk / "events.jsonl").read_text() == "".join(lines[:9])
+        assert events.damaged == 1
+        assert {path.name for path in disk.iterdir()} == {"metrics.jsonl", "events.jsonl", "filler"}
+        metrics.write(3001, {"loss": 1.0})
+        assert metrics.logged(3001).lines == 3000
+        metrics.close()
+        events.close()
 
 
 def test_log_that_lost_something_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megatron_lite.observe import metrics
-from megatron_lite.observe.metrics import ROLLED_BACK_FILE, EventWriter, MetricsWriter, read_metrics
+from megatron_lite.observe.metrics import ROLLED_BACK_FILE, EventWriter, MetricsWriter, newest_entries, read_metrics
 
 
 @pytest.fixture
@@ -149,3 +150,15 @@ def test_events_are_a_history(tmp_path: Path) -> None:
             file.write(b'{"event": "sa')  # killed while writing
     assert [(entry["event"], entry["attempt"]) for entry in read_metrics(path)] == [("start", 1), ("start", 2)]
     assert all(entry["time"].endswith("+00:00") for entry in read_metrics(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "nothing"])
+def test_what_is_no_file_has_no_lines_and_nobody_waits_for_it(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: os.symlink(path, path)}
+    if kind != "nothing":
+        make[kind](path)
+    assert [*read_metrics(path), *newest_entries(path)] == []
+    assert capsys.readouterr().err.count("it counts as empty") == (0 if kind == "nothing" else 2)

@@ -137,7 +137,7 @@ def test_a_branch_that_two_rollbacks_took_back_is_one_curve_and_windows_overlap(
     run.train(31, 60)
     run.close()
     folder = RunFolder.read(tmp_path)
-    steps = [[entry["step"] for entry in entries] for entries in folder.branches().values()]
+    steps = [steps for steps, _ in folder.taken_back.branches("loss").values()]
     assert steps == [list(range(31, 51)), list(range(41, 50))]
     assert folder.num_skipped() == 3 * BATCH  # steps 49 and 50, then 48 and 49
 

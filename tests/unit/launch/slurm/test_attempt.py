@@ -175,6 +175,25 @@ def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixt
     )
 
 
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
+def test_outside_a_job_is_told(
+    slurm: Notes, run_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(name)
+    assert begin(run_dir) == end(run_dir) == 2
+    said = (
+        f"error: {name} is not set, as Slurm does within a job; `python -m launch requeue {run_dir}` submits it again"
+    )
+    assert capsys.readouterr().out.count(said) == 2
+
+
+def test_a_count_of_restarts_that_is_none_stops_no_job(
+    slurm: Notes, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "two")
+    assert begin(run_dir) == 0
+
+
 @pytest.mark.parametrize(("links", "code"), [([[11, JOB]], 81), ([[11], [JOB]], 0), ([[JOB]], 0)])
 def test_later_links_end_with_the_chain(slurm: Notes, run_dir: Path, links: list[list[int]], code: int) -> None:
     """A link knows the links before it; who submits anew means it."""

@@ -112,6 +112,24 @@ def test_ranks_start_through_torchrun() -> None:
     ]  # fmt: skip
 
 
+def test_ranks_of_one_node_are_reached_from_that_node_alone() -> None:
+    plan = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1")
+    assert "export MASTER_ADDR=127.0.0.1\n" in text_of(plan)
+    assert plan.env["GLOO_SOCKET_IFNAME"] == "lo"
+    words = shlex.split(node_words(plan)[-1])
+    assert words[:5] == [
+        f"PYTHONPATH={CONF_DIR.parent}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
+    ]  # fmt: skip
+    assert "--local-addr=127.0.0.1" in words
+    given = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1", "launcher.master_address=10.0.0.1")
+    assert "torch.distributed.run" in node_words(given)[-1]
+    shown = subprocess.run(
+        ["sh", "-c", f'export PYTHONPATH=/b; {words[0].replace(str(CONF_DIR.parent), "/a", 1)} exec env'],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "PYTHONPATH=/a:/b" in shown.stdout.splitlines()
+
+
 def test_container_has_its_own_python() -> None:
     words = node_words(plan_of("launcher.container=/i.sqsh", "launcher.container_mounts=['/a:/a','/b:/c']"))
     assert {"--container-image=/i.sqsh", f"--container-workdir={Path.cwd()}", "--container-mounts=/a:/a,/b:/c"} < {
