@@ -64,6 +64,9 @@ def smollm_chat(folder: Path) -> Path:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / "LICENSE").write_text("Apache-2.0")
+    sampling = {"temperature": 0.2, "top_p": 0.9, "do_sample": True}
+    ids = {"bos_token_id": 5, "eos_token_id": 6, "_from_model_config": True}  # of another vocabulary
+    (folder / "generation_config.json").write_text(json.dumps({**sampling, **ids}))
     return folder
 
 

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf import generation_config, hf_config
+from megatron_lite.config.hf.export import GENERATION_KEYS
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.saved_tokenizer import exported_tokens
 from megatron_lite.data.special import SpecialTokens
+from megatron_lite.errors import DamagedFileError, DataError
+from megatron_lite.state_files import Object, decode
+
+GENERATION_FILE = "generation_config.json"
+
+
+def folder_files(
+    config: RunConfig, carried: Mapping[str, bytes], *, vocab_size: int, tokens: SpecialTokens, dtype: str
+) -> dict[str, bytes]:
+    """All files of a model folder but the tensors: those of the tokenizer, and over them those of the model.
+
+    Args:
+        carried: of `PreparedData.tokenizer_files`. Its generation_config.json, of the weights that the run began with,
+            keeps what it says about sampling; the ids in it become those of this model.
+    Raises:
+        NoCounterpart: as `model_files`.
+        DataError: the generation_config.json is damaged.
+    """
+    files = model_files(config, vocab_size=vocab_size, tokens=tokens, dtype=dtype)
+    kept = carried.get(GENERATION_FILE)
+    if kept is not None and GENERATION_FILE in files:
+        try:
+            settings = decode(kept, Object, GENERATION_FILE)
+        except DamagedFileError as error:
+            raise DataError(f"{error}; remove it from the folder of data.tokenizer={config.data.tokenizer}") from error
+        ours = decode(files[GENERATION_FILE], Object, GENERATION_FILE)
+        sampling = {
+            key: value for key, value in settings.items() if key not in (*GENERATION_KEYS, "_from_model_config")
+        }
+        files[GENERATION_FILE] = _as_file({**sampling, **ours})
+    return {name: content for name, content in carried.items() if name != GENERATION_FILE} | files
 
 
 def model_files(config: RunConfig, *, vocab_size: int, tokens: SpecialTokens, dtype: str) -> dict[str, bytes]:
     """Name -> content of config.json and, for a model that generates, generation_config.json.
-
-    The tokenizer's files come from `PreparedData.tokenizer_files`, whatever the model.
 
     Args:
         vocab_size: true vocabulary, without padded rows.
@@ -28,7 +59,7 @@ def model_files(config: RunConfig, *, vocab_size: int, tokens: SpecialTokens, dt
     described = hf_config(config.model, vocab_size=vocab_size, tokens=tokens, dtype=dtype, next_sentence=next_sentence)
     generation = generation_config(described, stops=() if tokens.eod is None else (tokens.eod,))
     files = {"config.json": _as_file(described)}
-    return files | ({} if generation is None else {"generation_config.json": _as_file(generation)})
+    return files | ({} if generation is None else {GENERATION_FILE: _as_file(generation)})
 
 
 def _as_file(content: dict[str, Any]) -> bytes:

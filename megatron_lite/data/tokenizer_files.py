@@ -39,7 +39,7 @@ DECISIVE_FILES = (  # all that may decide the ids of a folder, and the templates
 VOCABULARY_SUFFIXES = (".model", ".tiktoken", ".vocab", ".codes", ".bpe")
 TEXT_FILES = ("merges.txt", "vocab.txt", "dict.txt")  # other .txt files of a folder are text, not a vocabulary
 CARRIED_SUFFIXES = ("", ".json", ".jinja", ".md", *VOCABULARY_SUFFIXES)
-NOT_CARRIED = ("config.json", "generation_config.json", "manifest.json", "prepared.json")  # of a model, a checkpoint
+NOT_CARRIED = ("config.json", "manifest.json", "prepared.json")  # of a model, a checkpoint
 LARGEST_CARRIED_BYTES = 64 * 2**20
 
 T = TypeVar("T")

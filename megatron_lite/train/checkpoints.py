@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
-from megatron_lite.checkpoint.hf_files import model_files
+from megatron_lite.checkpoint.hf_files import GENERATION_FILE, folder_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
 from megatron_lite.checkpoint.plan import Plan, Shapes, shapes_of_all_ranks
 from megatron_lite.checkpoint.resume import ResumeReport, describe, without_environment
@@ -102,17 +102,20 @@ class Checkpoints:
             guard: called ahead of each change to the folder; raises where this process may not write any more.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
-        form, documents = None, {}
+        form, documents = None, prepared.tokenizer_files(config)
         try:
-            documents = model_files(config, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32")
+            documents = folder_files(
+                config, documents, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
+            )
             form = _hugging_face(config.model)
         except NoCounterpart as reason:
+            documents.pop(GENERATION_FILE, None)
             report(f"checkpoints keep the weights under our own names: {reason}")
         train = config.train
         saver = Saver(
             folder,
             Plan.of(shapes, form),
-            documents | prepared.tokenizer_files(config),
+            documents,
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
             on_failure=on_failure,
