@@ -7,7 +7,6 @@ and who reads decides: stop with its message, or warn and take the safe choice.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import sys
@@ -66,7 +65,7 @@ def read_bytes(path: Path) -> bytes | None:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise DamagedFileError(f"{path} cannot be read: it is no file")
+            raise DamagedFileError(f"{path} cannot be read: it is not a regular file")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -74,16 +73,22 @@ def read_bytes(path: Path) -> bytes | None:
         raise DamagedFileError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; what is none (a pipe, whose opening would wait for ever, a folder) is refused.
+def open_lines(path: Path) -> BinaryIO | None:
+    """Open a file of lines for reading, however long it is; None where there is none.
 
-    Raises:
-        OSError: there is none, or it cannot be read.
+    What cannot be read counts as missing, with a warning: a folder, or a pipe, whose opening would wait for ever.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}; it counts as empty")
+        return None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        warn(f"{path} is not a regular file; it counts as empty")
+        return None
     return os.fdopen(descriptor, "rb")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import msgspec
 
 from megatron_lite.errors import DamagedFileError
-from megatron_lite.state_files import Object, decode, open_file, warn
+from megatron_lite.state_files import Object, decode, open_lines
 
 BLOCK_BYTES = 2**22
 LONGEST_LINE_BYTES = 2**24
@@ -126,12 +126,8 @@ def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
     Args:
         begin: byte of the file at which a line begins.
     """
-    try:
-        file = open_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        warn(f"{path} cannot be read: {error.strerror}; it counts as empty")
+    file = open_lines(path)
+    if file is None:
         return
     with file:
         file.seek(begin)

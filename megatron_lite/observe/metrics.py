@@ -21,7 +21,7 @@ from megatron_lite.files import leave_only, replace_file, set_aside_others, sync
 from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.lines import BLOCK_BYTES, LONGEST_LINE_BYTES, Gap, raw_blocks, whole_lines
 from megatron_lite.observe.logged import Log, LoggedLines
-from megatron_lite.state_files import DamagedLine, Object, lines_of, open_file, read_bytes, warn
+from megatron_lite.state_files import DamagedLine, Object, lines_of, open_lines, read_bytes
 
 TAIL_BYTES = 2**16
 MOST_GAPS_TOLD = 4
@@ -180,12 +180,8 @@ def _sound_entries(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pieces_backwards(path: Path) -> Iterator[bytes]:
-    try:
-        file = open_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        warn(f"{path} cannot be read: {error.strerror}; it counts as empty")
+    file = open_lines(path)
+    if file is None:
         return
     with file:
         end = file.seek(0, os.SEEK_END)

@@ -56,7 +56,7 @@ def test_damage_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(DamagedFileError, match="cannot be read: Is a directory"):
+    with pytest.raises(DamagedFileError, match="cannot be read: it is not a regular file"):
         read_object(tmp_path, Note)
 
 
