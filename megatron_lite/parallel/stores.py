@@ -30,7 +30,7 @@ def local_store(
         try:
             server = listen("127.0.0.1" if host_name == "localhost" else host_name, port)
         except OSError as error:  # as TCPStore says it: torchrun's c10d then joins the store that is there already
-            raise RuntimeError(f"cannot listen at {host_name}:{port}: {error.strerror}") from error
+            raise dist.DistNetworkError(f"cannot listen at {host_name}:{port}: {error.strerror}") from error
         port, descriptor = server.getsockname()[1], server.detach()  # the store closes it
         arguments["master_listen_fd"] = descriptor
     return TorchStore(host_name, port, **arguments)
