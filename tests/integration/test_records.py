@@ -11,7 +11,7 @@ import pytest
 from megatron_lite.checkpoint.folder import newest_logged
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.run_folder import RunFolder
-from tests.integration.runs import TINY, run_warm
+from tests.integration.runs import TINY, launch, run
 
 SECRETS = ("HF_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS", "SLURM_JOB_COMMENT", "PASSED")
 
@@ -33,7 +33,7 @@ def test_a_damaged_record_and_configuration_do_not_stop_a_run_and_are_told(
             "launcher.pass_environment=[PASSED]",
             "train.save_interval=4",
         ]
-        run_warm([*words, "train.steps=4"]).require_success()
+        run(launch(*words, "train.steps=4")).require_success()  # a fork of the warm server would have its umask
         logged = newest_logged(run_dir)
         assert logged is not None
         assert (logged.lines, logged.steps) == (4, ((1, 4, 1),))
@@ -43,8 +43,7 @@ def test_a_damaged_record_and_configuration_do_not_stop_a_run_and_are_told(
         (frozen,) = run_dir.glob("config-*.yaml")
         whole = frozen.read_bytes()
         frozen.write_bytes(whole.replace(b"num_layers", b"oum_layers", 1))
-        again = run_warm([*words, "train.steps=6", "tracking.plot=true"])
-        again.require_success()
+        run(launch(*words, "train.steps=6", "tracking.plot=true")).require_success()
         assert frozen.read_bytes() == whole
         lost = [event for event in read_metrics(run_dir / EVENTS_FILE) if event["event"] == "metrics_lost"]
         assert [event["ranges"] for event in lost] == [["2-4"]], "zeros joined the lines of steps 2, 3 and 4"

@@ -274,7 +274,7 @@ def test_settings_of_another_version(run_folder: Path, tmp_path: Path, command: 
     folder = save(tmp_path / "other", 200, replace(STATE, config={"flavour": 1}), fill=200)
     code, _, errors = command("diff", run_folder, folder)
     assert code == 2
-    assert errors[0].startswith(f"error: {folder}: this version cannot read the configuration (")
+    assert errors[0].startswith(f"error: {folder}: this version cannot read the configuration: ")
     assert errors[0].endswith("; compare with --only-tensors")
 
 

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.folder import FileRecord, begin, candidates, conte
 
 from megatron_lite.checkpoint.folder import publish, quick_problem, read_manifest, require_space  # isort: skip
 from megatron_lite.checkpoint.state import STATE_FILE, read_state
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, DiskError
 from megatron_lite.files import file_xxh3
 from tests.unit.checkpoint.examples import SHARD, STATE, save, write_content
 
@@ -230,7 +230,7 @@ def test_no_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch
     checkpoints = tmp_path / "run" / "checkpoints"  # not there yet
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, 3 * 2**30 if path == tmp_path else 0))
     require_space(checkpoints, 3 * 2**30)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(DiskError) as caught:
         require_space(checkpoints, 21 * 2**28)
     assert str(caught.value) == (
         f"{checkpoints} needs 5.25 GiB for a checkpoint, and its disk has 3 GiB free; make room, keep fewer with "

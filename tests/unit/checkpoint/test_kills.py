@@ -15,7 +15,7 @@ import pytest
 from megatron_lite.checkpoint.folder import begin, explained, newest_complete, publish
 from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import OptimizerState
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, DiskError
 from tests.unit.checkpoint.examples import SHARD, STATE, Tensors, save, write_content
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "fsync"}
@@ -56,7 +56,7 @@ def refused_at(count: int, action: Callable[[], None], below: Path) -> bool:
         try:
             action()
             code = 0
-        except CheckpointError as error:
+        except (CheckpointError, DiskError) as error:
             code = 1 if "No space left on device" in str(error) else 2
         finally:
             os._exit(code)
