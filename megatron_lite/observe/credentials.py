@@ -11,10 +11,10 @@ _KEYS = "api|access|secret|private|encryption|signing|ssh|account|master|license
 SECRET_KEY = re.compile(
     rf"api[_-]?key|({_KEYS})[_-]?keys?$|password|passwd|passphrase|secret|credential|"
     r"(access|auth|hub|hf)[_-]?tokens$|"
-    r"(?<![a-z])(token|pass|pwd)$",
+    r"(?<![a-z])(?<!eod_)(token|pass|pwd)$",
     re.IGNORECASE,
 )
-"""Of names of settings and variables."""
+"""Of names of settings and variables; data.eod_token is a token of text."""
 _VARIABLE = re.compile(
     r"(?<![a-z])(tokens?|pass|pwd|pw|keys?|auth|login|otp|bearer|cookie|jwt|pat|sas|dsn|webhook|netrc|"
     r"conn(ection)?_?str(ing)?)(?![a-z])(?!_id$)",
