@@ -154,7 +154,7 @@ def _of_job(name: str) -> str:
 def _job_number() -> int:
     number = _of_job("SLURM_JOB_ID")
     if not is_count(number):
-        raise LaunchError(f"SLURM_JOB_ID={number} is no number, as Slurm gives every job")
+        raise LaunchError(f"SLURM_JOB_ID={number} is not a number, as Slurm gives every job")
     return int(number)
 
 

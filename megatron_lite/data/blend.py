@@ -113,10 +113,6 @@ class Blend:
             inner = split.place_of_left(inner) if is_left else split.place_of_right(inner)
         return inner
 
-    def splits_above(self, source: int) -> int:
-        """What finding a sample of the source costs: at most log(1 / share) / log(3/2) + 1, and fewer than sources."""
-        return len(self._paths[source])
-
     def _build(self, used: list[int], sizes: list[int], seed: int) -> int:
         """The whole tree, from the root down, the largest sources first; returns the root."""
         below: list[tuple[list[int], list[tuple[_Split, bool]]]] = [(used, [])]

@@ -42,7 +42,7 @@ class Range:
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, read on from `key=value`."""
         if not isinstance(value, int | float):
-            return "is no number; give one"
+            return "is not a number; give one"
         if not self.means(value):
             return self.rule
         if value < self.least:

@@ -58,7 +58,7 @@ def test_a_sample_and_its_number_are_inverse_and_cost_a_short_walk(weights: list
     source, inner = blend(index)
     assert blend.index_of(source, inner) == index
     for source, share in enumerate(shares_of(weights)):
-        assert blend.splits_above(source) <= min(len(weights) - 1, log(1 / share) / log(3 / 2) + 1)
+        assert len(blend._paths[source]) <= min(len(weights) - 1, log(1 / share) / log(3 / 2) + 1)
 
 
 def test_the_smallest_source_is_drawn_when_its_turn_comes() -> None:
