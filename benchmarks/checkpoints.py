@@ -146,7 +146,7 @@ def _savers(engine: Engine, checkpoints: Path) -> dict[bool, Any]:
 def _plan(engine: Engine) -> Any:
     from functools import partial
 
-    from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
+    from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
     from megatron_lite.models.hf import stored_form
 
     return Plan.of(shapes_of_all_ranks(engine.shards.shapes()), partial(stored_form, engine.config.model))

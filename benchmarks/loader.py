@@ -14,9 +14,9 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve, tokens_per_sample
 from megatron_lite.config.rules.objective import OBJECTIVES
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import micro_batches
-from megatron_lite.data.loader import training_dataset
-from megatron_lite.data.prepare import prepare
+from megatron_lite.data.samples.batch import micro_batches
+from megatron_lite.data.samples.loader import training_dataset
+from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.objectives.build import build_objective
 
 SEQ_LENGTH = 512

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lite.config.schema import DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.planning.flops import flops_per_token
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from megatron_lite.config.schema import RunConfig
-    from megatron_lite.data.batch import MicroBatch
+    from megatron_lite.data.samples.batch import MicroBatch
     from megatron_lite.engine.engine import Engine
     from megatron_lite.engine.hooks import PendingUpdate
     from megatron_lite.optim.batch_ramp import BatchStep
@@ -64,7 +64,7 @@ class _Batches:
     held_out = _Nothing()
 
     def __init__(self, own: list[MicroBatch]) -> None:
-        from megatron_lite.data.skips import Skips
+        from megatron_lite.data.samples.skips import Skips
 
         self.skips = Skips()
         self._own = own
@@ -129,7 +129,7 @@ def _turn(
     from megatron_lite.optim.batch_ramp import BatchSchedule
     from megatron_lite.train.callbacks import Report
     from megatron_lite.train.loop import Callback, Trainer
-    from megatron_lite.train.watch import UpdateJudge, Watch
+    from megatron_lite.train.stability.watch import UpdateJudge, Watch
 
     callbacks: list[Callback] = []
     own = replace(config, stability=replace(config.stability, layer_interval=0))

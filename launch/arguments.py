@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_lite.config.compose import available_scripts, preset_groups
 from megatron_lite.config.keys import nearest
@@ -14,6 +16,13 @@ VERIFY_FLAG = "--verify"  # from `python -m launch verify` to the ranks that it 
 
 EVALUATE_FLAG = "--evaluate"  # the same of `python -m launch evaluate`; the folder with the weights follows it
 ALL_FLAG = "--all"  # on each held-out sample once
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands with options of their own: answers a wrong argument in one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 @dataclass
@@ -97,6 +106,7 @@ scripts: {", ".join(available_scripts())}
 `python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
 `python -m launch report RUN_FOLDER [--out FILE]` draws a run on one page, whether it runs, has ended or was killed
 `python -m launch compare RUN_FOLDER RUN_FOLDER [--tolerance 1e-6] [--html FILE]` says where two runs part, and why
+`python -m launch trace RUN_FOLDER --step N [--text] [--json]` shows the documents that a step was trained on
 
 presets
 {groups}

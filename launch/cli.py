@@ -37,9 +37,9 @@ from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.keys import nearest, shown
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.data.framing import described_ends
-from megatron_lite.data.source_names import require_sources
-from megatron_lite.data.vocabulary import known_vocab_size
+from megatron_lite.data.corpus.source_names import require_sources
+from megatron_lite.data.tokenizer.framing import described_ends
+from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -108,7 +108,7 @@ def _launcher(config: RunConfig, arguments: Arguments) -> Launcher:
 
 def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     """What is going to be done for one run, once everything about it has been checked."""
-    config = _typed(replace(arguments, words=list(point.words)))
+    config = _typed(replace(arguments, words=list(point.overrides)))
     if arguments.verify:
         config = verification.on_this_machine(config)
     config = sweep.in_own_folder(resolve_for_this_machine(config), point)

@@ -11,13 +11,13 @@ from typing import Any
 from megatron_lite.checkpoint.folder import newest_logged
 from megatron_lite.config.changes import SAFE, shown
 from megatron_lite.config.keys import is_map
-from megatron_lite.data.skips import read_rollbacks, skips_of
+from megatron_lite.data.samples.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
 from megatron_lite.observe.comparison import Comparison, Curve, Parting, curve_of, relative_gap, write_chart
 from megatron_lite.observe.lines import Gap
 from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.phrasing import counted
 from megatron_lite.observe.run_folder import RunFolder
-from megatron_lite.observe.words import counted
 
 EXIT_PARTED = 1
 VALIDATION = "validation_loss"
@@ -81,7 +81,7 @@ def compare(folders: tuple[Path, Path], names: tuple[str, str], tolerance: float
         write_chart(chart, names, found)
         print(f"{'chart':<{LABEL_WIDTH}}{chart}")
     if loss.first_beyond is not None:
-        command = f"python -m megatron_lite.data trace {shlex.quote(names[0])} --step {loss.first_beyond}"
+        command = f"python -m launch trace {shlex.quote(names[0])} --step {loss.first_beyond}"
         print(f"{'documents':<{LABEL_WIDTH}}{command}")
     print(verdict(found, (first, second)))
     return EXIT_OK if loss.first_beyond is None else EXIT_PARTED

@@ -122,7 +122,7 @@ def _evaluate(folder: Path, one_pass: bool, config: RunConfig, claim: Claim) -> 
 
 
 def _certify(config: RunConfig) -> None:
-    from megatron_lite.train.certificate import certify  # seconds of imports
+    from megatron_lite.verify.layout_check import certify  # seconds of imports
 
     certify(config)
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.arguments import ALL_FLAG, EVALUATE_FLAG
+from launch.arguments import ALL_FLAG, EVALUATE_FLAG, Parser
 from launch.base import Launcher, LaunchPlan
 from launch.cli import resolve_for_this_machine
 from launch.local import LocalLauncher
 from launch.machine import require_capacity
 from launch.preparation import Prepare
 from launch.registry import LAUNCHERS
-from launch.watching import Parser
 from megatron_lite.checkpoint.folder import candidates, quick_problem
 from megatron_lite.checkpoint.inspection import checkpoints_of, is_checkpoint
 from megatron_lite.checkpoint.state import read_state
@@ -36,8 +35,8 @@ from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
-from megatron_lite.data.source_names import require_sources
-from megatron_lite.data.vocabulary import TRAIN, planned_vocab_size
+from megatron_lite.data.corpus.source_names import require_sources
+from megatron_lite.data.tokenizer.vocabulary import TRAIN, planned_vocab_size
 from megatron_lite.errors import EXIT_OK, CheckpointError, ConfigError, DataError
 from megatron_lite.observe.evaluation import EVALUATION_FILE, EvaluationReport
 from megatron_lite.state_files import read_object
@@ -268,8 +267,10 @@ def _preparation(fingerprint: str | None) -> Prepare:
     """
 
     def prepare_text(config: RunConfig) -> Path:
-        from megatron_lite.data.loader import held_out_datasets  # seconds of imports that only this process needs
-        from megatron_lite.data.prepare import prepare
+        from megatron_lite.data.samples.loader import (
+            held_out_datasets,  # seconds of imports that only this process needs
+        )
+        from megatron_lite.data.shards.prepare import prepare
         from megatron_lite.objectives.build import build_objective
 
         prepared = prepare(config, report=lambda line: print(line, flush=True))

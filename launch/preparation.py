@@ -79,7 +79,7 @@ def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
     """
     # seconds of imports that only this process needs
     from megatron_lite.checkpoint.resume import allowed_changes
-    from megatron_lite.data.prepare import prepare
+    from megatron_lite.data.shards.prepare import prepare
     from megatron_lite.train.step_samples import trained_with
 
     run_dir = run_directory(config)

@@ -1,7 +1,7 @@
 """A sweep: `model.hidden_size=128,256 train.seed=1,2` is one run for each combination, each in a folder of its own.
 
 The values are Hydra's, `choice(...)` and `range(...)` included, but Hydra only reads them: a run of its multirun would
-be started in every rank. Those of a text are split by `words.py`, for Hydra cannot read all texts.
+be started in every rank. Those of a text are split by `config/overrides.py`, for Hydra cannot read all texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from hydra.core.override_parser.types import Override, ValueType
 
-from megatron_lite.config import words
+from megatron_lite.config import overrides
 from megatron_lite.config.keys import shown
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError, library_edge
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 class Point:
     """One run of a sweep."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """Its whole command line: of the varied words one value each."""
     varied: tuple[tuple[str, str], ...] = ()
     """(key, value) of the varied words; empty = the command line is no sweep."""
@@ -59,7 +59,7 @@ def expand(command_line: Sequence[str]) -> list[Point]:
         except ConfigError as error:
             problems += error.problems
             continue
-        keys.append(None if values is None else words.key_of(word))
+        keys.append(None if values is None else overrides.key_of(word))
         choices.append([word] if values is None else values)
     if not problems and math.prod(map(len, choices)) > MAX_POINTS:
         problems.append(f"the command line makes more than {MAX_POINTS} runs; give fewer values")
@@ -67,7 +67,7 @@ def expand(command_line: Sequence[str]) -> list[Point]:
         raise ConfigError(problems)
     return [
         Point(
-            words=combination,
+            overrides=combination,
             varied=tuple((key, word.partition("=")[2]) for key, word in zip(keys, combination, strict=True) if key),
         )
         for combination in itertools.product(*choices)
@@ -81,7 +81,7 @@ def _values(word: str) -> list[str] | None:
         ConfigError: its values cannot be counted, or there are none.
     """
     start, _, typed = word.partition("=")
-    values = words.sweep_values(typed) if words.is_text(word) else None
+    values = overrides.sweep_values(typed) if overrides.is_text(word) else None
     if values is None:
         override = _sweep(word)
         values = None if override is None else _counted(word, override)
@@ -96,7 +96,7 @@ def _values(word: str) -> list[str] | None:
 
 def _sweep(word: str) -> Override | None:
     try:
-        override = words.parse(word)
+        override = overrides.parse(word)
     except ConfigError:
         return None  # whoever reads the word for its value says what is wrong
     return override if override.is_sweep_override() else None

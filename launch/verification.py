@@ -33,4 +33,4 @@ def _no_data(config: RunConfig) -> None:
     """Verification draws its samples itself."""
 
 
-LAUNCHER = LocalLauncher(warm_modules=("torch", "torch._dynamo", "megatron_lite.train.certificate"), prepare=_no_data)
+LAUNCHER = LocalLauncher(warm_modules=("torch", "torch._dynamo", "megatron_lite.verify.layout_check"), prepare=_no_data)

@@ -1,4 +1,4 @@
-"""`python -m launch report` and `compare`: what runs have done, on a page and side by side."""
+"""`python -m launch report`, `compare` and `trace`: what runs have done, on a page, side by side, and on which text."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from launch import comparing
+from launch.arguments import Parser
 from launch.follow import run_folder, state
 from megatron_lite.errors import EXIT_OK, ConfigError
 
 DEFAULT_TOLERANCE = 1e-6
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong word like every other command: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +56,12 @@ def compare(words: Sequence[str]) -> int:
         raise _unwritable(arguments.html, error) from error
 
 
+def trace(words: Sequence[str]) -> int:
+    from launch import tracing  # imports what no other command needs
+
+    return tracing.main(words)
+
+
 def _tolerance(word: str) -> float:
     try:
         value = float(word)
@@ -79,4 +78,4 @@ def _unwritable(path: Path | None, error: OSError) -> ConfigError:
     )
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "compare": compare}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "compare": compare, "trace": trace}

@@ -25,8 +25,8 @@ from megatron_lite.config.hf.folder import CONFIG_FILE, TRAINING
 from megatron_lite.config.hf.headers import INDEX_FILE, tensors_of
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.special import SpecialTokens
-from megatron_lite.data.tokenizer import open_tokenizer
-from megatron_lite.data.tokenizer_files import TOKENIZER_FILE
+from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
+from megatron_lite.data.tokenizer.tokenizer_files import TOKENIZER_FILE
 from megatron_lite.errors import CheckpointError, ConfigError, DamagedFileError, library_edge
 from megatron_lite.files import sync
 from megatron_lite.state_files import Object, read_object

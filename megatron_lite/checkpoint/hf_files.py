@@ -10,8 +10,8 @@ from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf import generation_config, hf_config
 from megatron_lite.config.hf.export import GENERATION_KEYS
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.saved_tokenizer import exported_tokens
 from megatron_lite.data.special import SpecialTokens
+from megatron_lite.data.tokenizer.saved_tokenizer import exported_tokens
 from megatron_lite.errors import DamagedFileError, DataError
 from megatron_lite.state_files import Object, decode
 

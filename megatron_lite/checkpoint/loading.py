@@ -9,9 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
+from megatron_lite.checkpoint.file_plan import Plan, files_of
 from megatron_lite.checkpoint.fit import fitting
 from megatron_lite.checkpoint.fragments import Fragment, transfers
-from megatron_lite.checkpoint.plan import Plan, files_of
 from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.headers import TensorEntry, entries_of

@@ -11,11 +11,11 @@ from megatron_lite.checkpoint.state import CheckpointState, Layout
 from megatron_lite.config.changes import DATA_KEYS, Change, Grade, grade_changes, refusals, table
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.schema import OptimizerConfig, Precision, RunConfig
-from megatron_lite.data.prepared import tokens_of
+from megatron_lite.data.shards.prepared import tokens_of
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.optim.batch_ramp import Origin
+from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.optim.moments import moments_of
-from megatron_lite.optim.schedule import learning_rate_at
 
 # Settings by what of a run they change; a change of one of them may still reset nothing.
 OF_SCHEDULE = {

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import folder as folders
+from megatron_lite.checkpoint.file_plan import Plan
 from megatron_lite.checkpoint.folder import FileRecord
 from megatron_lite.checkpoint.fragments import Fragment, transfers
-from megatron_lite.checkpoint.plan import Plan
 from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
 from megatron_lite.checkpoint.tensor_files import write

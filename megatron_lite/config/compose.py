@@ -27,7 +27,6 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from megatron_lite.config import words
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.hf.start import with_weights
 from megatron_lite.config.keys import (
@@ -40,6 +39,7 @@ from megatron_lite.config.keys import (
     schema_keys,
     shown,
 )
+from megatron_lite.config.overrides import check_form, key_of, parse, read, unknown_key
 from megatron_lite.config.presets import check_preset
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
@@ -72,7 +72,7 @@ def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> Run
     problems: list[str] = []
     for word in (word for text in overrides for word in _spell_out_layout(text, conf_dir)):
         try:
-            if words.key_of(word) in groups:
+            if key_of(word) in groups:
                 presets += _check_preset(word, groups, conf_dir)
             else:
                 settings += _check_setting(word, groups)
@@ -96,7 +96,7 @@ def change(config: RunConfig, overrides: list[str], conf_dir: Path = CONF_DIR) -
     problems: list[str] = []
     for word in overrides:
         try:
-            if words.key_of(word) in groups:
+            if key_of(word) in groups:
                 raise ConfigError(f"{shown(word)} names a preset, which would replace a whole group; set single values")
             settings += _check_setting(word, groups)
         except ConfigError as error:
@@ -145,8 +145,8 @@ def _spell_out_layout(word: str, conf_dir: Path) -> Iterator[str]:
 
 def _check_preset(word: str, groups: dict[str, list[str]], conf_dir: Path) -> list[str]:
     """The word as Hydra is to see it; none where it asks for no experiment."""
-    group, options = words.key_of(word), groups[words.key_of(word)]
-    override = words.parse(word)
+    group, options = key_of(word), groups[key_of(word)]
+    override = parse(word)
     if override.is_sweep_override():
         raise ConfigError(f"{shown(word)} names several values for one run; start one run for each value")
     value = override.value()
@@ -165,13 +165,13 @@ def _check_preset(word: str, groups: dict[str, list[str]], conf_dir: Path) -> li
 
 def _check_setting(word: str, groups: dict[str, list[str]]) -> list[Setting]:
     """The settings that the word gives; ConfigError when its key or value is wrong."""
-    words.check_form(word)
-    key = words.key_of(word)
+    check_form(word)
+    key = key_of(word)
     if key.startswith("hydra"):
         raise ConfigError(f"{key} is not a setting; Hydra only composes here. The run folder is train.run_dir")
     if key not in schema_keys() and not is_map(key.rpartition(".")[0]):
-        raise words.unknown_key(key, also=groups)
-    return words.read(word)
+        raise unknown_key(key, also=groups)
+    return read(word)
 
 
 def _choices(wrong: str, options: list[str]) -> str:
@@ -245,7 +245,7 @@ def _composition_error(error: ConfigCompositionException) -> ConfigError:
     key = re.search(r"full_key: (\S+)", text)
     where = f"conf/{file.group(1)}.yaml: " if file else ""
     if key and ("not in '" in text or isinstance(error.__cause__, ConfigKeyError)):
-        return ConfigError(where + str(words.unknown_key(key.group(1))))
+        return ConfigError(where + str(unknown_key(key.group(1))))
     if key and key.group(1) in schema_keys():
         return ConfigError(f"{where}{key.group(1)} must be {expects(key.group(1))}: {_one_line(error)}")
     return ConfigError(where + _one_line(error))

@@ -1,10 +1,13 @@
-"""`python -m megatron_lite.data` with `prepare [overrides]`, `inspect PATH`, `trace RUN` or `add-tokens SOURCE
-DESTINATION`."""
+"""`python -m megatron_lite.data`: `prepare [overrides]`, `inspect PATH` or `add-tokens SOURCE DESTINATION`.
+
+`trace RUN` is handed on to `python -m launch trace`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +18,17 @@ from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.config.validate import validate
-from megatron_lite.data.inspection import describe_folder, describe_pair
-from megatron_lite.data.needs import add_tokens, shown
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import MANIFEST
+from megatron_lite.data.shards.inspection import describe_folder, describe_pair
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.data.shards.prepared import MANIFEST
+from megatron_lite.data.tokenizer.needs import add_tokens, shown
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
+    if argv[:1] == ["trace"]:  # runs and objectives belong to rooms above this one
+        return subprocess.run([sys.executable, "-m", "launch", *argv], check=False).returncode
     arguments = _parser().parse_args(argv)
     try:
         for line in COMMANDS[arguments.command](arguments):
@@ -47,7 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect_command.add_argument("path", type=Path, help="a prepared folder, or the prefix of a .bin/.idx pair")
     inspect_command.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
     inspect_command.add_argument("--documents", type=int, default=1, help="first documents to show (default 1)")
-    _add_trace(commands)
     add_command = commands.add_parser("add-tokens", help="copy a tokenizer and add what an objective needs")
     add_command.add_argument("--objective", required=True, choices=list(ObjectiveName), metavar="NAME")
     add_command.add_argument(
@@ -56,26 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     add_command.add_argument("source", help="folder or hub name of a tokenizer")
     add_command.add_argument("destination", type=Path, help="new folder for the copy")
     return parser
-
-
-def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("trace", help="show which documents and what text a step of a run was trained on")
-    command.add_argument("run", type=Path, help="a run folder")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--step", type=int, help="step of the run, from 1")
-    which.add_argument("--sample", type=int, help="one sample, by its global number, from 0")
-    command.add_argument(
-        "--rolled-back",
-        nargs="?",
-        const=0,
-        type=int,
-        metavar="ROLLBACK",
-        help="the version of the step that this rollback (from 1; default: the latest) took back",
-    )
-    command.add_argument("--samples", type=int, default=4, help="samples to show (default %(default)s)")
-    command.add_argument("--text", action="store_true", help="all of their text, and what the objective made of it")
-    command.add_argument("--json", action="store_true", help="one JSON object, with all documents of the step")
-    command.add_argument("--data", type=Path, help="the prepared folder, if it is not where the run had it")
 
 
 def _prepare(arguments: argparse.Namespace) -> list[str]:
@@ -105,23 +89,6 @@ def _inspect(arguments: argparse.Namespace) -> list[str]:
     return describe_pair(prefix, verify=arguments.verify, documents=arguments.documents)
 
 
-def _trace(arguments: argparse.Namespace) -> list[str]:
-    from megatron_lite.train.trace import Question, as_json, as_lines, trace  # a room above, see pyproject.toml
-
-    question = Question(
-        run_dir=arguments.run,
-        step=arguments.step,
-        sample=arguments.sample,
-        is_rolled_back=arguments.rolled_back is not None,
-        rollback=arguments.rolled_back or None,
-        shown=arguments.samples,
-        full=arguments.text,
-        data=arguments.data,
-    )
-    answer = trace(question)
-    return [as_json(answer)] if arguments.json else as_lines(answer)
-
-
 def _add_tokens(arguments: argparse.Namespace) -> list[str]:
     added, copy = add_tokens(arguments.source, arguments.destination, arguments.objective, arguments.sentinels)
     return [
@@ -133,7 +100,6 @@ def _add_tokens(arguments: argparse.Namespace) -> list[str]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "prepare": _prepare,
     "inspect": _inspect,
-    "trace": _trace,
     "add-tokens": _add_tokens,
 }
 

@@ -23,9 +23,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from megatron_lite.config.deepspeed import deepspeed_config
+from megatron_lite.config.deepspeed_config import deepspeed_config
 from megatron_lite.config.schema import Precision, RunConfig
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.deepspeed_patches import (
     DeferredScale,
     clip_by_given_norm,
@@ -39,7 +39,7 @@ from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
 from megatron_lite.engine.loss_weights import normalise
 from megatron_lite.engine.phases import EnginePhases
 from megatron_lite.engine.pipeline_module import Sent
-from megatron_lite.engine.schedule import (
+from megatron_lite.engine.pipeline_schedule import (
     NUM_EVALUATION_BUFFERS,
     Instruction,
     Tick,

@@ -8,11 +8,11 @@ import torch
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import nn
 
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
 from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_wire
-from megatron_lite.engine.schedule import Action, Instruction
+from megatron_lite.engine.pipeline_schedule import Action, Instruction
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec

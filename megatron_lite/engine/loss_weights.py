@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.parallel.context import ParallelContext
 
 

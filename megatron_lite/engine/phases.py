@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lite.engine.schedule import Action, Instruction
+from megatron_lite.engine.pipeline_schedule import Action, Instruction
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 
 PHASES = {

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import nn
 
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
 from megatron_lite.engine.pipeline_module import Sent, StagedModule, first_wire
-from megatron_lite.engine.schedule import Action, Instruction
+from megatron_lite.engine.pipeline_schedule import Action, Instruction
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.models.spec import LayerSpec

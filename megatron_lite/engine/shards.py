@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.checkpoint.file_plan import Shapes
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region, share
-from megatron_lite.checkpoint.plan import Shapes
 from megatron_lite.checkpoint.state import LossScaleState
 from megatron_lite.config.schema import OptimizerConfig, OptimizerName
 from megatron_lite.models.stored import Shape

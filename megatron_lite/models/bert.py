@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from megatron_lite.models.entries import Entries
 from megatron_lite.models.fields import Field
+from megatron_lite.models.layer_factory import Entries
 from megatron_lite.models.spec import LayerSpec
 
 

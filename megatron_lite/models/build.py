@@ -5,9 +5,9 @@ from __future__ import annotations
 from megatron_lite.config.schema import Architecture, ModelConfig, Recompute
 from megatron_lite.models.bert import bert_layers
 from megatron_lite.models.encoder_decoder import encoder_decoder_layers
-from megatron_lite.models.entries import Entries
 from megatron_lite.models.fields import Field
 from megatron_lite.models.gpt import gpt_layers
+from megatron_lite.models.layer_factory import Entries
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext
 

@@ -28,8 +28,8 @@ from itertools import chain
 from torch import nn
 
 from megatron_lite.models.activations import Activations
-from megatron_lite.models.entries import Entries
 from megatron_lite.models.fields import Field
+from megatron_lite.models.layer_factory import Entries
 from megatron_lite.models.spec import LayerSpec
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from megatron_lite.data.samples import Example, Ids, PairShape, SentencePair, Text, WindowShape
+from megatron_lite.data.samples.sample_types import Example, Ids, PairShape, SentencePair, Text, WindowShape
 from megatron_lite.models.fields import Field
 
 __all__ = ["Example", "Ids", "Objective", "PairShape", "SentencePair", "Text", "WindowShape"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_lite.observe.words import counted
+from megatron_lite.observe.phrasing import counted
 
 MOST_BYTES = 64 * 2**20
 """That wait in memory: at 600 bytes a step 100,000 steps. Beyond that the oldest lines are lost."""

@@ -34,7 +34,7 @@ EVENTS_FILE = "events.jsonl"
 LOSS_EVENT = "metrics_lost"
 """Steps that were logged and whose lines are gone: `ranges` as texts of first and last step, `text`."""
 SKIPS_FILE = "skipped_samples.json"
-"""What rollbacks leave out: data/skips.py."""
+"""What rollbacks leave out: data/samples/skips.py."""
 BEGINNINGS = ("start", "resume")
 """Events of which each attempt begins with one."""
 SPIKE_EVENT = "spike"

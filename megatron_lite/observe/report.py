@@ -15,14 +15,14 @@ from typing import Any
 
 from megatron_lite.files import replace_file, size_text
 from megatron_lite.observe.charts import chart, from_plotly
-from megatron_lite.observe.dossier import Dossier
 from megatron_lite.observe.history import History
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
 from megatron_lite.observe.panels import sections
+from megatron_lite.observe.phrasing import counted, span
 from megatron_lite.observe.progress import duration
 from megatron_lite.observe.run_folder import RunFolder
+from megatron_lite.observe.spike_view import Dossier
 from megatron_lite.observe.summary import perplexity
-from megatron_lite.observe.words import counted, span
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")

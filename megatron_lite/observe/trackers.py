@@ -25,7 +25,7 @@ from megatron_lite.observe.metrics import (
     entries,
     read_metrics,
 )
-from megatron_lite.observe.words import counted
+from megatron_lite.observe.phrasing import counted
 
 MOST_RANGES = 1000  # of lost steps that an event names
 

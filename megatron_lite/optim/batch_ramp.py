@@ -34,7 +34,7 @@ class Origin:
 
     step: int
     samples: int
-    """Consumed: those that the run leaves out (data/skips.py) do not count."""
+    """Consumed: those that the run leaves out (data/samples/skips.py) do not count."""
 
 
 BEGINNING = Origin(0, 0)

@@ -17,7 +17,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.lengths import decoder_length
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.framing import described_ends
+from megatron_lite.data.tokenizer.framing import described_ends
 from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
 from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_lite.checkpoint.file_plan import shapes_of_all_ranks
 from megatron_lite.checkpoint.inspection import is_checkpoint
 from megatron_lite.checkpoint.loading import require_complete
-from megatron_lite.checkpoint.plan import shapes_of_all_ranks
 from megatron_lite.checkpoint.state import read_state
 from megatron_lite.config.derived import run_directory
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.data.prepare import prepared_folder
-from megatron_lite.data.prepared import PreparedData, load_prepared
+from megatron_lite.data.shards.prepare import prepared_folder
+from megatron_lite.data.shards.prepared import PreparedData, load_prepared
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.engine.hooks import EngineHooks
@@ -29,9 +29,9 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train import distributed
 from megatron_lite.train.checkpoints import layout_of, take_initial_weights, take_weights
 from megatron_lite.train.evaluation import HeldOut, evaluate
-from megatron_lite.train.memory import memory_errors_explained
+from megatron_lite.train.hang.watchdog import watchdog_of
+from megatron_lite.train.out_of_memory import memory_errors_explained
 from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequested
-from megatron_lite.train.watchdog import watchdog_of
 
 
 def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:

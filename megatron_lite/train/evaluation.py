@@ -8,9 +8,15 @@ from typing import Protocol
 import torch
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch, micro_batches
-from megatron_lite.data.loader import VALIDATION_SEED, Dataset, held_out_datasets, one_pass_over, validation_dataset
-from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.samples.batch import MicroBatch, micro_batches
+from megatron_lite.data.samples.loader import (
+    VALIDATION_SEED,
+    Dataset,
+    held_out_datasets,
+    one_pass_over,
+    validation_dataset,
+)
+from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.objectives.base import Objective
 from megatron_lite.parallel.agreement import agreed

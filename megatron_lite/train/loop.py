@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch
-from megatron_lite.data.skips import Skips
+from megatron_lite.data.samples.batch import MicroBatch
+from megatron_lite.data.samples.skips import Skips
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
-from megatron_lite.optim.schedule import learning_rate_at
+from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.train.evaluation import Loader, evaluate
 from megatron_lite.train.stopping import StopAgreement
 

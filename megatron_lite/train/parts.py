@@ -7,8 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.skips import Rollback, rollbacks_to_go_on_with
+from megatron_lite.data.samples.skips import Rollback, rollbacks_to_go_on_with
+from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.errors import DataError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Heartbeat
@@ -22,12 +22,12 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.train.callbacks import Guard, Report, Save, Validate
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.dossier import Dossiers
 from megatron_lite.train.loop import Callback
-from megatron_lite.train.rollback import GoBack
-from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.shard_source import ShardSource
+from megatron_lite.train.stability.rollback import GoBack
+from megatron_lite.train.stability.spike_report import Dossiers
+from megatron_lite.train.stability.watch import UpdateJudge, Watch, logged_vitals
 from megatron_lite.train.startup import Links
-from megatron_lite.train.watch import UpdateJudge, Watch, logged_vitals
 
 
 @dataclass(frozen=True)

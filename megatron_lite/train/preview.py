@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.data.batch import MicroBatch, stack
-from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.data.samples.batch import MicroBatch, stack
+from megatron_lite.data.tokenizer.tokenizer import Tokenizer
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.inference import agree, forward_through_stages
 from megatron_lite.models.flat import inputs_of

@@ -17,9 +17,9 @@ from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.data.prepare import prepared_folder
-from megatron_lite.data.prepared import load_prepared
-from megatron_lite.data.skips import Skips, skips_of
+from megatron_lite.data.samples.skips import Skips, skips_of
+from megatron_lite.data.shards.prepare import prepared_folder
+from megatron_lite.data.shards.prepared import load_prepared
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.hooks import EngineHooks
@@ -43,17 +43,17 @@ from megatron_lite.train.check_init import check_start
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
+from megatron_lite.train.hang.watchdog import watchdog_of
 from megatron_lite.train.loop import Trainer
-from megatron_lite.train.memory import memory_errors_explained
+from megatron_lite.train.out_of_memory import memory_errors_explained
 from megatron_lite.train.parts import Run, agreed_rollbacks, build_callbacks, last_step
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
-from megatron_lite.train.rollback import unsuited
-from megatron_lite.train.sources import ShardSource
+from megatron_lite.train.shard_source import ShardSource
+from megatron_lite.train.stability.rollback import unsuited
+from megatron_lite.train.stability.watch import UpdateJudge
 from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
-from megatron_lite.train.watch import UpdateJudge
-from megatron_lite.train.watchdog import watchdog_of
 
 T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one

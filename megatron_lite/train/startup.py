@@ -26,7 +26,7 @@ from megatron_lite.errors import LaunchError
 from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.culprit import spell_ranks
+from megatron_lite.train.hang.diagnosis import spell_ranks
 
 MESSAGE_ELEMENTS = 2**18  # float32: 1 MiB
 REPEATS = 3

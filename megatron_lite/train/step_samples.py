@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lite.checkpoint.resume import Trained
 from megatron_lite.config.frozen import load_frozen
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.skips import Rollback, read_rollbacks, skips_of
+from megatron_lite.data.samples.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
 from megatron_lite.files import modified_ns
 from megatron_lite.observe.metrics import (

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import loading
+from megatron_lite.checkpoint.file_plan import Plan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.fragments import WEIGHT, Region, transfers
 from megatron_lite.checkpoint.loading import load, newest_complete
-from megatron_lite.checkpoint.plan import Plan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, OptimizerState
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch
-from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.skips import Skips
+from megatron_lite.data.samples.batch import MicroBatch
+from megatron_lite.data.samples.skips import Skips
+from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.engine.engine import Engine, StepResult
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.shards import Shards
@@ -31,7 +31,7 @@ from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of
 from megatron_lite.train.generate import generate
-from megatron_lite.train.verify import synthetic_vocabulary
+from megatron_lite.verify.equivalence import synthetic_vocabulary
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
 KEEP_ALL = Kept(keep_last=0, keep_every=0, keep_best=0)

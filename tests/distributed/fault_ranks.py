@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint import saving, tensor_files
+from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
 from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.checkpoint.fragments import Fragment
 from megatron_lite.checkpoint.loading import load, newest_complete
-from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
 from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState

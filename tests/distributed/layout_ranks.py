@@ -22,7 +22,7 @@ import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.generate
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
 from megatron_lite.engine.hooks import EngineHooks
@@ -31,12 +31,12 @@ from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, Wire
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
-from megatron_lite.optim.schedule import learning_rate_at
+from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
-from megatron_lite.train.verify import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
+from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 
 
 def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:

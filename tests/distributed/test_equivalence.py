@@ -24,7 +24,7 @@ from megatron_lite.config.schema import (
     TrainConfig,
 )
 from megatron_lite.config.schema import DataConfig as Data
-from megatron_lite.train.verify import TOLERANCE, Trace, comparable, differences, trace_twin
+from megatron_lite.verify.equivalence import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import layout_rank
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1

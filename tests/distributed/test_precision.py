@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_lite.config.schema import LossScaleConfig, OptimizerName, Precision, RunConfig
-from megatron_lite.train.verify import Trace, trace_twin
+from megatron_lite.verify.equivalence import Trace, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import fp16_growth_rank, fp16_scales_rank, layout_rank
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config

@@ -22,7 +22,7 @@ from megatron_lite.config.compose import change, compose
 from megatron_lite.config.hf.headers import tensors_of
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.objectives.build import build_objective
-from megatron_lite.train.verify import SYNTHETIC_ROLES, synthetic_vocabulary
+from megatron_lite.verify.equivalence import SYNTHETIC_ROLES, synthetic_vocabulary
 from tests.distributed.checkpoint_ranks import RoundTrip, round_trip_rank
 from tests.distributed.harness import run_ranks
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint.plan import Plan, shapes_of_all_ranks
+from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_lite.config.schema import LossScaleConfig, OptimizerConfig, OptimizerName, Precision, RunConfig
-from megatron_lite.train.verify import TOLERANCE, Trace, differences, trace_twin
+from megatron_lite.verify.equivalence import TOLERANCE, Trace, differences, trace_twin
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import updates_rank
 from tests.distributed.test_equivalence import VOCAB_SIZE, run_config

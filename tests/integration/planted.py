@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lite.config.compose import compose
-from megatron_lite.data.indexed import IndexedReader, bin_path
-from megatron_lite.data.loader import training_dataset
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.samples import WindowShape
-from megatron_lite.data.skips import Window
+from megatron_lite.data.samples.loader import training_dataset
+from megatron_lite.data.samples.sample_types import WindowShape
+from megatron_lite.data.samples.skips import Window
+from megatron_lite.data.shards.indexed import IndexedReader, bin_path
+from megatron_lite.data.shards.prepare import prepare
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lite.data.skips import Rollback, Window, read_rollbacks, write_rollbacks
+from megatron_lite.data.samples.skips import Rollback, Window, read_rollbacks, write_rollbacks
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
 from megatron_lite.observe.wandb_record import alerts, history
 from megatron_lite.observe.wandb_tracker import run_id

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULE = "megatron_lite.train.sources"
+MODULE = "megatron_lite.train.shard_source"
 
 
 def _raise() -> None:
@@ -75,7 +75,7 @@ ROLLBACK_PLACES = {  # the method of GoBack, and whether to die behind it rather
 
 
 def _kill_in_rollback(rank: str, place: str) -> None:
-    from megatron_lite.train.rollback import GoBack
+    from megatron_lite.train.stability.rollback import GoBack
 
     name, behind = ROLLBACK_PLACES[place]
     method = getattr(GoBack, name)

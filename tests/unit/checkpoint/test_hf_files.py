@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.config.hf import NoCounterpart
 from megatron_lite.config.schema import Architecture, ModelConfig, ObjectiveName, RunConfig
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.tokenizer import open_tokenizer
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.data.shards.prepared import PreparedData
+from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
 from tests.tiny_models import BERT, GPT2, LLAMA, T5
 
 TEXTS = ["alpha beta\n\n  gamma, it 's ", "größe 🙂 <b>", "def f(x):\n\treturn x"]

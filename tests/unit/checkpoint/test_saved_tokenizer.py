@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 
 from megatron_lite.checkpoint.hf_files import folder_files
 from megatron_lite.config.schema import ModelConfig, ObjectiveName, RunConfig
-from megatron_lite.data.framing import described_ends
-from megatron_lite.data.indexed import IndexedReader
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import PreparedData
-from megatron_lite.data.samples import SentencePair, Text
-from megatron_lite.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_lite.data.vocabulary import known_vocab_size
+from megatron_lite.data.samples.sample_types import SentencePair, Text
+from megatron_lite.data.shards.indexed import IndexedReader
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.data.shards.prepared import PreparedData
+from megatron_lite.data.tokenizer.framing import described_ends
+from megatron_lite.data.tokenizer.tokenizer import Tokenizer, open_tokenizer
+from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.objectives.build import build_objective
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5

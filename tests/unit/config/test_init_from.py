@@ -24,7 +24,7 @@ from megatron_lite.config.compose import change, compose
 from megatron_lite.config.frozen import freeze, load_frozen
 from megatron_lite.config.hf.folder import STATE_FILE, local_folder
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding, RunConfig
-from megatron_lite.data.vocabulary import known_vocab_size
+from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, T5, T5_V1_1
 from tests.unit.config.hf_folders import write_folder, write_safetensors, write_tokenizer

@@ -21,7 +21,7 @@ from megatron_lite.config.rules.ranges import RANGES, Range, out_of_range
 from megatron_lite.config.rules.texts import TEXTS, label, out_of_form, path
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import problems
-from megatron_lite.data import vocabulary
+from megatron_lite.data.tokenizer import vocabulary
 from megatron_lite.errors import ConfigError
 
 BASE = resolve(compose("pretrain_gpt", []), device="cpu")

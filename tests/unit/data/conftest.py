@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.indexed import IndexedReader
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.prepared import PreparedData, Shard
-from megatron_lite.data.samples import WindowShape
+from megatron_lite.data.samples.sample_types import WindowShape
+from megatron_lite.data.shards.indexed import IndexedReader
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.data.shards.prepared import PreparedData, Shard
 
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
 WORDS = GREEK.split(" ")

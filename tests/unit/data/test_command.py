@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.__main__ import main
-from megatron_lite.data.prepared import PreparedData
+from megatron_lite.data.shards.prepared import PreparedData
 
 
 def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import publish
-from megatron_lite.data.prepare import prepare
+from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.errors import DataError
 from tests.unit.data.conftest import visible
 

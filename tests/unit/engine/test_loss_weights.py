@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lite.data.batch import MicroBatch
+from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.loss_weights import normalise, targets_of
 from megatron_lite.parallel.context import ParallelContext
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.cli import main
 from launch.slurm import attempt, records, scheduler
-from megatron_lite.data.skips import read_rollbacks, rollbacks_to_go_on_with
+from megatron_lite.data.samples.skips import read_rollbacks, rollbacks_to_go_on_with
 from megatron_lite.errors import MegatronLiteError, RunEnd
 from megatron_lite.observe.heartbeat import Beat, publish, read_beats
 from megatron_lite.observe.markers import ask_to_stop, leave_marker

@@ -14,7 +14,7 @@ from launch.preparation import ready_data
 from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import freeze
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.prepare import prepare
+from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter
 

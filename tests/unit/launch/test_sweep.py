@@ -27,12 +27,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def words_of(*words: str) -> list[tuple[str, ...]]:
-    return [point.words for point in expand(words)]
+    return [point.overrides for point in expand(words)]
 
 
 def test_one_run_for_each_combination() -> None:
     points = expand(["pretrain_gpt", "model.hidden_size=128,256", CPU, "train.seed=1,2"])
-    assert [point.words for point in points] == [
+    assert [point.overrides for point in points] == [
         ("pretrain_gpt", f"model.hidden_size={size}", CPU, f"train.seed={seed}")
         for size in (128, 256)
         for seed in (1, 2)
@@ -74,7 +74,7 @@ def test_values_that_cannot_be_counted() -> None:
 def folders_of(*words: str) -> list[str]:
     folders = []
     for point in expand(words):
-        config = in_own_folder(resolve(compose("pretrain_gpt", list(point.words)), device="cpu"), point)
+        config = in_own_folder(resolve(compose("pretrain_gpt", list(point.overrides)), device="cpu"), point)
         assert config.train.run_dir is not None
         folders.append(config.train.run_dir)
     return folders

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig, ObjectiveName
-from megatron_lite.data.needs import MODES, NEED_SENTINELS, NEED_TOKENIZER, NEEDS
 from megatron_lite.data.sampler import mix64, stream_key
 from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.data.tokenizer.needs import MODES, NEED_SENTINELS, NEED_TOKENIZER, NEEDS
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.activations import Activations
 from megatron_lite.objectives.base import Example, Objective, PairShape, SentencePair, Text

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_lite.observe import report
 from megatron_lite.observe.charts import MOST_POINTS, Series, chart, thinned
-from megatron_lite.observe.dossier import Dossier, ranges
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.report import render, write_report
 from megatron_lite.observe.run_folder import RunFolder
+from megatron_lite.observe.spike_view import Dossier, ranges
 from tests.unit.observe.synthetic_run import BATCH, HOSTILE, SyntheticRun, eventful_run
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.data.dataset import ChainedDataset
-from megatron_lite.data.samples import Example, Text
+from megatron_lite.data.samples.dataset import ChainedDataset
+from megatron_lite.data.samples.sample_types import Example, Text
 from megatron_lite.engine.engine import Evaluation
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology

@@ -1,0 +1,129 @@
+"""Rows of a column of text, from parquet files and from Hugging Face datasets: batches of Arrow, cell by cell.
+
+Cells are taken as bytes and decoded here, so one that is not UTF-8 is one bad row, and one that is too long is never
+copied. Arrow itself reads a page of a parquet file, or a cell, as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_lite.config.schema import DataConfig
+from megatron_lite.data.corpus.rows import BadRow, Row, RowKind, row_of_bytes, too_long
+from megatron_lite.data.corpus.sources import Source
+from megatron_lite.data.corpus.streams import Progress, reading
+from megatron_lite.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_BYTES = 2**22
+MOST_ROWS = 1024
+
+
+def parquet_rows(path: Path, file: int, source: Source, data: DataConfig, progress: Progress) -> Iterator[Row]:
+    """The rows of one parquet file.
+
+    Raises:
+        DataError: it is not readable, or has no column data.text_key that holds text.
+    """
+    with reading(path, source):
+        from pyarrow import parquet
+
+        opened = parquet.ParquetFile(path)
+    with opened:
+        require_text(opened.schema_arrow, data.text_key, str(path), source)
+        rows = batch_rows(average_bytes(opened.metadata, data.text_key))
+        with reading(path, source):
+            batches = opened.iter_batches(batch_size=rows, columns=[data.text_key])
+        # `columns` also takes fields inside a column: `a.b` may bring the column `a` along
+        columns = ([batch.column(batch.schema.names.index(data.text_key))] for batch in batches)
+        yield from column_rows(columns, str(path), file, source, data, progress)
+
+
+def column_rows(
+    batches: Iterator[list[Any]], name: str, file: int, source: Source, data: DataConfig, progress: Progress
+) -> Iterator[Row]:
+    """The rows of a column.
+
+    Args:
+        batches: of Arrow arrays, read by a library.
+        name: what they are read from, for messages.
+    """
+    number = 0
+    while True:
+        with reading(name, source, f"from row {number + 1:,} on"):
+            cells = [_cells(array, data.max_document_bytes) for array in next(batches, [])]
+        if not cells:
+            return
+        for values, sizes in cells:
+            progress(sum(size or 0 for size in sizes))
+            for value, size in zip(values, sizes, strict=True):
+                yield _row(value, size, file, number)
+                number += 1
+
+
+def require_text(schema: pyarrow.Schema, key: str, name: str, source: Source) -> None:
+    """
+    Raises:
+        DataError: there is no such column, or it holds something else, with the columns that would do.
+    """
+    if key not in schema.names:
+        raise DataError(f"{name} (of {source}) has no data.text_key={key}; it has {', '.join(schema.names)}")
+    kind = schema.field(schema.names.index(key)).type
+    if not _is_text(kind):
+        texts = [field.name for field in schema if _is_text(field.type)]
+        found = f"columns of text are: {', '.join(texts)}" if texts else "no column holds text"
+        raise DataError(f"{name} (of {source}): data.text_key={key} holds {_named(kind)}; it must hold text; {found}")
+
+
+def batch_rows(average_bytes: float) -> int:
+    """Rows to read at a time, so that they take a few MiB."""
+    return int(min(max(BATCH_BYTES / max(average_bytes, 1), 1), MOST_ROWS))
+
+
+def _row(value: bytes | None, size: int | None, file: int, number: int) -> Row:
+    if size is None:
+        return BadRow(RowKind.null, file, number)
+    return too_long(size, file, number) if value is None else row_of_bytes(value, file, number)
+
+
+def _cells(array: pyarrow.Array, limit_bytes: int) -> tuple[list[bytes | None], list[int | None]]:
+    """The cells of an array, those that are too long as None, and the size of each; that of a null is None."""
+    import pyarrow
+    from pyarrow import compute
+
+    storage = array.storage if isinstance(array, pyarrow.ExtensionArray) else array
+    cells = storage.cast(pyarrow.large_binary())
+    sizes = compute.binary_length(cells)
+    longest = compute.max(sizes).as_py() or 0
+    if longest > limit_bytes:
+        cells = compute.if_else(compute.greater(sizes, limit_bytes), None, cells)
+    return cells.to_pylist(), sizes.to_pylist()
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    tests: tuple[Callable[[Any], bool], ...] = (
+        types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
+        types.is_binary_view, types.is_null,
+    )  # fmt: skip
+    plain = getattr(kind, "storage_type", kind)
+    plain = plain.value_type if types.is_dictionary(plain) else plain
+    return any(test(plain) for test in tests)
+
+
+def _named(kind: pyarrow.DataType) -> str:
+    text = str(kind)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def average_bytes(metadata: Any, key: str) -> float:
+    """Unpacked bytes of a cell, in the row group where they are longest on average."""
+    places = [j for j in range(metadata.num_columns) if metadata.schema.column(j).path == key]
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    averages = (group.column(j).total_uncompressed_size / max(group.num_rows, 1) for group in groups for j in places)
+    return max(averages, default=1.0)

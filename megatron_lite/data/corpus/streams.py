@@ -1,0 +1,160 @@
+"""Bytes of a file, unpacked and cut into records, so that no line or document is held that is longer than allowed.
+
+Records are cut before they are decoded: a byte that is not UTF-8 spoils its own record alone.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from megatron_lite.data.corpus.sources import Source
+from megatron_lite.errors import DataError, library_edge
+
+CHUNK_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Progress = Callable[[int], None]
+"""Is told the number of bytes that were read since it was last called, about every MiB."""
+
+
+def ignore_progress(count: int) -> None: ...
+
+
+class Oversized(NamedTuple):
+    """In place of a record that is longer than allowed."""
+
+    size_bytes: int
+
+
+def reading(path: Path | str, source: Source, where: str = "") -> AbstractContextManager[None]:
+    """The edge of every library that reads a file of a source: whatever it raises becomes our error.
+
+    Args:
+        where: the place in the file, for the message.
+    """
+    what = f"{path} (of {source}) cannot be read{f' {where}' if where else ''}"
+    return library_edge(DataError, what, "copy it again, or name another file")
+
+
+def read_chunks(path: Path, source: Source, progress: Progress = ignore_progress) -> Iterator[bytes]:
+    """The unpacked bytes of a file, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be opened, or its compressed stream is damaged or cut off.
+    """
+    position = 0
+    with reading(path, source):
+        file = _open(path)
+    with file:
+        while True:
+            with reading(path, source, f"beyond {position:,} unpacked bytes"):
+                chunk = file.read(CHUNK_BYTES)
+            if not chunk:
+                return
+            progress(len(chunk))
+            yield chunk if position else chunk.removeprefix(BYTE_ORDER_MARK)
+            position += len(chunk)
+
+
+def read_records(
+    path: Path,
+    source: Source,
+    *,
+    separator: str | None,
+    limit_bytes: int,
+    universal_newlines: bool = False,
+    progress: Progress = ignore_progress,
+) -> Iterator[bytes | Oversized]:
+    """The records of a file in order. Behind the last separator there is one only if it is not empty.
+
+    Args:
+        separator: ends a record; None or empty = the file is one.
+        limit_bytes: a longer record is never held.
+        universal_newlines: Windows line ends become "\\n", so that a separator means the same everywhere.
+    Raises:
+        DataError: as `read_chunks` does.
+    """
+    chunks = read_chunks(path, source, progress)
+    if universal_newlines:
+        chunks = with_newlines(chunks)
+        separator = separator and separator.replace("\r\n", "\n").replace("\r", "\n")
+    return split_records(chunks, (separator or "").encode("utf-8", "surrogatepass"), limit_bytes)
+
+
+def split_records(chunks: Iterator[bytes], separator: bytes, limit_bytes: int) -> Iterator[bytes | Oversized]:
+    """What `b"".join(chunks).split(separator)` gives but an empty last one, in one pass and holding one record."""
+    overlap = max(len(separator) - 1, 0)
+    record = _Record(limit_bytes)
+    carry = b""  # the last bytes, which may begin a separator
+    for chunk in chunks:
+        joined = carry + chunk
+        first, *others = joined.split(separator) if separator else [joined]
+        for part in others:
+            record.add(first)
+            yield record.take()
+            first = part
+        cut = len(first) - overlap if len(first) > overlap else 0
+        record.add(first[:cut])
+        carry = first[cut:]
+    record.add(carry)
+    if record.size_bytes:
+        yield record.take()
+
+
+class _Record:
+    """The pieces of the record that is being read, as long as it is not too long."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._pieces: list[bytes] = []
+        self.size_bytes = 0
+
+    def add(self, piece: bytes) -> None:
+        self.size_bytes += len(piece)
+        if self.size_bytes > self._limit:
+            self._pieces.clear()
+        else:
+            self._pieces.append(piece)
+
+    def take(self) -> bytes | Oversized:
+        taken = Oversized(self.size_bytes) if self.size_bytes > self._limit else b"".join(self._pieces)
+        self._pieces, self.size_bytes = [], 0
+        return taken
+
+
+def with_newlines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes, with "\\n" for "\\r\\n" and for "\\r"."""
+    held = b""  # a "\r" whose "\n" may be in the next chunk
+    for chunk in chunks:
+        joined = held + chunk
+        held = joined[-1:] if joined.endswith(b"\r") else b""
+        yield joined.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if held:
+        yield b"\n"
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener = _PACKED.get(path.suffix.lower(), io.FileIO)
+    return cast(IO[bytes], opener(path))
+
+
+def _zstandard(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+
+
+_PACKED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _zstandard,
+}
+"""Ways of packing, by the last suffix. None of these readers unpacks more than it is asked for."""

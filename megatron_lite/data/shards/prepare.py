@@ -1,0 +1,383 @@
+"""Corpus to shards: split documents, train or open the tokenizer, tokenise, write, publish.
+
+`prepare` may be called by any number of processes and any number of times: the folder is named by a hash of
+everything that decides its content, one process builds it, and it becomes visible only when it is complete.
+This module and all it imports need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_lite.config.changes import DATA_KEYS, grade_changes, refusals
+from megatron_lite.config.schema import DataConfig, RunConfig
+from megatron_lite.data.blend import normalised
+from megatron_lite.data.corpus.digests import remembered_digests
+from megatron_lite.data.corpus.readers import read_documents
+from megatron_lite.data.corpus.rows import RowCounts, require_few_bad
+from megatron_lite.data.corpus.source_names import resolve_sources
+from megatron_lite.data.corpus.sources import Source, SourceKind, identity
+from megatron_lite.data.publish import publish_folder, require_folder
+from megatron_lite.data.shards.prepared import (
+    COUNTS,
+    FORMAT,
+    MANIFEST,
+    Part,
+    PreparedData,
+    load_prepared,
+    shard_entry,
+    validation_threshold,
+    write_manifest,
+)
+from megatron_lite.data.shards.ready import check_ready, hashes_of_documents, scan_ready, shared_tokenizer
+from megatron_lite.data.shards.sentences import sentence_kinds
+from megatron_lite.data.shards.shard_ends import as_in_shards
+from megatron_lite.data.shards.tokenise import (
+    Counted,
+    Job,
+    SourceSets,
+    all_held_out,
+    document_hash,
+    tokenise_source,
+    training_texts,
+)
+from megatron_lite.data.special import SpecialTokens
+from megatron_lite.data.tokenizer.bpe import train_bpe
+from megatron_lite.data.tokenizer.framing import planned_ends, reads_documents
+from megatron_lite.data.tokenizer.needs import needs_sentences, require_tokens_of_run
+from megatron_lite.data.tokenizer.tokenizer import (
+    Tokenizer,
+    limit_threads,
+    open_tokenizer,
+    save_tokenizer,
+    tokenizer_identity,
+)
+from megatron_lite.data.tokenizer.tokenizer_files import TOKENIZER_FOLDER
+from megatron_lite.data.tokenizer.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
+from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.files import raise_open_file_limit
+
+__all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
+
+PIPELINE = 3  # raise it when the same text would become other tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be prepared, and the hash that names it."""
+
+    train: list[Source]
+    validation: list[Source]
+    """Empty when documents of `train` are held out."""
+    trained_vocab_size: int | None
+    """Size asked for of a tokenizer that is trained here, None for others."""
+    key: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.key, sort_keys=True).encode())[:12]
+
+    @property
+    def forms(self) -> list[tuple[SourceKind, list[str]]]:
+        """How each source is stored: the same documents may be stored in several ways."""
+        return [(source.kind, [path.suffix for path in source.paths]) for source in (*self.train, *self.validation)]
+
+    def folder_in(self, cache_dir: Path) -> Path:
+        """Where its shards are, or will be: a label for people, and the digest.
+
+        The label comes from the spelling of the first source; a folder that was made under another one is found, too.
+        """
+        label = "embedded" if self.train[0].name == "embedded" else Path(self.train[0].name).name.split(".")[0]
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)[:40]
+        own = cache_dir / f"{safe or 'data'}-{self.digest}"
+        made = [folder for folder in sorted(cache_dir.glob(f"*-{self.digest}")) if (folder / MANIFEST).is_file()]
+        return own if own in made or not made else made[0]
+
+
+def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunConfig | None = None) -> PreparedData:
+    """Make the shards of a configuration, or find them made already.
+
+    Args:
+        report: receives a line for each stage that takes time; nothing when the data is already there.
+        earlier: what the run that goes on was last trained with.
+    Raises:
+        DataError: a source is missing, empty, binary, malformed or cut off, or cache_dir cannot be written.
+        ConfigError: data.* or model.vocab_size do not fit each other, or other data is to be prepared than that of
+            `earlier`, which is still there.
+    """
+    raise_open_file_limit()
+    cache_dir, key = Path(config.data.cache_dir).expanduser(), f"data.cache_dir={config.data.cache_dir}"
+    resolved_sources(config)  # what is wrong with them is said before a folder is made
+    require_folder(cache_dir, key)
+    plan = make_plan(config, report)
+    folder = plan.folder_in(cache_dir)
+    if earlier is not None and not (folder / MANIFEST).is_file():
+        refuse_other_data(plan, config, earlier, report)
+    publish_folder(
+        folder,
+        lambda temporary: _build(plan, config, temporary, report),
+        key=key,
+        report=report,
+        marker=MANIFEST,
+        originals=_originals(plan, config.data),
+    )
+    prepared = load_prepared(folder, config)
+    texts = [source for source in (*plan.train, *plan.validation) if source.is_text]
+    for source, counts in zip(texts, prepared.rows, strict=True):  # made by another data.max_bad_fraction
+        require_few_bad(counts, str(source), config.data)
+    return prepared
+
+
+def _originals(plan: Plan, data: DataConfig) -> Iterator[Path]:
+    """The files whose content prepared data repeats: the sources, and those of a tokenizer."""
+    for source in (*plan.train, *plan.validation):
+        for path in source.paths:
+            if not source.is_text:
+                yield from (path.with_name(path.name + suffix) for suffix in (".bin", ".idx"))
+            else:
+                yield from path.rglob("*") if path.is_dir() else [path]
+    tokenizer = Path(data.tokenizer).expanduser()
+    if tokenizer.is_dir():
+        yield from tokenizer.rglob("*")
+
+
+def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:
+    """Spare a preparation whose tokens the run could not go on with, where that can be told from the sources.
+
+    Where the earlier ones are gone, or of another form (compressed, say), it shows when the tokens are there: a run
+    goes on by their fingerprint.
+    """
+    changed = [change for change in grade_changes(earlier, config) if change.key in DATA_KEYS]
+    if not changed:
+        return
+    try:
+        before = make_plan(replace(earlier, data=replace(earlier.data, cache_dir=config.data.cache_dir)), report)
+    except (DataError, ConfigError):
+        return
+    if before.forms == plan.forms and before.key != plan.key:
+        raise ConfigError(refusals(changed, f"the run in train.run_dir={config.train.run_dir}"))
+
+
+def prepared_folder(config: RunConfig) -> Path:
+    """Where `prepare` puts, or has put, the shards of this configuration."""
+    return make_plan(config).folder_in(Path(config.data.cache_dir).expanduser())
+
+
+def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> Plan:
+    """Resolve and check everything that can be known before the first document is read.
+
+    Args:
+        report: receives a line now and then where files of the sources have to be read to learn what they hold.
+    """
+    data = config.data
+    train, validation = resolved_sources(config)
+    trained_size = _check_tokenizer(config, [*train, *validation])
+    is_text = all(source.is_text for source in (*train, *validation))
+    ends = planned_ends(config) if is_text else None  # ready shards have their own
+    with remembered_digests(Path(data.cache_dir).expanduser(), report) as file_identity:
+        identities = [[identity(source, data, file_identity) for source in sources] for sources in (train, validation)]
+    key = {
+        "pipeline": [PIPELINE, FORMAT],
+        "train": identities[0],
+        "validation": identities[1],
+        "held_out": None if validation else data.validation_fraction,
+        "tokenizer": tokenizer_identity(data, ends, reads_documents(config)),
+    }
+    return Plan(train, validation, trained_size, key)
+
+
+def resolved_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
+    """Sources of training and of validation; no file of them is read.
+
+    Raises:
+        DataError: one does not exist, or is of no known form.
+        ConfigError: data.weights or data.validation_fraction do not fit.
+    """
+    data = config.data
+    train = resolve_sources(data.source, "data.source")
+    validation = resolve_sources(data.validation_source, "data.validation_source")
+    if not train:
+        raise ConfigError("data.source=null names no source; use embedded, a file or a dataset")
+    if data.weights is not None:
+        normalised(data.weights, len(train))
+    if not validation and not 0 < data.validation_fraction < 1:
+        raise ConfigError(
+            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; use 0.02, or give a "
+            "data.validation_source"
+        )
+    return train, validation
+
+
+def _check_tokenizer(config: RunConfig, sources: list[Source]) -> int | None:
+    """The size of a vocabulary that has to be trained, None where none has to be."""
+    ready = [source for source in sources if not source.is_text]
+    if config.data.tokenizer == TRAIN and 0 < len(ready) < len(sources):
+        raise ConfigError(
+            f"data.tokenizer=train cannot fit {ready[0]}, whose tokens another tokenizer made; name the folder of "
+            "that tokenizer in data.tokenizer"
+        )
+    return trained_vocab_size(config.data) if config.data.tokenizer == TRAIN and not ready else None
+
+
+def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
+    started = time.monotonic()
+    limit_threads(config.data.num_workers)
+    held_out = None if plan.validation else config.data.validation_fraction
+    if held_out:  # what is wrong is said before a tokenizer is trained, and before anything is tokenised
+        _check_held_out(plan.train, config.data)
+    job = _make_job(plan, config, folder, report)
+    for source in [*plan.train, *plan.validation]:
+        if not source.is_text:
+            check_ready(job, source, needs_sentences(config.objective))
+    sets = [_ingest(job, source, i, Part.train, held_out) for i, source in enumerate(plan.train)]
+    sets += [_ingest(job, source, i, Part.validation, None) for i, source in enumerate(plan.validation)]
+    train = [found.train for found in sets if found.train is not None]
+    validation = [found.validation for found in sets if found.validation is not None]
+    if not validation:  # ready shards whose held-out documents have no tokens
+        documents = sum(counted.shard.documents for counted in train)
+        raise _nothing_held_out(config.data, documents, min(found.lowest_hash for found in sets))
+    rows = [found.rows for found in sets if found.rows is not None]
+    _write(plan, job, train, validation, rows)
+    for counts in rows:
+        for line in counts.lines():
+            report(line)
+    tokens = sum(counted.shard.tokens for counted in [*train, *validation])
+    report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
+
+
+def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
+    """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
+
+    Raises:
+        ConfigError: the vocabulary does not fit the model, or lacks what the run needs.
+    """
+    data = config.data
+    target = home = folder / TOKENIZER_FOLDER
+    sources = [*plan.train, *plan.validation]
+    if data.tokenizer != TRAIN:
+        tokenizer = _copied_tokenizer(data.tokenizer, target, config, sources)
+    elif plan.trained_vocab_size is not None:
+        tokenizer = _train_tokenizer(plan, data, target, report)
+    else:
+        found, facts = shared_tokenizer(sources)
+        if found is None:
+            model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
+            require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
+            return Job(data, folder, None, facts, None, report)
+        home, tokenizer = found, _copied_tokenizer(str(found), target, config, sources)
+    model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
+    if plan.trained_vocab_size is None:
+        require_tokens_of_run(config, tokenizer.special, home)
+    facts = {
+        "tokenizer_folder": TOKENIZER_FOLDER,
+        "tokenizer_hash": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        **tokenizer.special.to_facts(),
+    }
+    return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
+
+
+def _copied_tokenizer(name: str, target: Path, config: RunConfig, sources: list[Source]) -> Tokenizer:
+    is_decoder = reads_documents(config)
+    opened = open_tokenizer(name, config.data, is_decoder=is_decoder)
+    data = as_in_shards(config.data, sources, opened, is_decoder=is_decoder)
+    return save_tokenizer(name, target, data, is_decoder=is_decoder)
+
+
+def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
+    wanted = data.tokenizer_vocab_size
+    report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
+    held_out = None if plan.validation else data.validation_fraction
+    texts = training_texts(plan.train, data, held_out)
+    tokenizer = train_bpe(texts, wanted, target, data, report=report)
+    if tokenizer.vocab_size < wanted:
+        report(f"the corpus is small: its vocabulary has {tokenizer.vocab_size:,} of {wanted:,} tokens")
+    return tokenizer
+
+
+def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+    if source.is_text:
+        assert job.tokenizer is not None
+        return tokenise_source(job, source, index, into, held_out)
+    return scan_ready(job, source, index, into, held_out)
+
+
+def _check_held_out(sources: list[Source], data: DataConfig) -> None:
+    """Whether each source keeps a document, and one at least is held out; reads no further than it takes to know.
+
+    Raises:
+        DataError: one of them is not so, and what would help.
+    """
+    threshold = validation_threshold(data.validation_fraction)
+    documents, lowest, is_held_out = 0, 2**64, False
+    for source in sources:
+        before, is_kept = documents, False
+        for number in _document_hashes(source, data):
+            documents, lowest = documents + 1, min(lowest, number)
+            is_held_out, is_kept = is_held_out or number < threshold, is_kept or number >= threshold
+            if is_kept and is_held_out:
+                break
+        if not is_kept and documents > max(before, 1):
+            raise all_held_out(source, data.validation_fraction)
+    if documents == 1:
+        raise _one_document()
+    if documents and not is_held_out:
+        raise _nothing_held_out(data, documents, lowest)
+
+
+def _document_hashes(source: Source, data: DataConfig) -> Iterator[int]:
+    """What decides to which set each document of a source belongs."""
+    if source.is_text:
+        return (document_hash(document.text) for document in read_documents(source, data))
+    return iter(hashes_of_documents(source).tolist())
+
+
+def _one_document() -> DataError:
+    return DataError(
+        "data.source has 1 document; holding out a validation set takes 2 or more: set data.document_separator, or "
+        "name a data.validation_source"
+    )
+
+
+def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> DataError:
+    enough = np.ceil(lowest_hash / 2**64 * 1000) / 1000 + 0.001
+    remedy = (
+        f"use {enough:.3f} or more, or name a data.validation_source"
+        if enough < 1
+        else ("name a data.validation_source")
+    )
+    return DataError(
+        f"data.validation_fraction={data.validation_fraction} holds out none of the {documents} documents; {remedy}"
+    )
+
+
+def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]) -> None:
+    counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
+    counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}
+    np.savez_compressed(job.folder / COUNTS, **counts)
+    tokenizer = job.tokenizer_facts
+    shards = [counted.shard for counted in [*train, *validation]]
+    decisive = [
+        [s.bin_xxh3, s.idx_xxh3, s.part, s.validation_fraction, s.source_index, s.sentences_xxh3] for s in shards
+    ]
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([decisive, tokenizer["tokenizer_hash"], len(train)]).encode())
+    manifest = {
+        "format": FORMAT,
+        "key": plan.key,
+        "tokenizer": tokenizer,
+        "vocab_size": plan.trained_vocab_size or tokenizer["vocab_size"],
+        "train": [shard_entry(counted.shard, job.folder) for counted in train],
+        "validation": [shard_entry(counted.shard, job.folder) for counted in validation],
+        "separate_validation": bool(plan.validation),
+        "rows": [asdict(counts) for counts in rows],
+        "fingerprint": fingerprint,
+    }
+    write_manifest(job.folder, manifest, shards)

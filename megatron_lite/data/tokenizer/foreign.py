@@ -1,0 +1,72 @@
+"""Tokenizers without a tokenizer.json, which transformers reads, and why one cannot be opened."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_lite.data.hub import quiet_hub
+from megatron_lite.data.tokenizer.tokenizer_files import (
+    TokenizerFiles,
+    cannot_open,
+    carried,
+    read_folder,
+    read_settings,
+)
+from megatron_lite.errors import ConfigError, library_edge
+
+KIND_FILES = ("tokenizer_config.json", "config.json")  # one of them tells transformers the class
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+
+
+def read_through_transformers(name: str) -> TokenizerFiles:
+    """The tokenizer.json that transformers makes of a folder or hub name, its settings, and the folder's files.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise cannot_open(name, f"it is not a folder (looked from {Path.cwd()})")
+    own = read_settings(folder, name) if folder.is_dir() else {}
+    from transformers import AutoTokenizer
+
+    quiet_hub()  # after the import, which sets its own level
+    try:
+        with library_edge(ConfigError, name):
+            opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except ConfigError as error:
+        raise cannot_open(name, _reason(folder, error)) from error
+    if getattr(opened, "backend_tokenizer", None) is None:
+        raise cannot_open(name, "it has no fast version; save one as tokenizer.json")
+    with tempfile.TemporaryDirectory() as saved:
+        with library_edge(ConfigError, f"data.tokenizer={name} cannot be saved as tokenizer.json"):
+            opened.save_pretrained(saved)
+        found = read_folder(Path(saved), name)
+    if found is None:
+        raise cannot_open(name, "transformers saves no tokenizer.json of it; save one there yourself")
+    others = found.others | (carried(folder, name) if folder.is_dir() else {})
+    return replace(found, settings=own | found.settings, others=others)
+
+
+def _reason(folder: Path, error: ConfigError) -> str:
+    """Of a failure of transformers, whose own words are about the last of all readers that it tried."""
+    if folder.is_dir() and not _any_file(folder, KIND_FILES):
+        for file_name, kind in (("vocab.txt", "BertTokenizer"), ("merges.txt", "GPT2Tokenizer"), *_SENTENCEPIECE_KINDS):
+            if (folder / file_name).is_file():
+                return (
+                    f"nothing tells which kind its {file_name} is of; write the kind into {KIND_FILES[0]} beside it, "
+                    f'such as {{"tokenizer_class": "{kind}"}}'
+                )
+    if _any_file(folder, SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
+        return "SentencePiece files need two more packages; run `pip install sentencepiece protobuf`"
+    return str(error).partition(": ")[2]
+
+
+_SENTENCEPIECE_KINDS = (("spiece.model", "T5Tokenizer"), ("tokenizer.model", "LlamaTokenizer"))
+
+
+def _any_file(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)

@@ -1,0 +1,124 @@
+"""What was found out about a spike, in the words and rows that a page shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lite.observe.phrasing import counted, span
+
+MOST_RANGES = 4
+MOST_DOCUMENTS = 200
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    layer: str
+    norms: list[str]
+    """Of each of the dossier's steps."""
+    jump: float | None
+    """The norm at the spike over the median of the steps before it; infinite where it was no number then."""
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """A spike as it is shown."""
+
+    step: int
+    kinds: str
+    action: str
+    text: str
+    facts: list[tuple[str, str]]
+    documents: list[Mapping[str, Any]]
+    """The first MOST_DOCUMENTS of ..."""
+    num_documents: int
+    sequences: list[Mapping[str, Any]]
+    steps: list[int]
+    layers: list[LayerRow]
+    found: bool
+    """Whether the file of the dossier could be read."""
+
+    @classmethod
+    def of(cls, spike: Mapping[str, Any], dossier: Mapping[str, Any] | None) -> Dossier:
+        """Args:
+        spike: the event.
+        dossier: the file that it names; None = it cannot be read, and the event is all there is.
+        """
+        known = {**spike, **(dossier or {})}
+        norms = {int(step): layers for step, layers in (known.get("layer_grad_norm") or {}).items()}
+        steps = sorted(norms)
+        documents = known.get("documents") or []
+        return cls(
+            step=int(spike["step"]),
+            kinds=", ".join(str(kind).replace("_", " ") for kind in spike.get("kinds", [])),
+            action=str(spike.get("action", "")).replace("_", " "),
+            text=str(spike.get("text", "")).removeprefix(f"spike at step {spike['step']}: "),
+            facts=_facts(known),
+            documents=documents[:MOST_DOCUMENTS],
+            num_documents=len(documents),
+            sequences=known.get("sequences") or [],
+            steps=steps,
+            layers=_layers(norms, steps, int(spike["step"])),
+            found=dossier is not None,
+        )
+
+    @property
+    def largest(self) -> LayerRow | None:
+        """The layer that jumped most."""
+        return max((row for row in self.layers if row.jump is not None), key=lambda row: row.jump or 0.0, default=None)
+
+
+def _facts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("loss", _judged(known, "loss")),
+        ("gradient norm", _judged(known, "grad_norm")),
+        ("learning rate", shown(known.get("learning_rate"))),
+        ("loss scale", shown(known.get("loss_scale"))),
+        ("samples", ranges(known.get("samples") or [])),
+        ("checkpoint before", str(known.get("checkpoint") or "none")),
+    ]
+    return [(label, text) for label, text in rows if text]
+
+
+def _judged(known: Mapping[str, Any], name: str) -> str:
+    """`9.1, usual is 5.2: 21.0 robust deviations above`."""
+    value, usual, deviations = (known.get(key) for key in (name, f"usual_{name}", f"{name}_deviations"))
+    text = shown(value)
+    if text and isinstance(usual, int | float):
+        text += f", usual is {shown(usual)}"
+    if text and isinstance(deviations, int | float):
+        text += f": {deviations:.1f} robust deviations {'above' if deviations >= 0 else 'below'}"
+    return text
+
+
+def ranges(samples: Sequence[Sequence[int]]) -> str:
+    """`1,024 to 1,087` of [[1024, 1088]]; of many ranges the first ones."""
+    texts = [span(first, stop - 1) for first, stop in samples[:MOST_RANGES]]
+    more = len(samples) - MOST_RANGES
+    return ", ".join(texts) + (f" and {counted(more, 'more range')}" if more > 0 else "")
+
+
+def _layers(norms: Mapping[int, Mapping[str, Any]], steps: Sequence[int], spike: int) -> list[LayerRow]:
+    names = list(dict.fromkeys(name for step in steps for name in norms[step]))
+    before = [step for step in steps if step < spike]
+    rows = []
+    for name in names:
+        values = {step: norms[step].get(name) for step in steps}
+        usual = [value for step in before if isinstance(value := values[step], int | float) and math.isfinite(value)]
+        rows.append(LayerRow(name, [shown(values[step]) for step in steps], _jump(usual, values.get(spike))))
+    return rows
+
+
+def _jump(usual: Sequence[float], at: Any) -> float | None:
+    if not usual or not isinstance(at, int | float):
+        return None
+    middle = statistics.median(usual)
+    return math.inf if not math.isfinite(at) else at / middle if middle else None
+
+
+def shown(value: Any) -> str:
+    """A figure with four digits; empty where there is none."""
+    return f"{value:.4g}" if isinstance(value, int | float) else ""

@@ -1,0 +1,50 @@
+"""Running out of memory, told so that it can be mended: which rank, which stage, and what had been planned for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_lite.config.derived import topology
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
+from megatron_lite.errors import DeviceMemoryError
+from megatron_lite.observe.heartbeat import node_name
+from megatron_lite.planning.sizes import stage_lines
+from megatron_lite.train.distributed import ProcessEnvironment
+
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # all that tells its RuntimeError from others
+
+
+@contextlib.contextmanager
+def memory_errors_explained(config: RunConfig, environment: ProcessEnvironment) -> Iterator[None]:
+    """Turn what torch and Python raise when memory is short into an error that a user can act on.
+
+    Raises:
+        DeviceMemoryError: in place of them.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not _is_about_memory(error):
+            raise
+        raise DeviceMemoryError(_explanation(config, environment, error)) from error
+
+
+def _is_about_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+
+
+def _explanation(config: RunConfig, environment: ProcessEnvironment, error: Exception) -> str:
+    place = topology(config).coordinates(environment.rank)
+    planned = list(stage_lines(config, known_vocab_size(config)))[place.pipeline].strip()
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    remedies = [f"a train.micro_batch_size below {config.train.micro_batch_size}"] * (config.train.micro_batch_size > 1)
+    remedies += ["parallel.recompute=full"] * (config.parallel.recompute.value != "full")
+    remedies += ["a larger parallel.tensor_parallel_size or pipeline_parallel_size"]
+    return (
+        f"rank {environment.rank} (node {node_name()}, tp{place.tensor} pp{place.pipeline} dp{place.data}) ran "
+        f"out of memory: {said}; planned for it, without activations: {planned}; use {', '.join(remedies)}"
+    )

@@ -1,0 +1,218 @@
+"""The way back: to a checkpoint before a spike, and past the samples that led in.
+
+What makes it survive a kill at any moment is one file. Once `skipped_samples.json` is on the disk, a checkpoint that
+was trained on what it leaves out is passed over by every resume, and every attempt reads past the window. What follows,
+this process does or the next: weights, records of the trackers, checkpoints that go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.checkpoint.loading import newest_complete
+from megatron_lite.checkpoint.retention import prune
+from megatron_lite.checkpoint.state import CheckpointState
+from megatron_lite.config.derived import num_micro_batches
+from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.data.samples.skips import Rollback, Skips, Window, skips_of, write_rollbacks
+from megatron_lite.errors import DISK_ERRNOS, DiskError, DivergedError, TrainingError
+from megatron_lite.observe.console import Console
+from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.observe.metrics import ROLLBACK_EVENT, SKIPS_FILE
+from megatron_lite.observe.trackers import Trackers
+from megatron_lite.optim.batch_ramp import BatchSchedule, Origin
+from megatron_lite.parallel.agreement import agreed
+from megatron_lite.train.callbacks import Save, Validate
+from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.stability.watch import Spike, Watch
+
+
+def unsuited(skips: Skips, state: CheckpointState) -> str | None:
+    """Why a run that leaves these samples out cannot go on from a checkpoint; None = it can."""
+    made_with = Skips(Window(*window) for window in state.skipped)
+    reached = made_with.index(state.samples)
+    if skips.before(reached) == made_with.before(reached):
+        return None
+    return "it was trained on samples that this run has left out since, after a spike"
+
+
+def next_window(rollbacks: Sequence[Rollback], led_in: Window, batch: int, lead_in_steps: int) -> tuple[Window, int]:
+    """What to leave out now, and how many rollbacks in a row have not been enough.
+
+    A spike soon after the place that was jumped over comes from more of the same: each further rollback there leaves
+    out twice as many samples beyond it.
+
+    Args:
+        led_in: the global samples of the spike's step and of those that led in.
+        batch: sequences of a step.
+    """
+    in_a_row, first = 0, led_in.first
+    near = (lead_in_steps + 2) * batch
+    for earlier in reversed(rollbacks):
+        if not earlier.window.first - near <= first <= earlier.window.stop + near:
+            break
+        in_a_row += 1
+        first = earlier.window.first
+    beyond = (2**in_a_row - 1) * batch
+    return Window(led_in.first, led_in.stop + beyond), in_a_row
+
+
+@dataclass
+class GoBack:
+    """Behind the report, ahead of everything that takes a step for made."""
+
+    settings: StabilityConfig
+    run_dir: Path
+    watch: Watch
+    save: Save
+    validate: Validate
+    trackers: Trackers
+    console: Console
+    rollbacks: list[Rollback]
+    find_last_step: Callable[[BatchSchedule], int]
+    """As far as the data reach, with what is left out by then. A collective of all ranks."""
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if self.settings.on_spike is OnSpike.rollback and self.watch.spike is not None:
+            self._from(trainer, self.watch.spike)
+
+    def _from(self, trainer: Trainer, spike: Spike) -> None:
+        """A collective of all ranks."""
+        record = spike.record
+        if len(self.rollbacks) >= self.settings.max_rollbacks:
+            raise DivergedError(
+                f"diverged: a spike at step {record.step}, and all stability.max_rollbacks="
+                f"{self.settings.max_rollbacks} rollbacks of this run are used up (they left out samples "
+                f"{_listed(skips_of(self.rollbacks))}); read the dossiers in {self.run_dir / 'spikes'}, then go on "
+                "with a lower optimizer.learning_rate in a new train.run_dir, or raise stability.max_rollbacks"
+            )
+        trainer.heartbeat.enter(Phase.LOAD)
+        skips, led_in = trainer.source.skips, self._led_in(trainer, record)
+        self.save.wait(trainer)
+        found = self._checkpoint(skips, led_in.first, self._next_window(record, led_in)[1])
+        if found is None:
+            self.console.print(
+                f"no checkpoint is older than the samples that led in: the update of step {record.step} is dropped, "
+                "and nothing else; train.save_interval decides how often there is one, train.keep_last how many stay"
+            )
+            return
+        folder, state = found
+        self._restore(trainer, folder, state)
+        window = self._with_what_follows(trainer, record, led_in)
+        reason = f"{', '.join(spike.verdict.kinds)} at step {record.step}"
+        self.rollbacks.append(Rollback(window, record.step, state.step, reason))
+        self._publish()
+        self._drop_later(state)
+        trainer.source.skips = skips_of(self.rollbacks)
+        trainer.schedule = BatchSchedule(trainer.config.train, Origin(state.step, state.samples))
+        trainer.last_step = self.find_last_step(trainer.schedule)
+        self._tell(record, state, window)
+
+    def _tell(self, record: StepRecord, state: CheckpointState, window: Window) -> None:
+        text = (
+            f"rollback {len(self.rollbacks)} of {self.settings.max_rollbacks}: back to step {state.step}, without "
+            f"samples {window.first:,} to {window.stop - 1:,}"
+        )
+        self.trackers.event(
+            ROLLBACK_EVENT,
+            record.step,
+            {
+                "to_step": state.step,
+                "first_sample": window.first,
+                "stop_sample": window.stop,
+                "rollbacks": len(self.rollbacks),
+                "text": text,
+            },
+        )
+        self.trackers.rewind(state.step, len(self.rollbacks))
+        print(text, flush=True)  # to each rank's own log
+        self.console.print(text)
+
+    def _led_in(self, trainer: Trainer, record: StepRecord) -> Window:
+        """The samples of the spike's step and of those before it, of an earlier attempt as well."""
+        skips, schedule, batch = trainer.source.skips, trainer.schedule, record.batch
+        wanted = record.step - 1 - self.settings.lead_in_steps
+        known = schedule.at(max(wanted, schedule.first_step))
+        unknown = max(schedule.first_step - wanted, 0) * known.global_batch_size  # samples ahead of what it knows
+        first = max(known.first_sample - unknown, 0)
+        return Window(skips.index(first), skips.index(batch.first_sample + batch.global_batch_size - 1) + 1)
+
+    def _next_window(self, record: StepRecord, led_in: Window) -> tuple[Window, int]:
+        return next_window(self.rollbacks, led_in, record.batch.global_batch_size, self.settings.lead_in_steps)
+
+    def _with_what_follows(self, trainer: Trainer, record: StepRecord, led_in: Window) -> Window:
+        """With the steps behind the spike that would be one, by the weights gone back to. A collective of all ranks.
+
+        So a long stretch of bad samples costs a rollback and a few forward passes, not a rollback for each step. By
+        the weights that the spike came from they would all be bad, if it is those that it has come from.
+        """
+        skips, stop = trainer.source.skips, led_in.stop
+        for step in range(record.step, record.step + self.settings.look_ahead_steps):
+            batch = trainer.schedule.at(step)
+            micro_batches = num_micro_batches(trainer.config, batch.global_batch_size)
+            found = trainer.engine.evaluate(trainer.source.training(batch), micro_batches)
+            if not agreed(self.watch.predicts_badly(found.loss)):
+                break
+            stop = skips.index(batch.first_sample + batch.global_batch_size - 1) + 1
+        return self._next_window(record, Window(led_in.first, stop))[0]
+
+    def _checkpoint(self, skips: Skips, first: int, in_a_row: int) -> tuple[Path, CheckpointState] | None:
+        """The newest that has read nothing from this sample on; after several rollbacks in vain, one further back."""
+        consumed = skips.count(first)
+        passed_over = in_a_row // 2
+
+        def reason_against(state: CheckpointState) -> str | None:
+            nonlocal passed_over
+            if state.samples > consumed:
+                return "it is from after the samples that led in"
+            if (found := unsuited(skips, state)) is not None:
+                return found
+            passed_over -= 1
+            return "what followed it was a spike again and again" if passed_over >= 0 else None
+
+        found = newest_complete(self.save.checkpoints.folder, _say_nothing, reason_against, required=False)
+        if found is None and in_a_row >= 2:  # none is older
+            return self._checkpoint(skips, first, 0)
+        return found
+
+    def _restore(self, trainer: Trainer, folder: Path, state: CheckpointState) -> None:
+        """What this process holds; a collective of all ranks. Whoever is stopped from here on has made no step."""
+        self.save.checkpoints.go_back(folder, state)
+        trainer.finished_step = state.step
+        self.watch.go_back(state.step)
+        self.validate.forget_after(state.step)
+
+    def _publish(self) -> None:
+        """From here on every attempt leaves the window out.
+
+        Raises:
+            TrainingError, DiskError: the file cannot be written; on every rank alike.
+        """
+        problem: TrainingError | DiskError | None = None
+        if self.save.checkpoints.engine.context.is_writer:
+            try:
+                write_rollbacks(self.run_dir, self.rollbacks)
+            except OSError as error:
+                problem = (DiskError if error.errno in DISK_ERRNOS else TrainingError)(
+                    f"{self.run_dir / SKIPS_FILE} cannot be written ({error}), and a rollback needs it; free some "
+                    "space or mend its permissions: the same command comes to the spike again"
+                )
+        problem = agreed(problem)
+        if problem is not None:
+            raise problem
+
+    def _drop_later(self, state: CheckpointState) -> None:
+        """Checkpoints from behind the one gone back to."""
+        checkpoints = self.save.checkpoints
+        if checkpoints.engine.context.is_writer:
+            prune(checkpoints.folder, checkpoints.saver.kept, state.step)
+
+
+def _say_nothing(line: str) -> None:
+    """Of checkpoints that are passed over: the line about the rollback says enough."""
+
+
+def _listed(skips: Skips) -> str:
+    return ", ".join(f"{window.first:,}-{window.stop - 1:,}" for window in skips.windows)

@@ -1,0 +1,163 @@
+"""What a spike was made of, as a file for people and for the report; written by the writing rank alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.checkpoint.folder import candidates, quick_problem, step_of
+from megatron_lite.data.samples.provenance import Provenance, merged
+from megatron_lite.data.samples.skips import stretches
+from megatron_lite.errors import DataError
+from megatron_lite.files import replace_file
+from megatron_lite.observe.console import Console
+from megatron_lite.observe.metrics import SPIKE_EVENT, to_json
+from megatron_lite.observe.spikes import Kind, Verdict
+from megatron_lite.observe.trackers import Trackers
+from megatron_lite.train.loop import StepRecord
+
+FOLDER = "spikes"
+TEXT_CHARACTERS = 2000  # of a sequence, in the dossier
+NAMED_DOCUMENTS = 3  # on the console
+
+
+@dataclass
+class Dossier:
+    """What all ranks know of a spike."""
+
+    record: StepRecord
+    verdict: Verdict
+    action: str
+    rollbacks: int
+    """Of the run so far: a step that comes again may be a spike again."""
+    samples: list[int]
+    """Global numbers, of the whole batch."""
+    losses: list[float]
+    """Nats per token of each of them."""
+    layer_grad_norm: dict[int, dict[str, float]]
+    """Step -> layer -> norm before clipping: of the steps before, of this one, and later of those after."""
+
+    @property
+    def step(self) -> int:
+        return self.record.step
+
+    @property
+    def name(self) -> str:
+        branch = f"_branch_{self.rollbacks}" if self.rollbacks else ""
+        return f"{FOLDER}/step_{self.step:08d}{branch}.json"
+
+    def worst(self, count: int) -> list[tuple[int, float]]:
+        """Sample and loss of the sequences that the model predicts worst, those without a number first."""
+        ranked = sorted(
+            zip(self.samples, self.losses, strict=True), key=lambda one: math.inf if one[1] != one[1] else one[1]
+        )
+        return ranked[::-1][:count]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Those that the event has, too."""
+        result, verdict = self.record.result, self.verdict
+        return {
+            "kinds": [str(kind) for kind in verdict.kinds],
+            "action": self.action,
+            "loss": result.loss,
+            "usual_loss": verdict.usual_loss,
+            "loss_deviations": verdict.loss_deviations,
+            "grad_norm": result.grad_norm,
+            "usual_grad_norm": verdict.usual_grad_norm,
+            "grad_norm_deviations": verdict.grad_norm_deviations,
+            "loss_scale": result.loss_scale,
+        }
+
+
+@dataclass
+class Dossiers:
+    """Writes dossiers, and tells of them in every place at once. One that cannot be written ends no run.
+
+    Args:
+        worst_sequences: whose text is shown.
+    """
+
+    run_dir: Path
+    provenance: Provenance
+    trackers: Trackers
+    console: Console
+    worst_sequences: int
+
+    def open(self, dossier: Dossier) -> None:
+        """Of a step that has just turned out to be a spike."""
+        text = in_words(dossier, self.write(dossier))
+        told = {"title": f"Spike at step {dossier.step}", "text": text}
+        self.trackers.event(SPIKE_EVENT, dossier.step, {**dossier.figures, "dossier": dossier.name, **told})
+        self.trackers.alert(**told)
+        self.console.print(f"{text}; {self.run_dir / dossier.name}")
+
+    def write(self, dossier: Dossier) -> list[dict[str, Any]]:
+        """The file anew; returns the sequences in it."""
+        path = self.run_dir / dossier.name
+        try:
+            document = self._document(dossier)
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
+        except (OSError, DataError) as error:
+            self.console.print(f"{path} cannot be written ({error}); the run goes on without it")
+            return []
+        sequences: list[dict[str, Any]] = document["sequences"]
+        return sequences
+
+    def _document(self, dossier: Dossier) -> dict[str, Any]:
+        return {
+            "step": dossier.step,
+            **dossier.figures,
+            "learning_rate": dossier.record.learning_rate,
+            "samples": [list(stretch) for stretch in stretches(dossier.samples)],
+            "documents": merged({index: self.provenance.documents(index) for index in dossier.samples}),
+            "sequences": [self._sequence(sample, loss) for sample, loss in dossier.worst(self.worst_sequences)],
+            "layer_grad_norm": {str(step): norms for step, norms in sorted(dossier.layer_grad_norm.items())},
+            "checkpoint": self._checkpoint_before(dossier.step),
+        }
+
+    def _checkpoint_before(self, step: int) -> str | None:
+        """The newest one that is whole, as far as sizes tell."""
+        earlier = (folder for folder in candidates(self.run_dir / "checkpoints") if step_of(folder) < step)
+        return next((folder.name for folder in earlier if quick_problem(folder) is None), None)
+
+    def _sequence(self, sample: int, loss: float) -> dict[str, Any]:
+        return {
+            "sample": sample,
+            "loss": loss,
+            "documents": merged({sample: self.provenance.documents(sample)}),
+            "text": self.provenance.text(sample)[:TEXT_CHARACTERS],
+        }
+
+
+def in_words(dossier: Dossier, sequences: Sequence[dict[str, Any]]) -> str:
+    """One line, without the place of the file.
+
+    Args:
+        sequences: as the file has them, worst first.
+    """
+    result, verdict = dossier.record.result, dossier.verdict
+    facts = []
+    if Kind.not_finite in verdict.kinds:
+        facts.append(f"loss {result.loss:g} and gradient norm {result.grad_norm:g}")
+    if Kind.loss in verdict.kinds:
+        facts.append(
+            f"loss {result.loss:.3f}, usually {verdict.usual_loss:.3f} ({verdict.loss_deviations:.0f} deviations)"
+        )
+    if Kind.grad_norm in verdict.kinds:
+        facts.append(
+            f"gradient norm {result.grad_norm:.3g}, usually {verdict.usual_grad_norm:.3g} "
+            f"({verdict.grad_norm_deviations:.0f} deviations)"
+        )
+    if Kind.loss_scale in verdict.kinds:
+        facts.append(f"loss scale down to {result.loss_scale:g}")
+    worst = [entry for sequence in sequences for entry in sequence["documents"]]
+    names = list(dict.fromkeys(f"{entry['file']} #{entry['document']}" for entry in worst))[:NAMED_DOCUMENTS]
+    if names:
+        facts.append(f"highest loss in {', '.join(names)}")
+    return f"spike at step {dossier.step}: {'; '.join(facts)}"

@@ -1,0 +1,215 @@
+"""Judges every step, and writes down what a spike was made of while it can still be known."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.derived import num_micro_batches
+from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.data.samples.skips import Rollback
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
+from megatron_lite.engine.hooks import PendingUpdate
+from megatron_lite.observe.heartbeat import Phase
+from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, newest_entries
+from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
+from megatron_lite.parallel.topology import bubble_share
+from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.stability.spike_report import Dossier, Dossiers
+
+NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # of a line
+STEPS_AFTER = 2  # whose figures are added to a dossier
+SHARES = {
+    "share_data": (Phase.DATA,),
+    "share_compute": (Phase.FORWARD, Phase.BACKWARD),
+    "share_pipeline": (Phase.SEND, Phase.RECEIVE),
+    "share_reduce": (Phase.REDUCE,),
+    "share_optimizer": (Phase.OPTIMIZER,),
+}
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The step that was one, and what was found."""
+
+    record: StepRecord
+    verdict: Verdict
+
+
+class UpdateJudge:
+    """Judges a step before its update, where `stability.on_spike` acts on spikes: the engine's `before_update` hook.
+
+    Every rank must decide the same, so it goes by figures that all ranks have added up together.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.detector = SpikeDetector(config.stability)
+        self._acts = config.stability.on_spike is not OnSpike.warn
+        self._is_fp16 = config.train.precision is Precision.fp16
+        self._judged: tuple[Vitals, Verdict] | None = None
+
+    @property
+    def hook(self) -> Callable[[PendingUpdate], bool] | None:
+        """For `EngineHooks.before_update`; None where spikes are only reported: then no step waits for a judgement."""
+        return self.judge if self._acts else None
+
+    def judge(self, update: PendingUpdate) -> bool:
+        """Whether to drop the update of the step under way."""
+        overflowed = self._is_fp16 and not math.isfinite(update.grad_norm)
+        vitals = Vitals(0, update.loss, update.grad_norm, update.loss_scale, overflowed)
+        self._judged = vitals, self.detector.judge(vitals)
+        return self._judged[1].is_spike
+
+    def take(self) -> tuple[Vitals, Verdict] | None:
+        """What was judged in the step that has just been made; None = nothing, for no spike would have dropped it."""
+        judged, self._judged = self._judged, None
+        return judged
+
+
+class Watch:
+    """The first of the callbacks: what it finds is in the step's line, and the others go by it.
+
+    A step that its judge has not judged before the update is judged after it, by what the step returns anyway.
+
+    Args:
+        judge: whose hook the engine was built with.
+        dossiers: of the writing rank; the others have none.
+        rollbacks: of the run so far; whoever takes it back adds to the list.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        judge: UpdateJudge,
+        dossiers: Dossiers | None,
+        rollbacks: Sequence[Rollback],
+    ) -> None:
+        self._settings: StabilityConfig = config.stability
+        self._is_fp16 = config.train.precision is Precision.fp16
+        self._engine, self._judge, self._dossiers = engine, judge, dossiers
+        self.detector = judge.detector
+        self._rollbacks = rollbacks
+        self.spike: Spike | None = None
+        """Of the step that has just been made; None = it was none."""
+        self._open: list[Dossier] = []  # those that wait for steps after the spike
+        self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        vitals, verdict = self._verdict(record)
+        before, self.spike = self.spike, Spike(record, verdict) if verdict.is_spike else None
+        self.detector.add(vitals, verdict)
+        self._history.append(vitals)
+        trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
+        trainer.heartbeat.enter(Phase.REPORT)
+        micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
+        trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
+        if self._rollbacks:
+            trainer.figures[ROLLBACKS] = len(self._rollbacks)
+        if self._settings.measures_layers(record.step):
+            trainer.figures |= self._layer_figures()
+        if self._open and record.step == self._open[0].step + STEPS_AFTER:
+            self._add_steps_after(self._open.pop(0))
+        if self.spike and is_news(self.spike, before):
+            self._open.append(self._write_down(trainer, self.spike))
+
+    def predicts_badly(self, loss: float) -> bool:
+        """Whether a batch with this loss would be a spike, ahead of any update."""
+        verdict = self.detector.judge(Vitals(0, loss, 0.0))
+        return Kind.loss in verdict.kinds or Kind.not_finite in verdict.kinds
+
+    def remember(self, history: Iterable[Vitals]) -> None:
+        """Begin with the steps of an earlier attempt."""
+        self._history.extend(history)
+        self.detector.replay(self._history)
+
+    def go_back(self, step: int) -> None:
+        """Judge the steps that follow this one anew."""
+        self.spike = None
+        self._open.clear()
+        kept = [vitals for vitals in self._history if vitals.step <= step]
+        self._history.clear()
+        self.remember(kept)
+        self._engine.meter.forget()
+
+    def _verdict(self, record: StepRecord) -> tuple[Vitals, Verdict]:
+        result = record.result
+        if (found := self._judge.take()) is not None:
+            judged, verdict = found
+            return Vitals(record.step, judged.loss, judged.grad_norm, result.loss_scale, judged.overflowed), verdict
+        overflowed = self._is_fp16 and result.skipped
+        vitals = Vitals(record.step, result.loss, result.grad_norm, result.loss_scale, overflowed)
+        return vitals, self.detector.judge(vitals)
+
+    def _layer_figures(self) -> dict[str, Any]:
+        """A collective of all ranks."""
+        layers = self._engine.meter.figures()
+        return {
+            "layer_grad_norm": layers.grad_norm,
+            "layer_update_ratio": layers.update_ratio,
+            "stage_memory_bytes": stage_memory_bytes(self._engine.context),
+        }
+
+    def _write_down(self, trainer: Trainer, spike: Spike) -> Dossier:
+        """A collective of all ranks."""
+        record, engine = spike.record, self._engine
+        print(f"judged step {record.step} a spike: {spike.verdict}", flush=True)  # to each rank's own log
+        batch = record.batch
+        dossier = Dossier(
+            record,
+            spike.verdict,
+            str(self._settings.on_spike),
+            len(self._rollbacks),
+            trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
+            sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
+            engine.meter.recent_grad_norms(record.step),
+        )
+        if self._dossiers is not None:
+            self._dossiers.open(dossier)
+        return dossier
+
+    def _add_steps_after(self, dossier: Dossier) -> None:
+        if self._dossiers is not None:
+            dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
+            self._dossiers.write(dossier)
+
+
+def is_news(spike: Spike, before: Spike | None) -> bool:
+    """Of spikes in a row the first is told, and the first that is no number: the others go on with what it began.
+
+    Args:
+        before: the step just before, where that was a spike.
+    """
+    return before is None or Kind.not_finite in set(spike.verdict.kinds) - set(before.verdict.kinds)
+
+
+def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
+    """Of a step's time on this rank, by its training thread's clock: on a GPU, that of queueing and of waiting."""
+    spent: Mapping[Phase, float] = trainer.heartbeat.spent
+    return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
+
+
+def steps_remembered(config: RunConfig) -> int:
+    """How many steps back what is usual is known: behind the last checkpoint, to which the run may go back."""
+    return 2 * (config.stability.window + config.train.save_interval)
+
+
+def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
+    """Of the latest steps up to this one, as far as metrics.jsonl has them."""
+    earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
+    rows = list(islice(earlier, steps_remembered(config)))
+    return [_vitals_of(row, config.train.precision) for row in reversed(rows)]
+
+
+def _vitals_of(row: dict[str, Any], precision: Precision) -> Vitals:
+    """Of a line of metrics.jsonl; it may be of an attempt with another precision."""
+    is_fp16 = precision is Precision.fp16
+    overflowed = is_fp16 and row["skipped"] and not row.get("spike")
+    return Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)

@@ -1,0 +1,337 @@
+"""The equivalence certificate: a layout against a bare one-rank torch loop, per parameter, before clipping.
+
+Both train on the same synthetic samples with uneven loss weights. The twin uses no DeepSpeed, no process group and no
+sharding, so whatever a layout drops, doubles or averages wrongly shows up as a difference. Its loss, denominator,
+clipping and optimizer are torch's or written out here, so that a fault in ours shows up as well.
+
+Shapes: b micro-batch, s sequence, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lite.config.lengths import sentinels_needed
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Recompute, RunConfig
+from megatron_lite.data.sampler import stream_key
+from megatron_lite.data.samples.batch import MicroBatch, stack
+from megatron_lite.data.special import SpecialTokens, Vocabulary
+from megatron_lite.engine.build import build_engine
+from megatron_lite.engine.engine import Engine
+from megatron_lite.engine.hooks import EngineHooks
+from megatron_lite.engine.task import build_task
+from megatron_lite.errors import ConfigError
+from megatron_lite.models.flat import FlatModel
+from megatron_lite.objectives.base import Example, Objective, SentencePair, Text, WindowShape
+from megatron_lite.optim.batch_ramp import BatchSchedule
+from megatron_lite.optim.build import build_optimizer
+from megatron_lite.optim.learning_rate import learning_rate_at
+from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.sharding import join_slices
+
+TOLERANCE = 1e-5
+"""Largest relative difference in fp32: of a parameter's raw gradient, of the gradient norm, of a step's loss."""
+
+
+@dataclass
+class Trace:
+    """What a run did, for comparison."""
+
+    losses: list[float] = field(default_factory=list)  # one a step
+    grad_norms: list[float] = field(default_factory=list)  # one a step, before clipping
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)  # of all steps together, where they are asked for
+
+
+SYNTHETIC_ROLES = (
+    "eod",
+    "cls",
+    "sep",
+    "mask",
+    "pad",
+    "mode_r",
+    "mode_s",
+    "mode_x",
+    "fim_prefix",
+    "fim_suffix",
+    "fim_middle",
+)
+
+
+def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
+    """Tokens without text: the first ids have the special roles, of the rest a tenth are sentinels, or more if needed.
+
+    Args:
+        num_sentinels: that the objective needs.
+    Raises:
+        ConfigError: there is no room for them.
+    """
+    roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
+    ordinary = len(roles) + max(min(100, size // 10), num_sentinels)
+    if ordinary >= size:
+        raise ConfigError(
+            f"model.vocab_size={size} has no room for {len(roles)} special tokens, {num_sentinels} sentinels and text; "
+            f"use {ordinary + 1} or more"
+        )
+    is_special = np.arange(size) < ordinary
+    special = SpecialTokens(**roles, begin=(), sentinels=tuple(range(len(roles), ordinary)))
+    return Vocabulary(size, special, is_special, begins_word=np.arange(size) % 3 > 0)
+
+
+class SyntheticSamples:
+    """Samples of an objective over text that is drawn from (seed, index), with uneven loss weights."""
+
+    def __init__(self, objective: Objective, vocabulary: Vocabulary, seed: int) -> None:
+        assert vocabulary.is_special is not None
+        self._objective = objective
+        self._first = int(np.flatnonzero(~vocabulary.is_special)[0])
+        self._eod = SYNTHETIC_ROLES.index("eod")
+        self._weights = 1.0 / torch.arange(1, vocabulary.size - self._first + 1)
+        self._seed = seed
+
+    def example(self, index: int) -> Example:
+        """Sample `index`, of whose tokens a share that differs by sample has no weight."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        example = self._objective.example(self._text(generator), stream_key(self._seed, index))
+        keep = torch.rand(len(example.labels), generator=generator) < (index % 5 + 2) / 7
+        return example._replace(loss_weights=example.loss_weights * keep.numpy())
+
+    def _text(self, generator: torch.Generator) -> Text | SentencePair:
+        shape = self._objective.shape
+        tokens = self._tokens(shape.tokens, generator)
+        if isinstance(shape, WindowShape):
+            tokens[shape.tokens // 2] = self._eod  # two documents
+            starts = np.arange(0, shape.tokens, 5)
+            return Text(tokens, starts if shape.sentences else None)
+        first, second, is_next = torch.randint(1, shape.tokens // 2 + 1, (3,), generator=generator).tolist()
+        return SentencePair(tokens[:first], tokens[first : first + second], bool(is_next % 2))
+
+    def _tokens(self, count: int, generator: torch.Generator) -> npt.NDArray[np.int64]:
+        """Token k is drawn in proportion to 1 / (k + 1), as words are, so that there is something to learn."""
+        drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        return (self._first + drawn).numpy()
+
+
+def synthetic_batches(
+    objective: Objective, vocabulary: Vocabulary, first_sample: int, num_micro_batches: int, config: RunConfig
+) -> list[MicroBatch]:
+    """Consecutive samples as micro-batches."""
+    size = config.train.micro_batch_size
+    samples = SyntheticSamples(objective, vocabulary, config.train.seed)
+    starts = range(first_sample, first_sample + num_micro_batches * size, size)
+    return [stack([samples.example(index) for index in range(start, start + size)]) for start in starts]
+
+
+def trace_layout(
+    config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int, *, updates: bool = False
+) -> Trace:
+    """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks.
+
+    Args:
+        updates: record them, too. They say little under Adam, whose updates forget the size of a gradient.
+    """
+    vocabulary = _vocabulary(config, vocab_size)
+    task = build_task(config, context, vocabulary)
+    schedule = BatchSchedule(config.train)
+    trace = Trace()
+    hooks = EngineHooks(after_reduction=lambda engine: _record_first(engine, trace))
+    first_batch = schedule.at(0).global_batch_size
+    engine = build_engine(config, context, task, global_batch_size=first_batch, hooks=hooks)
+    before = engine.full_weights() if updates else {}
+    for step in range(num_steps):
+        batch = schedule.at(step)
+        num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
+        own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
+        reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
+        micro_batches = (
+            synthetic_batches(task.objective, vocabulary, own_first, num_micro_batches, config) if reads else []
+        )
+        learning_rate = learning_rate_at(step + 1, config.optimizer, config.train.steps)
+        result = engine.train_step(micro_batches, batch, learning_rate)
+        trace.losses.append(result.loss)
+        trace.grad_norms.append(result.grad_norm)
+    if updates:
+        trace.updates = {name: weight - before[name] for name, weight in engine.full_weights().items()}
+    return trace
+
+
+def _vocabulary(config: RunConfig, size: int) -> Vocabulary:
+    return synthetic_vocabulary(size, sentinels_needed(config.objective, config.data.seq_length))
+
+
+def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
+    """The same training by one process and torch alone."""
+    vocabulary = _vocabulary(config, vocab_size)
+    context = ParallelContext.single(seed=config.train.seed, device=device)
+    plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
+    task = build_task(plain, context, vocabulary)
+    model = FlatModel(task.specs).to(device)
+    before = _full_of_one_rank(model, lambda parameter: parameter.detach())
+    optimizer = PlainOptimizer(model, config.optimizer)
+    schedule = BatchSchedule(config.train)
+    trace = Trace()
+    for step in range(num_steps):
+        batch = schedule.at(step)
+        count = batch.global_batch_size // config.train.micro_batch_size
+        micro_batches = synthetic_batches(task.objective, vocabulary, batch.first_sample, count, config)
+        context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
+        trace.losses.append(_accumulate(model, [_on(device, batch) for batch in micro_batches], vocab_size))
+        if step == 0:
+            trace.gradients = _full_of_one_rank(model, _gradient)
+        trace.grad_norms.append(_clip(model, config.optimizer.clip_grad_norm))
+        optimizer.step(learning_rate_at(step + 1, config.optimizer, config.train.steps))
+    after = _full_of_one_rank(model, lambda parameter: parameter.detach())
+    trace.updates = {name: weight - before[name] for name, weight in after.items()}
+    return trace
+
+
+def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
+    inputs = tuple(tensor.to(device) for tensor in batch.inputs)
+    return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
+
+
+def _accumulate(model: FlatModel, batches: Sequence[MicroBatch], vocab_size: int) -> float:
+    """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes."""
+    tokens = float(sum(batch.loss_weights.sum() for batch in batches))
+    samples = sum(len(batch.labels) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        outputs = model(*batch.inputs)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        loss = _token_losses(logits, batch, vocab_size) / max(tokens, 1e-20)
+        if batch.sequence_labels is not None:
+            loss = loss + F.cross_entropy(outputs[1].float(), batch.sequence_labels, reduction="sum") / samples
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> torch.Tensor:
+    """Weighted sum by torch's own cross-entropy over the vocabulary without its padding; logits [b, s, v]."""
+    counted = batch.loss_weights > 0
+    losses = F.cross_entropy(logits[..., :vocab_size][counted].float(), batch.labels[counted], reduction="none")
+    return (losses * batch.loss_weights[counted]).sum()
+
+
+class PlainOptimizer:
+    """torch's own Adam and SGD with decoupled weight decay of matrices alone.
+
+    Adafactor is ours: torch's would count the padding of the vocabulary among a matrix's rows.
+    """
+
+    def __init__(self, model: FlatModel, config: OptimizerConfig) -> None:
+        named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+        self._matrices = [one for name, one in named.values() if one.dim() > 1 and name.rpartition(".")[2] != "bias"]
+        self._decay = config.weight_decay
+        parameters = [parameter for _, parameter in named.values()]
+        self._optimizer: torch.optim.Optimizer
+        if config.name is OptimizerName.adamw:
+            betas = config.beta1, config.beta2
+            self._optimizer = torch.optim.Adam(parameters, config.learning_rate, betas, config.epsilon)
+        elif config.name is OptimizerName.sgd:
+            self._optimizer = torch.optim.SGD(parameters, config.learning_rate, config.momentum)
+        else:
+            single = ParallelContext.single(device=parameters[0].device)
+            self._optimizer, self._decay = build_optimizer(model.named_parameters(), config, single), 0.0
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        for matrix in self._matrices:
+            matrix.mul_(1.0 - learning_rate * self._decay)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
+    """Relative differences by what differs, the largest first; of all ranks' traces the worst.
+
+    A parameter's is ‖layout - twin‖ / ‖twin‖ over the whole tensor; a step's |layout - twin| / |twin|. Every rank's
+    copy of a tied or replicated parameter is compared. One that no rank has, or that the twin lacks, differs by inf.
+    """
+    found: dict[str, float] = {}
+    for trace in traces:
+        for name, difference in _differences_of_rank(twin, trace):
+            found[name] = max(difference, found.get(name, 0.0))
+    for name in twin.gradients:
+        found.setdefault(f"gradient of {name}", math.inf)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float]]:
+    for kind in ("gradient", "update"):
+        for name, tensor in getattr(trace, f"{kind}s").items():
+            expected = getattr(twin, f"{kind}s").get(name)
+            if expected is None or expected.shape != tensor.shape:
+                yield f"{kind} of {name}", math.inf
+            else:
+                difference = float((tensor - expected).norm() / expected.norm().clamp(min=1e-30))
+                yield f"{kind} of {name}", math.inf if math.isnan(difference) else difference
+    for kind in ("losses", "grad_norms"):
+        for step, (mine, theirs) in enumerate(zip(getattr(trace, kind), getattr(twin, kind), strict=True), start=1):
+            difference = abs(mine - theirs) / max(abs(theirs), 1e-30)
+            yield f"{kind} of step {step}", math.inf if math.isnan(difference) else difference
+
+
+def comparable(config: RunConfig) -> RunConfig:
+    """The configuration without the randomness that a layout cannot share.
+
+    Dropout masks agree over data, pipeline and ZeRO, and inside the MLP everywhere. Attention heads, and under sequence
+    parallelism hidden states, are different slices on different tensor ranks, and so draw different masks than one rank
+    would.
+    """
+    if config.parallel.tensor_parallel_size == 1:
+        return config
+    model = replace(config.model, attention_dropout=0.0)
+    if config.parallel.sequence_parallel:
+        model = replace(model, hidden_dropout=0.0, embedding_dropout=0.0, final_dropout=0.0)
+    return replace(config, model=model)
+
+
+def gather_traces(trace: Trace, context: ParallelContext) -> list[Trace]:
+    """All ranks' traces on the writing rank, nothing on the others.
+
+    Only the first replica sends its gradients: the others' were joined over the data ranks, and so are the same.
+    """
+    if context.data_rank > 0:
+        trace = replace(trace, gradients={})
+    traces: list[Trace] | None = [trace] * dist.get_world_size() if context.is_writer else None
+    dist.gather_object(trace, traces)
+    return traces or []
+
+
+def _record_first(engine: Engine, trace: Trace) -> None:
+    if not trace.gradients:
+        trace.gradients = engine.full_gradients()
+
+
+def _clip(model: FlatModel, largest: float) -> float:
+    """The gradient's norm before clipping, in fp64: torch's own fp32 norm is off by 1e-5 for a million elements."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(sum(gradient.double().pow(2).sum() for gradient in gradients) ** 0.5)
+    if 0 < largest < norm:
+        for gradient in gradients:
+            gradient.mul_(largest / (norm + 1e-6))
+    return norm
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, f"{parameter.global_name} got no gradient"
+    return parameter.grad
+
+
+def _full_of_one_rank(model: FlatModel, fetch: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        parameter.global_name: join_slices([fetch(parameter)], parameter.shard_spec).cpu().clone()
+        for parameter in model.parameters()
+    }

@@ -1,0 +1,84 @@
+"""`python -m launch verify`: the equivalence certificate of a user's own model and layout on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_lite.config.derived import data_parallel_size, run_directory
+from megatron_lite.config.schema import BatchRampConfig, Precision, RunConfig
+from megatron_lite.data.tokenizer.vocabulary import planned_vocab_size
+from megatron_lite.errors import VerificationError
+from megatron_lite.observe.console import redirect_output
+from megatron_lite.train import distributed
+from megatron_lite.verify.equivalence import (
+    TOLERANCE,
+    comparable,
+    differences,
+    gather_traces,
+    trace_layout,
+    trace_twin,
+)
+
+NUM_STEPS = 3
+_SHOWN = 8
+
+
+def certify(config: RunConfig) -> None:
+    """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
+
+    Precision is set to fp32: half precision differs by its rounding, in every layout. The batch is two sequences
+    on each data-parallel rank, in two micro-batches: one process computes it all again while the others wait.
+
+    Raises:
+        VerificationError: something differs by more than the tolerance.
+    """
+    config = _small(comparable(config))
+    environment = distributed.ProcessEnvironment.read()
+    console = redirect_output(run_directory(config), environment.rank)
+    try:
+        device = distributed.own_device(config.launcher.device, environment)
+        context, _ = distributed.join(config, device, environment)
+        vocab_size = planned_vocab_size(config)
+        traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS), context)
+        if context.is_writer:
+            found = differences(trace_twin(config, vocab_size, NUM_STEPS, context.device), traces)
+            console.print(_text(config, found))
+            _require_equal(found)
+        distributed.leave()
+    finally:
+        console.restore()
+
+
+def _small(config: RunConfig) -> RunConfig:
+    train = replace(
+        config.train,
+        precision=Precision.fp32,
+        micro_batch_size=1,
+        global_batch_size=2 * data_parallel_size(config),
+        batch_ramp=BatchRampConfig(),
+    )
+    return replace(config, train=train)
+
+
+def _text(config: RunConfig, found: dict[str, float]) -> str:
+    parallel = config.parallel
+    gradients = sum(name.startswith("gradient of") for name in found)
+    rows = [f"  {difference:.1e}  {name}" for name, difference in list(found.items())[:_SHOWN]]
+    return "\n".join(
+        [
+            f"{config.model.name} on dp{parallel.data_parallel_size} x tp{parallel.tensor_parallel_size} x "
+            f"pp{parallel.pipeline_parallel_size}, ZeRO-{parallel.zero_stage}, against one rank without DeepSpeed:",
+            f"{gradients} raw gradients, losses and gradient norms of {NUM_STEPS} steps; tolerance {TOLERANCE:g}",
+            "largest relative differences",
+            *rows,
+        ]
+    )
+
+
+def _require_equal(found: dict[str, float]) -> None:
+    name, worst = next(iter(found.items()))
+    if not worst <= TOLERANCE:  # also when it is NaN
+        raise VerificationError(
+            f"{name} differs by {worst:.1e}, more than {TOLERANCE:g}: this layout does not compute what one rank does; "
+            "please report it with the printed table"
+        )

@@ -1,0 +1,67 @@
+"""The learning rate: end points, shapes, and continuity at the end of the warm-up."""
+
+import itertools
+import math
+
+import pytest
+
+from megatron_lite.config.schema import Decay, OptimizerConfig
+from megatron_lite.optim.learning_rate import learning_rate_at
+
+TOTAL = 100
+PEAK, FLOOR, WARMUP = 1e-3, 1e-4, 10
+
+
+def rate(step: int, decay: Decay, **changes: object) -> float:
+    settings = {"learning_rate": PEAK, "min_learning_rate": FLOOR, "warmup_steps": WARMUP, "decay": decay, **changes}
+    return learning_rate_at(step, OptimizerConfig(**settings), TOTAL)
+
+
+@pytest.mark.parametrize("decay", list(Decay))
+def test_warmup_grows_linearly_to_the_peak(decay: Decay) -> None:
+    assert [rate(step, decay) for step in (1, 5, 10)] == pytest.approx([PEAK / 10, PEAK / 2, PEAK])
+
+
+@pytest.mark.parametrize("decay", list(Decay))
+def test_no_jump_after_the_warmup_and_never_upwards(decay: Decay) -> None:
+    long = OptimizerConfig(learning_rate=PEAK, min_learning_rate=FLOOR, warmup_steps=1000, decay=decay)
+    rates = [learning_rate_at(step, long, 100_000) for step in range(1000, 3000)]
+    assert rates[0] == pytest.approx(PEAK)
+    steps_down = [before - after for before, after in itertools.pairwise(rates)]
+    assert min(steps_down) >= 0
+    assert max(steps_down) < PEAK / 1000  # a warm-up step; a jump would be larger
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "expected"),
+    [
+        (Decay.linear, 55, (PEAK + FLOOR) / 2),
+        (Decay.linear, 100, FLOOR),
+        (Decay.cosine, 55, (PEAK + FLOOR) / 2),
+        (Decay.cosine, 25, FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi / 6)) / 2),
+        (Decay.cosine, 100, FLOOR),
+        (Decay.cosine, 250, FLOOR),
+        (Decay.inverse_sqrt, 40, PEAK / 2),
+        (Decay.inverse_sqrt, 90, PEAK / 3),
+        (Decay.inverse_sqrt, 100_000, FLOOR),
+        (Decay.constant, 100, PEAK),
+    ],
+)
+def test_decay_values(decay: Decay, step: int, expected: float) -> None:
+    assert rate(step, decay) == pytest.approx(expected, rel=1e-12)
+
+
+def test_decay_steps_ends_the_decay_before_the_run() -> None:
+    assert rate(50, Decay.linear, decay_steps=50) == FLOOR
+    assert rate(30, Decay.linear, decay_steps=50) == pytest.approx((PEAK + FLOOR) / 2)
+
+
+@pytest.mark.parametrize("decay", list(Decay))
+def test_no_warmup_starts_near_the_peak(decay: Decay) -> None:
+    assert rate(1, decay, warmup_steps=0) == pytest.approx(PEAK, rel=0.02)
+
+
+def test_warmup_longer_than_the_run_stays_defined() -> None:
+    assert rate(100, Decay.cosine, warmup_steps=200) == pytest.approx(PEAK / 2)
+    assert rate(200, Decay.cosine, warmup_steps=200) == pytest.approx(PEAK)
+    assert rate(201, Decay.cosine, warmup_steps=200) == FLOOR

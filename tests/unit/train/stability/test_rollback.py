@@ -1,0 +1,127 @@
+"""Which samples are left out after a spike, and which checkpoints a run may go on from then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+
+from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
+from megatron_lite.config.schema import TrainConfig
+from megatron_lite.config.stability import StabilityConfig
+from megatron_lite.data.samples.skips import Rollback, Skips, Window
+from megatron_lite.errors import DiskError
+from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
+from megatron_lite.train.stability import rollback as module
+from megatron_lite.train.stability.rollback import GoBack, next_window, unsuited
+
+BATCH = 8
+
+
+def rollback(first: int, stop: int) -> Rollback:
+    return Rollback(Window(first, stop), step=0, to_step=0, reason="loss")
+
+
+def state(samples: int, *skipped: tuple[int, int]) -> CheckpointState:
+    return CheckpointState(
+        step=samples // BATCH,
+        samples=samples,
+        layout=Layout(1, 1, 1, 1, False),
+        precision="fp32",
+        optimizer=OptimizerState("adamw", 1, ()),
+        loss_scale=None,
+        data_fingerprint="",
+        hugging_face=True,
+        validation_loss=None,
+        skipped=skipped,
+    )
+
+
+def test_first_window_is_what_led_in() -> None:
+    assert next_window([], Window(80, 96), BATCH, lead_in_steps=1) == (Window(80, 96), 0)
+
+
+def test_windows_at_one_place_grow() -> None:
+    """The spike comes back behind the place that was jumped over: 1, 3 and 7 steps more are left out."""
+    rollbacks, windows = [rollback(80, 96)], []
+    for _ in range(3):
+        stop = rollbacks[-1].window.stop
+        window, in_a_row = next_window(rollbacks, Window(72, stop + BATCH), BATCH, lead_in_steps=1)
+        windows.append((window.stop - stop - BATCH, in_a_row))
+        rollbacks.append(Rollback(window, 0, 0, "loss"))
+    assert windows == [(BATCH, 1), (3 * BATCH, 2), (7 * BATCH, 3)]
+
+
+def test_another_place_begins_anew() -> None:
+    earlier = [rollback(80, 96), rollback(72, 120)]
+    assert next_window(earlier, Window(400, 416), BATCH, lead_in_steps=1) == (Window(400, 416), 0)
+    far = [*earlier, rollback(400, 416)]
+    assert next_window(far, Window(408, 424), BATCH, lead_in_steps=1) == (Window(408, 424 + BATCH), 1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "made_with", "suits"),
+    [
+        (80, (), True),  # up to the window and no further
+        (79, (), True),
+        (81, (), False),
+        (200, (), False),
+        (80, ((80, 96),), True),  # it has left the window out
+        (200, ((80, 96),), True),
+        (200, ((80, 88),), False),  # less than that
+        (200, ((80, 96), (300, 310)), True),
+    ],
+)
+def test_checkpoints_that_suit_one_window(samples: int, made_with: tuple[tuple[int, int], ...], suits: bool) -> None:
+    reason = unsuited(Skips([Window(80, 96)]), state(samples, *made_with))
+    assert (reason is None) == suits
+
+
+def test_a_later_window_leaves_earlier_checkpoints_alone() -> None:
+    skips = Skips([Window(80, 96), Window(400, 416)])
+    assert unsuited(skips, state(300, (80, 96))) is None
+    assert unsuited(skips, state(384, (80, 96))) is None  # 384 + 16 left out = 400
+    assert unsuited(skips, state(385, (80, 96))) is not None
+    assert unsuited(skips, state(300)) is not None
+
+
+def test_a_window_that_grows_behind_a_checkpoint_leaves_it_alone() -> None:
+    """It stands where the first of two windows that touch is jumped over, and has read nothing of the second."""
+    skips = Skips([Window(80, 96), Window(96, 112)])
+    assert unsuited(skips, state(80, (80, 96))) is None
+    assert unsuited(skips, state(81, (80, 96))) is not None
+
+
+def go_back(run_dir: Path) -> GoBack:
+    parts = [Mock(), Mock(), Mock(), Mock(), Mock()]
+    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, *parts, rollbacks=[], find_last_step=Mock())
+
+
+@pytest.mark.parametrize(
+    ("origin", "step", "window"),
+    [
+        (BEGINNING, 33, Window(30 * BATCH, 33 * BATCH)),
+        (Origin(30, 30 * BATCH), 33, Window(30 * BATCH, 33 * BATCH)),
+        (Origin(32, 32 * BATCH), 33, Window(30 * BATCH, 33 * BATCH)),  # its first step
+        (BEGINNING, 1, Window(0, BATCH)),
+    ],
+)
+def test_what_led_in_may_be_of_an_earlier_attempt(origin: Origin, step: int, window: Window, tmp_path: Path) -> None:
+    schedule = BatchSchedule(TrainConfig(global_batch_size=BATCH), origin)
+    trainer = SimpleNamespace(schedule=schedule, source=SimpleNamespace(skips=Skips()))
+    record = SimpleNamespace(step=step, batch=schedule.at(step - 1))
+    assert go_back(tmp_path)._led_in(trainer, record) == window
+
+
+def test_a_full_disk_ends_a_rollback_on_every_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_rollbacks", full)
+    said: list[str | None] = []
+    monkeypatch.setattr(module, "agreed", lambda answer: said.append(answer) or answer)
+    with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written .*No space left"):
+        go_back(tmp_path)._publish()
+    assert len(said) == 1

@@ -1,0 +1,116 @@
+"""What steps are judged by, in a run that goes on, is resumed, or goes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.stability import OnSpike, StabilityConfig
+from megatron_lite.engine.hooks import PendingUpdate
+from megatron_lite.errors import DataError
+from megatron_lite.observe.metrics import METRICS_FILE
+from megatron_lite.observe.spikes import Kind, Verdict
+from megatron_lite.train.stability.spike_report import Dossier, Dossiers
+from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, is_news, logged_vitals, steps_remembered
+
+HIGH = 2.0**16
+
+
+def config_of(precision: Precision) -> RunConfig:
+    config = RunConfig(stability=StabilityConfig(OnSpike.skip_step))
+    config.train.precision = precision
+    return config
+
+
+def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
+    usual = {"loss": 3.0, "grad_norm": 1.0, "loss_scale": HIGH, "skipped": False, "spike": False}
+    lines = [json.dumps({"step": step, **usual, **figures}) for step in range(1, count + 1)]
+    (run_dir / METRICS_FILE).write_text("\n".join(lines) + "\n")
+
+
+def resumed(config: RunConfig, run_dir: Path, step: int) -> tuple[Watch, UpdateJudge]:
+    judge = UpdateJudge(config)
+    watch = Watch(config, SimpleNamespace(meter=Mock()), judge, None, [])
+    watch.remember(logged_vitals(config, run_dir, step))
+    return watch, judge
+
+
+def usual_update(loss_scale: float) -> PendingUpdate:
+    return PendingUpdate(3.0, 1.0, loss_scale)
+
+
+def test_a_resumed_fp16_run_goes_by_the_scale_that_it_has(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 30)
+    _, judge = resumed(config_of(Precision.fp16), tmp_path, 30)
+    assert not judge.judge(usual_update(HIGH))
+    assert judge.judge(usual_update(HIGH / 64))
+
+
+def test_a_run_that_went_back_goes_by_the_scale_of_the_checkpoint(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 30)
+    watch, judge = resumed(config_of(Precision.fp16), tmp_path, 30)
+    assert judge.judge(usual_update(HIGH / 64))
+    watch.go_back(20)
+    assert not judge.judge(usual_update(HIGH))
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_the_loss_scale_of_an_earlier_precision_says_nothing(precision: Precision, tmp_path: Path) -> None:
+    write_metrics(tmp_path, 30)
+    _, judge = resumed(config_of(precision), tmp_path, 30)
+    assert not judge.judge(usual_update(1.0))
+
+
+def test_a_dropped_spike_is_no_overflow_in_the_record(tmp_path: Path) -> None:
+    config = config_of(Precision.fp16)
+    write_metrics(tmp_path, 2, skipped=True, spike=True)
+    assert not any(vitals.overflowed for vitals in logged_vitals(config, tmp_path, 2))
+    write_metrics(tmp_path, 2, skipped=True)
+    assert all(vitals.overflowed for vitals in logged_vitals(config, tmp_path, 2))
+
+
+def test_ranks_are_sent_no_more_than_is_remembered(tmp_path: Path) -> None:
+    config = config_of(Precision.fp32)
+    write_metrics(tmp_path, 1000)
+    found = logged_vitals(config, tmp_path, 900)
+    assert [vitals.step for vitals in found] == list(range(901 - steps_remembered(config), 901))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        (None, [Kind.loss], True),
+        ([Kind.loss], [Kind.loss, Kind.grad_norm], False),
+        ([Kind.loss], [Kind.not_finite], True),
+        ([Kind.not_finite], [Kind.not_finite], False),
+        ([Kind.not_finite], [Kind.loss], False),
+    ],
+)
+def test_what_is_told_of_spikes_in_a_row(before: list[Kind] | None, now: list[Kind], told: bool) -> None:
+    record = Mock()
+    earlier = None if before is None else Spike(record, Verdict(tuple(before)))
+    assert is_news(Spike(record, Verdict(tuple(now))), earlier) is told
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DataError("an index is damaged")])
+def test_a_dossier_that_cannot_be_written_ends_no_run(error: Exception, tmp_path: Path) -> None:
+    result = SimpleNamespace(loss=9.0, grad_norm=1.0, loss_scale=1.0)
+    record = SimpleNamespace(step=7, result=result, learning_rate=1e-3)
+    verdict = Verdict((Kind.loss,), 3.0, 12.0, 1.0, 0.0)
+    dossier = Dossier(record, verdict, "warn", 1, [0, 1], [9.0, 8.0], {})
+    trackers, console = Mock(), Mock()
+    provenance = Mock()
+    provenance.documents.side_effect = error
+    Dossiers(tmp_path, provenance, trackers, console, 4).open(dossier)
+    lines = [call.args[0] for call in console.print.call_args_list]
+    assert lines[0].endswith("the run goes on without it")
+    assert lines[1].startswith("spike at step 7: loss 9.000, usually 3.000 (12 deviations); ")
+    assert trackers.event.call_args.args[:2] == ("spike", 7)
+    assert trackers.alert.call_count == 1
+    assert not (tmp_path / dossier.name).exists()
