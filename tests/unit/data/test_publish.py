@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PREPARE = """
 import json, sys
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.prepare import prepare
+from megatron_lite.data.shards.prepare import prepare
 config = RunConfig()
 source, cache, pause = sys.argv[1:]
 config.data.source, config.data.cache_dir = source, cache

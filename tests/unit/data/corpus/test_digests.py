@@ -130,7 +130,7 @@ def test_a_start_reads_no_file_of_an_unchanged_corpus(
 RANK = """
 import sys
 from pathlib import Path
-from megatron_lite.data import digests
+from megatron_lite.data.corpus import digests
 original = digests._Memory._read_file
 def counted(self, name):
     print("read", flush=True)

@@ -28,9 +28,9 @@ SOURCES = 90
 MANY_SOURCES = """
 import resource, sys
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data.loader import training_dataset, validation_dataset
-from megatron_lite.data.prepare import prepare
-from megatron_lite.data.provenance import Provenance
+from megatron_lite.data.samples.loader import training_dataset, validation_dataset
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.data.samples.provenance import Provenance
 from tests.unit.data.conftest import windows
 
 limit, folder, sources = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])

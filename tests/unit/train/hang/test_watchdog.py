@@ -29,7 +29,7 @@ from megatron_lite.observe.console import plain_console
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.observe.run_lock import SharedLock
-from megatron_lite.train.watchdog import Watchdog, place_of
+from megatron_lite.train.hang.watchdog import Watchdog, place_of
 
 folder, rank, limit = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 heartbeat = Heartbeat()
