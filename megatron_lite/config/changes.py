@@ -221,6 +221,7 @@ RESETS: dict[str, Consequence] = {
     "optimizer.epsilon": _of_optimizer(OptimizerName.adamw, _UPDATES),
     "optimizer.momentum": _of_optimizer(OptimizerName.sgd, _UPDATES),
     "optimizer.weight_decay": _always(_UPDATES),
+    "optimizer.z_loss_weight": _always(_UPDATES),
     "optimizer.clip_grad_norm": _always(_UPDATES),
     "train.steps": _steps,
     "train.micro_batch_size": _masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS),

@@ -315,6 +315,9 @@ class OptimizerConfig:
     """Decoupled; on matrices only, never on biases and norm weights."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    z_loss_weight: float = 0.0
+    """Of an auxiliary loss that keeps logits from drifting: the mean of log(Z)^2, Z being the softmax's denominator
+    (PaLM, arXiv 2204.02311: 1e-4). It is in the gradients and logged as z_loss, but no part of `loss`. 0 = off."""
 
 
 @dataclass

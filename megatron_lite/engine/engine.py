@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from megatron_lite.engine.deepspeed_patches import (
     require_right_deepspeed,
     spare_copies,
 )
-from megatron_lite.engine.full_tensors import full_tensors
+from megatron_lite.engine.full_tensors import full_tensors, replica_differences
 from megatron_lite.engine.gradient_norms import LayerMeter
 from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
 from megatron_lite.engine.loss_weights import normalise
@@ -41,6 +41,7 @@ from megatron_lite.engine.phases import EnginePhases
 from megatron_lite.engine.pipeline_module import Sent
 from megatron_lite.engine.pipeline_schedule import (
     NUM_EVALUATION_BUFFERS,
+    Action,
     Instruction,
     Tick,
     forward_only,
@@ -64,10 +65,12 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 class StepResult:
     """What one optimizer step did; equal on every rank."""
 
-    loss: float  # nats per token, mean over the whole global batch
+    loss: float  # of the objective, mean over the whole global batch: nats per token, plus nats per sample with a class
+    token_loss: float  # nats per token alone
     grad_norm: float  # of the whole gradient before clipping
     skipped: bool  # no update was made: the gradient was not finite, or a hook dropped it
     loss_scale: float  # that the next step begins with; 1 unless fp16
+    measures: Mapping[str, float]  # by the names of `observe.step_measures.STEP_MEASURES`, those that this run has
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Engine(ABC):
         self.config = config
         self.context = context
         self.loss = task.loss
+        self._measures = task.measures
         self.specs = task.specs
         self.dtype = DTYPES[config.train.precision]
         self._phases = EnginePhases(heartbeat)
@@ -127,8 +131,8 @@ class Engine(ABC):
             learning_rate: of this step.
             measure_update: whether `meter.figures` is to know what the update does to each layer.
         """
-        self._begin(step, learning_rate)
         num_micro_batches = step.global_batch_size // (self.context.data_size * self.config.train.micro_batch_size)
+        self._begin(step, learning_rate, num_micro_batches)
         self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
         self._run_schedule(one_forward_one_backward(*self._stage_of_stages, num_micro_batches))
         self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
@@ -142,11 +146,16 @@ class Engine(ABC):
         else:
             self._update(measure_update)
         self._change_loss_scale(dropped)
+        loss, token_loss = self._mean_over_job(
+            torch.stack([self._loss_sum(), self._token_loss_sum()]), num_micro_batches
+        )
         return StepResult(
-            loss=self._mean_over_job(num_micro_batches),
+            loss=loss,
+            token_loss=token_loss,
             grad_norm=float(self._grad_norm),
             skipped=dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
             loss_scale=self.loss_scale,
+            measures=self.context.auxiliary.collect(self._measures, num_micro_batches * self.context.data_size),
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
@@ -158,7 +167,7 @@ class Engine(ABC):
             with torch.no_grad():
                 self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
                 self._run_schedule(forward_only(*self._stage_of_stages, num_micro_batches))
-                loss = self._mean_over_job(num_micro_batches)
+                (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
         finally:
             self.loss.hits = None
         tokens, classes = self._of_job(torch.cat([torch.stack([hits.tokens, hits.sequences]), weights], 1)).tolist()
@@ -169,7 +178,7 @@ class Engine(ABC):
 
     # The parts of a step, in its order.
 
-    def _begin(self, step: BatchStep, learning_rate: float) -> None:
+    def _begin(self, step: BatchStep, learning_rate: float, num_micro_batches: int) -> None:
         if step.global_batch_size != self._global_batch_size:  # the batch ramp
             self.deepspeed_engine.set_train_batch_size(step.global_batch_size)
             self._global_batch_size = step.global_batch_size
@@ -178,8 +187,10 @@ class Engine(ABC):
         # Dropout masks are keyed by the sample's number in the run, so that no layout changes them.
         own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
         self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
+        # DeepSpeed scales the loss of each micro-batch so in its backward pass; auxiliary losses have to match.
+        self.context.auxiliary.begin_step(self.loss_scale / num_micro_batches)
         self.module.train()
-        self.loss.sequences.clear()
+        self.loss.begin_step()
 
     def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """One denominator for the whole global batch; the labels are on the last stage. A collective of its ranks."""
@@ -191,6 +202,7 @@ class Engine(ABC):
             self._hooks.between_micro_batches()
             for instruction in tick:
                 self._phases.instruction(instruction, evaluating=evaluating)
+                self.context.auxiliary.record(instruction.action is Action.FORWARD)  # not what is recomputed
                 self._execute(instruction)
 
     def _is_dropped(self, loss: torch.Tensor) -> bool:
@@ -220,18 +232,26 @@ class Engine(ABC):
         if self._deferred_scale is not None:
             self._deferred_scale.make(dropped)
 
-    def _mean_over_job(self, num_micro_batches: int) -> float:
-        """The loss of the batch, from the last stage of each data-parallel rank. A collective of all ranks."""
+    def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> list[float]:
+        """From sums over micro-batches to means over the batch, from the last stage of each data-parallel rank.
+
+        A collective of all ranks.
+        """
         self._phases.reduce()
         context = self.context
-        loss = self._loss_sum() / num_micro_batches
+        means = sums / num_micro_batches
         if context.is_last_stage and context.data_group is not None:
-            dist.all_reduce(loss, group=context.data_group)
-            loss /= context.data_size
+            dist.all_reduce(means, group=context.data_group)
+            means /= context.data_size
         if context.pipeline_group is not None:
             last = context.topology.rank(context.pipeline_size - 1, context.data_rank, context.tensor_rank)
-            dist.broadcast(loss, src=last, group=context.pipeline_group)
-        return float(loss)
+            dist.broadcast(means, src=last, group=context.pipeline_group)
+        return [float(mean) for mean in means.tolist()]
+
+    def _token_loss_sum(self) -> torch.Tensor:
+        """The part of `_loss_sum` that is of tokens."""
+        shares = self.loss.token_shares
+        return torch.stack(shares).sum() if shares else self._loss_sum()
 
     # What the two engines do differently.
 
@@ -278,6 +298,10 @@ class Engine(ABC):
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """This stage's raw gradients by global name; only within `after_reduction`. A collective of the stage."""
         return full_tensors(self.module, self.context, self._gradient)
+
+    def gradient_differences(self) -> dict[str, float]:
+        """By global name, how far the tensor ranks' gradients of what each holds whole differ; as `full_gradients`."""
+        return replica_differences(self.module, self.context, self._gradient)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """This stage's fp32 weights by global name. A collective of the stage."""

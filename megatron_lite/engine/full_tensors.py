@@ -31,3 +31,24 @@ def full_tensors(
             slices = [local]
         gathered[parameter.global_name] = join_slices(slices, parameter.shard_spec).cpu().clone()
     return gathered
+
+
+def replica_differences(
+    module: nn.Module, context: ParallelContext, fetch: Callable[[nn.Parameter], torch.Tensor]
+) -> dict[str, float]:
+    """By global name, how far the tensor-parallel ranks' copies of what is not split differ at most, relatively.
+
+    A collective over the data and tensor groups.
+    """
+    found: dict[str, float] = {}
+    if context.tensor_group is None:
+        return found
+    for parameter in module.parameters():
+        own = fetch(parameter).detach().float().contiguous()
+        if parameter.shard_spec.dim is None:
+            first = own.clone()
+            dist.broadcast(first, group=context.tensor_group, group_src=0)
+            difference = (own - first).norm() / first.norm().clamp(min=1e-30)
+            dist.all_reduce(difference, op=dist.ReduceOp.MAX, group=context.tensor_group)
+            found[parameter.global_name] = float(difference)
+    return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_lite.config.keys import get_value
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.models.build import build_layers
@@ -11,6 +13,8 @@ from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.base import Objective
 from megatron_lite.objectives.build import build_objective
 from megatron_lite.objectives.loss import TokenLoss
+from megatron_lite.observe.step_measures import STEP_MEASURES
+from megatron_lite.parallel.auxiliary import Reduction
 from megatron_lite.parallel.context import ParallelContext
 
 
@@ -21,6 +25,8 @@ class Task:
     objective: Objective
     specs: list[LayerSpec]
     loss: TokenLoss
+    measures: Mapping[str, Reduction]
+    """What a step measures besides, in the order of the list."""
 
 
 def build_task(config: RunConfig, context: ParallelContext, vocabulary: Vocabulary) -> Task:
@@ -37,4 +43,6 @@ def build_task(config: RunConfig, context: ParallelContext, vocabulary: Vocabula
         inputs=objective.inputs,
         next_sentence_head=objective.has_sequence_label,
     )
-    return Task(objective, specs, TokenLoss(context, vocabulary.size))
+    loss = TokenLoss(context, vocabulary.size, config.optimizer.z_loss_weight)
+    measured = [one for one in STEP_MEASURES if one.setting is None or get_value(config, one.setting)]
+    return Task(objective, specs, loss, {measure.name: measure.reduction for measure in measured})

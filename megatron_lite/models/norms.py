@@ -1,6 +1,7 @@
-"""LayerNorm and RMSNorm over the hidden dimension.
+"""LayerNorm and RMSNorm over the last dimension.
 
 Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden. Under sequence parallelism x is [b, s/t, h].
+A norm of queries or keys, of which each tensor rank has its own heads, takes `partial_gradient="heads"`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from torch.autograd.function import once_differentiable
 from megatron_lite.config.schema import ModelConfig, Normalization
 from megatron_lite.parallel.collectives import sum_gradients
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
+from megatron_lite.parallel.sharding import Init, PartialGradient, ShardSpec, sharded_parameter
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) * weight + bias; statistics in fp32 (arXiv 1607.06450)."""
 
-    def __init__(self, hidden_size: int, epsilon: float, context: ParallelContext) -> None:
+    def __init__(
+        self, size: int, epsilon: float, context: ParallelContext, partial_gradient: PartialGradient = "sequence"
+    ) -> None:
         super().__init__()
         self.context = context
         self.epsilon = epsilon
-        self.weight = sharded_parameter(ShardSpec((hidden_size,), None, Init.ones()), context)
-        self.bias = sharded_parameter(ShardSpec((hidden_size,), None, Init.zeros()), context)
+        self.weight = sharded_parameter(_vector(size, Init.ones(), partial_gradient), context)
+        self.bias = sharded_parameter(_vector(size, Init.zeros(), partial_gradient), context)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = sum_gradients(self.context, self.weight, self.bias)
@@ -36,11 +39,13 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * weight; statistics in fp32 (arXiv 1910.07467)."""
 
-    def __init__(self, hidden_size: int, epsilon: float, context: ParallelContext) -> None:
+    def __init__(
+        self, size: int, epsilon: float, context: ParallelContext, partial_gradient: PartialGradient = "sequence"
+    ) -> None:
         super().__init__()
         self.context = context
         self.epsilon = epsilon
-        self.weight = sharded_parameter(ShardSpec((hidden_size,), None, Init.ones()), context)
+        self.weight = sharded_parameter(_vector(size, Init.ones(), partial_gradient), context)
 
     def forward(self, x: Tensor) -> Tensor:
         (weight,) = sum_gradients(self.context, self.weight)
@@ -74,6 +79,10 @@ class _RMSNorm(torch.autograd.Function):
         pull = (product @ exact_weight) * scale**3 / rows.shape[-1]  # [b s]
         grad_x = (grad_rows * exact_weight).mul_(scale[:, None]).addcmul_(rows, pull[:, None], value=-1)
         return grad_x.to(x.dtype).view_as(x), grad_weight.to(weight.dtype), None
+
+
+def _vector(size: int, init: Init, partial_gradient: PartialGradient) -> ShardSpec:
+    return ShardSpec((size,), None, init, partial_gradient=partial_gradient)
 
 
 def build_norm(model: ModelConfig, context: ParallelContext) -> nn.Module:

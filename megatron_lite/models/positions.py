@@ -28,7 +28,7 @@ class PositionTable(nn.Module):
         self.context = context
         self.offset = model.position_offset
         shape = (model.position_offset + model.max_position_embeddings, model.hidden_size)
-        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding), context)
+        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding, partial_gradient="sequence"), context)
 
     def forward(self, x: Tensor) -> Tensor:
         (weight,) = sum_gradients(self.context, self.weight)
@@ -43,7 +43,7 @@ class SegmentTable(nn.Module):
         super().__init__()
         self.context = context
         shape = (model.num_segments, model.hidden_size)
-        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding), context)
+        self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding, partial_gradient="sequence"), context)
 
     def forward(self, x: Tensor, segments: Tensor | None) -> Tensor:
         """`segments`: [b, s] int64, whole also under sequence parallelism; None = all 0."""

@@ -46,11 +46,16 @@ class TokenLoss:
 
     context: ParallelContext
     vocab_size: int
+    z_loss_weight: float = 0.0
+    """Of mean(log(Z)^2) over the tokens, Z the softmax's denominator (PaLM, arXiv 2204.02311, section 5); an auxiliary
+    loss, so it is in the gradients but not in what is returned."""
     hits: Hits | None = field(default=None, compare=False)
     """Where to count right predictions; None = they are not counted. Only without gradients."""
     sequences: list[Tensor] = field(default_factory=list, compare=False)
     """[2, b] of each micro-batch since somebody cleared it, of training alone: each sequence's share of the loss, and
     its tokens' weights. It stays on the device."""
+    token_shares: list[Tensor] = field(default_factory=list, compare=False)
+    """Of the same micro-batches, the tokens' part of the loss where samples have a class; else it is all of it."""
 
     def __call__(self, outputs: Outputs, targets: Targets) -> Tensor:
         """
@@ -61,16 +66,27 @@ class TokenLoss:
         """
         logits, sequence_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         labels, loss_weights, *sequence_targets = targets
-        losses = vocab_parallel_cross_entropy(logits, labels, self.context, self.vocab_size)  # [b, s]
+        losses, log_sums = vocab_parallel_cross_entropy(logits, labels, self.context, self.vocab_size)  # [b, s] each
         if self.hits is not None:  # without gradients, so the logits are still there
             right = vocab_parallel_argmax(logits, self.context, self.vocab_size) == labels
             _count(self.hits.tokens, right, losses.detach(), loss_weights)
         shares = (losses * loss_weights).sum(-1)  # [b]
         if sequence_logits is not None:
+            if torch.is_grad_enabled():
+                self.token_shares.append(shares.detach().sum())
             shares = shares + self._class_losses(sequence_logits.float(), *sequence_targets)
         if torch.is_grad_enabled():
             self.sequences.append(torch.stack([shares.detach(), loss_weights.sum(-1)]))
-        return shares.sum()
+        loss = shares.sum()
+        if self.z_loss_weight and torch.is_grad_enabled():
+            z_loss = self.z_loss_weight * (log_sums.square() * loss_weights).sum()
+            loss = self.context.auxiliary.add_loss(loss, "z_loss", z_loss)
+        return loss
+
+    def begin_step(self) -> None:
+        """Forget what the last step has left."""
+        self.sequences.clear()
+        self.token_shares.clear()
 
     def _class_losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, reduction="none")  # [b]

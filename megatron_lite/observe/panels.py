@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_lite.observe.step_measures import STEP_MEASURES
+
 WHOLE_GROUP = "/*"
 
 
@@ -56,6 +58,10 @@ PANELS = (
         "L2 norm of the whole gradient before clipping; a jump here often comes a step ahead of one in the loss.",
         log_axis=True,
         branches=True,
+    ),
+    *(
+        Panel(measure.title, "Learning", (f"train/{measure.name}",), measure.explanation, unit=measure.unit)
+        for measure in STEP_MEASURES
     ),
     Panel(
         "Learning rate",

@@ -3,7 +3,7 @@
 Each differentiable one is the transpose of its partner in the backward pass (arXiv 1909.08053, 2205.05198):
     reduce:          all-reduce     | identity         partial sums -> a replicated activation
     reduce_scatter:  reduce-scatter | all-gather       partial sums -> a slice of the sequence
-    sum_gradients:   identity       | all-reduce       a replicated parameter that each rank uses on other data
+    sum_gradients:   identity       | all-reduce       a replicated parameter, used on each rank's own part
     first_position:  broadcast      | rank 0 keeps it  position 0 of a slice of the sequence -> a replicated activation
 
 Shapes: b micro-batch, s sequence, h channels, t tensor-parallel size.
@@ -11,11 +11,12 @@ Shapes: b micro-batch, s sequence, h channels, t tensor-parallel size.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
 
@@ -116,11 +117,21 @@ def sum_partial(x: Tensor, context: ParallelContext) -> Tensor:
     return operation.apply(x, context.tensor_group)
 
 
-def sum_gradients(context: ParallelContext, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Replicated parameters of a sequence-parallel region, whose gradients must be summed over its slices.
+def sum_gradients(context: ParallelContext, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+    """Parameters as they are; in the backward pass, partial gradients are summed over the tensor-parallel group.
 
-    Doing it inside the backward pass, not in a hook, makes the gradients right under every engine and ZeRO stage.
+    Which of them have one, their `ShardSpec.partial_gradient` says. Those of one call share one message. The sum is
+    made inside the backward pass, not in a hook, so that every engine and ZeRO stage sees whole gradients.
     """
-    if not context.sequence_parallel:
+    is_partial = [_has_partial_gradient(parameter, context) for parameter in parameters]
+    if not any(is_partial):
         return parameters
-    return _SumGradients.apply(context.tensor_group, *parameters)
+    summed = iter(_SumGradients.apply(context.tensor_group, *itertools.compress(parameters, is_partial)))
+    return tuple(next(summed) if partial else one for partial, one in zip(is_partial, parameters, strict=True))
+
+
+def _has_partial_gradient(parameter: nn.Parameter, context: ParallelContext) -> bool:
+    computed_from = parameter.shard_spec.partial_gradient
+    if computed_from == "sequence":
+        return context.sequence_parallel
+    return computed_from == "heads" and context.tensor_group is not None

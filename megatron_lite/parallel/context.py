@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.rng import RngStates
 from megatron_lite.parallel.topology import Coordinates, Topology
 
@@ -28,13 +29,15 @@ class ParallelContext:
     """Activations between sharded layers are split along the sequence; never True without tensor parallelism."""
     seed: int
     rng: RngStates
+    auxiliary: AuxiliaryChannel
 
     @classmethod
     def single(cls, seed: int = 1234, device: torch.device | str = "cpu") -> ParallelContext:
         """The context of a job of one rank; needs no torch.distributed."""
         device = torch.device(device)
         rng = RngStates(seed, tensor_rank=0, device=device)
-        return cls(Topology(), 0, device, None, None, None, sequence_parallel=False, seed=seed, rng=rng)
+        auxiliary = AuxiliaryChannel(0, 1, device)
+        return cls(Topology(), 0, device, None, None, None, False, seed, rng, auxiliary)
 
     @classmethod
     def build(cls, topology: Topology, *, device: torch.device, sequence_parallel: bool, seed: int) -> ParallelContext:
@@ -43,6 +46,7 @@ class ParallelContext:
         if world_size != topology.world_size:
             raise ValueError(f"the job has {world_size} ranks, the layout {topology} needs {topology.world_size}")
         rank = dist.get_rank()
+        tensor_rank = topology.coordinates(rank).tensor
         return cls(
             topology=topology,
             rank=rank,
@@ -52,7 +56,8 @@ class ParallelContext:
             pipeline_group=_own_group(topology.pipeline_groups(), rank),
             sequence_parallel=sequence_parallel and topology.tensor_parallel_size > 1,
             seed=seed,
-            rng=RngStates(seed, tensor_rank=topology.coordinates(rank).tensor, device=device),
+            rng=RngStates(seed, tensor_rank=tensor_rank, device=device),
+            auxiliary=AuxiliaryChannel(tensor_rank, world_size, device),
         )
 
     @property

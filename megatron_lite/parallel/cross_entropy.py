@@ -22,8 +22,10 @@ _FP16_SCALE = 2.0**15
 """Probabilities are kept in the logits' storage; fp16 would lose those below 6e-5 without this factor."""
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
-    """-log softmax(logits)[label], with the softmax in fp32 whatever the type of the logits.
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[label], and the log of the softmax's denominator; in fp32 whatever the type of the logits.
 
     Where a gradient is wanted, the storage of the logits is taken over: the forward pass leaves the probabilities in
     it, the backward pass the gradient. Nothing else of the logits' size is allocated. Autograd raises where another
@@ -35,7 +37,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, context: Parall
             weigh with 0.
         vocab_size: true size; columns from there on are padding and take no part.
     Returns:
-        [b, s] fp32, in nats, equal on all ranks of the tensor-parallel group.
+        Loss and log(sum(exp(logits))), each [b, s] fp32, in nats, equal on all ranks of the tensor-parallel group.
     """
     return _CrossEntropy.apply(logits, labels, context, vocab_size)
 
@@ -76,7 +78,10 @@ def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) ->
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         start, valid = _valid_columns(logits, context, vocab_size)
         rows = logits.view(-1, logits.shape[-1])
         owned, index = _locate(labels.reshape(-1) - start, valid)
@@ -89,19 +94,23 @@ class _CrossEntropy(torch.autograd.Function):
             factor = torch.exp(own_log_sum - log_sum) / stored_scale  # stored -> probability over all ranks' columns
             label_probability = torch.exp(label_logit - log_sum)
             ctx.save_for_backward(logits, factor, label_probability, owned, index)
-        return (log_sum - label_logit_of_all).view_as(labels)
+        return (log_sum - label_logit_of_all).view_as(labels), log_sum.view_as(labels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """(softmax - one_hot(label)) * grad, with the label's own entry computed in fp32."""
+    def backward(ctx: Any, grad: Tensor, grad_log_sum: Tensor | None) -> tuple[Tensor, None, None, None]:
+        """(softmax - one_hot(label)) * grad + softmax * grad_log_sum, with the label's own entry computed in fp32."""
         logits, factor, label_probability, owned, index = ctx.saved_tensors
         rows, grad = logits.view(-1, logits.shape[-1]), grad.reshape(-1)
         rows[:, ctx.valid :] = 0.0
-        scale = (factor * grad)[:, None]
+        of_softmax = grad if grad_log_sum is None else grad + grad_log_sum.reshape(-1)
+        scale = (factor * of_softmax)[:, None]
         for chunk in _chunks(rows):  # all at once, bf16 times fp32 would copy the logits
             rows[chunk] = rows[chunk].float().mul_(scale[chunk])
-        at_label = ((label_probability - 1.0) * grad).to(rows.dtype)
+        at_label = (label_probability - 1.0) * grad
+        if grad_log_sum is not None:
+            at_label += label_probability * grad_log_sum.reshape(-1)
+        at_label = at_label.to(rows.dtype)
         # By index, for a bf16 scatter on a CPU copies the logits to fp32 and back.
         own_rows = owned.nonzero().squeeze(1)
         rows[own_rows, index[own_rows, 0]] = at_label[own_rows]

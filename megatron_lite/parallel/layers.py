@@ -21,7 +21,7 @@ from megatron_lite.parallel.collectives import (
     sum_partial,
 )
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
+from megatron_lite.parallel.sharding import Init, PartialGradient, ShardSpec, sharded_parameter
 
 
 class _Linear(torch.autograd.Function):
@@ -121,7 +121,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         self.weight = sharded_parameter(ShardSpec((out_features, in_features), 1, init), context)
-        self.bias = sharded_parameter(ShardSpec((out_features,), None, Init.zeros()), context) if bias else None
+        bias_spec = ShardSpec((out_features,), None, Init.zeros(), partial_gradient="sequence")
+        self.bias = sharded_parameter(bias_spec, context) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.context.tensor_group is None:
@@ -141,19 +142,18 @@ class ReplicatedLinear(nn.Module):
     ) -> None:
         """
         Args:
-            on_slices: under sequence parallelism x is this rank's slice [b, s/t, i], so that the gradients of weight
-                and bias must be summed; False = all ranks see the same x.
+            on_slices: under sequence parallelism x is this rank's slice [b, s/t, i]; False = all ranks see the same x.
         """
         super().__init__()
         self.context = context
-        self.on_slices = on_slices
-        self.weight = sharded_parameter(ShardSpec((out_features, in_features), None, init), context)
-        self.bias = sharded_parameter(ShardSpec((out_features,), None, Init.zeros()), context)
+        partial: PartialGradient | None = "sequence" if on_slices else None
+        weight = ShardSpec((out_features, in_features), None, init, partial_gradient=partial)
+        self.weight = sharded_parameter(weight, context)
+        bias = ShardSpec((out_features,), None, Init.zeros(), partial_gradient=partial)
+        self.bias = sharded_parameter(bias, context)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if self.on_slices:
-            weight, bias = sum_gradients(self.context, weight, bias)
+        weight, bias = sum_gradients(self.context, self.weight, self.bias)
         return F.linear(x, weight, bias)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.rng import stable_hash
+
+PartialGradient: TypeAlias = Literal["sequence", "heads"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class ShardSpec:
     init: Init
     padded_size: int | None = None
     """Size of `dim` after padding with zeros (vocabulary); None = no padding."""
+    partial_gradient: PartialGradient | None = None
+    """What each rank of the tensor-parallel group computes this replicated parameter's gradient from: its slice of the
+    sequence (under sequence parallelism), or its own attention heads (always). The whole gradient is then the sum over
+    the group, which `collectives.sum_gradients` makes. None = every rank computes the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if self.partial_gradient is not None and self.dim is not None:
+            raise ValueError("a parameter that is split over the tensor-parallel group has no partial gradient")
 
     def local_shape(self, tensor_size: int) -> tuple[int, ...]:
         """Shape of one rank's slice."""

@@ -38,6 +38,8 @@ class Report:
                 record.step,
                 {
                     "loss": record.result.loss,
+                    "token_loss": record.result.token_loss,
+                    **record.result.measures,
                     "grad_norm": record.result.grad_norm,
                     "learning_rate": record.learning_rate,
                     "samples": samples,

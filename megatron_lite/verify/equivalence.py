@@ -38,6 +38,7 @@ from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import join_slices
 
+ON_TENSOR_RANKS = "between tensor ranks: gradient of "
 TOLERANCE = 1e-5
 """Largest relative difference in fp32: of a parameter's raw gradient, of the gradient norm, of a step's loss."""
 
@@ -49,6 +50,8 @@ class Trace:
     losses: list[float] = field(default_factory=list)  # one a step
     grad_norms: list[float] = field(default_factory=list)  # one a step, before clipping
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
+    measures: list[dict[str, float]] = field(default_factory=list)  # one a step, of `observe.step_measures`
+    unequal: dict[str, float] = field(default_factory=dict)  # of the first step: between tensor ranks, by global name
     updates: dict[str, torch.Tensor] = field(default_factory=dict)  # of all steps together, where they are asked for
 
 
@@ -159,6 +162,7 @@ def trace_layout(
         result = engine.train_step(micro_batches, batch, learning_rate)
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
+        trace.measures.append(dict(result.measures))
     if updates:
         trace.updates = {name: weight - before[name] for name, weight in engine.full_weights().items()}
     return trace
@@ -175,6 +179,7 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
     plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
     task = build_task(plain, context, vocabulary)
     model = FlatModel(task.specs).to(device)
+    z_loss_weight = config.optimizer.z_loss_weight
     before = _full_of_one_rank(model, lambda parameter: parameter.detach())
     optimizer = PlainOptimizer(model, config.optimizer)
     schedule = BatchSchedule(config.train)
@@ -184,7 +189,12 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
         count = batch.global_batch_size // config.train.micro_batch_size
         micro_batches = synthetic_batches(task.objective, vocabulary, batch.first_sample, count, config)
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
-        trace.losses.append(_accumulate(model, [_on(device, batch) for batch in micro_batches], vocab_size))
+        context.auxiliary.begin_step(1.0 / count)  # what a layer hands out; the z-loss is the twin's own
+        loss, z_loss = _accumulate(model, [_on(device, batch) for batch in micro_batches], vocab_size, z_loss_weight)
+        trace.losses.append(loss)
+        of_layers = {name: kind for name, kind in task.measures.items() if name != "z_loss"}
+        own_z_loss = {"z_loss": z_loss} if z_loss_weight else {}
+        trace.measures.append(context.auxiliary.collect(of_layers, count) | own_z_loss)
         if step == 0:
             trace.gradients = _full_of_one_rank(model, _gradient)
         trace.grad_norms.append(_clip(model, config.optimizer.clip_grad_norm))
@@ -199,20 +209,31 @@ def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
     return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
 
 
-def _accumulate(model: FlatModel, batches: Sequence[MicroBatch], vocab_size: int) -> float:
-    """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes."""
-    tokens = float(sum(batch.loss_weights.sum() for batch in batches))
+def _accumulate(
+    model: FlatModel, batches: Sequence[MicroBatch], vocab_size: int, z_loss_weight: float
+) -> tuple[float, float]:
+    """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes.
+
+    Returns:
+        This loss, and the z-loss, which is in the gradients as well.
+    """
+    tokens = max(float(sum(batch.loss_weights.sum() for batch in batches)), 1e-20)
     samples = sum(len(batch.labels) for batch in batches)
-    total = 0.0
+    total, z_total = 0.0, 0.0
     for batch in batches:
         outputs = model(*batch.inputs)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        loss = _token_losses(logits, batch, vocab_size) / max(tokens, 1e-20)
+        loss = _token_losses(logits, batch, vocab_size) / tokens
         if batch.sequence_labels is not None:
             loss = loss + F.cross_entropy(outputs[1].float(), batch.sequence_labels, reduction="sum") / samples
-        loss.backward()
         total += loss.item()
-    return total
+        if z_loss_weight:
+            log_sums = logits[..., :vocab_size].float().logsumexp(-1)
+            z_loss = z_loss_weight * (log_sums.square() * batch.loss_weights).sum() / tokens
+            z_total += z_loss.item()
+            loss = loss + z_loss
+        loss.backward()
+    return total, z_total
 
 
 def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> torch.Tensor:
@@ -277,6 +298,12 @@ def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float
             else:
                 difference = float((tensor - expected).norm() / expected.norm().clamp(min=1e-30))
                 yield f"{kind} of {name}", math.inf if math.isnan(difference) else difference
+    for step, (own, of_twin) in enumerate(zip(trace.measures, twin.measures, strict=True), start=1):
+        for name, expected in of_twin.items():
+            difference = abs(own.get(name, math.nan) - expected) / max(abs(expected), 1e-30)
+            yield f"{name} of step {step}", math.inf if math.isnan(difference) else difference
+    for name, difference in trace.unequal.items():
+        yield f"{ON_TENSOR_RANKS}{name}", math.inf if math.isnan(difference) else difference
     for kind in ("losses", "grad_norms"):
         for step, (mine, theirs) in enumerate(zip(getattr(trace, kind), getattr(twin, kind), strict=True), start=1):
             difference = abs(mine - theirs) / max(abs(theirs), 1e-30)
@@ -313,6 +340,7 @@ def gather_traces(trace: Trace, context: ParallelContext) -> list[Trace]:
 def _record_first(engine: Engine, trace: Trace) -> None:
     if not trace.gradients:
         trace.gradients = engine.full_gradients()
+        trace.unequal = engine.gradient_differences()
 
 
 def _clip(model: FlatModel, largest: float) -> float:

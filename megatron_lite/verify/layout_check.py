@@ -11,6 +11,7 @@ from megatron_lite.errors import VerificationError
 from megatron_lite.observe.console import redirect_output
 from megatron_lite.train import distributed
 from megatron_lite.verify.equivalence import (
+    ON_TENSOR_RANKS,
     TOLERANCE,
     comparable,
     differences,
@@ -77,6 +78,17 @@ def _text(config: RunConfig, found: dict[str, float]) -> str:
 
 def _require_equal(found: dict[str, float]) -> None:
     name, worst = next(iter(found.items()))
+    unequal = [
+        other.removeprefix(ON_TENSOR_RANKS)
+        for other, by in found.items()
+        if other.startswith(ON_TENSOR_RANKS) and not by <= TOLERANCE
+    ]
+    if unequal:
+        raise VerificationError(
+            f"tensor ranks have different gradients of {', '.join(unequal)}, which each of them holds whole: if each "
+            'rank computes a part of it, declare which in its ShardSpec (partial_gradient="heads" or "sequence") and '
+            "use the parameter through sum_gradients (megatron_lite/parallel/collectives.py)"
+        )
     if not worst <= TOLERANCE:  # also when it is NaN
         raise VerificationError(
             f"{name} differs by {worst:.1e}, more than {TOLERANCE:g}: this layout does not compute what one rank does; "

@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 import megatron_lite.engine.engine
 import megatron_lite.engine.loss_weights
 import megatron_lite.engine.shards
+import megatron_lite.engine.task
 import megatron_lite.models.norms
 import megatron_lite.objectives.loss
 import megatron_lite.parallel.collectives
@@ -29,9 +30,12 @@ from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.block import TransformerBlock
 from megatron_lite.observe.heartbeat import Heartbeat
+from megatron_lite.observe.step_measures import StepMeasure
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
+from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.generate import generate
@@ -246,7 +250,7 @@ def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext)
     return [batch._replace(loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
 
 
-def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> torch.Tensor:
+def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> Any:
     padded = logits.shape[-1] * context.tensor_size
     return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
 
@@ -289,7 +293,40 @@ def _clip_coefficient_too_large() -> Iterator[None]:
         yield
 
 
+_BEGIN = AuxiliaryChannel.begin_step
+_FORWARD = TransformerBlock._forward
+_MEASURES = (
+    StepMeasure("block_square", "mean", "mean square of blocks", ""),
+    StepMeasure("block_largest", "max", "largest value of blocks", ""),
+)
+
+
+def _with_a_term_of_its_own(block: TransformerBlock, *arguments: Any) -> torch.Tensor:
+    """The mean square of what a block hands on, a part of the loss; its largest value, a measure."""
+    x, context = _FORWARD(block, *arguments), block.context
+    slices = context.tensor_size if context.sequence_parallel else 1
+    term = x.float().square().mean() / slices
+    x = context.auxiliary.add_loss(x, "block_square", term, on_slices=context.sequence_parallel)
+    context.auxiliary.measure("block_largest", x.abs().amax(), on_slices=context.sequence_parallel)
+    return x
+
+
+@contextmanager
+def _auxiliary_of_blocks() -> Iterator[None]:
+    with (
+        mock.patch.object(TransformerBlock, "_forward", _with_a_term_of_its_own),
+        mock.patch.object(megatron_lite.engine.task, "STEP_MEASURES", _MEASURES),
+    ):
+        yield
+
+
+AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
 _MUTATIONS: dict[str, Callable[[], Any]] = {
+    AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # a feature of layers that no model here has, rather than a fault
+    AUXILIARY_UNLISTED: _patch(TransformerBlock, "_forward", _with_a_term_of_its_own),
+    "auxiliary_gradient_too_large": _patch(
+        AuxiliaryChannel, "begin_step", lambda channel, gradient: _BEGIN(channel, 1.05 * gradient)
+    ),
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
         megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)

@@ -47,7 +47,7 @@ def _ours(
     logits: Tensor, labels: Tensor, weights: Tensor, vocab_size: int, context: ParallelContext
 ) -> tuple[Tensor, Tensor]:
     leaf = logits.chunk(context.tensor_size, -1)[context.tensor_rank].clone().requires_grad_()
-    losses = vocab_parallel_cross_entropy(leaf * 1, labels, context, vocab_size)
+    losses, _ = vocab_parallel_cross_entropy(leaf * 1, labels, context, vocab_size)
     (losses * weights).sum().backward()
     return losses.detach(), leaf.grad
 
@@ -113,13 +113,13 @@ def test_the_gradient_takes_over_the_storage_of_the_logits():
     logits, labels, weights = _case(24, torch.float32)
     taken = logits.requires_grad_() * 1
     taken.retain_grad()
-    (vocab_parallel_cross_entropy(taken, labels, ParallelContext.single(), 24) * weights).sum().backward()
+    (vocab_parallel_cross_entropy(taken, labels, ParallelContext.single(), 24)[0] * weights).sum().backward()
     torch.testing.assert_close(taken.detach(), logits.grad, rtol=0.0, atol=0.0)
 
 
 def test_a_second_backward_pass_raises_instead_of_giving_a_wrong_gradient():
     logits, labels, _ = _case(24, torch.float32)
-    loss = (vocab_parallel_cross_entropy(logits.requires_grad_() * 1, labels, ParallelContext.single(), 24)).sum()
+    loss = vocab_parallel_cross_entropy(logits.requires_grad_() * 1, labels, ParallelContext.single(), 24)[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -128,6 +128,6 @@ def test_a_second_backward_pass_raises_instead_of_giving_a_wrong_gradient():
 def test_an_operation_that_still_needs_the_logits_raises():
     logits, labels, _ = _case(24, torch.float32)
     capped = torch.tanh(logits.requires_grad_())  # its backward pass reads its own output
-    loss = vocab_parallel_cross_entropy(capped, labels, ParallelContext.single(), 24).sum()
+    loss = vocab_parallel_cross_entropy(capped, labels, ParallelContext.single(), 24)[0].sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -49,7 +49,7 @@ def _step(model: ModelConfig, recompute: Recompute, size: int, sequence_parallel
     flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS))
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
     context.rng.begin_step(first_sample=6, micro_batch_size=2)
-    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE).mean()
+    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
     loss.backward()
     return loss.detach(), {name: (p.grad, p.shard_spec) for name, p in flat.named_parameters()}
 

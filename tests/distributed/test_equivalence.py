@@ -26,7 +26,7 @@ from megatron_lite.config.schema import (
 from megatron_lite.config.schema import DataConfig as Data
 from megatron_lite.verify.equivalence import TOLERANCE, Trace, comparable, differences, trace_twin
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_ranks import layout_rank
+from tests.distributed.layout_ranks import AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED, layout_rank, planted
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
 
 VOCAB_SIZE = 301  # a prime: no tensor-parallel size divides it
@@ -65,6 +65,8 @@ OBJECTIVES = {
     "prefix_lm": ObjectiveName.prefix_lm,
     "fill_in_the_middle": ObjectiveName.fill_in_the_middle,
 }  # of the others: causal_lm
+Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
+"""Weights with which the term shows in every gradient."""
 
 
 def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> RunConfig:
@@ -79,7 +81,13 @@ def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel:
         objective=ObjectiveConfig(name=OBJECTIVES.get(model, ObjectiveName.causal_lm)),
         parallel=ParallelConfig(data_parallel_size=dp, tensor_parallel_size=tp, pipeline_parallel_size=pp, **parallel),
         data=Data(seq_length=24 if MODELS[model].architecture is Architecture.encoder_decoder else 16),
-        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, clip_grad_norm=0.5),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            min_learning_rate=1e-4,
+            warmup_steps=2,
+            clip_grad_norm=0.5,
+            z_loss_weight=Z_LOSS.get(model, 0.0),
+        ),
         train=TrainConfig(steps=NUM_STEPS, micro_batch_size=micro_batch_size, global_batch_size=8),
     )
     return comparable(config)
@@ -208,6 +216,36 @@ def test_batch_ramp(layout: str) -> None:
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp4",
+        "zero0_dp2_pp2",
+        "zero3_dp2_tp2",
+        "zero2_dp2",
+        "sequence_parallel_dp2_tp2_pp2",
+        "recompute_full_tp2_pp2",
+        "offload_zero1_dp2_pp2",
+    ],
+)
+def test_auxiliary_losses_and_measures_of_layers(layout: str) -> None:
+    """A term of the loss in each block, on each stage; a mean and a largest value of the whole job."""
+    config = run_config("gpt2")
+    with planted(AUXILIARY_OF_BLOCKS):
+        reference = trace_twin(config, VOCAB_SIZE, MUTATED_STEPS)
+    assert len(reference.measures[0]) == 2
+    layout_of_blocks = traces(run_config("gpt2", **LAYOUTS[layout]), MUTATED_STEPS, AUXILIARY_OF_BLOCKS)
+    what, difference = next(iter(differences(reference, layout_of_blocks).items()))
+    assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
+    without, bias = trace_twin(config, VOCAB_SIZE, 1), "layers.0.mlp.down.bias"
+    assert (without.gradients[bias] - reference.gradients[bias]).norm() > 0.01 * without.gradients[bias].norm()
+
+
+def test_a_measure_that_is_not_listed_is_named() -> None:
+    with pytest.raises(Exception, match=r"block_\w+ was measured but is not listed; add it to STEP_MEASURES"):
+        traces(run_config("gpt2"), 1, AUXILIARY_UNLISTED)
+
+
 MUTATIONS = [
     ("row_parallel_without_all_reduce", "gpt2", "tp2"),
     ("column_parallel_without_backward_all_reduce", "gpt2", "tp2"),
@@ -225,6 +263,8 @@ MUTATIONS = [
     ("sequence_weights_not_shared_over_data_ranks", "bert", "dp2"),
     ("replicated_parameters_counted_on_every_rank", "gpt2", "tp2"),
     ("padded_vocabulary_in_the_softmax", "gpt2", "tp2"),
+    ("auxiliary_gradient_too_large", "llama", "pp2"),
+    ("auxiliary_gradient_too_large", "llama", "zero3_dp2"),
 ]
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import megatron_lite.models.norms
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding
 from megatron_lite.models.initial import stack_init
 from megatron_lite.models.norms import LayerNorm, RMSNorm
 from megatron_lite.models.positions import PositionTable
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_lite.parallel.sharding import Init, load_full_tensors, set_global_names, take_slice
+from megatron_lite.parallel.sharding import Init, ShardSpec, load_full_tensors, set_global_names, take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
 
-BATCH, SEQUENCE, IN, OUT, VOCAB, PADDED_VOCAB = 3, 8, 12, 16, 13, 16
+BATCH, SEQUENCE, IN, OUT, VOCAB, PADDED_VOCAB, HEAD = 3, 8, 12, 16, 13, 16, 3
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -64,6 +67,17 @@ class _Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.weight[: x.shape[1]]
+
+
+class _HeadNorm(nn.Module):
+    """A norm of queries: each tensor rank uses the one weight on its own heads."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self._norm = norm.weight, [norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm[0](x.unflatten(-1, (-1, HEAD))).flatten(-2)
 
 
 class _Head(nn.Module):
@@ -123,6 +137,12 @@ CASES = {
     "embedding_as_head": Case(_embedding, _Head, split_output=True, call="head"),
     "layernorm": Case(lambda context: LayerNorm(IN, 1e-5, context), lambda: nn.LayerNorm(IN, eps=1e-5)),
     "rmsnorm": Case(lambda context: RMSNorm(IN, 1e-5, context), lambda: nn.RMSNorm(IN, eps=1e-5)),
+    "norm_of_heads": Case(
+        lambda context: _HeadNorm(RMSNorm(HEAD, 1e-5, context, partial_gradient="heads")),
+        lambda: _HeadNorm(nn.RMSNorm(HEAD, eps=1e-5)),
+        split_input=True,
+        split_output=True,
+    ),
     "learned_positions": Case(_position_layer, _Positions),
 }
 
@@ -221,6 +241,25 @@ def test_layer_matches_torch(name: str, size: int, sequence_parallel: bool):
         for index, rank in enumerate(ranks):
             local = take_slice(gradient, specs[key], index, size)
             torch.testing.assert_close(rank.gradients[key], local, **TOLERANCE)
+
+
+def _on_rank_unsummed(*arguments: Any) -> Passed:
+    with mock.patch.object(megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters):
+        return _on_rank(*arguments)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["replicated", "sequence_parallel"])
+def test_a_partial_gradient_that_nobody_sums_is_caught(sequence_parallel: bool) -> None:
+    expected, output_gradient = _expected(CASES["norm_of_heads"])
+    topology = Topology(tensor_parallel_size=2)
+    for rank in run_ranks(_on_rank_unsummed, 2, "norm_of_heads", topology, sequence_parallel, output_gradient):
+        difference = (rank.gradients["weight"] - expected.gradients["weight"]).norm()
+        assert difference > 0.1 * expected.gradients["weight"].norm()
+
+
+def test_a_split_parameter_has_no_partial_gradient() -> None:
+    with pytest.raises(ValueError, match="has no partial gradient"):
+        ShardSpec((8,), 0, Init.ones(), partial_gradient="heads")
 
 
 def _pretended(size: int) -> ParallelContext:

@@ -182,6 +182,7 @@ RANGES: dict[str, Range] = {
     "optimizer.epsilon": SMALL,
     "optimizer.momentum": _fraction(),
     "optimizer.weight_decay": RATE_OR_0,
+    "optimizer.z_loss_weight": _from_0(FP32_LARGEST, "the largest number that fp32 holds"),
     "optimizer.clip_grad_norm": _from_0(FP32_LARGEST, "the largest number that fp32 holds"),
     "train.steps": STEPS,
     "train.micro_batch_size": BATCH,

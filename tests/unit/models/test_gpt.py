@@ -46,7 +46,7 @@ def _step(flat: FlatModel, context: ParallelContext, first_sample: int = 0) -> t
     """Loss and gradients of one micro-batch."""
     flat.zero_grad()
     context.rng.begin_step(first_sample, 2)
-    loss = vocab_parallel_cross_entropy(flat(_tokens()), _tokens().roll(-1, 1), context, VOCAB_SIZE).mean()
+    loss = vocab_parallel_cross_entropy(flat(_tokens()), _tokens().roll(-1, 1), context, VOCAB_SIZE)[0].mean()
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in flat.named_parameters()}
 

@@ -29,7 +29,7 @@ class Recorded:
         self, batches: list[str], step: BatchStep, learning_rate: float, *, measure_update: bool
     ) -> StepResult:
         self.steps.append((batches, step, learning_rate))
-        return StepResult(1.0, 1.0, False, 1.0)
+        return StepResult(1.0, 1.0, 1.0, False, 1.0, {})
 
     def training(self, batch: BatchStep) -> list[str]:
         return [f"samples from {batch.first_sample}"]

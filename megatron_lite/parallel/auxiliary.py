@@ -1,0 +1,111 @@
+"""What a layer or the loss hands out in a step besides activations: auxiliary losses, and measurements.
+
+Neither crosses a stage boundary. An auxiliary loss enters in the backward pass, through a function that hands its input
+on unchanged and gives the loss its gradient, as in Megatron's experts; a measurement stays on its rank until one
+collective after the step's last backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Reduction: TypeAlias = Literal["mean", "sum", "max"]
+"""Over micro-batches and ranks. `mean`: sum of all values / (micro-batches x data-parallel ranks), as of the loss."""
+
+
+class AuxiliaryChannel:
+    """Of one rank. Layers reach it through their `ParallelContext`."""
+
+    def __init__(self, tensor_rank: int, world_size: int, device: torch.device) -> None:
+        self._is_first_of_tensor_ranks = tensor_rank == 0
+        self._world_size = world_size
+        self._device = device
+        self._gradient = 1.0
+        self._is_recording = True
+        self._sums: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
+
+    def begin_step(self, gradient: float) -> None:
+        """
+        Args:
+            gradient: of what the backward passes start from with respect to the loss of one micro-batch: fp16's loss
+                scale / number of micro-batches.
+        """
+        self._gradient = gradient
+        self._sums.clear()
+        self._largest.clear()
+
+    def record(self, is_forward: bool) -> None:
+        """Whether what follows is a forward pass of training; recomputation and evaluation leave no measurements."""
+        self._is_recording = is_forward
+
+    def add_loss(self, x: Tensor, name: str, loss: Tensor, *, on_slices: bool = False) -> Tensor:
+        """x unchanged; in its backward pass, `loss` gets its gradient, too. Also a measurement of this name.
+
+        Args:
+            x: any activation of this layer that the training loss depends on.
+            loss: scalar fp32 of this micro-batch, already weighted. Its mean over micro-batches and data-parallel ranks
+                is the global batch's (loss weights are scaled for that, see `engine.loss_weights`).
+            on_slices: under sequence parallelism `loss` is the part of this rank's slice; False = each tensor rank
+                computes all of it.
+        """
+        self.measure(name, loss, on_slices=on_slices)
+        return _AddLoss.apply(x, loss, self._gradient) if torch.is_grad_enabled() else x
+
+    def measure(self, name: str, value: Tensor, *, on_slices: bool = False) -> None:
+        """A scalar of this micro-batch. How the values of a step become one figure, `observe.step_measures` says."""
+        if not self._is_recording or not torch.is_grad_enabled():
+            return
+        value = value.detach().float()
+        self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value.clone()
+        if on_slices or self._is_first_of_tensor_ranks:
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+
+    def collect(self, measures: Mapping[str, Reduction], count: int) -> dict[str, float]:
+        """The figures of the step, equal on every rank. One collective of all ranks, which waits for the device.
+
+        Args:
+            measures: what every rank knows that this run measures, in the same order.
+            count: micro-batches of the global batch, over all data-parallel ranks.
+        Raises:
+            KeyError: something has been measured under another name.
+        """
+        if unknown := self._largest.keys() - measures.keys():
+            raise KeyError(
+                f"{', '.join(sorted(unknown))} was measured but is not listed; add it to STEP_MEASURES in "
+                "megatron_lite/observe/step_measures.py"
+            )
+        if not measures:
+            return {}
+        own = torch.stack([self._own(name, kind) for name, kind in measures.items()])  # [measures]
+        ranks = own.new_empty(self._world_size, len(own))
+        if self._world_size > 1:
+            dist.all_gather_into_tensor(ranks.view(-1), own)  # gloo wants one dimension
+        else:
+            ranks[0] = own
+        sums, largest = ranks.double().sum(0).tolist(), ranks.amax(0).tolist()
+        divisors = {"mean": count, "sum": 1}
+        return {
+            name: most if kind == "max" else total / divisors[kind]
+            for (name, kind), total, most in zip(measures.items(), sums, largest, strict=True)
+        }
+
+    def _own(self, name: str, kind: Reduction) -> Tensor:
+        values, missing = (self._largest, -torch.inf) if kind == "max" else (self._sums, 0.0)
+        return values[name] if name in values else torch.tensor(missing, device=self._device)
+
+
+class _AddLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, gradient: float) -> Tensor:
+        ctx.gradient = gradient
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full((), ctx.gradient, device=grad.device), None
