@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 from benchmarks.grid import GLOBAL_BATCH, MICRO_BATCHES, SIZE
@@ -27,18 +27,15 @@ if TYPE_CHECKING:
 
     from megatron_lite.config.schema import RunConfig
     from megatron_lite.data.samples.batch import MicroBatch
+    from megatron_lite.data.samples.skips import Skips
     from megatron_lite.engine.engine import Engine
     from megatron_lite.engine.hooks import PendingUpdate
     from megatron_lite.optim.batch_ramp import BatchStep
+    from megatron_lite.train.loop import Findings, StepRecord
 
 WAYS = ("bare", "warn", "rollback")
 STEPS = 10  # of a turn, the last one with all figures: twice as often as stability.layer_interval asks for
 WARM_UP_STEPS = STEPS // 5
-
-
-class _Nowhere(list[Any]):
-    def append(self, _: Any) -> None:
-        """Keep nothing."""
 
 
 class _Switch:
@@ -71,6 +68,18 @@ class _Batches:
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         return self._own
+
+    def leave_out(self, skips: Skips) -> None:
+        raise NotImplementedError("no turn rolls back")
+
+
+class _Blind:
+    """The observer of a turn that is not watched."""
+
+    def observe(self, record: StepRecord) -> Findings:
+        from megatron_lite.train.loop import Findings
+
+        return Findings(spike=False, ideal_bubble=0.0, shares={})
 
 
 def main(vocab_size: str, turns: str) -> None:
@@ -125,13 +134,15 @@ def _turn(
     import torch.distributed as dist
 
     from megatron_lite.config.stability import OnSpike
+    from megatron_lite.observe.heartbeat import Heartbeat
     from megatron_lite.observe.progress import Progress
     from megatron_lite.optim.batch_ramp import BatchSchedule
     from megatron_lite.train.callbacks import Report
-    from megatron_lite.train.loop import Callback, Trainer
+    from megatron_lite.train.loop import Callback, Observer, Trainer
     from megatron_lite.train.stability.watch import UpdateJudge, Watch
 
     callbacks: list[Callback] = []
+    heartbeat, observer = Heartbeat(), cast("Observer", _Blind())
     own = replace(config, stability=replace(config.stability, layer_interval=0))
     switch.judge = None
     if way != "bare":
@@ -139,12 +150,13 @@ def _turn(
         progress = Progress(None, steps, first_step=0, log_interval=1, enabled=False)  # type: ignore[arg-type]
         judge = UpdateJudge(own)
         switch.judge = judge.hook
-        callbacks = [Watch(own, engine, judge, None, []), Report(trackers, progress, 1.0, 1.0)]
+        observer = Watch(own, engine, judge, source, heartbeat, None, [])
+        callbacks = [Report(trackers, progress, 1.0, 1.0)]
     agreement = mock.Mock()
+    schedule, last_step = BatchSchedule(config.train), first_step + steps
     trainer = Trainer(
-        own, engine, source, BatchSchedule(config.train), agreement, callbacks, first_step, first_step + steps
+        own, engine, source, schedule, agreement, observer, callbacks, first_step, lambda _: last_step, heartbeat
     )
-    engine.loss.sequences = _Nowhere() if way == "bare" else []
     dist.barrier()
     before, wall = os.times(), time.perf_counter()
     trainer.fit()

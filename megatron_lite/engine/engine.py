@@ -52,7 +52,7 @@ from megatron_lite.engine.shards import shards_of
 from megatron_lite.engine.task import Task
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.spec import LayerSpec
-from megatron_lite.objectives.loss import Hits, Outputs
+from megatron_lite.objectives.loss import Outputs
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
@@ -162,15 +162,12 @@ class Engine(ABC):
         """Over the micro-batches of all data-parallel ranks. A collective of all ranks."""
         weights = _weights_of(batches).to(self.context.device)
         self.module.eval()
-        self.loss.hits = hits = Hits.none(self.context.device)
-        try:
-            with torch.no_grad():
-                self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
-                self._run_schedule(forward_only(*self._stage_of_stages, num_micro_batches))
-                (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
-        finally:
-            self.loss.hits = None
-        tokens, classes = self._of_job(torch.cat([torch.stack([hits.tokens, hits.sequences]), weights], 1)).tolist()
+        with self.loss.counting() as counts:
+            self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
+            self._run_schedule(forward_only(*self._stage_of_stages, num_micro_batches))
+            (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
+        own = torch.cat([torch.stack([counts.tokens, counts.sequences]), weights], 1)  # [2, 4]
+        tokens, classes = self._of_job(own).tolist()
         (right, nats, counted, token_weight), (right_classes, _, counted_classes, class_weight) = tokens, classes
         counted = max(counted, 1e-20)
         class_accuracy = right_classes / counted_classes if counted_classes else None

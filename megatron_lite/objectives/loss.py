@@ -5,6 +5,8 @@ Shapes: b micro-batch, s positions whose labels are predicted, v vocabulary, t t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,14 +26,14 @@ Targets: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass
-class Hits:
+class EvaluationCounts:
     """Weighted sums over the predictions of one rank's share of a batch."""
 
     tokens: Tensor  # [3] fp64: how many were right, their nats, all
     sequences: Tensor  # [3] fp64: the same of the samples' classes
 
     @classmethod
-    def none(cls, device: torch.device) -> Hits:
+    def none(cls, device: torch.device) -> EvaluationCounts:
         return cls(*torch.zeros(2, 3, dtype=torch.float64, device=device))
 
 
@@ -49,8 +51,7 @@ class TokenLoss:
     z_loss_weight: float = 0.0
     """Of mean(log(Z)^2) over the tokens, Z the softmax's denominator (PaLM, arXiv 2204.02311, section 5); an auxiliary
     loss, so it is in the gradients but not in what is returned."""
-    hits: Hits | None = field(default=None, compare=False)
-    """Where to count right predictions; None = they are not counted. Only without gradients."""
+    _counts: EvaluationCounts | None = field(default=None, init=False)
     sequences: list[Tensor] = field(default_factory=list, compare=False)
     """[2, b] of each micro-batch since somebody cleared it, of training alone: each sequence's share of the loss, and
     its tokens' weights. It stays on the device."""
@@ -67,9 +68,9 @@ class TokenLoss:
         logits, sequence_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         labels, loss_weights, *sequence_targets = targets
         losses, log_sums = vocab_parallel_cross_entropy(logits, labels, self.context, self.vocab_size)  # [b, s] each
-        if self.hits is not None:  # without gradients, so the logits are still there
+        if self._counts is not None:  # without gradients, so the logits are still there
             right = vocab_parallel_argmax(logits, self.context, self.vocab_size) == labels
-            _count(self.hits.tokens, right, losses.detach(), loss_weights)
+            _count(self._counts.tokens, right, losses.detach(), loss_weights)
         shares = (losses * loss_weights).sum(-1)  # [b]
         if sequence_logits is not None:
             if torch.is_grad_enabled():
@@ -83,6 +84,16 @@ class TokenLoss:
             loss = self.context.auxiliary.add_loss(loss, "z_loss", z_loss)
         return loss
 
+    @contextmanager
+    def counting(self) -> Iterator[EvaluationCounts]:
+        """Count right predictions, without gradients, until the end of the block."""
+        self._counts = EvaluationCounts.none(self.context.device)
+        try:
+            with torch.no_grad():
+                yield self._counts
+        finally:
+            self._counts = None
+
     def begin_step(self) -> None:
         """Forget what the last step has left."""
         self.sequences.clear()
@@ -90,8 +101,8 @@ class TokenLoss:
 
     def _class_losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
-        if self.hits is not None:
-            _count(self.hits.sequences, logits.argmax(-1) == labels, losses, weights)
+        if self._counts is not None:
+            _count(self._counts.sequences, logits.argmax(-1) == labels, losses, weights)
         return losses * weights
 
 

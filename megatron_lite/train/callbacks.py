@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_lite.config.derived import tokens_per_sample
+from megatron_lite.engine.engine import Evaluation
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.progress import Progress, StepFigures, validation_line
@@ -13,13 +14,13 @@ from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer
 
 EVALUATION_EVENT = "evaluation"
 
 
 @dataclass
-class Report:
+class Report(Callback):
     """Step figures to metrics.jsonl and the other trackers, and to the progress bar."""
 
     trackers: Trackers
@@ -27,7 +28,7 @@ class Report:
     flops_per_token: float
     peak_flops: float  # dense, of all devices of the job together
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         trainer.heartbeat.enter(Phase.REPORT)
         sample_tokens = tokens_per_sample(trainer.config)
         tokens = record.batch.global_batch_size * sample_tokens
@@ -51,7 +52,7 @@ class Report:
                     "data_seconds": record.data_seconds,
                     "loss_scale": record.result.loss_scale,
                     "skipped": record.result.skipped,
-                    **trainer.figures,
+                    **findings.figures(),
                 },
             )
         self.progress.update(
@@ -63,7 +64,7 @@ class Report:
 
 
 @dataclass
-class Validate:
+class Validate(Callback):
     """Loss, perplexity and accuracy at intervals and at the end."""
 
     trackers: Trackers
@@ -71,9 +72,9 @@ class Validate:
     newest: tuple[int, float] | None = None
     """Step and loss of the last validation of this attempt."""
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
-            self.at(trainer, record.step)
+            trainer.evaluate(record.step)
 
     def found_sound(self, step: int) -> bool:
         """Whether the weights were validated after this very step, and are numbers."""
@@ -84,11 +85,13 @@ class Validate:
         if self.newest and self.newest[0] > step:
             self.newest = None
 
-    def at(self, trainer: Trainer, step: int) -> None:
-        """Now, as the evaluation of this step."""
-        found = trainer.evaluate()
+    @property
+    def summary(self) -> dict[str, float]:
+        """For the trackers at the end of the run."""
+        return {} if self.newest is None else {"validation_loss": self.newest[1]}
+
+    def after_evaluation(self, trainer: Trainer, step: int, found: Evaluation) -> None:
         trainer.heartbeat.enter(Phase.REPORT)
-        trainer.summary["validation_loss"] = found.loss
         self.newest = (step, found.loss)
         figures = {
             "validation_loss": found.loss,
@@ -103,15 +106,15 @@ class Validate:
 
 
 @dataclass
-class Guard:
+class Guard(Callback):
     """Ends a run whose loss is no number any more, before it spends a night on it; behind the validation, which tells
     the weights of a last step whose update was dropped."""
 
     validate: Validate
     unsound_steps: int = 0  # in a row
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        self.unsound_steps = 0 if record.is_sound else self.unsound_steps + 1
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
+        self.unsound_steps = 0 if record.is_finite else self.unsound_steps + 1
         limit = trainer.config.train.max_unsound_steps
         ends_unsound = record.step == trainer.last_step and not self.validate.found_sound(record.step)
         if self.unsound_steps >= limit or (self.unsound_steps and ends_unsound):
@@ -125,7 +128,7 @@ class Guard:
 
 
 @dataclass
-class Save:
+class Save(Callback):
     """Checkpoints at intervals and at the end, never of weights that are no numbers."""
 
     trackers: Trackers
@@ -134,9 +137,9 @@ class Save:
     is_sound: bool = True
     """Whether the weights are: after a step without a loss they may be no numbers."""
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         self.report()
-        self.is_sound = record.is_sound or self.validate.found_sound(record.step)
+        self.is_sound = record.is_finite or self.validate.found_sound(record.step)
         if self.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 
@@ -148,6 +151,9 @@ class Save:
         first_sample = trainer.schedule.at(step).first_sample
         self.checkpoints.save(step, first_sample, trainer.source.skips, loss, self.trackers.logged(step))
         self.report()
+
+    def at_end(self, trainer: Trainer) -> None:
+        self.wait(trainer)
 
     def wait(self, trainer: Trainer) -> None:
         """Until the last checkpoint is complete."""

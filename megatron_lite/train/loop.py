@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
@@ -13,7 +13,8 @@ from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.samples.skips import Skips
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
-from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
+from megatron_lite.observe.metrics import ROLLBACKS
+from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep, Origin
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.train.evaluation import Loader, evaluate
 from megatron_lite.train.stopping import StopAgreement
@@ -22,8 +23,9 @@ from megatron_lite.train.stopping import StopAgreement
 class BatchSource(Protocol):
     """Where this rank's micro-batches come from; empty lists on stages that need none."""
 
-    skips: Skips
-    """The training samples that the run leaves out."""
+    @property
+    def skips(self) -> Skips:
+        """The training samples that the run leaves out."""
 
     @property
     def held_out(self) -> Loader:
@@ -31,6 +33,9 @@ class BatchSource(Protocol):
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
         """This data-parallel rank's part of one global batch."""
+
+    def leave_out(self, skips: Skips) -> None:
+        """These samples from now on."""
 
 
 @dataclass(frozen=True)
@@ -45,60 +50,118 @@ class StepRecord:
     data_seconds: float
 
     @property
-    def is_sound(self) -> bool:
-        """The loss is a number, and so is what was added to the weights."""
+    def is_finite(self) -> bool:
+        """The loss is, and so is what was added to the weights."""
         return math.isfinite(self.result.loss) and (math.isfinite(self.result.grad_norm) or self.result.skipped)
 
 
-class Callback(Protocol):
-    """What a run does besides stepping. Called on every rank, in the order of the list.
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about a finished step, for its line in metrics.jsonl and for the callbacks."""
 
-    One that takes the run back sets `trainer.finished_step`; those behind it are then not called, for there is no step.
-    """
+    spike: bool
+    ideal_bubble: float  # share of the step that the schedule alone leaves idle
+    shares: Mapping[str, float]  # of the step's time, by what it went into
+    rollbacks: int = 0  # of the run so far
+    layers: Mapping[str, Any] | None = None  # figures of each layer and stage; None = not measured in this step
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None: ...
+    def figures(self) -> dict[str, Any]:
+        """By their names in metrics.jsonl."""
+        found: dict[str, Any] = {"spike": self.spike, **self.shares, "ideal_bubble": self.ideal_bubble}
+        if self.rollbacks:
+            found[ROLLBACKS] = self.rollbacks
+        return found | dict(self.layers or {})
 
 
-@dataclass
+class Observer(Protocol):
+    """Looks at each finished step before the callbacks do."""
+
+    def observe(self, record: StepRecord) -> Findings:
+        """May be a collective of all ranks."""
+
+
+class Callback:
+    """What a run does besides stepping: each method is a moment, called on every rank, in the order of the list."""
+
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        """`step` counts from 1."""
+
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
+        """One that takes the run back calls `trainer.rewind`; those behind it are then not called: there is no step."""
+
+    def after_evaluation(self, trainer: Trainer, step: int, found: Evaluation) -> None:
+        """On the held-out samples, by the weights of this step."""
+
+    def at_end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+
 class Trainer:
-    """One attempt at a run: from `first_step` (0 unless resumed) to `last_step`, or until it is asked to stop."""
+    """One attempt at a run, until its last step or until it is asked to stop."""
 
-    config: RunConfig
-    engine: Engine
-    source: BatchSource
-    schedule: BatchSchedule
-    agreement: StopAgreement
-    callbacks: Sequence[Callback]
-    first_step: int
-    last_step: int  # train.steps, or less where the data ends before
-    summary: dict[str, Any] = field(default_factory=dict)
-    """Figures that callbacks leave for the end of the run."""
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    figures: dict[str, Any] = field(default_factory=dict)
-    """Figures of a step that callbacks leave for its report."""
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        source: BatchSource,
+        schedule: BatchSchedule,
+        agreement: StopAgreement,
+        observer: Observer,
+        callbacks: Sequence[Callback],
+        first_step: int,
+        find_last_step: Callable[[BatchSchedule], int],
+        heartbeat: Heartbeat,
+    ) -> None:
+        """A collective of all ranks.
 
-    def __post_init__(self) -> None:
-        self.finished_step = self.first_step
+        Args:
+            first_step: 0 unless resumed.
+            find_last_step: train.steps, or less where the data ends before; a collective of all ranks.
+        """
+        self.config, self.engine, self.source, self.heartbeat = config, engine, source, heartbeat
+        self._agreement, self._observer, self._callbacks = agreement, observer, callbacks
+        self._find_last_step = find_last_step
+        self._schedule = schedule
+        self._finished_step = first_step
+        self._last_step = find_last_step(schedule)
+
+    @property
+    def schedule(self) -> BatchSchedule:
+        """Which samples each step consumes."""
+        return self._schedule
+
+    @property
+    def finished_step(self) -> int:
+        """0 = none."""
+        return self._finished_step
+
+    @property
+    def last_step(self) -> int:
+        return self._last_step
 
     def fit(self) -> None:
         """
         Raises:
             StopRequested: the ranks were asked to stop, after `finished_step`; on every rank alike.
         """
-        while self.finished_step < self.last_step:
-            self.agreement.at_boundary()
-            record = self._step(self.finished_step)
-            self.finished_step = record.step
-            self.figures.clear()
-            for callback in self.callbacks:
-                callback.after_step(self, record)
-                if self.finished_step != record.step:
+        while self._finished_step < self._last_step:
+            self._agreement.at_boundary()
+            for callback in self._callbacks:
+                callback.before_step(self, self._finished_step + 1)
+            record = self._step(self._finished_step)
+            self._finished_step = record.step
+            findings = self._observer.observe(record)
+            for callback in self._callbacks:
+                callback.after_step(self, record, findings)
+                if self._finished_step != record.step:
                     break
+        for callback in self._callbacks:
+            callback.at_end(self)
 
     def _step(self, step: int) -> StepRecord:
         start = time.perf_counter()
         self.heartbeat.begin_step(step + 1)
-        batch = self.schedule.at(step)
+        batch = self._schedule.at(step)
         micro_batches = self.source.training(batch)
         data_end = time.perf_counter()
         learning_rate = learning_rate_at(step + 1, self.config.optimizer, self.config.train.steps)
@@ -113,7 +176,22 @@ class Trainer:
             data_seconds=data_end - start,
         )
 
-    def evaluate(self) -> Evaluation:
-        """On the held-out samples; a collective of all ranks."""
+    def evaluate(self, step: int) -> None:
+        """By the weights of this step, on the held-out samples, for all callbacks; a collective of all ranks."""
         self.heartbeat.enter(Phase.EVALUATE)
-        return evaluate(self.engine, self.source.held_out)
+        found = evaluate(self.engine, self.source.held_out)
+        for callback in self._callbacks:
+            callback.after_evaluation(self, step, found)
+
+    def rewind(self, step: int, samples: int, find_skips: Callable[[], Skips]) -> None:
+        """Go on from this step, whose weights and optimizer the engine has again. A collective of all ranks.
+
+        Args:
+            samples: that had been consumed by then.
+            find_skips: what is left out from then on, found while the trainer still counts as before; a stop request
+                within it finds this step as the finished one.
+        """
+        self._finished_step = step
+        self.source.leave_out(find_skips())
+        self._schedule = BatchSchedule(self.config.train, Origin(step, samples))
+        self._last_step = self._find_last_step(self._schedule)

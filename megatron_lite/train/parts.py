@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from megatron_lite.config.schema import RunConfig
@@ -66,7 +66,7 @@ class Callbacks:
 
     @property
     def in_order(self) -> list[Callback]:
-        return [self.watch, self.report, self.go_back, self.validate, self.guard, self.save]
+        return [self.report, self.go_back, self.validate, self.guard, self.save]
 
 
 def build_callbacks(
@@ -82,18 +82,20 @@ def build_callbacks(
     config = run.config
     validate = Validate(trackers, progress)
     save = Save(trackers, checkpoints, validate)
-    watch = Watch(config, checkpoints.engine, judge, _dossiers(run, trackers, source), rollbacks)
+    dossiers = _dossiers(run, trackers, source)
+    watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, dossiers, rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
     go_back = GoBack(
         config.stability,
         run.folder,
+        run.context.is_writer,
         watch,
+        checkpoints,
         save,
         validate,
         trackers,
         run.console,
         rollbacks,
-        partial(last_step, run, source),
     )
     return Callbacks(
         watch, Report(trackers, progress, run.flops_per_token, run.peak_flops), go_back, validate, Guard(validate), save

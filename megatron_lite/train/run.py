@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -46,7 +46,7 @@ from megatron_lite.train.generate import generate
 from megatron_lite.train.hang.watchdog import watchdog_of
 from megatron_lite.train.loop import Trainer
 from megatron_lite.train.out_of_memory import memory_errors_explained
-from megatron_lite.train.parts import Run, agreed_rollbacks, build_callbacks, last_step
+from megatron_lite.train.parts import Callbacks, Run, agreed_rollbacks, build_callbacks, last_step
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
 from megatron_lite.train.shard_source import ShardSource
@@ -125,7 +125,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         report=run.console.print,
         guard=run.claim.confirm,
     )
-    summary: dict[str, Any] = {}
+    callbacks: Callbacks | None = None
     try:
         _announce(run, trackers, source, start)
         with _progress(run, start.step) as progress:
@@ -136,18 +136,17 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 source,
                 schedule,
                 agreement,
+                callbacks.watch,
                 callbacks.in_order,
                 start.step,
-                last_step(run, source, schedule),
-                summary,
+                partial(last_step, run, source),
                 run.heartbeat,
             )
             try:
                 agreement.ask()
                 if not evaluated:
-                    callbacks.validate.at(trainer, start.step)
+                    trainer.evaluate(start.step)
                 trainer.fit()
-                callbacks.save.wait(trainer)
             except StopRequested as request:
                 return _stop(run, trackers, trainer, callbacks.save, request)
         outcome = _complete(run, trackers, trainer, source)
@@ -155,7 +154,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
         problem = checkpoints.saver.finish()
         if problem:
             run.console.print(problem)
-        trackers.finish(summary)
+        trackers.finish(callbacks.validate.summary if callbacks else {})
     _conclude(run, outcome)
     return RunEnd.DONE
 

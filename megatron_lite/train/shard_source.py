@@ -39,7 +39,7 @@ class ShardSource:
         context: ParallelContext,
         skips: Skips = NOTHING_SKIPPED,
     ) -> None:
-        self.skips = skips
+        self._skips = skips
         self._prepared = prepared
         self._config = config
         self._objective = objective
@@ -48,6 +48,15 @@ class ShardSource:
         if context.is_first_stage or context.is_last_stage:
             self._training = training_dataset(prepared, config, objective.shape)
         self.held_out = HeldOut.of_run(prepared, config, objective, context)
+
+    @property
+    def skips(self) -> Skips:
+        """The training samples that the run leaves out."""
+        return self._skips
+
+    def leave_out(self, skips: Skips) -> None:
+        """These samples from now on."""
+        self._skips = skips
 
     @property
     def skipped_documents(self) -> int:

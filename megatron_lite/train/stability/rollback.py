@@ -7,7 +7,7 @@ this process does or the next: weights, records of the trackers, checkpoints tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.metrics import ROLLBACK_EVENT, SKIPS_FILE
 from megatron_lite.observe.trackers import Trackers
-from megatron_lite.optim.batch_ramp import BatchSchedule, Origin
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train.callbacks import Save, Validate
-from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.checkpoints import Checkpoints
+from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer
 from megatron_lite.train.stability.watch import Spike, Watch
 
 
@@ -60,21 +60,21 @@ def next_window(rollbacks: Sequence[Rollback], led_in: Window, batch: int, lead_
 
 
 @dataclass
-class GoBack:
+class GoBack(Callback):
     """Behind the report, ahead of everything that takes a step for made."""
 
     settings: StabilityConfig
     run_dir: Path
+    is_writer: bool
     watch: Watch
+    checkpoints: Checkpoints
     save: Save
     validate: Validate
     trackers: Trackers
     console: Console
     rollbacks: list[Rollback]
-    find_last_step: Callable[[BatchSchedule], int]
-    """As far as the data reach, with what is left out by then. A collective of all ranks."""
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         if self.settings.on_spike is OnSpike.rollback and self.watch.spike is not None:
             self._from(trainer, self.watch.spike)
 
@@ -99,18 +99,23 @@ class GoBack:
             )
             return
         folder, state = found
-        self._restore(trainer, folder, state)
-        window = self._with_what_follows(trainer, record, led_in)
-        reason = f"{', '.join(spike.verdict.kinds)} at step {record.step}"
-        self.rollbacks.append(Rollback(window, record.step, state.step, reason))
+        self.checkpoints.go_back(folder, state)
+        trainer.rewind(state.step, state.samples, lambda: self._leave_out(trainer, spike, state, led_in))
+        self._tell(record, state)
+
+    def _leave_out(self, trainer: Trainer, spike: Spike, state: CheckpointState, led_in: Window) -> Skips:
+        """What the run leaves out from here on, made to last. A collective of all ranks."""
+        self.watch.go_back(state.step)
+        self.validate.forget_after(state.step)
+        window = self._with_what_follows(trainer, spike.record, led_in)
+        reason = f"{', '.join(spike.verdict.kinds)} at step {spike.record.step}"
+        self.rollbacks.append(Rollback(window, spike.record.step, state.step, reason))
         self._publish()
         self._drop_later(state)
-        trainer.source.skips = skips_of(self.rollbacks)
-        trainer.schedule = BatchSchedule(trainer.config.train, Origin(state.step, state.samples))
-        trainer.last_step = self.find_last_step(trainer.schedule)
-        self._tell(record, state, window)
+        return skips_of(self.rollbacks)
 
-    def _tell(self, record: StepRecord, state: CheckpointState, window: Window) -> None:
+    def _tell(self, record: StepRecord, state: CheckpointState) -> None:
+        window = self.rollbacks[-1].window
         text = (
             f"rollback {len(self.rollbacks)} of {self.settings.max_rollbacks}: back to step {state.step}, without "
             f"samples {window.first:,} to {window.stop - 1:,}"
@@ -172,17 +177,10 @@ class GoBack:
             passed_over -= 1
             return "what followed it was a spike again and again" if passed_over >= 0 else None
 
-        found = newest_complete(self.save.checkpoints.folder, _say_nothing, reason_against, required=False)
+        found = newest_complete(self.checkpoints.folder, _say_nothing, reason_against, required=False)
         if found is None and in_a_row >= 2:  # none is older
             return self._checkpoint(skips, first, 0)
         return found
-
-    def _restore(self, trainer: Trainer, folder: Path, state: CheckpointState) -> None:
-        """What this process holds; a collective of all ranks. Whoever is stopped from here on has made no step."""
-        self.save.checkpoints.go_back(folder, state)
-        trainer.finished_step = state.step
-        self.watch.go_back(state.step)
-        self.validate.forget_after(state.step)
 
     def _publish(self) -> None:
         """From here on every attempt leaves the window out.
@@ -191,7 +189,7 @@ class GoBack:
             TrainingError, DiskError: the file cannot be written; on every rank alike.
         """
         problem: TrainingError | DiskError | None = None
-        if self.save.checkpoints.engine.context.is_writer:
+        if self.is_writer:
             try:
                 write_rollbacks(self.run_dir, self.rollbacks)
             except OSError as error:
@@ -205,9 +203,8 @@ class GoBack:
 
     def _drop_later(self, state: CheckpointState) -> None:
         """Checkpoints from behind the one gone back to."""
-        checkpoints = self.save.checkpoints
-        if checkpoints.engine.context.is_writer:
-            prune(checkpoints.folder, checkpoints.saver.kept, state.step)
+        if self.is_writer:
+            prune(self.checkpoints.folder, self.checkpoints.saver.kept, state.step)
 
 
 def _say_nothing(line: str) -> None:

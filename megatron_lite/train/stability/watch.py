@@ -17,11 +17,11 @@ from megatron_lite.data.samples.skips import Rollback
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
 from megatron_lite.engine.hooks import PendingUpdate
-from megatron_lite.observe.heartbeat import Phase
-from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACKS, newest_entries
+from megatron_lite.observe.heartbeat import Heartbeat, Phase
+from megatron_lite.observe.metrics import METRICS_FILE, newest_entries
 from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
 from megatron_lite.parallel.topology import bubble_share
-from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.loop import BatchSource, Findings, StepRecord
 from megatron_lite.train.stability.spike_report import Dossier, Dossiers
 
 NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # of a line
@@ -74,12 +74,13 @@ class UpdateJudge:
 
 
 class Watch:
-    """The first of the callbacks: what it finds is in the step's line, and the others go by it.
+    """The observer of the steps: what it finds is in the step's line, and the callbacks go by it.
 
     A step that its judge has not judged before the update is judged after it, by what the step returns anyway.
 
     Args:
         judge: whose hook the engine was built with.
+        source: of the training samples.
         dossiers: of the writing rank; the others have none.
         rollbacks: of the run so far; whoever takes it back adds to the list.
     """
@@ -89,9 +90,12 @@ class Watch:
         config: RunConfig,
         engine: Engine,
         judge: UpdateJudge,
+        source: BatchSource,
+        heartbeat: Heartbeat,
         dossiers: Dossiers | None,
         rollbacks: Sequence[Rollback],
     ) -> None:
+        self._config, self._source, self._heartbeat = config, source, heartbeat
         self._settings: StabilityConfig = config.stability
         self._is_fp16 = config.train.precision is Precision.fp16
         self._engine, self._judge, self._dossiers = engine, judge, dossiers
@@ -102,23 +106,27 @@ class Watch:
         self._open: list[Dossier] = []  # those that wait for steps after the spike
         self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def observe(self, record: StepRecord) -> Findings:
+        """A collective of all ranks."""
         vitals, verdict = self._verdict(record)
         before, self.spike = self.spike, Spike(record, verdict) if verdict.is_spike else None
         self.detector.add(vitals, verdict)
         self._history.append(vitals)
-        trainer.figures |= {"spike": verdict.is_spike, **shares(trainer, record)}
-        trainer.heartbeat.enter(Phase.REPORT)
-        micro_batches = num_micro_batches(trainer.config, record.batch.global_batch_size)
-        trainer.figures["ideal_bubble"] = bubble_share(self._engine.context.pipeline_size, micro_batches)
-        if self._rollbacks:
-            trainer.figures[ROLLBACKS] = len(self._rollbacks)
-        if self._settings.measures_layers(record.step):
-            trainer.figures |= self._layer_figures()
+        step_shares = shares(self._heartbeat, record)  # before the phase changes
+        self._heartbeat.enter(Phase.REPORT)
+        layers = self._layer_figures() if self._settings.measures_layers(record.step) else None
         if self._open and record.step == self._open[0].step + STEPS_AFTER:
             self._add_steps_after(self._open.pop(0))
         if self.spike and is_news(self.spike, before):
-            self._open.append(self._write_down(trainer, self.spike))
+            self._open.append(self._write_down(self.spike))
+        micro_batches = num_micro_batches(self._config, record.batch.global_batch_size)
+        return Findings(
+            spike=verdict.is_spike,
+            ideal_bubble=bubble_share(self._engine.context.pipeline_size, micro_batches),
+            shares=step_shares,
+            rollbacks=len(self._rollbacks),
+            layers=layers,
+        )
 
     def predicts_badly(self, loss: float) -> bool:
         """Whether a batch with this loss would be a spike, ahead of any update."""
@@ -157,7 +165,7 @@ class Watch:
             "stage_memory_bytes": stage_memory_bytes(self._engine.context),
         }
 
-    def _write_down(self, trainer: Trainer, spike: Spike) -> Dossier:
+    def _write_down(self, spike: Spike) -> Dossier:
         """A collective of all ranks."""
         record, engine = spike.record, self._engine
         print(f"judged step {record.step} a spike: {spike.verdict}", flush=True)  # to each rank's own log
@@ -167,7 +175,7 @@ class Watch:
             spike.verdict,
             str(self._settings.on_spike),
             len(self._rollbacks),
-            trainer.source.skips.indices(batch.first_sample, batch.global_batch_size),
+            self._source.skips.indices(batch.first_sample, batch.global_batch_size),
             sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
             engine.meter.recent_grad_norms(record.step),
         )
@@ -190,9 +198,9 @@ def is_news(spike: Spike, before: Spike | None) -> bool:
     return before is None or Kind.not_finite in set(spike.verdict.kinds) - set(before.verdict.kinds)
 
 
-def shares(trainer: Trainer, record: StepRecord) -> dict[str, float]:
+def shares(heartbeat: Heartbeat, record: StepRecord) -> dict[str, float]:
     """Of a step's time on this rank, by its training thread's clock: on a GPU, that of queueing and of waiting."""
-    spent: Mapping[Phase, float] = trainer.heartbeat.spent
+    spent: Mapping[Phase, float] = heartbeat.spent
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 

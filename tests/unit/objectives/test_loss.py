@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_lite.objectives.loss import Hits, TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.parallel.context import ParallelContext
 
 VOCAB_SIZE, PADDED = 5, 8
@@ -35,15 +35,35 @@ def test_sum_of_both_losses_and_its_gradients() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@torch.no_grad()
-def test_hits_are_weighted_like_the_loss() -> None:
+def test_a_z_loss_is_in_the_gradients_alone() -> None:
+    """PaLM's weight x mean of log(Z)^2, held against torch's logsumexp; evaluation knows nothing of it."""
+    logits, labels, weights, *_ = _case()
+    logits.requires_grad_()
+    plain = logits[..., :VOCAB_SIZE]
+    per_token = F.cross_entropy(plain.transpose(1, 2), labels, reduction="none")
+    z_loss = 0.3 * (plain.logsumexp(-1).square() * weights).sum()
+    (expected,) = torch.autograd.grad((per_token * weights).sum() + z_loss, logits)
+    context = ParallelContext.single()
+    loss = TokenLoss(context, VOCAB_SIZE, z_loss_weight=0.3)
+    found = loss(logits.clone(), (labels, weights))
+    torch.testing.assert_close(found, (per_token * weights).sum())
+    torch.testing.assert_close(torch.autograd.grad(found, logits)[0], expected)
+    assert context.auxiliary.collect({"z_loss": "mean"}, 2) == {"z_loss": float(z_loss) / 2}
+    context.auxiliary.begin_step(1.0)
+    with loss.counting():
+        loss(logits.detach(), (labels, weights))
+    assert context.auxiliary.collect({"z_loss": "mean"}, 1) == {"z_loss": 0.0}
+
+
+def test_right_predictions_are_weighted_like_the_loss() -> None:
     logits, labels, weights, classes, class_labels, class_weights = _case()
-    loss = TokenLoss(ParallelContext.single(), VOCAB_SIZE, Hits.none(torch.device("cpu")))
-    for _ in range(2):  # two micro-batches
-        total = loss((logits, classes), (labels, weights, class_labels, class_weights))
+    loss = TokenLoss(ParallelContext.single(), VOCAB_SIZE)
+    with loss.counting() as counts:
+        for _ in range(2):  # two micro-batches
+            total = loss((logits, classes), (labels, weights, class_labels, class_weights))
     right = (logits[..., :VOCAB_SIZE].argmax(-1) == labels) * weights
     assert 0 < right.sum() < weights.sum()
-    (hit, nats, tokens), (class_hit, class_nats, samples) = loss.hits.tokens.tolist(), loss.hits.sequences.tolist()
+    (hit, nats, tokens), (class_hit, class_nats, samples) = counts.tokens.tolist(), counts.sequences.tolist()
     assert (hit, tokens) == (2 * float(right.sum()), 2 * float(weights.sum()))
     assert (class_hit, samples) == (1.0, 2.0), "one class of two is right; weights of a half, twice"
     assert abs((nats + class_nats) / 2 - float(total)) < 1e-6

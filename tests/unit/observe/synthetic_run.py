@@ -12,6 +12,7 @@ from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
 from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.step_measures import STEP_MEASURES
 
 BATCH, SEQUENCE, LAYERS = 32, 64, 6
 HOSTILE = (
@@ -86,6 +87,7 @@ class SyntheticRun:
         figures: dict[str, Any] = {
             "loss": self.curve(step) + noise(0, 0.05) + rise,
             "grad_norm": grad_norm,
+            **{measure.name: 1e-3 * (1 + rise) for measure in STEP_MEASURES},
             "learning_rate": 3e-4 * min(step / 20, 0.5 + 0.5 * math.cos(math.pi * step / self.steps)),
             "samples": step * BATCH,
             "tokens": step * BATCH * SEQUENCE,

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.schema import BatchRampConfig, Decay, OptimizerConfig, RunConfig, TrainConfig
+from megatron_lite.data.samples.skips import Skips, Window
 from megatron_lite.engine.engine import StepResult
+from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
-from megatron_lite.train.loop import StepRecord, Trainer
+from megatron_lite.train.loop import Findings, StepRecord, Trainer
 
 # A warm-up of two steps and a linear decay to a tenth at step 6; batches of 4 until 12 samples are consumed, then of 8.
 RATES = [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
@@ -20,8 +22,10 @@ BATCHES = [BatchStep(0, 4), BatchStep(4, 4), BatchStep(8, 4), BatchStep(12, 8), 
 
 @dataclass
 class Recorded:
-    """An engine, a source and a callback that remember what they are given."""
+    """An engine, a source, an observer and a callback that remember what they are given."""
 
+    moments: list[str] = field(default_factory=list)
+    rewinds_at: int = 0
     steps: list[tuple[list[str], BatchStep, float]] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
 
@@ -34,20 +38,58 @@ class Recorded:
     def training(self, batch: BatchStep) -> list[str]:
         return [f"samples from {batch.first_sample}"]
 
-    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+    skips: Skips = field(default_factory=Skips)
+
+    def leave_out(self, skips: Skips) -> None:
+        self.skips = skips
+
+    def observe(self, record: StepRecord) -> Findings:
+        self.moments.append(f"observe {record.step}")
+        return Findings(spike=record.step == self.rewinds_at, ideal_bubble=0.0, shares={})
+
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        self.moments.append(f"before {step}")
+
+    def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         self.records.append(record)
+        self.moments.append(f"after {record.step}")
+        if findings.spike:
+            self.rewinds_at = 0
+            trainer.rewind(1, 4, self._find_skips)
+
+    def at_end(self, trainer: Trainer) -> None:
+        self.moments.append(f"end {trainer.finished_step}")
+
+    def _find_skips(self) -> Skips:
+        return Skips([Window(4, 8)])
+
+
+def trainer_of(seen: Any, train: TrainConfig, origin: Origin, callbacks: list[Any] | None = None) -> Trainer:
+    """With a warm-up of two steps and a linear decay."""
+    optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=2, decay=Decay.linear)
+    agreement: Any = SimpleNamespace(at_boundary=lambda: None)
+    config, schedule = RunConfig(optimizer=optimizer, train=train), BatchSchedule(train, origin)
+    watching = [seen] if callbacks is None else callbacks
+    return Trainer(config, seen, seen, schedule, agreement, seen, watching, origin.step, lambda _: 6, Heartbeat())
+
+
+def test_callbacks_have_named_moments_and_a_rewind_ends_those_of_its_step() -> None:
+    seen, behind = Recorded(rewinds_at=3), Recorded()
+    trainer_of(seen, TrainConfig(steps=6, global_batch_size=4), BEGINNING, [seen, behind]).fit()
+    once = [[f"before {step}", f"observe {step}", f"after {step}"] for step in (1, 2, 3, 2, 3, 4, 5, 6)]
+    assert seen.moments == [*(moment for step in once for moment in step), "end 6"]
+    assert [record.step for record in behind.records] == [1, 2, 2, 3, 4, 5, 6]
+    assert [record.batch.first_sample for record in behind.records] == [0, 4, 4, 8, 12, 16, 20]
+    assert seen.skips.windows == Skips([Window(4, 8)]).windows
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 4])
 def test_each_step_has_its_own_samples_and_learning_rate(first_step: int) -> None:
     """From the first on, and where a resumed run begins."""
-    optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=2, decay=Decay.linear)
     train = TrainConfig(steps=6, global_batch_size=8, batch_ramp=BatchRampConfig(start=4, increment=4, samples=12))
     origin = Origin(first_step, BATCHES[first_step].first_sample) if first_step else BEGINNING
     seen: Any = Recorded()
-    agreement: Any = SimpleNamespace(at_boundary=lambda: None)
-    config = RunConfig(optimizer=optimizer, train=train)
-    Trainer(config, seen, seen, BatchSchedule(train, origin), agreement, [seen], first_step, 6).fit()
+    trainer_of(seen, train, origin).fit()
     assert [batches for batches, _, _ in seen.steps] == [
         [f"samples from {batch.first_sample}"] for batch in BATCHES[first_step:]
     ]

@@ -79,7 +79,7 @@ def test_a_rollback_replaces_what_is_left_out(corpus: tuple[PreparedData, RunCon
     source = source_of(corpus, 1, 0, Skips())
     batch = BatchStep(4, 4)
     assert equal(rows(source.training(batch)), expected(corpus, [4, 5, 6, 7]))
-    source.skips = Skips([Window(5, 7)])
+    source.leave_out(Skips([Window(5, 7)]))
     assert equal(rows(source.training(batch)), expected(corpus, [4, 7, 8, 9]))
 
 

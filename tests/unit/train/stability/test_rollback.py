@@ -95,8 +95,8 @@ def test_a_window_that_grows_behind_a_checkpoint_leaves_it_alone() -> None:
 
 
 def go_back(run_dir: Path) -> GoBack:
-    parts = [Mock(), Mock(), Mock(), Mock(), Mock()]
-    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, *parts, rollbacks=[], find_last_step=Mock())
+    parts = [Mock() for _ in range(6)]
+    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, True, *parts, rollbacks=[])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
 
 def resumed(config: RunConfig, run_dir: Path, step: int) -> tuple[Watch, UpdateJudge]:
     judge = UpdateJudge(config)
-    watch = Watch(config, SimpleNamespace(meter=Mock()), judge, None, [])
+    watch = Watch(config, SimpleNamespace(meter=Mock()), judge, Mock(), Mock(), None, [])
     watch.remember(logged_vitals(config, run_dir, step))
     return watch, judge
 
