@@ -1,17 +1,24 @@
-"""Every place where DeepSpeed is changed from outside, each with what it does otherwise. Seen in DeepSpeed 0.19.8.
+"""Every place where DeepSpeed is changed from outside, and every method of its own that the train step calls.
 
-| patch | without it | the test that fails then |
-|---|---|---|
-| `_import_muon_without_compiler` | each rank imports torch's compiler: 6 CPU-seconds | benchmarks/start.py shows it |
-| `_without_shared_memory_comm` | the start waits for a compiled all-reduce that only inference uses | - |
-| `DeferredScale` | fp16: the step in which the loss scale grows is half as long | test_precision.py |
-| `forget_empty_step` | a guard: an empty step that allocates state would count for Adam; 0.19.8 makes none | - |
-| `spare_copies` | 2 to 10 % of a one-rank step goes into copies | test_deepspeed_patches.py |
-| `clip_by_given_norm` | gradients are read again, in fp64, for a norm that is known | test_deepspeed_patches.py |
+Seen in DeepSpeed 0.19.8; no upstream thread was found for any of them. What DeepSpeed does without each patch, and the
+test that fails then:
+
+`_import_muon_without_compiler`  each rank imports torch's compiler: 6 CPU-seconds. benchmarks/start.py shows it.
+`_without_shared_memory_comm`    the start compiles an all-reduce that only inference uses. benchmarks/start.py shows it.
+`DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so that the step in
+                                 which it doubles is half as long. tests/distributed/test_precision.py
+`spare_copies`                   copies that change nothing take 2 to 10 % of a step of one data-parallel rank.
+                                 tests/unit/engine/test_deepspeed_patches.py
+`clip_by_given_norm`             all gradients are read again, in fp64, for a norm that is known already.
+                                 tests/unit/engine/test_deepspeed_patches.py, tests/distributed/test_updates.py
+
+A DeepSpeed in which a method that is called or replaced is gone, or takes other arguments, is refused by the method's
+name (`require_right_deepspeed`); so is one that steps its optimizer while it allocates state (`require_no_step_taken`).
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import re
@@ -21,31 +28,51 @@ from unittest import mock
 
 import deepspeed.ops
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from megatron_lite.errors import LaunchError, TrainingError
 from megatron_lite.parallel.context import ParallelContext
 
 DEEPSPEED_FLOOR = (0, 19, 8)
-CALLED = {
-    PipelineEngine: (
-        "_exec_load_micro_batch",
-        "_exec_recv_activations",
-        "_exec_forward_pass",
-        "_exec_send_activations",
-        "_exec_recv_grads",
-        "_exec_backward_pass",
-        "_exec_send_grads",
-        "_exec_reduce_tied_grads",
-        "_exec_reduce_grads",
-        "_exec_optimizer_step",
-        "_reserve_pipe_buffers",
-        "set_dataiterator",
-        "set_train_batch_size",
-    ),
+_BUFFER = ("buffer_id",)
+USED: dict[type, dict[str, tuple[str, ...]]] = {
+    PipelineEngine: {
+        "_exec_load_micro_batch": _BUFFER,
+        "_exec_recv_activations": _BUFFER,
+        "_exec_forward_pass": _BUFFER,
+        "_exec_send_activations": _BUFFER,
+        "_exec_recv_grads": _BUFFER,
+        "_exec_backward_pass": _BUFFER,
+        "_exec_send_grads": _BUFFER,
+        "_exec_reduce_tied_grads": (),
+        "_exec_reduce_grads": (),
+        "_exec_optimizer_step": ("lr_kwargs",),
+        "_reserve_pipe_buffers": ("num_buffers",),
+        "set_dataiterator": ("iterator",),
+        "set_train_batch_size": ("train_batch_size",),
+    },
+    DeepSpeedZeroOptimizer: {
+        "_update_scale": ("has_overflow",),
+        "buffered_reduce_fallback": ("rank", "grads", "communication_data_type", "elements_per_buffer", "log"),
+        "scaled_global_norm": ("norm_type",),
+        "check_overflow": ("partition_gradients",),
+    },
+    DeepSpeedZeroOptimizer_Stage3: {
+        "_update_scale": ("has_overflow",),
+        "check_overflow": ("partition_gradients",),
+    },
+    BF16_Optimizer: {
+        "_update_hp_grad": ("lp", "group_idx", "param_idx", "clear_lp_grads"),
+        "get_grads_for_reduction": (),
+        "clear_hp_grads": (),
+        "get_grads_for_norm": ("for_clipping",),
+    },
 }
-"""What `engine/pipelined.py` calls that DeepSpeed does not promise to keep."""
+"""Methods of DeepSpeed that are called or replaced though it does not promise to keep them, with their parameters."""
 
 
 def _import_muon_without_compiler() -> None:
@@ -70,22 +97,29 @@ def require_right_deepspeed(version: str) -> None:
     """
     Raises:
         LaunchError: this DeepSpeed computes wrong gradients in a pipeline (before 0.19.3, its issues 7773 and 8152), or
-            updates weights by a gradient that is no number, unless in fp16 (before 0.19.8, which looks at the norm).
+            updates weights by a gradient that is not finite, unless in fp16 (before 0.19.8, which looks at the norm).
     """
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
         floor = ".".join(map(str, DEEPSPEED_FLOOR))
         raise LaunchError(
-            f"deepspeed=={version} cannot drop an update whose gradient is no number, and before 0.19.3 its gradients "
+            f"deepspeed=={version} cannot drop an update whose gradient is not finite, and before 0.19.3 its gradients "
             f"in a pipeline are wrong; pip install 'deepspeed>={floor}'"
         )
-    missing = [
-        f"{owner.__name__}.{name}" for owner, names in CALLED.items() for name in names if not hasattr(owner, name)
+    changed = [
+        f"{owner.__name__}.{name}({', '.join(expected)})"
+        for owner, methods in USED.items()
+        for name, expected in methods.items()
+        if _parameters(getattr(owner, name, None)) != ("self", *expected)
     ]
-    if missing:
+    if changed:
         raise LaunchError(
-            f"deepspeed=={version} has no {', '.join(missing)}, which the train step calls; "
+            f"deepspeed=={version} no longer has {'; '.join(changed)}, on which the train step relies; "
             "pip install -c constraints.txt deepspeed"
         )
+
+
+def _parameters(method: Callable[..., Any] | None) -> tuple[str, ...]:
+    return () if method is None else tuple(inspect.signature(method).parameters)
 
 
 class DeferredScale:
@@ -119,11 +153,17 @@ class DeferredScale:
                 ) from error
 
 
-def forget_empty_step(optimizer: Any) -> None:
-    """Undo the step count of DeepSpeed's allocation step, which would shift Adam's bias correction."""
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
-        if "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+def require_no_step_taken(optimizer: Any) -> None:
+    """
+    Raises:
+        LaunchError: DeepSpeed has stepped the optimizer to allocate its state, which shifts Adam's bias correction.
+    """
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    if any(float(state["step"]) for state in states if "step" in state):
+        raise LaunchError(
+            "this deepspeed steps the optimizer ahead of the first step, so Adam's bias correction would be off by one; "
+            "pip install -c constraints.txt deepspeed"
+        )
 
 
 def spare_copies(optimizer: Any, data_size: int) -> None:
@@ -167,9 +207,9 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
 
 
 def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: ParallelContext) -> None:
-    """Let an optimizer of DeepSpeed clip by this norm, and drop the update where it is no number.
+    """Let an optimizer of DeepSpeed clip by this norm, and drop the update where it is not finite.
 
-    Its own way copies every gradient into fp64 (4 % of a one-rank step on a CPU), looks for elements that are no number
+    Its own way copies every gradient into fp64 (4 % of a one-rank step on a CPU), looks for elements that are not finite
     in a pass of its own, and sums up over two groups of ranks after each.
 
     Args:

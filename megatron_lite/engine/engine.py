@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.deepspeed_patches import (
     DeferredScale,
     clip_by_given_norm,
-    forget_empty_step,
+    require_no_step_taken,
     require_right_deepspeed,
     spare_copies,
 )
@@ -134,7 +134,8 @@ class Engine(ABC):
         num_micro_batches = step.global_batch_size // (self.context.data_size * self.config.train.micro_batch_size)
         self._begin(step, learning_rate, num_micro_batches)
         self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
-        self._run_schedule(one_forward_one_backward(*self._stage_of_stages, num_micro_batches))
+        for instruction in self._announced(one_forward_one_backward(*self._stage_of_stages, num_micro_batches)):
+            self._executors[instruction.action](instruction.buffer)
         self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
         self._reduce_over_data_parallel()  # ZeRO-0/1; ZeRO-2/3 have done it in each backward pass
         self._phases.optimizer()
@@ -164,7 +165,8 @@ class Engine(ABC):
         self.module.eval()
         with self.loss.counting() as counts:
             self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
-            self._run_schedule(forward_only(*self._stage_of_stages, num_micro_batches))
+            for instruction in self._announced(forward_only(*self._stage_of_stages, num_micro_batches)):
+                self._executors[instruction.action](instruction.buffer)
             (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
         own = torch.cat([torch.stack([counts.tokens, counts.sequences]), weights], 1)  # [2, 4]
         tokens, classes = self._of_job(own).tolist()
@@ -193,14 +195,15 @@ class Engine(ABC):
         """One denominator for the whole global batch; the labels are on the last stage. A collective of its ranks."""
         return normalise(batches, self.context) if self.context.is_last_stage else batches
 
-    def _run_schedule(self, schedule: Iterable[Tick]) -> None:
+    def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
+        """The instructions of a schedule, each when it is about to be executed."""
         evaluating = not torch.is_grad_enabled()
         for tick in schedule:
             self._hooks.between_micro_batches()
             for instruction in tick:
                 self._phases.instruction(instruction, evaluating=evaluating)
                 self.context.auxiliary.record(instruction.action is Action.FORWARD)  # not what is recomputed
-                self._execute(instruction)
+                yield instruction
 
     def _is_dropped(self, loss: torch.Tensor) -> bool:
         if self._hooks.before_update is None:
@@ -260,8 +263,10 @@ class Engine(ABC):
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         """Make ready for a schedule over these micro-batches."""
 
+    @property
     @abstractmethod
-    def _execute(self, instruction: Instruction) -> None: ...
+    def _executors(self) -> Mapping[Action, Callable[[int], None]]:
+        """What does each instruction, by the number of its buffer."""
 
     @abstractmethod
     def _loss_sum(self) -> torch.Tensor:
@@ -352,7 +357,7 @@ class Engine(ABC):
             mpu=grid,
             dist_init_required=False,
         )
-        forget_empty_step(engine.optimizer)
+        require_no_step_taken(engine.optimizer)
         spare_copies(engine.optimizer, self.context.data_size)
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
         clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)

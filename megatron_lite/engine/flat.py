@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -12,7 +12,7 @@ from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
 from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_wire
-from megatron_lite.engine.pipeline_schedule import Action, Instruction
+from megatron_lite.engine.pipeline_schedule import Action
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
@@ -29,24 +29,27 @@ class FlatEngine(Engine):
         return FlatModel(specs).to(self.context.device), grid
 
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
-        self._batches = batches
+        self._to_come = list(reversed(batches))
         self._total = torch.zeros((), device=self.context.device)
 
-    def _execute(self, instruction: Instruction) -> None:
-        if instruction.action is Action.FORWARD:
-            self._micro_batch_loss = self._forward(self._batches[instruction.micro_batch])
-            self._total += self._micro_batch_loss.detach()
-        elif instruction.action is Action.BACKWARD:
-            # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
-            is_last = instruction.micro_batch == len(self._batches) - 1
-            self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
-            self.deepspeed_engine.backward(self._micro_batch_loss)  # reduces gradients to the ranks that own them
-        # LOAD: the forward pass moves the micro-batch to the device. One stage sends and receives nothing.
+    @property
+    def _executors(self) -> Mapping[Action, Callable[[int], None]]:
+        """One stage sends and receives nothing, and needs no more than one buffer."""
+        return {Action.LOAD: self._to_device, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
 
-    def _forward(self, batch: MicroBatch) -> torch.Tensor:
-        device = self.context.device
-        outputs = self.deepspeed_engine(*(tensor.to(device) for tensor in batch.inputs))
-        return self.loss(outputs, tuple(tensor.to(device) for tensor in targets_of(batch)))
+    def _to_device(self, _: int) -> None:
+        batch, device = self._to_come.pop(), self.context.device
+        self._inputs = [tensor.to(device) for tensor in batch.inputs]
+        self._targets = tuple(tensor.to(device) for tensor in targets_of(batch))
+
+    def _forward(self, _: int) -> None:
+        self._micro_batch_loss = self.loss(self.deepspeed_engine(*self._inputs), self._targets)
+        self._total += self._micro_batch_loss.detach()
+
+    def _backward(self, _: int) -> None:
+        # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not self._to_come)
+        self.deepspeed_engine.backward(self._micro_batch_loss)  # reduces gradients to the ranks that own them
 
     def _loss_sum(self) -> torch.Tensor:
         return self._total

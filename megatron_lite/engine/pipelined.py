@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
 from megatron_lite.engine.pipeline_module import Sent, StagedModule, first_wire
-from megatron_lite.engine.pipeline_schedule import Action, Instruction
+from megatron_lite.engine.pipeline_schedule import Action
 from megatron_lite.models.activations import Wire
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.models.spec import LayerSpec
@@ -32,7 +32,7 @@ class PipelinedEngine(Engine):
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         engine = super()._initialize(grid)
-        self._executors: dict[Action, Callable[[int], None]] = {
+        self._of_deepspeed: dict[Action, Callable[[int], None]] = {
             Action.LOAD: engine._exec_load_micro_batch,  # to the device
             Action.RECEIVE: engine._exec_recv_activations,
             Action.FORWARD: engine._exec_forward_pass,  # the loss too, on the last stage
@@ -53,8 +53,9 @@ class PipelinedEngine(Engine):
         engine._compute_loss = True
         engine._reserve_pipe_buffers(num_buffers)
 
-    def _execute(self, instruction: Instruction) -> None:
-        self._executors[instruction.action](instruction.buffer)
+    @property
+    def _executors(self) -> Mapping[Action, Callable[[int], None]]:
+        return self._of_deepspeed
 
     def _loss_sum(self) -> torch.Tensor:
         total = self.deepspeed_engine.total_loss

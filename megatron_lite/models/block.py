@@ -5,11 +5,7 @@ Shapes: b micro-batch, s sequence, e positions of the encoder, h hidden, t tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
 from megatron_lite.models.attention import Attention
@@ -49,6 +45,7 @@ class TransformerBlock(nn.Module):
         self.hidden_dropout = model.hidden_dropout
         self.has_dropout = max(model.hidden_dropout, model.attention_dropout, model.ffn_dropout) > 0.0
         self.recompute = recompute is Recompute.full
+        """All of the forward pass is computed again in the backward pass; `layer_factory.apply_block` sees to it."""
         selective = recompute is Recompute.selective
         self.attention_norm = build_norm(model, context)
         self.attention = Attention(model, context, init, causal=causal, rotary=rotary, recompute=selective)
@@ -59,26 +56,28 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = build_norm(model, context)
         self.mlp = build_mlp(model, context, init)
 
-    def forward(self, x: Tensor, visibility: Visibility, memory: Tensor | None = None) -> Tensor:
+    def next_key(self) -> DropoutKey | None:
+        """Of the masks of one micro-batch; None where nothing is dropped.
+
+        Taken ahead of the forward pass, outside of what may run again, so that recomputation draws the same masks.
+        """
+        return self.context.rng.next_key(self.name) if self.training and self.has_dropout else None
+
+    def forward(self, x: Tensor, visibility: Visibility, memory: Tensor | None, key: DropoutKey | None) -> Tensor:
         """
         Args:
             visibility: its `lengths` are those of memory where there is cross-attention.
             memory: [b, e, h], or [b, e/t, h]; for cross-attention.
+            key: from `next_key`.
         """
-        # Taken here, outside of what may run a second time, so that the second run draws the same masks.
-        key = self.context.rng.next_key(self.name) if self.training and self.has_dropout else None
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, visibility, memory, key, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, visibility, memory, key)
-
-    def _forward(self, x: Tensor, visibility: Visibility, memory: Tensor | None, key: DropoutKey | None) -> Tensor:
-        def add(x: Tensor, part: Callable[[Tensor], Tensor], norm: nn.Module, site: str) -> Tensor:
-            part_of_x = part(norm(x) if self.norm_first else x)
-            x = x + activation_dropout(part_of_x, self.hidden_dropout, key, site, self.context)
-            return x if self.norm_first else norm(x)
-
-        x = add(x, lambda y: self.attention(y, key, visibility), self.attention_norm, "attention_output")
+        first = self.norm_first
+        part = self.attention(self.attention_norm(x) if first else x, key, visibility)
+        x = x + activation_dropout(part, self.hidden_dropout, key, "attention_output", self.context)
+        x = x if first else self.attention_norm(x)
         if self.cross_attention is not None:
-            cross, lengths = self.cross_attention, visibility.lengths
-            x = add(x, lambda y: cross(y, memory, lengths, key), self.cross_attention_norm, "cross_attention_output")
-        return add(x, lambda y: self.mlp(y, key), self.mlp_norm, "mlp_output")
+            part = self.cross_attention(self.cross_attention_norm(x) if first else x, memory, visibility.lengths, key)
+            x = x + activation_dropout(part, self.hidden_dropout, key, "cross_attention_output", self.context)
+            x = x if first else self.cross_attention_norm(x)
+        part = self.mlp(self.mlp_norm(x) if first else x, key)
+        x = x + activation_dropout(part, self.hidden_dropout, key, "mlp_output", self.context)
+        return x if first else self.mlp_norm(x)

@@ -10,7 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
@@ -222,9 +224,11 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
     return replace(x, position_bias=bias(x.hidden.shape[1] * split, x.lengths))
 
 
-def apply_block(block: nn.Module, x: Activations) -> Activations:
-    visibility = Visibility(x.lengths, x.prefix_lengths, x.position_bias)
-    return replace(x, hidden=block(x.hidden, visibility, x.memory))
+def apply_block(block: TransformerBlock, x: Activations) -> Activations:
+    arguments = x.hidden, Visibility(x.lengths, x.prefix_lengths, x.position_bias), x.memory, block.next_key()
+    if block.recompute and torch.is_grad_enabled():
+        return replace(x, hidden=checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return replace(x, hidden=block(*arguments))
 
 
 def apply_next_sentence(head: nn.Module, x: Activations) -> Activations:

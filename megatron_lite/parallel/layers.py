@@ -70,11 +70,6 @@ def _start_sum(grad: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> 
     return grad, dist.all_reduce(grad, group=group, async_op=True)
 
 
-def _column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, context: ParallelContext) -> Tensor:
-    """x [b, s, i], or [b, s/t, i] under sequence parallelism -> [b, s, o/t]."""
-    return _Linear.apply(x, weight, bias, context.tensor_group, context.sequence_parallel)
-
-
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the output channels split: [b, s, i] (or [b, s/t, i]) -> [b, s, stacked * o/t]."""
 
@@ -109,7 +104,7 @@ class ColumnParallelLinear(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return _column_linear(x, self.weight, self.bias, self.context)
+        return _Linear.apply(x, self.weight, self.bias, self.context.tensor_group, self.context.sequence_parallel)
 
 
 class RowParallelLinear(nn.Module):
@@ -172,7 +167,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         if as_head:
-            return _column_linear(x, self.weight, None, self.context)
+            return _Linear.apply(x, self.weight, None, self.context.tensor_group, self.context.sequence_parallel)
         if self.context.tensor_group is None:
             return F.embedding(x, self.weight)
         rows = self.weight.shape[0]

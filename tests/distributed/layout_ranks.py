@@ -294,7 +294,7 @@ def _clip_coefficient_too_large() -> Iterator[None]:
 
 
 _BEGIN = AuxiliaryChannel.begin_step
-_FORWARD = TransformerBlock._forward
+_FORWARD = TransformerBlock.forward
 _MEASURES = (
     StepMeasure("block_square", "mean", "mean square of blocks", ""),
     StepMeasure("block_largest", "max", "largest value of blocks", ""),
@@ -314,7 +314,7 @@ def _with_a_term_of_its_own(block: TransformerBlock, *arguments: Any) -> torch.T
 @contextmanager
 def _auxiliary_of_blocks() -> Iterator[None]:
     with (
-        mock.patch.object(TransformerBlock, "_forward", _with_a_term_of_its_own),
+        mock.patch.object(TransformerBlock, "forward", _with_a_term_of_its_own),
         mock.patch.object(megatron_lite.engine.task, "STEP_MEASURES", _MEASURES),
     ):
         yield
@@ -323,7 +323,7 @@ def _auxiliary_of_blocks() -> Iterator[None]:
 AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # a feature of layers that no model here has, rather than a fault
-    AUXILIARY_UNLISTED: _patch(TransformerBlock, "_forward", _with_a_term_of_its_own),
+    AUXILIARY_UNLISTED: _patch(TransformerBlock, "forward", _with_a_term_of_its_own),
     "auxiliary_gradient_too_large": _patch(
         AuxiliaryChannel, "begin_step", lambda channel, gradient: _BEGIN(channel, 1.05 * gradient)
     ),

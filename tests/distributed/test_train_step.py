@@ -1,0 +1,43 @@
+"""The train step stays short enough to be read: how deep the first matrix product of a step lies."""
+
+from __future__ import annotations
+
+import traceback
+from unittest import mock
+
+import pytest
+import torch.nn.functional as F
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.optim.batch_ramp import BatchStep
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_ranks import synthetic_engine
+from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
+
+MOST_FRAMES = 20  # of them most are torch's, two for each module, and DeepSpeed's
+MOST_OWN_FRAMES = 8
+
+
+def frames_rank(config: RunConfig) -> list[str]:
+    """Files of the frames from `train_step` to the first matrix product."""
+    engine, batches_from = synthetic_engine(config, VOCAB_SIZE)
+    found: list[list[str]] = []
+    linear = F.linear
+
+    def spy(*arguments: object) -> object:
+        frames = traceback.extract_stack()[:-1]
+        first = next(place for place, frame in enumerate(frames) if frame.name == "train_step")
+        found.append([frame.filename for frame in frames[first:]])
+        return linear(*arguments)
+
+    with mock.patch.object(F, "linear", spy):
+        engine.train_step(batches_from(0, 2), BatchStep(0, 8), 1e-3)
+    return found[0]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_the_first_matrix_product_is_near(zero_stage: int) -> None:
+    (frames,) = run_ranks(frames_rank, 1, run_config("gpt2", zero_stage=zero_stage))
+    assert sum("megatron_lite/" in file for file in frames) <= MOST_OWN_FRAMES
+    if zero_stage == 1:  # hooks of ZeRO-3 on each module are frames of torch's
+        assert len(frames) <= MOST_FRAMES
