@@ -4,7 +4,7 @@ Seen in DeepSpeed 0.19.8; no upstream thread was found for any of them. What Dee
 test that fails then:
 
 `_import_muon_without_compiler`  each rank imports torch's compiler: 6 CPU-seconds. benchmarks/start.py shows it.
-`_without_shared_memory_comm`    the start compiles an all-reduce that only inference uses. benchmarks/start.py shows it.
+`_without_shared_memory_comm`    the start compiles an all-reduce that only inference uses. benchmarks/start.py again.
 `DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so that the step in
                                  which it doubles is half as long. tests/distributed/test_precision.py
 `spare_copies`                   copies that change nothing take 2 to 10 % of a step of one data-parallel rank.
@@ -161,7 +161,7 @@ def require_no_step_taken(optimizer: Any) -> None:
     states = getattr(optimizer, "optimizer", optimizer).state.values()
     if any(float(state["step"]) for state in states if "step" in state):
         raise LaunchError(
-            "this deepspeed steps the optimizer ahead of the first step, so Adam's bias correction would be off by one; "
+            "this deepspeed steps the optimizer ahead of the first step, so Adam's bias correction is off by one; "
             "pip install -c constraints.txt deepspeed"
         )
 
@@ -209,8 +209,8 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
 def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: ParallelContext) -> None:
     """Let an optimizer of DeepSpeed clip by this norm, and drop the update where it is not finite.
 
-    Its own way copies every gradient into fp64 (4 % of a one-rank step on a CPU), looks for elements that are not finite
-    in a pass of its own, and sums up over two groups of ranks after each.
+    Its own way copies every gradient into fp64 (4 % of a one-rank step on a CPU), looks for elements that are not
+    finite in a pass of its own, and sums up over two groups of ranks after each.
 
     Args:
         norm: of the whole model's gradient, times fp16's loss scale; an fp32 scalar, the same on every rank.
