@@ -14,7 +14,7 @@ import numpy as np
 from megatron_lite.files import replace_file
 from megatron_lite.observe.charts import COLOURS, Series, from_plotly
 from megatron_lite.observe.envelope import Array, Envelope
-from megatron_lite.observe.history import MissingSteps, Pairs, columns_of, paired, steps_of
+from megatron_lite.observe.history import MissingSteps, Pairs, columns_of, paired
 from megatron_lite.observe.lines import Block, Gap, blocks, line_type
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_folder import RunFolder
@@ -112,9 +112,10 @@ class Side:
             missing.see(block)
             self.count += len(block.lines)
             if block.lines:
-                steps = steps_of(block)
-                for name, (values, there) in columns_of(block.lines, FIGURES).items():
-                    self.curves[name].add(steps[there], values[there])
+                columns = columns_of(block.lines, FIGURES)
+                for place, name in enumerate(FIGURES):
+                    there = columns.there[:, place]
+                    self.curves[name].add(block.steps[there], columns.values[there, place])
             yield block
         self.gaps = missing.gaps
 
@@ -154,10 +155,9 @@ class Comparison:
         parted = loss.first_different is not None, loss.first_beyond is not None
         if len(pairs.steps):
             both = [columns_of(lines, FIGURES) for lines in (pairs.first, pairs.second)]
-            for name in FIGURES:
-                (first, in_first), (second, in_second) = (columns[name] for columns in both)
-                there = in_first & in_second
-                steps, values = pairs.steps[there], (first[there], second[there])
+            for place, name in enumerate(FIGURES):
+                there = both[0].there[:, place] & both[1].there[:, place]
+                steps, values = pairs.steps[there], [columns.values[there, place] for columns in both]
                 self.partings[name].add(steps, *values)
                 self.differences[name].add(steps, relative_gap(*values))
         if loss.first_beyond is not None and not parted[1]:

@@ -3,19 +3,20 @@ loss curve and the summary show, and what `compare` holds side by side."""
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import starmap
 from operator import attrgetter
 from pathlib import Path
+from struct import Struct
+from struct import error as StructError
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from megatron_lite.observe.envelope import MOST_POINTS, Array, Envelope, Means
+from megatron_lite.observe.envelope import MOST_NEW, MOST_POINTS, Array, Envelope, Means
 from megatron_lite.observe.lines import Block, Gap, Line, blocks, line_type
 from megatron_lite.observe.logged import LoggedLines
 from megatron_lite.observe.metrics import branch_of, entries, from_json
@@ -42,8 +43,10 @@ class History:
     """Where lines are missing that had been written."""
     damaged: int = 0
     """Lines that cannot be read."""
+    dropped: int = 0
+    """Values of the others that are no numbers."""
     _curves: dict[str, Envelope] = field(default_factory=dict)
-    _groups: dict[str, dict[str, Envelope]] = field(default_factory=dict)
+    _groups: dict[str, GroupCurves] = field(default_factory=dict)
     loss: Means = field(default_factory=Means)
     _speeds: Thinned = field(default_factory=lambda: Thinned(len(SPEED)))
 
@@ -54,12 +57,19 @@ class History:
             lost: what earlier resumes have found missing; steps that were trained again since are not.
             logged: what a checkpoint knows of the file.
         """
-        found = cls()
         names, groups = wanted()
-        missing = MissingSteps(lost, logged)
+        found = cls(_groups={name: GroupCurves() for name in groups})
+        missing, waiting = MissingSteps(lost, logged), list[tuple[Array, Columns]]()
         for block in blocks(path, line_type([*names, *OTHERS], groups)):
-            found._add(block, names, groups)
             missing.see(block)
+            found._count(block)
+            if block.lines:
+                waiting.append((block.steps, columns_of(block.lines, names)))
+                _add_groups(found._groups, block.lines)
+            if sum(len(steps) for steps, _ in waiting) > MOST_NEW:
+                found._add(waiting, names)
+                waiting = []
+        found._add(waiting, names)
         found.gaps = missing.gaps
         for curve in found._curves.values():
             for gap in found.gaps:
@@ -73,7 +83,7 @@ class History:
 
     def group(self, name: str) -> dict[str, Points]:
         """The curves of a nested figure, by the names within."""
-        found = self._groups.get(name, {})
+        found = self._groups[name].curves() if name in self._groups else {}
         most = max(MOST_POINTS // 10, min(MOST_POINTS, MOST_GROUP_POINTS // max(len(found), 1)))
         return {inner: curve.points(most) for inner, curve in found.items()}
 
@@ -84,22 +94,68 @@ class History:
         rows = rows[np.isfinite(rows).all(axis=1)]
         return dict(zip(SPEED, rows.T, strict=True))
 
-    def _add(self, block: Block, names: Sequence[str], groups: Sequence[str]) -> None:
+    def _count(self, block: Block) -> None:
         self.damaged += block.damaged
-        if not block.lines:
-            return
-        self.first = self.first or _as_entry(block.lines[0])
-        self.last = _as_entry(block.lines[-1])
-        steps = steps_of(block)
-        columns = columns_of(block.lines, names)
-        for name, (values, there) in columns.items():
-            if there.any():
-                self._curves.setdefault(name, Envelope()).add(steps[there], values[there])
-        self.loss.add(steps, columns["loss"][0])
-        self._speeds.add(np.stack([columns[name][0] for name in SPEED], axis=1))
-        for name in groups:
-            _add_group(self._groups.setdefault(name, {}), block.lines, name)
+        self.dropped += block.dropped
         self.count += len(block.lines)
+        if block.lines:
+            self.first = self.first or _as_entry(block.lines[0])
+            self.last = _as_entry(block.lines[-1])
+
+    def _add(self, waiting: Sequence[tuple[Array, Columns]], names: Sequence[str]) -> None:
+        """Several blocks together: most of the work is by call rather than by line."""
+        if not waiting:
+            return
+        steps = np.concatenate([steps for steps, _ in waiting])
+        values = np.concatenate([columns.values for _, columns in waiting])
+        there = np.concatenate([columns.there for _, columns in waiting])
+        for place, name in enumerate(names):
+            those = there[:, place]
+            if those.all():
+                self._curves.setdefault(name, Envelope()).add(steps, values[:, place])
+            elif those.any():
+                self._curves.setdefault(name, Envelope()).add(steps[those], values[those, place])
+        self.loss.add(steps, values[:, names.index("loss")])
+        self._speeds.add(values[:, [names.index(name) for name in SPEED]])
+
+
+class GroupCurves:
+    """The curves of a nested figure, by the names within."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, Envelope] = {}
+        self._waiting: dict[tuple[Any, ...], tuple[list[int], list[list[Any]]]] = {}
+        """By their names: steps and rows of figures."""
+        self._num_waiting = 0
+
+    def add(self, step: int, group: dict[str, Any] | list[Any]) -> None:
+        by_name = group if isinstance(group, dict) else dict(enumerate(group))
+        steps, rows = self._waiting.setdefault(tuple(by_name), ([], []))
+        steps.append(step)
+        rows.append(list(by_name.values()))
+        self._num_waiting += len(by_name)
+        if self._num_waiting > MOST_NEW:
+            self._take_waiting()
+
+    def curves(self) -> dict[str, Envelope]:
+        self._take_waiting()
+        return self._curves
+
+    def _take_waiting(self) -> None:
+        for keys, (steps, rows) in self._waiting.items():
+            table = np.array(rows, dtype=float)  # numpy reads None and the names of what is not finite
+            for key, values in zip(keys, table.T, strict=True):
+                self._curves.setdefault(str(key), Envelope()).add(np.array(steps), values)
+        self._waiting, self._num_waiting = {}, 0
+
+
+def _add_groups(curves: Mapping[str, GroupCurves], lines: Sequence[Line]) -> None:
+    nothing = (None,) * len(curves)
+    for line, groups in zip(lines, map(attrgetter(*curves), lines), strict=True):
+        if groups != nothing:
+            for name, group in zip(curves, groups, strict=True):
+                if group is not None:
+                    curves[name].add(line.step, group)
 
 
 @dataclass
@@ -146,66 +202,49 @@ def wanted() -> tuple[list[str], list[str]]:
     return list(dict.fromkeys([*(key for key in keys if not key.endswith(WHOLE_GROUP)), *SPEED])), groups
 
 
-def steps_of(block: Block) -> Array:
-    return np.fromiter((line.step for line in block.lines), np.int64, len(block.lines))
+@dataclass(frozen=True)
+class Columns:
+    """Figures of several lines: a row for each line, a column for each name."""
+
+    values: Array
+    """NaN where there is none."""
+    there: Array
+    """Whether the line has the figure."""
 
 
-def columns_of(lines: Sequence[Line], names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
-    """Figures of all lines: of each NaN where it is absent or no number, and where it is there."""
-    usual = [name for name in names if getattr(lines[0], name) is not None]
-    found = {}
-    if len(usual) > 1:
-        rows = chain.from_iterable(map(attrgetter(*usual), lines))
-        try:  # in most blocks each line has a number for each
-            table = np.fromiter(rows, float, len(lines) * len(usual)).reshape(len(lines), -1)
-            everywhere = np.ones(len(lines), bool)
-            found = {name: (values, everywhere) for name, values in zip(usual, table.T, strict=True)}
-        except (TypeError, ValueError, OverflowError):
-            pass
-    return {name: found.get(name) or _column(lines, name) for name in names}
+def columns_of(lines: Sequence[Line], names: Sequence[str]) -> Columns:
+    """Args: lines: at least one."""
+    usual = [place for place, name in enumerate(names) if getattr(lines[0], name) is not None]
+    table = _table(lines, [names[place] for place in usual])
+    if table is not None and len(usual) == len(names):
+        return Columns(table, np.ones(table.shape, bool))
+    values = np.full((len(lines), len(names)), np.nan)
+    there = np.zeros(values.shape, bool)
+    if table is not None:
+        values[:, usual], there[:, usual] = table, True
+    for place, name in enumerate(names):
+        if not there[0, place]:
+            column = list(map(attrgetter(name), lines))
+            there[:, place] = [value is not None for value in column]
+            values[:, place] = column  # numpy reads None and the names of what is not finite
+    return Columns(values, there)
 
 
-def _column(lines: Sequence[Line], name: str) -> tuple[Array, Array]:
-    values: list[Any] = list(map(attrgetter(name), lines))
-    if values.count(None) == len(values):
-        return np.full(len(values), np.nan), np.zeros(len(values), bool)
-    values = [_number(value) for value in values]
-    there = np.fromiter((value is not None for value in values), bool, len(values))
-    return np.array(values, dtype=float), there
-
-
-def _number(value: Any) -> float | None:
-    """None where it is none."""
-    value = from_json(value)
+def _table(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
+    """A row for each line; None where not each has a number for each name, as in most blocks it has."""
+    if len(names) < 2:
+        return None
+    pack = Struct(f"{len(names)}d").pack
     try:
-        return float(value) if isinstance(value, int | float) else None
-    except OverflowError:
-        return math.inf
+        content = b"".join(starmap(pack, map(attrgetter(*names), lines)))
+    except StructError:
+        return None
+    return np.frombuffer(content).reshape(len(lines), -1)
 
 
 def _as_entry(line: Line) -> dict[str, Any]:
     """As `read_metrics` would give it, without what is absent."""
     return {name: from_json(value) for name, value in msgspec.structs.asdict(line).items() if value is not None}
-
-
-def _add_group(curves: dict[str, Envelope], lines: Sequence[Line], name: str) -> None:
-    found = list(map(attrgetter(name), lines))
-    if found.count(None) == len(found):
-        return
-    having = [(line.step, value) for line, value in zip(lines, found, strict=True) if value is not None]
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    groups: list[dict[Any, Any]] = [group if isinstance(group, dict) else dict(enumerate(group)) for _, group in having]
-    for place, group in enumerate(groups):
-        alike.setdefault(tuple(group), []).append(place)
-    for keys, places in alike.items():
-        steps = np.array([having[place][0] for place in places])
-        rows = [list(groups[place].values()) for place in places]
-        try:
-            table = np.array(rows, dtype=float)
-        except (TypeError, ValueError, OverflowError):
-            table = np.array([[_number(value) for value in row] for row in rows], dtype=float)
-        for key, values in zip(keys, table.T, strict=True):
-            curves.setdefault(str(key), Envelope()).add(steps, values)
 
 
 class Thinned:
@@ -240,7 +279,7 @@ class MissingSteps:
         self._damaged = self._damaged or block.damaged > 0
         if not block.lines or not (self._known or self._logged):
             return
-        steps = steps_of(block)
+        steps = block.steps
         if self._logged is not None:
             self._steps.append(steps)
         for gap in self._known:
@@ -305,7 +344,7 @@ class _Side:
             block = next(self._source, None)
             if block is None:
                 return False
-            self._lines, self.steps = block.lines, steps_of(block)
+            self._lines, self.steps = block.lines, block.steps
         return True
 
     def take(self, until: int) -> tuple[Array, list[Any]]:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from megatron_lite.observe import lines
 from megatron_lite.observe.charts import MOST_POINTS
 from megatron_lite.observe.envelope import Envelope, Means
-from megatron_lite.observe.history import MOST_GROUP_POINTS, History
-from megatron_lite.observe.lines import Gap, Line, blocks
+from megatron_lite.observe.history import MOST_GROUP_POINTS, History, columns_of
+from megatron_lite.observe.lines import Gap, Line, blocks, line_type
 from megatron_lite.observe.metrics import (
     EventWriter,
     MetricsWriter,
@@ -148,6 +148,53 @@ def test_damaged_events_are_counted(tmp_path: Path) -> None:
     writer.close()
     assert writer.damaged == 2
     assert [entry["event"] for entry in read_metrics(path)] == ["start", "save"]
+
+
+NO_FIGURES = ('"nan"', '"x"')
+FIGURE_TEXTS = st.sampled_from(
+    ["1.5", "-3", "null", "true", '"NaN"', '"-Infinity"', "1e5", str(10**30), "1" + "0" * 400, *NO_FIGURES]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(FIGURE_TEXTS, FIGURE_TEXTS | st.just("{}") | st.just("[1]"), FIGURE_TEXTS), min_size=1))
+def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tuple[str, str, str]]) -> None:
+    """By both readers alike: of whole lines, and of the wanted keys of each."""
+    kind = line_type(["loss", "accuracy"], ["layers"])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text(
+            "".join(
+                f'{{"step": {step}, "loss": {loss}, "accuracy": {accuracy}, "layers": {{"a": 0.5, "b": {inner}}}}}\n'
+                for step, (loss, accuracy, inner) in enumerate(rows, 1)
+            )
+        )
+        whole = read_metrics(path)
+        found = list(blocks(path, kind))
+        lines = [line for block in found for line in block.lines]
+        assert [entry["step"] for entry in whole] == [line.step for line in lines] == list(range(1, len(rows) + 1))
+        texts = [text for row in rows for text in row]
+        assert sum(block.dropped for block in found) == sum(text in (*NO_FIGURES, "{}", "[1]") for text in texts)
+        columns = columns_of(lines, ["loss"])
+        for entry, value, there in zip(whole, columns.values[:, 0], columns.there[:, 0], strict=True):
+            assert there == (entry.get("loss") is not None)
+            assert np.array_equal(value, math.nan if not there else float(entry["loss"]), equal_nan=True)
+        for line, entry in zip(lines, whole, strict=True):
+            assert line.layers.keys() == entry["layers"].keys()
+
+
+def test_values_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "two"}\n{"step": 3, "loss": 1.0, "lo\u00e4": 7}\n')
+    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xff"))  # a damaged name is no damaged line
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 2, 3]
+    told = f"warning: 1 value of {path} is not a number and is left out\n"
+    assert capsys.readouterr().err == told
+    folder = RunFolder.read(tmp_path)
+    page = render(folder, "running")
+    assert capsys.readouterr().err == told
+    assert folder.history.curve("loss") == ([1, 3], [2.0, 1.0])
+    assert "1 value of metrics.jsonl is not a number and is left out." in page
 
 
 @pytest.mark.parametrize("block_bytes", [16, 64, 2**22])
