@@ -59,17 +59,18 @@ class History:
         """
         names, groups = wanted()
         found = cls(_groups={name: GroupCurves() for name in groups})
-        missing, waiting = MissingSteps(lost, logged), list[tuple[Array, Columns]]()
+        missing, waiting = MissingSteps(lost, logged), list[Table]()
         for block in blocks(path, line_type([*names, *OTHERS], groups)):
             missing.see(block)
             found._count(block)
             if block.lines:
-                waiting.append((block.steps, columns_of(block.lines, names)))
+                waiting.append(Table.of(block, names))
                 _add_groups(found._groups, block.lines)
-            if sum(len(steps) for steps, _ in waiting) > MOST_NEW:
-                found._add(waiting, names)
+            if sum(map(len, waiting)) > MOST_NEW:  # most of the work is by call rather than by line
+                found._add(Table.joined(waiting), names)
                 waiting = []
-        found._add(waiting, names)
+        if waiting:
+            found._add(Table.joined(waiting), names)
         found.gaps = missing.gaps
         for curve in found._curves.values():
             for gap in found.gaps:
@@ -102,21 +103,15 @@ class History:
             self.first = self.first or _as_entry(block.lines[0])
             self.last = _as_entry(block.lines[-1])
 
-    def _add(self, waiting: Sequence[tuple[Array, Columns]], names: Sequence[str]) -> None:
-        """Several blocks together: most of the work is by call rather than by line."""
-        if not waiting:
-            return
-        steps = np.concatenate([steps for steps, _ in waiting])
-        values = np.concatenate([columns.values for _, columns in waiting])
-        there = np.concatenate([columns.there for _, columns in waiting])
+    def _add(self, table: Table, names: Sequence[str]) -> None:
         for place, name in enumerate(names):
-            those = there[:, place]
+            those = table.there[:, place]
             if those.all():
-                self._curves.setdefault(name, Envelope()).add(steps, values[:, place])
+                self._curves.setdefault(name, Envelope()).add(table.steps, table.values[:, place])
             elif those.any():
-                self._curves.setdefault(name, Envelope()).add(steps[those], values[those, place])
-        self.loss.add(steps, values[:, names.index("loss")])
-        self._speeds.add(values[:, [names.index(name) for name in SPEED]])
+                self._curves.setdefault(name, Envelope()).add(table.steps[those], table.values[those, place])
+        self.loss.add(table.steps, table.values[:, names.index("loss")])
+        self._speeds.add(table.values[:, [names.index(name) for name in SPEED]])
 
 
 class GroupCurves:
@@ -124,16 +119,16 @@ class GroupCurves:
 
     def __init__(self) -> None:
         self._curves: dict[str, Envelope] = {}
-        self._waiting: dict[tuple[Any, ...], tuple[list[int], list[list[Any]]]] = {}
-        """By their names: steps and rows of figures."""
+        self._waiting: dict[tuple[Any, ...], tuple[list[int], list[Any]]] = {}
+        """By their names: steps, and the figures of all these steps in a row."""
         self._num_waiting = 0
 
     def add(self, step: int, group: dict[str, Any] | list[Any]) -> None:
-        by_name = group if isinstance(group, dict) else dict(enumerate(group))
-        steps, rows = self._waiting.setdefault(tuple(by_name), ([], []))
+        names = tuple(group) if isinstance(group, dict) else tuple(range(len(group)))
+        steps, figures = self._waiting.setdefault(names, ([], []))
         steps.append(step)
-        rows.append(list(by_name.values()))
-        self._num_waiting += len(by_name)
+        figures.extend(group.values() if isinstance(group, dict) else group)
+        self._num_waiting += len(names)
         if self._num_waiting > MOST_NEW:
             self._take_waiting()
 
@@ -142,10 +137,10 @@ class GroupCurves:
         return self._curves
 
     def _take_waiting(self) -> None:
-        for keys, (steps, rows) in self._waiting.items():
-            table = np.array(rows, dtype=float)  # numpy reads None and the names of what is not finite
-            for key, values in zip(keys, table.T, strict=True):
-                self._curves.setdefault(str(key), Envelope()).add(np.array(steps), values)
+        for names, (steps, figures) in self._waiting.items():
+            table = np.array(figures, dtype=float).reshape(len(steps), -1)  # numpy reads None, "NaN" and "Infinity"
+            for name, values in zip(names, table.T, strict=True):
+                self._curves.setdefault(str(name), Envelope()).add(np.array(steps), values)
         self._waiting, self._num_waiting = {}, 0
 
 
@@ -203,34 +198,48 @@ def wanted() -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Table:
     """Figures of several lines: a row for each line, a column for each name."""
 
+    steps: Array
     values: Array
     """NaN where there is none."""
     there: Array
     """Whether the line has the figure."""
 
+    @classmethod
+    def of(cls, block: Block, names: Sequence[str]) -> Table:
+        """Args: block: with at least one line."""
+        lines = block.lines
+        usual = [place for place, name in enumerate(names) if getattr(lines[0], name) is not None]
+        rows = _rows(lines, [names[place] for place in usual])
+        if rows is not None and len(usual) == len(names):
+            return cls(block.steps, rows, np.ones(rows.shape, bool))
+        values = np.full((len(lines), len(names)), np.nan)
+        there = np.zeros(values.shape, bool)
+        if rows is not None:
+            values[:, usual], there[:, usual] = rows, True
+        for place, name in enumerate(names):
+            if not there[0, place]:
+                column = list(map(attrgetter(name), lines))
+                there[:, place] = [value is not None for value in column]
+                values[:, place] = column  # numpy reads None, "NaN" and "Infinity"
+        return cls(block.steps, values, there)
 
-def columns_of(lines: Sequence[Line], names: Sequence[str]) -> Columns:
-    """Args: lines: at least one."""
-    usual = [place for place, name in enumerate(names) if getattr(lines[0], name) is not None]
-    table = _table(lines, [names[place] for place in usual])
-    if table is not None and len(usual) == len(names):
-        return Columns(table, np.ones(table.shape, bool))
-    values = np.full((len(lines), len(names)), np.nan)
-    there = np.zeros(values.shape, bool)
-    if table is not None:
-        values[:, usual], there[:, usual] = table, True
-    for place, name in enumerate(names):
-        if not there[0, place]:
-            column = list(map(attrgetter(name), lines))
-            there[:, place] = [value is not None for value in column]
-            values[:, place] = column  # numpy reads None and the names of what is not finite
-    return Columns(values, there)
+    @classmethod
+    def joined(cls, parts: Sequence[Table]) -> Table:
+        """Args: parts: at least one, in the order of their steps."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("steps", "values", "there")))
+
+    def rows(self, which: Any) -> Table:
+        """Args: which: an index of numpy."""
+        return Table(self.steps[which], self.values[which], self.there[which])
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
-def _table(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
+def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
     """A row for each line; None where not each has a number for each name, as in most blocks it has."""
     if len(names) < 2:
         return None
@@ -312,44 +321,41 @@ def merged(gaps: Iterable[Gap]) -> list[Gap]:
 class Pairs:
     """Lines of the same steps of two runs."""
 
-    steps: Array
-    first: list[Any]
-    second: list[Any]
+    first: Table
+    second: Table
     all_steps: tuple[Array, Array]
     """Of both, in common or not, from the end of the pairs before on."""
 
 
-def paired(first: Iterator[Block], second: Iterator[Block]) -> Iterator[Pairs]:
-    """The lines whose steps both runs have, as blocks. Reads both to their ends, a few blocks at a time."""
+def paired(first: Iterator[Table], second: Iterator[Table]) -> Iterator[Pairs]:
+    """The lines whose steps both runs have. Reads both to their ends, a table of each at a time."""
     sides = [_Side(first), _Side(second)]
     while all(side.fill() for side in sides):
-        until = min(int(side.steps[-1]) for side in sides)
-        (left, lines), (right, others) = (side.take(until) for side in sides)
-        steps, in_left, in_right = np.intersect1d(left, right, assume_unique=True, return_indices=True)
-        in_both = [lines[place] for place in in_left], [others[place] for place in in_right]
-        yield Pairs(steps, *in_both, (left, right))
+        until = min(int(side.table.steps[-1]) for side in sides)
+        left, right = (side.take(until) for side in sides)
+        _, in_left, in_right = np.intersect1d(left.steps, right.steps, assume_unique=True, return_indices=True)
+        yield Pairs(left.rows(in_left), right.rows(in_right), (left.steps, right.steps))
     for side in sides:
         while side.fill():
-            side.take(int(side.steps[-1]))
+            side.take(int(side.table.steps[-1]))
 
 
 class _Side:
-    def __init__(self, source: Iterator[Block]) -> None:
-        self._source, self._lines = source, list[Any]()
-        self.steps = np.empty(0, np.int64)
+    def __init__(self, source: Iterator[Table]) -> None:
+        self._source = source
+        self.table = Table(np.empty(0, np.int64), np.empty((0, 0)), np.empty((0, 0), bool))
 
     def fill(self) -> bool:
         """Whether there is a line left."""
-        while not self._lines:
-            block = next(self._source, None)
-            if block is None:
+        while not len(self.table):
+            table = next(self._source, None)
+            if table is None:
                 return False
-            self._lines, self.steps = block.lines, block.steps
+            self.table = table
         return True
 
-    def take(self, until: int) -> tuple[Array, list[Any]]:
+    def take(self, until: int) -> Table:
         """What is left up to this step."""
-        place = int(np.searchsorted(self.steps, until, side="right"))
-        taken = self.steps[:place], self._lines[:place]
-        self.steps, self._lines = self.steps[place:], self._lines[place:]
+        place = int(np.searchsorted(self.table.steps, until, side="right"))
+        taken, self.table = self.table.rows(slice(place)), self.table.rows(slice(place, None))
         return taken

@@ -31,6 +31,8 @@ MOST_STEPS = 2**53
 """A larger number of a step is damage."""
 MOST_INTEGER = 2**63
 MOST_NESTED = 100
+COUNTS = ("rollbacks", "samples", "global_batch_size")
+"""Figures that are whole numbers, besides the step."""
 _BAD = object()
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)]
@@ -55,8 +57,9 @@ def line_type(numbers: Sequence[str], groups: Sequence[str] = ()) -> type[Line]:
         numbers: single figures.
         groups: nested figures, by layer or by stage.
     """
-    fields: list[tuple[str, Any, Any]] = [(name, Figure, None) for name in numbers if name != "rollbacks"]
-    fields += [(name, Group, None) for name in groups]
+    kinds: dict[str, Any] = {name: Count | None if name in COUNTS else Figure for name in numbers}
+    kinds |= dict.fromkeys(groups, Group)
+    fields = [(name, kind, None) for name, kind in kinds.items() if name not in Line.__struct_fields__]
     return cast(type[Line], msgspec.defstruct("FiguresLine", fields, bases=(Line,), gc=False))
 
 
@@ -131,12 +134,33 @@ def raw_blocks(path: Path, *, is_suspect: bool) -> Iterator[Block]:
     return _in_order(_raw_lines(piece, decoder, is_suspect) for piece in whole_lines(path))
 
 
-def _raw_lines(piece: bytes, decoder: _LineDecoder, is_suspect: bool) -> list[Any]:
+def lines_beyond(piece: bytes, step: int) -> bytes:
+    """The lines of a later step; finding them costs a fraction of decoding them whole.
+
+    Args:
+        piece: as `whole_lines` gives them.
+    """
+    return b"".join(line.text for line in _raw_lines(piece, _LineDecoder(Line)) if line and line.step > step)
+
+
+def _raw_lines(piece: bytes, decoder: _LineDecoder, is_suspect: bool = False) -> list[Any]:
     texts = piece[:-1].split(b"\n")
-    found = [] if is_suspect else decoder.lines(piece)
+    found = [] if is_suspect and not _is_sound_text(piece) else decoder.lines(piece)
     if len(found) != len(texts):  # blank lines are none to the decoder
         found = [decoder.lenient(text) for text in texts]
     return [None if line is None else RawLine(line.step, text + b"\n") for line, text in zip(found, texts, strict=True)]
+
+
+def _is_sound_text(piece: bytes) -> bool:
+    """Whether every line is JSON to its last byte."""
+    try:
+        _OBJECTS.decode_lines(piece)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return True
+
+
+_OBJECTS = msgspec.json.Decoder(Object)
 
 
 def _in_order(pieces: Iterable[list[Any]]) -> Iterator[Block]:
@@ -244,9 +268,9 @@ class _LineDecoder:
         entry = sound_object(line)
         if entry is None:
             return None
-        figures = {}
+        figures = {"step": entry["step"]}
         for name in self._kind.__struct_fields__:
-            if name in entry:
+            if name in entry and name != "step":
                 value, dropped = _sound(name, entry[name], int(name in self._groups))
                 self.dropped += dropped
                 figures |= {} if value is _BAD else {name: value}
@@ -284,7 +308,7 @@ def sound_figures(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
 
 def _sound(name: str, value: Any, depth: int) -> tuple[Any, int]:
     """A value as sound_figures has it, or _BAD; `depth`: how deeply it may be nested."""
-    if name in Line.__struct_fields__:
+    if name in COUNTS:
         return (value, 0) if value is None or _is_count(value) else (_BAD, 1)
     if isinstance(value, dict | list) and depth > 0:
         items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -24,6 +24,7 @@ from megatron_lite.observe.lines import (
     LONGEST_LINE_BYTES,
     NON_FINITE,
     Gap,
+    lines_beyond,
     raw_blocks,
     sound_figures,
     sound_object,
@@ -159,14 +160,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(entries(path))
 
 
-def entries(path: Path, begin: int = 0) -> Iterator[dict[str, Any]]:
+def entries(path: Path, begin: int = 0, beyond: int | None = None) -> Iterator[dict[str, Any]]:
     """The same one by one, for files that may be long. Warns of values of steps that it leaves out.
 
     Args:
         begin: byte of the file at which a line begins.
+        beyond: only the lines of later steps.
     """
     dropped = 0
-    for text in whole_lines(path, begin):
+    for piece in whole_lines(path, begin):
+        text = piece if beyond is None else lines_beyond(piece, beyond)
         for entry, bad in _sound_entries(text):
             dropped += bad
             yield entry
@@ -257,10 +260,6 @@ def _is_time(value: Any) -> bool:
         return False
 
 
-def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
-    return isinstance(entry.get("step"), int) and entry["step"] <= last_step
-
-
 def branch_of(entry: Mapping[str, Any]) -> int:
     """How many rollbacks a line comes after."""
     return int(entry.get(ROLLBACKS) or 0)
@@ -288,12 +287,12 @@ def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
     known = {(branch_of(entry), entry["step"]) for entry in entries(aside)}
 
     def new() -> Iterator[dict[str, Any]]:
-        for entry in entries(path, begin):
+        for entry in entries(path, begin, last_step):
             branch = branch_of(entry)
-            if not _counts(entry, last_step) and branch < rollbacks and (branch, entry["step"]) not in known:
+            if branch < rollbacks and (branch, entry["step"]) not in known:
                 yield entry
 
-    if any(True for _ in new()):
+    if next(new(), None) is not None:
         replace_file(aside, (_line(entry).encode() for entry in chain(entries(aside), new())))
 
 

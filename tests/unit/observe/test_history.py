@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_lite.observe import lines
 from megatron_lite.observe.charts import MOST_POINTS
 from megatron_lite.observe.envelope import Envelope, Means
-from megatron_lite.observe.history import MOST_GROUP_POINTS, History, columns_of
+from megatron_lite.observe.history import MOST_GROUP_POINTS, History, Table
 from megatron_lite.observe.lines import Gap, Line, blocks, line_type
 from megatron_lite.observe.metrics import (
     EventWriter,
@@ -175,8 +175,8 @@ def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tupl
         assert [entry["step"] for entry in whole] == [line.step for line in lines] == list(range(1, len(rows) + 1))
         texts = [text for row in rows for text in row]
         assert sum(block.dropped for block in found) == sum(text in (*NO_FIGURES, "{}", "[1]") for text in texts)
-        columns = columns_of(lines, ["loss"])
-        for entry, value, there in zip(whole, columns.values[:, 0], columns.there[:, 0], strict=True):
+        table = Table.joined([Table.of(block, ["loss", "accuracy"]) for block in found if block.lines])
+        for entry, value, there in zip(whole, table.values[:, 0], table.there[:, 0], strict=True):
             assert there == (entry.get("loss") is not None)
             assert np.array_equal(value, math.nan if not there else float(entry["loss"]), equal_nan=True)
         for line, entry in zip(lines, whole, strict=True):
