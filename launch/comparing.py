@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.folder import newest_logged
-from megatron_lite.config.changes import SAFE, shown
+from megatron_lite.config.changes import SAFE, as_typed
 from megatron_lite.config.keys import is_map
 from megatron_lite.data.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
@@ -187,7 +187,7 @@ def _settings(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
         if keys:
             yield "settings", f"that {effect}"
         for key in keys:
-            values = [shown(side[key]) if key in side else ABSENT for side in (before, after)]
+            values = [as_typed(side[key]) if key in side else ABSENT for side in (before, after)]
             yield "", f"  {key}: {values[0]} and {values[1]}"
 
 

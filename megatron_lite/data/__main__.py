@@ -16,7 +16,7 @@ from megatron_lite.config.lengths import TRAINED_SENTINELS
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.inspection import describe_folder, describe_pair
-from megatron_lite.data.needs import add_tokens, shown
+from megatron_lite.data.needs import add_tokens, names_text
 from megatron_lite.data.prepare import prepare
 from megatron_lite.data.prepared import MANIFEST
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
@@ -125,7 +125,7 @@ def _trace(arguments: argparse.Namespace) -> list[str]:
 def _add_tokens(arguments: argparse.Namespace) -> list[str]:
     added, copy = add_tokens(arguments.source, arguments.destination, arguments.objective, arguments.sentinels)
     return [
-        f"{arguments.destination}: {copy.vocab_size:,} tokens, of them {len(added)} new: {shown(added) or 'none'}",
+        f"{arguments.destination}: {copy.vocab_size:,} tokens, of them {len(added)} new: {names_text(added) or 'none'}",
         f"use it with data.tokenizer={arguments.destination}",
     ]
 

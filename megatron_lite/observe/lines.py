@@ -201,18 +201,6 @@ def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
             yield b"\0\n"
 
 
-def _in_order(pieces: Iterable[list[Any]]) -> Iterator[Block]:
-    """Without what is damaged, which is None, or stands out of its place."""
-    last, broken = 0, False
-    held: list[Any] = []
-    for piece in pieces:
-        found = [*held, *piece]
-        held = [found.pop()] if found else []  # whether a line is in its place only the one behind it tells
-        block, last, broken = _ascending(found, held[0] if held else None, last, broken)
-        yield block
-    yield _ascending(held, None, last, broken)[0]
-
-
 def _ascending(found: list[Any], following: Any, last: int, broken: bool) -> tuple[Block, int, bool]:
     """The lines whose steps ascend, behind a line of step `last`; `broken`: something damaged stood there."""
     if not broken and (block := _all_in_place(found, following, last)) is not None:
