@@ -361,7 +361,8 @@ def _drop_damaged(path: Path) -> int:
     lines = re.findall(rb"[^\n]*\n|[^\n]+$", content)
     if damaged:
         leave_only(path, lambda: [line for number, line in enumerate(lines, 1) if number not in damaged])
-    return len(damaged - ({len(lines)} if content[-1:] != b"\n" else set()))
+    is_torn = lines[-1:] and not lines[-1].endswith(b"\n") and lines[-1].startswith(b"{")
+    return len(damaged) - bool(is_torn)
 
 
 def shorten(path: Path, size: int) -> None:
