@@ -13,17 +13,15 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from megatron_lite.observe.envelope import MOST_NEW, MOST_POINTS, Array, Envelope, Means
 from megatron_lite.observe.lines import Block, Gap, Line, blocks, line_type
 from megatron_lite.observe.logged import LoggedLines
-from megatron_lite.observe.metrics import branch_of, entries, from_json
+from megatron_lite.observe.metrics import branch_of, entries, newest_entries
 from megatron_lite.observe.panels import PANELS, WHOLE_GROUP
 
 SPEED = ("step_seconds", "tokens_per_second", "data_seconds")
-OTHERS = ("samples", "tokens")  # of which only the first and the last line are shown
 MOST_SPEEDS = 8192
 MOST_GROUP_POINTS = 20_000  # of all curves of a panel together
 Points = tuple[list[int], list[float | None]]
@@ -37,7 +35,7 @@ class History:
     count: int = 0
     """Lines."""
     first: dict[str, Any] = field(default_factory=dict)
-    """The first line; empty where there is none. Of its figures those that charts and tiles show."""
+    """The first line; empty where there is none."""
     last: dict[str, Any] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     """Where lines are missing that had been written."""
@@ -60,10 +58,12 @@ class History:
         names, groups = wanted()
         found = cls(_groups={name: GroupCurves() for name in groups})
         missing, waiting = MissingSteps(lost, logged), list[Table]()
-        for block in blocks(path, line_type([*names, *OTHERS], groups)):
+        for block in blocks(path, line_type(names, groups)):
             missing.see(block)
-            found._count(block)
+            found.damaged += block.damaged
+            found.dropped += block.dropped
             if block.lines:
+                found._count(block.steps)
                 waiting.append(Table.of(block, names))
                 _add_groups(found._groups, block.lines)
             if sum(map(len, waiting)) > MOST_NEW:  # most of the work is by call rather than by line
@@ -71,6 +71,8 @@ class History:
                 waiting = []
         if waiting:
             found._add(Table.joined(waiting), names)
+            found.first |= _line_of(entries(path), found.first["step"])
+            found.last |= _line_of(newest_entries(path), found.last["step"])
         found.gaps = missing.gaps
         for curve in found._curves.values():
             for gap in found.gaps:
@@ -95,13 +97,10 @@ class History:
         rows = rows[np.isfinite(rows).all(axis=1)]
         return dict(zip(SPEED, rows.T, strict=True))
 
-    def _count(self, block: Block) -> None:
-        self.damaged += block.damaged
-        self.dropped += block.dropped
-        self.count += len(block.lines)
-        if block.lines:
-            self.first = self.first or _as_entry(block.lines[0])
-            self.last = _as_entry(block.lines[-1])
+    def _count(self, steps: Array) -> None:
+        self.first = self.first or {"step": int(steps[0])}
+        self.last = {"step": int(steps[-1])}
+        self.count += len(steps)
 
     def _add(self, table: Table, names: Sequence[str]) -> None:
         for place, name in enumerate(names):
@@ -251,9 +250,9 @@ def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
     return np.frombuffer(content).reshape(len(lines), -1)
 
 
-def _as_entry(line: Line) -> dict[str, Any]:
-    """As `read_metrics` would give it, without what is absent."""
-    return {name: from_json(value) for name, value in msgspec.structs.asdict(line).items() if value is not None}
+def _line_of(found: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The first one of this step; empty where the run has taken it back in the meantime."""
+    return next((entry for entry in found if entry["step"] == step), {})
 
 
 class Thinned:

@@ -276,16 +276,15 @@ def test_no_line_that_is_sound_takes_the_slow_way(tmp_path: Path, monkeypatch: p
         calls.append(line)
         return sound_object(line)
 
-    for module in (lines, metrics):
-        monkeypatch.setattr(module, "sound_object", counted)
     run = SyntheticRun(tmp_path, steps=100)
     run.begin()
     run.train(1, 60)
     run.close()
     folder = RunFolder.read(tmp_path)
-    calls.clear()
+    monkeypatch.setattr(lines, "sound_object", counted)
     assert folder.history.count == 60
     assert Comparison.of(folder, folder, 1e-6).common_steps == 60
+    monkeypatch.setattr(metrics, "sound_object", counted)
     MetricsWriter(tmp_path / "metrics.jsonl", resume_step=60, rollbacks=1).close()
     assert calls == []
     MetricsWriter(tmp_path / "metrics.jsonl", resume_step=57, rollbacks=1).close()
