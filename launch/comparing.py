@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.folder import newest_logged
-from megatron_lite.config.changes import SAFE, shown
+from megatron_lite.config.changes import SAFE, as_typed
 from megatron_lite.config.keys import is_map
 from megatron_lite.data.samples.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
-from megatron_lite.observe.comparison import Comparison, Curve, Parting, curve_of, relative_gap, write_chart
+from megatron_lite.observe.comparison import SAMPLES, Comparison, Curve, Parting, curve_of, relative_gap, write_chart
 from megatron_lite.observe.lines import Gap
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.phrasing import counted
@@ -186,7 +187,7 @@ def _settings(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
         if keys:
             yield "settings", f"that {effect}"
         for key in keys:
-            values = [shown(side[key]) if key in side else ABSENT for side in (before, after)]
+            values = [as_typed(side[key]) if key in side else ABSENT for side in (before, after)]
             yield "", f"  {key}: {values[0]} and {values[1]}"
 
 
@@ -238,14 +239,14 @@ def _before(found: Comparison) -> str:
 
 def _samples_text(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
     assert found.beyond is not None
-    texts = [_samples_of(run, line) for run, line in zip(runs, found.beyond, strict=True)]
+    texts = [_samples_of(run, figures) for run, figures in zip(runs, found.beyond, strict=True)]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} in the first, {texts[1]} in the second"
 
 
-def _samples_of(run: RunFolder, line: Any) -> str:
+def _samples_of(run: RunFolder, figures: Mapping[str, float]) -> str:
     """The global numbers of the samples that a step trained on, `samples 960-991`."""
-    if not all(isinstance(value, int | float) and value > 0 for value in (line.samples, line.global_batch_size)):
+    if not all(0 < figures[name] < math.inf for name in SAMPLES):
         return "samples unknown"
-    samples, batch = int(line.samples), int(line.global_batch_size)
+    samples, batch = (int(figures[name]) for name in SAMPLES)
     indices = skips_of(read_rollbacks(run.path)).indices(samples - batch, batch)
     return _numbers_text(indices[0], indices[-1])

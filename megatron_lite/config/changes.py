@@ -41,7 +41,7 @@ class Change:
     """The way round; of forbidden ones only."""
 
     def __str__(self) -> str:
-        text = f"{self.key}: {shown(self.before)} -> {shown(self.after)}"
+        text = f"{self.key}: {as_typed(self.before)} -> {as_typed(self.after)}"
         return f"{text}; {self.consequence}" if self.consequence else text
 
 
@@ -336,7 +336,7 @@ def refusals(changes: Sequence[Change], where: str) -> list[str]:
         where: the settings were the earlier ones.
     """
     return [
-        f"{change.key}={shown(change.after)} cannot go on from {shown(change.before)} of {where}: "
+        f"{change.key}={as_typed(change.after)} cannot go on from {as_typed(change.before)} of {where}: "
         f"{change.consequence}; {change.remedy}"
         for change in changes
         if change.grade is Grade.forbidden
@@ -349,12 +349,12 @@ def table(changes: Sequence[Change]) -> list[str]:
     return [f"{change.grade:<10} {change}" for change in sorted(changes, key=lambda change: order.index(change.grade))]
 
 
-def shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it would be typed, but for secrets."""
     if value is None or isinstance(value, bool):
         return as_word(value)
     if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
+        return f"[{','.join(map(as_typed, value))}]"
     if isinstance(value, dict):  # launcher.environment, whose values may be secrets
         return f"{{{','.join(f'{name}: ...' for name in value)}}}"
     text = str(value)
@@ -369,7 +369,7 @@ def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path 
     if refusal is None:
         consequence = RESETS[key](previous, current) if key in RESETS else ""
         return Change(key, before, after, Grade.resets if consequence else Grade.safe, consequence)
-    remedy = f"keep {key}={shown(before)}, or begin another run in a new train.run_dir"
+    remedy = f"keep {key}={as_typed(before)}, or begin another run in a new train.run_dir"
     if refusal.weights_fit and checkpoint is not None:
         remedy += f" with model.init_from={checkpoint}"
     return Change(key, before, after, Grade.forbidden, refusal.rule, remedy)

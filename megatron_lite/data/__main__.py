@@ -21,7 +21,7 @@ from megatron_lite.config.validate import validate
 from megatron_lite.data.shards.inspection import describe_folder, describe_pair
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import MANIFEST
-from megatron_lite.data.tokenizer.needs import add_tokens, shown
+from megatron_lite.data.tokenizer.needs import add_tokens, names_text
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 
 
@@ -92,7 +92,7 @@ def _inspect(arguments: argparse.Namespace) -> list[str]:
 def _add_tokens(arguments: argparse.Namespace) -> list[str]:
     added, copy = add_tokens(arguments.source, arguments.destination, arguments.objective, arguments.sentinels)
     return [
-        f"{arguments.destination}: {copy.vocab_size:,} tokens, of them {len(added)} new: {shown(added) or 'none'}",
+        f"{arguments.destination}: {copy.vocab_size:,} tokens, of them {len(added)} new: {names_text(added) or 'none'}",
         f"use it with data.tokenizer={arguments.destination}",
     ]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_lite.files import replace_file
 from megatron_lite.observe.charts import COLOURS, Series, from_plotly
-from megatron_lite.observe.envelope import Array, Envelope
-from megatron_lite.observe.history import MissingSteps, Pairs, columns_of, paired, steps_of
+from megatron_lite.observe.envelope import MOST_NEW, Array, Envelope
+from megatron_lite.observe.history import MissingSteps, Pairs, Table, paired
 from megatron_lite.observe.lines import Block, Gap, blocks, line_type
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_folder import RunFolder
@@ -23,6 +23,7 @@ Curve = Mapping[int, float]
 """Step -> value."""
 FIGURES = ("loss", "grad_norm")
 SAMPLES = ("samples", "global_batch_size")
+NAMES = (*FIGURES, *SAMPLES)
 
 
 @dataclass
@@ -106,17 +107,26 @@ class Side:
     gaps: list[Gap] = field(default_factory=list)
     curves: dict[str, Envelope] = field(default_factory=lambda: {name: Envelope() for name in FIGURES})
 
-    def watched(self, source: Iterator[Block], run: RunFolder) -> Iterator[Block]:
-        missing = MissingSteps(run.known_losses(), run.logged)
+    def watched(self, source: Iterator[Block], run: RunFolder) -> Iterator[Table]:
+        """NAMES of all lines, several blocks together."""
+        missing, waiting = MissingSteps(run.known_losses(), run.logged), list[Table]()
         for block in source:
             missing.see(block)
-            self.count += len(block.lines)
             if block.lines:
-                steps = steps_of(block)
-                for name, (values, there) in columns_of(block.lines, FIGURES).items():
-                    self.curves[name].add(steps[there], values[there])
-            yield block
+                waiting.append(Table.of(block, NAMES))
+            if sum(map(len, waiting)) > MOST_NEW:
+                yield self._counted(Table.joined(waiting))
+                waiting = []
+        if waiting:
+            yield self._counted(Table.joined(waiting))
         self.gaps = missing.gaps
+
+    def _counted(self, table: Table) -> Table:
+        self.count += len(table)
+        for place, name in enumerate(FIGURES):
+            there = table.there[:, place]
+            self.curves[name].add(table.steps[there], table.values[there, place])
+        return table
 
 
 @dataclass
@@ -129,8 +139,8 @@ class Comparison:
     differences: dict[str, Envelope]
     """Relative."""
     common_steps: int = 0
-    beyond: tuple[Any, Any] | None = None
-    """The lines of both at which the losses differ by more than the tolerance."""
+    beyond: list[dict[str, float]] | None = None
+    """NAMES of both, where the losses differ by more than the tolerance."""
 
     @classmethod
     def of(cls, first: RunFolder, second: RunFolder, tolerance: float) -> Comparison:
@@ -139,7 +149,7 @@ class Comparison:
             {name: Parting(tolerance) for name in FIGURES},
             {name: Envelope() for name in FIGURES},
         )
-        kind = line_type([*FIGURES, *SAMPLES])
+        kind = line_type(NAMES)
         sources = [
             side.watched(blocks(run.path / METRICS_FILE, kind), run)
             for side, run in zip(found.sides, (first, second), strict=True)
@@ -149,20 +159,18 @@ class Comparison:
         return found
 
     def _add(self, pairs: Pairs) -> None:
-        self.common_steps += len(pairs.steps)
+        both = pairs.first, pairs.second
+        self.common_steps += len(pairs.first)
         loss = self.partings["loss"]
         parted = loss.first_different is not None, loss.first_beyond is not None
-        if len(pairs.steps):
-            both = [columns_of(lines, FIGURES) for lines in (pairs.first, pairs.second)]
-            for name in FIGURES:
-                (first, in_first), (second, in_second) = (columns[name] for columns in both)
-                there = in_first & in_second
-                steps, values = pairs.steps[there], (first[there], second[there])
-                self.partings[name].add(steps, *values)
-                self.differences[name].add(steps, relative_gap(*values))
+        for place, name in enumerate(FIGURES):
+            there = both[0].there[:, place] & both[1].there[:, place]
+            steps, values = both[0].steps[there], [table.values[there, place] for table in both]
+            self.partings[name].add(steps, *values)
+            self.differences[name].add(steps, relative_gap(*values))
         if loss.first_beyond is not None and not parted[1]:
-            place = int(np.searchsorted(pairs.steps, loss.first_beyond))
-            self.beyond = pairs.first[place], pairs.second[place]
+            place = int(np.searchsorted(both[0].steps, loss.first_beyond))
+            self.beyond = [dict(zip(NAMES, table.values[place].tolist(), strict=True)) for table in both]
         if not parted[0]:
             until = math.inf if loss.first_different is None else loss.first_different
             for side, steps in zip(self.sides, pairs.all_steps, strict=True):

@@ -3,26 +3,25 @@ loss curve and the summary show, and what `compare` holds side by side."""
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import starmap
 from operator import attrgetter
 from pathlib import Path
+from struct import Struct
+from struct import error as StructError
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from megatron_lite.observe.envelope import MOST_POINTS, Array, Envelope, Means
+from megatron_lite.observe.envelope import MOST_NEW, MOST_POINTS, Array, Envelope, Means
 from megatron_lite.observe.lines import Block, Gap, Line, blocks, line_type
 from megatron_lite.observe.logged import LoggedLines
-from megatron_lite.observe.metrics import branch_of, entries, from_json
+from megatron_lite.observe.metrics import branch_of, entries, newest_entries
 from megatron_lite.observe.panels import PANELS, WHOLE_GROUP
 
 SPEED = ("step_seconds", "tokens_per_second", "data_seconds")
-OTHERS = ("samples", "tokens")  # of which only the first and the last line are shown
 MOST_SPEEDS = 8192
 MOST_GROUP_POINTS = 20_000  # of all curves of a panel together
 Points = tuple[list[int], list[float | None]]
@@ -36,14 +35,16 @@ class History:
     count: int = 0
     """Lines."""
     first: dict[str, Any] = field(default_factory=dict)
-    """The first line; empty where there is none. Of its figures those that charts and tiles show."""
+    """The first line; empty where there is none."""
     last: dict[str, Any] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     """Where lines are missing that had been written."""
     damaged: int = 0
     """Lines that cannot be read."""
+    dropped: int = 0
+    """Values of the others that are no numbers."""
     _curves: dict[str, Envelope] = field(default_factory=dict)
-    _groups: dict[str, dict[str, Envelope]] = field(default_factory=dict)
+    _groups: dict[str, GroupCurves] = field(default_factory=dict)
     loss: Means = field(default_factory=Means)
     _speeds: Thinned = field(default_factory=lambda: Thinned(len(SPEED)))
 
@@ -54,12 +55,24 @@ class History:
             lost: what earlier resumes have found missing; steps that were trained again since are not.
             logged: what a checkpoint knows of the file.
         """
-        found = cls()
         names, groups = wanted()
-        missing = MissingSteps(lost, logged)
-        for block in blocks(path, line_type([*names, *OTHERS], groups)):
-            found._add(block, names, groups)
+        found = cls(_groups={name: GroupCurves() for name in groups})
+        missing, waiting = MissingSteps(lost, logged), list[Table]()
+        for block in blocks(path, line_type(names, groups)):
             missing.see(block)
+            found.damaged += block.damaged
+            found.dropped += block.dropped
+            if block.lines:
+                found._count(block.steps)
+                waiting.append(Table.of(block, names))
+                _add_groups(found._groups, block.lines)
+            if sum(map(len, waiting)) > MOST_NEW:  # most of the work is by call rather than by line
+                found._add(Table.joined(waiting), names)
+                waiting = []
+        if waiting:
+            found._add(Table.joined(waiting), names)
+            found.first |= _line_of(entries(path), found.first["step"])
+            found.last |= _line_of(newest_entries(path), found.last["step"])
         found.gaps = missing.gaps
         for curve in found._curves.values():
             for gap in found.gaps:
@@ -73,7 +86,7 @@ class History:
 
     def group(self, name: str) -> dict[str, Points]:
         """The curves of a nested figure, by the names within."""
-        found = self._groups.get(name, {})
+        found = self._groups[name].curves() if name in self._groups else {}
         most = max(MOST_POINTS // 10, min(MOST_POINTS, MOST_GROUP_POINTS // max(len(found), 1)))
         return {inner: curve.points(most) for inner, curve in found.items()}
 
@@ -84,22 +97,59 @@ class History:
         rows = rows[np.isfinite(rows).all(axis=1)]
         return dict(zip(SPEED, rows.T, strict=True))
 
-    def _add(self, block: Block, names: Sequence[str], groups: Sequence[str]) -> None:
-        self.damaged += block.damaged
-        if not block.lines:
-            return
-        self.first = self.first or _as_entry(block.lines[0])
-        self.last = _as_entry(block.lines[-1])
-        steps = steps_of(block)
-        columns = columns_of(block.lines, names)
-        for name, (values, there) in columns.items():
-            if there.any():
-                self._curves.setdefault(name, Envelope()).add(steps[there], values[there])
-        self.loss.add(steps, columns["loss"][0])
-        self._speeds.add(np.stack([columns[name][0] for name in SPEED], axis=1))
-        for name in groups:
-            _add_group(self._groups.setdefault(name, {}), block.lines, name)
-        self.count += len(block.lines)
+    def _count(self, steps: Array) -> None:
+        self.first = self.first or {"step": int(steps[0])}
+        self.last = {"step": int(steps[-1])}
+        self.count += len(steps)
+
+    def _add(self, table: Table, names: Sequence[str]) -> None:
+        for place, name in enumerate(names):
+            those = table.there[:, place]
+            if those.all():
+                self._curves.setdefault(name, Envelope()).add(table.steps, table.values[:, place])
+            elif those.any():
+                self._curves.setdefault(name, Envelope()).add(table.steps[those], table.values[those, place])
+        self.loss.add(table.steps, table.values[:, names.index("loss")])
+        self._speeds.add(table.values[:, [names.index(name) for name in SPEED]])
+
+
+class GroupCurves:
+    """The curves of a nested figure, by the names within."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, Envelope] = {}
+        self._waiting: dict[tuple[Any, ...], tuple[list[int], list[Any]]] = {}
+        """By their names: steps, and the figures of all these steps in a row."""
+        self._num_waiting = 0
+
+    def add(self, step: int, group: dict[str, Any] | list[Any]) -> None:
+        names = tuple(group) if isinstance(group, dict) else tuple(range(len(group)))
+        steps, figures = self._waiting.setdefault(names, ([], []))
+        steps.append(step)
+        figures.extend(group.values() if isinstance(group, dict) else group)
+        self._num_waiting += len(names)
+        if self._num_waiting > MOST_NEW:
+            self._take_waiting()
+
+    def curves(self) -> dict[str, Envelope]:
+        self._take_waiting()
+        return self._curves
+
+    def _take_waiting(self) -> None:
+        for names, (steps, figures) in self._waiting.items():
+            table = np.array(figures, dtype=float).reshape(len(steps), -1)  # numpy reads None, "NaN" and "Infinity"
+            for name, values in zip(names, table.T, strict=True):
+                self._curves.setdefault(str(name), Envelope()).add(np.array(steps), values)
+        self._waiting, self._num_waiting = {}, 0
+
+
+def _add_groups(curves: Mapping[str, GroupCurves], lines: Sequence[Line]) -> None:
+    nothing = (None,) * len(curves)
+    for line, groups in zip(lines, map(attrgetter(*curves), lines), strict=True):
+        if groups != nothing:
+            for name, group in zip(curves, groups, strict=True):
+                if group is not None:
+                    curves[name].add(line.step, group)
 
 
 @dataclass
@@ -146,66 +196,63 @@ def wanted() -> tuple[list[str], list[str]]:
     return list(dict.fromkeys([*(key for key in keys if not key.endswith(WHOLE_GROUP)), *SPEED])), groups
 
 
-def steps_of(block: Block) -> Array:
-    return np.fromiter((line.step for line in block.lines), np.int64, len(block.lines))
+@dataclass(frozen=True)
+class Table:
+    """Figures of several lines: a row for each line, a column for each name."""
+
+    steps: Array
+    values: Array
+    """NaN where there is none."""
+    there: Array
+    """Whether the line has the figure."""
+
+    @classmethod
+    def of(cls, block: Block, names: Sequence[str]) -> Table:
+        """Args: block: with at least one line."""
+        lines = block.lines
+        usual = [place for place, name in enumerate(names) if getattr(lines[0], name) is not None]
+        rows = _rows(lines, [names[place] for place in usual])
+        if rows is not None and len(usual) == len(names):
+            return cls(block.steps, rows, np.ones(rows.shape, bool))
+        values = np.full((len(lines), len(names)), np.nan)
+        there = np.zeros(values.shape, bool)
+        if rows is not None:
+            values[:, usual], there[:, usual] = rows, True
+        for place, name in enumerate(names):
+            if not there[0, place]:
+                column = list(map(attrgetter(name), lines))
+                there[:, place] = [value is not None for value in column]
+                values[:, place] = column  # numpy reads None, "NaN" and "Infinity"
+        return cls(block.steps, values, there)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Table]) -> Table:
+        """Args: parts: at least one, in the order of their steps."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("steps", "values", "there")))
+
+    def rows(self, which: Any) -> Table:
+        """Args: which: an index of numpy."""
+        return Table(self.steps[which], self.values[which], self.there[which])
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
-def columns_of(lines: Sequence[Line], names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
-    """Figures of all lines: of each NaN where it is absent or no number, and where it is there."""
-    usual = [name for name in names if getattr(lines[0], name) is not None]
-    found = {}
-    if len(usual) > 1:
-        rows = chain.from_iterable(map(attrgetter(*usual), lines))
-        try:  # in most blocks each line has a number for each
-            table = np.fromiter(rows, float, len(lines) * len(usual)).reshape(len(lines), -1)
-            everywhere = np.ones(len(lines), bool)
-            found = {name: (values, everywhere) for name, values in zip(usual, table.T, strict=True)}
-        except (TypeError, ValueError, OverflowError):
-            pass
-    return {name: found.get(name) or _column(lines, name) for name in names}
-
-
-def _column(lines: Sequence[Line], name: str) -> tuple[Array, Array]:
-    values: list[Any] = list(map(attrgetter(name), lines))
-    if values.count(None) == len(values):
-        return np.full(len(values), np.nan), np.zeros(len(values), bool)
-    values = [_number(value) for value in values]
-    there = np.fromiter((value is not None for value in values), bool, len(values))
-    return np.array(values, dtype=float), there
-
-
-def _number(value: Any) -> float | None:
-    """None where it is none."""
-    value = from_json(value)
+def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
+    """A row for each line; None where not each has a number for each name, as in most blocks it has."""
+    if len(names) < 2:
+        return None
+    pack = Struct(f"{len(names)}d").pack
     try:
-        return float(value) if isinstance(value, int | float) else None
-    except OverflowError:
-        return math.inf
+        content = b"".join(starmap(pack, map(attrgetter(*names), lines)))
+    except StructError:
+        return None
+    return np.frombuffer(content).reshape(len(lines), -1)
 
 
-def _as_entry(line: Line) -> dict[str, Any]:
-    """As `read_metrics` would give it, without what is absent."""
-    return {name: from_json(value) for name, value in msgspec.structs.asdict(line).items() if value is not None}
-
-
-def _add_group(curves: dict[str, Envelope], lines: Sequence[Line], name: str) -> None:
-    found = list(map(attrgetter(name), lines))
-    if found.count(None) == len(found):
-        return
-    having = [(line.step, value) for line, value in zip(lines, found, strict=True) if value is not None]
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    groups: list[dict[Any, Any]] = [group if isinstance(group, dict) else dict(enumerate(group)) for _, group in having]
-    for place, group in enumerate(groups):
-        alike.setdefault(tuple(group), []).append(place)
-    for keys, places in alike.items():
-        steps = np.array([having[place][0] for place in places])
-        rows = [list(groups[place].values()) for place in places]
-        try:
-            table = np.array(rows, dtype=float)
-        except (TypeError, ValueError, OverflowError):
-            table = np.array([[_number(value) for value in row] for row in rows], dtype=float)
-        for key, values in zip(keys, table.T, strict=True):
-            curves.setdefault(str(key), Envelope()).add(steps, values)
+def _line_of(found: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The first one of this step; empty where the run has taken it back in the meantime."""
+    return next((entry for entry in found if entry["step"] == step), {})
 
 
 class Thinned:
@@ -240,7 +287,7 @@ class MissingSteps:
         self._damaged = self._damaged or block.damaged > 0
         if not block.lines or not (self._known or self._logged):
             return
-        steps = steps_of(block)
+        steps = block.steps
         if self._logged is not None:
             self._steps.append(steps)
         for gap in self._known:
@@ -273,44 +320,41 @@ def merged(gaps: Iterable[Gap]) -> list[Gap]:
 class Pairs:
     """Lines of the same steps of two runs."""
 
-    steps: Array
-    first: list[Any]
-    second: list[Any]
+    first: Table
+    second: Table
     all_steps: tuple[Array, Array]
     """Of both, in common or not, from the end of the pairs before on."""
 
 
-def paired(first: Iterator[Block], second: Iterator[Block]) -> Iterator[Pairs]:
-    """The lines whose steps both runs have, as blocks. Reads both to their ends, a few blocks at a time."""
+def paired(first: Iterator[Table], second: Iterator[Table]) -> Iterator[Pairs]:
+    """The lines whose steps both runs have. Reads both to their ends, a table of each at a time."""
     sides = [_Side(first), _Side(second)]
     while all(side.fill() for side in sides):
-        until = min(int(side.steps[-1]) for side in sides)
-        (left, lines), (right, others) = (side.take(until) for side in sides)
-        steps, in_left, in_right = np.intersect1d(left, right, assume_unique=True, return_indices=True)
-        in_both = [lines[place] for place in in_left], [others[place] for place in in_right]
-        yield Pairs(steps, *in_both, (left, right))
+        until = min(int(side.table.steps[-1]) for side in sides)
+        left, right = (side.take(until) for side in sides)
+        _, in_left, in_right = np.intersect1d(left.steps, right.steps, assume_unique=True, return_indices=True)
+        yield Pairs(left.rows(in_left), right.rows(in_right), (left.steps, right.steps))
     for side in sides:
         while side.fill():
-            side.take(int(side.steps[-1]))
+            side.take(int(side.table.steps[-1]))
 
 
 class _Side:
-    def __init__(self, source: Iterator[Block]) -> None:
-        self._source, self._lines = source, list[Any]()
-        self.steps = np.empty(0, np.int64)
+    def __init__(self, source: Iterator[Table]) -> None:
+        self._source = source
+        self.table = Table(np.empty(0, np.int64), np.empty((0, 0)), np.empty((0, 0), bool))
 
     def fill(self) -> bool:
         """Whether there is a line left."""
-        while not self._lines:
-            block = next(self._source, None)
-            if block is None:
+        while not len(self.table):
+            table = next(self._source, None)
+            if table is None:
                 return False
-            self._lines, self.steps = block.lines, steps_of(block)
+            self.table = table
         return True
 
-    def take(self, until: int) -> tuple[Array, list[Any]]:
+    def take(self, until: int) -> Table:
         """What is left up to this step."""
-        place = int(np.searchsorted(self.steps, until, side="right"))
-        taken = self.steps[:place], self._lines[:place]
-        self.steps, self._lines = self.steps[place:], self._lines[place:]
+        place = int(np.searchsorted(self.table.steps, until, side="right"))
+        taken, self.table = self.table.rows(slice(place)), self.table.rows(slice(place, None))
         return taken

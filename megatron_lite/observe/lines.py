@@ -1,26 +1,46 @@
 """The lines of metrics.jsonl as a stream of typed blocks: only the wanted keys are decoded, and memory stays bounded
-however long the file is. What is damaged is left out, and counted, with the steps between which it stood."""
+however long the file is. What is damaged is left out, and counted, with the steps between which it stood.
+
+One rule for every reader: a line counts when its step is one, and of such a line only the values are left out that are
+no figures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
+import numpy as np
 
 from megatron_lite.errors import DamagedFileError
-from megatron_lite.state_files import Object, decode, open_lines
+from megatron_lite.observe.envelope import Array
+from megatron_lite.observe.phrasing import counted
+from megatron_lite.state_files import Object, decode, open_lines, warn
 
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**18
+"""Fits into the processor's cache with what is decoded from it; blocks of 4 MiB take twice the time."""
 LONGEST_LINE_BYTES = 2**24
 """A line that is longer is damage, such as zeros over what were many lines."""
-
-
 MOST_STEPS = 2**53
 """A larger number of a step is damage."""
+MOST_INTEGER = 2**63
+MOST_NESTED = 100
+COUNTS = ("rollbacks", "samples", "global_batch_size")
+"""Figures that are whole numbers, besides the step."""
+_BAD = object()
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)]
+NonFinite = Literal["NaN", "Infinity", "-Infinity"]
+"""JSON has no numbers for them."""
+NON_FINITE = {name: float(name) for name in get_args(NonFinite)}
+Figure = float | NonFinite | None
+Group = dict[str, Figure] | list[Figure] | None
 
 
 class Line(msgspec.Struct, gc=False):
@@ -34,11 +54,12 @@ def line_type(numbers: Sequence[str], groups: Sequence[str] = ()) -> type[Line]:
     """A Line with these keys, each None where a line lacks it.
 
     Args:
-        numbers: figures. NaN and infinities are strings, as JSON has no word for them.
+        numbers: single figures.
         groups: nested figures, by layer or by stage.
     """
-    fields: list[tuple[str, Any, Any]] = [(name, float | str | None, None) for name in numbers if name != "rollbacks"]
-    fields += [(name, dict[str, Any] | list[Any] | None, None) for name in groups]
+    kinds: dict[str, Any] = {name: Count | None if name in COUNTS else Figure for name in numbers}
+    kinds |= dict.fromkeys(groups, Group)
+    fields = [(name, kind, None) for name, kind in kinds.items() if name not in Line.__struct_fields__]
     return cast(type[Line], msgspec.defstruct("FiguresLine", fields, bases=(Line,), gc=False))
 
 
@@ -67,16 +88,34 @@ class Gap:
 class Block:
     lines: list[Any]
     """Instances of the kind that was asked for; their steps ascend, from block to block as well."""
+    steps: Array
+    """Of the lines."""
     gaps: list[Gap] = field(default_factory=list)
     """What is damaged between two lines that are not."""
     damaged: int = 0
     """Lines that are left out; a last line that a kill or a writer at work leaves without a newline is none of them."""
+    dropped: int = 0
+    """Values that are left out."""
 
 
 def blocks(path: Path, kind: type[Line]) -> Iterator[Block]:
-    """All lines of a file in order; nothing where there is no file."""
-    decoder = msgspec.json.Decoder(kind)
-    return _in_order(_decoded(text, decoder, kind) for text in whole_lines(path))
+    """All lines of a file in order; nothing where there is no file. Warns of values that it leaves out."""
+    decoder, dropped = _LineDecoder(kind), 0
+    for block in _in_order(map(decoder.lines, whole_lines(path))):
+        block.dropped = decoder.dropped - dropped
+        dropped = decoder.dropped
+        yield block
+    warn_of_dropped(path, dropped)
+
+
+def warn_of_dropped(path: Path, count: int) -> None:
+    if count:
+        warn(dropped_text(count, str(path)))
+
+
+def dropped_text(count: int, file: str) -> str:
+    what = "is not a number and is" if count == 1 else "are not numbers and are"
+    return f"{counted(count, 'value')} of {file} {what} left out"
 
 
 class RawLine(msgspec.Struct, gc=False):
@@ -91,21 +130,37 @@ def raw_blocks(path: Path, *, is_suspect: bool) -> Iterator[Block]:
     Args:
         is_suspect: the file is known to be changed, so every byte of a line is checked, not only the wanted keys.
     """
-    decoder = msgspec.json.Decoder(Line)
-    return _in_order(_raw_lines(piece, None if is_suspect else decoder) for piece in whole_lines(path))
+    decoder = _LineDecoder(Line)
+    return _in_order(_raw_lines(piece, decoder, is_suspect) for piece in whole_lines(path))
 
 
-def _raw_lines(piece: bytes, decoder: msgspec.json.Decoder[Any] | None) -> list[Any]:
+def lines_beyond(piece: bytes, step: int) -> bytes:
+    """The lines of a later step; finding them costs a fraction of decoding them whole.
+
+    Args:
+        piece: as `whole_lines` gives them.
+    """
+    return b"".join(line.text for line in _raw_lines(piece, _LineDecoder(Line)) if line and line.step > step)
+
+
+def _raw_lines(piece: bytes, decoder: _LineDecoder, is_suspect: bool = False) -> list[Any]:
     texts = piece[:-1].split(b"\n")
-    found = _decoded(piece, decoder, Line) if decoder is not None else []
+    found = [] if is_suspect and not _is_sound_text(piece) else decoder.lines(piece)
     if len(found) != len(texts):  # blank lines are none to the decoder
-        return [_raw(text) for text in texts]
+        found = [decoder.lenient(text) for text in texts]
     return [None if line is None else RawLine(line.step, text + b"\n") for line, text in zip(found, texts, strict=True)]
 
 
-def _raw(text: bytes) -> RawLine | None:
-    line = _lenient(text, Line)
-    return None if line is None else RawLine(line.step, text + b"\n")
+def _is_sound_text(piece: bytes) -> bool:
+    """Whether every line is JSON to its last byte."""
+    try:
+        _OBJECTS.decode_lines(piece)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return True
+
+
+_OBJECTS = msgspec.json.Decoder(Object)
 
 
 def _in_order(pieces: Iterable[list[Any]]) -> Iterator[Block]:
@@ -146,57 +201,126 @@ def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
             yield b"\0\n"
 
 
-def _decoded(text: bytes, decoder: msgspec.json.Decoder[Any], kind: type[Line]) -> list[Any]:
-    """An instance for each line; None for a damaged one."""
-    try:
-        return decoder.decode_lines(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return [_one(line, decoder, kind) for line in text[:-1].split(b"\n")]
-
-
-def _one(line: bytes, decoder: msgspec.json.Decoder[Any], kind: type[Line]) -> Any:
-    try:
-        return decoder.decode(line)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return _lenient(line, kind)
-
-
-def _lenient(line: bytes, kind: type[Line]) -> Any:
-    """A line of another version may have another type of value under a name; the step is all that it must have."""
-    try:
-        entry = decode(line, Object, "")
-    except DamagedFileError:
-        return None
-    counts = {name: value for name in ("step", "rollbacks") if _is_count(value := entry.get(name))}
-    if "step" not in counts:
-        return None
-    figures = {name: value for name, value in entry.items() if name in kind.__struct_fields__ and _is_figure(value)}
-    return kind(**figures | {"rollbacks": None} | counts)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_STEPS
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool)
-
-
 def _ascending(found: list[Any], following: Any, last: int, broken: bool) -> tuple[Block, int, bool]:
     """The lines whose steps ascend, behind a line of step `last`; `broken`: something damaged stood there."""
-    steps = [line.step if line is not None else 0 for line in found]
-    after = [*steps, 0 if following is None else following.step]
-    ascends = all(map(int.__lt__, [last, *steps], steps))
-    if not broken and ascends and (not steps or following is None or steps[-1] < after[-1]):
-        return Block(found), steps[-1] if steps else last, False
-    block = Block([])
-    for place, line in enumerate(found):
-        if line is None or line.step <= last or last < after[place + 1] <= line.step:
-            block.damaged += 1
+    if not broken and (block := _all_in_place(found, following, last)) is not None:
+        return block, int(block.steps[-1]) if found else last, False
+    lines, gaps, damaged = list[Any](), list[Gap](), 0
+    after = [0 if line is None else line.step for line in (*found[1:], following)]
+    for line, next_step in zip(found, after, strict=False):  # there may be no line at all
+        if line is None or line.step <= last or last < next_step <= line.step:
+            damaged += 1
             broken = True
             continue
         if broken and line.step > last + 1:
-            block.gaps.append(Gap(last + 1, line.step - 1))
-        block.lines.append(line)
+            gaps.append(Gap(last + 1, line.step - 1))
+        lines.append(line)
         last, broken = line.step, False
-    return block, last, broken
+    return Block(lines, _steps(lines), gaps, damaged), last, broken
+
+
+def _all_in_place(found: list[Any], following: Any, last: int) -> Block | None:
+    """What nearly all blocks of nearly all files are; None where anything is damaged."""
+    try:
+        steps = _steps(found)
+    except AttributeError:  # of a damaged line, which is None
+        return None
+    after = [] if following is None else [following.step]
+    in_place = (np.diff(np.concatenate([[last], steps, after])) > 0).all()
+    return Block(found, steps) if in_place else None
+
+
+def _steps(lines: list[Any]) -> Array:
+    return np.fromiter(map(attrgetter("step"), lines), np.int64, len(lines))
+
+
+class _LineDecoder:
+    """Text -> instances of a kind of line."""
+
+    def __init__(self, kind: type[Line]) -> None:
+        self._kind = kind
+        self._decoder = msgspec.json.Decoder(kind)
+        self._groups = {field.name for field in msgspec.structs.fields(kind) if field.type == Group}
+        self.dropped = 0
+        """Values so far that are left out."""
+
+    def lines(self, text: bytes) -> list[Any]:
+        """An instance for each line; None for a damaged one."""
+        try:
+            return self._decoder.decode_lines(text)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return [self._one(line) for line in text[:-1].split(b"\n")]
+
+    def lenient(self, line: bytes) -> Any:
+        """Without the values of it that are no figures, as of a line of another version."""
+        entry = sound_object(line)
+        if entry is None:
+            return None
+        figures = {"step": entry["step"]}
+        for name in self._kind.__struct_fields__:
+            if name in entry and name != "step":
+                value, dropped = _sound(name, entry[name], int(name in self._groups))
+                self.dropped += dropped
+                figures |= {} if value is _BAD else {name: value}
+        return self._kind(**figures)
+
+    def _one(self, line: bytes) -> Any:
+        try:
+            return self._decoder.decode(line)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return self.lenient(line)
+
+
+def sound_object(line: bytes) -> dict[str, Any] | None:
+    """A line whose step is one, as it was decoded; None for a damaged one."""
+    for text in (line, line.decode("utf-8", errors="replace")):  # a name may be damaged
+        with suppress(DamagedFileError):
+            entry = decode(text, Object, "")
+            return entry if _is_count(entry.get("step")) else None
+    return None
+
+
+def sound_figures(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The values of a decoded line that are figures, however nested, and how many are left out.
+
+    NaN and infinities stay the strings that they are in JSON. In a list what is left out is None, so the others keep
+    their places.
+    """
+    found: dict[str, Any] = {}
+    dropped = 0
+    for name, value in entry.items():
+        found[name], bad = _sound(name, value, MOST_NESTED)
+        dropped += bad
+    return {name: value for name, value in found.items() if value is not _BAD}, dropped
+
+
+def _sound(name: str, value: Any, depth: int) -> tuple[Any, int]:
+    """A value as sound_figures has it, or _BAD; `depth`: how deeply it may be nested."""
+    if name in COUNTS:
+        return (value, 0) if value is None or _is_count(value) else (_BAD, 1)
+    if isinstance(value, dict | list) and depth > 0:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        inner = {key: _sound("", one, depth - 1) for key, one in items}
+        dropped = sum(bad for _, bad in inner.values())
+        if isinstance(value, list):
+            return [None if one is _BAD else one for one, _ in inner.values()], dropped
+        return {key: one for key, (one, _) in inner.items() if one is not _BAD}, dropped
+    return (_figure(value), 0) if _is_figure(value) else (_BAD, 1)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_STEPS
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or isinstance(value, int | float) or (isinstance(value, str) and value in NON_FINITE)
+
+
+def _figure(value: Any) -> Any:
+    """The same, but for whole numbers of more than 64 bits: floats, as those of a typed line."""
+    if not isinstance(value, int) or abs(value) < MOST_INTEGER:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -19,13 +19,23 @@ from typing import Any
 
 from megatron_lite.files import leave_only, replace_file, set_aside_others, sync
 from megatron_lite.observe.line_writer import LineWriter
-from megatron_lite.observe.lines import BLOCK_BYTES, LONGEST_LINE_BYTES, Gap, raw_blocks, whole_lines
+from megatron_lite.observe.lines import (
+    BLOCK_BYTES,
+    LONGEST_LINE_BYTES,
+    NON_FINITE,
+    Gap,
+    lines_beyond,
+    raw_blocks,
+    sound_figures,
+    sound_object,
+    warn_of_dropped,
+    whole_lines,
+)
 from megatron_lite.observe.logged import Log, LoggedLines
 from megatron_lite.state_files import DamagedLine, Object, lines_of, open_lines, read_bytes
 
 TAIL_BYTES = 2**16
 MOST_GAPS_TOLD = 4
-_SPELLING = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "rolled_back.jsonl"
@@ -44,7 +54,7 @@ NUMBERS = (
     "loss", "grad_norm", "validation_loss", "validation_token_loss", "validation_accuracy",
     "validation_sequence_accuracy", "rollbacks", "to_step", "first_sample", "stop_sample", "entropy_nats", "accuracy",
 )  # fmt: skip
-"""What of an event is a number, or not there; of a step everything is."""
+"""What of an event is a number, or not there."""
 MOST = 2**63
 """Larger numbers are none of ours."""
 ROWS_EVENT = "rows"
@@ -146,22 +156,28 @@ class EventWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSONL file in order; a missing file is an empty list."""
+    """All sound lines of a JSONL file in order; a missing file is an empty list."""
     return list(entries(path))
 
 
-def entries(path: Path, begin: int = 0) -> Iterator[dict[str, Any]]:
-    """The same one by one, for files that may be long.
+def entries(path: Path, begin: int = 0, beyond: int | None = None) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that may be long. Warns of values of steps that it leaves out.
 
     Args:
         begin: byte of the file at which a line begins.
+        beyond: only the lines of later steps.
     """
-    for text in whole_lines(path, begin):
-        yield from _sound_entries(text, path)
+    dropped = 0
+    for piece in whole_lines(path, begin):
+        text = piece if beyond is None else lines_beyond(piece, beyond)
+        for entry, bad in _sound_entries(text):
+            dropped += bad
+            yield entry
+    warn_of_dropped(path, dropped)
 
 
 def newest_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The same from the end on: reads no more of the file than is asked for."""
+    """The same from the end on: reads no more of the file than is asked for, and warns of nothing."""
     rest = b""
     for piece in _pieces_backwards(path):
         first, newline, whole = (piece + rest).partition(b"\n")
@@ -169,14 +185,21 @@ def newest_entries(path: Path) -> Iterator[dict[str, Any]]:
             rest = first if len(first) <= LONGEST_LINE_BYTES else b""
             continue
         rest = first + newline
-        yield from reversed(list(_sound_entries(whole, path)))
-    yield from _sound_entries(rest, path)
+        yield from (entry for entry, _ in reversed(list(_sound_entries(whole))))
+    yield from (entry for entry, _ in _sound_entries(rest))
 
 
-def _sound_entries(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
-    for line in lines_of(text, Object, path.name):
-        if not isinstance(line, DamagedLine) and _is_sound(entry := from_json(line)):
-            yield entry
+def _sound_entries(text: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Lines that end with a newline, each with the number of values that are left out of it."""
+    for line in text.split(b"\n")[:-1]:
+        entry = sound_object(line)
+        if entry is None:
+            continue
+        if "event" not in entry:
+            figures, dropped = sound_figures(entry)
+            yield from_json(figures), dropped
+        elif _is_sound_event(entry := from_json(entry)):
+            yield entry, 0
 
 
 def _pieces_backwards(path: Path) -> Iterator[bytes]:
@@ -215,25 +238,18 @@ def from_json(value: Any) -> Any:
         return {key: from_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [from_json(item) for item in value]
-    return _SPELLING.get(value, value) if isinstance(value, str) else value
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _is_sound(entry: Mapping[str, Any]) -> bool:
+def _is_sound_event(entry: Mapping[str, Any]) -> bool:
     """Whether what every reader counts on has its type: one flipped bit can make another key, or another value."""
-    if type(entry.get("step")) is not int or not 0 <= entry["step"] < MOST:
-        return False
-    if "event" not in entry:
-        return all(map(_is_figure, entry.values()))
-    if not all(_is_figure(entry[name]) for name in NUMBERS if name in entry):
+    if not all(_is_number(entry[name]) for name in NUMBERS if name in entry):
         return False
     told = isinstance(entry["event"], str) and ("time" not in entry or _is_time(entry["time"]))
     return told and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
 
 
-def _is_figure(value: Any) -> bool:
-    """A number, none, or several by place or name."""
-    if isinstance(value, list | dict):
-        return all(map(_is_figure, value.values() if isinstance(value, dict) else value))
+def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
 
 
@@ -242,10 +258,6 @@ def _is_time(value: Any) -> bool:
         return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
     except ValueError:
         return False
-
-
-def _counts(entry: Mapping[str, Any], last_step: int) -> bool:
-    return isinstance(entry.get("step"), int) and entry["step"] <= last_step
 
 
 def branch_of(entry: Mapping[str, Any]) -> int:
@@ -275,12 +287,12 @@ def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
     known = {(branch_of(entry), entry["step"]) for entry in entries(aside)}
 
     def new() -> Iterator[dict[str, Any]]:
-        for entry in entries(path, begin):
+        for entry in entries(path, begin, last_step):
             branch = branch_of(entry)
-            if not _counts(entry, last_step) and branch < rollbacks and (branch, entry["step"]) not in known:
+            if branch < rollbacks and (branch, entry["step"]) not in known:
                 yield entry
 
-    if any(True for _ in new()):
+    if next(new(), None) is not None:
         replace_file(aside, (_line(entry).encode() for entry in chain(entries(aside), new())))
 
 
@@ -349,7 +361,8 @@ def _drop_damaged(path: Path) -> int:
     lines = re.findall(rb"[^\n]*\n|[^\n]+$", content)
     if damaged:
         leave_only(path, lambda: [line for number, line in enumerate(lines, 1) if number not in damaged])
-    return len(damaged - ({len(lines)} if content[-1:] != b"\n" else set()))
+    is_torn = lines[-1:] and not lines[-1].endswith(b"\n") and lines[-1].startswith(b"{")
+    return len(damaged) - bool(is_torn)
 
 
 def shorten(path: Path, size: int) -> None:

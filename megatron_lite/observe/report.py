@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lite.files import replace_file, size_text
 from megatron_lite.observe.charts import chart, from_plotly
-from megatron_lite.observe.history import History
+from megatron_lite.observe.lines import dropped_text
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
 from megatron_lite.observe.panels import sections
 from megatron_lite.observe.phrasing import counted, span
@@ -153,12 +153,11 @@ def _notices(run: RunFolder) -> list[str]:
             "affected."
         )
     elif history.damaged:
-        found.append(f"{counted(history.damaged, 'line')} of {METRICS_FILE} cannot be read and {_is_are(history)}.")
+        are = "is" if history.damaged == 1 else "are"
+        found.append(f"{counted(history.damaged, 'line')} of {METRICS_FILE} cannot be read and {are} left out.")
+    if history.dropped:
+        found.append(f"{dropped_text(history.dropped, METRICS_FILE)}.")
     return found
-
-
-def _is_are(history: History) -> str:
-    return "is left out" if history.damaged == 1 else "are left out"
 
 
 def facts(run: RunFolder) -> list[Fact]:

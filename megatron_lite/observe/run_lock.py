@@ -15,20 +15,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from megatron_lite.errors import DamagedFileError, RunFolderInUseError, RunFolderLostError
 from megatron_lite.files import make_folder, publish_first
-from megatron_lite.observe.heartbeat import node_name
+from megatron_lite.observe.lock_holder import Holder, Role, is_running, machine, this_process
 from megatron_lite.state_files import read_object
 
 LOCK_FOLDER = "lock"
@@ -39,46 +36,9 @@ POLL_SECONDS = 0.2
 ATTEMPT = "MEGATRON_LITE_ATTEMPT"
 """The variable by which a launcher tells its ranks what they have in common, and no other attempt has."""
 FILE_NAME = re.compile(r"(\d{8,15})\.json")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DERIVED_FROM = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
 JOIN_SECONDS = 5.0  # that a rank waits to see the lock with its own rank 0, which may be slower to start
 REFUSAL_SECONDS = 10.0  # that it waits while another run holds the lock, for rank 0 to be refused first
-
-
-class Role(StrEnum):
-    """What the holder does in the folder."""
-
-    launcher = "launcher"  # makes it ready, and hands the lock on to rank 0
-    rank = "rank 0"
-    command = "command"
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds the lock, as the file says."""
-
-    role: str
-    host: str
-    machine: str
-    """Boot and process namespace: within one, a process number means one process."""
-    pid: int
-    started: int
-    """When the process started, in ticks since the boot: numbers of processes are used again."""
-    job: int | None
-    """Of Slurm."""
-    restart: int
-    """Of the Slurm job."""
-    attempt: str
-    """What all ranks of the attempt have in common."""
-    since: float
-    """Seconds since the epoch."""
-    folder: int
-    """The inode of the lock's folder: a copy of a run folder has another one, and is not locked."""
-
-    def __str__(self) -> str:
-        job = "" if self.job is None else f", Slurm job {self.job}"
-        since = datetime.fromtimestamp(self.since).isoformat(sep=" ", timespec="seconds")
-        return f"process {self.pid} on {self.host} ({self.role}{job}) since {since}"
 
 
 @dataclass(frozen=True)
@@ -218,7 +178,7 @@ def take(
     """
     folder = run_dir / LOCK_FOLDER
     make_folder(folder)
-    me = _this_process(role, attempt, folder)
+    me = this_process(role, attempt, folder)
     while True:
         entry = _newest(folder)
         reason = None if entry is None else _reason_to_take(entry, me)
@@ -310,7 +270,7 @@ def _reason_to_take(entry: _Entry, me: Holder) -> str | None:
         return ""
     if holder.job is not None and holder.job == me.job and holder.restart < me.restart:
         return "it is of an earlier attempt of this Slurm job"
-    return "that process has ended" if holder.machine == me.machine and not _is_running(holder) else None
+    return "that process has ended" if holder.machine == me.machine and not is_running(holder) else None
 
 
 def _watch(
@@ -352,11 +312,11 @@ def _is_held(entry: _Entry, folder: Path) -> bool:
     holder = entry.holder
     if entry.is_released or holder is None or holder.folder != folder.stat().st_ino:
         return False
-    return _is_running(holder) if _is_here(entry) else time.time() - entry.beat < STALE_SECONDS
+    return is_running(holder) if _is_here(entry) else time.time() - entry.beat < STALE_SECONDS
 
 
 def _is_here(entry: _Entry) -> bool:
-    return entry.holder is not None and entry.holder.machine == _machine()
+    return entry.holder is not None and entry.holder.machine == machine()
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -387,52 +347,6 @@ def _newest(folder: Path) -> _Entry | None:
             holder = None
         return _Entry(max(numbers), holder, beat)
     return None
-
-
-def _this_process(role: Role, attempt: str, folder: Path) -> Holder:
-    job = os.environ.get("SLURM_JOB_ID", "")
-    restart = os.environ.get("SLURM_RESTART_COUNT", "")
-    return Holder(
-        role=role,
-        host=node_name(),
-        machine=_machine(),
-        pid=os.getpid(),
-        started=_state_of(os.getpid())[1],
-        job=int(job) if job.isdigit() else None,
-        restart=int(restart) if restart.isdigit() else 0,
-        attempt=attempt,
-        since=time.time(),
-        folder=folder.stat().st_ino,
-    )
-
-
-def _machine() -> str:
-    """Where the number of a process means one process: a boot of a machine, and within it a namespace."""
-    try:
-        return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return os.uname().nodename
-
-
-def _is_running(holder: Holder) -> bool:
-    try:
-        state, started = _state_of(holder.pid)
-    except OSError:
-        return False
-    return state not in ("Z", "X") and started == holder.started
-
-
-def _state_of(pid: int) -> tuple[str, int]:
-    """Linux's letter for what a process does (Z = it has ended), and when it started, in ticks since the boot.
-
-    Raises:
-        OSError: there is no such process.
-    """
-    if sys.platform != "linux":
-        os.kill(pid, 0)
-        return "R", 0
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()  # behind its name, which may be any
-    return fields[0].decode(), int(fields[19])
 
 
 def _server_time(folder: Path, me: Holder) -> float:

@@ -75,8 +75,8 @@ def _facts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("loss", _judged(known, "loss")),
         ("gradient norm", _judged(known, "grad_norm")),
-        ("learning rate", shown(known.get("learning_rate"))),
-        ("loss scale", shown(known.get("loss_scale"))),
+        ("learning rate", number_text(known.get("learning_rate"))),
+        ("loss scale", number_text(known.get("loss_scale"))),
         ("samples", ranges(known.get("samples") or [])),
         ("checkpoint before", str(known.get("checkpoint") or "none")),
     ]
@@ -86,9 +86,9 @@ def _facts(known: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _judged(known: Mapping[str, Any], name: str) -> str:
     """`9.1, usual is 5.2: 21.0 robust deviations above`."""
     value, usual, deviations = (known.get(key) for key in (name, f"usual_{name}", f"{name}_deviations"))
-    text = shown(value)
+    text = number_text(value)
     if text and isinstance(usual, int | float):
-        text += f", usual is {shown(usual)}"
+        text += f", usual is {number_text(usual)}"
     if text and isinstance(deviations, int | float):
         text += f": {deviations:.1f} robust deviations {'above' if deviations >= 0 else 'below'}"
     return text
@@ -108,7 +108,7 @@ def _layers(norms: Mapping[int, Mapping[str, Any]], steps: Sequence[int], spike:
     for name in names:
         values = {step: norms[step].get(name) for step in steps}
         usual = [value for step in before if isinstance(value := values[step], int | float) and math.isfinite(value)]
-        rows.append(LayerRow(name, [shown(values[step]) for step in steps], _jump(usual, values.get(spike))))
+        rows.append(LayerRow(name, [number_text(values[step]) for step in steps], _jump(usual, values.get(spike))))
     return rows
 
 
@@ -119,6 +119,6 @@ def _jump(usual: Sequence[float], at: Any) -> float | None:
     return math.inf if not math.isfinite(at) else at / middle if middle else None
 
 
-def shown(value: Any) -> str:
+def number_text(value: Any) -> str:
     """A figure with four digits; empty where there is none."""
     return f"{value:.4g}" if isinstance(value, int | float) else ""

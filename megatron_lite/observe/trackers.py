@@ -153,7 +153,8 @@ class Trackers:
             ranges = [gap.as_text for gap in loss.gaps[:MOST_RANGES]]
             self.event(LOSS_EVENT, step, {"ranges": ranges, "text": loss.text})
         if damaged := self._files.damaged_events:
-            self._report(f"warning: {counted(damaged, 'line')} of {EVENTS_FILE} could not be read and are left out")
+            are = "is" if damaged == 1 else "are"
+            self._report(f"warning: {counted(damaged, 'line')} of {EVENTS_FILE} could not be read and {are} left out")
 
     def alert(self, title: str, text: str) -> None:
         self._each(lambda tracker: tracker.alert(title, text))

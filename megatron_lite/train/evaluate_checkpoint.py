@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megatron_lite.checkpoint.file_plan import shapes_of_all_ranks
 from megatron_lite.checkpoint.inspection import is_checkpoint
 from megatron_lite.checkpoint.loading import require_complete
 from megatron_lite.checkpoint.state import read_state
-from megatron_lite.config.derived import run_directory
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.data.shards.prepare import prepared_folder
-from megatron_lite.data.shards.prepared import PreparedData, load_prepared
+from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import Task, build_task
 from megatron_lite.errors import RunEnd
-from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.evaluation import EvaluationReport, report_of
-from megatron_lite.observe.hardware import enable_fast_float32_matmul
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.markers import leave_marker
 from megatron_lite.observe.run_lock import Claim
@@ -29,9 +23,8 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.train import distributed
 from megatron_lite.train.checkpoints import layout_of, take_initial_weights, take_weights
 from megatron_lite.train.evaluation import HeldOut, evaluate
-from megatron_lite.train.hang.watchdog import watchdog_of
-from megatron_lite.train.out_of_memory import memory_errors_explained
-from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.rank import started_rank
+from megatron_lite.train.stopping import StopAgreement, StopRequested
 
 
 def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
@@ -46,33 +39,20 @@ def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pa
     Raises:
         MegatronLiteError: anything that the user can mend.
     """
-    own_folder = run_directory(config)
-    environment = distributed.ProcessEnvironment.read()
-    console = redirect_output(own_folder, environment.rank)
-    heartbeat = Heartbeat()
-    request = StopRequest(own_folder if environment.rank == 0 else None, config.launcher.grace_seconds)
-    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
-    try:
-        with request.listening(), memory_errors_explained(config, environment), watchdog:
-            data_folder = os.environ.get(FOLDER_VARIABLE)
-            prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
-            device = distributed.own_device(config.launcher.device, environment)
-            print(enable_fast_float32_matmul(device), flush=True)
-            heartbeat.enter(Phase.MEET)
-            context, _ = distributed.join(config, device, environment)
-            agreement = StopAgreement.of_job(request, context)
-            try:
-                report = _evaluated(config, context, prepared, folder, one_pass, heartbeat, agreement)
-            except StopRequested as stop:
-                if context.is_writer:
-                    leave_marker(own_folder, RunEnd.PREEMPTED, f"the evaluation was stopped by {stop}")
-                return RunEnd.PREEMPTED
+    with started_rank(config, claim) as rank:
+        rank.heartbeat.enter(Phase.MEET)
+        context, _ = distributed.join(config, rank.device, rank.environment)
+        agreement = StopAgreement.of_job(rank.request, context)
+        try:
+            report = _evaluated(config, context, rank.prepared, folder, one_pass, rank.heartbeat, agreement)
+        except StopRequested as stop:
             if context.is_writer:
-                report.write(own_folder)
-            distributed.leave()
-            return RunEnd.DONE
-    finally:
-        console.restore()
+                leave_marker(rank.folder, RunEnd.PREEMPTED, f"the evaluation was stopped by {stop}")
+            return RunEnd.PREEMPTED
+        if context.is_writer:
+            report.write(rank.folder)
+        distributed.leave()
+        return RunEnd.DONE
 
 
 def _evaluated(

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
-from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import frozen_path
 from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
-from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.samples.skips import Skips, skips_of
-from megatron_lite.data.shards.prepare import prepared_folder
-from megatron_lite.data.shards.prepared import load_prepared
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import OutOfDataError, RunEnd
 from megatron_lite.objectives.base import Example
-from megatron_lite.observe.console import redirect_output
-from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
-from megatron_lite.observe.heartbeat import Heartbeat, Phase
+from megatron_lite.observe.hardware import reuse_freed_memory
+from megatron_lite.observe.heartbeat import Phase
 from megatron_lite.observe.markers import leave_marker
 from megatron_lite.observe.metrics import EVENTS_FILE, ROLLBACK_EVENT, ROWS_EVENT, read_metrics
 from megatron_lite.observe.progress import Progress
@@ -43,17 +36,16 @@ from megatron_lite.train.check_init import check_start
 from megatron_lite.train.checkpoints import Checkpoints, Start
 from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
 from megatron_lite.train.generate import generate
-from megatron_lite.train.hang.watchdog import watchdog_of
 from megatron_lite.train.loop import Trainer
-from megatron_lite.train.out_of_memory import memory_errors_explained
 from megatron_lite.train.parts import Callbacks, Run, agreed_rollbacks, build_callbacks, last_step
 from megatron_lite.train.peak import job_peak_flops
 from megatron_lite.train.preview import preview
+from megatron_lite.train.rank import started_rank
 from megatron_lite.train.shard_source import ShardSource
 from megatron_lite.train.stability.rollback import unsuited
 from megatron_lite.train.stability.watch import UpdateJudge
 from megatron_lite.train.startup import measure_links, versions
-from megatron_lite.train.stopping import Reason, StopAgreement, StopRequest, StopRequested
+from megatron_lite.train.stopping import Reason, StopAgreement, StopRequested
 
 T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
@@ -71,34 +63,24 @@ def train(config: RunConfig, claim: Claim) -> RunEnd:
         MegatronLiteError: anything that the user can mend.
     """
     started = time.monotonic()
-    folder = run_directory(config)
-    environment = distributed.ProcessEnvironment.read()
-    console = redirect_output(folder, environment.rank)
-    heartbeat = Heartbeat()
-    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
-    request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
-    try:
-        with request.listening(), memory_errors_explained(config, environment), watchdog:
-            data_folder = os.environ.get(FOLDER_VARIABLE)
-            prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
-            device = distributed.own_device(config.launcher.device, environment)
-            print(enable_fast_float32_matmul(device), flush=True)
-            if device.type == "cpu":
-                reuse_freed_memory()
-            # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
-            peak_flops = job_peak_flops(config, device, environment.world_size) if environment.rank == 0 else math.nan
-            heartbeat.enter(Phase.MEET)
-            context, nodes = distributed.join(config, device, environment)
-            links = measure_links(context, nodes)
-            for line in (links.line, *links.warnings):
-                console.print(line)
-            agreement = StopAgreement.of_job(request, context)
-            run = Run(config, context, prepared, console, folder, peak_flops, started, heartbeat, links, claim)
-            end = _attempt(run, agreement)
-            distributed.leave()
-            return end
-    finally:
-        console.restore()
+    with started_rank(config, claim) as rank:
+        if rank.device.type == "cpu":
+            reuse_freed_memory()
+        # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
+        world_size = rank.environment.world_size
+        peak_flops = job_peak_flops(config, rank.device, world_size) if rank.environment.rank == 0 else math.nan
+        rank.heartbeat.enter(Phase.MEET)
+        context, nodes = distributed.join(config, rank.device, rank.environment)
+        links = measure_links(context, nodes)
+        for line in (links.line, *links.warnings):
+            rank.console.print(line)
+        agreement = StopAgreement.of_job(rank.request, context)
+        run = Run(
+            config, context, rank.prepared, rank.console, rank.folder, peak_flops, started, rank.heartbeat, links, claim
+        )
+        end = _attempt(run, agreement)
+        distributed.leave()
+        return end
 
 
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:

@@ -12,6 +12,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.samples.skips import Rollback, read_rollbacks, skips_of
 from megatron_lite.errors import DataError
 from megatron_lite.files import modified_ns
+from megatron_lite.observe.lines import blocks, line_type
 from megatron_lite.observe.metrics import (
     BEGINNINGS,
     EVENTS_FILE,
@@ -47,10 +48,11 @@ def samples_of_step(run_dir: Path, config: RunConfig, step: int) -> StepSamples:
     check_number(step, config)
     rollbacks = read_rollbacks(run_dir)
     last, before = 0, None
-    for line in entries(run_dir / METRICS_FILE):
-        if {"samples", "global_batch_size"} <= line.keys():
-            last = max(last, line["step"])
-            before = line if line["step"] <= step and (before is None or before["step"] < line["step"]) else before
+    for block in blocks(run_dir / METRICS_FILE, line_type(["samples", "global_batch_size"])):
+        for line in block.lines:
+            if line.samples is not None and line.global_batch_size is not None:
+                last = line.step
+                before = line if line.step <= step else before
     batch = _batch(before, config, step)
     indices = skips_of(rollbacks).indices(batch.first_sample, batch.global_batch_size)
     if step >= last + config.train.log_interval:  # steps between two lines leave no trace
@@ -72,13 +74,13 @@ def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: i
     check_number(step, config)
     rollbacks = read_rollbacks(run_dir)
     lines = entries(run_dir / ROLLED_BACK_FILE)
-    versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step}
+    versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step and _has_batch(line)}
     chosen = max(versions, default=0) if rollback is None else rollback
     if chosen not in versions:
         known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(run_dir)
         by = "" if rollback is None else f" by rollback {rollback}"
         raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
-    batch = batch_of_line(versions[chosen])
+    batch = batch_of_line(versions[chosen]["samples"], versions[chosen]["global_batch_size"])
     skips = skips_of(rollbacks[: branch_of(versions[chosen])])
     return StepSamples(skips.indices(batch.first_sample, batch.global_batch_size), chosen)
 
@@ -138,18 +140,22 @@ def _is_attempt(event: dict[str, Any]) -> bool:
     return event.get("event") in BEGINNINGS
 
 
-def _batch(before: dict[str, Any] | None, config: RunConfig, step: int) -> BatchStep:
+def _batch(before: Any, config: RunConfig, step: int) -> BatchStep:
     """As the step's own line says, else counted on from the line before it."""
     if before is None:
         return BatchSchedule(config.train, BEGINNING).at(step - 1)
-    if before["step"] == step:
-        return batch_of_line(before)
-    return BatchSchedule(config.train, Origin(before["step"], before["samples"])).at(step - 1)
+    if before.step == step:
+        return batch_of_line(before.samples, before.global_batch_size)
+    return BatchSchedule(config.train, Origin(before.step, before.samples)).at(step - 1)
 
 
-def batch_of_line(line: dict[str, Any]) -> BatchStep:
+def batch_of_line(samples: int, global_batch_size: int) -> BatchStep:
     """A line tells the samples that are consumed when its step is done."""
-    return BatchStep(line["samples"] - line["global_batch_size"], line["global_batch_size"])
+    return BatchStep(samples - global_batch_size, global_batch_size)
+
+
+def _has_batch(line: dict[str, Any]) -> bool:
+    return all(line.get(name) is not None for name in ("samples", "global_batch_size"))
 
 
 def _taken_back_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:

@@ -155,10 +155,10 @@ class RowCounts:
             return []
         left_out = self.rows - self.documents
         title = f"{self.source}: {left_out:,} of {self.rows:,} rows give no document; {self.bad:,} are bad"
-        return [title, *(f"  {shown(entry)}" for entry in self.skipped)]
+        return [title, *(f"  {skipped_text(entry)}" for entry in self.skipped)]
 
 
-def shown(entry: Skipped) -> str:
+def skipped_text(entry: Skipped) -> str:
     """A kind with its first rows: `3 not JSON: a.jsonl:7: Expecting value; ...`."""
     return f"{entry.count:,} {entry.kind}: {'; '.join(entry.examples)}" + (" ..." * (entry.count > len(entry.examples)))
 
@@ -177,7 +177,7 @@ def require_few_bad(counts: RowCounts, key: str, data: DataConfig) -> None:
     share = counts.bad / used
     if counts.documents and share <= data.max_bad_fraction:
         return
-    kinds = "; ".join(map(shown, counts.faults))
+    kinds = "; ".join(map(skipped_text, counts.faults))
     remedy = REMEDIES[RowKind(counts.faults[0].kind)](counts, data)
     if not counts.documents:
         raise DataError(f"{key}: none of its {counts.bad:,} rows can be used ({kinds}); {remedy}")
@@ -190,7 +190,7 @@ def require_few_bad(counts: RowCounts, key: str, data: DataConfig) -> None:
 
 def no_documents(counts: RowCounts, source: Source) -> DataError:
     """Of a source whose rows are all empty, or that has none."""
-    empty = "; ".join(map(shown, counts.skipped))
+    empty = "; ".join(map(skipped_text, counts.skipped))
     found = f" in its {counts.rows:,} rows ({empty})" if empty else ""
     return DataError(f"{source} holds no text{found}; name a source with documents in it")
 

@@ -110,7 +110,7 @@ def require_tokens(
                 "tokens only: the shards came without theirs; name its folder in data.tokenizer"
             )
         return
-    lacks = f"data.tokenizer={tokenizer} lacks {shown(missing)}, which objective.name={name} needs"
+    lacks = f"data.tokenizer={tokenizer} lacks {names_text(missing)}, which objective.name={name} needs"
     if folder is None:
         raise ConfigError(f"{lacks}: the shards came without their tokenizer; name its folder in data.tokenizer")
     source = folder if tokenizer == TRAIN else tokenizer
@@ -142,7 +142,7 @@ def add_tokens(
     return missing, save_extended(opened, missing, destination)
 
 
-def shown(names: list[str]) -> str:
+def names_text(names: list[str]) -> str:
     """Names; of a long row the ends."""
     if len(names) <= 8:
         return ", ".join(names)

@@ -17,9 +17,9 @@ from megatron_lite.config.changes import (
     SAFE,
     Change,
     Grade,
+    as_typed,
     grade_changes,
     refusals,
-    shown,
     table,
 )
 from megatron_lite.config.compose import compose
@@ -212,7 +212,7 @@ def test_table_has_the_grave_ones_first() -> None:
     ],
 )
 def test_values_as_they_are_typed(value: object, text: str) -> None:
-    assert shown(value) == text
+    assert as_typed(value) == text
 
 
 def test_settings_of_the_data_are_judged_by_its_tokens() -> None:

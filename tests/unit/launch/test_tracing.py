@@ -259,6 +259,15 @@ def test_a_step_around_a_window_has_two_ranges(sources: Path, tmp_path: Path, ca
     assert ": 8 samples, 16 to 17 and 30 to 35\n" in output
 
 
+def test_version_whose_line_lacks_its_samples(rolled_back: Path, capsys: Capture) -> None:
+    path = rolled_back / "rolled_back.jsonl"
+    path.write_text(path.read_text().replace('"samples": ', '"samples": -'))
+    assert main(["trace", str(rolled_back), "--step", "9", "--rolled-back"]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert set(warnings) == {f"warning: 8 values of {path} are not numbers and are left out"}
+    assert f"step 9 of {rolled_back} was not taken back: " in error
+
+
 def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None:
     message = refusal(capsys, rolled_back, "--step", 9, "--rolled-back", 3)
     assert message == (

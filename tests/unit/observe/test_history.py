@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.observe import lines
+from megatron_lite.observe import lines, metrics
 from megatron_lite.observe.charts import MOST_POINTS
+from megatron_lite.observe.comparison import Comparison
 from megatron_lite.observe.envelope import Envelope, Means
-from megatron_lite.observe.history import MOST_GROUP_POINTS, History
-from megatron_lite.observe.lines import Gap, Line, blocks
+from megatron_lite.observe.history import MOST_GROUP_POINTS, History, Table
+from megatron_lite.observe.lines import Gap, Line, blocks, line_type, sound_object
 from megatron_lite.observe.metrics import (
     EventWriter,
     MetricsWriter,
@@ -148,6 +149,58 @@ def test_damaged_events_are_counted(tmp_path: Path) -> None:
     writer.close()
     assert writer.damaged == 2
     assert [entry["event"] for entry in read_metrics(path)] == ["start", "save"]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    writer = EventWriter(path)
+    writer.close()
+    assert writer.damaged == 1, "zeros are no line that a kill tore"
+    assert path.read_bytes() == b""
+
+
+NO_FIGURES = ('"nan"', '"x"')
+FIGURE_TEXTS = st.sampled_from(
+    ["1.5", "-3", "null", "true", '"NaN"', '"-Infinity"', "1e5", str(10**30), "1" + "0" * 400, *NO_FIGURES]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(FIGURE_TEXTS, FIGURE_TEXTS | st.just("{}") | st.just("[1]"), FIGURE_TEXTS), min_size=1))
+def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tuple[str, str, str]]) -> None:
+    """By both readers alike: of whole lines, and of the wanted keys of each."""
+    kind = line_type(["loss", "accuracy"], ["layers"])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text(
+            "".join(
+                f'{{"step": {step}, "loss": {loss}, "accuracy": {accuracy}, "layers": {{"a": 0.5, "b": {inner}}}}}\n'
+                for step, (loss, accuracy, inner) in enumerate(rows, 1)
+            )
+        )
+        whole = read_metrics(path)
+        found = list(blocks(path, kind))
+        lines = [line for block in found for line in block.lines]
+        assert [entry["step"] for entry in whole] == [line.step for line in lines] == list(range(1, len(rows) + 1))
+        texts = [text for row in rows for text in row]
+        assert sum(block.dropped for block in found) == sum(text in (*NO_FIGURES, "{}", "[1]") for text in texts)
+        table = Table.joined([Table.of(block, ["loss", "accuracy"]) for block in found if block.lines])
+        for entry, value, there in zip(whole, table.values[:, 0], table.there[:, 0], strict=True):
+            assert there == (entry.get("loss") is not None)
+            assert np.array_equal(value, math.nan if not there else float(entry["loss"]), equal_nan=True)
+        for line, entry in zip(lines, whole, strict=True):
+            assert line.layers.keys() == entry["layers"].keys()
+
+
+def test_values_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "two"}\n{"step": 3, "loss": 1.0, "lo\u00e4": 7}\n')
+    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xff"))  # a damaged name is no damaged line
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 2, 3]
+    told = f"warning: 1 value of {path} is not a number and is left out\n"
+    assert capsys.readouterr().err == told
+    folder = RunFolder.read(tmp_path)
+    page = render(folder, "running")
+    assert capsys.readouterr().err == told
+    assert folder.history.curve("loss") == ([1, 3], [2.0, 1.0])
+    assert "1 value of metrics.jsonl is not a number and is left out." in page
 
 
 @pytest.mark.parametrize("block_bytes", [16, 64, 2**22])
@@ -213,6 +266,30 @@ def test_a_run_twice_as_long_takes_no_more_memory_and_no_larger_page(
     assert peaks[1] < peaks[0] + 2**20
     assert max(peaks) < 16 * 2**20
     assert sizes[1] < 1.3 * sizes[0] < 8e6
+
+
+def test_no_line_that_is_sound_takes_the_slow_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading for a report, for a comparison, and for a resume; a million lines would take a minute otherwise."""
+    calls: list[bytes] = []
+
+    def counted(line: bytes) -> dict[str, Any] | None:
+        calls.append(line)
+        return sound_object(line)
+
+    run = SyntheticRun(tmp_path, steps=100)
+    run.begin()
+    run.train(1, 60)
+    run.close()
+    folder = RunFolder.read(tmp_path)
+    monkeypatch.setattr(lines, "sound_object", counted)
+    assert folder.history.count == 60
+    assert Comparison.of(folder, folder, 1e-6).common_steps == 60
+    monkeypatch.setattr(metrics, "sound_object", counted)
+    MetricsWriter(tmp_path / "metrics.jsonl", resume_step=60, rollbacks=1).close()
+    assert calls == []
+    MetricsWriter(tmp_path / "metrics.jsonl", resume_step=57, rollbacks=1).close()
+    beyond = {json.loads(line)["step"] for line in calls}
+    assert beyond == {58, 59, 60}, "what a rollback took back is decoded whole, to be kept"
 
 
 def test_what_an_envelope_keeps_does_not_depend_on_how_the_points_came() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_lite.errors import RunFolderInUseError, RunFolderLostError
-from megatron_lite.observe import run_lock
+from megatron_lite.observe import lock_holder, run_lock
 from megatron_lite.observe.run_lock import Role, holder_of, join, own_attempt, require_free, take
 
 
@@ -90,6 +90,15 @@ def test_rank_0_takes_over_from_its_own_launcher_alone(tmp_path: Path) -> None:
     assert not launcher.is_ours()
 
 
+def test_whatever_byte_of_the_lock_is_damaged_it_is_read(tmp_path: Path) -> None:
+    take(tmp_path, Role.rank, "a")
+    path = lock_file(tmp_path)
+    sound = path.read_bytes()
+    for place in range(len(sound)):
+        path.write_bytes(sound[:place] + b"e" + sound[place + 1 :])  # of 1e9 seconds it makes 1e90
+        assert str(holder_of(tmp_path))
+
+
 def test_process_that_has_ended_is_no_holder(tmp_path: Path) -> None:
     take(tmp_path, Role.rank, "a")
     rewritten(tmp_path, pid=ended_process())
@@ -113,7 +122,7 @@ def test_zombie_is_no_holder(tmp_path: Path) -> None:
     child = subprocess.Popen(["true"])
     while Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
         time.sleep(0.01)
-    rewritten(tmp_path, pid=child.pid, started=run_lock._state_of(child.pid)[1])
+    rewritten(tmp_path, pid=child.pid, started=lock_holder.state_of(child.pid)[1])
     take(tmp_path, Role.rank, "b")
     child.wait()
 
@@ -259,7 +268,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
 def test_slow_one_that_knew_of_an_older_lock_does_not_get_in(tmp_path: Path) -> None:
     """It judged number 1, slept while others came and went, and now publishes number 2."""
     take(tmp_path, Role.rank, "a").release()
-    me = run_lock._this_process(Role.rank, "slow", tmp_path / "lock")
+    me = lock_holder.this_process(Role.rank, "slow", tmp_path / "lock")
     take(tmp_path, Role.rank, "b").release()
     lock = take(tmp_path, Role.rank, "c")
     assert run_lock._publish(tmp_path / "lock", 2, me) is None

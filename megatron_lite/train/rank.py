@@ -1,0 +1,63 @@
+"""How each rank begins, whatever it does afterwards: its output, its watchdog, its data and its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_lite.config.derived import run_directory
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import FOLDER_VARIABLE
+from megatron_lite.data.shards.prepare import prepared_folder
+from megatron_lite.data.shards.prepared import PreparedData, load_prepared
+from megatron_lite.observe.console import Console, redirect_output
+from megatron_lite.observe.hardware import enable_fast_float32_matmul
+from megatron_lite.observe.heartbeat import Heartbeat
+from megatron_lite.observe.run_lock import Claim
+from megatron_lite.train.distributed import ProcessEnvironment, own_device
+from megatron_lite.train.hang.watchdog import watchdog_of
+from megatron_lite.train.out_of_memory import memory_errors_explained
+from megatron_lite.train.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a rank has before it meets the others."""
+
+    folder: Path
+    """train.run_dir."""
+    environment: ProcessEnvironment
+    console: Console
+    heartbeat: Heartbeat
+    request: StopRequest
+    prepared: PreparedData
+    device: torch.device
+
+
+@contextmanager
+def started_rank(config: RunConfig, claim: Claim) -> Iterator[Rank]:
+    """Watched for hangs, listening for signals, and with its memory errors explained, until the end of the block.
+
+    Raises:
+        MegatronLiteError: the data is damaged or gone, or the device is not there.
+    """
+    folder = run_directory(config)
+    environment = ProcessEnvironment.read()
+    console = redirect_output(folder, environment.rank)
+    heartbeat = Heartbeat()
+    watchdog = watchdog_of(config, environment, heartbeat, console, claim)
+    request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
+    try:
+        with request.listening(), memory_errors_explained(config, environment), watchdog:
+            data_folder = os.environ.get(FOLDER_VARIABLE)
+            prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            device = own_device(config.launcher.device, environment)
+            print(enable_fast_float32_matmul(device), flush=True)
+            yield Rank(folder, environment, console, heartbeat, request, prepared, device)
+    finally:
+        console.restore()
