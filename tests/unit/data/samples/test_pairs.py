@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.schema import ObjectiveConfig, RunConfig
+from megatron_lite.data.samples import pairs
 from megatron_lite.data.samples.dataset import BlendedDataset
 from megatron_lite.data.samples.loader import training_dataset, validation_dataset
 from megatron_lite.data.samples.pairs import PairDataset, chunks_of, truncated
-from megatron_lite.data.samples.sample_types import PairShape, SentencePair, pairs
+from megatron_lite.data.samples.sample_types import PairShape, SentencePair
 from megatron_lite.data.shards.indexed import IndexedWriter
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import Part, Shard
