@@ -25,6 +25,7 @@ from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.dossier import Dossiers
 from megatron_lite.train.loop import Callback
 from megatron_lite.train.rollback import GoBack
+from megatron_lite.train.rollback_record import RollbackRecord
 from megatron_lite.train.sources import ShardSource
 from megatron_lite.train.startup import Links
 from megatron_lite.train.watch import UpdateJudge, Watch, logged_vitals
@@ -81,7 +82,8 @@ def build_callbacks(
     """Once the run's weights are there. A collective of all ranks."""
     config = run.config
     validate = Validate(trackers, progress)
-    save = Save(trackers, checkpoints, validate)
+    record = RollbackRecord(run.folder, run.context.is_writer, run.console.print, rollbacks)
+    save = Save(trackers, checkpoints, validate, record)
     watch = Watch(config, checkpoints.engine, judge, _dossiers(run, trackers, source), rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
     go_back = GoBack(
@@ -92,7 +94,7 @@ def build_callbacks(
         validate,
         trackers,
         run.console,
-        rollbacks,
+        record,
         partial(last_step, run, source),
     )
     return Callbacks(
