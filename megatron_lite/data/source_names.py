@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.keys import nearest
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.sources import EMBEDDED, SAVED_DATASET_FILES, Source, SourceKind, visible_files
 from megatron_lite.errors import ConfigError, DataError, remedy_of
@@ -116,6 +117,7 @@ def resolve_source(name: str, key: str) -> Source:
     if os.path.isdir(path):
         return Source(key, name, SourceKind.dataset, (_dataset_folder(path, entry),))
     if not os.path.lexists(path) and _is_hub_name(name):
+        _refuse_slip(name, entry)
         return Source(key, name, SourceKind.dataset)
     kind = _kind_of_file(path, entry)
     if path.stat().st_size == 0:
@@ -233,6 +235,19 @@ def _dataset_folder(path: Path, entry: str) -> Path:
 def _is_hub_name(name: str) -> bool:
     looks_like_file = kind_of(name) is not None or os.path.splitext(name.lower())[1] in OTHER_SUFFIXES
     return not looks_like_file and HUB_NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _refuse_slip(name: str, entry: str) -> None:
+    """Of the source that is built in, ahead of asking the hub for it.
+
+    Raises:
+        DataError: the name is spelled almost like it.
+    """
+    if "/" not in name and nearest(name.lower(), [EMBEDDED]):
+        raise DataError(
+            f"{entry} is no file, and the source that is built in is spelled {EMBEDDED}; use {EMBEDDED}, or name a "
+            "dataset of the hub with its owner, as OWNER/NAME"
+        )
 
 
 def _kind_of_file(path: Path, entry: str) -> SourceKind:

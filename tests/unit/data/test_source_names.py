@@ -115,6 +115,18 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
     assert refusal(name).startswith(f"data.source={name} does not exist (looked from {folder}); use embedded, a .txt, ")
 
 
+@pytest.mark.parametrize("name", ["Embedded", "EMBEDDED", "embeded", "embbeded", "embedded_"])
+def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
+    assert "the source that is built in is spelled embedded; use embedded, or name" in refusal(name)
+    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
+    assert resolve_source(f"owner/{name}", "data.source").kind is SourceKind.dataset
+
+
+def test_names_of_the_hub_are_left_alone() -> None:
+    for name in ("wikitext", "imdb", "embeddings-benchmark", "train"):
+        assert resolve_source(name, "data.source").kind is SourceKind.dataset
+
+
 @pytest.mark.parametrize("name", ["-a/b", "a--b/c", "a..b/c", "a/b:c", "a/b c", "x" * 300, "größe/corpus"])
 def test_what_cannot_be_a_name_of_the_hub(name: str) -> None:
     assert refusal(name).startswith(f"data.source={name}")
