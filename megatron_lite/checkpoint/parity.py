@@ -36,6 +36,7 @@ LEAST_SPREAD = 10.0
 """Logits of trained and of fresh models differ from place to place by thousands of times what is allowed."""
 SAMPLES, LENGTH = 4, 128
 START_SAMPLES, START_LENGTH = 2, 64
+OTHER_VERSION = "install the transformers of constraints.txt and try again"
 THEIR_NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
 
 
@@ -117,9 +118,9 @@ def _described(folder: Path) -> Object:
     try:
         found = read_object(folder / CONFIG_FILE, Object)
     except DamagedFileError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{error}; bring back a whole copy") from error
     if found is None:
-        raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}; bring it back")
     return found
 
 
@@ -224,7 +225,7 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     transformers.utils.logging.disable_progress_bar()
     architecture, arguments = reading.architecture, {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
     reader = f"{architecture} of transformers {transformers.__version__}"
-    with _quiet(), library_edge(CheckpointError, f"{reader} cannot read {reading.folder}"):
+    with _quiet(), library_edge(CheckpointError, f"{reader} cannot read {reading.folder}", OTHER_VERSION):
         model, found = getattr(transformers, architecture).from_pretrained(
             reading.folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -235,10 +236,9 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     ]
     if faults:
         raise CheckpointError(
-            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); install the transformers "
-            "of constraints.txt and try again"
+            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); {OTHER_VERSION}"
         )
-    with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}"):
+    with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}", OTHER_VERSION):
         outputs = model.eval()(**arguments)
     if "prediction_logits" in outputs:
         return [outputs.prediction_logits, outputs.seq_relationship_logits]

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_lite.config.keys import nearest
 from megatron_lite.config.schema import DataConfig
-from megatron_lite.data.sources import EMBEDDED, SAVED_DATASET_FILES, Source, SourceKind, visible_files
+from megatron_lite.data.sources import EMBEDDED, HALF, SAVED_DATASET_FILES, Source, SourceKind, visible_files
 from megatron_lite.errors import ConfigError, DataError, remedy_of
 
 FORMS = (
@@ -121,7 +121,7 @@ def resolve_source(name: str, key: str) -> Source:
         return Source(key, name, SourceKind.dataset)
     kind = _kind_of_file(path, entry)
     if path.stat().st_size == 0:
-        raise DataError(f"{path} (of {entry}) is empty; it must hold text")
+        raise DataError(f"{path} (of {entry}) is empty; name one that holds text")
     return Source(key, name, kind, (path,))
 
 
@@ -208,7 +208,7 @@ def _halves(prefix: Path) -> Iterator[bool]:
 def _pair(prefix: Path, entry: str) -> Path:
     for suffix, exists in zip((".bin", ".idx"), _halves(prefix), strict=True):
         if not exists:
-            raise DataError(f"{entry}: {prefix}{suffix} does not exist; Megatron shards are a pair of .bin and .idx")
+            raise DataError(f"{entry}: {prefix}{suffix} does not exist; {HALF}")
     return prefix
 
 

@@ -84,10 +84,12 @@ def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Ite
     except NoCounterpart as reason:
         keys = {field: key for key, entry in words.keys.items() for field in entry.fields}
         said = re.sub(r"model\.(\w+)", lambda found: keys.get(found[1], found[0]), str(reason))
-        yield f"{where} describes a model that we cannot begin with: {said}; correct it, or give another folder"
+        yield f"{where} describes a model that we cannot begin with: {said}; {SUCH}"
 
 
 _ROTARY_BASE = 10000.0
+SUCH = "give the folder of such a model"
+"""And not: change config.json, which then would describe other weights."""
 _OF_DEFAULT_POSITIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
 _SHOWN_CHARACTERS = 200
 _VOCABULARIES = {"gpt2": 50257, "llama": 32000, "bert": 30522, "roberta": 50265, "t5": 32128, "bart": 50265}
@@ -116,7 +118,7 @@ class _Reader:
         return self.typed(key, self.config[key], default, least) if key in self.config else default
 
     def typed(self, key: str, found: Any, default: Any, least: int = 1) -> Any:
-        """The same of a value at hand. null is what no default but "none" can mean: a switch of transformers is never."""
+        """The same of a value at hand. null is what no default but "none" can mean, and no switch has that."""
         if found is None and not default and not isinstance(default, bool):
             return default
         kinds: tuple[type, ...]
@@ -142,7 +144,7 @@ class _Reader:
         return found
 
     def refuse(self, key: str, found: Any, supported: str) -> None:
-        self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}")
+        self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}; {SUCH}")
 
     def refuse_unknown(self, words: Words, *, but_of_other_families: bool) -> None:
         """Keys that may change what the model computes.
@@ -182,7 +184,9 @@ def _family(reader: _Reader) -> Family:
     """
     found = reader.config.get("model_type")
     if found not in list(WORDS):
-        raise ConfigError(f"{reader.where}: model_type={_shown(found)} is not supported; supported: {', '.join(WORDS)}")
+        raise ConfigError(
+            f"{reader.where}: model_type={_shown(found)} is not supported; supported: {', '.join(WORDS)}; {SUCH}"
+        )
     known, named = WORDS[found].architectures, reader.config.get("architectures") or []
     if not isinstance(named, list) or not all(name in known for name in named):
         raise ConfigError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from megatron_lite.data.indexed import IndexedReader, IndexedWriter, ShardFacts, bin_path, idx_path, token_dtype
+from megatron_lite.data.indexed import OTHERS, IndexedReader, IndexedWriter, ShardFacts, bin_path, idx_path, token_dtype
 from megatron_lite.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -101,7 +101,7 @@ def test_truncated_bin(tmp_path: Path) -> None:
         file.truncate(2396)
     with pytest.raises(DataError) as error:
         IndexedReader(tmp_path / "x")
-    assert str(error.value) == f"{tmp_path}/x.bin is 2,396 bytes; x.idx expects 2,400 (truncated)"
+    assert str(error.value) == f"{tmp_path}/x.bin is 2,396 bytes; x.idx expects 2,400 (truncated); {OTHERS}"
 
 
 def test_bin_that_is_too_long(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_parquet(tmp_path: Path, config_for: ConfigFor) -> None:
     assert documents_of(config_for(path)) == ["one", "two"]
     assert counts_of(config_for(path)).lines()[1:] == [f"  1 null: {path}:2", f"  1 empty: {path}:4"]
     assert failure_of(config_for(path, text_key="body")) == (
-        f"{path} (of data.source={path}) has no data.text_key=body; it has text, id"
+        f"{path} (of data.source={path}) has no data.text_key=body; set data.text_key to one of text"
     )
     path.write_bytes(path.read_bytes()[:-10])
     message = failure_of(config_for(path))
@@ -393,7 +393,7 @@ def test_columns_of_other_types(tmp_path: Path, config_for: ConfigFor) -> None:
     for name, kind in (("number", "int64"), ("nested", "struct<text: string>"), ("list", "list<")):
         message = failure_of(config_for(path, text_key=name))
         assert message.startswith(f"{path} (of data.source={path}): data.text_key={name} holds {kind}")
-        assert message.endswith("; it must hold text; columns of text are: text, dictionary, nothing")
+        assert message.endswith(", and must hold text; set data.text_key to one of text, dictionary, nothing")
 
 
 def test_batches_of_large_cells_are_small(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.readers import read_documents
 from megatron_lite.data.source_names import OTHER_SUFFIXES, kind_of, require_sources, resolve_source, resolve_sources
-from megatron_lite.data.sources import SourceKind
+from megatron_lite.data.sources import HALF, SourceKind
 from megatron_lite.errors import ConfigError, DataError
 
 ConfigFor = Callable[..., RunConfig]
@@ -245,7 +245,7 @@ def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
 def test_empty_files(folder: Path) -> None:
     for name in ("a.txt", "a.jsonl.gz", "a.parquet"):
         (folder / name).touch()
-        assert refusal(name) == f"{name} (of data.source={name}) is empty; it must hold text"
+        assert refusal(name) == f"{name} (of data.source={name}) is empty; name one that holds text"
     assert "matches empty files alone; name files that hold text" in refusal("*.txt")
 
 
@@ -273,7 +273,7 @@ def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     assert [source.kind for source in resolve_sources(names, "data.source")] == ["shards", "shards"]
     (folder / "a.idx").unlink()
     for name in ("a", "a.bin", "a.idx"):
-        assert refusal(name).endswith("a.idx does not exist; Megatron shards are a pair of .bin and .idx")
+        assert refusal(name).endswith(f"a.idx does not exist; {HALF}")
 
 
 def test_folders_without_data_files(folder: Path) -> None:

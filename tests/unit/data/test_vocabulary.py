@@ -30,8 +30,8 @@ def test_too_small_to_train(config_for: ConfigFor) -> None:
     with pytest.raises(ConfigError) as error:
         planned_vocab_size(config_for("embedded", tokenizer_vocab_size=366))
     assert str(error.value) == (
-        "data.tokenizer_vocab_size=366 must be 367 or more: a byte-level vocabulary holds 256 bytes and the 111 "
-        "special tokens of the objectives, 100 sentinels among them"
+        "data.tokenizer_vocab_size=366 is too small: a byte-level vocabulary holds 256 bytes and the 111 "
+        "special tokens of the objectives, 100 sentinels among them; use 367 or more"
     )
     assert planned_vocab_size(config_for("embedded", tokenizer_vocab_size=367)) == 367
 
