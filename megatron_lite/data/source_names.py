@@ -141,7 +141,7 @@ def _unpacked(name: str) -> str:
 def _path(name: str, entry: str) -> Path:
     if address := ADDRESS.fullmatch(name):
         way = _way_from(name, *address.groups())
-        raise DataError(f"{entry} is an address, and sources are read from this machine: {way}")
+        raise DataError(f"{entry} is an address, and sources are read from this machine; {way}")
     if not name.strip() or "\0" in name:
         raise DataError(f"{entry} names no file; {FORMS}")
     try:

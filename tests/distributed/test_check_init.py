@@ -25,6 +25,7 @@ from megatron_lite.train import check_init
 from megatron_lite.train.check_init import check_start
 from tests.distributed.harness import run_ranks
 from tests.unit.checkpoint.starts import begin, write_start
+from tests.unit.remedies import obeys
 
 
 def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]:
@@ -44,6 +45,7 @@ def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]
 
 
 @pytest.mark.parametrize("planted", [False, True])
+@obeys("megatron_lite/train/check_init.py:_check")
 def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
     config = begin(write_start(tmp_path / "m", "llama_grouped_query"), "llama_grouped_query")
     first, second = run_ranks(start_rank, 2, config, planted)

@@ -26,6 +26,7 @@ from megatron_lite.models.stored import StoredForm
 from tests.distributed.reference_models import CASES, VOCAB_SIZE
 from tests.tiny_models import T5
 from tests.unit.checkpoint.hf_checkpoints import save_model
+from tests.unit.remedies import obeys
 
 FAMILIES = {
     "gpt2": "float32",
@@ -163,6 +164,7 @@ def test_a_tensor_that_transformers_misses_is_named(
     assert " what it wants (missing keys: transformer.ln_f.bias)" in error
 
 
+@obeys("megatron_lite/checkpoint/export.py:_rounded")
 def test_a_number_too_large_for_the_type_is_named() -> None:
     with pytest.raises(
         CheckpointError, match=r"^head holds 1e\+06, and float16 ends at 6.55e\+04; use --dtype bfloat16"

@@ -17,6 +17,7 @@ from megatron_lite.data.rows import Document, RowCounts
 from megatron_lite.data.source_names import resolve_source
 from megatron_lite.data.sources import identity
 from megatron_lite.errors import DataError
+from tests.unit.remedies import obeys
 
 datasets = pytest.importorskip("datasets")
 ConfigFor = Callable[..., RunConfig]
@@ -37,6 +38,7 @@ def test_saved_dataset(saved: Path, config_for: ConfigFor) -> None:
     assert read(config_for(saved)) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/hugging_face.py:_split_of")
 def test_saved_splits(tmp_path: Path, config_for: ConfigFor) -> None:
     parts = {name: datasets.Dataset.from_dict({"body": [f"text of {name}"]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "splits"))

@@ -24,6 +24,7 @@ from megatron_lite.data.rows import BadRow, Document, RowCounts, RowKind, Skippe
 from megatron_lite.data.source_names import resolve_source, resolve_sources
 from megatron_lite.data.streams import Oversized, split_records, with_newlines
 from megatron_lite.errors import DataError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 
@@ -375,6 +376,7 @@ def test_cells_that_are_bad(tmp_path: Path, config_for: ConfigFor) -> None:
         ]
 
 
+@obeys("megatron_lite/data/columns.py:require_text")
 def test_columns_of_other_types(tmp_path: Path, config_for: ConfigFor) -> None:
     words = pa.array(["one", None, "two"])
     columns = {

@@ -21,6 +21,7 @@ from megatron_lite.data.readers import read_documents
 from megatron_lite.data.source_names import OTHER_SUFFIXES, kind_of, require_sources, resolve_source, resolve_sources
 from megatron_lite.data.sources import HALF, SourceKind
 from megatron_lite.errors import ConfigError, DataError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 
@@ -80,11 +81,12 @@ def test_kinds_are_told_by_names(folder: Path) -> None:
     ],
 )
 def test_addresses(name: str, remedy: str) -> None:
-    assert refusal(name) == f"data.source={name} is an address, and sources are read from this machine: {remedy}"
+    assert refusal(name) == f"data.source={name} is an address, and sources are read from this machine; {remedy}"
     if " use " in remedy:
         assert resolve_source(remedy.rsplit(" ", 1)[1], "data.source").kind is SourceKind.dataset
 
 
+@obeys("megatron_lite/data/source_names.py:_path")
 def test_address_of_a_file_here(folder: Path) -> None:
     (folder / "x.txt").write_text("x")
     remedy = refusal(f"file://{folder}/x.txt").rsplit(" use ", 1)[1]
@@ -116,6 +118,7 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["Embedded", "EMBEDDED", "embeded", "embbeded", "embedded_"])
+@obeys("megatron_lite/data/source_names.py:_refuse_slip")
 def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
     assert "the source that is built in is spelled embedded; use embedded, or name" in refusal(name)
     assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
@@ -200,6 +203,7 @@ def test_files_of_other_forms(folder: Path) -> None:
     assert "a.xyz is a file of no known form; use embedded, a .txt" in refusal("a.xyz")
 
 
+@obeys("megatron_lite/data/source_names.py:_kind_of_file")
 def test_what_is_done_to_files_of_other_forms(folder: Path, config_for: ConfigFor) -> None:
     """The remedies are obeyed."""
     (folder / "x.txt").write_text("packed")
@@ -233,6 +237,7 @@ def test_a_table_in_a_folder_of_its_own(
     assert texts("own", config_for) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/source_names.py:_kind_of_file")
 def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
     (folder / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
     message = refusal("a.json")

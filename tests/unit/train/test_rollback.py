@@ -20,6 +20,7 @@ from megatron_lite.train import rollback_record as module
 from megatron_lite.train.callbacks import Save
 from megatron_lite.train.rollback import GoBack, next_window, unsuited
 from megatron_lite.train.rollback_record import RollbackRecord
+from tests.unit.remedies import obeys
 
 BATCH = 8
 
@@ -148,6 +149,7 @@ def test_a_full_disk_ends_no_rollback_and_the_file_is_written_once_there_is_room
     assert record.report.call_count == 2
 
 
+@obeys("megatron_lite/train/rollback_record.py:require_written")
 def test_no_checkpoint_is_saved_before_the_rollback_is_on_the_disk(
     record: RollbackRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
