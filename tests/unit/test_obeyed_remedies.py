@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launch import machine
+from launch.cli import main
 from launch.environment import passed_environment, require_numbers
 from launch.evaluation import find_subject
 from launch.follow import run_folder
 from launch.hostfile import read_hostfile, with_hosts
 from launch.nodes import own_node_rank
-from launch.sweep import expand
+from launch.sweep import expand, require_own_folders
 from megatron_lite.config.compose import change
+from megatron_lite.config.frozen import freeze
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.framing import document_ends
+from megatron_lite.data.prepare import resolved_sources
 from megatron_lite.errors import ConfigError, DataError, LaunchError, MegatronLiteError
 from megatron_lite.train.step_samples import check_number
 from megatron_lite.train.verify import synthetic_vocabulary
@@ -182,3 +187,47 @@ def test_a_run_folder(tmp_path: Path) -> None:
             find_subject(word)
     (tmp_path / "config-0123456789ab.yaml").touch()
     assert run_folder(str(tmp_path)) == tmp_path
+
+
+DRY = ["launcher.device=cpu", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "mended"),
+    [
+        (DRY, "[SETTING ...]` with one of pretrain_bert, pretrain_gpt", ["pretrain_gpt", *DRY]),
+        (["pretrain_gtp", *DRY], "did you mean pretrain_gpt?", ["pretrain_gpt", *DRY]),
+        (["pretrain_gpt", "--config", "FROZEN", *DRY], "leave out pretrain_gpt", ["--config", "FROZEN", *DRY]),
+        (["--config"], "give a config-*.yaml of a run folder", ["--config", "FROZEN", *DRY]),
+        (["pretrain_gpt", "--dry-rum", *DRY], "did you mean --dry-run?", ["pretrain_gpt", *DRY]),
+    ],
+)
+@obeys("launch/cli.py:_split_script", "launch/cli.py:_typed", "launch/arguments.py:_value")
+def test_a_command_line(
+    words: list[str], told: str, mended: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen = str(freeze(change(config_of(), [f"train.run_dir={tmp_path}"]), tmp_path))
+    assert main([frozen if word == "FROZEN" else word for word in words]) == 2
+    assert told in capsys.readouterr().err
+    assert main([frozen if word == "FROZEN" else word for word in mended]) == 0
+
+
+@obeys("launch/sweep.py:require_own_folders")
+def test_runs_of_a_sweep_that_share_a_folder() -> None:
+    for words, is_well in ((["train.seed=1,1"], False), (["train.seed=1,2"], True)):
+        points = expand(["pretrain_gpt", *words])
+        folders = [Path(f"runs/{dict(point.varied)['train.seed']}") for point in points]
+        if is_well:
+            require_own_folders(points, folders)
+        else:
+            with pytest.raises(ConfigError, match="; give each value once"):
+                require_own_folders(points, folders)
+
+
+@obeys("megatron_lite/data/prepare.py:resolved_sources")
+def test_sources_and_what_is_held_out() -> None:
+    for key, value, mended in (("source", None, "embedded"), ("validation_fraction", 1.0, 0.02)):
+        data = replace(RunConfig().data, **{key: value})
+        with pytest.raises(ConfigError, match="; use "):
+            resolved_sources(RunConfig(data=data))
+        resolved_sources(RunConfig(data=replace(data, **{key: mended})))

@@ -15,10 +15,8 @@ from megatron_lite import errors
 from tests.unit.untried_remedies import UNTRIED
 
 ROOT = Path(__file__).parents[2]
-ROOMS = (
-    "launch",
-    *(f"megatron_lite/{room}" for room in ("train", "checkpoint", "data", "observe", "models", "config/hf")),
-)
+OF_LIBRARY = ("train", "checkpoint", "data", "observe", "models", "config/hf")
+ROOMS = ("launch", *(f"megatron_lite/{room}" for room in OF_LIBRARY))
 OURS = {name for name, value in vars(errors).items() if isinstance(value, type) and name.endswith("Error")}
 EDGE = "library_edge"
 
@@ -95,13 +93,8 @@ def _marks(file: Path) -> Iterator[str]:
     if "@obeys(" not in text:
         return
     tree = ast.parse(text)
-    names = {  # of a folder that a test file names once
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
+    constants = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    names = {ast.unparse(one.targets[0]): ast.literal_eval(one.value) for one in constants}
     for function in ast.walk(tree):
         for mark in function.decorator_list if isinstance(function, ast.FunctionDef) else ():
             if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "obeys":

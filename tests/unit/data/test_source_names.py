@@ -247,13 +247,18 @@ def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
     assert texts("a.jsonl", config_for) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/source_names.py:resolve_source")
 def test_empty_files(folder: Path) -> None:
     for name in ("a.txt", "a.jsonl.gz", "a.parquet"):
         (folder / name).touch()
         assert refusal(name) == f"{name} (of data.source={name}) is empty; name one that holds text"
     assert "matches empty files alone; name files that hold text" in refusal("*.txt")
+    (folder / "b.txt").write_text("text")
+    for name in ("b.txt", "*.txt"):
+        assert resolve_source(name, "data.source").kind is SourceKind.text
 
 
+@obeys("megatron_lite/data/source_names.py:_pattern")
 def test_patterns(folder: Path, config_for: ConfigFor) -> None:
     assert refusal("*.jsonl") == f"data.source=*.jsonl matches no file (looked from {folder}); correct the pattern"
     (folder / "deep" / "er").mkdir(parents=True)
@@ -269,6 +274,7 @@ def test_patterns(folder: Path, config_for: ConfigFor) -> None:
     assert texts("de*/*.*", config_for) == ["two"]
 
 
+@obeys("megatron_lite/data/source_names.py:_pattern", "megatron_lite/data/source_names.py:_pair")
 def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
         (folder / name).touch()
@@ -279,8 +285,12 @@ def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     (folder / "a.idx").unlink()
     for name in ("a", "a.bin", "a.idx"):
         assert refusal(name).endswith(f"a.idx does not exist; {HALF}")
+    (folder / "a.idx").touch()  # copied
+    for name in ("a", "a.bin", "a.idx", "b"):
+        assert resolve_source(name, "data.source").kind is SourceKind.shards
 
 
+@obeys("megatron_lite/data/source_names.py:_dataset_folder")
 def test_folders_without_data_files(folder: Path) -> None:
     (folder / "f").mkdir()
     assert "is a folder without data files: it holds nothing; name a folder of files that" in refusal("f")
