@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from megatron_lite.config.derived import all_layers, given_processes, ranks_per_replica
 from megatron_lite.config.rules import launcher, model, nodes, training
@@ -79,7 +80,7 @@ class NearestLayouts:
         if self.case.world_size is not None:
             return Case(config, count)
         keys = [key for key in OF_A_NODE if getattr(config.launcher, key) is not None]
-        changed: dict[str, int] = {"num_processes": count}
+        changed: dict[str, Any] = {"num_processes": count}
         if keys:
             shared = shared_by_nodes(count, config.launcher.nodes, getattr(config.launcher, keys[0]))
             if shared is None:
@@ -117,7 +118,11 @@ class NearestLayouts:
 
     def _with_layout(self, size: tuple[int, int, int], batch: int | None = None) -> Case:
         config, (data, tensor, pipeline) = self.case.config, size
-        sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+        sizes: dict[str, Any] = {
+            "data_parallel_size": data,
+            "tensor_parallel_size": tensor,
+            "pipeline_parallel_size": pipeline,
+        }
         changed = replace(config, parallel=replace(config.parallel, **sizes))
         if batch is not None:
             changed = replace(changed, train=replace(config.train, global_batch_size=batch))
