@@ -72,7 +72,7 @@ def parse(argv: list[str]) -> Arguments:
 def _value(word: str, rest: list[str]) -> str:
     value = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
     if not value:
-        raise ConfigError("--config needs a file: a config-*.yaml of a run folder")
+        raise ConfigError("--config needs a file; give a config-*.yaml of a run folder")
     return value
 
 

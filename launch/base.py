@@ -93,7 +93,9 @@ def script_path(script: str) -> Path:
     """The entry script of a name, beside `conf/`."""
     path = CONF_DIR.parent / f"{script}.py"
     if not path.is_file():
-        raise LaunchError(f"{path} is missing; {script} has a configuration in conf/, but no script")
+        raise LaunchError(
+            f"{path} is missing; {script} has a configuration in conf/, but no script; bring the file back"
+        )
     return path
 
 

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "settings",
         nargs="*",
+        default=[],  # or argparse calls them required where the checkpoint is missing
         metavar="SETTING",
         help="data.source=FILE evaluates on that text instead of what the run holds out; train.eval_batches=N, "
         "parallel=dp1, launcher=torchrun and the like",

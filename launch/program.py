@@ -115,7 +115,7 @@ def installed(program: str, package: str) -> str:
     found = str(beside) if beside.exists() else shutil.which(program)
     if found is None:
         raise LaunchError(
-            f"launcher.name={program} needs the `{program}` command of {package}; run `make install`, or use "
-            "launcher=local"
+            f"launcher.name={program} needs the `{program}` command of {package}; run `make install`, or on one "
+            "machine use launcher=local"
         )
     return found

@@ -123,7 +123,9 @@ def _call(*argv: str) -> str:
 
 
 def _refused(program: str, text: str) -> LaunchError:
-    return LaunchError(f"slurm refuses it ({' '.join(text.split())}); `{program}` gave this answer")
+    return LaunchError(
+        f"slurm refuses it ({' '.join(text.split())}); `{program}` gave this answer: correct what it names"
+    )
 
 
 def _run(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -31,6 +31,7 @@ from megatron_lite.errors import CheckpointError, ConfigError, DamagedFileError,
 from megatron_lite.files import sync
 from megatron_lite.state_files import Object, read_object
 
+ANOTHER = "export another checkpoint of the run"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,7 +84,7 @@ def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, 
     if is_checkpoint(path):
         damage = problem(path)
         if damage is not None:
-            raise CheckpointError(f"{path} is damaged: {damage}; export another checkpoint of the run")
+            raise CheckpointError(f"{path} is damaged: {damage}; {ANOTHER}")
         return path, read_state(path)
     found = newest_complete(checkpoints_of(path), report, problem)
     if found is None:
@@ -139,13 +140,13 @@ def _edit(file: Path, change: Callable[[Object], Object]) -> None:
     try:
         content = change(read_object(file, Object) or {})
     except DamagedFileError as error:
-        raise CheckpointError(f"{error}; export another checkpoint of the run") from error
+        raise CheckpointError(f"{error}; {ANOTHER}") from error
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
     """Bytes of the tensors that were written."""
-    with library_edge(CheckpointError, f"{source} cannot be read"), safe_open(source, framework="pt") as file:
+    with library_edge(CheckpointError, f"{source} cannot be read", ANOTHER), safe_open(source, framework="pt") as file:
         tensors = {name: _rounded(file.get_tensor(name), dtype, name) for name in file.keys()}  # noqa: SIM118 - no mapping
     with library_edge(CheckpointError, f"{target} cannot be written", "free some space, or give another OUT"):
         save_file(tensors, target, metadata={"format": "pt"})
@@ -160,10 +161,9 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all():
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{name} holds {largest:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}; "
-            "use --dtype bfloat16, or export a checkpoint whose weights are finite"
-        )
+        whole = dtype is torch.float16 and tensor.to(torch.bfloat16).isfinite().all()
+        remedy = "use --dtype bfloat16" if whole else "export a checkpoint whose weights are finite"
+        raise CheckpointError(f"{name} holds {largest:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}; {remedy}")
     return rounded
 
 

@@ -5,6 +5,7 @@ One model is in memory at a time. Shapes: b samples, s positions, d positions of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ from megatron_lite.state_files import Object, read_object
 TOLERANCE = 1e-4
 """Largest difference of a logit, in fp32 arithmetic; where logits exceed 1 a share of the largest one, for rounding
 grows with them: the logits of SmolLM2-135M reach 36, and 1.1e-4 of difference comes from the order of sums alone."""
+LEAST_SPREAD = 10.0
+"""Logits of trained and of fresh models differ from place to place by thousands of times what is allowed."""
 SAMPLES, LENGTH = 4, 128
 START_SAMPLES, START_LENGTH = 2, 64
+OTHER_VERSION = "install the transformers of constraints.txt and try again"
 THEIR_NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
 
 
@@ -47,6 +51,15 @@ class Parity:
     difference: float
     """The largest, of any logit; NaN where one of them is."""
     allowed: float
+    spread: float = math.inf
+    """How far a logit differs, at most, between two places of the samples: 0 = it depends on nothing that was read."""
+    zeros: tuple[str, ...] = ()
+    """Our names of the tables and matrices that are all zero: what would be done with other values is not seen."""
+
+    @property
+    def tells_something(self) -> bool:
+        """Whether another function of the same tensors would have given other logits."""
+        return self.spread > LEAST_SPREAD * self.allowed
 
 
 def require_transformers(why: str, error: type[MegatronLiteError] = CheckpointError) -> None:
@@ -105,9 +118,9 @@ def _described(folder: Path) -> Object:
     try:
         found = read_object(folder / CONFIG_FILE, Object)
     except DamagedFileError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{error}; bring back a whole copy") from error
     if found is None:
-        raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}; bring it back")
     return found
 
 
@@ -120,14 +133,16 @@ def _compare(
     dtype: torch.dtype,
 ) -> Parity:
     with torch.no_grad():
-        ours = _ours(source, config, vocab_size, inputs, dtype)
+        ours, zeros = _ours(source, config, vocab_size, inputs, dtype)
         theirs = _theirs(reading, inputs)
     import transformers
 
     difference = max_of([one - other for one, other in zip(ours, theirs, strict=True)])
     outputs = "logits and next-sentence logits" if len(ours) > 1 else "logits"
     reader = f"{reading.architecture} of transformers {transformers.__version__}"
-    return Parity(reader, outputs, difference, TOLERANCE * max(1.0, max_of(ours)))
+    places = ours[0].flatten(0, 1)
+    spread = float((places.amax(0) - places.amin(0)).max())
+    return Parity(reader, outputs, difference, TOLERANCE * max(1.0, max_of(ours)), spread, zeros)
 
 
 def random_inputs(
@@ -156,8 +171,8 @@ def max_of(tensors: list[Tensor]) -> float:
 
 def _ours(
     source: Path, config: RunConfig, vocab_size: int, inputs: Mapping[str, Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    """[b, s or d, v], and [b, 2] of a next-sentence head."""
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Logits: [b, s or d, v], and [b, 2] of a next-sentence head; and what of the model is all zero."""
     model = FlatModel(
         build_layers(
             config.model,
@@ -173,7 +188,8 @@ def _ours(
         parameter.copy_(parameter.to(dtype))
     outputs = model(*inputs.values())
     logits, *others = [outputs] if isinstance(outputs, Tensor) else outputs
-    return [logits[..., :vocab_size], *others]
+    zeros = tuple(name for name, weight in model.named_parameters() if weight.dim() > 1 and not weight.any())
+    return [logits[..., :vocab_size], *others], zeros
 
 
 def read_weights(model: FlatModel, source: Path, settings: ModelConfig) -> None:
@@ -209,7 +225,7 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     transformers.utils.logging.disable_progress_bar()
     architecture, arguments = reading.architecture, {THEIR_NAMES[name]: tensor for name, tensor in inputs.items()}
     reader = f"{architecture} of transformers {transformers.__version__}"
-    with _quiet(), library_edge(CheckpointError, f"{reader} cannot read {reading.folder}"):
+    with _quiet(), library_edge(CheckpointError, f"{reader} cannot read {reading.folder}", OTHER_VERSION):
         model, found = getattr(transformers, architecture).from_pretrained(
             reading.folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -220,10 +236,9 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     ]
     if faults:
         raise CheckpointError(
-            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); install the transformers "
-            "of constraints.txt and try again"
+            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); {OTHER_VERSION}"
         )
-    with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}"):
+    with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}", OTHER_VERSION):
         outputs = model.eval()(**arguments)
     if "prediction_logits" in outputs:
         return [outputs.prediction_logits, outputs.seq_relationship_logits]

@@ -30,6 +30,7 @@ from megatron_lite.models.stored import Shape, StoredForm
 
 ITEM_BYTES = 4  # fp32: master weights and moments
 LARGEST_FILE_BYTES = 2 * 2**30  # several files, so that several ranks hash them
+WHOLE_COPY = "bring back a whole copy"
 _LENGTH_BYTES = 8  # of the header's length, little-endian
 
 
@@ -160,7 +161,7 @@ class TensorReader:
         self._entries = entries
         self._files: dict[Path, Any] = {}
         for path in {entry.file for entry in entries.values()}:
-            with library_edge(CheckpointError, f"{path} is no whole safetensors file"):
+            with library_edge(CheckpointError, f"{path} is no whole safetensors file", WHOLE_COPY):
                 self._files[path] = safe_open(path, framework="pt")
 
     def __enter__(self) -> TensorReader:
@@ -173,7 +174,7 @@ class TensorReader:
 
     def whole(self, name: str) -> Tensor:
         entry = self._entries[name]
-        with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read"):
+        with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read", WHOLE_COPY):
             return self._files[entry.file].get_tensor(entry.name)
 
     def read(self, moved: Iterable[Transfer]) -> None:
@@ -183,7 +184,7 @@ class TensorReader:
             box = tuple(
                 slice(start, start + size) for start, size in zip(transfer.start, transfer.view.shape, strict=True)
             )
-            with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read"):
+            with library_edge(CheckpointError, f"{entry.file}: {entry.name} cannot be read", WHOLE_COPY):
                 values = self._files[entry.file].get_slice(entry.name)[box] if box else self.whole(transfer.target)
             with torch.no_grad():
                 transfer.view.copy_(values)

@@ -72,7 +72,7 @@ def _bytes(tensor: TensorEntry, block_bytes: int = BLOCK_ELEMENTS) -> Iterator[b
         while left:
             block = file.read(min(block_bytes, left))
             if not block:
-                raise CheckpointError(f"{tensor.file} is shorter than its header says; see `verify` of its checkpoint")
+                raise CheckpointError(f"{tensor.file} is shorter than its header says; bring back a whole copy")
             left -= len(block)
             yield block
 

@@ -208,11 +208,11 @@ def _conf_edge(script: str = "the configuration") -> Iterator[None]:
         except ConfigCompositionException as error:
             raise _composition_error(error) from error
         except HydraException as error:
-            raise ConfigError(f"conf/{script}.yaml: {_one_line(error)}") from error
+            raise ConfigError(f"conf/{script}.yaml: {_one_line(error)}; correct the file") from error
         except OmegaConfBaseException as error:
             raise _interpolation_error(error, script) from error
         except YAMLError as error:
-            raise ConfigError(f"conf/ holds a file that is not YAML: {_one_line(error)}") from error
+            raise ConfigError(f"conf/ holds a file that is not YAML: {_one_line(error)}; correct it") from error
 
 
 def _interpolation_error(error: OmegaConfBaseException, script: str) -> ConfigError:

@@ -41,7 +41,8 @@ class EvaluationReport:
         replace_file(folder / EVALUATION_FILE, self.as_json().encode() + b"\n")
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        tokens = int(self.tokens) if self.tokens.is_integer() else self.tokens
+        return json.dumps(asdict(self) | {"tokens": tokens}, indent=1)
 
     def table(self) -> str:
         rows = [

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.errors import DISK_ERRNOS
 from megatron_lite.files import leave_only, replace_file, set_aside_others, sync
 from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.lines import (
@@ -32,6 +33,7 @@ from megatron_lite.observe.lines import (
     whole_lines,
 )
 from megatron_lite.observe.logged import Log, LoggedLines
+from megatron_lite.observe.phrasing import counted
 from megatron_lite.state_files import DamagedLine, Object, lines_of, open_lines, read_bytes
 
 TAIL_BYTES = 2**16
@@ -72,6 +74,22 @@ class Loss:
     text: str
 
 
+@dataclass
+class _Rewind:
+    step: int
+    rollbacks: int
+    is_told: bool = False
+    """That it has to wait."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A line of a step."""
+
+    step: int
+    text: str
+
+
 class MetricsWriter:
     """Appends one line a step.
 
@@ -99,25 +117,75 @@ class MetricsWriter:
         self._logged_at = {} if logged is None else {resume_step: logged}
         self.loss: Loss | None = None
         """What was found missing when the file was opened; None = nothing."""
+        self._postponed: list[_Rewind | _Written] = []
+        """In order, a rewind first."""
         self._begin(resume_step, rollbacks, logged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        line = _line({"step": step, **values})
-        self._log.add(step, line.encode())
-        self._file.write(line)
+        line = _Written(step, _line({"step": step, **values}))
+        if self._postponed:
+            self._postponed.append(line)
+            self._catch_up()
+        else:
+            self._put(line)
 
-    def logged(self, step: int) -> LoggedLines:
-        """What the checkpoint of this step, the last one, has to know."""
+    def logged(self, step: int) -> LoggedLines | None:
+        """What the checkpoint of this step, the last one, has to know; None where the disk has no room for a rewind."""
+        if not self._catch_up():
+            return None
         self._logged_at[step] = self._log.so_far()
         return self._logged_at[step]
 
     def rewind(self, step: int, rollbacks: int) -> None:
-        """Go on after `step`, in the branch that so many rollbacks have led to."""
-        self._file.close()
-        self._begin(step, rollbacks, self._logged_at.get(step))
+        """Go on after `step`, in the branch that so many rollbacks have led to.
+
+        On a full disk that is done later: the lines that are written after it wait in memory, until the next
+        checkpoint at the longest, for that needs room as well.
+        """
+        self._postponed.append(_Rewind(step, rollbacks))
+        self._catch_up()
 
     def close(self) -> None:
+        if not self._catch_up():
+            lost = sum(isinstance(one, _Written) for one in self._postponed)
+            self._report(f"warning: {counted(lost, 'line')} of {self._path} could not be written and will come again")
         self._file.close()
+
+    def _put(self, line: _Written) -> None:
+        self._log.add(line.step, line.text.encode())
+        self._file.write(line.text)
+
+    def _catch_up(self) -> bool:
+        """Do what is postponed, as far as the disk lets us; whether that is all of it."""
+        while self._postponed:
+            first = self._postponed[0]
+            if isinstance(first, _Written):
+                self._put(first)
+            elif not self._rewound(first):
+                return False
+            del self._postponed[0]
+        return True
+
+    def _rewound(self, rewind: _Rewind) -> bool:
+        file = self._file
+        if not file.flush():  # lines that count may be among those that wait
+            return False
+        try:
+            self._begin(rewind.step, rewind.rollbacks, self._logged_at.get(rewind.step))
+        except OSError as error:
+            if error.errno not in DISK_ERRNOS:
+                raise
+            if not rewind.is_told:
+                rewind.is_told = True
+                self._report(
+                    f"warning: {self._path.with_name(ROLLED_BACK_FILE)} cannot be written ({error.strerror or error}); "
+                    "training goes on, and the lines of its steps wait in memory"
+                )
+            return False
+        file.close()
+        if rewind.is_told:
+            self._report(f"{self._path.with_name(ROLLED_BACK_FILE)} is written; nothing of it is lost")
+        return True
 
     def _begin(self, last_step: int, rollbacks: int, logged: LoggedLines | None) -> None:
         set_aside_others(self._path)

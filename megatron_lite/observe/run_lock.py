@@ -153,7 +153,9 @@ class SharedLock:
 
     def confirm(self) -> None:
         if not self.is_ours():
-            raise RunFolderLostError(f"train.run_dir={self._run_dir} belongs to another attempt at the run by now")
+            raise RunFolderLostError(
+                f"train.run_dir={self._run_dir} belongs to another attempt at the run by now; that one goes on"
+            )
 
 
 def take(

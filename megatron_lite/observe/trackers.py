@@ -82,8 +82,8 @@ class JsonlTracker:
         self._metrics = MetricsWriter(run_dir / METRICS_FILE, resume_step, rollbacks, logged, report)
         self._events = EventWriter(run_dir / EVENTS_FILE, report)
 
-    def logged(self, step: int) -> LoggedLines:
-        """The lines of metrics.jsonl up to this step, the last one."""
+    def logged(self, step: int) -> LoggedLines | None:
+        """The lines of metrics.jsonl up to this step, the last one; None where they wait for room on the disk."""
         return self._metrics.logged(step)
 
     @property

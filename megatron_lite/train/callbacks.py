@@ -15,6 +15,7 @@ from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer
+from megatron_lite.train.stability.rollback_record import RollbackRecord
 
 EVALUATION_EVENT = "evaluation"
 
@@ -134,6 +135,7 @@ class Save(Callback):
     trackers: Trackers
     checkpoints: Checkpoints
     validate: Validate
+    rollbacks: RollbackRecord
     is_sound: bool = True
     """Whether the weights are: after a step without a loss they may be no numbers."""
 
@@ -146,6 +148,7 @@ class Save(Callback):
     def at(self, trainer: Trainer, step: int) -> None:
         """Now, as the checkpoint of this step."""
         trainer.heartbeat.enter(Phase.SAVE)
+        self.rollbacks.require_written()
         validated = self.validate.newest
         loss = validated[1] if validated and validated[0] == step else None
         first_sample = trainer.schedule.at(step).first_sample

@@ -7,16 +7,17 @@ leaves nothing over and computes something else. Only logits tell.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.fit import require_fit
-from megatron_lite.checkpoint.parity import compare_start, require_transformers
+from megatron_lite.checkpoint.parity import Parity, compare_start, require_transformers
 from megatron_lite.config.derived import has_next_sentence_head, parameter_counts
-from megatron_lite.config.hf.folder import Weights
-from megatron_lite.config.schema import CheckInit, RunConfig
+from megatron_lite.config.hf.families import LLAMA
+from megatron_lite.config.hf.folder import Weights, foreign_tokenizers
+from megatron_lite.config.schema import Activation, CheckInit, RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.files import size_text
 from megatron_lite.parallel.agreement import agreed
@@ -25,6 +26,7 @@ MEMORY_SHARE = 0.5
 """Of the memory that is free, which a model in fp32 may take for `auto`: the ranks need theirs, too."""
 LARGEST_PARAMETERS = 8 * 10**9
 """For `auto`: the other ranks wait, and train.timeout_seconds ends what waits too long."""
+NAMED_ZEROS = 3
 
 
 def check_start(config: RunConfig, report: Callable[[str], None]) -> None:
@@ -56,7 +58,8 @@ def _check(config: RunConfig) -> str:
     if wanted is CheckInit.always and weights.has_hf_names:
         require_transformers(f"model.check_init=always compares model.init_from={name} with it", ConfigError)
     elif reason is not None:
-        return f"model.init_from={name}: logits are not compared with those of transformers: {reason}"
+        signs = _warnings([*foreign_tokenizers(weights), *_of_gates(weights, config)])
+        return f"model.init_from={name}: logits are not compared with those of transformers: {reason}{signs}"
     found = compare_start(weights.folder, config)
     if not found.difference <= found.allowed:  # NaN is no agreement
         raise CheckpointError(
@@ -65,7 +68,44 @@ def _check(config: RunConfig) -> str:
             "another model than its tensors are of, or transformers computes by other rules; give the folder with the "
             "config.json that was saved with it, or set model.check_init=never to begin with what is computed here"
         )
-    return f"model.init_from={name}: {found.reader} computes the same {found.outputs} (to {found.difference:.2g})"
+    unproven = [*_of_logits(found), *foreign_tokenizers(weights)]
+    if unproven and wanted is CheckInit.always:
+        raise CheckpointError(
+            f"model.init_from={name} cannot be checked, as model.check_init=always wants: {'; '.join(unproven)}; give "
+            "the folder as it was saved, or set model.check_init=auto to begin with what is computed here"
+        )
+    notes = _warnings([*unproven, *_of_zeros(found), *_of_gates(weights, config)])
+    return (
+        f"model.init_from={name}: {found.reader} computes the same {found.outputs} (to {found.difference:.2g}){notes}"
+    )
+
+
+def _warnings(notes: Sequence[str]) -> str:
+    return f"; warning: {'; '.join(notes)}" if notes else ""
+
+
+def _of_logits(found: Parity) -> Iterator[str]:
+    if not found.tells_something:
+        yield (
+            f"its logits hardly depend on what is read (they differ by {found.spread:.2g} at most), so equal ones "
+            "prove nothing"
+        )
+
+
+def _of_zeros(found: Parity) -> Iterator[str]:
+    if found.zeros and found.tells_something:
+        more = len(found.zeros) - NAMED_ZEROS
+        named = ", ".join(found.zeros[:NAMED_ZEROS]) + (f" and {more} more" if more > 0 else "")
+        yield f"all zero, so that equal logits prove nothing of what they do: {named}"
+
+
+def _of_gates(weights: Weights, config: RunConfig) -> Iterator[str]:
+    """Our own models may have them as well."""
+    if weights.kind == LLAMA.architecture and config.model.activation is Activation.geglu and not weights.is_own:
+        yield (
+            "no LLaMA of transformers has a gate of GELU, as Gemma has, which computes something else from the same "
+            "tensors; if config.json was changed to model_type=llama, begin with another folder"
+        )
 
 
 def _reason_against(config: RunConfig, weights: Weights) -> str | None:

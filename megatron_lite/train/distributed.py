@@ -11,13 +11,17 @@ import torch.distributed as dist
 
 from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import LaunchError
+from megatron_lite.errors import LaunchError, library_edge
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.loopback import is_loopback
 from megatron_lite.parallel.stores import local_store
 from megatron_lite.train.startup import require_same_program
 
 COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
+NOT_MET = (
+    "the logs of the other ranks say whether they have started; if they have, give an address that every node reaches "
+    "in launcher.master_address and a free port in launcher.master_port, or raise train.timeout_seconds"
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,12 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    what = (
+        f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at {address}:{port} "
+        f"within {timeout.total_seconds():g} s = {COLLECTIVES_PATIENCE} x train.timeout_seconds"
+    )
+    with library_edge(LaunchError, what, NOT_MET):
         if address and port and is_loopback(address) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # torch's own way would listen at all addresses of this machine.
             rank, world_size = environment.rank, environment.world_size
@@ -90,12 +98,6 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
-        raise LaunchError(
-            f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout.total_seconds():g} s = "
-            f"{COLLECTIVES_PATIENCE} x train.timeout_seconds: {error}"
-        ) from error
 
 
 def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> tuple[ParallelContext, list[str]]:

@@ -25,6 +25,7 @@ from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.loop import Callback
 from megatron_lite.train.shard_source import ShardSource
 from megatron_lite.train.stability.rollback import GoBack
+from megatron_lite.train.stability.rollback_record import RollbackRecord
 from megatron_lite.train.stability.spike_report import Dossiers
 from megatron_lite.train.stability.watch import UpdateJudge, Watch, logged_vitals
 from megatron_lite.train.startup import Links
@@ -81,7 +82,8 @@ def build_callbacks(
     """Once the run's weights are there. A collective of all ranks."""
     config = run.config
     validate = Validate(trackers, progress)
-    save = Save(trackers, checkpoints, validate)
+    record = RollbackRecord(run.folder, run.context.is_writer, run.console.print, rollbacks)
+    save = Save(trackers, checkpoints, validate, record)
     dossiers = _dossiers(run, trackers, source)
     watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, dossiers, rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
@@ -95,7 +97,7 @@ def build_callbacks(
         validate,
         trackers,
         run.console,
-        rollbacks,
+        record,
     )
     return Callbacks(
         watch, Report(trackers, progress, run.flops_per_token, run.peak_flops), go_back, validate, Guard(validate), save

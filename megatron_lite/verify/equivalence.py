@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +80,17 @@ def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
         ConfigError: there is no room for them.
     """
     roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
-    ordinary = len(roles) + max(min(100, size // 10), num_sentinels)
+
+    def ordinary_of(size: int) -> int:
+        """The first id of text."""
+        return len(roles) + max(min(100, size // 10), num_sentinels)
+
+    ordinary = ordinary_of(size)
     if ordinary >= size:
+        least = next(larger for larger in count(size + 1) if ordinary_of(larger) < larger)
         raise ConfigError(
             f"model.vocab_size={size} has no room for {len(roles)} special tokens, {num_sentinels} sentinels and text; "
-            f"use {ordinary + 1} or more"
+            f"use {least} or more"
         )
     is_special = np.arange(size) < ordinary
     special = SpecialTokens(**roles, begin=(), sentinels=tuple(range(len(roles), ordinary)))

@@ -85,7 +85,7 @@ def _require_equal(found: dict[str, float]) -> None:
     ]
     if unequal:
         raise VerificationError(
-            f"tensor ranks have different gradients of {', '.join(unequal)}, which each of them holds whole: if each "
+            f"tensor ranks have different gradients of {', '.join(unequal)}, which each of them holds whole; if each "
             'rank computes a part of it, declare which in its ShardSpec (partial_gradient="heads" or "sequence") and '
             "use the parameter through sum_gradients (megatron_lite/parallel/collectives.py)"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,19 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
+import transformers
 from torch import Tensor
 
 from megatron_lite.checkpoint import parity
+from megatron_lite.config.hf.folder import STATE_FILE
 from megatron_lite.config.schema import CheckInit, RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.train import check_init
 from megatron_lite.train.check_init import check_start
 from tests.distributed.harness import run_ranks
 from tests.unit.checkpoint.starts import begin, write_start
+from tests.unit.remedies import obeys
 
 
 def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]:
@@ -39,6 +45,7 @@ def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]
 
 
 @pytest.mark.parametrize("planted", [False, True])
+@obeys("megatron_lite/train/check_init.py:_check")
 def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
     config = begin(write_start(tmp_path / "m", "llama_grouped_query"), "llama_grouped_query")
     first, second = run_ranks(start_rank, 2, config, planted)
@@ -93,3 +100,68 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"transformer.ln_f.weight": tensors["transformer.ln_f.weight"] * float("nan")}
+
+
+def _zero(*names: str) -> Callable[[dict[str, Tensor]], None]:
+    """These tensors; none named = all."""
+    return lambda tensors: tensors.update({name: torch.zeros_like(tensors[name]) for name in names or list(tensors)})
+
+
+@pytest.mark.parametrize(
+    ("name", "zeros"),
+    [("gpt2_untied", ("lm_head.weight",)), ("llama_multi_head", ("lm_head.weight",)), ("llama_tied", ()), ("t5", ())],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_equal_logits_that_depend_on_nothing_prove_nothing(name: str, zeros: tuple[str, ...], tmp_path: Path) -> None:
+    config = begin(write_start(tmp_path / "m", name, _zero(*zeros)), name)
+    assert "warning: its logits hardly depend on what is read (they differ by 0 at most)" in check_init._check(config)
+    with pytest.raises(CheckpointError, match=r"check_init=always wants: its logits hardly .*check_init=auto to begin"):
+        check_init._check(_with(config, CheckInit.always))
+
+
+def test_a_constant_is_no_agreement(tmp_path: Path) -> None:
+    """Logits of a bias alone, large as they are."""
+    head = {"cls.predictions.transform.LayerNorm.weight": 0.0, "cls.predictions.bias": 50.0}
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: torch.full_like(tensors[name], value) for name, value in head.items()})
+
+    config = begin(write_start(tmp_path / "m", "bert_without_pairs", change), "bert_without_pairs")
+    assert "hardly depend on what is read" in check_init._check(config)
+
+
+def test_matrices_of_zeros_are_told_beside_logits_that_agree(tmp_path: Path) -> None:
+    folder = write_start(tmp_path / "m", "gpt2", _zero("transformer.h.1.mlp.c_proj.weight"))
+    found = check_init._check(begin(folder, "gpt2", "model.check_init=always"))
+    assert found.count("warning: all zero, so that equal logits prove nothing of what they do: ") == 1
+    assert "mlp" in found.rpartition("they do: ")[2]
+
+
+def test_a_fresh_gemma_under_the_name_of_llama_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Every key is one of LLaMA's. The weights of its norms are what is added to 1: zeros."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    model = transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**sizes, num_key_value_heads=4, intermediate_size=48)
+    )
+    model.save_pretrained(tmp_path / "m")
+    label = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "use_bidirectional_attention": ...}
+    file = tmp_path / "m" / "config.json"
+    config = {key: value for key, value in (json.loads(file.read_text()) | label).items() if value is not ...}
+    file.write_text(json.dumps(config))
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizerFast"}')
+    found = check_init._check(begin(tmp_path / "m", "llama_geglu"))
+    signs = ("hardly depend", "tokenizer_class=GemmaTokenizerFast in", "no LLaMA of transformers has a gate of GELU")
+    assert [sign for sign in signs if sign not in found] == []
+
+
+def test_a_tokenizer_of_another_family_is_a_sign_and_no_more(tmp_path: Path) -> None:
+    folder = write_start(tmp_path / "m", "llama_multi_head", tokenizer_class="GemmaTokenizer")
+    config = begin(folder, "llama_multi_head")
+    for wanted in (CheckInit.auto, CheckInit.never):
+        assert "of another family than model_type=llama" in check_init._check(_with(config, wanted))
+    with pytest.raises(CheckpointError, match=r"tokenizer_class=GemmaTokenizer in .*set model\.check_init=auto"):
+        check_init._check(_with(config, CheckInit.always))
+    (folder / STATE_FILE).parent.mkdir()
+    (folder / STATE_FILE).write_text("{}")  # a run of ours may train with any tokenizer
+    assert "warning" not in check_init._check(_with(config, CheckInit.always))

@@ -170,9 +170,13 @@ def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: P
 
 @pytest.mark.slow
 def test_a_step_that_is_a_spike_again_has_another_dossier(planted: Planted, tmp_path: Path) -> None:
-    """Step 13 is read 13th, and after a rollback to step 8 it is read 18th."""
+    """Step 13 is read 13th, and after a rollback to step 8 it is read 18th. The disk is full at both, until step 15."""
     words = [*ALONE, "stability=rollback", "stability.look_ahead_steps=0", "train.steps=20"]
-    spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 13;nan 0 18"}).require_success()
+    fault = {"FAULT": "nan 0 13;nan 0 18", "FAULT_FULL_DISK": "12"}
+    finished = spiked(planted, tmp_path, *words, fault=fault).require_success()
+    said = [finished.out.find(text) for text in ("skipped_samples.json cannot be written", "checkpoints can be saved")]
+    assert 0 < said[0] < said[1], finished.out
+    assert len(read_rollbacks(tmp_path)) == 2
     found = events(tmp_path, "spike")
     assert [event["step"] for event in found] == [13, 13]
     samples = [json.loads((tmp_path / event["dossier"]).read_text())["samples"] for event in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from omegaconf import OmegaConf
 
 from megatron_lite.config.hf.headers import INDEX_FILE, SINGLE_FILE, TensorEntry, has_tensors, tensors_of
 from megatron_lite.config.hf.settings import settings_of
+from megatron_lite.config.hf.translation import TOKENIZERS_OF_OTHERS
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
 from megatron_lite.state_files import Object, read_object
 
 CONFIG_FILE = "config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TRAINING = "training"
 """Subfolder of our checkpoints for what only training needs; beside it lies the model folder."""
 STATE_FILE = f"{TRAINING}/state.json"
@@ -55,6 +58,14 @@ class Weights:
     has_hf_names: bool = True
     """False = the tensors have our names and shapes."""
 
+    model_type: str = ""
+    """By transformers' names, where the tensors have them."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a run of ours has saved them."""
+        return (self.folder / STATE_FILE).is_file()
+
     @property
     def has_tokenizer(self) -> bool:
         return any(all((self.folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
@@ -90,7 +101,25 @@ def read_weights(name: str, *, unknown_keys: bool = False) -> Weights:
     described = settings_of(
         _read_json(path, name), names=tensors, where=f"model.init_from: {path}", unknown_keys=unknown_keys
     )
-    return Weights(folder, described.family.script, described.family.architecture, described.settings, tensors)
+    family = described.family
+    return Weights(
+        folder, family.script, family.architecture, described.settings, tensors, model_type=family.model_type
+    )
+
+
+def foreign_tokenizers(weights: Weights) -> Iterator[str]:
+    """Where the tokenizer beside weights is of another family, which computes something else from the same tensors.
+
+    No more than a sign: any model may be trained with any tokenizer.
+    """
+    if weights.is_own:
+        return
+    for file_name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE):
+        path = weights.folder / file_name
+        config = _read_json(path, str(weights.folder)) if path.is_file() else {}
+        found = config.get("tokenizer_class")
+        if isinstance(found, str) and found.startswith(TOKENIZERS_OF_OTHERS.get(weights.model_type, ())):
+            yield f"tokenizer_class={found} in {path} is of another family than model_type={weights.model_type}"
 
 
 def local_folder(name: str) -> Path:

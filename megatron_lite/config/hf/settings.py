@@ -69,8 +69,7 @@ def settings_of(
         reader.choice(key, supported[0], supported)
     if family.model_type in _SPECIAL:
         settings |= _SPECIAL[family.model_type](reader, settings, names)
-    if not unknown_keys:
-        reader.refuse_unknown(words)
+    reader.refuse_unknown(words, but_of_other_families=unknown_keys)
     if not reader.problems:
         reader.problems += _other_reasons(settings, words, where)
     if reader.problems:
@@ -85,10 +84,12 @@ def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Ite
     except NoCounterpart as reason:
         keys = {field: key for key, entry in words.keys.items() for field in entry.fields}
         said = re.sub(r"model\.(\w+)", lambda found: keys.get(found[1], found[0]), str(reason))
-        yield f"{where} describes a model that we cannot begin with: {said}; correct it, or give another folder"
+        yield f"{where} describes a model that we cannot begin with: {said}; {SUCH}"
 
 
 _ROTARY_BASE = 10000.0
+SUCH = "give the folder of such a model"
+"""And not: change config.json, which then would describe other weights."""
 _OF_DEFAULT_POSITIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
 _SHOWN_CHARACTERS = 200
 _VOCABULARIES = {"gpt2": 50257, "llama": 32000, "bert": 30522, "roberta": 50265, "t5": 32128, "bart": 50265}
@@ -117,8 +118,8 @@ class _Reader:
         return self.typed(key, self.config[key], default, least) if key in self.config else default
 
     def typed(self, key: str, found: Any, default: Any, least: int = 1) -> Any:
-        """The same of a value at hand. null is what no default but "none" and "no" can mean."""
-        if found is None and not default:
+        """The same of a value at hand. null is what no default but "none" can mean, and no switch has that."""
+        if found is None and not default and not isinstance(default, bool):
             return default
         kinds: tuple[type, ...]
         if isinstance(default, bool):
@@ -143,19 +144,31 @@ class _Reader:
         return found
 
     def refuse(self, key: str, found: Any, supported: str) -> None:
-        self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}")
+        self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}; {SUCH}")
 
-    def refuse_unknown(self, words: Words) -> None:
+    def refuse_unknown(self, words: Words, *, but_of_other_families: bool) -> None:
         """Keys that may change what the model computes.
 
         null, false, 0 and nothing are taken for "no such thing", but where the key itself is a sign of another family.
+
+        Args:
+            but_of_other_families: only those: transformers passes over them as well, so that logits do not tell.
         """
+        kind = self.config["model_type"]
         for key, found in self.config.items():
-            if (found or key in OF_OTHER_FAMILIES) and not words.knows(key):
+            if words.knows(key):
+                continue
+            said = f"{self.where}: {key}={_shown(found)} is a key"
+            if key in OF_OTHER_FAMILIES:
                 self.problems.append(
-                    f"{self.where}: {key}={_shown(found)} is a key that we do not know for model_type="
-                    f"{self.config['model_type']}, and it may change what the model computes; remove it if it does "
-                    "not, or set model.check_init=always, which takes it and compares logits with those of transformers"
+                    f"{said} of other families than model_type={kind}, which may compute something else from the same "
+                    "tensors; give the folder with the config.json that was saved with it"
+                )
+            elif found and not but_of_other_families:
+                self.problems.append(
+                    f"{said} that we do not know for model_type={kind}, and it may change what the model computes; "
+                    "give the config.json that was saved with the weights, or set model.check_init=always, which "
+                    "takes the key and compares logits with those of transformers"
                 )
 
 
@@ -171,7 +184,9 @@ def _family(reader: _Reader) -> Family:
     """
     found = reader.config.get("model_type")
     if found not in list(WORDS):
-        raise ConfigError(f"{reader.where}: model_type={_shown(found)} is not supported; supported: {', '.join(WORDS)}")
+        raise ConfigError(
+            f"{reader.where}: model_type={_shown(found)} is not supported; supported: {', '.join(WORDS)}; {SUCH}"
+        )
     known, named = WORDS[found].architectures, reader.config.get("architectures") or []
     if not isinstance(named, list) or not all(name in known for name in named):
         raise ConfigError(

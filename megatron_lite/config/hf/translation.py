@@ -103,16 +103,32 @@ HARMLESS = frozenset(
 """Keys of any config.json that change no logit."""
 OF_OTHER_FAMILIES = frozenset(
     {
+        "attention_multiplier",
         "attn_logit_softcapping",
+        "clip_qkv",
+        "dim_model_base",
         "embedding_multiplier",
         "final_logit_softcapping",
         "hidden_activation",
         "layer_types",
+        "logit_scale",
+        "logits_scaling",
+        "no_rope_layers",
         "query_pre_attn_scalar",
+        "residual_multiplier",
+        "rope_local_base_freq",
+        "scale_depth",
+        "scale_emb",
+        "sliding_window_pattern",
         "use_bidirectional_attention",
+        "use_qk_norm",
     }
 )
-"""Keys that tell of another family, whatever they say: Gemma's has null for the last one, and scales its embeddings."""
+"""Keys that tell of another family (Gemma, Granite, OLMo, Cohere, MiniCPM, SmolLM3), whatever they say: Gemma's has
+null for `use_bidirectional_attention`, and scales its embeddings. transformers passes over them under another
+model_type."""
+TOKENIZERS_OF_OTHERS = {"llama": ("Gemma",)}
+"""Model type -> how classes of tokenizers begin that belong to models of the same tensors and another function."""
 _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),

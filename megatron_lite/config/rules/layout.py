@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import all_layers, given_processes, ranks_per_replica
-from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, divisors, either, nearest_multiples
+from megatron_lite.config.derived import given_processes, ranks_per_replica
+from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, either, nearest_multiples
+from megatron_lite.config.rules.nearest_layout import NearestLayouts
 from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
 
@@ -33,12 +34,12 @@ def world_size_fits_layout(case: Case) -> Iterator[str]:
     if given % replica and data is None:
         yield (
             f"{name}={given} must be a multiple of tensor x pipeline = {case.tensor} x {case.pipeline} = {replica}; "
-            f"use {_world_size_remedy(case, given)}"
+            f"{_remedies(case, given)}"
         )
     elif data is not None and data * replica != given:
         yield (
             f"{name}={given} must be data x tensor x pipeline = {data} x {case.tensor} x {case.pipeline} = "
-            f"{data * replica}; use {_world_size_remedy(case, given)}"
+            f"{data * replica}; {_remedies(case, given)}"
         )
 
 
@@ -51,33 +52,9 @@ def _keys_of_processes(config: RunConfig) -> str:
     return "launcher.num_processes"
 
 
-def _world_size_remedy(case: Case, given: int) -> str:
-    """The nearest numbers of processes for this layout, and the nearest layout for this number of processes."""
-    replica, data = ranks_per_replica(case.config), case.config.parallel.data_parallel_size
-    counts = nearest_multiples(given, replica) if data is None else [data * replica]
-    remedies = [f"{count} processes (dp={count // replica})" for count in counts]
-    layouts = [
-        (
-            _distance(case, given // (tensor * pipeline), tensor, pipeline),
-            given // (tensor * pipeline),
-            tensor,
-            pipeline,
-        )
-        for tensor in divisors(given)
-        for pipeline in divisors(given // tensor)
-        if case.model.num_attention_heads % tensor == 0
-        and pipeline <= (all_layers(case.model) if case.config.parallel.zero_stage < 2 else 1)
-    ]
-    if layouts:
-        _, data, tensor, pipeline = min(layouts)
-        remedies.append(f"the layout dp={data} tp={tensor} pp={pipeline}")
-    return ", or ".join(remedies)
-
-
-def _distance(case: Case, data: int, tensor: int, pipeline: int) -> tuple[int, int, int]:
-    """How far a layout lies from the one that was asked for; among equals tensor is kept, then data is the larger."""
-    off_tensor = abs(tensor - case.tensor)
-    return off_tensor + abs(pipeline - case.pipeline) + abs(data - case.data), off_tensor, -data
+def _remedies(case: Case, given: int) -> str:
+    rules = (processes_can_be_planned, sequence_parallel_needs_tensor, zero_stage_fits_pipeline)
+    return NearestLayouts(case, given, rules).remedies()
 
 
 def sequence_parallel_needs_tensor(case: Case) -> Iterator[str]:

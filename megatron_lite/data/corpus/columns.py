@@ -70,13 +70,13 @@ def require_text(schema: pyarrow.Schema, key: str, name: str, source: Source) ->
     Raises:
         DataError: there is no such column, or it holds something else, with the columns that would do.
     """
+    texts = [field.name for field in schema if _is_text(field.type)]
+    remedy = f"set data.text_key to one of {', '.join(texts)}" if texts else "name a table with a column of text"
     if key not in schema.names:
-        raise DataError(f"{name} (of {source}) has no data.text_key={key}; it has {', '.join(schema.names)}")
+        raise DataError(f"{name} (of {source}) has no data.text_key={key}; {remedy}")
     kind = schema.field(schema.names.index(key)).type
     if not _is_text(kind):
-        texts = [field.name for field in schema if _is_text(field.type)]
-        found = f"columns of text are: {', '.join(texts)}" if texts else "no column holds text"
-        raise DataError(f"{name} (of {source}): data.text_key={key} holds {_named(kind)}; it must hold text; {found}")
+        raise DataError(f"{name} (of {source}): data.text_key={key} holds {_named(kind)}, and must hold text; {remedy}")
 
 
 def batch_rows(average_bytes: float) -> int:

@@ -105,7 +105,10 @@ def _folder_name(source: Source) -> str:
 
 def _split_of(splits: dict[str, Any], source: Source, data: DataConfig) -> Any:
     if data.dataset_split not in splits:
-        raise DataError(f"data.dataset_split={data.dataset_split} is not in {source}; it has {', '.join(splits)}")
+        there = ", ".join(splits)
+        raise DataError(
+            f"data.dataset_split={data.dataset_split} is not in {source}; set data.dataset_split to one of {there}"
+        )
     return splits[data.dataset_split]
 
 

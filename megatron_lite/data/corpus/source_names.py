@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.keys import nearest
 from megatron_lite.config.schema import DataConfig
-from megatron_lite.data.corpus.sources import EMBEDDED, SAVED_DATASET_FILES, Source, SourceKind, visible_files
+from megatron_lite.data.corpus.sources import EMBEDDED, HALF, SAVED_DATASET_FILES, Source, SourceKind, visible_files
 from megatron_lite.errors import ConfigError, DataError, remedy_of
 
 FORMS = (
@@ -116,10 +117,11 @@ def resolve_source(name: str, key: str) -> Source:
     if os.path.isdir(path):
         return Source(key, name, SourceKind.dataset, (_dataset_folder(path, entry),))
     if not os.path.lexists(path) and _is_hub_name(name):
+        _refuse_slip(name, entry)
         return Source(key, name, SourceKind.dataset)
     kind = _kind_of_file(path, entry)
     if path.stat().st_size == 0:
-        raise DataError(f"{path} (of {entry}) is empty; it must hold text")
+        raise DataError(f"{path} (of {entry}) is empty; name one that holds text")
     return Source(key, name, kind, (path,))
 
 
@@ -139,7 +141,7 @@ def _unpacked(name: str) -> str:
 def _path(name: str, entry: str) -> Path:
     if address := ADDRESS.fullmatch(name):
         way = _way_from(name, *address.groups())
-        raise DataError(f"{entry} is an address, and sources are read from this machine: {way}")
+        raise DataError(f"{entry} is an address, and sources are read from this machine; {way}")
     if not name.strip() or "\0" in name:
         raise DataError(f"{entry} names no file; {FORMS}")
     try:
@@ -206,7 +208,7 @@ def _halves(prefix: Path) -> Iterator[bool]:
 def _pair(prefix: Path, entry: str) -> Path:
     for suffix, exists in zip((".bin", ".idx"), _halves(prefix), strict=True):
         if not exists:
-            raise DataError(f"{entry}: {prefix}{suffix} does not exist; Megatron shards are a pair of .bin and .idx")
+            raise DataError(f"{entry}: {prefix}{suffix} does not exist; {HALF}")
     return prefix
 
 
@@ -233,6 +235,19 @@ def _dataset_folder(path: Path, entry: str) -> Path:
 def _is_hub_name(name: str) -> bool:
     looks_like_file = kind_of(name) is not None or os.path.splitext(name.lower())[1] in OTHER_SUFFIXES
     return not looks_like_file and HUB_NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _refuse_slip(name: str, entry: str) -> None:
+    """Of the source that is built in, ahead of asking the hub for it.
+
+    Raises:
+        DataError: the name is spelled almost like it.
+    """
+    if "/" not in name and nearest(name.lower(), [EMBEDDED]):
+        raise DataError(
+            f"{entry} is no file, and the source that is built in is spelled {EMBEDDED}; use {EMBEDDED}, or name a "
+            "dataset of the hub with its owner, as OWNER/NAME"
+        )
 
 
 def _kind_of_file(path: Path, entry: str) -> SourceKind:

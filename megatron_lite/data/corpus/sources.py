@@ -19,6 +19,7 @@ from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.errors import DataError, remedy_of
 
 EMBEDDED = "embedded"
+HALF = "Megatron's shards are a pair of .bin and .idx: copy both from where they came, or name another prefix"
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # of what `save_to_disk` of `datasets` writes
 FileIdentity = Callable[[Path], list[Any]]
 
@@ -101,7 +102,7 @@ def _identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> 
 def _half(prefix: Path, suffix: str, source: Source) -> Path:
     path = prefix.with_name(prefix.name + suffix)
     if not path.is_file():
-        raise DataError(f"{source}: {path} does not exist; Megatron shards are a pair of .bin and .idx")
+        raise DataError(f"{source}: {path} does not exist; {HALF}")
     return path
 
 

@@ -24,6 +24,7 @@ from megatron_lite.errors import DataError, remedy_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+OTHERS = "copy the pair again from where it came, or make the shards anew"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     1: np.uint8,
@@ -180,12 +181,14 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse_header(index: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
     if index[: len(MAGIC)] != MAGIC:
-        raise DataError(f"{path} begins with {index[: len(MAGIC)]!r}; an index of Megatron begins with {MAGIC!r}")
+        raise DataError(
+            f"{path} begins with {index[: len(MAGIC)]!r}; an index of Megatron begins with {MAGIC!r}; {OTHERS}"
+        )
     if len(index) < HEADER.size:
         raise _size_error(path, len(index), HEADER.size, "an index header")
     _, version, code, sequences, bounds = HEADER.unpack_from(index)
     if version != VERSION:
-        raise DataError(f"{path} has layout version {version}; only version {VERSION} can be read")
+        raise DataError(f"{path} has layout version {version}; only version {VERSION} can be read; {OTHERS}")
     if code not in DTYPE_OF_CODE or not np.issubdtype(DTYPE_OF_CODE[code], np.integer):
         raise _damaged(path, f"its dtype code {code} is no integer type of Megatron")
     return np.dtype(DTYPE_OF_CODE[code]), sequences, bounds
@@ -227,14 +230,14 @@ def _map_tokens(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    remedy = remedy_of(error, "shards are a pair of .bin and .idx")
+    remedy = remedy_of(error, "shards are a pair of .bin and .idx: copy both again from where they came")
     return DataError(f"{path} cannot be read: {error.strerror}; {remedy}")
 
 
 def _size_error(path: Path, size: int, expected: int, expected_by: str) -> DataError:
     fault = "truncated" if size < expected else "longer than written"
-    return DataError(f"{path} is {size:,} bytes; {expected_by} expects {expected:,} ({fault})")
+    return DataError(f"{path} is {size:,} bytes; {expected_by} expects {expected:,} ({fault}); {OTHERS}")
 
 
 def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"{path} is damaged: {reason}; make the shards again")
+    return DataError(f"{path} is damaged: {reason}; {OTHERS}")

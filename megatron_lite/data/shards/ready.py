@@ -183,7 +183,9 @@ def count_tokens(
 def _check_ids(tokens: npt.NDArray[Any], prefix: Path) -> None:
     for extreme in (int(tokens.min()), int(tokens.max())):
         if not 0 <= extreme < LARGEST_VOCABULARY:
-            raise DataError(f"{bin_path(prefix)} holds the token id {extreme:,}; it is no file of token ids")
+            raise DataError(
+                f"{bin_path(prefix)} holds the token id {extreme:,}, which is none; name shards of Megatron"
+            )
 
 
 def _counted(

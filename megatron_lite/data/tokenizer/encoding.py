@@ -78,7 +78,8 @@ class Encoder:
         self._name = name
         self._roles = roles
         self._eod_id = eod_id
-        with library_edge(DataError, f"data.tokenizer={name} cannot be made to take names of special tokens as text"):
+        what = f"data.tokenizer={name} cannot be made to take names of special tokens as text"
+        with library_edge(DataError, what, "name another tokenizer"):
             self._backend = Backend.from_str(json.dumps(text_only(spec, roles.values())))
             self._backend.no_truncation()
             self._backend.no_padding()

@@ -42,7 +42,8 @@ def read_through_transformers(name: str) -> TokenizerFiles:
     if getattr(opened, "backend_tokenizer", None) is None:
         raise cannot_open(name, "it has no fast version; save one as tokenizer.json")
     with tempfile.TemporaryDirectory() as saved:
-        with library_edge(ConfigError, f"data.tokenizer={name} cannot be saved as tokenizer.json"):
+        what = f"data.tokenizer={name} cannot be saved as tokenizer.json"
+        with library_edge(ConfigError, what, "name another tokenizer, or one that has a tokenizer.json"):
             opened.save_pretrained(saved)
         found = read_folder(Path(saved), name)
     if found is None:

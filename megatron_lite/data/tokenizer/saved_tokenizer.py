@@ -219,7 +219,8 @@ def _fitting_flags(spec: dict[str, Any], name: str, own: tuple[bool, bool]) -> t
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
-    with library_edge(DataError, f"{TOKENIZER_FILE} of the prepared data cannot be opened"):
+    what = f"{TOKENIZER_FILE} of the prepared data cannot be opened"
+    with library_edge(DataError, what, "remove the folder of the data to prepare it again"):
         backend = Backend.from_str(json.dumps(spec))
         for flags in (own, (True, False), (True, True), (False, False)):
             token = AddedToken(name, lstrip=flags[0], rstrip=flags[1], special=True, normalized=False)

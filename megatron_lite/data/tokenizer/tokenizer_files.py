@@ -5,6 +5,7 @@ Needs neither torch nor the `tokenizers` library: a plan reads them too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from megatron_lite.config.keys import nearest
 from megatron_lite.data.tokenizer.roles import named_tokens
 from megatron_lite.errors import ConfigError, DamagedFileError
 from megatron_lite.state_files import decode, read_bytes
@@ -146,11 +148,13 @@ def read_folder(folder: Path, name: str) -> TokenizerFiles | None:
 
 
 def require_some_file(folder: Path, name: str) -> None:
-    """Refuse a folder in which transformers can find no tokenizer either.
+    """Refuse a folder in which transformers can find no tokenizer either, and a slip that only the hub would notice.
 
     Raises:
         ConfigError: it holds no file of one.
     """
+    if not os.path.lexists(folder) and "/" not in name and nearest(name.lower(), ["train"]):
+        raise cannot_open(name, "there is no such folder, and a tokenizer that is to be trained is spelled `train`")
     if not folder.is_dir():
         return
     known = (*DECISIVE_FILES, *TEXT_FILES)

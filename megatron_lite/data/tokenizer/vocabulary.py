@@ -83,9 +83,9 @@ def trained_vocab_size(data: DataConfig) -> int:
     """
     if data.tokenizer_vocab_size < SMALLEST_BPE:
         raise ConfigError(
-            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} must be {SMALLEST_BPE} or more: a byte-level "
-            f"vocabulary holds 256 bytes and the {len(trained_names())} special tokens of the objectives, "
-            f"{TRAINED_SENTINELS} sentinels among them"
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is too small: a byte-level vocabulary holds 256 "
+            f"bytes and the {len(trained_names())} special tokens of the objectives, {TRAINED_SENTINELS} sentinels "
+            f"among them; use {SMALLEST_BPE} or more"
         )
     return data.tokenizer_vocab_size
 

@@ -2,7 +2,8 @@
 
 What makes it survive a kill at any moment is one file. Once `skipped_samples.json` is on the disk, a checkpoint that
 was trained on what it leaves out is passed over by every resume, and every attempt reads past the window. What follows,
-this process does or the next: weights, records of the trackers, checkpoints that go.
+this process does or the next: weights, records of the trackers, checkpoints that go. Where the disk is full, the file
+waits (`rollback_record.py`): a kill before it is written has the next attempt go back once more.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.state import CheckpointState
 from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
-from megatron_lite.data.samples.skips import Rollback, Skips, Window, skips_of, write_rollbacks
-from megatron_lite.errors import DISK_ERRNOS, DiskError, DivergedError, TrainingError
+from megatron_lite.data.samples.skips import Rollback, Skips, Window
+from megatron_lite.errors import DivergedError
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Phase
-from megatron_lite.observe.metrics import ROLLBACK_EVENT, SKIPS_FILE
+from megatron_lite.observe.metrics import ROLLBACK_EVENT
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.train.callbacks import Save, Validate
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer
+from megatron_lite.train.stability.rollback_record import RollbackRecord
 from megatron_lite.train.stability.watch import Spike, Watch
 
 
@@ -72,9 +74,14 @@ class GoBack(Callback):
     validate: Validate
     trackers: Trackers
     console: Console
-    rollbacks: list[Rollback]
+    record: RollbackRecord
+
+    @property
+    def rollbacks(self) -> list[Rollback]:
+        return self.record.rollbacks
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
+        self.record.try_again()
         if self.settings.on_spike is OnSpike.rollback and self.watch.spike is not None:
             self._from(trainer, self.watch.spike)
 
@@ -85,7 +92,7 @@ class GoBack(Callback):
             raise DivergedError(
                 f"diverged: a spike at step {record.step}, and all stability.max_rollbacks="
                 f"{self.settings.max_rollbacks} rollbacks of this run are used up (they left out samples "
-                f"{_listed(skips_of(self.rollbacks))}); read the dossiers in {self.run_dir / 'spikes'}, then go on "
+                f"{_listed(self.record.skips)}); read the dossiers in {self.run_dir / 'spikes'}, then go on "
                 "with a lower optimizer.learning_rate in a new train.run_dir, or raise stability.max_rollbacks"
             )
         trainer.heartbeat.enter(Phase.LOAD)
@@ -109,10 +116,9 @@ class GoBack(Callback):
         self.validate.forget_after(state.step)
         window = self._with_what_follows(trainer, spike.record, led_in)
         reason = f"{', '.join(spike.verdict.kinds)} at step {spike.record.step}"
-        self.rollbacks.append(Rollback(window, spike.record.step, state.step, reason))
-        self._publish()
+        self.record.add(Rollback(window, spike.record.step, state.step, reason))
         self._drop_later(state)
-        return skips_of(self.rollbacks)
+        return self.record.skips
 
     def _tell(self, record: StepRecord, state: CheckpointState) -> None:
         window = self.rollbacks[-1].window
@@ -181,25 +187,6 @@ class GoBack(Callback):
         if found is None and in_a_row >= 2:  # none is older
             return self._checkpoint(skips, first, 0)
         return found
-
-    def _publish(self) -> None:
-        """From here on every attempt leaves the window out.
-
-        Raises:
-            TrainingError, DiskError: the file cannot be written; on every rank alike.
-        """
-        problem: TrainingError | DiskError | None = None
-        if self.is_writer:
-            try:
-                write_rollbacks(self.run_dir, self.rollbacks)
-            except OSError as error:
-                problem = (DiskError if error.errno in DISK_ERRNOS else TrainingError)(
-                    f"{self.run_dir / SKIPS_FILE} cannot be written ({error}), and a rollback needs it; free some "
-                    "space or mend its permissions: the same command comes to the spike again"
-                )
-        problem = agreed(problem)
-        if problem is not None:
-            raise problem
 
     def _drop_later(self, state: CheckpointState) -> None:
         """Checkpoints from behind the one gone back to."""

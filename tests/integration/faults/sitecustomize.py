@@ -7,11 +7,14 @@ that step, "lr" makes the step's learning rate 100 times as high. "ask" sends it
 
 FAULT_ROLLBACK="<rank> <place>" kills the rank in a rollback, at one of ROLLBACK_PLACES.
 
+FAULT_FULL_DISK="<times>" has the file of the rollbacks refused so often.
+
 FAULT_SLOW_SAVES="<seconds>" makes every rank take so long to write its tensors.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -66,9 +69,9 @@ def _raise_learning_rate() -> None:
     loop.learning_rate_at = raised
 
 
-ROLLBACK_PLACES = {  # the method of GoBack, and whether to die behind it rather than ahead of it
-    "ahead of the file": ("_publish", False),
-    "behind the file": ("_publish", True),
+ROLLBACK_PLACES = {  # the method of GoBack or RollbackRecord, and whether to die behind it rather than ahead of it
+    "ahead of the file": ("add", False),
+    "behind the file": ("add", True),
     "in the checkpoints": ("_drop_later", True),
     "behind everything": ("_from", True),
 }
@@ -76,9 +79,11 @@ ROLLBACK_PLACES = {  # the method of GoBack, and whether to die behind it rather
 
 def _kill_in_rollback(rank: str, place: str) -> None:
     from megatron_lite.train.stability.rollback import GoBack
+    from megatron_lite.train.stability.rollback_record import RollbackRecord
 
     name, behind = ROLLBACK_PLACES[place]
-    method = getattr(GoBack, name)
+    owner = RollbackRecord if name == "add" else GoBack
+    method = getattr(owner, name)
 
     def killed(self: Any, *arguments: Any) -> Any:
         own = os.environ["RANK"] == rank
@@ -89,7 +94,22 @@ def _kill_in_rollback(rank: str, place: str) -> None:
             FAULTS["kill"]()
         return result
 
-    setattr(GoBack, name, killed)
+    setattr(owner, name, killed)
+
+
+def _refuse_record(times: int) -> None:
+    from megatron_lite.train import rollback_record
+
+    write, calls = rollback_record.write_rollbacks, 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= times:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    rollback_record.write_rollbacks = full
 
 
 FAULTS = {
@@ -146,6 +166,8 @@ def plant_all(source: Any) -> None:
             _plant(source, fault)
     if "FAULT_SLOW_SAVES" in os.environ:
         _slow_down_saves(float(os.environ["FAULT_SLOW_SAVES"]))
+    if "FAULT_FULL_DISK" in os.environ:
+        _refuse_record(int(os.environ["FAULT_FULL_DISK"]))
     if "FAULT_ROLLBACK" in os.environ:
         _kill_in_rollback(*os.environ["FAULT_ROLLBACK"].split(" ", 1))
 

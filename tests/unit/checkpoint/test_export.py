@@ -26,6 +26,7 @@ from megatron_lite.models.stored import StoredForm
 from tests.distributed.reference_models import CASES, VOCAB_SIZE
 from tests.tiny_models import T5
 from tests.unit.checkpoint.hf_checkpoints import save_model
+from tests.unit.remedies import obeys
 
 FAMILIES = {
     "gpt2": "float32",
@@ -163,11 +164,17 @@ def test_a_tensor_that_transformers_misses_is_named(
     assert " what it wants (missing keys: transformer.ln_f.bias)" in error
 
 
+@obeys("megatron_lite/checkpoint/export.py:_rounded")
 def test_a_number_too_large_for_the_type_is_named() -> None:
     with pytest.raises(
         CheckpointError, match=r"^head holds 1e\+06, and float16 ends at 6.55e\+04; use --dtype bfloat16"
     ):
         export_module._rounded(torch.tensor([1.0, -1e6]), torch.float16, "head")
+    assert export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()  # as told
+    for number in (3.4e38, float("inf"), float("nan")):
+        for kind in (torch.float16, torch.bfloat16):
+            with pytest.raises(CheckpointError, match="; export a checkpoint whose weights are finite"):
+                export_module._rounded(torch.tensor([1.0, number]), kind, "head")
 
 
 def test_what_exists_is_not_overwritten(tmp_path: Path, command: Command) -> None:

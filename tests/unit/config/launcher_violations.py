@@ -15,7 +15,7 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     "nodes and layout": (
         ["launcher=slurm", "launcher.gpus_per_node=4", "launcher.nodes=3", "parallel=dp2_tp2_pp2"],
         "launcher.nodes x launcher.gpus_per_node=12 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes "
-        "(dp=2), or the layout dp=3 tp=2 pp=2",
+        "(dp=2), or the layout dp=2 tp=2 pp=3",
     ),
     "processes and nodes": (
         ["launcher=slurm", "launcher.processes_per_node=4", "launcher.nodes=2", "launcher.num_processes=2",

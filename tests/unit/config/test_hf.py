@@ -92,7 +92,10 @@ def test_tokens_that_begin_and_end() -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "lama"}, "model_type=lama is not supported; supported: gpt2, llama"),
+        (
+            {"model_type": "lama"},
+            "model_type=lama is not supported; supported: gpt2, llama, bert, roberta, t5, bart; give",
+        ),
         ({"hidden_act": "relu"}, "hidden_act=relu is not supported; supported: silu"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type=linear is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters.rope_type=llama3"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_lite.config.hf.headers import INDEX_FILE, SINGLE_FILE, tensors_of
 from megatron_lite.errors import CheckpointError
 from tests.unit.config.hf_folders import write_safetensors
+from tests.unit.remedies import obeys
 
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "empty": (0, 4), "scalar": ()}
 
@@ -39,6 +40,7 @@ def test_offsets_are_those_at_which_safetensors_itself_reads(tmp_path: Path) -> 
     assert (entry.dtype, entry.shape) == ("F32", (3, 4))
 
 
+@obeys("megatron_lite/config/hf/headers.py:tensors_of")
 def test_an_index_of_several_files(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "one.safetensors", {"a": (2,)})
     write_safetensors(tmp_path / "two.safetensors", {"b": (3,)})
@@ -52,6 +54,8 @@ def test_an_index_of_several_files(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
     with pytest.raises(CheckpointError, match=r"does not name stray in one\.safetensors, which is there"):
         tensors_of(tmp_path)
+    write_safetensors(tmp_path / "one.safetensors", {"a": (2,)})  # copied again
+    assert set(tensors_of(tmp_path)) == {"a", "b"}
 
 
 @pytest.mark.parametrize("other", [SINGLE_FILE, "model-00001-of-00002.safetensors"])

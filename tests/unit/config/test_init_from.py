@@ -144,7 +144,7 @@ def test_an_unsupported_config_names_file_and_key(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
     assert problems_of(folder) == [
         f"model.init_from: {folder / 'config.json'}: rope_scaling.rope_type=yarn is not supported; supported: default, "
-        "positions without scaling"
+        "positions without scaling; give the folder of such a model"
     ]
 
 

@@ -82,7 +82,7 @@ BY_HAND: dict[str, list[list[str]]] = {
     "sentinels of denoisers": [["data.seq_length=807"], ["data.tokenizer=/some/folder"]],
     "decoder and positions": [["data.seq_length=96"], ["model.max_position_embeddings=170"]],
     "chosen decoder and positions": [["objective.decoder_seq_length=1024"], ["model.max_position_embeddings=2000"]],
-    "nodes and layout": [["launcher.nodes=2"], ["parallel=dp3_tp2_pp2", "train.global_batch_size=24"]],
+    "nodes and layout": [["launcher.nodes=2"], ["parallel=dp2_tp2_pp3"]],
     "processes and nodes": [["launcher.num_processes=null", "parallel=dp8"]],
     "processes that nodes do not share": [["launcher.num_processes=2"], ["launcher.nodes=3"]],
     "more processes than GPUs": [["launcher.processes_per_node=4"], ["launcher.gpus_per_node=null"]],

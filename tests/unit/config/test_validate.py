@@ -409,8 +409,8 @@ def test_world_that_is_there() -> None:
     config = compose("pretrain_gpt", ["parallel=dp2_tp2_pp2"])
     assert problems(config, 8) == []
     assert problems(config, 6) == [
-        "world_size=6 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or the layout dp=3 "
-        "tp=2 pp=1"
+        "world_size=6 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or the layout dp=1 "
+        "tp=2 pp=3"
     ]
     of_zero_3 = problems(compose("pretrain_gpt", ["parallel=zero3", "parallel.data_parallel_size=2"]), 8)
     assert of_zero_3[0].endswith(", or the layout dp=4 tp=2 pp=1")  # ZeRO-3 has no pipeline

@@ -90,7 +90,7 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain_gpt", "--config", "x.yaml"], "error: --config x.yaml names its script; leave out pretrain_gpt"),
         (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
          "folder"),
-        (["pretrain_gpt", "--config"], "error: --config needs a file: a config-*.yaml of a run folder"),
+        (["pretrain_gpt", "--config"], "error: --config needs a file; give a config-*.yaml of a run folder"),
         (["pretrain_gpt", "launcher.device=cuda"], "error: launcher.device=cuda needs a GPU for each process and torch "
          "sees none here; use launcher.device=cpu"),
     ],

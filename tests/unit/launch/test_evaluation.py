@@ -158,7 +158,7 @@ def test_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is no folder" in refused(capsys, 5000 * "x")
     assert "~nobody-of-this-name/run is no folder" in refused(capsys, "~nobody-of-this-name/run")
     assert "empty holds no checkpoint" in refused(capsys, "empty")
-    assert "the following arguments are required: CHECKPOINT" in refused(capsys)
+    assert "the following arguments are required: CHECKPOINT; see" in refused(capsys)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,8 @@ def test_report_of_a_diverged_model_is_json() -> None:
         sequence_accuracy=None,  # type: ignore[arg-type]
     )
     assert json.loads(report.as_json(), parse_constant=pytest.fail)["loss"] is None
+    assert '"tokens": 3,' in report.as_json()
+    assert '"tokens": 3.5,' in replace(report, tokens=3.5).as_json()
     assert report.perplexity is None
     assert "no finite number" in report.table()
     assert "25.00%" in report.table()

@@ -150,6 +150,50 @@ def test_a_resume_on_a_full_disk_shortens_what_it_has_to(rollbacks: int, tmp_pat
         events.close()
 
 
+@pytest.mark.parametrize("has_room_again", [True, False])
+def test_a_rollback_on_a_full_disk_takes_back_what_it_has_to_once_there_is_room(
+    has_room_again: bool, tmp_path: Path
+) -> None:
+    """Two in a row: the lines of the steps up to each, those taken back and those that follow all wait. Killed before,
+    the next attempt finds all that was on the disk."""
+    with small_disk(tmp_path / "disk", kibibytes=256) as disk:
+        told: list[str] = []
+        path = disk / "metrics.jsonl"
+        writer = MetricsWriter(path, report=told.append)
+        for step in range(1, 201):
+            writer.write(step, {"loss": 1.5})
+        assert writer.logged(150) is not None  # as of a checkpoint
+        fill(disk / "filler")
+        for step in range(201, 401):  # some of them wait
+            writer.write(step, {"loss": 1.5})
+        writer.rewind(300, 1)
+        for step in range(301, 311):
+            writer.write(step, {"loss": 2.5, "rollbacks": 1})
+        writer.rewind(250, 2)
+        for step in range(251, 261):
+            writer.write(step, {"loss": 3.5, "rollbacks": 2})
+        assert writer.logged(260) is None, "a checkpoint needs room as well"
+        assert len(told) == 1, told
+        if has_room_again:
+            (disk / "filler").unlink()
+            writer.write(261, {"loss": 3.5, "rollbacks": 2})
+            logged = writer.logged(261)
+            assert logged is not None
+            assert logged.lines == 261
+            writer.close()
+            aside = [(entry.get("rollbacks", 0), entry["step"]) for entry in read_metrics(disk / "rolled_back.jsonl")]
+            assert aside == [(0, step) for step in (*range(301, 401), *range(251, 301))] + [
+                (1, step) for step in range(301, 311)
+            ]
+            assert [entry["step"] for entry in read_metrics(path)] == list(range(1, 262))
+        else:
+            writer.close()
+            assert f"warning: 20 lines of {path} could not be written and will come again" in told
+            steps = [entry["step"] for entry in read_metrics(path)]
+            assert steps == list(range(1, len(steps) + 1))
+            assert len(steps) >= 200
+
+
 def test_log_that_lost_something_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)

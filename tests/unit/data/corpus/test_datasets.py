@@ -17,6 +17,7 @@ from megatron_lite.data.corpus.rows import Document, RowCounts
 from megatron_lite.data.corpus.source_names import resolve_source
 from megatron_lite.data.corpus.sources import identity
 from megatron_lite.errors import DataError
+from tests.unit.remedies import obeys
 
 datasets = pytest.importorskip("datasets")
 ConfigFor = Callable[..., RunConfig]
@@ -37,13 +38,16 @@ def test_saved_dataset(saved: Path, config_for: ConfigFor) -> None:
     assert read(config_for(saved)) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/corpus/hugging_face.py:_split_of")
 def test_saved_splits(tmp_path: Path, config_for: ConfigFor) -> None:
     parts = {name: datasets.Dataset.from_dict({"body": [f"text of {name}"]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "splits"))
     config = config_for(tmp_path / "splits", text_key="body", dataset_split="test")
     assert read(config) == ["text of test"]
     config.data.dataset_split = "dev"
-    with pytest.raises(DataError, match=r"data\.dataset_split=dev is not in .*splits; it has train, test"):
+    with pytest.raises(
+        DataError, match=r"data\.dataset_split=dev is not in .*splits; set data.dataset_split to one of train, test"
+    ):
         read(config)
 
 
@@ -69,7 +73,7 @@ def test_a_folder_by_a_relative_name(
 
 
 def test_missing_column(saved: Path, config_for: ConfigFor) -> None:
-    with pytest.raises(DataError, match=r"has no data\.text_key=body; it has text, id"):
+    with pytest.raises(DataError, match=r"has no data\.text_key=body; set data.text_key to one of text"):
         read(config_for(saved, text_key="body"))
 
 
@@ -134,7 +138,9 @@ def test_splits_and_configurations_of_a_folder(folder: Path, config_for: ConfigF
     for name in ("train", "test"):
         write_lines(folder / f"{name}.jsonl", [{"text": f"text of {name}"}])
     assert read(config_for(folder, dataset_split="test")) == ["text of test"]
-    with pytest.raises(DataError, match=r"data\.dataset_split=dev is not in .*folder; it has train, test"):
+    with pytest.raises(
+        DataError, match=r"data\.dataset_split=dev is not in .*folder; set data.dataset_split to one of train, test"
+    ):
         read(config_for(folder, dataset_split="dev"))
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n- config_name: b\n  data_files: test.jsonl\n---\n"
@@ -167,7 +173,9 @@ def test_bad_cells_of_a_saved_dataset(tmp_path: Path, config_for: ConfigFor) -> 
         f"  1 null: {tmp_path}/saved:3",
         f"  1 too long: {tmp_path}/saved:4: 100 bytes",
     ]
-    with pytest.raises(DataError, match=r"data\.text_key=id holds int64; it must hold text; columns of text are: text"):
+    with pytest.raises(
+        DataError, match=r"data\.text_key=id holds int64, and must hold text; set data.text_key to one of text"
+    ):
         read(config_for(tmp_path / "saved", text_key="id"))
 
 

@@ -23,6 +23,7 @@ from megatron_lite.data.shards.prepare import prepare, prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData, load_prepared
 from megatron_lite.errors import DataError
 from tests.unit.data.conftest import document, windows
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 DOCUMENTS = 60
@@ -118,6 +119,7 @@ def text_of(line: bytes) -> str:
         return ""
 
 
+@obeys("megatron_lite/data/corpus/rows.py:require_few_bad")
 def test_too_many_are_fatal_before_a_tokenizer_is_trained(sources: list[Path], config_for: ConfigFor) -> None:
     config = config_for(sources[0])
     with pytest.raises(DataError, match=r"4 of 64 rows are bad .*data\.max_bad_fraction=0\.063$") as error:

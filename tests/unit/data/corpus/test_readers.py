@@ -24,6 +24,7 @@ from megatron_lite.data.corpus.rows import BadRow, Document, RowCounts, RowKind,
 from megatron_lite.data.corpus.source_names import resolve_source, resolve_sources
 from megatron_lite.data.corpus.streams import Oversized, split_records, with_newlines
 from megatron_lite.errors import DataError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 
@@ -350,7 +351,7 @@ def test_parquet(tmp_path: Path, config_for: ConfigFor) -> None:
     assert documents_of(config_for(path)) == ["one", "two"]
     assert counts_of(config_for(path)).lines()[1:] == [f"  1 null: {path}:2", f"  1 empty: {path}:4"]
     assert failure_of(config_for(path, text_key="body")) == (
-        f"{path} (of data.source={path}) has no data.text_key=body; it has text, id"
+        f"{path} (of data.source={path}) has no data.text_key=body; set data.text_key to one of text"
     )
     path.write_bytes(path.read_bytes()[:-10])
     message = failure_of(config_for(path))
@@ -375,6 +376,7 @@ def test_cells_that_are_bad(tmp_path: Path, config_for: ConfigFor) -> None:
         ]
 
 
+@obeys("megatron_lite/data/corpus/columns.py:require_text")
 def test_columns_of_other_types(tmp_path: Path, config_for: ConfigFor) -> None:
     words = pa.array(["one", None, "two"])
     columns = {
@@ -393,7 +395,7 @@ def test_columns_of_other_types(tmp_path: Path, config_for: ConfigFor) -> None:
     for name, kind in (("number", "int64"), ("nested", "struct<text: string>"), ("list", "list<")):
         message = failure_of(config_for(path, text_key=name))
         assert message.startswith(f"{path} (of data.source={path}): data.text_key={name} holds {kind}")
-        assert message.endswith("; it must hold text; columns of text are: text, dictionary, nothing")
+        assert message.endswith(", and must hold text; set data.text_key to one of text, dictionary, nothing")
 
 
 def test_batches_of_large_cells_are_small(tmp_path: Path) -> None:

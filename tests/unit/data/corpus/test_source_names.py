@@ -25,8 +25,9 @@ from megatron_lite.data.corpus.source_names import (
     resolve_source,
     resolve_sources,
 )
-from megatron_lite.data.corpus.sources import SourceKind
+from megatron_lite.data.corpus.sources import HALF, SourceKind
 from megatron_lite.errors import ConfigError, DataError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 
@@ -86,11 +87,12 @@ def test_kinds_are_told_by_names(folder: Path) -> None:
     ],
 )
 def test_addresses(name: str, remedy: str) -> None:
-    assert refusal(name) == f"data.source={name} is an address, and sources are read from this machine: {remedy}"
+    assert refusal(name) == f"data.source={name} is an address, and sources are read from this machine; {remedy}"
     if " use " in remedy:
         assert resolve_source(remedy.rsplit(" ", 1)[1], "data.source").kind is SourceKind.dataset
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_path")
 def test_address_of_a_file_here(folder: Path) -> None:
     (folder / "x.txt").write_text("x")
     remedy = refusal(f"file://{folder}/x.txt").rsplit(" use ", 1)[1]
@@ -119,6 +121,19 @@ def test_missing_file(name: str) -> None:
 )
 def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> None:
     assert refusal(name).startswith(f"data.source={name} does not exist (looked from {folder}); use embedded, a .txt, ")
+
+
+@pytest.mark.parametrize("name", ["Embedded", "EMBEDDED", "embeded", "embbeded", "embedded_"])
+@obeys("megatron_lite/data/corpus/source_names.py:_refuse_slip")
+def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
+    assert "the source that is built in is spelled embedded; use embedded, or name" in refusal(name)
+    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
+    assert resolve_source(f"owner/{name}", "data.source").kind is SourceKind.dataset
+
+
+def test_names_of_the_hub_are_left_alone() -> None:
+    for name in ("wikitext", "imdb", "embeddings-benchmark", "train"):
+        assert resolve_source(name, "data.source").kind is SourceKind.dataset
 
 
 @pytest.mark.parametrize("name", ["-a/b", "a--b/c", "a..b/c", "a/b:c", "a/b c", "x" * 300, "größe/corpus"])
@@ -194,6 +209,7 @@ def test_files_of_other_forms(folder: Path) -> None:
     assert "a.xyz is a file of no known form; use embedded, a .txt" in refusal("a.xyz")
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_kind_of_file")
 def test_what_is_done_to_files_of_other_forms(folder: Path, config_for: ConfigFor) -> None:
     """The remedies are obeyed."""
     (folder / "x.txt").write_text("packed")
@@ -227,6 +243,7 @@ def test_a_table_in_a_folder_of_its_own(
     assert texts("own", config_for) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_kind_of_file")
 def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
     (folder / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
     message = refusal("a.json")
@@ -236,13 +253,18 @@ def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
     assert texts("a.jsonl", config_for) == ["one", "two"]
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:resolve_source")
 def test_empty_files(folder: Path) -> None:
     for name in ("a.txt", "a.jsonl.gz", "a.parquet"):
         (folder / name).touch()
-        assert refusal(name) == f"{name} (of data.source={name}) is empty; it must hold text"
+        assert refusal(name) == f"{name} (of data.source={name}) is empty; name one that holds text"
     assert "matches empty files alone; name files that hold text" in refusal("*.txt")
+    (folder / "b.txt").write_text("text")
+    for name in ("b.txt", "*.txt"):
+        assert resolve_source(name, "data.source").kind is SourceKind.text
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_pattern")
 def test_patterns(folder: Path, config_for: ConfigFor) -> None:
     assert refusal("*.jsonl") == f"data.source=*.jsonl matches no file (looked from {folder}); correct the pattern"
     (folder / "deep" / "er").mkdir(parents=True)
@@ -258,6 +280,7 @@ def test_patterns(folder: Path, config_for: ConfigFor) -> None:
     assert texts("de*/*.*", config_for) == ["two"]
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_pattern", "megatron_lite/data/corpus/source_names.py:_pair")
 def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
         (folder / name).touch()
@@ -267,9 +290,13 @@ def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     assert [source.kind for source in resolve_sources(names, "data.source")] == ["shards", "shards"]
     (folder / "a.idx").unlink()
     for name in ("a", "a.bin", "a.idx"):
-        assert refusal(name).endswith("a.idx does not exist; Megatron shards are a pair of .bin and .idx")
+        assert refusal(name).endswith(f"a.idx does not exist; {HALF}")
+    (folder / "a.idx").touch()  # copied
+    for name in ("a", "a.bin", "a.idx", "b"):
+        assert resolve_source(name, "data.source").kind is SourceKind.shards
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_dataset_folder")
 def test_folders_without_data_files(folder: Path) -> None:
     (folder / "f").mkdir()
     assert "is a folder without data files: it holds nothing; name a folder of files that" in refusal("f")

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import xxhash
 
-from megatron_lite.data.shards.indexed import IndexedReader, IndexedWriter, ShardFacts, bin_path, idx_path, token_dtype
+from megatron_lite.data.shards.indexed import (
+    OTHERS,
+    IndexedReader,
+    IndexedWriter,
+    ShardFacts,
+    bin_path,
+    idx_path,
+    token_dtype,
+)
 from megatron_lite.errors import DataError
+from tests.unit.remedies import obeys
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
@@ -95,13 +104,16 @@ def test_dtype_follows_megatrons_bound(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size).name == dtype
 
 
+@obeys("megatron_lite/data/shards/indexed.py:_size_error")
 def test_truncated_bin(tmp_path: Path) -> None:
     write(tmp_path / "x", [list(range(600)) * 2])
     with (tmp_path / "x.bin").open("r+b") as file:
         file.truncate(2396)
     with pytest.raises(DataError) as error:
         IndexedReader(tmp_path / "x")
-    assert str(error.value) == f"{tmp_path}/x.bin is 2,396 bytes; x.idx expects 2,400 (truncated)"
+    assert str(error.value) == f"{tmp_path}/x.bin is 2,396 bytes; x.idx expects 2,400 (truncated); {OTHERS}"
+    write(tmp_path / "x", [list(range(600)) * 2])  # made anew
+    assert IndexedReader(tmp_path / "x").num_tokens == 1200
 
 
 def test_bin_that_is_too_long(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.errors import ConfigError, DataError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 Silent = Callable[[str], None]
@@ -84,6 +85,7 @@ def test_one_document_cannot_be_split(corpus: Path, config_for: ConfigFor) -> No
     assert not reported, "a tokenizer was trained first"
 
 
+@obeys("megatron_lite/data/shards/prepare.py:_nothing_held_out")
 def test_nothing_held_out_names_the_fraction_that_would(corpus: Path, config_for: ConfigFor, silent: Silent) -> None:
     with pytest.raises(
         DataError, match=r"data\.validation_fraction=0\.001 holds out none of the 120 doc.*; use 0\.\d+ or"
@@ -93,10 +95,12 @@ def test_nothing_held_out_names_the_fraction_that_would(corpus: Path, config_for
     assert prepare(config_for(corpus, validation_fraction=remedy), report=silent).validation_documents >= 1
 
 
+@obeys("megatron_lite/data/shards/tokenise.py:all_held_out")
 def test_everything_held_out(corpus: Path, config_for: ConfigFor, silent: Silent) -> None:
     message = r"data\.validation_fraction=0\.999999 holds out every document of data\.source="
     with pytest.raises(DataError, match=message):
         prepare(config_for(corpus, validation_fraction=0.999999), report=silent)
+    assert prepare(config_for(corpus, validation_fraction=0.5), report=silent).validation_documents >= 1
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])

@@ -12,7 +12,7 @@ import pytest
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.samples.loader import training_dataset, validation_dataset
 from megatron_lite.data.shards import ready
-from megatron_lite.data.shards.indexed import IndexedReader, IndexedWriter
+from megatron_lite.data.shards.indexed import OTHERS, IndexedReader, IndexedWriter
 from megatron_lite.data.shards.prepare import planned_vocab_size, prepare
 from megatron_lite.data.shards.prepared import Part, PreparedData, documents_of_part
 from megatron_lite.errors import ConfigError, DataError
@@ -178,7 +178,7 @@ def test_scan_is_done_once(foreign: Path, config_for: ConfigFor) -> None:
 def test_missing_half(foreign: Path, config_for: ConfigFor, silent: Silent, suffix: str) -> None:
     foreign.with_name(f"foreign{suffix}").unlink()
     with pytest.raises(
-        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron shards are"
+        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron's shards are"
     ):
         prepare(config_for(foreign, vocab_size=90), report=silent)
 
@@ -192,7 +192,7 @@ def test_truncated_after_it_was_read(foreign: Path, config_for: ConfigFor, silen
         file.truncate(size - 2)
     with pytest.raises(DataError) as error:
         prepare(config, report=silent)
-    assert str(error.value) == f"{path} is {size - 2:,} bytes; foreign.idx expects {size:,} (truncated)"
+    assert str(error.value) == f"{path} is {size - 2:,} bytes; foreign.idx expects {size:,} (truncated); {OTHERS}"
 
 
 def test_empty_shards(tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
@@ -206,7 +206,7 @@ def test_file_that_holds_no_ids(tmp_path: Path, config_for: ConfigFor, silent: S
     writer.add(np.array([1, 2, -3, 4]), np.array([2, 2]))
     writer.finish()
     config = config_for(tmp_path / "x", vocab_size=9, validation_source=str(tmp_path / "x"))
-    with pytest.raises(DataError, match=r"x\.bin holds the token id -3; it is no file of token ids"):
+    with pytest.raises(DataError, match=r"x\.bin holds the token id -3, which is none; name shards"):
         prepare(config, report=silent)
 
 

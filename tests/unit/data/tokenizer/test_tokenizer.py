@@ -16,6 +16,7 @@ from megatron_lite.data.tokenizer.bpe import train_bpe
 from megatron_lite.data.tokenizer.framing import planned_ends
 from megatron_lite.data.tokenizer.roles import trained_names
 from megatron_lite.data.tokenizer.tokenizer import Tokenizer, open_tokenizer, save_tokenizer
+from megatron_lite.data.tokenizer.tokenizer_files import require_some_file
 from megatron_lite.data.tokenizer.vocabulary import SMALLEST_BPE, planned_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from tests.unit.data.conftest import document
@@ -129,6 +130,18 @@ def test_truncation_and_padding_of_a_folder_are_switched_off(folder: Path, bpe: 
     backend.enable_padding(length=5)
     backend.save(str(tmp_path / "tokenizer.json"))
     assert open_tokenizer(str(tmp_path)).encode(TEXTS[0]) == bpe.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("name", ["Train", "TRAIN", "trian", "traim"])
+def test_a_slip_of_train_asks_no_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"data.tokenizer={name} .* is spelled `train`; use `train`, or the folder"):
+        require_some_file(Path(name), name)
+    for other in ("gpt2", "t5", f"owner/{name}"):
+        require_some_file(Path(other), other)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=r"there is no tokenizer\.json in it"):
+        require_some_file(Path(name), name)
 
 
 def gpt2_folder(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import pytest
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.tokenizer.vocabulary import planned_vocab_size
 from megatron_lite.errors import ConfigError
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -26,12 +27,13 @@ def test_of_a_tokenizer_that_will_be_trained(config_for: ConfigFor) -> None:
     assert planned_vocab_size(config_for("embedded", tokenizer_vocab_size=8192)) == 8192
 
 
+@obeys("megatron_lite/data/tokenizer/vocabulary.py:trained_vocab_size")
 def test_too_small_to_train(config_for: ConfigFor) -> None:
     with pytest.raises(ConfigError) as error:
         planned_vocab_size(config_for("embedded", tokenizer_vocab_size=366))
     assert str(error.value) == (
-        "data.tokenizer_vocab_size=366 must be 367 or more: a byte-level vocabulary holds 256 bytes and the 111 "
-        "special tokens of the objectives, 100 sentinels among them"
+        "data.tokenizer_vocab_size=366 is too small: a byte-level vocabulary holds 256 bytes and the 111 "
+        "special tokens of the objectives, 100 sentinels among them; use 367 or more"
     )
     assert planned_vocab_size(config_for("embedded", tokenizer_vocab_size=367)) == 367
 

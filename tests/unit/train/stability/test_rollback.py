@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -11,11 +13,14 @@ import pytest
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.schema import TrainConfig
 from megatron_lite.config.stability import StabilityConfig
-from megatron_lite.data.samples.skips import Rollback, Skips, Window
-from megatron_lite.errors import DiskError
+from megatron_lite.data.samples.skips import Rollback, Skips, Window, read_rollbacks
+from megatron_lite.errors import DISK_ERRNOS, DiskError, TrainingError
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
-from megatron_lite.train.stability import rollback as module
+from megatron_lite.train.callbacks import Save
+from megatron_lite.train.stability import rollback_record as module
 from megatron_lite.train.stability.rollback import GoBack, next_window, unsuited
+from megatron_lite.train.stability.rollback_record import RollbackRecord
+from tests.unit.remedies import obeys
 
 BATCH = 8
 
@@ -96,7 +101,7 @@ def test_a_window_that_grows_behind_a_checkpoint_leaves_it_alone() -> None:
 
 def go_back(run_dir: Path) -> GoBack:
     parts = [Mock() for _ in range(6)]
-    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, True, *parts, rollbacks=[])
+    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, True, *parts, record=Mock(rollbacks=[]))
 
 
 @pytest.mark.parametrize(
@@ -115,13 +120,70 @@ def test_what_led_in_may_be_of_an_earlier_attempt(origin: Origin, step: int, win
     assert go_back(tmp_path)._led_in(trainer, record) == window
 
 
-def test_a_full_disk_ends_a_rollback_on_every_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RollbackRecord:
+    """Of the writing rank, which is alone."""
+    monkeypatch.setattr(module, "agreed", lambda answer: answer)
+    return RollbackRecord(tmp_path, is_writer=True, report=Mock())
 
-    monkeypatch.setattr(module, "write_rollbacks", full)
-    said: list[str | None] = []
-    monkeypatch.setattr(module, "agreed", lambda answer: said.append(answer) or answer)
-    with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written .*No space left"):
-        go_back(tmp_path)._publish()
-    assert len(said) == 1
+
+def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(module, "write_rollbacks", Mock(side_effect=OSError(number, os.strerror(number))))
+
+
+@pytest.mark.parametrize("number", sorted(DISK_ERRNOS))
+def test_a_full_disk_ends_no_rollback_and_the_file_is_written_once_there_is_room(
+    number: int, record: RollbackRecord
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "agreed", lambda answer: answer)
+        refuse(patch, number)
+        record.add(rollback(80, 96))
+        record.try_again()
+        assert "training goes on" in record.report.call_args.args[0]
+        assert record.skips.windows == (Window(80, 96),)
+    record.try_again()
+    record.try_again()
+    assert read_rollbacks(record.run_dir) == record.rollbacks
+    assert "checkpoints can be saved again" in record.report.call_args.args[0]
+    assert record.report.call_count == 2
+
+
+@obeys("megatron_lite/train/stability/rollback_record.py:require_written")
+def test_no_checkpoint_is_saved_before_the_rollback_is_on_the_disk(
+    record: RollbackRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt would pass over it, for it was trained without samples that this attempt alone leaves out."""
+    assert unsuited(Skips(), state(200, (80, 96))) is not None
+    assert unsuited(Skips(), state(80)) is None, "it begins from the one that was gone back to"
+    checkpoints, trainer = Mock(saver=Mock(reports=[])), Mock()
+    save = Save(Mock(), checkpoints, Mock(newest=None), record)
+    with monkeypatch.context() as patch:
+        refuse(patch, errno.ENOSPC)
+        record.add(rollback(80, 96))
+        with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written.*make room"):
+            save.at(trainer, 25)
+        checkpoints.save.assert_not_called()
+    save.at(trainer, 25)
+    checkpoints.save.assert_called_once()
+    assert read_rollbacks(record.run_dir) == record.rollbacks
+
+
+@pytest.mark.parametrize("answer", ["add", "require_written"])
+def test_every_rank_ends_where_the_file_cannot_be_written(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Exception | None] = []
+    monkeypatch.setattr(module, "agreed", lambda problem: said.append(problem) or problem)
+    record = RollbackRecord(tmp_path, is_writer=True, report=Mock())
+    refuse(monkeypatch, errno.EACCES if answer == "add" else errno.ENOSPC)
+    expected = TrainingError if answer == "add" else DiskError
+    if answer == "require_written":
+        record.add(rollback(80, 96))
+    with pytest.raises(expected):
+        record.add(rollback(80, 96)) if answer == "add" else record.require_written()
+    assert isinstance(said[-1], expected)
+    other = RollbackRecord(tmp_path, is_writer=False, report=Mock(), rollbacks=[rollback(80, 96)])
+    monkeypatch.setattr(module, "agreed", lambda problem: said[-1])
+    with pytest.raises(expected):
+        other.add(rollback(200, 216)) if answer == "add" else other.require_written()
