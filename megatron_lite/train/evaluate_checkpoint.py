@@ -19,6 +19,7 @@ from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import Task, build_task
 from megatron_lite.errors import RunEnd
+from megatron_lite.modes import keep_private
 from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.evaluation import EvaluationReport, report_of
 from megatron_lite.observe.hardware import enable_fast_float32_matmul
@@ -56,6 +57,7 @@ def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pa
         with request.listening(), memory_errors_explained(config, environment), watchdog:
             data_folder = os.environ.get(FOLDER_VARIABLE)
             prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            keep_private(own_folder, prepared.folder, console.log_path, is_writer=environment.rank == 0)
             device = distributed.own_device(config.launcher.device, environment)
             print(enable_fast_float32_matmul(device), flush=True)
             heartbeat.enter(Phase.MEET)

@@ -25,6 +25,7 @@ from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import OutOfDataError, RunEnd
+from megatron_lite.modes import keep_private
 from megatron_lite.objectives.base import Example
 from megatron_lite.observe.console import redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul, reuse_freed_memory
@@ -81,6 +82,7 @@ def train(config: RunConfig, claim: Claim) -> RunEnd:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
             data_folder = os.environ.get(FOLDER_VARIABLE)
             prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            keep_private(folder, prepared.folder, console.log_path, is_writer=environment.rank == 0)
             device = distributed.own_device(config.launcher.device, environment)
             print(enable_fast_float32_matmul(device), flush=True)
             if device.type == "cpu":
