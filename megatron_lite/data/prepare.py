@@ -259,7 +259,12 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
         if not source.is_text:
             check_ready(job, source, needs_sentences(config.objective))
     sets = [_ingest(job, source, i, Part.train, held_out) for i, source in enumerate(plan.train)]
-    sets += [_ingest(job, source, i, Part.validation, None) for i, source in enumerate(plan.validation)]
+    known = {
+        (source.name, str(key)): found for source, key, found in zip(plan.train, plan.key["train"], sets, strict=True)
+    }
+    for i, (source, key) in enumerate(zip(plan.validation, plan.key["validation"], strict=True)):
+        same = known.get((source.name, str(key)))  # as where a checkpoint is evaluated: there is one text
+        sets.append(_ingest(job, source, i, Part.validation, None) if same is None else _for_validation(same, i))
     train = [found.train for found in sets if found.train is not None]
     validation = [found.validation for found in sets if found.validation is not None]
     if not validation:  # ready shards whose held-out documents have no tokens
@@ -329,6 +334,13 @@ def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | 
         assert job.tokenizer is not None
         return tokenise_source(job, source, index, into, held_out)
     return scan_ready(job, source, index, into, held_out)
+
+
+def _for_validation(trained: SourceSets, index: int) -> SourceSets:
+    """The tokens of a training source as those of a validation source with the same documents."""
+    assert trained.train is not None
+    shard = replace(trained.train.shard, source_index=index)
+    return replace(trained, train=None, validation=replace(trained.train, shard=shard))
 
 
 def _check_held_out(sources: list[Source], data: DataConfig) -> None:
