@@ -275,7 +275,8 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     for counts in rows:
         for line in counts.lines():
             report(line)
-    tokens = sum(counted.shard.tokens for counted in [*train, *validation])
+    shards = (counted.shard for counted in [*train, *validation])
+    tokens = sum({(shard.prefix, shard.part): shard.tokens for shard in shards}.values())  # of which some are in both
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 

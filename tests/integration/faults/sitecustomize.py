@@ -27,7 +27,7 @@ MODULE = "megatron_lite.train.sources"
 
 
 def _raise() -> None:
-    raise ValueError("the loader is broken")
+    raise ValueError("the loader is broken at https://me:planted@host/x")
 
 
 def _pause(until_stop: bool = True) -> None:
