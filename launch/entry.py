@@ -40,6 +40,7 @@ from megatron_lite.errors import (
     disk_error,
     end_of,
 )
+from megatron_lite.observe.credentials import redacted
 from megatron_lite.observe.markers import clear_markers, free_reserve, leave_marker, reserve_space
 from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attempt, take
 
@@ -302,14 +303,15 @@ def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> 
     A rank that has only lost another one lets it end first: launchers name the first, and connections close before a
     process is quite gone.
     """
-    text = traceback.format_exc()
+    text = redacted(traceback.format_exc())
     if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_PEER):
         time.sleep(YIELD_SECONDS)
     log = _append_to_log(text, config)
     if log is None:
         os.write(terminal, text.encode())
     elif ERROR_FILE not in os.environ:
-        os.write(terminal, f"error: rank {_rank()} failed: {type(error).__name__}: {error}; see {log}\n".encode())
+        said = redacted(f"{type(error).__name__}: {error}")
+        os.write(terminal, f"error: rank {_rank()} failed: {said}; see {log}\n".encode())
 
 
 def _append_to_log(text: str, config: RunConfig | None) -> Path | None:

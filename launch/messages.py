@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_lite.errors import ConfigError, DamagedFileError, RunEnd
 from megatron_lite.files import publish_first
-from megatron_lite.observe.credentials import without_logins
+from megatron_lite.observe.credentials import redacted
 from megatron_lite.observe.markers import read_marker
 from megatron_lite.state_files import read_text
 
@@ -22,11 +22,16 @@ def error_text(error: Exception | str, *, debug: bool = False) -> str:
     lines = [f"error: {problem}" for problem in problems]
     if debug and isinstance(error, Exception):
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
-    return without_logins("\n".join(lines))
+    return redacted("\n".join(lines))
 
 
 def show_error(error: Exception | str, *, debug: bool = False) -> None:
     print(error_text(error, debug=debug), file=sys.stderr, flush=True)
+
+
+def show_traceback() -> None:
+    """Of the exception that is being handled, without credentials in its message."""
+    print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
 
 
 def leave_error(path: Path, text: str) -> None:

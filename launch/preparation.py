@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.base import LaunchPlan
-from launch.messages import show_error
+from launch.messages import show_error, show_traceback
 from launch.processes import Children, Ending, start
 from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import freeze, has_trained, unwritable
@@ -100,7 +99,7 @@ def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
         show_error(error, debug=config.debug)
         return end_of(error)
     except Exception:
-        traceback.print_exc(file=sys.stderr)
+        show_traceback()
         return EXIT_FAILURE
     return 0
 

@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
 import psutil
+
+from launch.messages import show_traceback
 
 POLL_SECONDS = 0.05
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -177,7 +178,7 @@ def start(body: Callable[[], int], *, own_group: bool = False, own_session: bool
         _close_stdin()
         code = body()
     except BaseException:  # whatever it is, this copy of the parent must not run on in the parent's place
-        traceback.print_exc()
+        show_traceback()
     finally:
         _leave(code)
 

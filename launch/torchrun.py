@@ -88,14 +88,14 @@ class TorchrunLauncher(ProgramLauncher):
 
 
 def listen_where_needed() -> None:
-    """Let torchrun's own stores at a loopback address listen there alone, rather than at all of the machine's."""
+    """Let torchrun's own stores listen at the address by which they are known, rather than at all of the machine's."""
     import torch.distributed as dist
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 
-    from megatron_lite.parallel.stores import local_store
+    from megatron_lite.parallel.stores import tcp_store
 
     for module in (dist, c10d_rendezvous_backend, static_tcp_rendezvous):
-        module.TCPStore = local_store
+        module.TCPStore = tcp_store
 
 
 def _tell(rank: int, status: int) -> int:

@@ -49,6 +49,8 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
+            with suppress(FileNotFoundError):  # no wider readable than what it takes the place of
+                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode & path.stat().st_mode))
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())

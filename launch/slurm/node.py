@@ -1,4 +1,4 @@
-"""What srun starts where a job has one node: `torchrun`, with stores that listen for this machine alone."""
+"""What srun starts on each node: `torchrun`, with stores that listen only where the job's processes connect."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ from megatron_lite.config.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
 REPOSITORY = str(TEMPLATE.parents[2])
-TORCHRUN = ("-m", "torch.distributed.run")  # what `torchrun` runs, whatever the PATH holds
-TORCHRUN_OF_ONE_NODE = ("-m", "launch.slurm.node")  # the same, reachable from that node alone
+TORCHRUN = ("-m", "launch.slurm.node")  # what `torchrun` runs, whatever the PATH holds
 # A port that differs between jobs that share a node, and between a job's attempts should one be taken.
 PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0}}) % {len(PORTS)}))"
 
@@ -46,7 +45,7 @@ def batch_script(
     """
     launcher = config.launcher
     python = "python3" if launcher.container is not None else sys.executable
-    torchrun = torchrun or (python, *(TORCHRUN_OF_ONE_NODE if _stays_on_node(config) else TORCHRUN))
+    torchrun = torchrun or (python, *TORCHRUN)
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["quote"] = shlex.quote
     return jinja.from_string(TEMPLATE.read_text()).render(
@@ -118,8 +117,7 @@ def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequenc
     launcher = config.launcher
     counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
-    begin = "exec"
+    begin = f"PYTHONPATH={shlex.quote(REPOSITORY)}${{PYTHONPATH:+:$PYTHONPATH}} exec"
     if _stays_on_node(config):
         counts.append(f"--local-addr={LOOPBACK}")  # else torchrun looks the node's name up
-        begin = f"PYTHONPATH={shlex.quote(REPOSITORY)}${{PYTHONPATH:+:$PYTHONPATH}} exec"
     return f"{begin} {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

@@ -29,6 +29,7 @@ from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
 from megatron_lite.data.tokenizer.tokenizer_files import TOKENIZER_FILE
 from megatron_lite.errors import CheckpointError, ConfigError, DamagedFileError, library_edge
 from megatron_lite.files import sync
+from megatron_lite.modes import masked
 from megatron_lite.state_files import Object, read_object
 
 ANOTHER = "export another checkpoint of the run"
@@ -65,8 +66,9 @@ def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> 
     _require_counterpart(folder, state, config)
     temporary = out.absolute().with_name(f".{out.absolute().name}.incomplete-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        _write(folder, temporary, dtype)
+        with masked([folder, *(folder / name for name in read_manifest(folder))], out):
+            temporary.mkdir(parents=True)
+            _write(folder, temporary, dtype)
         parity = compare(folder, temporary, config, DTYPES[dtype])
         _require_equal(parity, folder, out)
         size = _publish(temporary, out)

@@ -7,9 +7,13 @@ any sample of a source in one walk back.
 
 How near the shares are kept: a split is never one sample or more away from its exact share of what reaches it. What
 reaches it may itself be off by what the splits above leave, scaled by its share of that. No side of two or more sources
-has more than 2/3 of its split, so after any number of samples
+has more than 2/3 of its split, so such a side is less than 1 + 2/3 + (2/3)^2 + ... = 3 samples off. A single source
+with more than 2/3 of its split has at most half of the split above, for the sources ahead of it are no smaller: it is
+less than 1 + 1 + 3/2 off. So after any number of samples
     - each of two sources has had the floor or the ceiling of its exact share, and
-    - each of any number of sources is less than 1 + 2/3 + (2/3)^2 + ... = 3 samples away from it.
+    - each of any number of sources is less than 3.5 samples away from it.
+Less than 1 for all sources is possible (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980),
+but only a computation from the first sample on is known.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from megatron_lite.errors import DataError, remedy_of
 from megatron_lite.files import sync
+from megatron_lite.modes import allowed_mode, narrow
 
 LOCKS = ".locks"
 """Beside the published folders. A lock file stays: removing one that another process waits for would free both."""
@@ -99,28 +100,12 @@ def _build_and_rename(folder: Path, build: Callable[[Path], None], originals: It
     try:
         temporary.chmod(0o700)  # until it is known what of it others may read
         build(temporary)
-        _narrow(temporary, usual, originals)
+        allowed = allowed_mode(originals, temporary.stat().st_gid)
+        narrow(temporary, allowed)
+        temporary.chmod(usual & allowed)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _narrow(folder: Path, usual: int, originals: Iterable[Path]) -> None:
-    """Give a folder its usual mode, as far as all originals may be read, and its files no wider one.
-
-    Those of another group say nothing of ours, so of them it counts what everybody may do.
-    """
-    group, allowed = folder.stat().st_gid, 0o777
-    for path in originals:
-        with suppress(OSError):  # gone since
-            found = path.stat()
-            others = found.st_mode & 0o7
-            allowed &= 0o700 | ((found.st_mode & 0o70) if found.st_gid == group else others << 3) | others
-    enter = (allowed & 0o444) >> 2  # who may read a file may enter its folder
-    for path in folder.rglob("*"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        path.chmod(mode & (allowed | enter | ~0o777) if path.is_dir() else mode & (allowed | ~0o777))
-    folder.chmod(usual & (allowed | enter | ~0o777))

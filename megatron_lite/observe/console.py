@@ -20,6 +20,7 @@ from rich.console import RenderableType
 
 from megatron_lite.errors import DISK_ERRNOS, ConfigError
 from megatron_lite.files import make_folder, set_aside_others
+from megatron_lite.observe.credentials import redacted
 
 _STDOUT, _STDERR = 1, 2
 
@@ -37,7 +38,7 @@ class Forgiving(io.TextIOBase):
         self._lost_bytes = 0
 
     def write(self, text: str) -> int:
-        data = text.encode("utf-8", errors="replace")
+        data = redacted(text).encode("utf-8", errors="replace")
         if self._lost_bytes and not self._gone:
             data = f"\n--- {self._lost_bytes} bytes could not be written here ---\n".encode() + data
         while data and not self._gone:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _VARIABLE = re.compile(
 )
 """Of names of variables alone: settings such as data.text_key are none."""
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+_PASSWORD = re.compile(r"\w+://[^/@\s:]*:([^/@\s]+)@")
 _URL_SECRET = re.compile(r"\w+://?[^/@\s:]*:[^/@\s]+@|https?://?[^/@\s]+@", re.IGNORECASE)
 """A login with a password; on the web a name alone may be a token. Where a path was made of an address, one slash is
 left."""
@@ -34,6 +37,7 @@ _ISSUED = re.compile(
 _DIGEST = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})", re.IGNORECASE)
 """The form of keys of wandb and of many services."""
 RANDOM_LENGTH = 20
+SHORTEST = 8  # of a value of the environment that is looked for in texts: shorter ones are words as well
 _LITERAL = r"['\"]?([^\s,;'\"$`|&<>][^\s'\"|&;]*)"
 """A value that stands there in full; what begins with $ or ` the shell looks up when it runs the line."""
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w-]*)=(?=['\"]?([^\s,;'\"]))")
@@ -77,6 +81,24 @@ def has_url_secret(text: str) -> bool:
 def without_logins(text: str) -> str:
     """The text with the logins of its addresses replaced by `***`."""
     return _URL_LOGIN.sub(r"\1***@", text)
+
+
+def redacted(text: str) -> str:
+    """A text of anybody's, such as the message of an exception, without the credentials that are known by their form or
+    as values of this process's environment."""
+    text = _ISSUED.sub("***", without_logins(text))
+    for value in _own_secrets():
+        text = text.replace(value, "***")
+    return text
+
+
+@cache
+def _own_secrets() -> tuple[str, ...]:
+    """Values of variables that are named like credentials, and passwords of addresses in others; the longest first."""
+    named = {value for name, value in os.environ.items() if names_secret(name)}
+    logins = {login for value in os.environ.values() for login in _PASSWORD.findall(value)}
+    found = (value for value in named | logins if len(value) >= SHORTEST and not os.path.exists(value))
+    return tuple(sorted(found, key=len, reverse=True))
 
 
 def assigned_secrets(line: str) -> Iterator[str]:

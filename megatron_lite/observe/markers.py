@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_lite.errors import DamagedFileError, RunEnd
 from megatron_lite.files import publish_first, remove_file
+from megatron_lite.observe.credentials import redacted
 from megatron_lite.state_files import read_object, read_text, warn
 
 STOP_FILE = "STOP"
@@ -58,7 +59,7 @@ def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = No
     Raises:
         OSError: the disk does not take it, not even in the place of what `reserve_space` has kept free.
     """
-    text = json.dumps(asdict(Marker(end, step, message, time.time()))) + "\n"
+    text = json.dumps(asdict(Marker(end, step, redacted(message), time.time()))) + "\n"
     try:
         publish_first(run_dir / end.name, text)
     except OSError as error:

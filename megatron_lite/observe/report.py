@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.files import replace_file, size_text
+from megatron_lite.modes import masked
 from megatron_lite.observe.charts import chart, from_plotly
 from megatron_lite.observe.lines import dropped_text
 from megatron_lite.observe.metrics import METRICS_FILE, ROLLBACK_EVENT, ROWS_EVENT, SPIKE_EVENT, branch_of
@@ -77,7 +78,9 @@ def write_report(run_dir: Path, state: str, out: Path | None = None, run: RunFol
         OSError: it cannot be written.
     """
     path = out or run_dir / REPORT_FILE
-    replace_file(path, render(run or RunFolder.read(run_dir), state).encode())
+    page = render(run or RunFolder.read(run_dir), state).encode()
+    with masked([run_dir, *run_dir.glob("spikes/*.json")], path.parent):  # the page repeats the text in them
+        replace_file(path, page)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Sockets of jobs on one machine: they listen where only this machine's processes can connect. Free of torch."""
+"""Sockets of a job: they listen only where its processes connect. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,31 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def listening_address(host: str) -> str | None:
+    """The address at which processes reach a host that they are told of by this address or name; None if unknown.
+
+    A name tells none where it has several addresses here, or one of loopback only: many systems write their own name
+    beside 127.0.1.1 into /etc/hosts, and other machines then know it by another address.
+    """
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):  # no such name, or none that a name server would be asked for
+        return None
+    address = found.pop()
+    return None if found or is_loopback(address) else address
+
+
 def listen(address: str, port: int) -> socket.socket:
-    """A socket that listens at this loopback address alone; torch's stores would listen at all addresses.
+    """A socket that listens at this address alone; torch's stores would listen at all addresses.
 
     Raises:
-        OSError: another process listens there.
+        OSError: another process listens there, or this machine has no such address.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)

@@ -13,8 +13,7 @@ from megatron_lite.config.derived import topology
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError, library_edge
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.loopback import is_loopback
-from megatron_lite.parallel.stores import local_store
+from megatron_lite.parallel.stores import tcp_store
 from megatron_lite.train.startup import require_same_program
 
 COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
@@ -89,10 +88,10 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
         f"within {timeout.total_seconds():g} s = {COLLECTIVES_PATIENCE} x train.timeout_seconds"
     )
     with library_edge(LaunchError, what, NOT_MET):
-        if address and port and is_loopback(address) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if address and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # torch's own way would listen at all addresses of this machine.
             rank, world_size = environment.rank, environment.world_size
-            store = local_store(address, int(port), world_size, rank == 0, timeout)
+            store = tcp_store(address, int(port), world_size, rank == 0, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         elif address:
             dist.init_process_group(backend, timeout=timeout)

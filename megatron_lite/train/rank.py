@@ -15,6 +15,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.shards.prepare import prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData, load_prepared
+from megatron_lite.modes import keep_private
 from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul
 from megatron_lite.observe.heartbeat import Heartbeat
@@ -56,6 +57,7 @@ def started_rank(config: RunConfig, claim: Claim) -> Iterator[Rank]:
         with request.listening(), memory_errors_explained(config, environment), watchdog:
             data_folder = os.environ.get(FOLDER_VARIABLE)
             prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
+            keep_private(folder, prepared.folder, console.log_path, is_writer=environment.rank == 0)
             device = own_device(config.launcher.device, environment)
             print(enable_fast_float32_matmul(device), flush=True)
             yield Rank(folder, environment, console, heartbeat, request, prepared, device)

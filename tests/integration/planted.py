@@ -49,4 +49,6 @@ def plant(words: list[str], folder: Path, window: Window) -> Planted:
             tokens[start : start + stretch.tokens] = random.integers(10, prepared.vocab_size, stretch.tokens)
             documents.add(stretch.document)
     tokens.flush()
+    for path in pair.glob("*-0.*"):
+        path.chmod(0o600)  # and so must be all that repeats its text
     return Planted([*ready, f"data.cache_dir={folder / 'prepared'}"], window, documents)

@@ -42,7 +42,10 @@ def test_save_is_completed_when_a_rank_raises_meanwhile(
     monkeypatch.setenv("FAULT_SLOW_SAVES", SLOW_SAVES)
     finished = run(launch(*tiny("run", *WORDS)), fault="raise 1 5")
     assert finished.code == RunEnd.FAILED
-    assert "ValueError: the loader is broken" in finished.err
+    assert "ValueError: the loader is broken at https://***@host/x" in finished.err
+    told = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert sum(b"the loader is broken" in content for content in told) >= 2, "in the log and in the marker"
+    assert not any(b"planted" in content for content in told), "a password in an exception's message"
     assert saved(tmp_path / "run") == ["latest", "step_00000004"]
 
 

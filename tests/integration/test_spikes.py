@@ -12,6 +12,7 @@ import pytest
 
 from megatron_lite.data.samples.skips import Rollback, Window, read_rollbacks, write_rollbacks
 from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from megatron_lite.observe.report import write_report
 from megatron_lite.observe.wandb_record import alerts, history
 from megatron_lite.observe.wandb_tracker import run_id
 from tests.integration.planted import Planted, plant
@@ -125,6 +126,16 @@ def test_dossier_names_the_planted_documents(rolled_back: Path, planted: Planted
     assert list(dossier["layer_grad_norm"]) == [str(step) for step in range(FIRST - 4, FIRST + 1)]
     norms = dossier["layer_grad_norm"]
     assert sum(norm**2 for norm in norms[str(FIRST)].values()) ** 0.5 == pytest.approx(event["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_nothing_in_a_run_folder_is_wider_readable_than_the_data(rolled_back: Path, tmp_path: Path) -> None:
+    kinds = ("spikes/*.json", "checkpoints/*/tokenizer.json", "logs/rank-7.log", "wandb/*/*.wandb")
+    assert all(list(rolled_back.glob(kind)) for kind in kinds)
+    page = write_report(rolled_back, "done", tmp_path / "page.html")
+    found = [page, rolled_back, *(path for path in rolled_back.rglob("*") if not path.is_symlink())]
+    beats = rolled_back / "logs" / "heartbeats"  # hold phases, no text
+    assert [path for path in found if path.stat().st_mode & 0o077 and not path.is_relative_to(beats)] == []
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
     tests: tuple[Callable[[Any], bool], ...] = (
         types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
-        types.is_binary_view, types.is_null,
+        types.is_binary_view, types.is_fixed_size_binary, types.is_null,
     )  # fmt: skip
     plain = getattr(kind, "storage_type", kind)
     plain = plain.value_type if types.is_dictionary(plain) else plain

@@ -2,8 +2,9 @@
 
 The memory lies in data.cache_dir. An entry holds as long as the file of that path has the size, the time of change and
 the inode that it had. A file that was changed within the last moments is read again next time: another change within
-the same tick of the file system's clock would show in none of these (git calls this a racy index). One process reads,
-under a lock; others wait for it and take its results. Losing or damaging the memory costs time and nothing else.
+the same tick of the file system's clock would show in none of these (git calls this a racy index). Only processes of
+the same node that had begun before it was read, such as the other ranks of a job, take what was found then. One process
+reads, under a lock; others wait for it and take its results. Losing or damaging the memory costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_lite.files import BLOCK_BYTES, replace_file, size_text
 
 MEMORY_FILE = f"{LOCKS}/digests.json"  # in data.cache_dir, where only prepared folders are to be seen
 LOCK_FILE = f"{LOCKS}/digests"
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # that of /proc
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system in use ticks every two seconds
 QUIET_SECONDS = 3.0  # of reading before the first line about it
 REPORT_SECONDS = 10.0
@@ -41,9 +43,27 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     mtime_ns: int
     inode: int
     digest: str
+    read_ns: int = 0
+    """For a file that had just been changed: when it was read, since the boot of the node. 0 = it holds for all."""
+    boot: str = ""
+    """Which boot of which node that was."""
 
     def describes(self, stat: os.stat_result) -> bool:
         return (self.size, self.mtime_ns, self.inode) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def boot() -> str:
+    """Which boot of which node this is; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def process_began_ns() -> int:
+    """When this process began or was forked, since the boot of the node. Asked only where `boot` is known."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
+    return int(fields[19]) * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -90,7 +110,9 @@ class _Memory:
 
     def _known(self, name: str) -> Entry | None:
         entry = self._entries.get(name)
-        return entry if entry is not None and entry.describes(os.stat(name)) else None
+        if entry is None or not entry.describes(os.stat(name)):
+            return None
+        return entry if not entry.read_ns or (entry.boot == boot() and process_began_ns() <= entry.read_ns) else None
 
     def _lock(self) -> None:
         self._locked = ExitStack()
@@ -104,7 +126,7 @@ class _Memory:
 
     def _read_file(self, name: str) -> Entry:
         digest = xxhash.xxh3_128()
-        began_ns = time.time_ns()
+        began_ns, since_boot_ns = time.time_ns(), time.clock_gettime_ns(CLOCK)
         with open(name, "rb") as file:
             stat = os.fstat(file.fileno())
             while block := file.read(BLOCK_BYTES):
@@ -112,8 +134,10 @@ class _Memory:
                 self._bytes_read += len(block)
                 self._tell(name)
             after = os.fstat(file.fileno())
-        entry = Entry(stat.st_size, stat.st_mtime_ns, stat.st_ino, digest.hexdigest())
-        if entry.describes(after) and stat.st_mtime_ns + SETTLED_NS <= began_ns:
+        is_settled = stat.st_mtime_ns + SETTLED_NS <= began_ns
+        when = () if is_settled else (since_boot_ns, boot())
+        entry = Entry(stat.st_size, stat.st_mtime_ns, stat.st_ino, digest.hexdigest(), *when)
+        if entry.describes(after) and (is_settled or entry.boot):
             self._entries[name] = entry
             self._is_saved = False
         return entry

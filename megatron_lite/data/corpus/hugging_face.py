@@ -16,8 +16,8 @@ from typing import Any
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.corpus.columns import batch_rows, column_rows, require_text
 from megatron_lite.data.corpus.rows import Row
-from megatron_lite.data.corpus.source_names import kind_of, require_utf8
-from megatron_lite.data.corpus.sources import SAVED_DATASET_FILES, Source, SourceKind
+from megatron_lite.data.corpus.source_names import is_data_file, kind_of, require_utf8, tells_its_files
+from megatron_lite.data.corpus.sources import SAVED_DATASET_FILES, Source, SourceKind, visible_files
 from megatron_lite.data.corpus.streams import Progress, read_chunks
 from megatron_lite.data.hub import quiet_hub
 from megatron_lite.errors import DataError, library_edge
@@ -43,7 +43,10 @@ def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
         builder = datasets.load_dataset_builder(_folder_name(source), data.dataset_config)
     files = builder.config.data_files
     kind = BUILDERS.get(builder.name)
-    if not isinstance(files, dict) or kind is None or not _is_plain(builder.config):
+    if not isinstance(files, dict):
+        return source, data
+    _require_all_counted(source, {str(name) for found in files.values() for name in found})
+    if kind is None or not _is_plain(builder.config):
         return source, data
     of_split = _split_of({str(name): found for name, found in files.items()}, source, data)
     paths = tuple(Path(name) for name in of_split)
@@ -55,6 +58,23 @@ def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
     if kind is SourceKind.jsonl and any(_is_array(path, found) for path in paths):
         return source, data
     return found, replace(data, document_separator="\n")  # `datasets` takes a line of text as a row
+
+
+def _require_all_counted(source: Source, counted: set[str]) -> None:
+    """
+    Raises:
+        DataError: `datasets` counts some data files of a folder to no split at all, and so would pass over them.
+    """
+    folder = source.paths[0].resolve()
+    if tells_its_files(folder):
+        return
+    left = [file for file in visible_files(folder) if is_data_file(file, folder) and str(file) not in counted]
+    if left:
+        pattern = left[0].with_name(f"*{left[0].suffix}")
+        raise DataError(
+            f"{source} is a folder of which `datasets` counts {len(left):,} files to no split, {left[0]} first, for "
+            f"their names; name the files by a pattern such as {pattern}, or move these away"
+        )
 
 
 def dataset_rows(source: Source, data: DataConfig, progress: Progress) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_lite.config.keys import nearest
 from megatron_lite.config.schema import DataConfig
 from megatron_lite.data.corpus.sources import EMBEDDED, HALF, SAVED_DATASET_FILES, Source, SourceKind, visible_files
+from megatron_lite.data.corpus.streams import require_no_other_mark
 from megatron_lite.errors import ConfigError, DataError, remedy_of
 
 FORMS = (
@@ -46,6 +47,15 @@ OTHER_SUFFIXES = {
     ),
 }  # fmt: skip
 """Of files that are no source by themselves: what to do with one. A name that ends so is no name of the hub."""
+ABOUT_DATA = (
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "dummy_data.zip",
+)
+"""Files within a folder that `datasets` does not count to the data."""
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 DOWNLOADS = {"s3": "aws s3 cp", "gs": "gcloud storage cp", "http": "curl -LO", "https": "curl -LO"}
@@ -216,20 +226,56 @@ def _dataset_folder(path: Path, entry: str) -> Path:
     if any((path / name).is_file() for name in SAVED_DATASET_FILES):
         return path
     others: list[str] = []
+    forms: dict[str, Path] = {}
     for file in islice(visible_files(path), LISTED_FILES):
-        suffix = os.path.splitext(_unpacked(file.name))[1]
-        if suffix in FOLDER_SUFFIXES:
-            return path
-        if suffix == ".idx":
+        if is_data_file(file, path):
+            forms.setdefault(_form(file), file)
+            continue
+        if file.suffix == ".idx" and not forms:
             raise DataError(f"{entry} is a folder of Megatron shards; use the prefix {file.with_suffix('')}")
         others.append(file.suffix or "files without a suffix")
-    if len(others) == LISTED_FILES:
+    if len({KINDS.get(form, form) for form in forms}) > 1 and not tells_its_files(path):
+        raise _several_forms(path, entry, forms)
+    if forms or len(others) == LISTED_FILES:
         return path
     found = f"only {', '.join(sorted(set(others)))}" if others else "nothing"
     raise DataError(
         f"{entry} is a folder without data files: it holds {found}; name a folder of files that `datasets` reads "
         f"({', '.join(FOLDER_SUFFIXES)}) or that its save_to_disk wrote"
     )
+
+
+def _form(file: Path) -> str:
+    """The suffix that tells how to read a file, without that of its packing."""
+    return os.path.splitext(_unpacked(file.name))[1]
+
+
+def is_data_file(file: Path, folder: Path) -> bool:
+    """Whether `datasets` looks at a file within a folder."""
+    inner = file.relative_to(folder).parts
+    return _form(file) in FOLDER_SUFFIXES and file.name not in ABOUT_DATA and not any(p.startswith("__") for p in inner)
+
+
+def tells_its_files(folder: Path) -> bool:
+    """Whether README.md tells `datasets` which files of the folder to read: others are then left out on purpose."""
+    try:
+        _, begin, _ = (folder / "README.md").read_text(encoding="utf-8", errors="replace").split("---", 2)
+    except (OSError, ValueError):  # no such file, or none with settings ahead of its text
+        return False
+    return "data_files" in begin or "data_dir" in begin
+
+
+def _several_forms(folder: Path, entry: str, forms: dict[str, Path]) -> DataError:
+    found = " and ".join(str(file) for file in forms.values())
+    remedy = "keep those of one form, and move the others to a folder that you name beside it"
+    if all(form in KINDS for form in forms):
+        key = entry.partition("=")[0].partition("[")[0]
+        endings = dict.fromkeys(
+            "".join(file.suffixes[-2:] if file.suffix in PACKINGS else [file.suffix]) for file in forms.values()
+        )
+        patterns = ",".join(str(folder / "**" / f"*{ending}") for ending in endings)
+        remedy = f"name the files of each form, as with {key}='[{patterns}]'"
+    return DataError(f"{entry} is a folder with files of several forms ({found}), and `datasets` reads one; {remedy}")
 
 
 def _is_hub_name(name: str) -> bool:
@@ -271,6 +317,8 @@ def _kind_of_file(path: Path, entry: str) -> SourceKind:
             begin = file.read(FIRST_BYTES)
     except OSError as error:
         raise DataError(f"{entry}: {path} cannot be read: {error.strerror}; {remedy_of(error, _ACCESS)}") from None
+    if kind in (SourceKind.text, SourceKind.jsonl) and path.suffix.lower() not in PACKINGS:
+        require_no_other_mark(begin, path, entry)
     if path.suffix.lower() == ".json" and begin.lstrip().startswith(b"["):
         raise DataError(f"{entry}: {path} is one JSON array; write an object a line, as with `{_to_lines(path)}`")
     return kind

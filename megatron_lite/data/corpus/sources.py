@@ -7,7 +7,8 @@ a name means is told by `source_names`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -111,5 +112,24 @@ def _folder_identity(folder: Path, file_identity: FileIdentity) -> list[Any]:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    paths: Iterable[Path] = folder.rglob("*")
-    return (p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """The files of a folder and of those in it, but for hidden ones.
+
+    Raises:
+        DataError: a link leads nowhere, or to a folder, which neither `datasets` nor this follows.
+    """
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise dangling(path)
+        if path.is_symlink() and path.is_dir():
+            raise DataError(
+                f"{path} is a link to the folder {os.readlink(path)}, and links within the folder of a source are not "
+                "followed; name that folder as a source of its own, and remove the link"
+            )
+        if path.is_file():
+            yield path
+
+
+def dangling(path: Path) -> DataError:
+    return DataError(f"{path} is a link to {os.readlink(path)}, which does not exist; correct the link, or remove it")

@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,12 +20,37 @@ from megatron_lite.errors import DataError, library_edge
 
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+OTHER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",  # begins as UTF-16's does
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 Progress = Callable[[int], None]
 """Is told the number of bytes that were read since it was last called, about every MiB."""
 
 
 def ignore_progress(count: int) -> None: ...
+
+
+def require_no_other_mark(begin: bytes, path: Path, owner: str) -> None:
+    """
+    Args:
+        begin: of the unpacked bytes of a file of text.
+        owner: the setting that names the file.
+    Raises:
+        DataError: they are the byte order mark of UTF-16 or UTF-32.
+    """
+    name = next((name for mark, name in OTHER_MARKS.items() if begin.startswith(mark)), None)
+    if name is not None:
+        old = shlex.quote(str(path))
+        way = f"`iconv -f {name} -t UTF-8 < {old} > OUT{path.suffix}`"
+        if path.suffix.lower() in _PACKED:
+            way = f"`iconv -f {name} -t UTF-8` after unpacking"
+        raise DataError(
+            f"{path} (of {owner}) is {name}, as its first bytes tell; convert it, as with {way}, and name that"
+        )
 
 
 class Oversized(NamedTuple):
@@ -47,7 +73,7 @@ def read_chunks(path: Path, source: Source, progress: Progress = ignore_progress
     """The unpacked bytes of a file, without a byte order mark.
 
     Raises:
-        DataError: it cannot be opened, or its compressed stream is damaged or cut off.
+        DataError: it cannot be opened, its compressed stream is damaged or cut off, or it is UTF-16.
     """
     position = 0
     with reading(path, source):
@@ -58,6 +84,8 @@ def read_chunks(path: Path, source: Source, progress: Progress = ignore_progress
                 chunk = file.read(CHUNK_BYTES)
             if not chunk:
                 return
+            if not position:
+                require_no_other_mark(chunk, path, str(source))
             progress(len(chunk))
             yield chunk if position else chunk.removeprefix(BYTE_ORDER_MARK)
             position += len(chunk)

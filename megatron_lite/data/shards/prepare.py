@@ -64,6 +64,7 @@ from megatron_lite.data.tokenizer.tokenizer_files import TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer.vocabulary import TRAIN, model_vocab_size, planned_vocab_size, trained_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.files import raise_open_file_limit
+from megatron_lite.modes import allowed_mode, masked, narrow
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
@@ -121,14 +122,17 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
     folder = plan.folder_in(cache_dir)
     if earlier is not None and not (folder / MANIFEST).is_file():
         refuse_other_data(plan, config, earlier, report)
-    publish_folder(
-        folder,
-        lambda temporary: _build(plan, config, temporary, report),
-        key=key,
-        report=report,
-        marker=MANIFEST,
-        originals=_originals(plan, config.data),
-    )
+    originals = list(_originals(plan, config.data))
+    with masked(originals, folder):  # also of what libraries keep of them in caches of their own
+        publish_folder(
+            folder,
+            lambda temporary: _build(plan, config, temporary, report),
+            key=key,
+            report=report,
+            marker=MANIFEST,
+            originals=originals,
+        )
+    _keep_private(folder, originals, report)
     prepared = load_prepared(folder, config)
     texts = [source for source in (*plan.train, *plan.validation) if source.is_text]
     for source, counts in zip(texts, prepared.rows, strict=True):  # made by another data.max_bad_fraction
@@ -147,6 +151,23 @@ def _originals(plan: Plan, data: DataConfig) -> Iterator[Path]:
     tokenizer = Path(data.tokenizer).expanduser()
     if tokenizer.is_dir():
         yield from tokenizer.rglob("*")
+
+
+def _keep_private(folder: Path, originals: list[Path], report: Callable[[str], None]) -> None:
+    """Narrow a folder that is wider readable than its sources: of an earlier version, or made when they were wider."""
+    allowed = allowed_mode(originals, folder.stat().st_gid)
+    try:
+        if narrow(folder, allowed):
+            report(f"{folder} could be read by more users than its sources and tokenizer: its mode is narrowed")
+    except OSError:
+        report(
+            f"warning: {folder} can be read by more users than its sources and tokenizer, and belongs to somebody "
+            f"else; ask its owner for `chmod -R u=rwX,g={_letters(allowed >> 3)},o={_letters(allowed)} {folder}`"
+        )
+
+
+def _letters(mode: int) -> str:
+    return "rX" if mode & 0o4 else ""
 
 
 def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:
@@ -238,7 +259,12 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
         if not source.is_text:
             check_ready(job, source, needs_sentences(config.objective))
     sets = [_ingest(job, source, i, Part.train, held_out) for i, source in enumerate(plan.train)]
-    sets += [_ingest(job, source, i, Part.validation, None) for i, source in enumerate(plan.validation)]
+    known = {
+        (source.name, str(key)): found for source, key, found in zip(plan.train, plan.key["train"], sets, strict=True)
+    }
+    for i, (source, key) in enumerate(zip(plan.validation, plan.key["validation"], strict=True)):
+        same = known.get((source.name, str(key)))  # as where a checkpoint is evaluated: there is one text
+        sets.append(_ingest(job, source, i, Part.validation, None) if same is None else _for_validation(same, i))
     train = [found.train for found in sets if found.train is not None]
     validation = [found.validation for found in sets if found.validation is not None]
     if not validation:  # ready shards whose held-out documents have no tokens
@@ -249,7 +275,8 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     for counts in rows:
         for line in counts.lines():
             report(line)
-    tokens = sum(counted.shard.tokens for counted in [*train, *validation])
+    shards = (counted.shard for counted in [*train, *validation])
+    tokens = sum({(shard.prefix, shard.part): shard.tokens for shard in shards}.values())  # of which some are in both
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 
@@ -308,6 +335,13 @@ def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | 
         assert job.tokenizer is not None
         return tokenise_source(job, source, index, into, held_out)
     return scan_ready(job, source, index, into, held_out)
+
+
+def _for_validation(trained: SourceSets, index: int) -> SourceSets:
+    """The tokens of a training source as those of a validation source with the same documents."""
+    assert trained.train is not None
+    shard = replace(trained.train.shard, source_index=index)
+    return replace(trained, train=None, validation=replace(trained.train, shard=shard))
 
 
 def _check_held_out(sources: list[Source], data: DataConfig) -> None:

@@ -30,7 +30,7 @@ MODULE = "megatron_lite.train.shard_source"
 
 
 def _raise() -> None:
-    raise ValueError("the loader is broken")
+    raise ValueError("the loader is broken at https://me:planted@host/x")
 
 
 def _pause(until_stop: bool = True) -> None:

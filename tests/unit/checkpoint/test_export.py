@@ -92,12 +92,14 @@ def test_every_family_in_some_type(name: str, tmp_path: Path, command: Command) 
 def test_files_are_converted_one_by_one(tmp_path: Path, command: Command) -> None:
     folder = save_model(tmp_path / "checkpoints", CASES["llama_grouped_query"], largest_bytes=20_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 3
+    (folder / "config.json").chmod(0o600)
     code, _, error = command(folder, tmp_path / "deep" / "out", "--dtype", "bfloat16")
     assert code == 0, error
     tensors = tensors_of(tmp_path / "deep" / "out")
     assert {entry.dtype for entry in tensors.values()} == {"BF16"}
     index = json.loads((tmp_path / "deep" / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(entry.offsets[1] - entry.offsets[0] for entry in tensors.values())
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "deep").rglob("*")), "wider than a part of it"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out")
     assert model.dtype is torch.bfloat16
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +130,37 @@ def test_prepared_text_is_as_private_as_its_source(
     prepare(config_for(corpus), report=silent)
     (name,) = visible(tmp_path / "cache")
     made = tmp_path / "cache" / name
+    assert all(path.stat().st_mode & 0o077 == 0 for path in [made, *made.rglob("*")])
+
+
+def test_prepared_text_that_is_wider_readable_than_its_source_is_narrowed(
+    tmp_path: Path, corpus: Path, config_for: ConfigFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an earlier version, or of a source that has been closed since."""
+    said: list[str] = []
+    made = prepare(config_for(corpus), report=said.append).folder
+    corpus.chmod(0o640)
+    for path in [made, *made.rglob("*")]:
+        path.chmod(0o755)
+
+    def not_ours(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    with monkeypatch.context() as somebody:
+        somebody.setattr(Path, "chmod", not_ours)
+        said.clear()
+        prepare(config_for(corpus), report=said.append)
+    (warning,) = said
+    assert warning.startswith(f"warning: {made} can be read by more users than its sources and tokenizer, and belongs")
+    command = re.findall(r"`(chmod .*)`", warning)[0]
+    assert command == f"chmod -R u=rwX,g=rX,o= {made}"
+    subprocess.run(command, shell=True, check=True)
+    said.clear()
+    prepare(config_for(corpus), report=said.append)
+    assert said == []
+    corpus.chmod(0o600)
+    prepare(config_for(corpus), report=said.append)
+    assert said == [f"{made} could be read by more users than its sources and tokenizer: its mode is narrowed"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in [made, *made.rglob("*")])
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from launch.cli import main
 from launch.preparation import run_folder
 from megatron_lite.observe.trackers import build_trackers
-from megatron_lite.parallel.stores import local_store
+from megatron_lite.parallel.stores import tcp_store
 from tests.unit.launch.test_launch_plan import plan_of
 
 NAMES = ("HF_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS", "SLURM_JOB_ACCOUNT", "SLURM_JOB_COMMENT", "PASSED", "UNNAMED")
@@ -78,13 +81,52 @@ def test_what_wandb_records(planted: Path) -> None:
     assert [path for path in files if b"echo other" in path.read_bytes()] == []
 
 
-def test_the_store_of_one_machine_listens_on_loopback_alone() -> None:
+def own_addresses() -> list[str]:
+    """Loopback, another address of it, and one of this machine where it has a network."""
+    interfaces = psutil.net_if_addrs().values()
+    found = [one.address for group in interfaces for one in group if one.family is socket.AF_INET]
+    return ["127.0.0.1", "127.0.0.2", *[address for address in found if not address.startswith("127.")][:1]]
+
+
+@pytest.mark.parametrize("address", own_addresses())
+def test_a_store_listens_where_its_clients_connect(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def listening() -> set[tuple[str, int]]:
         found = psutil.Process().net_connections("inet")
         return {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
 
     before = listening()
-    store = local_store("127.0.0.1", 0, 1, is_master=True)
-    assert listening() - before == {("127.0.0.1", store.port)}
+    store = tcp_store(address, 0, 1, is_master=True)
+    assert listening() - before == {(address, store.port)}
     store.set("key", "value")
-    assert local_store("127.0.0.1", store.port, 1, is_master=False).get("key") == b"value"
+    assert tcp_store(address, store.port, 1, is_master=False).get("key") == b"value"
+    with pytest.raises(dist.DistNetworkError, match=f"cannot listen at {address}:{store.port}: Address already in use"):
+        tcp_store(address, store.port, 1, is_master=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses", "is_narrow"),
+    [
+        ("127.0.0.2", [], True),
+        ("localhost", ["127.0.0.1", "::1"], True),
+        ("node0", ["127.0.0.2"], False),  # of /etc/hosts: others know the name by another address
+        ("node0", ["192.0.2.1", "192.0.2.2"], False),
+        ("node0", [], False),
+        ("203.0.113.9", [], False),  # translated: no interface of this machine has it
+        ("node0", ["203.0.113.9"], False),
+    ],
+)
+def test_a_store_listens_everywhere_where_its_address_is_not_known(
+    host: str, addresses: list[str], is_narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(name: str, port: object, **options: object) -> list[tuple[object, ...]]:
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("megatron_lite.parallel.stores.TorchStore", lambda *place, **options: (place, options))
+    (name, port), options = cast(Any, tcp_store(host, 0, 1, is_master=True))
+    assert name == host
+    assert ("master_listen_fd" in options) == (port != 0) == is_narrow
+    if is_narrow:
+        os.close(options["master_listen_fd"])

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from launch.messages import error_text, leave_error, show_error, show_traceback
 from megatron_lite.config.keys import leaf_keys
+from megatron_lite.errors import RunEnd
+from megatron_lite.observe import credentials
+from megatron_lite.observe.console import Forgiving
 from megatron_lite.observe.credentials import (
     SECRET_KEY,
     assigned_secrets,
     has_url_secret,
     looks_secret,
     names_secret,
+    redacted,
     secrets_in_line,
     tracked_settings,
     without_secrets,
 )
+from megatron_lite.observe.markers import leave_marker
 
 
 def test_secrets_are_masked_and_ordinary_keys_are_not() -> None:
@@ -32,6 +40,48 @@ def test_secrets_are_masked_and_ordinary_keys_are_not() -> None:
         "train": {"generate_tokens": 40, "password": "***"},
         "data": {"source": ["https://***@host/x.txt", "a.txt"], "path": "x"},
     }
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Credentials in the environment, by the name of the variable or in an address."""
+    values = {"AWS_SESSION_TOKEN": "planted-1", "DB_PASS": "planted-2 and more", "SLURM_JWT": "planted-3"}
+    values |= {"HTTPS_PROXY": "http://me:planted-4@proxy:80", "SHORT_PASS": "of", "SSH_AUTH_SOCK": str(Path.cwd())}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    credentials._own_secrets.cache_clear()
+    yield
+    credentials._own_secrets.cache_clear()
+
+
+TOLD = (
+    f"no answer of https://me:planted-0@host/x (planted-1, planted-2 and more, planted-3): planted-4 hf_planted12 in "
+    f"{Path.cwd()} of 12 rows"
+)
+
+
+@pytest.mark.usefixtures("planted")
+def test_what_anybody_says_is_shown_without_credentials() -> None:
+    assert redacted(TOLD) == f"no answer of https://***@host/x (***, ***, ***): *** *** in {Path.cwd()} of 12 rows"
+
+
+@pytest.mark.usefixtures("planted")
+def test_words_of_the_end_hold_no_credentials(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Wherever the message of an exception may go: marker, error file, terminal, log."""
+    leave_marker(tmp_path, RunEnd.FAILED, TOLD)
+    try:
+        raise ValueError(TOLD)
+    except ValueError as error:
+        leave_error(tmp_path / "error.txt", error_text(error, debug=True))
+        show_error(error)
+        show_traceback()
+        print("".join(traceback.format_exception(error)), file=Forgiving(1), flush=True)
+    shown = capfd.readouterr()
+    files = [path.read_text() for path in tmp_path.iterdir()]
+    for text in (shown.out, shown.err, *files):
+        assert "https://***@host/x" in text
+        assert "planted" not in text
+    assert len(files) == 2
 
 
 @pytest.mark.parametrize(

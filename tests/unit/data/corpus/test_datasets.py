@@ -151,6 +151,18 @@ def test_splits_and_configurations_of_a_folder(folder: Path, config_for: ConfigF
     assert read(config_for(folder, dataset_config="a", dataset_split="train")) == ["text of train"]
 
 
+def test_a_file_that_belongs_to_no_split(folder: Path, config_for: ConfigFor) -> None:
+    """Beside files that are named after splits `datasets` passes over all others."""
+    for name in ("train", "extra", "test"):
+        write_lines(folder / f"{name}.jsonl", [{"text": name}])
+    with pytest.raises(DataError, match=r"counts 1 files to no split, .*extra\.jsonl first, for their names") as error:
+        read(config_for(folder))
+    pattern = str(error.value).partition("a pattern such as ")[2].partition(",")[0]
+    assert sorted(read(config_for(pattern))) == ["extra", "test", "train"]
+    (folder / "extra.jsonl").unlink()
+    assert read(config_for(folder)) == ["train"]
+
+
 def test_a_folder_of_text_has_a_row_a_line(folder: Path, config_for: ConfigFor) -> None:
     (folder / "a.txt").write_bytes(b"one\ntwo\n\ncaf\xe9\n")
     assert read(config_for(folder, max_bad_fraction=0.5)) == ["one", "two"]

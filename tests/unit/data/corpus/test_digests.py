@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,11 +90,21 @@ def test_each_of_size_time_and_inode_counts(files: list[Path], read: list[str], 
     assert read == ["a.txt"]
 
 
-def test_a_file_of_this_moment_is_not_trusted(files: list[Path], read: list[str]) -> None:
+@pytest.mark.parametrize("later", ["process", "boot", "system without a record"])
+def test_a_file_of_this_moment_is_not_trusted(
+    files: list[Path], read: list[str], later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may change again within the same tick of the file system's clock."""
     files[0].touch()
+    if later == "system without a record":
+        monkeypatch.setattr(digests, "boot", lambda: "")
     ask(files)
     read.clear()
+    if later == "process":
+        began_ns = time.clock_gettime_ns(digests.CLOCK)
+        monkeypatch.setattr(digests, "process_began_ns", lambda: began_ns)
+    elif later == "boot":
+        monkeypatch.setattr(digests, "boot", lambda: "another")
     ask(files)
     assert read == ["a.txt"]
     settle(files[0], 10)
@@ -144,11 +155,15 @@ with digests.remembered_digests(folder / "cache", lambda line: None) as identity
 
 
 def test_of_processes_that_start_together_one_reads(files: list[Path]) -> None:
+    """Of a corpus of an hour ago, and of one that has just been written."""
     for path in files:
         path.write_bytes(random.Random(path.name).randbytes(2**22))
+    for path in files[:3]:
         settle(path)
     command = [sys.executable, "-c", RANK, str(files[0].parent)]
     ranks = [subprocess.Popen(command, cwd=REPOSITORY, stdin=-1, stdout=-1, text=True) for _ in range(3)]
+    for path in files[3:]:
+        path.touch()
     for rank in ranks:
         assert rank.stdin is not None
         rank.stdin.write("\n")

@@ -359,6 +359,12 @@ def test_parquet(tmp_path: Path, config_for: ConfigFor) -> None:
     assert message.endswith("; copy it again, or name another file")
 
 
+def test_cells_of_a_fixed_size(tmp_path: Path, config_for: ConfigFor) -> None:
+    column = pa.array([b"abc", "gö".encode(), b"\xff\xff\xff", None], pa.binary(3))
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert documents_of(config_for(tmp_path / "a.parquet", max_bad_fraction=0.6)) == ["abc", "gö"]
+
+
 def test_cells_that_are_bad(tmp_path: Path, config_for: ConfigFor) -> None:
     cells = [b"one", b"caf\xe9", b"NUL \0", b"x" * 5000, None, b" ", "größe".encode()]
     small, large = pa.array(cells, pa.binary()), pa.array(cells, pa.large_binary())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -332,3 +334,54 @@ def test_any_name_is_a_source_or_refused(name: str) -> None:
     assume("~" not in name and ".." not in name and "**" not in name and not name.startswith("/"))  # no other folders
     with suppress(DataError):
         assert resolve_source(name, "data.source").name == name
+
+
+def test_a_folder_with_files_of_several_forms(folder: Path, config_for: ConfigFor) -> None:
+    """`datasets` would read one of them and pass over the other."""
+    for name, content in (("mixed/a.jsonl", '{"text": "one"}'), ("mixed/in/b.txt", "two"), ("mixed/c.jsonl", "")):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(content)
+    (folder / "mixed" / "dataset_infos.json").write_text("{}")
+    message = refusal("mixed")
+    assert "mixed is a folder with files of several forms (" in message
+    remedy = re.findall(r"data\.source='\[(.*)\]'", message)[0].split(",")
+    assert {Path(pattern).name for pattern in remedy} == {"*.jsonl", "*.txt"}
+    assert sorted(text for pattern in remedy for text in texts(pattern, config_for)) == ["one", "two"]
+    (folder / "mixed" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\nAbout it.\n"
+    )
+    assert texts("mixed", config_for) == ["one"]
+    (folder / "mixed" / "README.md").write_text("data_files\n")
+    (folder / "mixed" / "d.csv").write_text("text\nthree\n")
+    assert "move the others to a folder that you name beside it" in refusal("mixed")
+
+
+@pytest.mark.parametrize("target", ["gone.jsonl", "other"])
+def test_a_link_within_a_folder_that_cannot_be_followed(folder: Path, target: str) -> None:
+    (folder / "other").mkdir()
+    (folder / "parts").mkdir()
+    (folder / "parts" / "a.jsonl").write_text('{"text": "one"}')
+    (folder / "parts" / "z.jsonl").symlink_to(folder / target)
+    message = refusal("parts")
+    assert f"parts/z.jsonl is a link to {'the folder ' * (target == 'other')}{folder / target}" in message
+    (folder / "parts" / "z.jsonl").unlink()
+    assert resolve_source("parts", "data.source").kind is SourceKind.dataset
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_text_that_says_that_it_is_not_utf8(folder: Path, encoding: str, packed: bool, config_for: ConfigFor) -> None:
+    content = "\ufeffgrößer, on one line".encode(encoding)
+    path = folder / ("it's.txt.gz" if packed else "it's.txt")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataError) as error:
+        texts(path.name, config_for)
+    name = "UTF-16" if "16" in encoding else "UTF-32"
+    assert f"{path.name} (of data.source={path.name}) is {name}, as its first bytes tell; convert it" in str(
+        error.value
+    )
+    command = re.findall("`(.*)`", str(error.value))[0]
+    if packed:
+        command = f"""gzip -dc "it's.txt.gz" | {command} > OUT.txt"""
+    subprocess.run(command, shell=True, check=True)
+    assert texts("OUT.txt", config_for) == ["größer, on one line"]

@@ -6,18 +6,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.corpus.source_names import resolve_sources
+from megatron_lite.data.corpus.sources import Source
+from megatron_lite.data.shards import prepare as prepare_module
 from megatron_lite.data.shards import tokenise
 from megatron_lite.data.shards.indexed import IndexedReader
 from megatron_lite.data.shards.prepare import load_prepared, planned_vocab_size, prepare, prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.data.shards.statistics import unigram_cross_entropy_nats
+from megatron_lite.data.shards.tokenise import Job, SourceSets
 from tests.unit.data.conftest import document, texts_of
 
 ConfigFor = Callable[..., RunConfig]
@@ -124,6 +129,32 @@ def test_validation_source_is_used_whole(tmp_path: Path, corpus: Path, config_fo
     prepared = prepare(config_for(corpus, validation_source=str(tmp_path / "v.txt")), report=silent)
     assert prepared.train_documents == 120
     assert texts_of(prepared, prepared.validation) == [document(i) + "<|endoftext|>" for i in range(200, 205)]
+
+
+def test_a_text_that_is_both_sets_is_tokenised_once(
+    tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a checkpoint is evaluated on it."""
+    shutil.copy(corpus, tmp_path / "copy.txt")
+    config = config_for([tmp_path / "copy.txt", corpus])
+    apart = prepare(replace(config, data=replace(config.data, validation_source=[str(corpus)])), report=silent)
+    config.data.validation_source = [str(corpus), str(tmp_path / "copy.txt")]
+    tokenised: list[str] = []
+    original = prepare_module.tokenise_source
+
+    def counted(job: Job, source: Source, *arguments: Any) -> SourceSets:
+        tokenised.append(source.name)
+        return original(job, source, *arguments)
+
+    monkeypatch.setattr(prepare_module, "tokenise_source", counted)
+    prepared = prepare(config, report=silent)
+    assert tokenised == config.data.source
+    assert [shard.source for shard in prepared.validation] == config.data.validation_source
+    assert [shard.source_index for shard in prepared.validation] == [0, 1]
+    assert [Path(shard.files[0]) for shard in prepared.validation] == [corpus, tmp_path / "copy.txt"]
+    assert prepared.validation_tokens == prepared.train_tokens == 2 * apart.validation_tokens
+    assert [rows.source for rows in prepared.rows] == [*config.data.source, *config.data.validation_source]
+    assert prepared.unigram_entropy_nats == pytest.approx(apart.unigram_entropy_nats)
 
 
 def test_tokenizer_is_trained_without_the_held_out_documents(

@@ -106,7 +106,8 @@ def test_ranks_start_through_torchrun() -> None:
         "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}", "sh", "-c", words[-1],
     ]  # fmt: skip
     assert shlex.split(words[-1]) == [
-        "exec", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0",
+        f"PYTHONPATH={CONF_DIR.parent}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
+        "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0",
         "--node-rank=$SLURM_NODEID", "--master-addr=$MASTER_ADDR", "--master-port=$MASTER_PORT",
         str(CONF_DIR.parent / "pretrain_gpt.py"), "--config", str(frozen_path(plan.config, Path("/runs/x"))),
     ]  # fmt: skip
@@ -122,7 +123,7 @@ def test_ranks_of_one_node_are_reached_from_that_node_alone() -> None:
     ]  # fmt: skip
     assert "--local-addr=127.0.0.1" in words
     given = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1", "launcher.master_address=10.0.0.1")
-    assert "torch.distributed.run" in node_words(given)[-1]
+    assert "--local-addr" not in node_words(given)[-1]
     shown = subprocess.run(
         ["sh", "-c", f'export PYTHONPATH=/b; {words[0].replace(str(CONF_DIR.parent), "/a", 1)} exec env'],
         capture_output=True, text=True, check=True,
@@ -135,7 +136,7 @@ def test_container_has_its_own_python() -> None:
     assert {"--container-image=/i.sqsh", f"--container-workdir={Path.cwd()}", "--container-mounts=/a:/a,/b:/c"} < {
         *words
     }
-    assert words[-1].startswith("exec python3 -m torch.distributed.run ")
+    assert " exec python3 -m launch.slurm.node " in words[-1]
 
 
 def test_master_may_be_given() -> None:
