@@ -336,6 +336,7 @@ def test_any_name_is_a_source_or_refused(name: str) -> None:
         assert resolve_source(name, "data.source").name == name
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_several_forms")
 def test_a_folder_with_files_of_several_forms(folder: Path, config_for: ConfigFor) -> None:
     """`datasets` would read one of them and pass over the other."""
     for name, content in (("mixed/a.jsonl", '{"text": "one"}'), ("mixed/in/b.txt", "two"), ("mixed/c.jsonl", "")):
@@ -356,6 +357,8 @@ def test_a_folder_with_files_of_several_forms(folder: Path, config_for: ConfigFo
     assert "move the others to a folder that you name beside it" in refusal("mixed")
 
 
+@obeys("megatron_lite/data/corpus/sources.py:dangling")
+@obeys("megatron_lite/data/corpus/sources.py:visible_files")
 @pytest.mark.parametrize("target", ["gone.jsonl", "other"])
 def test_a_link_within_a_folder_that_cannot_be_followed(folder: Path, target: str) -> None:
     (folder / "other").mkdir()
@@ -368,6 +371,7 @@ def test_a_link_within_a_folder_that_cannot_be_followed(folder: Path, target: st
     assert resolve_source("parts", "data.source").kind is SourceKind.dataset
 
 
+@obeys("megatron_lite/data/corpus/streams.py:require_no_other_mark")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_text_that_says_that_it_is_not_utf8(folder: Path, encoding: str, packed: bool, config_for: ConfigFor) -> None:
