@@ -146,10 +146,10 @@ def _savers(engine: Engine, checkpoints: Path) -> dict[bool, Any]:
 def _plan(engine: Engine) -> Any:
     from functools import partial
 
-    from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
+    from megatron_lite.checkpoint.file_plan import FilePlan, shapes_of_all_ranks
     from megatron_lite.models.hf import stored_form
 
-    return Plan.of(shapes_of_all_ranks(engine.shards.shapes()), partial(stored_form, engine.config.model))
+    return FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), partial(stored_form, engine.config.model))
 
 
 def _state(engine: Engine) -> tuple[Any, Any]:

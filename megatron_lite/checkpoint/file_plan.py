@@ -26,7 +26,7 @@ class TensorSet:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FilePlan:
     """What a checkpoint's tensor files are, by kind of tensor."""
 
     sets: Mapping[str, TensorSet]
@@ -39,7 +39,7 @@ class Plan:
         shapes: Shapes,
         weights_form: Callable[[Mapping[str, Shape]], StoredForm] | None,
         largest_bytes: int = LARGEST_FILE_BYTES,
-    ) -> Plan:
+    ) -> FilePlan:
         """
         Args:
             shapes: of the whole model, see `shapes_of_all_ranks`.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
-from megatron_lite.checkpoint.file_plan import Plan, files_of
+from megatron_lite.checkpoint.file_plan import FilePlan, files_of
 from megatron_lite.checkpoint.fit import fitting
 from megatron_lite.checkpoint.fragments import Fragment, transfers
 from megatron_lite.checkpoint.state import CheckpointState, read_state
@@ -86,7 +86,7 @@ def require_complete(folder: Path) -> None:
         raise CheckpointError(f"{folder} is damaged: {problem}; bring back a whole copy, or name another checkpoint")
 
 
-def load(folder: Path, plan: Plan, fragments: Sequence[Fragment], kinds: Iterable[str]) -> None:
+def load(folder: Path, plan: FilePlan, fragments: Sequence[Fragment], kinds: Iterable[str]) -> None:
     """Fill this rank's fragments of these kinds from a checkpoint's files.
 
     Raises:

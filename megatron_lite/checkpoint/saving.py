@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import folder as folders
-from megatron_lite.checkpoint.file_plan import Plan
+from megatron_lite.checkpoint.file_plan import FilePlan
 from megatron_lite.checkpoint.folder import FileRecord
 from megatron_lite.checkpoint.fragments import Fragment, transfers
 from megatron_lite.checkpoint.retention import Kept, prune
@@ -50,7 +50,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Path,
-        plan: Plan,
+        plan: FilePlan,
         documents: Mapping[str, bytes],
         kept: Kept,
         *,

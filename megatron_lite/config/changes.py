@@ -70,7 +70,7 @@ SAFE = (
     "train.generate_tokens",
     "train.generate_prompt",
     "train.run_dir",
-    "train.max_unsound_steps",
+    "train.max_non_finite_steps",
     "train.timeout_seconds",
     "stability.on_spike",
     "stability.window",

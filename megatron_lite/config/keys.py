@@ -38,6 +38,7 @@ ALIASES = {
     "batch_size": "train.global_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
     "clip_grad": "optimizer.clip_grad_norm",
+    "max_unsound_steps": "train.max_non_finite_steps",
     "dtype": "train.precision",
     "bf16": "train.precision",
     "fp16": "train.precision",

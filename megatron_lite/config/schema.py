@@ -378,7 +378,7 @@ class TrainConfig:
     generate_prompt: str = "def "
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>. The same folder resumes, under any layout."""
-    max_unsound_steps: int = 3
+    max_non_finite_steps: int = 3
     """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
     """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""

@@ -46,7 +46,7 @@ class StabilityConfig:
     layer_interval: int = 20
     """Steps between figures of each layer (gradient norm, update-to-weight ratio) and of memory; 0 = only at spikes."""
     worst_sequences: int = 4
-    """Sequences of the highest loss whose text a dossier shows."""
+    """Sequences of the highest loss whose text a spike report shows."""
 
     def measures_layers(self, step: int) -> bool:
         """Whether the figures of each layer are wanted for this step; it counts from 1."""

@@ -36,7 +36,7 @@ from megatron_lite.engine.deepspeed_patches import (
 from megatron_lite.engine.full_tensors import full_tensors, replica_differences
 from megatron_lite.engine.gradient_norms import LayerMeter
 from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
-from megatron_lite.engine.loss_weights import normalise
+from megatron_lite.engine.loss_weights import scale_loss_weights
 from megatron_lite.engine.phases import EnginePhases
 from megatron_lite.engine.pipeline_module import Sent
 from megatron_lite.engine.pipeline_schedule import (
@@ -50,7 +50,7 @@ from megatron_lite.engine.pipeline_schedule import (
 )
 from megatron_lite.engine.shards import shards_of
 from megatron_lite.engine.task import Task
-from megatron_lite.models.activations import Wire
+from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
 from megatron_lite.observe.heartbeat import Heartbeat
@@ -193,7 +193,7 @@ class Engine(ABC):
 
     def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """One denominator for the whole global batch; the labels are on the last stage. A collective of its ranks."""
-        return normalise(batches, self.context) if self.context.is_last_stage else batches
+        return scale_loss_weights(batches, self.context) if self.context.is_last_stage else batches
 
     def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
         """The instructions of a schedule, each when it is about to be executed."""
@@ -283,11 +283,11 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_local(self, sent: Sent) -> Outputs | Sent:
-        """This stage's layers, for inference: what `wire_in` packs -> what goes to the next stage, or the outputs."""
+        """This stage's layers, for inference: what `input_boundary` packs -> what the next stage gets, or outputs."""
 
     @property
     @abstractmethod
-    def wire_in(self) -> Wire:
+    def input_boundary(self) -> StageBoundary:
         """How this stage's input is packed: the batch on the first stage."""
 
     # What others ask for.

@@ -11,9 +11,9 @@ from torch import nn
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
-from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_wire
+from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_boundary
 from megatron_lite.engine.pipeline_schedule import Action
-from megatron_lite.models.activations import Wire
+from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
@@ -23,7 +23,7 @@ class FlatEngine(Engine):
     """DeepSpeedEngine around the whole model, driven by the schedule of a pipeline of one stage."""
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        self._wire = first_wire(specs, self.config.model.hidden_size, self.context)
+        self._boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
         needs_grid = self.context.tensor_size > 1
         grid = PipelineParallelGrid(topology=deepspeed_topology(self.context)) if needs_grid else None
         return FlatModel(specs).to(self.context.device), grid
@@ -64,9 +64,9 @@ class FlatEngine(Engine):
         self.deepspeed_engine.step()
 
     def forward_local(self, sent: Sent) -> Outputs | Sent:
-        x = self._wire.unpack(sent)
-        return self.deepspeed_engine(*(getattr(x, field.name) for field in self.specs[0].takes or ()))
+        x = self._boundary.unpack(sent)
+        return self.deepspeed_engine(*(getattr(x, field.name) for field in self.specs[0].stage_inputs or ()))
 
     @property
-    def wire_in(self) -> Wire:
-        return self._wire
+    def input_boundary(self) -> StageBoundary:
+        return self._boundary

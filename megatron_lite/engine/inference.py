@@ -28,9 +28,9 @@ def forward_through_stages(engine: Engine, inputs: Sequence[Tensor]) -> Outputs 
     engine.module.eval()
     if context.is_first_stage:
         device_inputs = [tensor.to(context.device) for tensor in inputs]
-        sent = engine.wire_in.pack(inputs_of(engine.specs, device_inputs))
+        sent = engine.input_boundary.pack(inputs_of(engine.specs, device_inputs))
     else:
-        buffers = engine.wire_in.empty(len(inputs[0]), engine.dtype, context.device)
+        buffers = engine.input_boundary.empty(len(inputs[0]), engine.dtype, context.device)
         for buffer in buffers:
             dist.recv(buffer, src=_stage_rank(context, -1), group=context.pipeline_group)
         sent = buffers[0] if len(buffers) == 1 else tuple(buffers)

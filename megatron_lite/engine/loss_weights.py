@@ -11,7 +11,7 @@ from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.parallel.context import ParallelContext
 
 
-def normalise(batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
+def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
     """Scale the loss weights so that DeepSpeed's mean of means becomes the mean over all tokens.
 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by

@@ -15,7 +15,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.flat import outputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext
@@ -35,7 +35,7 @@ class StagedModule(PipelineModule):
         context: ParallelContext,
         loss: Callable[[Sent, tuple[Tensor, ...]], Tensor],
     ) -> None:
-        starts = [index for index, spec in enumerate(specs) if spec.takes is not None]
+        starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
         self._bounds = stage_bounds(starts[1:], len(specs), context.pipeline_size)
         super().__init__(
             layers=[_LaterTiedLayer(spec) if spec.tied else _LaterLayer(spec) for spec in specs],
@@ -50,23 +50,23 @@ class StagedModule(PipelineModule):
         self._calls: list[Callable[[Activations], Activations]] = [
             partial(spec.apply, module) for spec, module in zip(own, modules, strict=True)
         ]
-        self.wire_in = _wire(specs[start], hidden_size, context)
-        self.wire_out = None if context.is_last_stage else _wire(specs[stop], hidden_size, context)
+        self.input_boundary = _boundary(specs[start], hidden_size, context)
+        self.output_boundary = None if context.is_last_stage else _boundary(specs[stop], hidden_size, context)
 
     def forward(self, sent: Sent) -> Sent:
-        x = self.wire_in.unpack(sent)
+        x = self.input_boundary.unpack(sent)
         for call in self._calls:
             x = call(x)
-        return outputs_of(x) if self.wire_out is None else self.wire_out.pack(x)
+        return outputs_of(x) if self.output_boundary is None else self.output_boundary.pack(x)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
 
-def first_wire(specs: Sequence[LayerSpec], hidden_size: int, context: ParallelContext) -> Wire:
+def first_boundary(specs: Sequence[LayerSpec], hidden_size: int, context: ParallelContext) -> StageBoundary:
     """How the batch is handed to the first stage."""
-    return _wire(specs[0], hidden_size, context)
+    return _boundary(specs[0], hidden_size, context)
 
 
 def deepspeed_topology(context: ParallelContext) -> PipeModelDataParallelTopology:
@@ -75,9 +75,9 @@ def deepspeed_topology(context: ParallelContext) -> PipeModelDataParallelTopolog
     )
 
 
-def _wire(spec: LayerSpec, hidden_size: int, context: ParallelContext) -> Wire:
-    assert spec.takes is not None
-    return Wire(spec.takes, hidden_size, context)
+def _boundary(spec: LayerSpec, hidden_size: int, context: ParallelContext) -> StageBoundary:
+    assert spec.stage_inputs is not None
+    return StageBoundary(spec.stage_inputs, hidden_size, context)
 
 
 class _LaterLayer(PipeLayerSpec):

@@ -13,9 +13,9 @@ from torch import nn
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
-from megatron_lite.engine.pipeline_module import Sent, StagedModule, first_wire
+from megatron_lite.engine.pipeline_module import Sent, StagedModule, first_boundary
 from megatron_lite.engine.pipeline_schedule import Action
-from megatron_lite.models.activations import Wire
+from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
@@ -27,7 +27,7 @@ class PipelinedEngine(Engine):
     module: StagedModule
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        self._first_wire = first_wire(specs, self.config.model.hidden_size, self.context)
+        self._first_boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
         return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
@@ -46,7 +46,9 @@ class PipelinedEngine(Engine):
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         if not torch.is_grad_enabled():
             dist.barrier()  # no stage may send for an evaluation while its neighbour still finishes another one
-        pairs = [(self._first_wire.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches]
+        pairs = [
+            (self._first_boundary.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches
+        ]
         engine = self.deepspeed_engine
         engine.set_dataiterator(iter(pairs))
         engine.total_loss, engine.fwd_outputs = None, []
@@ -76,5 +78,5 @@ class PipelinedEngine(Engine):
         return self.module(sent)
 
     @property
-    def wire_in(self) -> Wire:
-        return self.module.wire_in
+    def input_boundary(self) -> StageBoundary:
+        return self.module.input_boundary

@@ -35,7 +35,7 @@ class Activations:
 FLOATS = ("hidden", "memory")
 
 
-class Wire:
+class StageBoundary:
     """The activations that cross into a stage, as at most one float and one int64 tensor.
 
     DeepSpeed sends a stage's output tensor by tensor and runs one backward pass for each float among them. Joined,
@@ -43,9 +43,9 @@ class Wire:
     [b, s + e, h]; the integers are [b, sum of their lengths].
     """
 
-    def __init__(self, takes: Sequence[Field], hidden_size: int, context: ParallelContext) -> None:
-        self._floats = [field for field in takes if field.name in FLOATS]
-        self._integers = [field for field in takes if field.name not in FLOATS]
+    def __init__(self, stage_inputs: Sequence[Field], hidden_size: int, context: ParallelContext) -> None:
+        self._floats = [field for field in stage_inputs if field.name in FLOATS]
+        self._integers = [field for field in stage_inputs if field.name not in FLOATS]
         self._hidden_size = hidden_size
         self._split = context.tensor_size if context.sequence_parallel else 1
 

@@ -15,20 +15,20 @@ from __future__ import annotations
 from itertools import chain
 
 from megatron_lite.models.fields import Field
-from megatron_lite.models.layer_factory import Entries
+from megatron_lite.models.layer_factory import LayerFactory
 from megatron_lite.models.spec import LayerSpec
 
 
-def bert_layers(entries: Entries, *, next_sentence_head: bool) -> list[LayerSpec]:
+def bert_layers(factory: LayerFactory, *, next_sentence_head: bool) -> list[LayerSpec]:
     """Tokens [b, s] -> this rank's logits [b, s, v/t] and, with a next-sentence head, sequence_logits [b, 2]."""
-    model = entries.model
-    takes = (Field("hidden", entries.input("tokens").length), *entries.inputs_among("lengths"))
-    embedding = entries.word_embedding(tied=model.tie_embeddings)
+    model = factory.model
+    stage_inputs = (Field("hidden", factory.input("tokens").length), *factory.inputs_among("lengths"))
+    embedding = factory.word_embedding(tied=model.tie_embeddings)
     return [
         embedding,
-        *entries.embedding_sum(),
-        *chain(*entries.blocks(num_layers=model.num_layers, causal=False, takes=takes)),
-        *entries.stack_end(),
-        *(entries.next_sentence() if next_sentence_head else []),
-        *entries.head(embedding),
+        *factory.embedding_sum(),
+        *chain(*factory.blocks(num_layers=model.num_layers, causal=False, stage_inputs=stage_inputs)),
+        *factory.stack_end(),
+        *(factory.next_sentence() if next_sentence_head else []),
+        *factory.head(embedding),
     ]

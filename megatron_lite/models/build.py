@@ -7,7 +7,7 @@ from megatron_lite.models.bert import bert_layers
 from megatron_lite.models.encoder_decoder import encoder_decoder_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.gpt import gpt_layers
-from megatron_lite.models.layer_factory import Entries
+from megatron_lite.models.layer_factory import LayerFactory
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.parallel.context import ParallelContext
 
@@ -28,9 +28,9 @@ def build_layers(
         inputs: what the objective feeds; `lengths` and `prefix_lengths` among them decide the attention masks.
         next_sentence_head: an encoder also classifies the whole sample: `sequence_logits` [b, 2].
     """
-    entries = Entries(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)
+    factory = LayerFactory(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)
     if model.architecture is Architecture.decoder:
-        return gpt_layers(entries)
+        return gpt_layers(factory)
     if model.architecture is Architecture.encoder:
-        return bert_layers(entries, next_sentence_head=next_sentence_head)
-    return encoder_decoder_layers(entries)
+        return bert_layers(factory, next_sentence_head=next_sentence_head)
+    return encoder_decoder_layers(factory)

@@ -29,40 +29,42 @@ from torch import nn
 
 from megatron_lite.models.activations import Activations
 from megatron_lite.models.fields import Field
-from megatron_lite.models.layer_factory import Entries
+from megatron_lite.models.layer_factory import LayerFactory
 from megatron_lite.models.spec import LayerSpec
 
 
-def encoder_decoder_layers(entries: Entries) -> list[LayerSpec]:
+def encoder_decoder_layers(factory: LayerFactory) -> list[LayerSpec]:
     """Tokens [b, e] and decoder_tokens [b, d] -> this rank's logits [b, d, v/t]."""
-    model = entries.model
-    decoder_tokens, lengths = entries.input("decoder_tokens"), entries.inputs_among("lengths")
-    memory = Field("memory", entries.input("tokens").length)
+    model = factory.model
+    decoder_tokens, lengths = factory.input("decoder_tokens"), factory.inputs_among("lengths")
+    memory = Field("memory", factory.input("tokens").length)
     into_encoder = (memory._replace(name="hidden"), decoder_tokens, *lengths)
     into_decoder = (Field("hidden", decoder_tokens.length), memory, *lengths)
     assert model.num_decoder_layers is not None  # by complete_model
 
-    embedding = entries.word_embedding(tied=True)
-    encoder = entries.blocks("encoder.", num_layers=model.num_layers, causal=False, takes=into_encoder)
-    first, *others = entries.blocks(
-        "decoder.", num_layers=model.num_decoder_layers, causal=True, takes=into_decoder, cross_attention=True
+    embedding = factory.word_embedding(tied=True)
+    encoder = factory.blocks("encoder.", num_layers=model.num_layers, causal=False, stage_inputs=into_encoder)
+    first, *others = factory.blocks(
+        "decoder.", num_layers=model.num_decoder_layers, causal=True, stage_inputs=into_decoder, cross_attention=True
     )
     between = [
-        *entries.stack_end("encoder."),
-        replace(embedding, name="decoder.embedding", apply=_begin_decoder, takes=None),
-        *entries.embedding_sum("decoder."),
-        replace(first[0], takes=None),
+        *factory.stack_end("encoder."),
+        replace(embedding, name="decoder.embedding", apply=_begin_decoder, stage_inputs=None),
+        *factory.embedding_sum("decoder."),
+        replace(first[0], stage_inputs=None),
         *first[1:],
     ]
-    between[0] = replace(between[0], takes=into_encoder)  # no stage begins between here and the second decoder layer
+    between[0] = replace(
+        between[0], stage_inputs=into_encoder
+    )  # no stage begins between here and the second decoder layer
     return [
         embedding,
-        *entries.embedding_sum("encoder."),
+        *factory.embedding_sum("encoder."),
         *chain(*encoder),
         *between,
         *chain(*others),
-        *entries.stack_end("decoder."),
-        *entries.head(embedding),
+        *factory.stack_end("decoder."),
+        *factory.head(embedding),
     ]
 
 

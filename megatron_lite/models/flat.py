@@ -29,7 +29,7 @@ class FlatModel(nn.Module):
             self._calls.append(partial(spec.apply, module))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The batch's fields, in the order of the first entry's `takes` -> what `outputs_of` says.
+        """The batch's fields, in the order of the first entry's `stage_inputs` -> what `outputs_of` says.
 
         Tensors and not a dictionary, so that ZeRO-3's hooks see them.
         """
@@ -40,9 +40,9 @@ class FlatModel(nn.Module):
 
 
 def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activations:
-    """A batch's fields, in the order of the first entry's `takes`, as the first layer sees them."""
-    assert specs[0].takes is not None, "the first entry takes the batch"
-    return Activations(**dict(zip([field.name for field in specs[0].takes], inputs, strict=True)))
+    """A batch's fields, in the order of the first entry's `stage_inputs`, as the first layer sees them."""
+    assert specs[0].stage_inputs is not None, "the first entry takes the batch"
+    return Activations(**dict(zip([field.name for field in specs[0].stage_inputs], inputs, strict=True)))
 
 
 def outputs_of(x: Activations) -> Tensor | tuple[Tensor, Tensor]:

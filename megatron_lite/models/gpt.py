@@ -13,19 +13,19 @@ from __future__ import annotations
 from itertools import chain
 
 from megatron_lite.models.fields import Field
-from megatron_lite.models.layer_factory import Entries
+from megatron_lite.models.layer_factory import LayerFactory
 from megatron_lite.models.spec import LayerSpec
 
 
-def gpt_layers(entries: Entries) -> list[LayerSpec]:
+def gpt_layers(factory: LayerFactory) -> list[LayerSpec]:
     """Tokens [b, s] -> this rank's logits [b, s, v/t]."""
-    model = entries.model
-    takes = (Field("hidden", entries.input("tokens").length), *entries.inputs_among("prefix_lengths"))
-    embedding = entries.word_embedding(tied=model.tie_embeddings)
+    model = factory.model
+    stage_inputs = (Field("hidden", factory.input("tokens").length), *factory.inputs_among("prefix_lengths"))
+    embedding = factory.word_embedding(tied=model.tie_embeddings)
     return [
         embedding,
-        *entries.embedding_sum(),
-        *chain(*entries.blocks(num_layers=model.num_layers, causal=True, takes=takes)),
-        *entries.stack_end(),
-        *entries.head(embedding),
+        *factory.embedding_sum(),
+        *chain(*factory.blocks(num_layers=model.num_layers, causal=True, stage_inputs=stage_inputs)),
+        *factory.stack_end(),
+        *factory.head(embedding),
     ]

@@ -32,7 +32,7 @@ from megatron_lite.parallel.layers import ColumnParallelLinear, VocabParallelEmb
 from megatron_lite.parallel.topology import padded_vocab_size
 
 
-class Entries:
+class LayerFactory:
     """Makes the entries of one model's layer list.
 
     `prefix` of a method is that of the global names: "" in a model of one stack, else "encoder." or "decoder.".
@@ -83,7 +83,7 @@ class Entries:
             )
 
         key = "embedding" if tied else None
-        return layer_spec("embedding", make, embed_tokens, self.context, tied=key, takes=self.inputs)
+        return layer_spec("embedding", make, embed_tokens, self.context, tied=key, stage_inputs=self.inputs)
 
     def embedding_sum(self, prefix: str = "") -> list[LayerSpec]:
         """What lies between the word embedding and the first block."""
@@ -107,13 +107,13 @@ class Entries:
         *,
         num_layers: int,
         causal: bool,
-        takes: tuple[Field, ...],
+        stage_inputs: tuple[Field, ...],
         cross_attention: bool = False,
     ) -> list[list[LayerSpec]]:
         """One list for each transformer layer; a pipeline stage may begin with any of them.
 
         Args:
-            takes: what a stage that begins there needs.
+            stage_inputs: what a stage that begins there needs.
         """
         init = stack_init(self.model, num_layers, cross_attention=cross_attention)
 
@@ -134,7 +134,7 @@ class Entries:
         if self.model.position_embedding is PositionEmbedding.relative:
             bias = self._relative_bias(f"{prefix}relative_bias", init, causal=causal)
             layers = [[bias, *layer] for layer in layers]
-        return [[replace(layer[0], takes=takes), *layer[1:]] for layer in layers]
+        return [[replace(layer[0], stage_inputs=stage_inputs), *layer[1:]] for layer in layers]
 
     def stack_end(self, prefix: str = "") -> list[LayerSpec]:
         """What lies behind the last block: the norm of a pre-norm stack (a post-norm block ends with its own)."""
@@ -159,7 +159,9 @@ class Entries:
             entries.append(self._spec("head_transform", lambda: HeadTransform(model, self.context, init), on_hidden))
         if model.tie_embeddings:
             scale = model.hidden_size**-0.5 if model.scale_tied_head else None
-            entries.append(replace(embedding, name="head", apply=partial(apply_tied_head, scale=scale), takes=None))
+            entries.append(
+                replace(embedding, name="head", apply=partial(apply_tied_head, scale=scale), stage_inputs=None)
+            )
         else:
             entries.append(self._spec("head", self._untied_head, apply_head))
         if model.head_bias:

@@ -27,7 +27,7 @@ class LayerSpec:
     """How the module changes the activations, through module(...) so that ZeRO-3's hooks run."""
     tied: str | None = None
     """Entries with the same key share one module, built from the first of them."""
-    takes: tuple[Field, ...] | None = None
+    stage_inputs: tuple[Field, ...] | None = None
     """What this entry and those after it need of those before it, so that a pipeline stage may begin here: the batch's
     fields on the first entry. None = a stage never begins here."""
 
@@ -39,10 +39,10 @@ def layer_spec(
     context: ParallelContext,
     *,
     tied: str | None = None,
-    takes: tuple[Field, ...] | None = None,
+    stage_inputs: tuple[Field, ...] | None = None,
 ) -> LayerSpec:
     """An entry whose module `make` gives uninitialised and unnamed."""
-    return LayerSpec(name, partial(_build, make, name, context), apply, tied, takes)
+    return LayerSpec(name, partial(_build, make, name, context), apply, tied, stage_inputs)
 
 
 def _build(make: Callable[[], nn.Module], name: str, context: ParallelContext) -> nn.Module:

@@ -22,12 +22,12 @@ from megatron_lite.observe.panels import sections
 from megatron_lite.observe.phrasing import counted, span
 from megatron_lite.observe.progress import duration
 from megatron_lite.observe.run_folder import RunFolder
-from megatron_lite.observe.spike_view import Dossier
+from megatron_lite.observe.spike_view import SpikeView
 from megatron_lite.observe.summary import perplexity
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MOST_DOSSIERS = 100
+MOST_SPIKE_REPORTS = 100
 MOST_SAVES = 200
 MOST_GAPS = 20
 Fact = tuple[str, str]
@@ -104,8 +104,8 @@ def render(run: RunFolder, state: str) -> str:
         missing=missing,
         plotly=Markup(from_plotly("offline").get_plotlyjs()) if charts else "",
         figures=Markup("[" + ",".join(one.figure for group in charts.values() for one in group) + "]"),
-        dossiers=[Dossier.of(spike, run.dossier(spike)) for spike in spikes[-MOST_DOSSIERS:]],
-        older_spikes=max(len(spikes) - MOST_DOSSIERS, 0),
+        spike_reports=[SpikeView.of(spike, run.spike_report(spike)) for spike in spikes[-MOST_SPIKE_REPORTS:]],
+        older_spikes=max(len(spikes) - MOST_SPIKE_REPORTS, 0),
         rollbacks=run.of_kind(ROLLBACK_EVENT),
         skipped=run.skipped,
         left_out=left_out_rows(run),

@@ -79,7 +79,7 @@ class SkipsFile:
 
 
 @dataclass(frozen=True)
-class DossierDocument:
+class SpikeDocument:
     source: str
     file: str
     document: int
@@ -89,22 +89,22 @@ class DossierDocument:
 
 
 @dataclass(frozen=True)
-class DossierSequence:
+class SpikeSequence:
     sample: int
     loss: float | str | None
-    documents: list[DossierDocument]
+    documents: list[SpikeDocument]
     text: str
 
 
 @dataclass(frozen=True)
-class DossierFile:
-    """What a dossier has besides the figures of its event."""
+class SpikeReportFile:
+    """What a spike report has besides the figures of its event."""
 
     learning_rate: float | str | None = None
     loss_scale: float | str | None = None
     samples: list[tuple[int, int]] = field(default_factory=list)
-    documents: list[DossierDocument] = field(default_factory=list)
-    sequences: list[DossierSequence] = field(default_factory=list)
+    documents: list[SpikeDocument] = field(default_factory=list)
+    sequences: list[SpikeSequence] = field(default_factory=list)
     layer_grad_norm: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
     checkpoint: str | None = None
 
@@ -129,7 +129,7 @@ class RollbackEvent:
 @dataclass(frozen=True)
 class SpikeEvent:
     kinds: list[str] = field(default_factory=list)
-    dossier: str | None = None
+    spike_report: str | None = None
     text: str = ""
 
 
@@ -252,14 +252,14 @@ class RunFolder:
         until = min((time for time in later if time > last), default=math.inf)
         return next((entry.reason for entry in self.job_ends if last <= entry.time <= until), "")
 
-    def dossier(self, spike: Mapping[str, Any]) -> Entry | None:
+    def spike_report(self, spike: Mapping[str, Any]) -> Entry | None:
         """What was found out about a spike; None where it has not been written, or not whole."""
-        name = spike.get("dossier")
+        name = spike.get("spike_report")
         if not isinstance(name, str):
             return None
         path = self.path / name
         try:
-            found = read_object(path, DossierFile)
+            found = read_object(path, SpikeReportFile)
             if found is None or not all(step.isdecimal() and len(step) < 19 for step in found.layer_grad_norm):
                 return None
         except DamagedFileError as error:

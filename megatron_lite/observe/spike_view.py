@@ -18,13 +18,13 @@ MOST_DOCUMENTS = 200
 class LayerRow:
     layer: str
     norms: list[str]
-    """Of each of the dossier's steps."""
+    """Of each of the spike report's steps."""
     jump: float | None
     """The norm at the spike over the median of the steps before it; infinite where it was no number then."""
 
 
 @dataclass(frozen=True)
-class Dossier:
+class SpikeView:
     """A spike as it is shown."""
 
     step: int
@@ -39,15 +39,15 @@ class Dossier:
     steps: list[int]
     layers: list[LayerRow]
     found: bool
-    """Whether the file of the dossier could be read."""
+    """Whether the file of the spike report could be read."""
 
     @classmethod
-    def of(cls, spike: Mapping[str, Any], dossier: Mapping[str, Any] | None) -> Dossier:
+    def of(cls, spike: Mapping[str, Any], spike_report: Mapping[str, Any] | None) -> SpikeView:
         """Args:
         spike: the event.
-        dossier: the file that it names; None = it cannot be read, and the event is all there is.
+        spike report: the file that it names; None = it cannot be read, and the event is all there is.
         """
-        known = {**spike, **(dossier or {})}
+        known = {**spike, **(spike_report or {})}
         norms = {int(step): layers for step, layers in (known.get("layer_grad_norm") or {}).items()}
         steps = sorted(norms)
         documents = known.get("documents") or []
@@ -62,7 +62,7 @@ class Dossier:
             sequences=known.get("sequences") or [],
             steps=steps,
             layers=_layers(norms, steps, int(spike["step"])),
-            found=dossier is not None,
+            found=spike_report is not None,
         )
 
     @property

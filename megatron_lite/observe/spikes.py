@@ -24,7 +24,7 @@ LEAST_SPREAD = 1e-9  # of a series that does not move at all
 NORMAL = 1.4826  # standard deviations in a median absolute deviation of the normal distribution
 
 
-class Kind(StrEnum):
+class SpikeKind(StrEnum):
     """In which way a step is a spike."""
 
     not_finite = "not_finite"  # loss or gradient is no number
@@ -46,7 +46,7 @@ class Limits(Protocol):
 
 
 @dataclass(frozen=True)
-class Vitals:
+class StepStatistics:
     """What one step is judged by."""
 
     step: int
@@ -58,8 +58,8 @@ class Vitals:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    kinds: tuple[Kind, ...] = ()
+class Judgement:
+    kinds: tuple[SpikeKind, ...] = ()
     usual_loss: float | None = None
     """Median of the usual steps just before; None = too few."""
     loss_deviations: float | None = None
@@ -110,61 +110,63 @@ class SpikeDetector:
         self._spikes_in_a_row = 0
         self._norm_was_high = False
 
-    def judge(self, vitals: Vitals) -> Verdict:
+    def judge(self, statistics: StepStatistics) -> Judgement:
         """What the step is, by the usual ones before it; changes nothing."""
-        collapsed = (Kind.loss_scale,) if self._has_collapsed(vitals.loss_scale) else ()
-        if vitals.overflowed and math.isfinite(vitals.loss):
-            return Verdict(collapsed)
-        usual_loss, loss_deviations = self._loss.compare(vitals.loss)
-        usual_log, norm_deviations = self._log_norm.compare(_log(vitals.grad_norm))
+        collapsed = (SpikeKind.loss_scale,) if self._has_collapsed(statistics.loss_scale) else ()
+        if statistics.overflowed and math.isfinite(statistics.loss):
+            return Judgement(collapsed)
+        usual_loss, loss_deviations = self._loss.compare(statistics.loss)
+        usual_log, norm_deviations = self._log_norm.compare(_log(statistics.grad_norm))
         usual_norm = None if usual_log is None else math.exp(usual_log)
-        verdict = Verdict((), usual_loss, loss_deviations, usual_norm, norm_deviations)
-        return replace(verdict, kinds=(*collapsed, *self._kinds(vitals, verdict)))
+        judgement = Judgement((), usual_loss, loss_deviations, usual_norm, norm_deviations)
+        return replace(judgement, kinds=(*collapsed, *self._kinds(statistics, judgement)))
 
-    def _kinds(self, vitals: Vitals, verdict: Verdict) -> Iterator[Kind]:
-        if not (math.isfinite(vitals.loss) and math.isfinite(vitals.grad_norm)):
-            yield Kind.not_finite
+    def _kinds(self, statistics: StepStatistics, judgement: Judgement) -> Iterator[SpikeKind]:
+        if not (math.isfinite(statistics.loss) and math.isfinite(statistics.grad_norm)):
+            yield SpikeKind.not_finite
             return
         limit = self.limits.loss_deviations
-        rise = vitals.loss - (verdict.usual_loss or 0.0)
-        least_rise = self.limits.min_loss_rise * abs(verdict.usual_loss or 0.0)
-        if _exceeds(verdict.loss_deviations, limit) and rise >= least_rise:
-            yield Kind.loss
-        if self._is_high(vitals, verdict) and (self._norm_was_high or _exceeds(verdict.loss_deviations, limit / 2)):
-            yield Kind.grad_norm
+        rise = statistics.loss - (judgement.usual_loss or 0.0)
+        least_rise = self.limits.min_loss_rise * abs(judgement.usual_loss or 0.0)
+        if _exceeds(judgement.loss_deviations, limit) and rise >= least_rise:
+            yield SpikeKind.loss
+        if self._is_high(statistics, judgement) and (
+            self._norm_was_high or _exceeds(judgement.loss_deviations, limit / 2)
+        ):
+            yield SpikeKind.grad_norm
 
-    def add(self, vitals: Vitals, verdict: Verdict) -> None:
+    def add(self, statistics: StepStatistics, judgement: Judgement) -> None:
         """Take a step that has been judged into the history.
 
         A spike is left out, so that the next one is measured against what was usual before. Where `min_steps` follow
         each other without a usual step, the level has changed for good, and the history begins anew.
         """
-        self._norm_was_high = self._is_high(vitals, verdict)
-        if Kind.loss_scale in verdict.kinds:
+        self._norm_was_high = self._is_high(statistics, judgement)
+        if SpikeKind.loss_scale in judgement.kinds:
             self._scales.clear()  # it stays low for long: the steps that follow are none for that
-        if verdict.is_spike:
+        if judgement.is_spike:
             self._spikes_in_a_row += 1
             if self._spikes_in_a_row >= self.limits.min_steps:
                 self._forget()
             return
         self._spikes_in_a_row = 0
-        if vitals.overflowed:
+        if statistics.overflowed:
             return
-        self._loss.add(vitals.loss)
-        self._log_norm.add(_log(vitals.grad_norm))
-        self._scales.append(vitals.loss_scale)
+        self._loss.add(statistics.loss)
+        self._log_norm.add(_log(statistics.grad_norm))
+        self._scales.append(statistics.loss_scale)
 
-    def replay(self, history: Iterable[Vitals]) -> None:
+    def replay(self, history: Iterable[StepStatistics]) -> None:
         """Begin anew with steps of an earlier attempt."""
         self._forget()
-        for vitals in history:
-            self.add(vitals, self.judge(vitals))
+        for statistics in history:
+            self.add(statistics, self.judge(statistics))
 
-    def _is_high(self, vitals: Vitals, verdict: Verdict) -> bool:
-        usual = verdict.usual_grad_norm
-        if usual is None or vitals.grad_norm < self.limits.min_grad_norm_factor * usual:
+    def _is_high(self, statistics: StepStatistics, judgement: Judgement) -> bool:
+        usual = judgement.usual_grad_norm
+        if usual is None or statistics.grad_norm < self.limits.min_grad_norm_factor * usual:
             return False
-        return _exceeds(verdict.grad_norm_deviations, self.limits.grad_norm_deviations)
+        return _exceeds(judgement.grad_norm_deviations, self.limits.grad_norm_deviations)
 
     def _has_collapsed(self, scale: float) -> bool:
         return bool(self._scales) and scale * 2**self.limits.loss_scale_halvings <= max(self._scales)

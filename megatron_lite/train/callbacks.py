@@ -77,7 +77,7 @@ class Validate(Callback):
         if is_due(record.step, trainer.config.train.eval_interval, trainer.last_step):
             trainer.evaluate(record.step)
 
-    def found_sound(self, step: int) -> bool:
+    def found_finite(self, step: int) -> bool:
         """Whether the weights were validated after this very step, and are numbers."""
         return self.newest is not None and self.newest[0] == step and math.isfinite(self.newest[1])
 
@@ -112,17 +112,17 @@ class Guard(Callback):
     the weights of a last step whose update was dropped."""
 
     validate: Validate
-    unsound_steps: int = 0  # in a row
+    non_finite_steps: int = 0  # in a row
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
-        self.unsound_steps = 0 if record.is_finite else self.unsound_steps + 1
-        limit = trainer.config.train.max_unsound_steps
-        ends_unsound = record.step == trainer.last_step and not self.validate.found_sound(record.step)
-        if self.unsound_steps >= limit or (self.unsound_steps and ends_unsound):
-            first = record.step - self.unsound_steps + 1
+        self.non_finite_steps = 0 if record.is_finite else self.non_finite_steps + 1
+        limit = trainer.config.train.max_non_finite_steps
+        ends_non_finite = record.step == trainer.last_step and not self.validate.found_finite(record.step)
+        if self.non_finite_steps >= limit or (self.non_finite_steps and ends_non_finite):
+            first = record.step - self.non_finite_steps + 1
             raise DivergedError(
                 f"diverged: loss {record.result.loss:g} and gradient norm {record.result.grad_norm:g} at step "
-                f"{record.step}, and no numbers since step {first} (train.max_unsound_steps={limit}); the last "
+                f"{record.step}, and no numbers since step {first} (train.max_non_finite_steps={limit}); the last "
                 "checkpoint is from before: use a lower optimizer.learning_rate, more optimizer.warmup_steps or "
                 "train.precision=fp32 in a new train.run_dir"
             )
@@ -141,7 +141,7 @@ class Save(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         self.report()
-        self.is_sound = record.is_finite or self.validate.found_sound(record.step)
+        self.is_sound = record.is_finite or self.validate.found_finite(record.step)
         if self.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_lite.checkpoint.file_plan import Plan, Shapes, shapes_of_all_ranks
+from megatron_lite.checkpoint.file_plan import FilePlan, Shapes, shapes_of_all_ranks
 from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
 from megatron_lite.checkpoint.hf_files import GENERATION_FILE, folder_files
@@ -114,7 +114,7 @@ class Checkpoints:
         train = config.train
         saver = Saver(
             folder,
-            Plan.of(shapes, form),
+            FilePlan.of(shapes, form),
             documents,
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
@@ -225,8 +225,8 @@ def take_initial_weights(engine: Engine, shapes: Shapes) -> None:
     engine.shards.weights_changed()
 
 
-def _plan(engine: Engine, shapes: Shapes, hugging_face: bool) -> Plan:
-    return Plan.of(shapes, _hugging_face(engine.config.model) if hugging_face else None)
+def _plan(engine: Engine, shapes: Shapes, hugging_face: bool) -> FilePlan:
+    return FilePlan.of(shapes, _hugging_face(engine.config.model) if hugging_face else None)
 
 
 def _fragments(engine: Engine, *kinds: str) -> list[Fragment]:

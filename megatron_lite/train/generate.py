@@ -60,7 +60,7 @@ def _next_logits(
     padded = torch.zeros(1, seq_length, dtype=torch.int64)
     padded[0, : len(window)] = torch.tensor(window)
     inputs = [padded]
-    if any(field.name == "prefix_lengths" for field in engine.specs[0].takes or ()):
+    if any(field.name == "prefix_lengths" for field in engine.specs[0].stage_inputs or ()):
         inputs.append(torch.tensor([prefix]))
     outputs = forward_through_stages(engine, inputs)
     if outputs is None:

@@ -14,7 +14,7 @@ from megatron_lite.observe.console import Console
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.progress import Progress
 from megatron_lite.observe.run_lock import Claim
-from megatron_lite.observe.spikes import Vitals
+from megatron_lite.observe.spikes import StepStatistics
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.parallel.agreement import agreed
@@ -26,8 +26,8 @@ from megatron_lite.train.loop import Callback
 from megatron_lite.train.shard_source import ShardSource
 from megatron_lite.train.stability.rollback import GoBack
 from megatron_lite.train.stability.rollback_record import RollbackRecord
-from megatron_lite.train.stability.spike_report import Dossiers
-from megatron_lite.train.stability.watch import UpdateJudge, Watch, logged_vitals
+from megatron_lite.train.stability.spike_report import SpikeReports
+from megatron_lite.train.stability.watch import UpdateJudge, Watch, logged_statistics
 from megatron_lite.train.startup import Links
 
 
@@ -84,8 +84,8 @@ def build_callbacks(
     validate = Validate(trackers, progress)
     record = RollbackRecord(run.folder, run.context.is_writer, run.console.print, rollbacks)
     save = Save(trackers, checkpoints, validate, record)
-    dossiers = _dossiers(run, trackers, source)
-    watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, dossiers, rollbacks)
+    spike_reports = _spike_reports(run, trackers, source)
+    watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, spike_reports, rollbacks)
     watch.remember(_earlier_steps(run, checkpoints.newest_step))
     go_back = GoBack(
         config.stability,
@@ -104,10 +104,10 @@ def build_callbacks(
     )
 
 
-def _dossiers(run: Run, trackers: Trackers, source: ShardSource) -> Dossiers | None:
+def _spike_reports(run: Run, trackers: Trackers, source: ShardSource) -> SpikeReports | None:
     if not run.context.is_writer:
         return None
-    return Dossiers(run.folder, source.provenance(), trackers, run.console, run.config.stability.worst_sequences)
+    return SpikeReports(run.folder, source.provenance(), trackers, run.console, run.config.stability.worst_sequences)
 
 
 def agreed_rollbacks(run: Run) -> list[Rollback]:
@@ -127,9 +127,9 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
     return found
 
 
-def _earlier_steps(run: Run, step: int) -> list[Vitals]:
+def _earlier_steps(run: Run, step: int) -> list[StepStatistics]:
     """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
-    return agreed(logged_vitals(run.config, run.folder, step) if run.context.is_writer else [])
+    return agreed(logged_statistics(run.config, run.folder, step) if run.context.is_writer else [])
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:

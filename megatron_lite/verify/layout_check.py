@@ -24,7 +24,7 @@ NUM_STEPS = 3
 _SHOWN = 8
 
 
-def certify(config: RunConfig) -> None:
+def check_layout(config: RunConfig) -> None:
     """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
 
     Precision is set to fp32: half precision differs by its rounding, in every layout. The batch is two sequences

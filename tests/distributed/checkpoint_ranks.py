@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import loading
-from megatron_lite.checkpoint.file_plan import Plan, files_of, shapes_of_all_ranks
+from megatron_lite.checkpoint.file_plan import FilePlan, files_of, shapes_of_all_ranks
 from megatron_lite.checkpoint.fragments import WEIGHT, Region, transfers
 from megatron_lite.checkpoint.loading import load, newest_complete
 from megatron_lite.checkpoint.retention import Kept
@@ -73,7 +73,7 @@ def link_rank(
 
 def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, ahead: int, behind: int) -> Link:
     engine, batches_from = synthetic_engine(config, vocab_size)
-    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
+    plan = FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
     first = resume(engine, plan, folder)
     if first:
         save(engine, plan, copy, first, asynchronous=True)
@@ -84,7 +84,7 @@ def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, ahead: i
     return Link(first, steps, written_elements(engine, plan), elements)
 
 
-def written_elements(engine: Engine, plan: Plan) -> int:
+def written_elements(engine: Engine, plan: FilePlan) -> int:
     """What this rank takes upon itself of a save."""
     owned = [one.of_owned(one.owned_values) for one in engine.shards.fragments()]
     return sum(
@@ -97,11 +97,11 @@ def written_elements(engine: Engine, plan: Plan) -> int:
 def copy_rank(config: RunConfig, vocab_size: int, source: Path, target: Path) -> None:
     """Load the checkpoint in `source`, and save it in `target`."""
     engine, _ = synthetic_engine(config, vocab_size)
-    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
+    plan = FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
     save(engine, plan, target, resume(engine, plan, source), asynchronous=False)
 
 
-def resume(engine: Engine, plan: Plan, folder: Path) -> int:
+def resume(engine: Engine, plan: FilePlan, folder: Path) -> int:
     """The step of the checkpoint that was loaded, 0 without one."""
     found = newest_complete(folder, print)
     if found is None:
@@ -115,7 +115,7 @@ def resume(engine: Engine, plan: Plan, folder: Path) -> int:
     return state.step
 
 
-def save(engine: Engine, plan: Plan, folder: Path, step: int, *, asynchronous: bool) -> None:
+def save(engine: Engine, plan: FilePlan, folder: Path, step: int, *, asynchronous: bool) -> None:
     saver = Saver(folder, plan, {}, KEEP_ALL, asynchronous=asynchronous)
     saver.save(engine.shards.fragments(), state_of(engine, step))
     saver.wait()

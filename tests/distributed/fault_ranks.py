@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint import saving, tensor_files
-from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
+from megatron_lite.checkpoint.file_plan import FilePlan, shapes_of_all_ranks
 from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.checkpoint.fragments import Fragment
 from megatron_lite.checkpoint.loading import load, newest_complete
@@ -44,7 +44,7 @@ CHANGES = {"os.rename", "os.mkdir", "shutil.rmtree", *REMOVALS}
 class Held:
     """What one rank holds after each of the STEPS."""
 
-    plan: Plan
+    plan: FilePlan
     fragments: dict[int, list[Fragment]]
     states: dict[int, CheckpointState]
 
@@ -66,7 +66,7 @@ class Held:
 
 def trained_rank(config: RunConfig, vocab_size: int) -> Held:
     engine, batches_from = synthetic_engine(config, vocab_size)
-    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=30_000)
+    plan = FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=30_000)
     held = Held(plan, {}, {})
     for step in STEPS:
         train_steps(engine, batches_from, config, step - 1, 1)

@@ -29,7 +29,7 @@ from megatron_lite.engine.engine import Engine, Evaluation, StepResult
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.task import build_task
-from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.block import TransformerBlock
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.step_measures import StepMeasure
@@ -272,13 +272,13 @@ def _every_rank_takes_the_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.
     return grad_x, None
 
 
-def _pack_without_memory_gradient(wire: Wire, x: Activations) -> Any:
+def _pack_without_memory_gradient(boundary: StageBoundary, x: Activations) -> Any:
     if x.memory is not None:
         x = replace(x, memory=x.memory.detach())
-    return _PACK(wire, x)
+    return _PACK(boundary, x)
 
 
-_PACK = Wire.pack
+_PACK = StageBoundary.pack
 
 
 @contextmanager
@@ -346,7 +346,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "first_position_gradient_on_every_rank": _patch(
         megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
     ),
-    "memory_gradient_lost_between_stages": _patch(Wire, "pack", _pack_without_memory_gradient),
+    "memory_gradient_lost_between_stages": _patch(StageBoundary, "pack", _pack_without_memory_gradient),
     "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.engine.engine, "normalise", _own_sequence_mean),
     "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
     "mean_of_micro_batch_means": _patch(megatron_lite.engine.engine, "normalise", _each_micro_batch_its_own_mean),

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint.file_plan import Plan, shapes_of_all_ranks
+from megatron_lite.checkpoint.file_plan import FilePlan, shapes_of_all_ranks
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
@@ -75,7 +75,7 @@ def _broken_off_rank(config: RunConfig, boundary: int, folder: str) -> tuple[lis
     with stop._request.listening(), pytest.raises(StopRequested) as raised:
         _step(engine, batches_from, STOPPED_STEP)
     assert raised.value.reason is Reason.usr1
-    plan = Plan.of(shapes_of_all_ranks(engine.shards.shapes()), None)
+    plan = FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), None)
     save(engine, plan, Path(folder), STOPPED_STEP, asynchronous=True)
     again, batches_from = synthetic_engine(config, VOCAB)
     assert resume(again, plan, Path(folder)) == STOPPED_STEP

@@ -105,26 +105,26 @@ def test_every_rank_decides_the_same(rolled_back: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dossier_names_the_planted_documents(rolled_back: Path, planted: Planted) -> None:
+def test_spike_report_names_the_planted_documents(rolled_back: Path, planted: Planted) -> None:
     (event,) = events(rolled_back, "spike")
     assert event["step"] == FIRST
     assert event["action"] == "rollback"
-    dossier = json.loads((rolled_back / event["dossier"]).read_text())
-    assert dossier["samples"] == [[GARBAGE.first, GARBAGE.first + BATCH]]
-    assert dossier["checkpoint"] == "step_00000032"
-    named = {entry["document"] for entry in dossier["documents"]}
+    spike_report = json.loads((rolled_back / event["spike_report"]).read_text())
+    assert spike_report["samples"] == [[GARBAGE.first, GARBAGE.first + BATCH]]
+    assert spike_report["checkpoint"] == "step_00000032"
+    named = {entry["document"] for entry in spike_report["documents"]}
     assert named
     assert named <= planted.documents
-    assert {sample for entry in dossier["documents"] for sample in entry["samples"]} == set(
+    assert {sample for entry in spike_report["documents"] for sample in entry["samples"]} == set(
         range(GARBAGE.first, GARBAGE.first + BATCH)
     )
-    assert len(dossier["sequences"]) == 4
-    losses = [sequence["loss"] for sequence in dossier["sequences"]]
+    assert len(spike_report["sequences"]) == 4
+    losses = [sequence["loss"] for sequence in spike_report["sequences"]]
     assert losses == sorted(losses, reverse=True)
-    assert losses[0] > dossier["loss"] > dossier["usual_loss"]
-    assert all(len(sequence["text"]) > 20 for sequence in dossier["sequences"])
-    assert list(dossier["layer_grad_norm"]) == [str(step) for step in range(FIRST - 4, FIRST + 1)]
-    norms = dossier["layer_grad_norm"]
+    assert losses[0] > spike_report["loss"] > spike_report["usual_loss"]
+    assert all(len(sequence["text"]) > 20 for sequence in spike_report["sequences"])
+    assert list(spike_report["layer_grad_norm"]) == [str(step) for step in range(FIRST - 4, FIRST + 1)]
+    norms = spike_report["layer_grad_norm"]
     assert sum(norm**2 for norm in norms[str(FIRST)].values()) ** 0.5 == pytest.approx(event["grad_norm"], rel=1e-4)
 
 
@@ -145,8 +145,8 @@ def test_warn_trains_on_and_ends_worse(planted: Planted, rolled_back: Path, tmp_
     assert validation_loss(tmp_path) > 1.02 * validation_loss(rolled_back)
     assert read_rollbacks(tmp_path) == []
     (event,) = events(tmp_path, "spike")
-    dossier = json.loads((tmp_path / event["dossier"]).read_text())
-    assert list(dossier["layer_grad_norm"]) == [
+    spike_report = json.loads((tmp_path / event["spike_report"]).read_text())
+    assert list(spike_report["layer_grad_norm"]) == [
         str(step) for step in range(FIRST - 4, FIRST + 3)
     ]  # those after as well
 
@@ -173,14 +173,14 @@ def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: P
     """The second comes two steps after the first."""
     words = [*ALONE, "stability=skip_step", "train.steps=20"]
     spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 10;nan 0 12"}).require_success()
-    found = [json.loads((tmp_path / event["dossier"]).read_text()) for event in events(tmp_path, "spike")]
-    assert [list(map(int, dossier["layer_grad_norm"])) for dossier in found] == [
+    found = [json.loads((tmp_path / event["spike_report"]).read_text()) for event in events(tmp_path, "spike")]
+    assert [list(map(int, spike_report["layer_grad_norm"])) for spike_report in found] == [
         list(range(step - 4, step + 3)) for step in (10, 12)
     ]
 
 
 @pytest.mark.slow
-def test_a_step_that_is_a_spike_again_has_another_dossier(planted: Planted, tmp_path: Path) -> None:
+def test_a_step_that_is_a_spike_again_has_another_spike_report(planted: Planted, tmp_path: Path) -> None:
     """Step 13 is read 13th, and after a rollback to step 8 it is read 18th. The disk is full at both, until step 15."""
     words = [*ALONE, "stability=rollback", "stability.look_ahead_steps=0", "train.steps=20"]
     fault = {"FAULT": "nan 0 13;nan 0 18", "FAULT_FULL_DISK": "12"}
@@ -190,7 +190,7 @@ def test_a_step_that_is_a_spike_again_has_another_dossier(planted: Planted, tmp_
     assert len(read_rollbacks(tmp_path)) == 2
     found = events(tmp_path, "spike")
     assert [event["step"] for event in found] == [13, 13]
-    samples = [json.loads((tmp_path / event["dossier"]).read_text())["samples"] for event in found]
+    samples = [json.loads((tmp_path / event["spike_report"]).read_text())["samples"] for event in found]
     assert samples == [[[12 * BATCH, 13 * BATCH]], [[14 * BATCH, 15 * BATCH]]]
 
 

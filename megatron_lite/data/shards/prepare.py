@@ -72,7 +72,7 @@ PIPELINE = 3  # raise it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """What is to be prepared, and the hash that names it."""
 
     train: list[Source]
@@ -140,7 +140,7 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
     return prepared
 
 
-def _originals(plan: Plan, data: DataConfig) -> Iterator[Path]:
+def _originals(plan: PreparationPlan, data: DataConfig) -> Iterator[Path]:
     """The files whose content prepared data repeats: the sources, and those of a tokenizer."""
     for source in (*plan.train, *plan.validation):
         for path in source.paths:
@@ -170,7 +170,9 @@ def _letters(mode: int) -> str:
     return "rX" if mode & 0o4 else ""
 
 
-def refuse_other_data(plan: Plan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]) -> None:
+def refuse_other_data(
+    plan: PreparationPlan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]
+) -> None:
     """Spare a preparation whose tokens the run could not go on with, where that can be told from the sources.
 
     Where the earlier ones are gone, or of another form (compressed, say), it shows when the tokens are there: a run
@@ -192,7 +194,7 @@ def prepared_folder(config: RunConfig) -> Path:
     return make_plan(config).folder_in(Path(config.data.cache_dir).expanduser())
 
 
-def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> Plan:
+def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> PreparationPlan:
     """Resolve and check everything that can be known before the first document is read.
 
     Args:
@@ -212,7 +214,7 @@ def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: No
         "held_out": None if validation else data.validation_fraction,
         "tokenizer": tokenizer_identity(data, ends, reads_documents(config)),
     }
-    return Plan(train, validation, trained_size, key)
+    return PreparationPlan(train, validation, trained_size, key)
 
 
 def resolved_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
@@ -248,7 +250,7 @@ def _check_tokenizer(config: RunConfig, sources: list[Source]) -> int | None:
     return trained_vocab_size(config.data) if config.data.tokenizer == TRAIN and not ready else None
 
 
-def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
+def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
     started = time.monotonic()
     limit_threads(config.data.num_workers)
     held_out = None if plan.validation else config.data.validation_fraction
@@ -280,7 +282,7 @@ def _build(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], 
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 
-def _make_job(plan: Plan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
+def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
     """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
 
     Raises:
@@ -319,7 +321,7 @@ def _copied_tokenizer(name: str, target: Path, config: RunConfig, sources: list[
     return save_tokenizer(name, target, data, is_decoder=is_decoder)
 
 
-def _train_tokenizer(plan: Plan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
+def _train_tokenizer(plan: PreparationPlan, data: DataConfig, target: Path, report: Callable[[str], None]) -> Tokenizer:
     wanted = data.tokenizer_vocab_size
     report(f"training a byte-level BPE of {wanted:,} tokens on {', '.join(source.name for source in plan.train)}")
     held_out = None if plan.validation else data.validation_fraction
@@ -393,7 +395,9 @@ def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> Dat
     )
 
 
-def _write(plan: Plan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]) -> None:
+def _write(
+    plan: PreparationPlan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]
+) -> None:
     counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
     counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}
     np.savez_compressed(job.folder / COUNTS, **counts)

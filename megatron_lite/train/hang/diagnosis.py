@@ -25,7 +25,7 @@ MAY_WAIT = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.EVAL
 BETWEEN_STAGES = frozenset({Phase.SEND, Phase.RECEIVE})
 
 
-class Kind(StrEnum):
+class HangKind(StrEnum):
     """Why a rank is held to be the cause."""
 
     SILENT = "silent"
@@ -37,7 +37,7 @@ class Kind(StrEnum):
 class Finding:
     """The cause of a hang."""
 
-    kind: Kind
+    kind: HangKind
     ranks: list[int]
     """The first is the one that the figures below are about."""
     node: str | None
@@ -67,20 +67,20 @@ def find_culprit(
     ended = [rank for rank, beat in heard.items() if _ended(beat)]
     job = _Job(heard, seconds, world_size)
     if unheard:
-        return job.finding(Kind.SILENT, unheard, "{has} given no sign of life in this attempt", now - started)
+        return job.finding(HangKind.SILENT, unheard, "{has} given no sign of life in this attempt", now - started)
     if silent:
         longest = max(now - heard[rank].time for rank in silent)
-        return job.finding(Kind.SILENT, silent, f"{{has}} given no sign of life for {longest:.0f} s", longest)
+        return job.finding(HangKind.SILENT, silent, f"{{has}} given no sign of life for {longest:.0f} s", longest)
     if ended:
         longest = max(now - heard[rank].time for rank in ended)
-        return job.finding(Kind.SILENT, ended, "{has} ended", longest)
+        return job.finding(HangKind.SILENT, ended, "{has} ended", longest)
     busy = _busy(heard, seconds, limit_seconds)
     if busy:
         longest = seconds[busy[0]]
-        return job.finding(Kind.BUSY, busy, f"{{has}} been in '{heard[busy[0]].what}' for {longest:.0f} s", longest)
+        return job.finding(HangKind.BUSY, busy, f"{{has}} been in '{heard[busy[0]].what}' for {longest:.0f} s", longest)
     behind = _behind(heard)
     longest = max(seconds[rank] for rank in behind)
-    return job.finding(Kind.BEHIND, behind, _wait(behind, heard, longest, world_size), longest)
+    return job.finding(HangKind.BEHIND, behind, _wait(behind, heard, longest, world_size), longest)
 
 
 def _ended(beat: Beat) -> bool:
@@ -132,14 +132,14 @@ class _Job:
     seconds: Mapping[int, float]
     world_size: int
 
-    def finding(self, kind: Kind, ranks: list[int], predicate: str, seconds: float) -> Finding:
+    def finding(self, kind: HangKind, ranks: list[int], predicate: str, seconds: float) -> Finding:
         beat = self.heard.get(ranks[0])
         nodes = self._nodes(ranks)
         predicate = predicate.format(has="has" if len(ranks) == 1 else "have")
         return Finding(
             kind=kind,
             ranks=ranks,
-            node=nodes[0] if len(nodes) == 1 and kind is not Kind.BEHIND else None,
+            node=nodes[0] if len(nodes) == 1 and kind is not HangKind.BEHIND else None,
             phase=beat.phase if beat else None,
             seconds=round(seconds, 1),
             step=self._step(ranks),

@@ -31,7 +31,7 @@ from megatron_lite.observe.heartbeat import Beat, Heartbeat, Phase, Place, node_
 from megatron_lite.observe.markers import ERROR_FILE, HANG_FILE, leave_marker
 from megatron_lite.observe.run_lock import Claim
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.hang.diagnosis import Finding, Kind, find_culprit
+from megatron_lite.train.hang.diagnosis import Finding, HangKind, find_culprit
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from megatron_lite.train.distributed import ProcessEnvironment
@@ -156,7 +156,7 @@ class Watchdog:
 
     def _remedy(self, finding: Finding, beats: Mapping[int, Beat]) -> str:
         stacks = f"the stacks of all ranks lie in {self._stacks.parent}"
-        if finding.kind is not Kind.BUSY:
+        if finding.kind is not HangKind.BUSY:
             return stacks
         return (
             f"it was at {beats[finding.ranks[0]].where}; {stacks}. If '{finding.phase}' may take so long, raise "

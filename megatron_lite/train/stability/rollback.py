@@ -92,7 +92,7 @@ class GoBack(Callback):
             raise DivergedError(
                 f"diverged: a spike at step {record.step}, and all stability.max_rollbacks="
                 f"{self.settings.max_rollbacks} rollbacks of this run are used up (they left out samples "
-                f"{_listed(self.record.skips)}); read the dossiers in {self.run_dir / 'spikes'}, then go on "
+                f"{_listed(self.record.skips)}); read the spike reports in {self.run_dir / 'spikes'}, then go on "
                 "with a lower optimizer.learning_rate in a new train.run_dir, or raise stability.max_rollbacks"
             )
         trainer.heartbeat.enter(Phase.LOAD)
@@ -115,7 +115,7 @@ class GoBack(Callback):
         self.watch.go_back(state.step)
         self.validate.forget_after(state.step)
         window = self._with_what_follows(trainer, spike.record, led_in)
-        reason = f"{', '.join(spike.verdict.kinds)} at step {spike.record.step}"
+        reason = f"{', '.join(spike.judgement.kinds)} at step {spike.record.step}"
         self.record.add(Rollback(window, spike.record.step, state.step, reason))
         self._drop_later(state)
         return self.record.skips

@@ -16,21 +16,21 @@ from megatron_lite.errors import DataError
 from megatron_lite.files import replace_file
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import SPIKE_EVENT, to_json
-from megatron_lite.observe.spikes import Kind, Verdict
+from megatron_lite.observe.spikes import Judgement, SpikeKind
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.loop import StepRecord
 
 FOLDER = "spikes"
-TEXT_CHARACTERS = 2000  # of a sequence, in the dossier
+TEXT_CHARACTERS = 2000  # of a sequence, in the spike report
 NAMED_DOCUMENTS = 3  # on the console
 
 
 @dataclass
-class Dossier:
+class SpikeReport:
     """What all ranks know of a spike."""
 
     record: StepRecord
-    verdict: Verdict
+    judgement: Judgement
     action: str
     rollbacks: int
     """Of the run so far: a step that comes again may be a spike again."""
@@ -60,23 +60,23 @@ class Dossier:
     @property
     def figures(self) -> dict[str, Any]:
         """Those that the event has, too."""
-        result, verdict = self.record.result, self.verdict
+        result, judgement = self.record.result, self.judgement
         return {
-            "kinds": [str(kind) for kind in verdict.kinds],
+            "kinds": [str(kind) for kind in judgement.kinds],
             "action": self.action,
             "loss": result.loss,
-            "usual_loss": verdict.usual_loss,
-            "loss_deviations": verdict.loss_deviations,
+            "usual_loss": judgement.usual_loss,
+            "loss_deviations": judgement.loss_deviations,
             "grad_norm": result.grad_norm,
-            "usual_grad_norm": verdict.usual_grad_norm,
-            "grad_norm_deviations": verdict.grad_norm_deviations,
+            "usual_grad_norm": judgement.usual_grad_norm,
+            "grad_norm_deviations": judgement.grad_norm_deviations,
             "loss_scale": result.loss_scale,
         }
 
 
 @dataclass
-class Dossiers:
-    """Writes dossiers, and tells of them in every place at once. One that cannot be written ends no run.
+class SpikeReports:
+    """Writes spike reports, and tells of them in every place at once. One that cannot be written ends no run.
 
     Args:
         worst_sequences: whose text is shown.
@@ -88,19 +88,21 @@ class Dossiers:
     console: Console
     worst_sequences: int
 
-    def open(self, dossier: Dossier) -> None:
+    def open(self, spike_report: SpikeReport) -> None:
         """Of a step that has just turned out to be a spike."""
-        text = in_words(dossier, self.write(dossier))
-        told = {"title": f"Spike at step {dossier.step}", "text": text}
-        self.trackers.event(SPIKE_EVENT, dossier.step, {**dossier.figures, "dossier": dossier.name, **told})
-        self.trackers.alert(**told)
-        self.console.print(f"{text}; {self.run_dir / dossier.name}")
+        text = in_words(spike_report, self.write(spike_report))
+        alert = {"title": f"Spike at step {spike_report.step}", "text": text}
+        self.trackers.event(
+            SPIKE_EVENT, spike_report.step, {**spike_report.figures, "spike_report": spike_report.name, **alert}
+        )
+        self.trackers.alert(**alert)
+        self.console.print(f"{text}; {self.run_dir / spike_report.name}")
 
-    def write(self, dossier: Dossier) -> list[dict[str, Any]]:
+    def write(self, spike_report: SpikeReport) -> list[dict[str, Any]]:
         """The file anew; returns the sequences in it."""
-        path = self.run_dir / dossier.name
+        path = self.run_dir / spike_report.name
         try:
-            document = self._document(dossier)
+            document = self._document(spike_report)
             path.parent.mkdir(exist_ok=True)
             replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
         except (OSError, DataError) as error:
@@ -109,16 +111,16 @@ class Dossiers:
         sequences: list[dict[str, Any]] = document["sequences"]
         return sequences
 
-    def _document(self, dossier: Dossier) -> dict[str, Any]:
+    def _document(self, spike_report: SpikeReport) -> dict[str, Any]:
         return {
-            "step": dossier.step,
-            **dossier.figures,
-            "learning_rate": dossier.record.learning_rate,
-            "samples": [list(stretch) for stretch in stretches(dossier.samples)],
-            "documents": merged({index: self.provenance.documents(index) for index in dossier.samples}),
-            "sequences": [self._sequence(sample, loss) for sample, loss in dossier.worst(self.worst_sequences)],
-            "layer_grad_norm": {str(step): norms for step, norms in sorted(dossier.layer_grad_norm.items())},
-            "checkpoint": self._checkpoint_before(dossier.step),
+            "step": spike_report.step,
+            **spike_report.figures,
+            "learning_rate": spike_report.record.learning_rate,
+            "samples": [list(stretch) for stretch in stretches(spike_report.samples)],
+            "documents": merged({index: self.provenance.documents(index) for index in spike_report.samples}),
+            "sequences": [self._sequence(sample, loss) for sample, loss in spike_report.worst(self.worst_sequences)],
+            "layer_grad_norm": {str(step): norms for step, norms in sorted(spike_report.layer_grad_norm.items())},
+            "checkpoint": self._checkpoint_before(spike_report.step),
         }
 
     def _checkpoint_before(self, step: int) -> str | None:
@@ -135,29 +137,29 @@ class Dossiers:
         }
 
 
-def in_words(dossier: Dossier, sequences: Sequence[dict[str, Any]]) -> str:
+def in_words(spike_report: SpikeReport, sequences: Sequence[dict[str, Any]]) -> str:
     """One line, without the place of the file.
 
     Args:
         sequences: as the file has them, worst first.
     """
-    result, verdict = dossier.record.result, dossier.verdict
+    result, judgement = spike_report.record.result, spike_report.judgement
     facts = []
-    if Kind.not_finite in verdict.kinds:
+    if SpikeKind.not_finite in judgement.kinds:
         facts.append(f"loss {result.loss:g} and gradient norm {result.grad_norm:g}")
-    if Kind.loss in verdict.kinds:
+    if SpikeKind.loss in judgement.kinds:
         facts.append(
-            f"loss {result.loss:.3f}, usually {verdict.usual_loss:.3f} ({verdict.loss_deviations:.0f} deviations)"
+            f"loss {result.loss:.3f}, usually {judgement.usual_loss:.3f} ({judgement.loss_deviations:.0f} deviations)"
         )
-    if Kind.grad_norm in verdict.kinds:
+    if SpikeKind.grad_norm in judgement.kinds:
         facts.append(
-            f"gradient norm {result.grad_norm:.3g}, usually {verdict.usual_grad_norm:.3g} "
-            f"({verdict.grad_norm_deviations:.0f} deviations)"
+            f"gradient norm {result.grad_norm:.3g}, usually {judgement.usual_grad_norm:.3g} "
+            f"({judgement.grad_norm_deviations:.0f} deviations)"
         )
-    if Kind.loss_scale in verdict.kinds:
+    if SpikeKind.loss_scale in judgement.kinds:
         facts.append(f"loss scale down to {result.loss_scale:g}")
     worst = [entry for sequence in sequences for entry in sequence["documents"]]
     names = list(dict.fromkeys(f"{entry['file']} #{entry['document']}" for entry in worst))[:NAMED_DOCUMENTS]
     if names:
         facts.append(f"highest loss in {', '.join(names)}")
-    return f"spike at step {dossier.step}: {'; '.join(facts)}"
+    return f"spike at step {spike_report.step}: {'; '.join(facts)}"

@@ -19,13 +19,13 @@ from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_by
 from megatron_lite.engine.hooks import PendingUpdate
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.metrics import METRICS_FILE, newest_entries
-from megatron_lite.observe.spikes import Kind, SpikeDetector, Verdict, Vitals
+from megatron_lite.observe.spikes import Judgement, SpikeDetector, SpikeKind, StepStatistics
 from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.loop import BatchSource, Findings, StepRecord
-from megatron_lite.train.stability.spike_report import Dossier, Dossiers
+from megatron_lite.train.stability.spike_report import SpikeReport, SpikeReports
 
 NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # of a line
-STEPS_AFTER = 2  # whose figures are added to a dossier
+STEPS_AFTER = 2  # whose figures are added to a spike report
 SHARES = {
     "share_data": (Phase.DATA,),
     "share_compute": (Phase.FORWARD, Phase.BACKWARD),
@@ -40,7 +40,7 @@ class Spike:
     """The step that was one, and what was found."""
 
     record: StepRecord
-    verdict: Verdict
+    judgement: Judgement
 
 
 class UpdateJudge:
@@ -53,7 +53,7 @@ class UpdateJudge:
         self.detector = SpikeDetector(config.stability)
         self._acts = config.stability.on_spike is not OnSpike.warn
         self._is_fp16 = config.train.precision is Precision.fp16
-        self._judged: tuple[Vitals, Verdict] | None = None
+        self._judged: tuple[StepStatistics, Judgement] | None = None
 
     @property
     def hook(self) -> Callable[[PendingUpdate], bool] | None:
@@ -63,11 +63,11 @@ class UpdateJudge:
     def judge(self, update: PendingUpdate) -> bool:
         """Whether to drop the update of the step under way."""
         overflowed = self._is_fp16 and not math.isfinite(update.grad_norm)
-        vitals = Vitals(0, update.loss, update.grad_norm, update.loss_scale, overflowed)
-        self._judged = vitals, self.detector.judge(vitals)
+        statistics = StepStatistics(0, update.loss, update.grad_norm, update.loss_scale, overflowed)
+        self._judged = statistics, self.detector.judge(statistics)
         return self._judged[1].is_spike
 
-    def take(self) -> tuple[Vitals, Verdict] | None:
+    def take(self) -> tuple[StepStatistics, Judgement] | None:
         """What was judged in the step that has just been made; None = nothing, for no spike would have dropped it."""
         judged, self._judged = self._judged, None
         return judged
@@ -81,7 +81,7 @@ class Watch:
     Args:
         judge: whose hook the engine was built with.
         source: of the training samples.
-        dossiers: of the writing rank; the others have none.
+        spike reports: of the writing rank; the others have none.
         rollbacks: of the run so far; whoever takes it back adds to the list.
     """
 
@@ -92,26 +92,26 @@ class Watch:
         judge: UpdateJudge,
         source: BatchSource,
         heartbeat: Heartbeat,
-        dossiers: Dossiers | None,
+        spike_reports: SpikeReports | None,
         rollbacks: Sequence[Rollback],
     ) -> None:
         self._config, self._source, self._heartbeat = config, source, heartbeat
         self._settings: StabilityConfig = config.stability
         self._is_fp16 = config.train.precision is Precision.fp16
-        self._engine, self._judge, self._dossiers = engine, judge, dossiers
+        self._engine, self._judge, self._spike_reports = engine, judge, spike_reports
         self.detector = judge.detector
         self._rollbacks = rollbacks
         self.spike: Spike | None = None
         """Of the step that has just been made; None = it was none."""
-        self._open: list[Dossier] = []  # those that wait for steps after the spike
-        self._history: deque[Vitals] = deque(maxlen=steps_remembered(config))
+        self._open: list[SpikeReport] = []  # those that wait for steps after the spike
+        self._history: deque[StepStatistics] = deque(maxlen=steps_remembered(config))
 
     def observe(self, record: StepRecord) -> Findings:
         """A collective of all ranks."""
-        vitals, verdict = self._verdict(record)
-        before, self.spike = self.spike, Spike(record, verdict) if verdict.is_spike else None
-        self.detector.add(vitals, verdict)
-        self._history.append(vitals)
+        statistics, judgement = self._judgement(record)
+        before, self.spike = self.spike, Spike(record, judgement) if judgement.is_spike else None
+        self.detector.add(statistics, judgement)
+        self._history.append(statistics)
         step_shares = shares(self._heartbeat, record)  # before the phase changes
         self._heartbeat.enter(Phase.REPORT)
         layers = self._layer_figures() if self._settings.measures_layers(record.step) else None
@@ -121,7 +121,7 @@ class Watch:
             self._open.append(self._write_down(self.spike))
         micro_batches = num_micro_batches(self._config, record.batch.global_batch_size)
         return Findings(
-            spike=verdict.is_spike,
+            spike=judgement.is_spike,
             ideal_bubble=bubble_share(self._engine.context.pipeline_size, micro_batches),
             shares=step_shares,
             rollbacks=len(self._rollbacks),
@@ -130,10 +130,10 @@ class Watch:
 
     def predicts_badly(self, loss: float) -> bool:
         """Whether a batch with this loss would be a spike, ahead of any update."""
-        verdict = self.detector.judge(Vitals(0, loss, 0.0))
-        return Kind.loss in verdict.kinds or Kind.not_finite in verdict.kinds
+        judgement = self.detector.judge(StepStatistics(0, loss, 0.0))
+        return SpikeKind.loss in judgement.kinds or SpikeKind.not_finite in judgement.kinds
 
-    def remember(self, history: Iterable[Vitals]) -> None:
+    def remember(self, history: Iterable[StepStatistics]) -> None:
         """Begin with the steps of an earlier attempt."""
         self._history.extend(history)
         self.detector.replay(self._history)
@@ -142,19 +142,21 @@ class Watch:
         """Judge the steps that follow this one anew."""
         self.spike = None
         self._open.clear()
-        kept = [vitals for vitals in self._history if vitals.step <= step]
+        kept = [statistics for statistics in self._history if statistics.step <= step]
         self._history.clear()
         self.remember(kept)
         self._engine.meter.forget()
 
-    def _verdict(self, record: StepRecord) -> tuple[Vitals, Verdict]:
+    def _judgement(self, record: StepRecord) -> tuple[StepStatistics, Judgement]:
         result = record.result
         if (found := self._judge.take()) is not None:
-            judged, verdict = found
-            return Vitals(record.step, judged.loss, judged.grad_norm, result.loss_scale, judged.overflowed), verdict
+            judged, judgement = found
+            return StepStatistics(
+                record.step, judged.loss, judged.grad_norm, result.loss_scale, judged.overflowed
+            ), judgement
         overflowed = self._is_fp16 and result.skipped
-        vitals = Vitals(record.step, result.loss, result.grad_norm, result.loss_scale, overflowed)
-        return vitals, self.detector.judge(vitals)
+        statistics = StepStatistics(record.step, result.loss, result.grad_norm, result.loss_scale, overflowed)
+        return statistics, self.detector.judge(statistics)
 
     def _layer_figures(self) -> dict[str, Any]:
         """A collective of all ranks."""
@@ -165,28 +167,28 @@ class Watch:
             "stage_memory_bytes": stage_memory_bytes(self._engine.context),
         }
 
-    def _write_down(self, spike: Spike) -> Dossier:
+    def _write_down(self, spike: Spike) -> SpikeReport:
         """A collective of all ranks."""
         record, engine = spike.record, self._engine
-        print(f"judged step {record.step} a spike: {spike.verdict}", flush=True)  # to each rank's own log
+        print(f"judged step {record.step} a spike: {spike.judgement}", flush=True)  # to each rank's own log
         batch = record.batch
-        dossier = Dossier(
+        spike_report = SpikeReport(
             record,
-            spike.verdict,
+            spike.judgement,
             str(self._settings.on_spike),
             len(self._rollbacks),
             self._source.skips.indices(batch.first_sample, batch.global_batch_size),
             sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
             engine.meter.recent_grad_norms(record.step),
         )
-        if self._dossiers is not None:
-            self._dossiers.open(dossier)
-        return dossier
+        if self._spike_reports is not None:
+            self._spike_reports.open(spike_report)
+        return spike_report
 
-    def _add_steps_after(self, dossier: Dossier) -> None:
-        if self._dossiers is not None:
-            dossier.layer_grad_norm.update(self._engine.meter.recent_grad_norms(dossier.step + STEPS_AFTER))
-            self._dossiers.write(dossier)
+    def _add_steps_after(self, spike_report: SpikeReport) -> None:
+        if self._spike_reports is not None:
+            spike_report.layer_grad_norm.update(self._engine.meter.recent_grad_norms(spike_report.step + STEPS_AFTER))
+            self._spike_reports.write(spike_report)
 
 
 def is_news(spike: Spike, before: Spike | None) -> bool:
@@ -195,7 +197,7 @@ def is_news(spike: Spike, before: Spike | None) -> bool:
     Args:
         before: the step just before, where that was a spike.
     """
-    return before is None or Kind.not_finite in set(spike.verdict.kinds) - set(before.verdict.kinds)
+    return before is None or SpikeKind.not_finite in set(spike.judgement.kinds) - set(before.judgement.kinds)
 
 
 def shares(heartbeat: Heartbeat, record: StepRecord) -> dict[str, float]:
@@ -209,15 +211,15 @@ def steps_remembered(config: RunConfig) -> int:
     return 2 * (config.stability.window + config.train.save_interval)
 
 
-def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
+def logged_statistics(config: RunConfig, run_dir: Path, step: int) -> list[StepStatistics]:
     """Of the latest steps up to this one, as far as metrics.jsonl has them."""
     earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
     rows = list(islice(earlier, steps_remembered(config)))
-    return [_vitals_of(row, config.train.precision) for row in reversed(rows)]
+    return [_statistics_of(row, config.train.precision) for row in reversed(rows)]
 
 
-def _vitals_of(row: dict[str, Any], precision: Precision) -> Vitals:
+def _statistics_of(row: dict[str, Any], precision: Precision) -> StepStatistics:
     """Of a line of metrics.jsonl; it may be of an attempt with another precision."""
     is_fp16 = precision is Precision.fp16
     overflowed = is_fp16 and row["skipped"] and not row.get("spike")
-    return Vitals(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)
+    return StepStatistics(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)

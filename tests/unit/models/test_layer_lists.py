@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
-from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
@@ -113,9 +113,9 @@ def _names(case: Case) -> list[str]:
 def _starts(specs: Sequence[LayerSpec]) -> dict[str, tuple[str, ...]]:
     """What a stage takes that begins with each entry where one may begin, the first apart."""
     return {
-        f"{index} {spec.name}": tuple(field.name for field in spec.takes)
+        f"{index} {spec.name}": tuple(field.name for field in spec.stage_inputs)
         for index, spec in enumerate(specs)
-        if spec.takes is not None and index > 0
+        if spec.stage_inputs is not None and index > 0
     }
 
 
@@ -133,8 +133,8 @@ def test_entries_of_bert():
         "head_bias",
     ]
     specs = _specs(CASES["bert"])
-    assert specs[0].takes == (TOKENS, SEGMENTS, LENGTHS)
-    assert specs[5].takes == (Field("hidden", LENGTH), LENGTHS)
+    assert specs[0].stage_inputs == (TOKENS, SEGMENTS, LENGTHS)
+    assert specs[5].stage_inputs == (Field("hidden", LENGTH), LENGTHS)
     assert specs[0].tied == specs[8].tied == "embedding"
 
 
@@ -165,8 +165,8 @@ def test_entries_of_t5():
         "9 decoder.relative_bias": decoder,
         "11 decoder.relative_bias": decoder,
     }
-    assert specs[5].takes[:2] == (Field("hidden", LENGTH), Field("decoder_tokens", DECODER_LENGTH))
-    assert specs[9].takes[:2] == (Field("hidden", DECODER_LENGTH), Field("memory", LENGTH))
+    assert specs[5].stage_inputs[:2] == (Field("hidden", LENGTH), Field("decoder_tokens", DECODER_LENGTH))
+    assert specs[9].stage_inputs[:2] == (Field("hidden", DECODER_LENGTH), Field("memory", LENGTH))
     assert [spec.tied for spec in specs if spec.tied] == [
         "embedding",
         *2 * ["encoder_relative_bias"],
@@ -229,17 +229,17 @@ def test_stages_that_hand_on_what_they_take_are_the_whole_model(name: str):
     case = CASES[name]
     context = ParallelContext.single()
     specs = _specs(case, context)
-    bounds = [index for index, spec in enumerate(specs) if spec.takes is not None]
+    bounds = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
     stages = [_Stage(specs[start:stop]) for start, stop in zip(bounds, [*bounds[1:], len(specs)], strict=True)]
-    wires = [Wire(specs[start].takes, case.model.hidden_size, context) for start in bounds[1:]]
+    wires = [StageBoundary(specs[start].stage_inputs, case.model.hidden_size, context) for start in bounds[1:]]
     x = _inputs(case)
-    for stage, wire in zip(stages, wires, strict=False):
-        sent = wire.pack(stage(x))
+    for stage, boundary in zip(stages, wires, strict=False):
+        sent = boundary.pack(stage(x))
         parts = [sent] if isinstance(sent, Tensor) else sent
-        buffers = wire.empty(2, torch.float32, torch.device("cpu"))
+        buffers = boundary.empty(2, torch.float32, torch.device("cpu"))
         assert [(part.shape, part.dtype) for part in parts] == [(buffer.shape, buffer.dtype) for buffer in buffers]
         assert sum(part.is_floating_point() for part in parts) == 1
-        x = wire.unpack(sent)
+        x = boundary.unpack(sent)
     x = stages[-1](x)
     loss = _loss(x.logits, x.sequence_logits, context)
     loss.backward()

@@ -42,7 +42,7 @@ def built(model: ModelConfig, stages: int, tensor: int, *, next_sentence: bool) 
         inputs=inputs,
         next_sentence_head=next_sentence,
     )
-    starts = [index for index, spec in enumerate(specs) if spec.takes is not None and index > 0]
+    starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None and index > 0]
     bounds = stage_bounds(starts, len(specs), stages)
     parts = [FlatModel(specs[start:stop]) for start, stop in pairwise(bounds)]
     return [sum(parameter.numel() for parameter in part.parameters()) for part in parts]

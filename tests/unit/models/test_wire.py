@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_lite.models.activations import Activations, Wire
+from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.fields import Field
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
@@ -34,23 +34,23 @@ FIELDS = {
     ],
 )
 def test_round_trip(names: list[str], num_tensors: int) -> None:
-    wire = Wire([FIELDS[name][0] for name in names], HIDDEN, ParallelContext.single())
-    sent = wire.pack(Activations(**{name: FIELDS[name][1] for name in names}))
+    boundary = StageBoundary([FIELDS[name][0] for name in names], HIDDEN, ParallelContext.single())
+    sent = boundary.pack(Activations(**{name: FIELDS[name][1] for name in names}))
     tensors = [sent] if isinstance(sent, torch.Tensor) else list(sent)
     assert len(tensors) == num_tensors
     assert [t.is_floating_point() for t in tensors] == sorted((t.is_floating_point() for t in tensors), reverse=True)
-    received = wire.unpack(sent)
+    received = boundary.unpack(sent)
     for name, (_, tensor) in FIELDS.items():
         found = getattr(received, name)
         assert found is None if name not in names else torch.equal(found, tensor)
-    buffers = wire.empty(BATCH, torch.float32, torch.device("cpu"))
+    buffers = boundary.empty(BATCH, torch.float32, torch.device("cpu"))
     assert [(b.shape, b.dtype) for b in buffers] == [(t.shape, t.dtype) for t in tensors]
 
 
 def test_one_backward_pass_reaches_both_hidden_states() -> None:
     hidden, memory = (torch.rand(BATCH, length, HIDDEN, requires_grad=True) for length in (6, 8))
-    wire = Wire([Field("hidden", 6), Field("memory", 8)], HIDDEN, ParallelContext.single())
-    sent = wire.pack(Activations(hidden=hidden, memory=memory))
+    boundary = StageBoundary([Field("hidden", 6), Field("memory", 8)], HIDDEN, ParallelContext.single())
+    sent = boundary.pack(Activations(hidden=hidden, memory=memory))
     assert isinstance(sent, torch.Tensor)
     sent.backward(torch.arange(sent.numel(), dtype=torch.float32).view_as(sent))
     assert torch.equal(torch.cat([hidden.grad, memory.grad], 1), torch.arange(float(sent.numel())).view_as(sent))
@@ -58,14 +58,14 @@ def test_one_backward_pass_reaches_both_hidden_states() -> None:
 
 def test_slices_of_the_sequence() -> None:
     context = replace(ParallelContext.single(), topology=Topology(tensor_parallel_size=2), sequence_parallel=True)
-    wire = Wire([Field("hidden", 6), Field("memory", 8), Field("decoder_tokens", 2)], HIDDEN, context)
-    floats, integers = wire.empty(BATCH, torch.bfloat16, torch.device("cpu"))
+    boundary = StageBoundary([Field("hidden", 6), Field("memory", 8), Field("decoder_tokens", 2)], HIDDEN, context)
+    floats, integers = boundary.empty(BATCH, torch.bfloat16, torch.device("cpu"))
     assert floats.shape == (BATCH, 3 + 4, HIDDEN)
     assert integers.shape == (BATCH, 2), "tokens are not sliced"
-    assert wire.unpack((floats, integers)).memory.shape == (BATCH, 4, HIDDEN)
+    assert boundary.unpack((floats, integers)).memory.shape == (BATCH, 4, HIDDEN)
 
 
 def test_missing_field_is_named() -> None:
-    wire = Wire([Field("hidden", 6), Field("lengths")], HIDDEN, ParallelContext.single())
+    boundary = StageBoundary([Field("hidden", 6), Field("lengths")], HIDDEN, ParallelContext.single())
     with pytest.raises(AssertionError, match="takes lengths"):
-        wire.pack(Activations(hidden=FIELDS["hidden"][1]))
+        boundary.pack(Activations(hidden=FIELDS["hidden"][1]))

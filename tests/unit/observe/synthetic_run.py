@@ -127,7 +127,7 @@ class SyntheticRun:
         self.events.write("save", step, figures)
 
     def spike(self, step: int, *, action: str = "warn", text: str = "", checkpoint: int | None = None) -> None:
-        """The event of a step that was a spike, and its dossier."""
+        """The event of a step that was a spike, and its spike report."""
         usual = self.curve(step)
         judged = {
             "kinds": ["loss", "grad_norm"], "loss": usual + 4.1, "usual_loss": usual, "loss_deviations": 61.5,
@@ -136,7 +136,7 @@ class SyntheticRun:
         }  # fmt: skip
         name = f"spikes/step_{step:08d}.json"
         line = f"loss {usual + 4.1:.2f}, usual is {usual:.2f}; layers.3 jumped most"
-        self.events.write("spike", step, {**judged, "dossier": name, "text": line})
+        self.events.write("spike", step, {**judged, "spike_report": name, "text": line})
         first = (step - 1) * BATCH
         document = {"source": "web", "file": "web-0003.jsonl", "document": 1731, "first_token": 0, "tokens": 65,
                     "samples": [first + 7]}  # fmt: skip
@@ -150,14 +150,14 @@ class SyntheticRun:
             {"sample": first + 2, "loss": usual + 0.3, "documents": others[2:3], "text": words},
         ]
         norms = {str(at): self.layers(1.1, 1.0 if at == step else 0.0) for at in range(step - 2, step + 2)}
-        dossier = {
+        spike_report = {
             "step": step, **judged, "learning_rate": 2.8e-4, "samples": [[first, first + BATCH]],
             "documents": [document, *others], "sequences": sequences, "layer_grad_norm": norms,
             "checkpoint": None if checkpoint is None else f"step_{checkpoint:08d}",
         }  # fmt: skip
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(dossier))
+        path.write_text(json.dumps(spike_report))
 
     def roll_back(self, step: int, to_step: int) -> None:
         """From a spike to the checkpoint before it, and past the samples in between."""

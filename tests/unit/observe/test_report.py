@@ -15,7 +15,7 @@ from megatron_lite.observe.charts import MOST_POINTS, Series, chart, thinned
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.report import render, write_report
 from megatron_lite.observe.run_folder import RunFolder
-from megatron_lite.observe.spike_view import Dossier, ranges
+from megatron_lite.observe.spike_view import SpikeView, ranges
 from tests.unit.observe.synthetic_run import BATCH, HOSTILE, SyntheticRun, eventful_run
 
 
@@ -179,11 +179,13 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
     run.train(1, 4)
     for step in range(5, 9):
         run.metrics.write(step, run.figures(step, 0.0) | {"loss": math.nan, "grad_norm": math.inf})
-    run.events.write("spike", 5, {"kinds": ["not_finite"], "loss": math.nan, "usual_loss": 5.0, "dossier": "spikes/x"})
+    run.events.write(
+        "spike", 5, {"kinds": ["not_finite"], "loss": math.nan, "usual_loss": 5.0, "spike_report": "spikes/x"}
+    )
     page = render(RunFolder.read(tmp_path), "DIVERGED")
     assert "<b>nan</b>" in page
     assert "not finite" in page
-    assert "Its dossier is not there or cannot be read" in page
+    assert "Its spike report is missing or cannot be read" in page
     loss = figures_of(page)[0]["data"][0]
     assert loss["y"][4:] == [None] * 4
 
@@ -201,10 +203,10 @@ def test_the_reason_of_a_jobs_end_is_told(tmp_path: Path) -> None:
 
 def test_layers_without_a_number_have_jumped_most() -> None:
     norms = {"4": {"a": 1.0, "b": 2.0}, "5": {"a": 50.0, "b": math.nan}, "6": {"a": 1.0, "b": 2.0}}
-    dossier = Dossier.of({"step": 5}, {"layer_grad_norm": norms})
-    assert [row.jump for row in dossier.layers] == [50.0, math.inf]
-    assert dossier.largest is not None
-    assert dossier.largest.layer == "b"
+    spike_report = SpikeView.of({"step": 5}, {"layer_grad_norm": norms})
+    assert [row.jump for row in spike_report.layers] == [50.0, math.inf]
+    assert spike_report.largest is not None
+    assert spike_report.largest.layer == "b"
 
 
 def test_many_ranges_of_samples_are_counted() -> None:
@@ -214,7 +216,7 @@ def test_many_ranges_of_samples_are_counted() -> None:
 
 
 def test_only_the_latest_of_very_many_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MOST_DOSSIERS", 3)
+    monkeypatch.setattr(report, "MOST_SPIKE_REPORTS", 3)
     run = SyntheticRun(tmp_path, steps=9)
     for step in range(1, 8):
         run.spike(step)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.observe.heartbeat import Beat, Phase
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.hang.diagnosis import Finding, Kind, find_culprit, spell_ranks
+from megatron_lite.train.hang.diagnosis import Finding, HangKind, find_culprit, spell_ranks
 
 NOW = 10_000.0
 LIMIT = 90.0
@@ -51,7 +51,7 @@ def find(beats: dict[int, Beat]) -> Finding:
 def test_the_example_of_the_documentation() -> None:
     found = find(job(beat(5, Phase.DATA, call=None, seconds=91.5)))
     assert found.message == "rank 5 (node n1, tp1 pp0 dp2) has been in 'data' for 92 s; 15 others wait in step 418"
-    assert (found.kind, found.ranks, found.node, found.phase, found.step) == (Kind.BUSY, [5], "n1", "data", 418)
+    assert (found.kind, found.ranks, found.node, found.phase, found.step) == (HangKind.BUSY, [5], "n1", "data", 418)
     assert found.seconds == 92.0
 
 
@@ -75,7 +75,7 @@ def test_a_rank_that_waits_within_a_save_is_a_victim() -> None:
 
 def test_a_barrier_that_all_wait_at_has_no_culprit() -> None:
     found = find(job(phase=Phase.SAVE, call="barrier"))
-    assert (found.kind, found.node) == (Kind.BEHIND, None)
+    assert (found.kind, found.node) == (HangKind.BEHIND, None)
     assert found.message == (
         "all 16 ranks (nodes n1, n2) wait for each other in step 418 for 91 s: 16 in 'save' (barrier)"
     )
@@ -86,7 +86,7 @@ def test_a_stopped_rank_comes_before_one_that_works() -> None:
     assert found.message == (
         "rank 9 (node n2, tp1 pp1 dp0) has given no sign of life for 92 s; 15 others wait in step 418"
     )
-    assert (found.kind, found.node) == (Kind.SILENT, "n2")
+    assert (found.kind, found.node) == (HangKind.SILENT, "n2")
 
 
 def test_a_dead_node_is_named_once() -> None:
@@ -123,7 +123,7 @@ def test_a_rank_that_has_ended_is_waited_for() -> None:
 
 def test_someone_who_has_just_begun_to_work_is_not_accused() -> None:
     found = find(job(beat(4, Phase.DATA, call=None, seconds=0.01)))
-    assert found.kind is Kind.BEHIND
+    assert found.kind is HangKind.BEHIND
     found = find(job(beat(4, Phase.DATA, call=None, seconds=0.01), beat(5, Phase.FORWARD, call=None)))
     assert found.ranks == [5]
 
@@ -148,7 +148,7 @@ def test_ranks_at_the_same_work_are_named_together_longest_first() -> None:
 def test_all_ranks_at_the_same_work() -> None:
     found = find(job(phase=Phase.DATA, call=None))
     assert found.message == "all 16 ranks (nodes n1, n2) have been in 'data' for 91 s"
-    assert (found.kind, found.step) == (Kind.BUSY, 418)
+    assert (found.kind, found.step) == (HangKind.BUSY, 418)
 
 
 def test_the_earliest_step_is_furthest_behind() -> None:
@@ -157,7 +157,7 @@ def test_the_earliest_step_is_furthest_behind() -> None:
         "rank 7 (node n1, tp1 pp0 dp3) is furthest behind: in 'optimizer' (all_gather) of step 417 for 91 s; "
         "15 others wait in step 418"
     )
-    assert (found.kind, found.node) == (Kind.BEHIND, None)
+    assert (found.kind, found.node) == (HangKind.BEHIND, None)
 
 
 def test_a_stage_that_receives_is_a_victim() -> None:

@@ -15,9 +15,9 @@ from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.engine.hooks import PendingUpdate
 from megatron_lite.errors import DataError
 from megatron_lite.observe.metrics import METRICS_FILE
-from megatron_lite.observe.spikes import Kind, Verdict
-from megatron_lite.train.stability.spike_report import Dossier, Dossiers
-from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, is_news, logged_vitals, steps_remembered
+from megatron_lite.observe.spikes import Judgement, SpikeKind
+from megatron_lite.train.stability.spike_report import SpikeReport, SpikeReports
+from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, is_news, logged_statistics, steps_remembered
 
 HIGH = 2.0**16
 
@@ -37,7 +37,7 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
 def resumed(config: RunConfig, run_dir: Path, step: int) -> tuple[Watch, UpdateJudge]:
     judge = UpdateJudge(config)
     watch = Watch(config, SimpleNamespace(meter=Mock()), judge, Mock(), Mock(), None, [])
-    watch.remember(logged_vitals(config, run_dir, step))
+    watch.remember(logged_statistics(config, run_dir, step))
     return watch, judge
 
 
@@ -70,47 +70,47 @@ def test_the_loss_scale_of_an_earlier_precision_says_nothing(precision: Precisio
 def test_a_dropped_spike_is_no_overflow_in_the_record(tmp_path: Path) -> None:
     config = config_of(Precision.fp16)
     write_metrics(tmp_path, 2, skipped=True, spike=True)
-    assert not any(vitals.overflowed for vitals in logged_vitals(config, tmp_path, 2))
+    assert not any(statistics.overflowed for statistics in logged_statistics(config, tmp_path, 2))
     write_metrics(tmp_path, 2, skipped=True)
-    assert all(vitals.overflowed for vitals in logged_vitals(config, tmp_path, 2))
+    assert all(statistics.overflowed for statistics in logged_statistics(config, tmp_path, 2))
 
 
 def test_ranks_are_sent_no_more_than_is_remembered(tmp_path: Path) -> None:
     config = config_of(Precision.fp32)
     write_metrics(tmp_path, 1000)
-    found = logged_vitals(config, tmp_path, 900)
-    assert [vitals.step for vitals in found] == list(range(901 - steps_remembered(config), 901))
+    found = logged_statistics(config, tmp_path, 900)
+    assert [statistics.step for statistics in found] == list(range(901 - steps_remembered(config), 901))
 
 
 @pytest.mark.parametrize(
     ("before", "now", "told"),
     [
-        (None, [Kind.loss], True),
-        ([Kind.loss], [Kind.loss, Kind.grad_norm], False),
-        ([Kind.loss], [Kind.not_finite], True),
-        ([Kind.not_finite], [Kind.not_finite], False),
-        ([Kind.not_finite], [Kind.loss], False),
+        (None, [SpikeKind.loss], True),
+        ([SpikeKind.loss], [SpikeKind.loss, SpikeKind.grad_norm], False),
+        ([SpikeKind.loss], [SpikeKind.not_finite], True),
+        ([SpikeKind.not_finite], [SpikeKind.not_finite], False),
+        ([SpikeKind.not_finite], [SpikeKind.loss], False),
     ],
 )
-def test_what_is_told_of_spikes_in_a_row(before: list[Kind] | None, now: list[Kind], told: bool) -> None:
+def test_what_is_told_of_spikes_in_a_row(before: list[SpikeKind] | None, now: list[SpikeKind], told: bool) -> None:
     record = Mock()
-    earlier = None if before is None else Spike(record, Verdict(tuple(before)))
-    assert is_news(Spike(record, Verdict(tuple(now))), earlier) is told
+    earlier = None if before is None else Spike(record, Judgement(tuple(before)))
+    assert is_news(Spike(record, Judgement(tuple(now))), earlier) is told
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DataError("an index is damaged")])
-def test_a_dossier_that_cannot_be_written_ends_no_run(error: Exception, tmp_path: Path) -> None:
+def test_a_spike_report_that_cannot_be_written_ends_no_run(error: Exception, tmp_path: Path) -> None:
     result = SimpleNamespace(loss=9.0, grad_norm=1.0, loss_scale=1.0)
     record = SimpleNamespace(step=7, result=result, learning_rate=1e-3)
-    verdict = Verdict((Kind.loss,), 3.0, 12.0, 1.0, 0.0)
-    dossier = Dossier(record, verdict, "warn", 1, [0, 1], [9.0, 8.0], {})
+    judgement = Judgement((SpikeKind.loss,), 3.0, 12.0, 1.0, 0.0)
+    spike_report = SpikeReport(record, judgement, "warn", 1, [0, 1], [9.0, 8.0], {})
     trackers, console = Mock(), Mock()
     provenance = Mock()
     provenance.documents.side_effect = error
-    Dossiers(tmp_path, provenance, trackers, console, 4).open(dossier)
+    SpikeReports(tmp_path, provenance, trackers, console, 4).open(spike_report)
     lines = [call.args[0] for call in console.print.call_args_list]
     assert lines[0].endswith("the run goes on without it")
     assert lines[1].startswith("spike at step 7: loss 9.000, usually 3.000 (12 deviations); ")
     assert trackers.event.call_args.args[:2] == ("spike", 7)
     assert trackers.alert.call_count == 1
-    assert not (tmp_path / dossier.name).exists()
+    assert not (tmp_path / spike_report.name).exists()
