@@ -19,7 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -305,19 +305,11 @@ class Engine(ABC):
         """By global name, how far the tensor ranks' gradients of what each holds whole differ; as `full_gradients`."""
         return replica_differences(self.module, self.context, self._gradient)
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """This stage's fp32 weights by global name. A collective of the stage."""
-        return full_tensors(self.module, self.context, self._weight)
-
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise RuntimeError(f"{parameter.global_name} got no gradient")
         return gradient / self.loss_scale
-
-    def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        weight = safe_get_full_fp32_param(parameter)
-        return parameter if weight is None else weight  # ZeRO-0 keeps the weight itself in fp32
 
     @property
     def _stage_of_stages(self) -> tuple[int, int]:

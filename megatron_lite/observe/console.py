@@ -179,11 +179,6 @@ def forgive_output() -> None:
     sys.stdout, sys.stderr = cast(TextIO, Forgiving(_STDOUT)), cast(TextIO, Forgiving(_STDERR))
 
 
-def plain_console(output: TextIO | None = None) -> Console:
-    """A console over streams as they are, for tools and tests that redirect nothing; None = stdout."""
-    return Console(output if output is not None else sys.stdout, output if output is not None else sys.stderr)
-
-
 def _rich(file: TextIO) -> RichConsole:
     # Without force_terminal a FORCE_COLOR in the environment would put the moving bar into files and pipes.
     return RichConsole(

@@ -6,14 +6,12 @@ full tensors under global names ("layers.3.mlp.down.weight"), which no layout ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.rng import stable_hash
 
@@ -142,22 +140,3 @@ def _draw(spec: ShardSpec, seed: int) -> Tensor:
         pattern = torch.cat([torch.full((rows,), factor) for rows, factor in spec.init.row_scales])
         full.unflatten(0, (-1, len(pattern))).mul_(pattern.view(-1, *[1] * (full.dim() - 1)))
     return full
-
-
-@torch.no_grad()
-def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor], context: ParallelContext) -> None:
-    """Set every parameter of `module` to its slice of the full tensor of its global name.
-
-    Raises:
-        CheckpointError: a name is missing or a shape differs.
-    """
-    for parameter in module.parameters():
-        name, spec = parameter.global_name, parameter.shard_spec
-        if name not in tensors:
-            raise CheckpointError(f"the weights lack {name}; the model needs it with shape {spec.full_shape}")
-        full = tensors[name]
-        if tuple(full.shape) != spec.full_shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(full.shape)} in the weights, {spec.full_shape} in the model"
-            )
-        parameter.copy_(take_slice(full, spec, context.tensor_rank, context.tensor_size))

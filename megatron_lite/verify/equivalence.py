@@ -142,12 +142,18 @@ def synthetic_batches(
 
 
 def trace_layout(
-    config: RunConfig, context: ParallelContext, vocab_size: int, num_steps: int, *, updates: bool = False
+    config: RunConfig,
+    context: ParallelContext,
+    vocab_size: int,
+    num_steps: int,
+    *,
+    full_weights: Callable[[Engine], dict[str, torch.Tensor]] | None = None,
 ) -> Trace:
     """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks.
 
     Args:
-        updates: record them, too. They say little under Adam, whose updates forget the size of a gradient.
+        full_weights: of this rank's stage; None = updates of the weights are not recorded. They say little under Adam,
+            whose updates forget the size of a gradient.
     """
     vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
@@ -156,7 +162,7 @@ def trace_layout(
     hooks = EngineHooks(after_reduction=lambda engine: _record_first(engine, trace))
     first_batch = schedule.at(0).global_batch_size
     engine = build_engine(config, context, task, global_batch_size=first_batch, hooks=hooks)
-    before = engine.full_weights() if updates else {}
+    before = full_weights(engine) if full_weights else {}
     for step in range(num_steps):
         batch = schedule.at(step)
         num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
@@ -170,8 +176,8 @@ def trace_layout(
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
         trace.measures.append(dict(result.measures))
-    if updates:
-        trace.updates = {name: weight - before[name] for name, weight in engine.full_weights().items()}
+    if full_weights:
+        trace.updates = {name: weight - before[name] for name, weight in full_weights(engine).items()}
     return trace
 
 

@@ -41,6 +41,7 @@ from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
+from tests.full_tensors import full_weights
 
 
 def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
@@ -56,9 +57,9 @@ def updates_rank(
     found = []
     for config in configs:
         context = _context(config)
-        right = trace_layout(config, context, vocab_size, num_steps, updates=True)
+        right = trace_layout(config, context, vocab_size, num_steps, full_weights=full_weights)
         with planted(mutation):
-            found.append((right, trace_layout(config, context, vocab_size, num_steps, updates=True)))
+            found.append((right, trace_layout(config, context, vocab_size, num_steps, full_weights=full_weights)))
     return found
 
 
@@ -70,10 +71,10 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
     records = []
     for step in range(num_steps):
         first = step * batch_size
-        before = engine.full_weights()
+        before = full_weights(engine)
         batches = batches_from(first + context.data_rank * own * config.train.micro_batch_size, own)
         result = engine.train_step(batches, BatchStep(first, batch_size), 1e-3)
-        after = engine.full_weights()
+        after = full_weights(engine)
         changed = any(not torch.equal(before[name], after[name]) for name in before)
         records.append((result.skipped, result.loss_scale, changed))
     return records
@@ -86,9 +87,9 @@ def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, fl
     records = []
     for step in range(config.train.steps):
         batches = batches_from(0, batch_size // config.train.micro_batch_size)
-        before = engine.full_weights()
+        before = full_weights(engine)
         result = engine.train_step(batches, BatchStep(step * batch_size, batch_size), 1e-3)
-        moved = sum(float((after - before[name]).square().sum()) for name, after in engine.full_weights().items())
+        moved = sum(float((after - before[name]).square().sum()) for name, after in full_weights(engine).items())
         records.append((moved**0.5 / (1e-3 * result.grad_norm), result.loss_scale))
     return records
 

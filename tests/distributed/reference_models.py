@@ -22,8 +22,8 @@ from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import stored_form
-from megatron_lite.models.hf.tensors import from_stored, to_stored
 from megatron_lite.parallel.context import ParallelContext
+from tests.stored_tensors import from_stored, to_stored
 from tests.tiny_models import (
     BART,
     BERT,

@@ -18,9 +18,10 @@ from megatron_lite.models.norms import LayerNorm, RMSNorm
 from megatron_lite.models.positions import PositionTable
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_lite.parallel.sharding import Init, ShardSpec, load_full_tensors, set_global_names, take_slice
+from megatron_lite.parallel.sharding import Init, ShardSpec, set_global_names, take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
+from tests.full_tensors import load_full_tensors
 
 BATCH, SEQUENCE, IN, OUT, VOCAB, PADDED_VOCAB, HEAD = 3, 8, 12, 16, 13, 16, 3
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -14,10 +14,11 @@ from torch import Tensor
 from megatron_lite.config.schema import Recompute
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_lite.parallel.sharding import load_full_tensors, take_slice
+from megatron_lite.parallel.sharding import take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
 from tests.distributed.reference_models import CASES, VOCAB_SIZE, Case, Expected, batch_of, expected, total_loss
+from tests.full_tensors import load_full_tensors
 
 TOLERANCE = 1e-5  # largest difference, fp32; absolute for logits, a share of the largest entry for gradients
 TENSOR_PARALLEL_CASES = [

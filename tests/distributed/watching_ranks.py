@@ -13,6 +13,7 @@ from megatron_lite.engine.engine import Engine, StepResult
 from megatron_lite.engine.gradient_norms import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
 from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
+from tests.full_tensors import full_weights
 
 DROPPED_STEP = 3
 
@@ -43,10 +44,10 @@ def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
 
     engine, batches_from = synthetic_engine(config, vocab_size, EngineHooks(before_update=judge))
     for step in range(config.train.steps):
-        weights, state = engine.full_weights(), _state(engine)
+        weights, state = full_weights(engine), _state(engine)
         seen.results += train_steps(engine, batches_from, config, step, 1, measure_update=True)
         seen.layers.append(engine.meter.figures())
-        seen.expected_ratios.append(_ratios(weights, engine.full_weights()))
+        seen.expected_ratios.append(_ratios(weights, full_weights(engine)))
         size = config.train.global_batch_size
         seen.sequences.append(sequence_losses(engine.loss.sequences, engine.context, size))
         if step + 1 == DROPPED_STEP:

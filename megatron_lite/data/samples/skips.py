@@ -59,9 +59,6 @@ class Skips:
         gone = sum(min(window.stop, index) - window.first for window in self.windows[:ahead])
         return index - gone
 
-    def with_window(self, window: Window) -> Skips:
-        return Skips([*self.windows, window])
-
     def before(self, index: int) -> tuple[Window, ...]:
         """What is left out ahead of a global number."""
         return tuple(Window(one.first, min(one.stop, index)) for one in self.windows if one.first < index)

@@ -19,10 +19,10 @@ from megatron_lite.config.hf import NoCounterpart
 from megatron_lite.config.hf.headers import INDEX_FILE
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName, RunConfig
 from megatron_lite.models.hf import stored_form
-from megatron_lite.models.hf.tensors import to_stored
 from megatron_lite.models.stored import same_names
 from megatron_lite.parallel.context import ParallelContext
 from tests.distributed.reference_models import TOKEN_IDS, VOCAB_SIZE, Case, random_weights
+from tests.stored_tensors import to_stored
 from tests.unit.checkpoint.examples import STATE
 
 STEP = 100

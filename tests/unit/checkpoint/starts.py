@@ -18,9 +18,9 @@ from megatron_lite.config.derived import resolve
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.models.hf import stored_form
-from megatron_lite.models.hf.tensors import to_stored
 from megatron_lite.models.shapes import parameter_shapes
 from tests.distributed.reference_models import CASES, TOKEN_IDS, VOCAB_SIZE, Case, random_weights
+from tests.stored_tensors import to_stored
 
 SCRIPTS = {"gpt2": "gpt", "llama": "gpt", "bert": "bert", "roberta": "bert", "t5": "t5", "bart": "t5"}
 

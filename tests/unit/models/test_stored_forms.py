@@ -15,9 +15,9 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import NoCounterpart, find_name, locate, stored_form
-from megatron_lite.models.hf.tensors import from_stored, to_stored
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.parallel.context import ParallelContext
+from tests.stored_tensors import from_stored, to_stored
 from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
 
 VOCAB_SIZE = 61

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_lite.observe.console import Console, plain_console
+from megatron_lite.observe.console import Console
 from megatron_lite.observe.progress import (
     Progress,
     StepFigures,
@@ -18,6 +18,7 @@ from megatron_lite.observe.progress import (
     step_line,
     validation_line,
 )
+from tests.plain_console import plain_console
 
 FIGURES = StepFigures(loss=8.1234, grad_norm=1.2, tokens_per_second=12345.4, model_flops_utilization=0.1234)
 

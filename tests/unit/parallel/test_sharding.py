@@ -8,14 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import (
     Init,
     ShardSpec,
     initialise,
     join_slices,
-    load_full_tensors,
     mark,
     set_global_names,
     sharded_parameter,
@@ -106,19 +104,3 @@ def test_initial_weights_have_the_asked_distribution():
 
 def test_names_are_global():
     assert _initialised("layers.3", 1, _context(2)).matrix.global_name == "layers.3.matrix"
-
-
-def test_full_tensors_are_loaded_slice_by_slice():
-    layer = _initialised("a", 1, _context(2, rank=1))
-    full = {"a.matrix": torch.rand(8, 1000), "a.scale": torch.rand(8), "a.shift": torch.rand(8)}
-    load_full_tensors(layer, full, _context(2, rank=1))
-    assert torch.equal(layer.matrix, full["a.matrix"][4:])
-    assert torch.equal(layer.scale, full["a.scale"])
-
-
-def test_missing_and_misshapen_tensors_are_named():
-    layer, context = _initialised("a", 1, _context(1)), _context(1)
-    with pytest.raises(CheckpointError, match=r"lack a\.matrix"):
-        load_full_tensors(layer, {}, context)
-    with pytest.raises(CheckpointError, match=r"a\.matrix has shape \(2, 2\) in the weights, \(8, 1000\) in the model"):
-        load_full_tensors(layer, {"a.matrix": torch.zeros(2, 2)}, context)

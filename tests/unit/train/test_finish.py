@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.observe.console import plain_console
 from megatron_lite.train import finish
+from tests.plain_console import plain_console
 
 
 @pytest.mark.parametrize("name", ["report.html", "loss.png"])

@@ -25,7 +25,7 @@ BOUND_SECONDS = 60  # only to fail instead of hanging
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
-from megatron_lite.observe.console import plain_console
+from tests.plain_console import plain_console
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.parallel.topology import Topology
 from megatron_lite.observe.run_lock import SharedLock

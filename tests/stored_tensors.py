@@ -1,4 +1,4 @@
-"""Whole tensors through a stored form and back: for tests, for gradients and for models that fit one process."""
+"""Whole tensors through a stored form and back, in one process."""
 
 from __future__ import annotations
 
