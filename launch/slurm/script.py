@@ -15,13 +15,13 @@ from jinja2 import Environment, StrictUndefined
 
 from launch.base import LOOPBACK
 from launch.machine import PORTS
+from launch.scripts import CODE, is_installed
 from launch.slurm.verdict import NOTHING_LEFT
 from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
 from megatron_lite.config.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
-REPOSITORY = str(TEMPLATE.parents[2])
 TORCHRUN = ("-m", "torch.distributed.run")  # what `torchrun` runs, whatever the PATH holds
 TORCHRUN_OF_ONE_NODE = ("-m", "launch.slurm.node")  # the same, reachable from that node alone
 # A port that differs between jobs that share a node, and between a job's attempts should one be taken.
@@ -53,7 +53,7 @@ def batch_script(
         options=batch_options(config, run_dir),
         run_dir=str(run_dir),
         cwd=str(Path.cwd()),
-        repository=REPOSITORY,
+        code=None if is_installed() else str(CODE),
         python=sys.executable,
         grace_seconds=math.ceil(launcher.grace_seconds),
         modules=launcher.modules,
@@ -121,5 +121,6 @@ def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequenc
     begin = "exec"
     if _stays_on_node(config):
         counts.append(f"--local-addr={LOOPBACK}")  # else torchrun looks the node's name up
-        begin = f"PYTHONPATH={shlex.quote(REPOSITORY)}${{PYTHONPATH:+:$PYTHONPATH}} exec"
+        if not is_installed():
+            begin = f"PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}} exec"
     return f"{begin} {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

@@ -49,7 +49,7 @@ class LauncherConfig:
     # launcher=deepspeed
     hostfile: str | None = None
     """Lines `host slots=N`: deepspeed starts the ranks of all hosts from here. None = this machine only."""
-    # launcher=slurm; a preset of a site in conf/launcher/ is the place for what all its users share
+    # launcher=slurm; a preset of a site, conf/launcher/NAME.yaml, is the place for what all its users share
     time: str | None = None
     """Time limit of a job, such as 24:00:00 or 2-12:00:00; None = the partition's."""
     partition: str | None = None
