@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
-
 from launch.arguments import OPTIONS, SHORT
 from launch.scripts import description
 from megatron_lite import __version__
 from megatron_lite.config.keys import choices_text, shown
 from megatron_lite.config.preset_folders import PresetFolders, find_folders
-from megatron_lite.errors import ConfigError, library_edge
+from megatron_lite.config.presets import defaults_of
+from megatron_lite.errors import ConfigError
 
 WIDTH = 120
 BUILT_ON = ("torch", "deepspeed", "transformers", "hydra-core")
@@ -40,8 +39,8 @@ def general_help(verbs: Iterable[tuple[str, str]]) -> str:
     folders = find_folders()
     lines = ["usage: python -m launch SCRIPT [SETTING ...] [OPTION ...]", "       python -m launch COMMAND ..."]
     lines += ["(`megatron-lite` is the same as `python -m launch`)", "", "scripts"]
-    lines += _table((script, description(script)) for script in folders.scripts())
-    lines += ["", "commands", *_table(verbs), "", *_options(), "", SETTINGS, "presets", *_presets(folders, {})]
+    lines += table((script, description(script)) for script in folders.scripts())
+    lines += ["", "commands", *table(verbs), "", *_options(), "", SETTINGS, "presets", *_presets(folders, {})]
     return "\n".join(lines)
 
 
@@ -54,7 +53,7 @@ def script_help(script: str, program: str, conf: Path | None = None) -> str:
     """
     folders = find_folders(conf)
     lines = [f"usage: {program} [SETTING ...] [OPTION ...]", "", description(script), "", *_options(), "", SETTINGS]
-    lines += ["presets (* = what it starts from)", *_presets(folders, _starts_from(script, folders))]
+    lines += ["presets (* = what it starts from)", *_presets(folders, defaults_of(folders, script))]
     return "\n".join(lines)
 
 
@@ -88,7 +87,7 @@ def _options() -> list[str]:
         (f"{name} {option.value}".rstrip() + (f", {short[name]}" if name in short else ""), option.help)
         for name, option in OPTIONS.items()
     ]
-    return ["options", *_table(rows)]
+    return ["options", *table(rows)]
 
 
 def _presets(folders: PresetFolders, chosen: dict[str, str]) -> Iterator[str]:
@@ -96,26 +95,17 @@ def _presets(folders: PresetFolders, chosen: dict[str, str]) -> Iterator[str]:
         (group, ", ".join(f"*{name}" if chosen.get(group) == name else name for name in names))
         for group, names in folders.groups().items()
     )
-    return _table(rows)
+    return table(rows)
 
 
-def _starts_from(script: str, folders: PresetFolders) -> dict[str, str]:
-    """Group -> preset, of the script's primary configuration."""
-    file = folders.file(script)
-    assert file is not None, f"{script} is a script without a configuration"
-    with library_edge(ConfigError, f"{folders.where(script)} is not YAML", "correct it"):
-        entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", [])
-        return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Two columns; a long first one has a line of its own."""
+def table(rows: Iterable[tuple[str, str]], indent: int = 2, widest: int = 24) -> Iterator[str]:
+    """Two columns; a first one that is wider than `widest` has a line of its own."""
     rows = list(rows)
-    column = min(24, 4 + max((len(name) for name, _ in rows), default=0))
+    column = min(widest, indent + 2 + max((len(name) for name, _ in rows), default=0))
     for name, text in rows:
-        lines = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False) or [""]
-        if len(name) + 4 > column:
-            yield f"  {name}"
+        lines = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False, break_long_words=False) or [""]
+        if indent + len(name) + 2 > column:
+            yield " " * indent + name
         else:
-            yield f"  {name:<{column - 2}}{lines.pop(0)}".rstrip()
+            yield f"{'':<{indent}}{name:<{column - indent}}{lines.pop(0)}".rstrip()
         yield from (" " * column + line for line in lines)

@@ -22,6 +22,7 @@ TEXT = "tag:yaml.org,2002:str"
 NULL = "tag:yaml.org,2002:null"
 GLOBAL = "# @package _global_"
 LARGEST_BYTES = 2**20
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with libyaml
 
 
 def check_preset(path: Path, group: str = "") -> None:
@@ -59,7 +60,7 @@ def values_of(folders: PresetFolders, name: str) -> dict[str, str]:
     assert file is not None, f"there is no preset {name}"
     with library_edge(ConfigError, f"{shown_path(file)} is not YAML", "correct it"):
         content = file.read_text(encoding="utf-8")
-        root = yaml.compose(content, Loader=yaml.SafeLoader)
+        root = yaml.compose(content, Loader=FAST_LOADER)
     group = name.rpartition("/")[0]
     return {
         key: content[node.start_mark.index : node.end_mark.index].strip()
@@ -74,6 +75,20 @@ def keys_of(folders: PresetFolders, name: str, package: str) -> list[str]:
     if not own or package == own:
         return list(keys)
     return [".".join(filter(None, (package, key.removeprefix(f"{own}.")))) for key in keys]
+
+
+def defaults_of(folders: PresetFolders, name: str) -> dict[str, str]:
+    """Group -> preset, of the defaults list of an experiment or a primary configuration.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    file = folders.file(name)
+    assert file is not None, f"there is no preset {name}"
+    with library_edge(ConfigError, f"{shown_path(file)} is not YAML", "correct it"):
+        entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", [])
+        chosen = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+        return {group.removeprefix("override /"): str(preset) for group, preset in chosen if preset is not None}
 
 
 def comment_of(folders: PresetFolders, name: str) -> str:
