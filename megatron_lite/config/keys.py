@@ -210,8 +210,21 @@ def _describe(hint: Any) -> str:
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` is a slip of, or None: two names that share letters may well be of two things."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=LIKENESS_OF_SLIPS)
+    choices = list(choices)
+    swapped = next((choice for choice in choices if _is_swap(word, choice)), None)
+    if swapped is not None:  # a smaller likeness than that where the names are short
+        return swapped
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=LIKENESS_OF_SLIPS)
     return matches[0] if matches and word[:1] == matches[0][:1] else None
+
+
+def _is_swap(word: str, choice: str) -> bool:
+    """Whether the words differ by two neighbouring letters that changed places."""
+    differing = [i for i, (a, b) in enumerate(zip(word, choice, strict=False)) if a != b]
+    if len(word) != len(choice) or len(differing) != 2:
+        return False
+    first, second = differing
+    return second == first + 1 and (word[first], word[second]) == (choice[second], choice[first])
 
 
 def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:

@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (
-    "launch",
-    "megatron_lite",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    *(path.name for path in ROOT.glob("pretrain_*.py")),
-)
+SCRIPTS = [path.name for path in ROOT.glob("pretrain_*.py")]
+SOURCES = ["launch", "megatron_lite", "pyproject.toml", "README.md", "LICENSE", *SCRIPTS]
+KINDS = (".py", ".yaml", ".j2")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_preset_and_template_is_installed(installed: Path) -> None:
     for package in ("launch", "megatron_lite"):
-        ours = {
-            path.relative_to(ROOT) for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".yaml", ".j2")
-        }
+        ours = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*") if path.suffix in KINDS}
         assert {path for path in ours if not (installed / path).is_file()} == set()
 
 

@@ -55,11 +55,7 @@ def command(elsewhere: Path) -> Path:
         ("stat", ["stat"], ["status"]),
         ("pretrain_gpt model=gpt_", ["pretrain_gpt", "model", "=", "gpt_"], ["gpt_tiny"]),
         ("pretrain_gpt parallel=", ["pretrain_gpt", "parallel", "="], PresetFolders().groups()["parallel"]),
-        (
-            "pretrain_gpt optimizer.w",
-            ["pretrain_gpt", "optimizer.w"],
-            ["optimizer.warmup_steps=", "optimizer.weight_decay="],
-        ),
+        ("verify pretrain_gpt data.w", ["verify", "pretrain_gpt", "data.w"], ["data.weights="]),
     ],
 )
 def test_bash_is_given_what_replaces_the_last_part(
@@ -95,7 +91,7 @@ def test_every_key_can_be_reached() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["pretrain_gpt", "train.precision="], ["train.precision=bf16", "train.precision=fp16", "train.precision=fp32"]),
+        (["pretrain_gpt", "train.precision=f"], ["train.precision=fp16", "train.precision=fp32"]),
         (["pretrain_gpt", "debug="], ["debug=false", "debug=true"]),
         (["pretrain_gpt", "optimizer=adamw,s"], ["optimizer=adamw,sgd"]),
         (["pretrain_gpt", "train.steps="], []),
