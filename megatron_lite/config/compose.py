@@ -1,7 +1,7 @@
-"""From preset names and `key=value` words to a typed configuration, or to one error that lists every wrong word.
+"""From overrides, `group=preset` and `key=value`, to a typed configuration, or to one error that lists every wrong one.
 
 Hydra composes (`initialize_config_dir` and `compose`, never `@hydra.main`, which would give every rank a working folder
-of its own). It stops at the first wrong word, so the words are checked here before it sees them.
+of its own). It stops at the first wrong override, so they are checked here before it sees them.
 """
 
 from __future__ import annotations

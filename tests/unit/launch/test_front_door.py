@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_lite
-from launch.arguments import OF_HYDRA
+from launch.arguments import OF_HYDRA, OPTIONS
 from launch.cli import VERBS, main
 from launch.entry import run_script
 from launch.follow import COMMANDS as FOLLOW_COMMANDS
@@ -46,6 +47,12 @@ def test_verbs_are_all_there(run: Run) -> None:
     text = "\n".join(run("--help"))
     for name in [*VERBS, *PresetFolders().scripts()]:
         assert f"\n  {name} " in text
+
+
+def test_page_of_the_command_line_is_complete() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "command_line.md").read_text()
+    for name in (*VERBS, *OPTIONS, *VERBS["data"].choices, *VERBS["checkpoint"].choices):
+        assert re.search(rf"`(\w+ )?{name}\b", page), name
 
 
 @pytest.mark.parametrize("verb", VERBS)

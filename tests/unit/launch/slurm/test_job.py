@@ -140,6 +140,18 @@ def test_container_has_its_own_python() -> None:
     assert words[-1].startswith("exec python3 -m torch.distributed.run ")
 
 
+def test_installed_code_is_found_without_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """site-packages ahead of the standard library would shadow it, and a container has packages of its own."""
+    for module in ("script", "launcher"):
+        monkeypatch.setattr(f"launch.slurm.{module}.is_installed", lambda: True)
+    plan = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1")
+    assert "PYTHONPATH" not in text_of(plan)
+    assert f"\n  {sys.executable} -m launch.slurm.attempt " in text_of(plan)
+    assert str(ROOT / "pretrain_gpt.py") in node_words(plan)[-1]
+    in_container = node_words(plan_of("launcher.container=/i.sqsh"))[-1]
+    assert ' --master-port="$MASTER_PORT" -m pretrain_gpt --config ' in in_container
+
+
 def test_master_may_be_given() -> None:
     text = text_of(plan_of("launcher.master_address=10.0.0.1", "launcher.master_port=29500"))
     assert "export MASTER_ADDR=10.0.0.1\nexport MASTER_PORT=29500\n" in text
