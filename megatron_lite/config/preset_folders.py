@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config.keys import choices_text, shown
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, library_edge
 
 SHIPPED = Path(__file__).resolve().parents[1] / "conf"
 OWN = Path("conf")  # of the current folder
@@ -25,25 +25,23 @@ class PresetFolders:
 
     def scripts(self) -> list[str]:
         """Names of the entry scripts: each has a primary configuration of its own name."""
-        if not SHIPPED.is_dir():
-            raise ConfigError(f"{SHIPPED} is missing; install megatron_lite again (`pip install .` in its checkout)")
-        return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+        return sorted(path.stem for path in _files(SHIPPED))
 
     def groups(self) -> dict[str, list[str]]:
         """Group name -> names of its presets: `model` -> [`gpt2_124m`, ...]."""
         return {
-            group: sorted({path.stem for folder in self._folders() for path in (folder / group).glob("*.yaml")})
+            group: sorted({path.stem for folder in self._folders() for path in _files(folder / group)})
             for group in shipped_groups()
         }
 
     def file(self, name: str) -> Path | None:
         """The file of a preset (`model/gpt_tiny`) or of a primary configuration (`pretrain_gpt`); None = none."""
         files = (folder / f"{name}.yaml" for folder in self._folders())
-        return next((file for file in files if file.is_file()), None)
+        return next((file for file in files if os.path.isfile(file)), None)
 
     def is_own(self, name: str) -> bool:
         """Whether that file is the user's."""
-        return self.own is not None and (self.own / f"{name}.yaml").is_file()
+        return self.own is not None and os.path.isfile(self.own / f"{name}.yaml")
 
     def where(self, name: str) -> str:
         """That file in a message."""
@@ -55,6 +53,12 @@ class PresetFolders:
 
 
 def shipped_groups() -> list[str]:
+    """
+    Raises:
+        ConfigError: the package is not whole.
+    """
+    if not SHIPPED.is_dir():
+        raise ConfigError(f"{SHIPPED} is missing; install megatron_lite again (`pip install .` in its checkout)")
     return sorted(path.name for path in SHIPPED.iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
@@ -69,7 +73,7 @@ def find_folders(given: Path | None = None) -> PresetFolders:
         _require_presets(given, own)
         return PresetFolders(own)
     own = OWN.absolute()
-    return PresetFolders(own if own.is_dir() and own != SHIPPED and _holds_presets(own) else None)
+    return PresetFolders(own if own != SHIPPED and _holds_presets(own) else None)
 
 
 def _require_presets(given: Path, own: Path) -> None:
@@ -78,7 +82,8 @@ def _require_presets(given: Path, own: Path) -> None:
             f"--conf {shown(str(given))} is not a folder (looked from {Path.cwd()}); give one with presets"
         )
     groups = shipped_groups()
-    folders = sorted(path.name for path in own.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
+    with library_edge(ConfigError, f"--conf {given} cannot be read", "give a folder that you may read"):
+        folders = sorted(name for name in os.listdir(own) if os.path.isdir(own / name) and name[0] not in "._")
     problems = [
         f"--conf {given}: {shown(name)} is not a group of presets; {choices_text(name, groups)}"
         for name in folders
@@ -94,9 +99,13 @@ def _require_presets(given: Path, own: Path) -> None:
 
 def _holds_presets(own: Path) -> bool:
     """A folder named `conf` may well belong to another program."""
-    return any(any((own / group).glob("*.yaml")) for group in shipped_groups()) or any(
-        (own / path.name).is_file() for path in SHIPPED.glob("*.yaml")
-    )
+    names = [path.name for path in _files(SHIPPED)]
+    return any(_files(own / group) for group in shipped_groups()) or any(os.path.isfile(own / name) for name in names)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Presets in a folder; none in one that is not there, or that we may not read."""
+    return [path for path in folder.glob("*.yaml") if os.path.isfile(path)]
 
 
 def shown_path(file: Path) -> str:

@@ -56,10 +56,8 @@ def values_of(folders: PresetFolders, name: str) -> dict[str, str]:
     Raises:
         ConfigError: it is not YAML.
     """
-    file = folders.file(name)
-    assert file is not None, f"there is no preset {name}"
-    with library_edge(ConfigError, f"{shown_path(file)} is not YAML", "correct it"):
-        content = file.read_text(encoding="utf-8")
+    content = _content(folders, name)
+    with library_edge(ConfigError, f"{folders.where(name)} is not YAML", "correct it"):
         root = yaml.compose(content, Loader=FAST_LOADER)
     group = name.rpartition("/")[0]
     return {
@@ -83,20 +81,28 @@ def defaults_of(folders: PresetFolders, name: str) -> dict[str, str]:
     Raises:
         ConfigError: it is not YAML.
     """
-    file = folders.file(name)
-    assert file is not None, f"there is no preset {name}"
-    with library_edge(ConfigError, f"{shown_path(file)} is not YAML", "correct it"):
-        entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    content = _content(folders, name)
+    with library_edge(ConfigError, f"{folders.where(name)} is not YAML", "correct it"):
+        entries = (yaml.safe_load(content) or {}).get("defaults", [])
         chosen = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
         return {group.removeprefix("override /"): str(preset) for group, preset in chosen if preset is not None}
 
 
 def comment_of(folders: PresetFolders, name: str) -> str:
-    """The comment that a preset begins with."""
-    file = folders.file(name)
-    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
-    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    """The comment that a preset begins with.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    comments = itertools.takewhile(lambda line: line.startswith("#"), _content(folders, name).splitlines())
     return " ".join(line.lstrip("# ") for line in comments if GLOBAL not in line)
+
+
+def _content(folders: PresetFolders, name: str) -> str:
+    file = folders.file(name)
+    assert file is not None, f"there is no preset {name}"
+    with library_edge(ConfigError, f"{folders.where(name)} cannot be read", "write it in UTF-8"):
+        return file.read_text(encoding="utf-8")
 
 
 def _is_global(content: str) -> bool:

@@ -314,6 +314,14 @@ def test_folder_without_presets(
     assert caught.value.problems == [message.format(here=tmp_path)]
 
 
+def test_what_is_not_a_file_is_not_a_preset(own_conf: Path) -> None:
+    (own_conf / "model" / "folder.yaml").mkdir()
+    (own_conf / "model" / "dangling.yaml").symlink_to("nowhere")
+    (own_conf / "model" / "mine.yaml").write_text("hidden_size: 96")
+    assert set(find_folders().groups()["model"]) - set(PresetFolders().groups()["model"]) == {"mine"}
+    assert problems_of("model=folder")[0].startswith("model=folder is not a preset; choose one of ")
+
+
 def test_conf_of_another_program_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "conf" / "db").mkdir(parents=True)
     for name in ("config", "megatron_lite_schema", "db/model"):

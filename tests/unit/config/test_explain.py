@@ -103,6 +103,20 @@ def test_what_there_is_not(name: str, message: str) -> None:
     assert caught.value.problems == [message]
 
 
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"- 1\n- 2", b"", b"*a", b"model: {a: 1}\n--- 2"])
+def test_damaged_preset_of_the_user(tmp_path: Path, content: bytes) -> None:
+    """Of what is asked, an answer or one error that names the file."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(content)
+    for name in ("model", "model=mine", "model.hidden_size"):
+        message = f"{tmp_path}/model/mine.yaml "
+        try:
+            assert explain(name, PresetFolders(tmp_path))
+        except ConfigError as error:
+            message = str(error)
+        assert message.startswith(f"{tmp_path}/model/mine.yaml ")
+
+
 def test_an_entry_of_a_map_is_explained_as_the_map() -> None:
     assert explain("launcher.environment.NCCL_DEBUG", OURS) == explain("launcher.environment", OURS)
     assert as_word(None) == dict(explain("model.head_size", OURS))["default"]
