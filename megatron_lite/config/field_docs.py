@@ -16,9 +16,12 @@ from megatron_lite.config.schema import RunConfig
 @cache
 def field_docs() -> dict[str, str]:
     """Dotted key -> its docstring on one line; of a group that of its field, or else of its class."""
-    groups = {key: hint for key, hint in schema_keys().items() if isinstance(hint, type) and is_dataclass(hint)}
+    groups: dict[str, type] = {
+        key: hint for key, hint in schema_keys().items() if isinstance(hint, type) and is_dataclass(hint)
+    }
     found = {key: _on_one_line(hint.__doc__ or "") for key, hint in groups.items()}
-    for prefix, schema in {"": RunConfig, **groups}.items():
+    schemas: dict[str, type] = {"": RunConfig, **groups}
+    for prefix, schema in schemas.items():
         for name, text in _docs_of_fields(schema):
             found[f"{prefix}.{name}" if prefix else name] = text
     return found
