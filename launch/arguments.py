@@ -1,4 +1,4 @@
-"""The words of a command line: flags, a frozen file, and settings. Shared by `python -m launch` and the scripts."""
+"""What a command line says: options, a frozen file, and settings. Shared by `python -m launch` and the scripts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_lite.config.compose import available_scripts, preset_groups
-from megatron_lite.config.keys import nearest
+from megatron_lite.config.keys import nearest, shown
 from megatron_lite.errors import ConfigError
 
-FLAGS = ("--dry-run", "--debug", "--help")
 VERIFY_FLAG = "--verify"  # from `python -m launch verify` to the ranks that it starts
-
 EVALUATE_FLAG = "--evaluate"  # the same of `python -m launch evaluate`; the folder with the weights follows it
 ALL_FLAG = "--all"  # on each held-out sample once
 
 
+@dataclass(frozen=True)
+class Option:
+    """One that a run takes, beside its settings."""
+
+    help: str
+    value: str = ""
+    """What has to follow it; empty = nothing."""
+
+
+OPTIONS = {
+    "--dry-run": Option("print the plan (ranks, batch, parameters, the command) and start nothing"),
+    "--cfg": Option(
+        "print every setting with its value, as YAML, and where the value comes from; start nothing", "job"
+    ),
+    "--conf": Option(
+        "add presets of your own from this folder, such as DIR/model/NAME.yaml; without it from ./conf", "DIR"
+    ),
+    "--config": Option(
+        "take a run folder's frozen configuration instead of a script: repeats or resumes that run; settings behind it "
+        "change single values, such as train.steps",
+        "FILE",
+    ),
+    "--multirun": Option("start one run for each value of a sweep; values with commas are a sweep without it, too"),
+    "--debug": Option("show tracebacks of user errors"),
+    "--help": Option("show this text"),
+    "--version": Option("show the version of megatron_lite and of what it builds on"),
+}
+SHORT = {"-h": "--help", "-c": "--cfg", "-m": "--multirun"}
+# What people type who know Hydra's own command line, and what to type here.
+OF_HYDRA = {
+    "--config-dir": "presets of your own come with --conf DIR",
+    "-cd": "presets of your own come with --conf DIR",
+    "--config-path": "presets of your own come with --conf DIR",
+    "-cp": "presets of your own come with --conf DIR",
+    "--config-name": "name a script, such as pretrain_gpt, and choose presets with GROUP=PRESET",
+    "-cn": "name a script, such as pretrain_gpt, and choose presets with GROUP=PRESET",
+    "--resolve": "--cfg job shows resolved values; leave it out",
+    "--package": "--cfg job shows all groups; leave it out",
+    "-p": "--cfg job shows all groups; leave it out",
+    "--info": "use --cfg job for the values, --dry-run for the plan",
+    "-i": "use --cfg job for the values, --dry-run for the plan",
+    "--run": "leave it out; a run starts without it",
+    "-r": "leave it out; a run starts without it",
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """For commands with options of their own: answers a wrong argument in one line, with exit code 2."""
+    """For verbs with options of their own: answers a wrong argument in one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
@@ -29,12 +72,18 @@ class Parser(argparse.ArgumentParser):
 class Arguments:
     """What the user typed."""
 
-    words: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     """Settings and presets, `key=value`."""
+    script: str | None = None
+    """The first word that is neither an option nor an override."""
     config_file: Path | None = None
+    conf: Path | None = None
+    """The folder of the user's presets; None = `./conf`, if there is one."""
     dry_run: bool = False
+    show_config: bool = False
     debug: bool = False
     help: bool = False
+    version: bool = False
     verify: bool = False
     """Certify the layout instead of training."""
     evaluate: Path | None = None
@@ -43,71 +92,64 @@ class Arguments:
     """On each held-out sample once."""
 
 
-def parse(argv: list[str]) -> Arguments:
-    """Split a command line into flags and words.
+def parse(argv: list[str], *, names_script: bool = False) -> Arguments:
+    """Split a command line.
 
+    Args:
+        names_script: the first word that is no option and has no `=` is the script's name.
     Raises:
-        ConfigError: an unknown option, or `--config` without a file.
+        ConfigError: an unknown option, or one without its value.
     """
-    arguments, words = Arguments(), list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "--config" or word.startswith("--config="):
-            arguments.config_file = Path(_value(word, words))
-        elif word == EVALUATE_FLAG and words:
-            arguments.evaluate = Path(words.pop(0))
-        elif word == ALL_FLAG:
-            arguments.all = True
-        elif word == VERIFY_FLAG:
-            arguments.verify = True
-        elif word in FLAGS or word == "-h":
-            setattr(arguments, "help" if word == "-h" else word[2:].replace("-", "_"), True)
-        elif word.startswith("--"):
-            raise ConfigError(_unknown_option(word))
+    arguments, rest = Arguments(), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        name = SHORT.get(name, name)
+        if word == EVALUATE_FLAG and rest:
+            arguments.evaluate = Path(rest.pop(0))
+        elif word in (ALL_FLAG, VERIFY_FLAG):
+            setattr(arguments, word[2:], True)
+        elif name in OPTIONS:
+            _take(arguments, name, value if equals else None, rest)
+        elif word.startswith("--") or name in OF_HYDRA:
+            raise ConfigError(_unknown_option(name))
+        elif names_script and not equals and not word.startswith("-") and arguments.script is None:
+            arguments.script = word
         else:
-            arguments.words.append(word)
+            arguments.overrides.append(word)
     return arguments
 
 
-def _value(word: str, rest: list[str]) -> str:
-    value = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
-    if not value:
-        raise ConfigError("--config needs a file; give a config-*.yaml of a run folder")
-    return value
+def _take(arguments: Arguments, name: str, value: str | None, rest: list[str]) -> None:
+    """Note an option, with its value: `--conf DIR` or `--conf=DIR`."""
+    if not OPTIONS[name].value:
+        if value is not None:
+            raise ConfigError(f"{name}={shown(value)}: {name} takes no value; leave ={shown(value)} out")
+        if name != "--multirun":  # which says what commas have said already
+            setattr(arguments, name[2:].replace("-", "_"), True)
+        return
+    value = value if value is not None else (rest.pop(0) if rest else "")
+    if name == "--cfg":
+        if value != "job":
+            raise ConfigError(f"--cfg {shown(value)}".rstrip() + " is not possible; write --cfg job")
+        arguments.show_config = True
+    elif name == "--conf":
+        if not value:
+            raise ConfigError("--conf needs a folder; give one with presets of your own, such as --conf my_conf")
+        arguments.conf = Path(value)
+    else:
+        if not value:
+            raise ConfigError("--config needs a file; give a config-*.yaml of a run folder")
+        arguments.config_file = Path(value)
 
 
-def _unknown_option(word: str) -> str:
-    name = word.partition("=")[0]
-    guess = nearest(name, [*FLAGS, "--config"])
+def _unknown_option(name: str) -> str:
+    if name in OF_HYDRA:
+        return f"{name} is Hydra's, and not an option here; {OF_HYDRA[name]}"
+    guess = nearest(name, OPTIONS)
     if guess:
-        return f"{name} is not an option; did you mean {guess}?"
-    return f"{name} is not an option; options are {', '.join(FLAGS)}; settings are written key=value, without dashes"
-
-
-def usage(program: str) -> str:
-    """The help text: what can be typed, with all presets."""
-    groups = "\n".join(f"  {group:<11}{', '.join(presets)}" for group, presets in preset_groups().items())
-    return f"""usage: {program} [SETTING ...] [--dry-run] [--debug]
-
-  --config FILE   take a run folder's frozen configuration instead of a script: repeats or resumes that run; settings
-                  behind it change single values, such as train.steps
-  --dry-run       print the plan (ranks, batch, parameters, the command) and start nothing
-  --debug         show tracebacks of user errors
-
-settings
-  group=preset          choose a preset of a group, such as model=gpt2_124m
-  group.key=value       set one value, such as train.steps=1000 (all of them: megatron_lite/config/schema.py)
-  parallel=dpD_tpT_ppP  any layout, such as parallel=dp2_tp2_pp2
-  group.key=A,B         a sweep: one run for each value, also choice(A,B) and range(START,STOP,STEP)
-
-scripts: {", ".join(available_scripts())}
-`python -m launch verify SCRIPT [SETTING ...]` compares a layout with one process, gradient by gradient
-`python -m launch evaluate CHECKPOINT [SETTING ...] [--all] [--json]` tells loss and accuracy on held-out text
-`python -m launch status|logs|cancel|requeue RUN_FOLDER` follows a run and its jobs (`logs --follow`: to its end)
-`python -m launch report RUN_FOLDER [--out FILE]` draws a run on one page, whether it runs, has ended or was killed
-`python -m launch compare RUN_FOLDER RUN_FOLDER [--tolerance 1e-6] [--html FILE]` says where two runs part, and why
-`python -m launch trace RUN_FOLDER --step N [--text] [--json]` shows the documents that a step was trained on
-
-presets
-{groups}
-"""
+        return f"{shown(name)} is not an option; did you mean {guess}?"
+    return (
+        f"{shown(name)} is not an option; options are {', '.join(OPTIONS)}; settings are written key=value, without "
+        "dashes"
+    )

@@ -11,12 +11,11 @@ from typing import Protocol
 from launch.environment import ERROR_FILE, passed_environment, rank_environment
 from launch.machine import free_port
 from launch.nodes import NODES_PORT, is_loopback
+from launch.scripts import script_path
 from megatron_lite.config import frozen
 from megatron_lite.config.changes import Change
-from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.derived import spans_machines
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import LaunchError
 from megatron_lite.observe.run_lock import ATTEMPT
 
 LOOPBACK = "127.0.0.1"
@@ -47,6 +46,8 @@ class LaunchPlan:
     """Of this machine, once it is to be known; None = there is one machine, or all nodes are alike."""
     job: str = ""
     """What nodes of one job have in common and no other job has; empty where one machine starts everything."""
+    own_presets: tuple[str, ...] = ()
+    """The user's presets that are in it, and what they stand for."""
     changes: tuple[Change, ...] = ()
     """What differs from the configuration with which the run in this folder last ran, for --dry-run."""
     batch_script: Path | None = None
@@ -87,16 +88,6 @@ class Launcher(Protocol):
     def run(self, plan: LaunchPlan) -> int:
         """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
         128 + n for a signal."""
-
-
-def script_path(script: str) -> Path:
-    """The entry script of a name, beside `conf/`."""
-    path = CONF_DIR.parent / f"{script}.py"
-    if not path.is_file():
-        raise LaunchError(
-            f"{path} is missing; {script} has a configuration in conf/, but no script; bring the file back"
-        )
-    return path
 
 
 def make_plan(

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from launch.arguments import Arguments, parse, usage
+from launch.arguments import Arguments, parse
 from launch.environment import ERROR_FILE, apply, is_count, rank_environment, require_numbers, use_own_extensions_folder
 from launch.machine import choose_device, visible_gpus
 from launch.messages import error_text, leave_error
@@ -25,6 +25,7 @@ from launch.processes import die_with
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen, unwritable
+from megatron_lite.config.preset_folders import find_folders
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data import FOLDER_VARIABLE
@@ -76,11 +77,10 @@ def run_script(
     try:
         require_numbers(os.environ)
         arguments = parse(words)
-        if arguments.help:
-            print(usage(f"python {script}.py"))
-            return EXIT_OK
-        if arguments.dry_run:
-            return _dry_run(script, arguments)
+        if arguments.help or arguments.version:
+            return _show(script, arguments)
+        if arguments.dry_run or arguments.show_config:
+            return _ask_launcher(words if arguments.config_file else [script, *words])
         config = _frozen_config(arguments) if arguments.config_file else _own_config(script, arguments)
         debug = config.debug
         _enter(config)
@@ -134,19 +134,25 @@ def _rank() -> int:
     return int(value) if is_count(value) else 0
 
 
-def _dry_run(script: str, arguments: Arguments) -> int:
+def _show(script: str, arguments: Arguments) -> int:
+    from launch.usage import script_help, versions
+
+    if _rank() == 0:
+        print(versions() if arguments.version else script_help(script, f"python {script}.py", arguments.conf))
+    return EXIT_OK
+
+
+def _ask_launcher(argv: list[str]) -> int:
     from launch.cli import main  # the launcher's plan of the same settings
 
-    if _rank() != 0:
-        return EXIT_OK
-    return main([script, *arguments.words, "--dry-run"] + (["--debug"] if arguments.debug else []))
+    return main(argv) if _rank() == 0 else EXIT_OK
 
 
 def _frozen_config(arguments: Arguments) -> RunConfig:
     """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
     assert arguments.config_file is not None
-    if arguments.words:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
-        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(arguments.words)}")
+    if arguments.overrides:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
+        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(arguments.overrides)}")
     config = load_frozen(arguments.config_file)
     validate(config, _world_size(config))
     return replace(config, debug=config.debug or arguments.debug)
@@ -154,7 +160,7 @@ def _frozen_config(arguments: Arguments) -> RunConfig:
 
 def _own_config(script: str, arguments: Arguments) -> RunConfig:
     """Compose as the launcher would, for the world that torchrun or deepspeed has made, or for a world of one."""
-    config = compose(script, arguments.words)
+    config = compose(script, arguments.overrides, find_folders(arguments.conf))
     world_size = _world_size(config)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0

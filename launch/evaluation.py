@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.arguments import ALL_FLAG, EVALUATE_FLAG, Parser
 from launch.base import Launcher, LaunchPlan
-from launch.cli import resolve_for_this_machine
+from launch.launching import resolve_for_this_machine
 from launch.local import LocalLauncher
 from launch.machine import require_capacity
 from launch.preparation import Prepare
@@ -33,6 +33,7 @@ from megatron_lite.config.frozen import check_run_folder, from_containers, has_t
 from megatron_lite.config.hf.folder import CONFIG_FILE, Weights, read_weights
 from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
+from megatron_lite.config.preset_folders import PresetFolders, find_folders
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
 from megatron_lite.data.corpus.source_names import require_sources
@@ -76,10 +77,10 @@ def main(argv: Sequence[str]) -> int:
         MegatronLiteError: anything that the user can mend, as far as it is known before the ranks start.
     """
     arguments = _parser().parse_intermixed_args(argv)
-    words = arguments.settings
+    overrides = arguments.settings
     subject = find_subject(arguments.checkpoint)
-    config = replace(configured(subject, words), debug=arguments.debug)
-    is_own_text = all(override_key(word) not in TEXT for word in words)
+    config = replace(configured(subject, overrides, arguments.conf), debug=arguments.debug)
+    is_own_text = all(override_key(override) not in TEXT for override in overrides)
     if not is_own_text:
         require_sources(config.data)  # which the preparation would only say beside seconds of imports
     launcher = _launcher(config, _preparation(subject.fingerprint if is_own_text else None))
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="data.source=FILE evaluates on that text instead of what the run holds out; train.eval_batches=N, "
         "parallel=dp1, launcher=torchrun and the like",
     )
+    parser.add_argument("--conf", type=Path, metavar="DIR", help="presets of your own; ./conf if not given")
     parser.add_argument("--all", action="store_true", help="each held-out sample once, not train.eval_batches batches")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
@@ -170,16 +172,19 @@ def _of_transformers(folder: Path) -> Subject:
     return Subject(folder, compose(weights.script, [f"model.init_from={folder}"]), weights)
 
 
-def configured(subject: Subject, words: Sequence[str]) -> RunConfig:
+def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = None) -> RunConfig:
     """The resolved configuration of the ranks.
 
+    Args:
+        conf: the folder of the user's presets; None = `./conf`.
     Raises:
-        ConfigError: with every wrong word, or every setting that does not fit.
+        ConfigError: with every wrong override, or every setting that does not fit.
     """
-    keys = {override_key(word) for word in words}
-    _check_words(subject, keys)
-    config = _with_presets(_for_this_machine(subject.config), [word for word in words if override_key(word) in PRESETS])
-    config = change(config, [word for word in words if override_key(word) not in PRESETS])
+    keys = {override_key(override) for override in overrides}
+    _check_keys(subject, keys)
+    presets = [override for override in overrides if override_key(override) in PRESETS]
+    config = _with_presets(_for_this_machine(subject.config), presets, find_folders(conf))
+    config = change(config, [override for override in overrides if override not in presets])
     if config.launcher.name is LauncherName.slurm:
         raise ConfigError(
             "launcher.name=slurm cannot evaluate, for the answer would come when the job ends; use launcher=torchrun "
@@ -205,7 +210,7 @@ def _for_this_machine(config: RunConfig) -> RunConfig:
     return replace(config, launcher=launcher)
 
 
-def _check_words(subject: Subject, keys: set[str]) -> None:
+def _check_keys(subject: Subject, keys: set[str]) -> None:
     fixed = [key for key in sorted(keys) if key.partition(".")[0] == "model" and key != "model.vocab_pad_multiple"]
     if subject.weights.has_tokenizer:
         fixed += [key for key in OF_WEIGHTS if key in keys]
@@ -216,12 +221,12 @@ def _check_words(subject: Subject, keys: set[str]) -> None:
         raise ConfigError(problems)
 
 
-def _with_presets(config: RunConfig, words: Sequence[str]) -> RunConfig:
+def _with_presets(config: RunConfig, overrides: Sequence[str], folders: PresetFolders) -> RunConfig:
     """The configuration with whole groups replaced."""
-    if not words:
+    if not overrides:
         return config
-    composed = compose(config.script, list(words))
-    return replace(config, **{group: getattr(composed, group) for group in map(override_key, words)})
+    composed = compose(config.script, list(overrides), folders)
+    return replace(config, **{group: getattr(composed, group) for group in map(override_key, overrides)})
 
 
 def _with_text(config: RunConfig, subject: Subject, keys: set[str]) -> RunConfig:

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.base import LaunchPlan, script_path
+from launch.base import LaunchPlan
 from launch.environment import ERROR_FILE, passed_environment, rank_environment
 from launch.preparation import run_folder
+from launch.scripts import is_installed, script_path
 from launch.slurm import records, scheduler
 from launch.slurm.script import batch_script
 from megatron_lite.config import frozen
@@ -41,7 +42,7 @@ class SlurmLauncher:
             SHUTDOWN: str(math.ceil(config.launcher.grace_seconds)),
             **config.launcher.environment,
         }
-        rank_argv = [str(script_path(config.script)), "--config", str(config_file)]
+        rank_argv = [*_entry(config), "--config", str(config_file)]
         job_script = run_dir / records.SCRIPT_FILE
         text = batch_script(config, run_dir, environment, rank_argv, self._torchrun)
         return LaunchPlan(
@@ -62,6 +63,12 @@ class SlurmLauncher:
         with run_folder(plan):
             submit(plan.run_dir, plan.config.launcher.chain)
         return EXIT_OK
+
+
+def _entry(config: RunConfig) -> list[str]:
+    """How Python starts the entry script. A container has packages of its own: not those of this interpreter."""
+    script = script_path(config.script)
+    return ["-m", config.script] if config.launcher.container is not None and is_installed() else [str(script)]
 
 
 def submit(run_dir: Path, links: int) -> None:

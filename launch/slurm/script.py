@@ -15,13 +15,13 @@ from jinja2 import Environment, StrictUndefined
 
 from launch.base import LOOPBACK
 from launch.machine import PORTS
+from launch.scripts import CODE, is_installed
 from launch.slurm.verdict import NOTHING_LEFT
 from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
 from megatron_lite.config.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
-REPOSITORY = str(TEMPLATE.parents[2])
 TORCHRUN = ("-m", "launch.slurm.node")  # what `torchrun` runs, whatever the PATH holds
 # A port that differs between jobs that share a node, and between a job's attempts should one be taken.
 PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0}}) % {len(PORTS)}))"
@@ -52,7 +52,7 @@ def batch_script(
         options=batch_options(config, run_dir),
         run_dir=str(run_dir),
         cwd=str(Path.cwd()),
-        repository=REPOSITORY,
+        code=None if is_installed() else str(CODE),
         python=sys.executable,
         grace_seconds=math.ceil(launcher.grace_seconds),
         modules=launcher.modules,
@@ -117,7 +117,9 @@ def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequenc
     launcher = config.launcher
     counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
-    begin = f"PYTHONPATH={shlex.quote(REPOSITORY)}${{PYTHONPATH:+:$PYTHONPATH}} exec"
+    begin = "exec"
+    if not is_installed():
+        begin = f"PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}} exec"
     if _stays_on_node(config):
         counts.append(f"--local-addr={LOOPBACK}")  # else torchrun looks the node's name up
     return f"{begin} {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

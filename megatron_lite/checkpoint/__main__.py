@@ -25,27 +25,40 @@ from megatron_lite.checkpoint.inspection import (
 )
 from megatron_lite.checkpoint.retention import Kept, drop, examine, to_drop
 from megatron_lite.config.changes import table
+from megatron_lite.config.keys import require_command
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, CheckpointError, MegatronLiteError
 from megatron_lite.files import bytes_below, size_text
 from megatron_lite.observe.run_lock import Role, own_attempt, take
 
 EXIT_DIFFERENT = 1
 """Also of a checkpoint that differs from its manifest."""
+PROGRAM = "python -m megatron_lite.checkpoint"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command](arguments)
+        return run_command(argv)
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_lite.checkpoint", description="Look after checkpoints.")
+def run_command(argv: list[str], program: str = PROGRAM) -> int:
+    """
+    Args:
+        program: as which it was called.
+    Raises:
+        MegatronLiteError: what is wrong with the command or the checkpoints.
+    """
+    require_command(argv, COMMANDS, program)
+    arguments = _parser(program).parse_args(argv)
+    return COMMANDS[arguments.command](arguments)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Look after checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_command = commands.add_parser("inspect", help="show what is in a checkpoint")
     _add_path(inspect_command, "path")

@@ -124,7 +124,13 @@ SAFE = (
 
 
 def _always(text: str) -> Consequence:
-    return lambda before, after: text
+    return _described(lambda before, after: text, text)
+
+
+def _described(consequence: Consequence, text: str) -> Consequence:
+    """With the docstring that `on_resume` shows."""
+    consequence.__doc__ = text
+    return consequence
 
 
 def _masks(*dropouts: str) -> Consequence:
@@ -134,7 +140,7 @@ def _masks(*dropouts: str) -> Consequence:
         used = [name for name in dropouts if _dropout(before.model, name) or _dropout(after.model, name)]
         return f"other masks of {' and '.join(f'model.{name}' for name in used)} from here on" if used else ""
 
-    return consequence
+    return _described(consequence, "other dropout masks from here on, where there is dropout")
 
 
 def _dropout(model: ModelConfig, name: str) -> float:
@@ -148,12 +154,14 @@ _OF_POSITIONS = ("embedding_dropout", "hidden_dropout", "final_dropout")
 
 
 def _tensor_size(before: RunConfig, after: RunConfig) -> str:
-    """Each rank draws for its own attention heads, and under sequence parallelism for its own positions."""
+    """other dropout masks from here on, where there is dropout"""
+    # Each rank draws for its own attention heads, and under sequence parallelism for its own positions.
     cut = before.parallel.sequence_parallel or after.parallel.sequence_parallel
     return _masks("attention_dropout", *(_OF_POSITIONS if cut else ()))(before, after)
 
 
 def _steps(before: RunConfig, after: RunConfig) -> str:
+    """the learning rate decays until the new last step, unless optimizer.decay_steps is set"""
     optimizer = after.optimizer
     stretched = optimizer.decay_steps is None and optimizer.decay in (Decay.linear, Decay.cosine)
     if not stretched:
@@ -165,12 +173,14 @@ def _steps(before: RunConfig, after: RunConfig) -> str:
 
 
 def _decay_steps(before: RunConfig, after: RunConfig) -> str:
+    """the learning rate decays until this step"""
     ends = [one.optimizer.decay_steps or one.train.steps for one in (before, after)]
     decays = after.optimizer.decay in (Decay.linear, Decay.cosine)
     return f"the learning rate now decays until step {ends[1]:,}" if decays and ends[0] != ends[1] else ""
 
 
 def _precision(before: RunConfig, after: RunConfig) -> str:
+    """the loss scale of fp16 starts anew, or is dropped"""
     if after.train.precision is Precision.fp16:
         return f"fp16's loss scale starts at 2^{after.train.loss_scale.initial_power}"
     return "fp16's loss scale is dropped" if before.train.precision is Precision.fp16 else ""
@@ -178,12 +188,14 @@ def _precision(before: RunConfig, after: RunConfig) -> str:
 
 def _loss_scale(text: str) -> Consequence:
     both = Precision.fp16
-    return lambda before, after: text if before.train.precision is after.train.precision is both else ""
+    return _described(
+        lambda before, after: text if before.train.precision is after.train.precision is both else "", f"fp16: {text}"
+    )
 
 
 def _of_optimizer(name: OptimizerName, text: str) -> Consequence:
     """Where the setting is of one optimizer and others do not look at it."""
-    return lambda before, after: text if after.optimizer.name is name else ""
+    return _described(lambda before, after: text if after.optimizer.name is name else "", f"{name.value}: {text}")
 
 
 _SCHEDULE = "the schedule goes on with the new values from here"
@@ -193,11 +205,13 @@ _RATE = "this dropout has the new rate from here on"
 
 
 def _validation(before: RunConfig, after: RunConfig) -> str:
+    """validations are over another number of samples"""
     was, now = (one.train.eval_batches * one.train.global_batch_size for one in (before, after))
     return f"validation is over {now:,} samples instead of {was:,}" if was != now else ""
 
 
 def _batch(before: RunConfig, after: RunConfig) -> str:
+    """steps from here on take batches of the new size; validations are over as many more samples"""
     return "; ".join(filter(None, (_BATCH, _validation(before, after))))
 
 
@@ -291,6 +305,21 @@ DATA_KEYS = (
 """Matter by the tokens that they lead to: a change of one is none where the data keeps its fingerprint. The same file
 under another name, say, or a separator where no text file is read."""
 UNDECIDED = "the run goes on only with the tokens that it had, which shows when the data is ready"
+
+
+def on_resume(key: str) -> tuple[Grade, str]:
+    """What a run that goes on makes of another value of a setting, whatever the values are."""
+    if key in RESETS:
+        return Grade.resets, RESETS[key].__doc__ or ""
+    refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
+    if refusal is None:
+        return Grade.safe, "the run goes on with the new value"
+    text = refusal.rule
+    if key in DATA_KEYS:
+        text += "; another spelling of the same tokens is safe"
+    if refusal.weights_fit:
+        text += "; a new run can begin with the weights: model.init_from=CHECKPOINT"
+    return Grade.forbidden, text
 
 
 def grade_changes(

@@ -1,23 +1,30 @@
-"""From preset names and `key=value` words to a typed configuration, or to one error that lists every wrong word.
+"""From overrides, `group=preset` and `key=value`, to a typed configuration, or to one error that lists every wrong one.
 
 Hydra composes (`initialize_config_dir` and `compose`, never `@hydra.main`, which would give every rank a working folder
-of its own). It stops at the first wrong word, so the words are checked here before it sees them.
+of its own). It stops at the first wrong override, so they are checked here before it sees them.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigKeyError,
@@ -30,75 +37,125 @@ from yaml import YAMLError
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.hf.start import with_weights
 from megatron_lite.config.keys import (
+    choices_text,
     expects,
     get_value,
     has_container,
     is_map,
     leaf_keys,
-    nearest,
     schema_keys,
     shown,
+    unknown_key,
 )
-from megatron_lite.config.overrides import check_form, key_of, parse, read, unknown_key
+from megatron_lite.config.overrides import check_form, key_of, parse, read
+from megatron_lite.config.preset_folders import SHIPPED, PresetFolders, find_folders
 from megatron_lite.config.presets import check_preset
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+SCHEMA = "megatron_lite_schema"  # what primary configurations begin with
 EXPERIMENT = "experiment"  # the one group that may be left empty
 Setting = tuple[str, Any]  # a dotted key, and its value as OmegaConf takes it
 LAYOUT_NAME = re.compile(r"(?:dp(\d+)_?)?(?:tp(\d+)_?)?(?:pp(\d+))?")
 
 
-def compose(script: str, overrides: list[str], conf_dir: Path = CONF_DIR) -> RunConfig:
-    """The configuration of one run: `conf/<script>.yaml`, the presets it names, then the overrides.
+def compose(script: str, overrides: list[str], folders: PresetFolders | None = None) -> RunConfig:
+    """The configuration of one run: that of the script, the presets it names, then the overrides.
 
     Args:
         script: name of an entry script, without `.py`.
-        overrides: words such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value). The weights that
+        overrides: such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value). The weights that
             model.init_from names stand between presets and values.
+        folders: where presets lie; None = ours, and `./conf`.
     Returns:
         a typed configuration, complete but not yet validated; fields that are None are still to be derived.
     Raises:
-        ConfigError: with every unknown key, unknown preset and unreadable value among the words.
+        ConfigError: with every unknown key, unknown preset and unreadable value among the overrides.
     """
-    scripts = available_scripts(conf_dir)
+    choice = choose(script, overrides, folders or find_folders())
+    return with_weights(typed(choice), choice.explicit)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a command line chooses, read and checked."""
+
+    script: str
+    folders: PresetFolders
+    presets: tuple[str, ...]
+    """As Hydra takes them: `model=gpt2_124m`."""
+    settings: tuple[Setting, ...]
+
+    @property
+    def explicit(self) -> set[str]:
+        """Dotted keys of the single values."""
+        return {key for key, _ in self.settings}
+
+
+def choose(script: str, overrides: list[str], folders: PresetFolders) -> Choice:
+    """
+    Raises:
+        ConfigError: as `compose`.
+    """
+    scripts = folders.scripts()
     if script not in scripts:
-        raise ConfigError(f"{shown(script)!r} is not a script; {_choices(script, scripts)}")
-    groups = preset_groups(conf_dir)
+        raise ConfigError(f"{shown(script)!r} is not a script; {choices_text(script, scripts)}")
+    groups = folders.groups()
     presets: list[str] = []
     settings: list[Setting] = []
     problems: list[str] = []
-    for word in (word for text in overrides for word in _spell_out_layout(text, conf_dir)):
+    for override in (part for text in overrides for part in _spell_out_layout(text, groups)):
         try:
-            if key_of(word) in groups:
-                presets += _check_preset(word, groups, conf_dir)
+            if key_of(override) in groups:
+                presets += _check_preset(override, groups, folders)
             else:
-                settings += _check_setting(word, groups)
+                settings += _check_setting(override, groups)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    typed = _compose_checked(script, presets, settings, conf_dir)
-    require_form(typed, "model.init_from")
-    return with_weights(typed, {key for key, _ in settings})
+    return Choice(script, folders, tuple(presets), tuple(settings))
 
 
-def change(config: RunConfig, overrides: list[str], conf_dir: Path = CONF_DIR) -> RunConfig:
+def typed(choice: Choice) -> RunConfig:
+    """The presets and the values set; without the settings of weights.
+
+    Raises:
+        ConfigError: a YAML file or an interpolation is wrong.
+    """
+    with _conf_edge(choice.script, choice.folders):
+        composed = _composed(choice.script, choice.presets, choice.folders)
+        config = _to_typed(copy.deepcopy(composed), choice.settings)
+    require_form(config, "model.init_from")
+    return config
+
+
+def merged_presets(choice: Choice) -> list[tuple[str, str]]:
+    """(name, package) of every file that Hydra merges, a later one over an earlier one: (`model/gpt_tiny`, `model`)."""
+    with _conf_edge(choice.script, choice.folders), _hydra(choice.folders):
+        loader = GlobalHydra.instance().config_loader()
+        found = loader.compute_defaults_list(choice.script, list(choice.presets), RunMode.RUN)
+        names = [(one.config_path or "", one.package or "") for one in found.defaults]
+    return [(name, package) for name, package in names if choice.folders.file(name) is not None]
+
+
+def change(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A complete configuration with single values changed, such as `train.steps=1000`.
 
     Raises:
-        ConfigError: with every unknown key, unreadable value and preset among the words.
+        ConfigError: with every unknown key, unreadable value and preset among the overrides.
     """
-    groups = preset_groups(conf_dir)
+    groups = PresetFolders().groups()
     settings: list[Setting] = []
     problems: list[str] = []
-    for word in overrides:
+    for override in overrides:
         try:
-            if key_of(word) in groups:
-                raise ConfigError(f"{shown(word)} names a preset, which would replace a whole group; set single values")
-            settings += _check_setting(word, groups)
+            if key_of(override) in groups:
+                raise ConfigError(
+                    f"{shown(override)} names a preset, which would replace a whole group; set single values"
+                )
+            settings += _check_setting(override, groups)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -115,41 +172,25 @@ def override_key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
-def available_scripts(conf_dir: Path = CONF_DIR) -> list[str]:
-    """Names of the entry scripts: each has a primary configuration of its own name."""
-    if not conf_dir.is_dir():
-        raise ConfigError(f"{conf_dir} is missing; install megatron_lite from a checkout with `pip install -e .`")
-    return sorted(path.stem for path in conf_dir.glob("*.yaml"))
-
-
-def preset_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
-    """Group name -> names of its presets: `model` -> [`gpt2_124m`, ...]."""
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(conf_dir.iterdir())
-        if folder.is_dir()
-    }
-
-
-def _spell_out_layout(word: str, conf_dir: Path) -> Iterator[str]:
+def _spell_out_layout(override: str, groups: dict[str, list[str]]) -> Iterator[str]:
     """`parallel=dp3_tp1_pp2` without a file of that name means those three sizes, and 1 for one that is left out."""
-    key, _, name = word.lstrip("+").partition("=")
+    key, _, name = override.lstrip("+").partition("=")
     match = LAYOUT_NAME.fullmatch(name)
-    if key != "parallel" or match is None or not name or (conf_dir / "parallel" / f"{name}.yaml").exists():
-        yield word
+    if key != "parallel" or match is None or not name or name in groups[key]:
+        yield override
         return
     yield "parallel=single"
     for axis, size in zip(("data", "tensor", "pipeline"), match.groups(), strict=True):
         yield f"parallel.{axis}_parallel_size={size or 1}"
 
 
-def _check_preset(word: str, groups: dict[str, list[str]], conf_dir: Path) -> list[str]:
-    """The word as Hydra is to see it; none where it asks for no experiment."""
-    group, options = key_of(word), groups[key_of(word)]
-    override = parse(word)
-    if override.is_sweep_override():
-        raise ConfigError(f"{shown(word)} names several values for one run; start one run for each value")
-    value = override.value()
+def _check_preset(override: str, groups: dict[str, list[str]], folders: PresetFolders) -> list[str]:
+    """The override as Hydra is to see it; none where it asks for no experiment."""
+    group, options = key_of(override), groups[key_of(override)]
+    parsed = parse(override)
+    if parsed.is_sweep_override():
+        raise ConfigError(f"{shown(override)} names several values for one run; start one run for each value")
+    value = parsed.value()
     if value is None and group == EXPERIMENT:
         return []
     if isinstance(value, dict):
@@ -158,9 +199,11 @@ def _check_preset(word: str, groups: dict[str, list[str]], conf_dir: Path) -> li
     for name in names or [None]:
         if name not in options:
             wrong = "" if name is None else str(name)
-            raise ConfigError(f"{shown(word)} is not a preset; {_choices(wrong, options)}")
-        check_preset(conf_dir / group / f"{name}.yaml", group)
-    return [word.lstrip("+")]
+            raise ConfigError(f"{shown(override)} is not a preset; {choices_text(wrong, options)}")
+        file = folders.file(f"{group}/{name}")
+        assert file is not None, f"{group}/{name} is listed, but has no file"
+        check_preset(file, group)
+    return [override.lstrip("+")]
 
 
 def _check_setting(word: str, groups: dict[str, list[str]]) -> list[Setting]:
@@ -174,45 +217,59 @@ def _check_setting(word: str, groups: dict[str, list[str]]) -> list[Setting]:
     return read(word)
 
 
-def _choices(wrong: str, options: list[str]) -> str:
-    guess = nearest(wrong, options)
-    listed = f"choose one of {', '.join(options)}"
-    return f"did you mean {guess}? ({listed})" if guess else listed
-
-
 @cache
-def _register_schema() -> None:
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+def _register() -> None:
+    Plugins.instance().register(OwnPresets)
+    ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
 
 
-def _compose_checked(script: str, presets: list[str], settings: list[Setting], conf_dir: Path) -> RunConfig:
-    """Let Hydra compose the presets, and set values; what still fails lies in a YAML file or an interpolation."""
-    _register_schema()
-    with _conf_edge(script):
-        return _to_typed(copy.deepcopy(_composed(script, tuple(presets), conf_dir)), settings)
+_OWN_FOLDER: ContextVar[Path | None] = ContextVar("own_folder", default=None)
+
+
+class OwnPresets(SearchPathPlugin):
+    """Lets Hydra look into the user's folder first. `hydra.searchpath` would put it behind ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own = _OWN_FOLDER.get()
+        if own is not None:
+            search_path.prepend("presets of the user", f"file://{own}", anchor="main")
+
+
+@contextmanager
+def _hydra(folders: PresetFolders) -> Iterator[None]:
+    """Hydra, ready to compose."""
+    _register()
+    token = _OWN_FOLDER.set(folders.own)
+    try:
+        with initialize_config_dir(str(SHIPPED), version_base="1.3"):
+            yield
+    finally:
+        _OWN_FOLDER.reset(token)
 
 
 @lru_cache(maxsize=32)
-def _composed(script: str, presets: tuple[str, ...], conf_dir: Path) -> DictConfig:
+def _composed(script: str, presets: tuple[str, ...], folders: PresetFolders) -> DictConfig:
     """What Hydra makes of the presets, which takes most of the time; the runs of a sweep mostly share it. Only read."""
-    with initialize_config_dir(str(conf_dir), version_base="1.3"):
+    with _hydra(folders):
         return hydra_compose(script, overrides=list(presets))
 
 
 @contextmanager
-def _conf_edge(script: str = "the configuration") -> Iterator[None]:
+def _conf_edge(script: str = "", folders: PresetFolders | None = None) -> Iterator[None]:
     """Whatever Hydra, OmegaConf or YAML raises becomes a ConfigError; of what they are known to say, a better one."""
-    with library_edge(ConfigError, f"conf/{script}.yaml and its presets cannot be composed", "see the files of conf/"):
+    folders = folders or PresetFolders()
+    where = folders.where(script) if script else "the configuration"
+    with library_edge(ConfigError, f"{where} and its presets cannot be composed", "correct these files"):
         try:
             yield
         except ConfigCompositionException as error:
-            raise _composition_error(error) from error
+            raise _composition_error(error, folders) from error
         except HydraException as error:
-            raise ConfigError(f"conf/{script}.yaml: {_one_line(error)}; correct the file") from error
+            raise ConfigError(f"{where}: {_one_line(error)}; correct the file") from error
         except OmegaConfBaseException as error:
-            raise _interpolation_error(error, script) from error
+            raise _interpolation_error(error, script or where) from error
         except YAMLError as error:
-            raise ConfigError(f"conf/ holds a file that is not YAML: {_one_line(error)}; correct it") from error
+            raise ConfigError(f"{where}, or one of its presets, is not YAML: {_one_line(error)}; correct it") from error
 
 
 def _interpolation_error(error: OmegaConfBaseException, script: str) -> ConfigError:
@@ -222,7 +279,7 @@ def _interpolation_error(error: OmegaConfBaseException, script: str) -> ConfigEr
     return ConfigError(text)
 
 
-def _to_typed(composed: DictConfig, settings: list[Setting]) -> RunConfig:
+def _to_typed(composed: DictConfig, settings: Iterable[Setting]) -> RunConfig:
     with open_dict(composed):
         for key, value in settings:
             OmegaConf.update(composed, key, value, merge=True)
@@ -238,12 +295,12 @@ def _to_typed(composed: DictConfig, settings: list[Setting]) -> RunConfig:
     return config
 
 
-def _composition_error(error: ConfigCompositionException) -> ConfigError:
+def _composition_error(error: ConfigCompositionException, folders: PresetFolders) -> ConfigError:
     """Hydra names the file and the key in its text only: keep the file, add the suggestion."""
     text = str(error)
     file = re.search(r"In '([^']+)'", text)
     key = re.search(r"full_key: (\S+)", text)
-    where = f"conf/{file.group(1)}.yaml: " if file else ""
+    where = f"{folders.where(file.group(1))}: " if file else ""
     if key and ("not in '" in text or isinstance(error.__cause__, ConfigKeyError)):
         return ConfigError(where + str(unknown_key(key.group(1))))
     if key and key.group(1) in schema_keys():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.errors import ConfigError
 
 LIKENESS_OF_SLIPS = 0.8  # two letters swapped, one missing or one too many in names of five letters and more
 LONGEST_SHOWN = 160  # characters of a value in a message
@@ -210,8 +211,21 @@ def _describe(hint: Any) -> str:
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` is a slip of, or None: two names that share letters may well be of two things."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=LIKENESS_OF_SLIPS)
+    choices = list(choices)
+    swapped = next((choice for choice in choices if _is_swap(word, choice)), None)
+    if swapped is not None:  # a smaller likeness than that where the names are short
+        return swapped
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=LIKENESS_OF_SLIPS)
     return matches[0] if matches and word[:1] == matches[0][:1] else None
+
+
+def _is_swap(word: str, choice: str) -> bool:
+    """Whether the words differ by two neighbouring letters that changed places."""
+    differing = [i for i, (a, b) in enumerate(zip(word, choice, strict=False)) if a != b]
+    if len(word) != len(choice) or len(differing) != 2:
+        return False
+    first, second = differing
+    return second == first + 1 and (word[first], word[second]) == (choice[second], choice[first])
 
 
 def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
@@ -238,3 +252,34 @@ def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
         return inside[0]
     best = max([*leaf_keys(), *(() if "." in key else also)], key=likeness)
     return best if likeness(best) >= 0.6 else None
+
+
+def choices_text(wrong: str, options: Iterable[str]) -> str:
+    """The remedy of a name that is none of the options: the nearest one, and all of them."""
+    options = list(options)
+    guess = nearest(wrong, options)
+    listed = f"choose one of {', '.join(options)}"
+    return f"did you mean {guess}? ({listed})" if guess else listed
+
+
+def require_command(argv: Sequence[str], commands: Iterable[str], program: str) -> None:
+    """Refuse a mistyped command of a program that has several.
+
+    Raises:
+        ConfigError: with the command that it is a slip of.
+    """
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise ConfigError(f"{shown(argv[0])} is not a command of `{program}`; {choices_text(argv[0], commands)}")
+
+
+def unknown_key(key: str, also: Iterable[str] = ()) -> ConfigError:
+    """The error of a key that no setting has.
+
+    Args:
+        also: further right keys, such as the names of groups.
+    """
+    suggestion = nearest_key(key, also)
+    if suggestion is None:
+        wrong = shown(key) or repr(key)
+        return ConfigError(f"{wrong} is not a setting; `python -m launch explain` lists all of them")
+    return ConfigError(f"{shown(key)} is not a setting; did you mean {suggestion}?")

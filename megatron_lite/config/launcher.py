@@ -20,7 +20,10 @@ class Rendezvous(StrEnum):
 
 @dataclass
 class LauncherConfig:
+    """Who starts the processes of a run, and where."""
+
     name: LauncherName = LauncherName.local
+    """Who starts the ranks."""
     num_processes: int | None = None
     """Processes to start; None = nodes x processes_per_node where that is given, else data x tensor x pipeline, or one
     per visible GPU where data is None."""
@@ -44,17 +47,21 @@ class LauncherConfig:
     node_rank: int | None = None
     """Of this machine among `nodes`; None = 0 on one machine, NODE_RANK or GROUP_RANK of the environment on several."""
     rendezvous: Rendezvous = Rendezvous.static
+    """How the nodes of torchrun meet."""
     rendezvous_id: str | None = None
     """Of c10d: tells jobs with one endpoint apart; None = from the run folder."""
     # launcher=deepspeed
     hostfile: str | None = None
     """Lines `host slots=N`: deepspeed starts the ranks of all hosts from here. None = this machine only."""
-    # launcher=slurm; a preset of a site in conf/launcher/ is the place for what all its users share
+    # launcher=slurm; a preset of a site, conf/launcher/NAME.yaml, is the place for what all its users share
     time: str | None = None
     """Time limit of a job, such as 24:00:00 or 2-12:00:00; None = the partition's."""
     partition: str | None = None
+    """Of Slurm; None = the default of the cluster."""
     account: str | None = None
+    """Of Slurm, which the time is charged to; None = your default."""
     qos: str | None = None
+    """Quality of service of Slurm; None = the default of your account."""
     job_name: str | None = None
     """None = the run folder's name."""
     chain: int = 1

@@ -31,6 +31,7 @@ from megatron_lite.config.keys import (
     schema_keys,
     shown,
     text_shape,
+    unknown_key,
 )
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
@@ -286,19 +287,6 @@ def _checked_part(key: str, value: Any) -> list[tuple[str, Any]]:
     if key not in schema_keys():
         raise unknown_key(key)
     return _checked(key, value, f"{key}={'null' if value is None else value}")
-
-
-def unknown_key(key: str, also: Any = ()) -> ConfigError:
-    """The error of a key that no setting has.
-
-    Args:
-        also: further right words, such as the names of groups.
-    """
-    suggestion = nearest_key(key, also)
-    if suggestion is None:
-        wrong = shown(key) or repr(key)
-        return ConfigError(f"{wrong} is not a setting; megatron_lite/config/schema.py explains all of them")
-    return ConfigError(f"{shown(key)} is not a setting; did you mean {suggestion}?")
 
 
 def accepts(key: str, value: Any) -> bool:

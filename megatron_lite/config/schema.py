@@ -1,8 +1,8 @@
 """The one source of every setting: typed, documented, and free of torch.
 
 A `RunConfig` is composed by Hydra (`compose.py`), completed (`derived.py`), checked as a whole (`validate.py`), and
-written once into the run folder (`frozen.py`). YAML files under `conf/` hold values only; what they mean stands here,
-below each field.
+written once into the run folder (`frozen.py`). YAML files under `megatron_lite/conf/` hold values only; what they mean
+stands here, below each field.
 
 Sizes are in elements, batches in sequences, times in seconds. `None` means "derived": the field says from what.
 """
@@ -120,12 +120,15 @@ class ModelConfig:
     first step: `auto` where it is installed and the model fits in this machine's memory, `always` (also takes a
     config.json with keys that we do not know), or `never`."""
     architecture: Architecture = Architecture.decoder
+    """Which positions see which: one stack of causal or of bidirectional layers, or two stacks."""
     num_layers: int = 4
     """Of the only stack, or of the encoder."""
     num_decoder_layers: int | None = None
     """Of the decoder of an encoder_decoder; None = num_layers."""
     hidden_size: int = 128
+    """Width of the residual stream."""
     num_attention_heads: int = 4
+    """Query heads of each attention."""
     num_query_groups: int | None = None
     """Key/value heads; None = one per attention head (multi-head), 1 = multi-query."""
     head_size: int | None = None
@@ -139,15 +142,21 @@ class ModelConfig:
     vocab_pad_multiple: int = 128
     """The embedding has a multiple of this x tensor_parallel_size rows (Megatron's make-vocab-size-divisible-by)."""
     normalization: Normalization = Normalization.layernorm
+    """Kind of all norms."""
     norm_placement: NormPlacement = NormPlacement.pre
+    """Where the norms of a block stand."""
     norm_epsilon: float = 1e-5
+    """Added to the variance, or mean square, under the root of each norm."""
     embedding_norm: bool = False
     """Normalise the sum of the embeddings (BERT, RoBERTa, BART)."""
     activation: Activation = Activation.gelu_tanh
+    """Of the MLP; swiglu and geglu are gated, with a third matrix."""
     position_embedding: PositionEmbedding = PositionEmbedding.learned
+    """How attention knows where a token stands."""
     position_offset: int = 0
     """Unused rows of the learned position table ahead of position 0 (RoBERTa, BART: 2)."""
     rotary_base: float = 10000.0
+    """Of position_embedding=rotary: base of the wavelengths (theta)."""
     relative_buckets: int = 32
     """Of relative positions: distances that are told apart; half of them for each direction in an encoder."""
     relative_max_distance: int = 128
@@ -159,6 +168,7 @@ class ModelConfig:
     attention_scale: bool = True
     """Divide attention scores by sqrt(head_size); T5 does not."""
     mlp_bias: bool = True
+    """Biases of the matrices of the MLP."""
     tie_embeddings: bool = True
     """The output head uses the word embedding's weight."""
     scale_tied_head: bool = False
@@ -168,6 +178,7 @@ class ModelConfig:
     head_bias: bool = False
     """A bias on the logits (BERT, RoBERTa)."""
     embedding_dropout: float = 0.0
+    """On the sum of the embeddings."""
     attention_dropout: float = 0.0
     """On attention probabilities."""
     hidden_dropout: float = 0.0
@@ -177,6 +188,7 @@ class ModelConfig:
     final_dropout: float = 0.0
     """On the output of each stack, behind its last norm (T5)."""
     init: InitScheme = InitScheme.normal
+    """How the first weights are drawn."""
     init_std: float = 0.02
     """Of init=normal and init=plain."""
 
@@ -186,7 +198,9 @@ class ParallelConfig:
     """The layout. world_size = data x tensor x pipeline."""
 
     tensor_parallel_size: int = 1
+    """Ranks that split each layer: heads, MLP width and vocabulary."""
     pipeline_parallel_size: int = 1
+    """Stages that split the list of layers."""
     data_parallel_size: int | None = None
     """None = number of processes / (tensor x pipeline)."""
     sequence_parallel: bool = False
@@ -254,6 +268,7 @@ class ObjectiveConfig:
     """What the model is trained to predict. Defaults are those of the papers; each objective reads its own fields."""
 
     name: ObjectiveName = ObjectiveName.causal_lm
+    """Which objective; each script trains those of its architecture."""
     masked_fraction: float = 0.15
     """masked_lm, masked_lm_nsp (BERT, arXiv 1810.04805): share of positions that are predicted."""
     mask_token_fraction: float = 0.8
@@ -296,7 +311,10 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer and the schedule of its learning rate."""
+
     name: OptimizerName = OptimizerName.adamw
+    """Which optimizer; adafactor needs ZeRO-0."""
     learning_rate: float = 3e-4
     """Peak, after warm-up."""
     min_learning_rate: float = 3e-5
@@ -304,11 +322,15 @@ class OptimizerConfig:
     warmup_steps: int = 10
     """Steps of linear growth from 0 to learning_rate."""
     decay: Decay = Decay.cosine
+    """Shape of the learning rate behind the warm-up."""
     decay_steps: int | None = None
     """Step at which min_learning_rate is reached; None = train.steps."""
     beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
+    """Decay rate of AdamW's second moment."""
     epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     momentum: float = 0.0
     """Of SGD."""
     weight_decay: float = 0.1
@@ -343,10 +365,13 @@ class LossScaleConfig:
     hysteresis: int = 2
     """Overflows before the scale halves."""
     minimum: int = 1
+    """Smallest scale; it halves no further."""
 
 
 @dataclass
 class TrainConfig:
+    """Steps, batches, precision, checkpoints and the run folder."""
+
     steps: int = 300
     """Optimizer steps of the whole run."""
     micro_batch_size: int = 4
@@ -355,7 +380,9 @@ class TrainConfig:
     """Sequences of one optimizer step, over all ranks."""
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     seed: int = 1234
+    """Of the first weights, the order of the data and dropout."""
     precision: Precision = Precision.fp32
+    """Of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
@@ -376,6 +403,7 @@ class TrainConfig:
     generate_tokens: int = 40
     """Tokens of the sample that the summary shows; 0 = none."""
     generate_prompt: str = "def "
+    """What the sample of the summary begins with."""
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>. The same folder resumes, under any layout."""
     max_non_finite_steps: int = 3
@@ -386,13 +414,18 @@ class TrainConfig:
 
 @dataclass
 class TrackingConfig:
+    """What of a run is shown, drawn and reported."""
+
     progress: bool = True
     """Show the progress bar (a plain line per log_interval where the output is no terminal)."""
     wandb: WandbMode = WandbMode.disabled
+    """Report to Weights & Biases."""
     wandb_project: str = "megatron_lite"
+    """Project of wandb that the run belongs to."""
     wandb_name: str | None = None
     """None = the run folder's name."""
     tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder."""
     plot: bool = True
     """Draw loss.png at the end, and write report.html."""
 

@@ -18,6 +18,7 @@ class StabilityConfig:
     come in moves neither, where it would move a mean and widen a standard deviation."""
 
     on_spike: OnSpike = OnSpike.warn
+    """What is done about a spike."""
     window: int = 128
     """Latest usual steps that are looked at: as many as in OLMo-core."""
     min_steps: int = 16

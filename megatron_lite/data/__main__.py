@@ -15,7 +15,9 @@ from pathlib import Path
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import load_frozen
+from megatron_lite.config.keys import require_command
 from megatron_lite.config.lengths import TRAINED_SENTINELS
+from megatron_lite.config.preset_folders import find_folders
 from megatron_lite.config.schema import ObjectiveName, RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.shards.inspection import describe_folder, describe_pair
@@ -24,27 +26,41 @@ from megatron_lite.data.shards.prepared import MANIFEST
 from megatron_lite.data.tokenizer.needs import add_tokens, names_text
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 
+PROGRAM = "python -m megatron_lite.data"
+
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     if argv[:1] == ["trace"]:  # runs and objectives belong to rooms above this one
         return subprocess.run([sys.executable, "-m", "launch", *argv], check=False).returncode
-    arguments = _parser().parse_args(argv)
     try:
-        for line in COMMANDS[arguments.command](arguments):
-            print(line)
+        return run_command(argv)
     except MegatronLiteError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def run_command(argv: list[str], program: str = PROGRAM) -> int:
+    """
+    Args:
+        program: as which it was called.
+    Raises:
+        MegatronLiteError: what is wrong with the command or the data.
+    """
+    require_command(argv, COMMANDS, program)
+    arguments = _parser(program).parse_args(argv)
+    for line in COMMANDS[arguments.command](arguments):
+        print(line)
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_lite.data", description="Prepare text, and look at it.")
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Prepare text, and look at it.")
     commands = parser.add_subparsers(dest="command", required=True)
     prepare_command = commands.add_parser("prepare", help="make the shards of a configuration, as a run would")
     prepare_command.add_argument("--script", default="pretrain_gpt", help="entry script whose configuration is used")
     prepare_command.add_argument("--config", type=Path, help="config-*.yaml of a run folder, instead of overrides")
+    prepare_command.add_argument("--conf", type=Path, help="folder of presets of your own; ./conf if not given")
     prepare_command.add_argument(
         "overrides", nargs="*", help="such as data.source=my.txt data.tokenizer_vocab_size=16384"
     )
@@ -72,7 +88,7 @@ def _prepare(arguments: argparse.Namespace) -> list[str]:
 
 def _config_to_prepare(arguments: argparse.Namespace) -> RunConfig:
     if arguments.config is None:
-        return compose(arguments.script, arguments.overrides)
+        return compose(arguments.script, arguments.overrides, find_folders(arguments.conf))
     if arguments.overrides:
         raise ConfigError(
             f"--config {arguments.config} is a whole configuration, and {arguments.overrides[0]} would change it; "

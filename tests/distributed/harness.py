@@ -31,6 +31,7 @@ _PRELOAD = [
     "pytest",
     "tests.distributed.checkpoint_ranks",
     "launch.cli",
+    "launch.launching",
     "megatron_lite.train.run",
     "deepspeed.module_inject.auto_ep_layer",  # DeepSpeed imports these two at the start of each engine
     "deepspeed.runtime.superoffload.superoffload_stage3",

@@ -41,7 +41,7 @@ def test_new_objective_trains(tmp_path: Path) -> None:
     assert len(edits()) == 6
     assert sum(len(text.splitlines()) for _, _, text in edits()) < LARGEST
     tree = tmp_path / "project"
-    for name in ("conf", "launch", "megatron_lite"):
+    for name in ("launch", "megatron_lite"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pretrain_gpt.py", tree)
     follow(tree)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main, resolve_for_this_machine
+from launch.cli import main
+from launch.launching import resolve_for_this_machine
 from launch.slurm import records
 from launch.slurm.launcher import SlurmLauncher
 from megatron_lite.config.compose import compose

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.compose import preset_groups
+from megatron_lite.config.preset_folders import PresetFolders
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -26,4 +26,4 @@ def test_presets_of_the_readme_exist() -> None:
     models = re.search(r"choose a model \| (.+?), or any size", (ROOT / "README.md").read_text())
     assert models is not None
     named = {name.removeprefix("model=") for name in re.findall(r"`([^`]+)`", models[1])}
-    assert named == set(preset_groups()["model"])
+    assert named == set(PresetFolders().groups()["model"])

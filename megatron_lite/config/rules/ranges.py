@@ -24,6 +24,7 @@ MOST_PROCESSES = 2**17
 LONGEST_SEQUENCE = 2**24
 LARGEST_BATCH = 2**24
 LONGEST_WAIT_SECONDS = 10_000_000.0  # 115 days: timers count milliseconds in C
+TINY = 1e-30  # a bound below this only keeps a number from being 0 in fp32
 NEXT_TO_ONE = 1 - 2e-7  # fp32 rounds what is nearer to 1
 
 
@@ -39,6 +40,14 @@ class Range:
     why_least: str = "the smallest number that fp32 holds"
     why_most: str = "the most that is possible"
 
+    def __str__(self) -> str:
+        """`at least 1, at most 65535 (...)`."""
+        least = "more than 0" if 0 < self.least < TINY else f"at least {self.least:g}"
+        return f"{least}, at most {self._most()} ({self.why_most})"
+
+    def _most(self) -> str:
+        return str(self.most) if isinstance(self.most, int) else format(self.most, ".7g")
+
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, read on from `key=value`."""
         if not isinstance(value, int | float):
@@ -48,8 +57,7 @@ class Range:
         if value < self.least:
             return f"is less than {self.least:g}, {self.why_least}; use {self.least:g} or more"
         if value > self.most:
-            most = self.most if isinstance(self.most, int) else format(self.most, ".7g")
-            return f"is more than {most}, {self.why_most}; use at most {most}"
+            return f"is more than {self._most()}, {self.why_most}; use at most {self._most()}"
         return None
 
 

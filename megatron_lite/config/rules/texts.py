@@ -86,6 +86,7 @@ def path(text: str) -> str | None:
 
 
 def project(text: str) -> str | None:
+    """The name of a project of wandb."""
     if problem := line(text):
         return problem
     if NO_PROJECT.search(text) or len(text) > LONGEST_PROJECT:
@@ -94,11 +95,13 @@ def project(text: str) -> str | None:
 
 
 def host(text: str) -> str | None:
+    """A host name or an IP address."""
     problem = line(text)
     return problem or ("is no address; give a host name or an IP address" if re.search(r"\s", text) else None)
 
 
 def device(text: str) -> str | None:
+    """One of auto, cpu and cuda."""
     return None if text in DEVICES else "is not known; use auto, cpu or cuda"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
+from megatron_lite.config import preset_folders
+from megatron_lite.config.compose import compose
 from megatron_lite.config.keys import ALIASES, leaf_keys, nearest, schema_keys
+from megatron_lite.config.preset_folders import SHIPPED, PresetFolders, find_folders
 from megatron_lite.config.presets import check_preset
 from megatron_lite.config.schema import Decay, Precision
 from megatron_lite.errors import ConfigError
@@ -139,7 +140,7 @@ def test_slips(word: str, meant: str) -> None:
 
 
 def test_key_like_nothing_gets_no_guess() -> None:
-    assert problems_of("zzzzzz=3") == ["zzzzzz is not a setting; megatron_lite/config/schema.py explains all of them"]
+    assert problems_of("zzzzzz=3") == ["zzzzzz is not a setting; `python -m launch explain` lists all of them"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_wrong_words(word: str, message: str) -> None:
 
 def test_unknown_preset_lists_the_choices() -> None:
     (problem,) = problems_of("model=gpt_tinny")
-    options = ", ".join(preset_groups()["model"])
+    options = ", ".join(PresetFolders().groups()["model"])
     assert problem == f"model=gpt_tinny is not a preset; did you mean gpt_tiny? (choose one of {options})"
 
 
@@ -216,8 +217,12 @@ def test_all_wrong_words_are_reported_at_once() -> None:
 
 
 @pytest.fixture
-def own_conf(tmp_path: Path) -> Path:
-    return shutil.copytree(CONF_DIR, tmp_path / "conf")
+def own_conf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The `conf/` of a user, in the current folder."""
+    for group in ("model", "data", "experiment"):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "conf"
 
 
 @pytest.mark.parametrize(
@@ -231,14 +236,14 @@ def own_conf(tmp_path: Path) -> Path:
 def test_mistake_in_a_preset_names_its_file(own_conf: Path, text: str, message: str) -> None:
     (own_conf / "model" / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        compose("pretrain_gpt", ["model=mine"], own_conf)
+        compose("pretrain_gpt", ["model=mine"])
     assert caught.value.problems == [message]
 
 
 def test_preset_that_is_not_yaml(own_conf: Path) -> None:
     (own_conf / "model" / "mine.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="conf/"):
-        compose("pretrain_gpt", ["model=mine"], own_conf)
+        compose("pretrain_gpt", ["model=mine"])
 
 
 def test_composition_does_not_depend_on_the_folder_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -248,9 +253,82 @@ def test_composition_does_not_depend_on_the_folder_it_runs_in(monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_conf_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is missing; install megatron_lite from a checkout"):
-        available_scripts(tmp_path / "none")
+def test_missing_presets_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(preset_folders, "SHIPPED", tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"is missing; install megatron_lite again"):
+        compose("pretrain_gpt", [])
+
+
+def test_presets_of_the_user_are_added_to_ours(own_conf: Path) -> None:
+    (own_conf / "model" / "mine.yaml").write_text("name: mine\nhidden_size: 96")
+    (own_conf / "experiment" / "both.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: mine\n  - override /optimizer: sgd\ntrain:\n  steps: 7"
+    )
+    config = compose("pretrain_gpt", ["experiment=both"])
+    assert (config.model.name, config.model.hidden_size, config.optimizer.name, config.train.steps) == (
+        "mine",
+        96,
+        "sgd",
+        7,
+    )
+    assert compose("pretrain_gpt", ["model=gpt2_124m"]).model.hidden_size == 768
+
+
+def test_a_preset_of_the_user_stands_for_ours_of_the_same_name(own_conf: Path) -> None:
+    (own_conf / "model" / "gpt_tiny.yaml").write_text("hidden_size: 96")
+    assert compose("pretrain_gpt", []).model.hidden_size == 96
+    assert compose("pretrain_gpt", [], PresetFolders()).model.hidden_size == 128
+
+
+def test_a_script_may_start_from_what_the_user_says(own_conf: Path) -> None:
+    (own_conf / "pretrain_gpt.yaml").write_text("defaults: [megatron_lite_schema, _self_]\ntrain: {steps: 5}")
+    assert compose("pretrain_gpt", []).train.steps == 5
+
+
+@pytest.mark.parametrize("name", ["with space", "a=b,c", "${HOME}", 'it\'s "q"', "é\\n", "[x]", "#1"])
+def test_folder_of_presets_may_have_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / name / "model" / "mine.yaml").write_text("hidden_size: 96")
+    monkeypatch.chdir(tmp_path)
+    assert compose("pretrain_gpt", ["model=mine"], find_folders(Path(name))).model.hidden_size == 96
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "--conf own is not a folder (looked from {here}); give one with presets"),
+        (["own/README"], "--conf own holds no presets; put them into folders of groups, such as own/model/NAME.yaml"),
+        (["own/models/a.yaml"], "--conf own: models is not a group of presets; did you mean model? (choose one of "
+         "data, experiment, launcher, model, objective, optimizer, parallel, stability, tracking, train)"),
+    ],
+)  # fmt: skip
+def test_folder_without_presets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(parents=True)
+        Path(file).touch()
+    with pytest.raises(ConfigError) as caught:
+        find_folders(Path("own"))
+    assert caught.value.problems == [message.format(here=tmp_path)]
+
+
+def test_what_is_not_a_file_is_not_a_preset(own_conf: Path) -> None:
+    (own_conf / "model" / "folder.yaml").mkdir()
+    (own_conf / "model" / "dangling.yaml").symlink_to("nowhere")
+    (own_conf / "model" / "mine.yaml").write_text("hidden_size: 96")
+    assert set(find_folders().groups()["model"]) - set(PresetFolders().groups()["model"]) == {"mine"}
+    assert problems_of("model=folder")[0].startswith("model=folder is not a preset; choose one of ")
+
+
+def test_conf_of_another_program_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "db").mkdir(parents=True)
+    for name in ("config", "megatron_lite_schema", "db/model"):
+        (tmp_path / "conf" / f"{name}.yaml").write_text("a: 1")
+    monkeypatch.chdir(tmp_path)
+    assert find_folders() == PresetFolders()
+    assert compose("pretrain_gpt", []).model.name == "gpt_tiny"
 
 
 def test_map_as_a_whole_and_by_name() -> None:
@@ -291,12 +369,12 @@ def test_text_of_a_preset_that_yaml_would_change(own_conf: Path, text: str, key:
     file = own_conf / "data" / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        compose("pretrain_gpt", ["data=mine"], own_conf)
+        compose("pretrain_gpt", ["data=mine"])
     assert caught.value.problems == [
         f"conf/data/mine.yaml: {key}: {value} is read by YAML as something else than this text; quote it: '{value}'"
     ]
     file.write_text(text.replace(value, f"'{value}'"))
-    compose("pretrain_gpt", ["data=mine"], own_conf)
+    compose("pretrain_gpt", ["data=mine"])
 
 
 def test_aliases_of_a_preset(own_conf: Path) -> None:
@@ -304,10 +382,10 @@ def test_aliases_of_a_preset(own_conf: Path) -> None:
     levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     (own_conf / "data" / "mine.yaml").write_text("\n".join(["a0: &a0 [x]", *levels]))
     with pytest.raises(ConfigError, match=r"conf/data/mine\.yaml has aliases"):
-        compose("pretrain_gpt", ["data=mine"], own_conf)
+        compose("pretrain_gpt", ["data=mine"])
 
 
-@pytest.mark.parametrize("group", preset_groups())
+@pytest.mark.parametrize("group", PresetFolders().groups())
 def test_presets_hold_no_text_that_yaml_would_change(group: str) -> None:
-    for name in preset_groups()[group]:
-        check_preset(CONF_DIR / group / f"{name}.yaml", group)
+    for name in PresetFolders().groups()[group]:
+        check_preset(SHIPPED / group / f"{name}.yaml", group)

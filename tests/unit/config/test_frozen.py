@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 from megatron_lite.config import frozen
 from megatron_lite.config.changes import Grade
-from megatron_lite.config.compose import change, compose, preset_groups
+from megatron_lite.config.compose import change, compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_containers, check_run_folder, freeze, from_containers, load_frozen
 from megatron_lite.config.hf.folder import STATE_FILE
+from megatron_lite.config.preset_folders import PresetFolders
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -58,7 +59,7 @@ def test_group_of_a_later_version_may_be_missing(tmp_path: Path) -> None:
     assert load_frozen(earlier) == config
 
 
-@pytest.mark.parametrize("experiment", preset_groups()["experiment"])
+@pytest.mark.parametrize("experiment", PresetFolders().groups()["experiment"])
 def test_round_trip(tmp_path: Path, experiment: str) -> None:
     config = config_of(
         f"experiment={experiment}",

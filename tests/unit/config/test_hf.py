@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_lite.config.compose import CONF_DIR, preset_groups
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
 from megatron_lite.config.hf.settings import DECISIVE
+from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 from megatron_lite.errors import ConfigError
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
@@ -38,7 +38,7 @@ VARIANTS = {
 
 
 def preset(name: str) -> ModelConfig:
-    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
+    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(SHIPPED / "model" / f"{name}.yaml"))
     model = OmegaConf.to_object(loaded)
     assert isinstance(model, ModelConfig)
     return model
@@ -46,7 +46,7 @@ def preset(name: str) -> ModelConfig:
 
 _WITHOUT_HEAD = tuple(tensor_shapes(T5, 777))
 _WITH_HEAD = (*_WITHOUT_HEAD, "lm_head.weight")
-PRESETS = preset_groups()["model"]
+PRESETS = PresetFolders().groups()["model"]
 
 
 def written(model: ModelConfig, **more: Any) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_lite.config.compose import CONF_DIR, available_scripts, compose, preset_groups
+from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import complete_model, has_next_sentence_head, parameter_counts, resolve, world_size
 from megatron_lite.config.hf import hf_config
+from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
 from megatron_lite.config.schema import ModelConfig, ObjectiveConfig, ObjectiveName
 from megatron_lite.config.validate import problems
 from megatron_lite.data.special import SpecialTokens
@@ -20,7 +21,8 @@ NEEDS = {  # presets that ask the user for another setting
 }
 OF_ONE_SCRIPT = ("model", "objective", "experiment")  # groups that say what is trained
 PRESETS = {
-    group: [f"{group}={path.stem}" for path in sorted((CONF_DIR / group).glob("*.yaml"))] for group in preset_groups()
+    group: [f"{group}={path.stem}" for path in sorted((SHIPPED / group).glob("*.yaml"))]
+    for group in PresetFolders().groups()
 }
 MODELS_OF_BERT_AND_T5 = ("bert_base", "bert_large", "roberta_base", "t5_small", "t5_base", "t5_v1_1_base", "bart_base")
 
@@ -35,14 +37,14 @@ def script_of(model: str) -> str:
 
 
 @pytest.mark.parametrize("preset", [name for group in PRESETS if group not in OF_ONE_SCRIPT for name in PRESETS[group]])
-@pytest.mark.parametrize("script", available_scripts())
+@pytest.mark.parametrize("script", PresetFolders().scripts())
 def test_preset_is_valid_everywhere(script: str, preset: str) -> None:
     assert problems_of(script, preset) == []
 
 
 @pytest.mark.parametrize("preset", [name for group in OF_ONE_SCRIPT for name in PRESETS[group]])
 def test_preset_is_valid_with_its_script_and_refused_by_the_others(preset: str) -> None:
-    found = {script: problems_of(script, preset) for script in available_scripts()}
+    found = {script: problems_of(script, preset) for script in PresetFolders().scripts()}
     assert len([script for script, texts in found.items() if not texts]) == 1
     for texts in filter(None, found.values()):
         assert texts[0].startswith(("model.architecture=", "objective.name="))

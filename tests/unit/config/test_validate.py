@@ -7,8 +7,9 @@ from functools import cache
 
 import pytest
 
-from megatron_lite.config.compose import available_scripts, compose
+from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
+from megatron_lite.config.preset_folders import PresetFolders
 from megatron_lite.config.rules.case import Case
 from megatron_lite.config.rules.launcher import job_seconds
 from megatron_lite.config.rules.lengths import LENGTH_RULES
@@ -399,7 +400,7 @@ def test_sizes_of_weights_are_not_offered_for_change(vocabulary: int, remedy: st
     ]
 
 
-@pytest.mark.parametrize("script", available_scripts())
+@pytest.mark.parametrize("script", PresetFolders().scripts())
 def test_defaults_are_valid(script: str) -> None:
     assert problems_of(script) == []
 

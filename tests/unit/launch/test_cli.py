@@ -85,8 +85,8 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["statuss", "RUN"], "error: statuss is neither a command nor a script; did you mean status?"),
         (["eval", "RUN"], "error: eval is neither a command nor a script; did you mean evaluate?"),
         (["pretrain_gpt", "--dryrun"], "error: --dryrun is not an option; did you mean --dry-run?"),
-        (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --debug, --help; settings "
-         "are written key=value, without dashes"),
+        (["pretrain_gpt", "--zzz=3"], "error: --zzz is not an option; options are --dry-run, --cfg, --conf, --config, "
+         "--multirun, --debug, --help, --version; settings are written key=value, without dashes"),
         (["pretrain_gpt", "--config", "x.yaml"], "error: --config x.yaml names its script; leave out pretrain_gpt"),
         (["--config", "x.yaml"], "error: --config x.yaml: No such file or directory; give a config-*.yaml of a run "
          "folder"),

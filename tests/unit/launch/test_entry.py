@@ -240,6 +240,18 @@ def test_dry_run_of_a_script_is_that_of_the_launcher(capfd: pytest.CaptureFixtur
     assert capfd.readouterr().out == "", "one rank speaks for all"
 
 
+def test_cfg_and_version(capfd: pytest.CaptureFixture[str]) -> None:
+    script = Script()
+    assert run_script(script, "pretrain_gpt", ["train.steps=7", "optimizer.warmup_steps=1", "--cfg", "job"]) == 0
+    assert "\n  steps: 7  # override\n" in capfd.readouterr().out
+    path = frozen_file("parallel=dp2")
+    assert run_script(script, "pretrain_gpt", ["--config", str(path), "--cfg", "job"]) == 0
+    assert "\n  data_parallel_size: 2  # frozen\n" in capfd.readouterr().out
+    assert run_script(script, "pretrain_gpt", ["--version"]) == 0
+    assert capfd.readouterr().out.startswith("megatron_lite ")
+    assert script.config is None
+
+
 def test_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_script(Script(), "pretrain_gpt", ["--help"]) == 0
     assert capfd.readouterr().out.startswith("usage: python pretrain_gpt.py [SETTING ...]")

@@ -11,11 +11,11 @@ from launch.base import LaunchPlan
 from launch.environment import rank_environment
 from launch.registry import LAUNCHERS
 from megatron_lite.config import frozen
-from megatron_lite.config.compose import CONF_DIR, compose
+from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.launcher import LauncherName
 
-SCRIPT = str(CONF_DIR.parent / "pretrain_gpt.py")
+SCRIPT = str(Path(__file__).parents[3] / "pretrain_gpt.py")
 
 
 def plan_of(*words: str, device: str = "cpu") -> LaunchPlan:

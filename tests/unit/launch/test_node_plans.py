@@ -277,7 +277,7 @@ def test_dry_run_of_hosts_prints_the_way_without_ssh(capsys: pytest.CaptureFixtu
 def test_gpus_of_this_machine_do_not_matter_to_several_nodes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.cli.visible_gpus", lambda: pytest.fail("looked at this machine"))
+    monkeypatch.setattr("launch.launching.visible_gpus", lambda: pytest.fail("looked at this machine"))
     assert main(["pretrain_gpt", "--dry-run", *TWO, "launcher.gpus_per_node=2"]) == 0
     assert "on 4 processes (cuda)" in capsys.readouterr().out
     assert main(["pretrain_gpt", "--dry-run", *TWO]) == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch import launching
 from launch.base import LaunchPlan
 from launch.cli import main
 from launch.local import LocalLauncher
@@ -178,8 +178,8 @@ class Recorder(LocalLauncher):
 
     def run(self, plan: LaunchPlan) -> int:
         self.seen.append(plan.config)
-        self.environments.append(cli.os.environ.get("LEFT_BY_A_RUN"))
-        cli.os.environ["LEFT_BY_A_RUN"] = "1"
+        self.environments.append(launching.os.environ.get("LEFT_BY_A_RUN"))
+        launching.os.environ["LEFT_BY_A_RUN"] = "1"
         end = self.ends[len(self.seen) - 1]
         if isinstance(end, Exception):
             raise end
@@ -188,7 +188,7 @@ class Recorder(LocalLauncher):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setitem(cli.LAUNCHERS, LauncherName.local, Recorder)
+    monkeypatch.setitem(launching.LAUNCHERS, LauncherName.local, Recorder)
     monkeypatch.setattr(Recorder, "seen", [])
     monkeypatch.setattr(Recorder, "environments", [])
     return Recorder

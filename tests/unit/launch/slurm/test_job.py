@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from launch.base import LaunchPlan
-from launch.cli import main, resolve_for_this_machine
+from launch.cli import main
+from launch.launching import resolve_for_this_machine
+from launch.scripts import CODE
 from launch.slurm.launcher import SlurmLauncher
-from megatron_lite.config.compose import CONF_DIR, compose
+from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import frozen_path, load_frozen
 from megatron_lite.config.validate import validate
 
+ROOT = Path(__file__).parents[4]
 HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` ${HOME} #; & %j'
 WORDS = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "parallel=dp2_tp2_pp2"]
 
@@ -81,7 +84,7 @@ def test_what_is_not_asked_for_is_not_said() -> None:
 def test_size_comes_from_the_nodes_and_not_from_this_machine(
     monkeypatch: pytest.MonkeyPatch, words: list[str], processes: int, device: str
 ) -> None:
-    monkeypatch.setattr("launch.cli.visible_gpus", lambda: 1 / 0)
+    monkeypatch.setattr("launch.launching.visible_gpus", lambda: 1 / 0)
     plan = plan_of(*words, "train.global_batch_size=64")
     assert (plan.num_processes, plan.config.launcher.device) == (processes, device)
 
@@ -106,10 +109,10 @@ def test_ranks_start_through_torchrun() -> None:
         "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}", "sh", "-c", words[-1],
     ]  # fmt: skip
     assert shlex.split(words[-1]) == [
-        f"PYTHONPATH={CONF_DIR.parent}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
+        f"PYTHONPATH={CODE}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
         "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0",
         "--node-rank=$SLURM_NODEID", "--master-addr=$MASTER_ADDR", "--master-port=$MASTER_PORT",
-        str(CONF_DIR.parent / "pretrain_gpt.py"), "--config", str(frozen_path(plan.config, Path("/runs/x"))),
+        str(ROOT / "pretrain_gpt.py"), "--config", str(frozen_path(plan.config, Path("/runs/x"))),
     ]  # fmt: skip
 
 
@@ -119,13 +122,13 @@ def test_ranks_of_one_node_are_reached_from_that_node_alone() -> None:
     assert plan.env["GLOO_SOCKET_IFNAME"] == "lo"
     words = shlex.split(node_words(plan)[-1])
     assert words[:5] == [
-        f"PYTHONPATH={CONF_DIR.parent}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
+        f"PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}", "exec", sys.executable, "-m", "launch.slurm.node",
     ]  # fmt: skip
     assert "--local-addr=127.0.0.1" in words
     given = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1", "launcher.master_address=10.0.0.1")
     assert "--local-addr" not in node_words(given)[-1]
     shown = subprocess.run(
-        ["sh", "-c", f'export PYTHONPATH=/b; {words[0].replace(str(CONF_DIR.parent), "/a", 1)} exec env'],
+        ["sh", "-c", f'export PYTHONPATH=/b; {words[0].replace(str(ROOT), "/a", 1)} exec env'],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "PYTHONPATH=/a:/b" in shown.stdout.splitlines()
@@ -137,6 +140,18 @@ def test_container_has_its_own_python() -> None:
         *words
     }
     assert " exec python3 -m launch.slurm.node " in words[-1]
+
+
+def test_installed_code_is_found_without_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """site-packages ahead of the standard library would shadow it, and a container has packages of its own."""
+    for module in ("script", "launcher"):
+        monkeypatch.setattr(f"launch.slurm.{module}.is_installed", lambda: True)
+    plan = plan_of("launcher.nodes=1", "parallel=dp2_tp2_pp1")
+    assert "PYTHONPATH" not in text_of(plan)
+    assert f"\n  {sys.executable} -m launch.slurm.attempt " in text_of(plan)
+    assert str(ROOT / "pretrain_gpt.py") in node_words(plan)[-1]
+    in_container = node_words(plan_of("launcher.container=/i.sqsh"))[-1]
+    assert ' --master-port="$MASTER_PORT" -m pretrain_gpt --config ' in in_container
 
 
 def test_master_may_be_given() -> None:
@@ -187,7 +202,7 @@ def test_without_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 def commands_of_the_readme() -> list[list[str]]:
     """Those of its section on Slurm that start something."""
-    section = (CONF_DIR.parent / "README.md").read_text().partition("### On Slurm")[2].partition("\n### ")[0]
+    section = (ROOT / "README.md").read_text().partition("### On Slurm")[2].partition("\n### ")[0]
     lines = section.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m launch pretrain")]
 

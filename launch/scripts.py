@@ -1,0 +1,37 @@
+"""Where our code lies: a checkout, or where pip has put it. Light: shells ask on each press of the tab key."""
+
+from __future__ import annotations
+
+import ast
+import site
+import sysconfig
+from pathlib import Path
+
+from megatron_lite.errors import LaunchError
+
+CODE = Path(__file__).resolve().parents[1]
+"""The folder that holds our packages and the entry scripts."""
+
+
+def is_installed() -> bool:
+    """Whether this interpreter finds our code by itself, wherever it is started; not so with a checkout."""
+    own = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
+    return CODE in {Path(folder).resolve() for folder in own}
+
+
+def script_path(script: str) -> Path:
+    """The entry script of a name.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    path = CODE / f"{script}.py"
+    if not path.is_file():
+        raise LaunchError(f"{path} is missing; {script} has a primary configuration, but no script")
+    return path
+
+
+def description(script: str) -> str:
+    """The first line of the script's docstring."""
+    text = ast.get_docstring(ast.parse(script_path(script).read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
