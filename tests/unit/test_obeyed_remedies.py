@@ -202,7 +202,8 @@ DRY = ["launcher.device=cpu", "--dry-run"]
         (["pretrain_gpt", "--dry-rum", *DRY], "did you mean --dry-run?", ["pretrain_gpt", *DRY]),
     ],
 )
-@obeys("launch/cli.py:_split_script", "launch/cli.py:_typed", "launch/arguments.py:_value")
+@obeys("launch/cli.py:_require_script", "launch/launching.py:_typed", "launch/arguments.py:_take")
+@obeys("launch/launching.py:_script")
 def test_a_command_line(
     words: list[str], told: str, mended: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

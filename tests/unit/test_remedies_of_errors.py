@@ -22,7 +22,7 @@ EDGE = "library_edge"
 
 PASSED_ON = {
     # Several problems at once, each with its remedy.
-    "launch/deepspeed.py:_through_shells", "launch/evaluation.py:_check_words", "launch/hostfile.py:read_hostfile",
+    "launch/deepspeed.py:_through_shells", "launch/evaluation.py:_check_keys", "launch/hostfile.py:read_hostfile",
     "launch/hostfile.py:with_hosts", "launch/sweep.py:build_all", "launch/sweep.py:expand",
     "megatron_lite/checkpoint/fit.py:require_fit", "megatron_lite/checkpoint/resume.py:allowed_changes",
     "megatron_lite/config/hf/settings.py:settings_of", "megatron_lite/config/hf/start.py:with_weights",

