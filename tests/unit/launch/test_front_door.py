@@ -84,7 +84,7 @@ def test_a_slip_of_a_verb_gets_its_suggestion(run: Run, verb: str) -> None:
         (["explain", "train.stps"], "train.stps is not a setting; did you mean train.steps?"),
         (["pretrain_gpt", "--cfg"], "--cfg is not possible; write --cfg job"),
         (["pretrain_gpt", "--cfg", "all"], "--cfg all is not possible; write --cfg job"),
-        (["pretrain_gpt", "--conf"], "--conf needs a folder; give one with presets of your own, such as --conf my_conf"),
+        (["pretrain_gpt", "--conf"], "--conf needs a folder; give one with presets of your own, such as --conf my"),
         (["pretrain_gpt", "--multirun=2"], "--multirun=2: --multirun takes no value; leave =2 out"),
         (["pretrain_gpt", "--config-dir", "x"], "--config-dir is Hydra's, and not an option here; presets of your own "
          "come with --conf DIR"),
