@@ -58,6 +58,22 @@ def missing_files(text: str) -> list[str]:
     return [path for path in named if not any((ROOT / room / path).exists() for room in ROOM)]
 
 
+def test_methods_that_the_architecture_names_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "megatron_lite").rglob("*.py"))
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    methods = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\(.*?\))?`", page)
+    assert len(methods) > 10
+    for owner, method in methods:
+        found = re.search(rf"^class {owner}\b(.*?)(?=^class |\Z)", sources, re.MULTILINE | re.DOTALL)
+        assert found is not None, f"ARCHITECTURE.md names the class {owner}"
+        assert re.search(rf"\b{method}\b *[(:=]", found[1]), f"ARCHITECTURE.md names {owner}.{method}"
+
+
+def test_one_train_step_fits_a_screen() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().partition("\n## One train step\n")[2].partition("\n## ")[0]
+    assert 10 < len(section.splitlines()) <= 40
+
+
 def test_first_screen_of_the_readme() -> None:
     """What it is, the two commands, and what works."""
     screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:FIRST_SCREEN])
