@@ -13,7 +13,7 @@ from launch.entry import pretrain, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script with these words, or with those of the command line; returns the exit code."""
+    """Run the script with these overrides (None = those of the command line); returns the exit code."""
     return run_script(pretrain, "pretrain_gpt", argv)
 
 

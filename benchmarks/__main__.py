@@ -5,7 +5,7 @@
     python -m benchmarks --vocab 50304          another vocabulary
 
 CPU-seconds with one thread per rank are the primary figure, because other work on the machine disturbs them least; wall
-time stands beside them. `--json FILE` keeps all of it.
+time is shown beside them. `--json FILE` saves all figures.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _single(console: Console, precision: str, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
-    """One process and one thread each, taking turns."""
+    """The systems that run on one process with one thread; they take turns."""
     from benchmarks.shape import TOKENS_PER_STEP, Shape
     from megatron_lite.config.schema import Precision
 
@@ -162,7 +162,7 @@ def _take_turns(
 
 
 def _grid(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> dict[str, Any]:
-    """Eight ranks; transformers before and after them gives the speed of this machine in the same minutes."""
+    """Eight ranks. transformers runs before and after them, as the speed of this machine in the same minutes."""
     from benchmarks.grid import TOKENS
 
     with Worker("transformers", "fp32", arguments.vocab) as peer:
@@ -262,7 +262,7 @@ def _watching(console: Console, arguments: argparse.Namespace, targets: list[Tar
 
 
 def _cache_dir() -> Path:
-    """Of prepared corpora."""
+    """Where prepared corpora are kept."""
     return Path(os.environ.get("BENCH_CACHE_DIR", "data"))
 
 

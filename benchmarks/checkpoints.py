@@ -1,7 +1,7 @@
-"""Saving and loading a training state beside DeepSpeed's own way, on eight ranks of this machine.
+"""Saving and loading a training state, beside DeepSpeed's own checkpoints, on eight ranks of this machine.
 
 `python -m benchmarks.checkpoints VOCAB TURNS` prints one JSON object. The state is written by DP2 x TP2 x PP2 and read,
-each by a job of its own, under the same layout and under DP2 x TP1 x PP4. DeepSpeed's way to another layout is its
+each by a separate job, under the same layout and under DP2 x TP1 x PP4. DeepSpeed's way to another layout is its
 save, the offline conversion to a universal checkpoint, and a load of that.
 """
 
@@ -51,7 +51,7 @@ def main(vocab_size: str, turns: str) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, float]:
-    """Bytes on the disk, beside the least that hold the state."""
+    """Bytes on the disk, beside the fewest that can hold the state."""
     from megatron_lite.config.hf.headers import tensors_of
     from megatron_lite.files import bytes_below
 
@@ -68,7 +68,7 @@ def _sizes(folder: Path) -> dict[str, float]:
 
 
 def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turns: int) -> None:
-    """Every way to save."""
+    """Every way of saving."""
     from megatron_lite.optim.batch_ramp import BatchStep
     from megatron_lite.parallel.topology import Topology
 
@@ -92,7 +92,7 @@ def _save_rank(rank: int, folder: Path, checkpoints: Path, vocab_size: int, turn
 def _load_rank(
     rank: int, folder: Path, checkpoints: Path, name: str, layout: tuple[int, int, int], vocab_size: int, turns: int
 ) -> None:
-    """What the layout SAVED has saved, by both ways."""
+    """Load what the layout SAVED has saved, ours and DeepSpeed's, and measure it."""
     from megatron_lite.parallel.topology import Topology
 
     engine, _ = _engine(rank, folder, Topology(*layout), vocab_size)
@@ -128,7 +128,10 @@ def _engine(rank: int, folder: Path, layout: Any, vocab_size: int) -> tuple[Engi
 
 
 def _savers(engine: Engine, checkpoints: Path) -> dict[bool, Any]:
-    """By whether they are asynchronous. The second one saves twice, for its memory to be there as in a long run."""
+    """One saver for each mode, keyed by whether it is asynchronous.
+
+    The asynchronous one has saved once already, so that its memory is allocated, as in a long run.
+    """
     from megatron_lite.checkpoint.retention import Kept
     from megatron_lite.checkpoint.saving import Saver
 
@@ -163,7 +166,7 @@ def _state(engine: Engine) -> tuple[Any, Any]:
 
 
 def _load(engine: Engine, checkpoints: Path) -> None:
-    """All that a resume does: find the newest complete one, every byte of it checked, and read this rank's slices."""
+    """All that a resume does: find the newest complete checkpoint, check every byte, read this rank's slices."""
     from megatron_lite.checkpoint.loading import load, newest_complete
 
     found = newest_complete(checkpoints / "ours", print)
@@ -174,7 +177,7 @@ def _load(engine: Engine, checkpoints: Path) -> None:
 
 
 def _measure(found: dict[str, list[float]], name: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Seconds until the slowest rank is through."""
+    """Seconds until the slowest rank is done."""
     import torch.distributed as dist
 
     dist.barrier()

@@ -1,4 +1,4 @@
-"""DP2 x TP2 x PP2 on eight ranks of this machine: what a step costs all of them together.
+"""DP2 x TP2 x PP2 on eight ranks of this machine: the cost of a step over all of them.
 
 `python -m benchmarks.grid PRECISION VOCAB TURNS STEPS` prints one JSON list with the cost of a step for each turn.
 """

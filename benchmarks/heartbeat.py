@@ -1,6 +1,6 @@
-"""What heartbeats cost: `python -m benchmarks.heartbeat`.
+"""The cost of heartbeats: `python -m benchmarks.heartbeat`.
 
-The training thread pays for each phase that it enters, the watchdog's thread for each publication.
+The training thread pays for each phase that it enters, the watchdog thread for each heartbeat that it writes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ REPEATS = 5
 
 
 def nanoseconds_per_phase() -> float:
-    """The best of some, the loop around the call included."""
+    """The fastest of several loops, divided by its calls; the loop's own overhead is included."""
     heartbeat = Heartbeat()
     times = timeit.repeat(lambda: heartbeat.enter(Phase.FORWARD, 3), number=CALLS, repeat=REPEATS)
     return min(times) / CALLS * 1e9
 
 
 def microseconds_per_publication(folder: Path) -> float:
-    """On the filesystem of `folder`."""
+    """The same, for writing a heartbeat on the filesystem of `folder`."""
     heartbeat, place = Heartbeat(), Place(0, node_name(), os.getpid(), 0, 0, 0)
     times = timeit.repeat(lambda: publish(folder, Beat.of(place, heartbeat)), number=PUBLICATIONS, repeat=REPEATS)
     return min(times) / PUBLICATIONS * 1e6

@@ -1,6 +1,6 @@
-"""Samples a second that each objective's loader makes on one core, on the embedded corpus.
+"""Samples per second of each objective's loader on one core, on the embedded corpus.
 
-Reading, drawing, masking and stacking into tensors, as a run does it ahead of each step.
+Reading, drawing, masking and stacking into tensors, as a run does before each step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TURN_SECONDS = 0.5
 
 
 class Loading(NamedTuple):
-    """What one objective's loader does."""
+    """The speed of one objective's loader."""
 
     objective: str
     samples_per_second: tuple[float, ...]  # CPU-seconds, one figure a turn
@@ -33,7 +33,7 @@ class Loading(NamedTuple):
 
 
 def measure(cache_dir: Path, turns: int) -> list[Loading]:
-    """Every objective in turn. Prepares the corpus in `cache_dir` if it is not there."""
+    """Every objective in turn. Prepares the corpus in `cache_dir` if it does not exist."""
     return [
         _loading(config, turns)
         for script, names in OBJECTIVES.items()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run_job(world_size: int, target: Callable[..., None], *arguments: Any) -> str:
-    """Call target(rank, folder, *arguments) in each rank; what one of them has written to folder/result.json."""
+    """Call target(rank, folder, *arguments) in each rank; returns what one of them wrote to folder/result.json."""
     # Imported before the fork, so that eight ranks do not import it eight times.
     for name in ("torch._dynamo", "megatron_lite.engine.engine", "megatron_lite.train.checkpoints"):
         importlib.import_module(name)

@@ -30,13 +30,13 @@ class Sample:
 
 
 def ratios(numerator: Sample, denominator: Sample) -> Sample:
-    """Turn by turn: the two were measured one right after the other, so a slow minute cancels."""
+    """Ratio of each turn: the two were measured one right after the other, so a slow minute cancels out."""
     return Sample.of([a / b for a, b in zip(numerator.values, denominator.values, strict=True)])
 
 
 @dataclass(frozen=True)
 class Target:
-    """One figure to reach."""
+    """A figure that we aim for."""
 
     name: str
     measured: float

@@ -1,4 +1,4 @@
-"""The model and batch that every system of the benchmark trains: one place, so that none gets another."""
+"""The model and batch that every system of the benchmark trains: in one place, so that all systems get the same."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Shape:
         )
 
     def flops_per_step(self) -> float:
-        """Of one micro-batch, forward and backward, causal attention counted by half."""
+        """FLOPs of one micro-batch, forward and backward; causal attention counts half."""
         return TOKENS_PER_STEP * flops_per_token(self.model(), SEQ_LENGTH, self.vocab_size)
 
     def batch(self, seed: int = SEED) -> MicroBatch:
-        """[b, s] random tokens: speed does not depend on them."""
+        """Random tokens [b, s]: speed does not depend on their values."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

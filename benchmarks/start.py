@@ -50,7 +50,7 @@ def _wait_for_line(process: subprocess.Popen[bytes], metrics: Path, start: float
 
 
 def _let_end(process: subprocess.Popen[bytes]) -> None:
-    """Its validation and checkpoint belong to no figure, but must not run beside the next measurement."""
+    """Its validation and checkpoint are not measured, but must not run beside the next measurement."""
     try:
         process.wait(timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """What is compared: each system is a function that builds a model and returns its training step.
 
 A step is forward, backward, clipping by the global norm at 1.0 and AdamW, over the same micro-batch, and returns the
-loss. bf16 means bf16 arithmetic with fp32 weights in the optimizer, for all of them.
+loss. bf16 means bf16 arithmetic with fp32 weights in the optimizer, in all systems.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What watching a run costs: steps at DP2 x TP2 x PP2 without it, with it, and with the means to go back.
+"""The cost of watching a run: steps at DP2 x TP2 x PP2 without it, with it, and ready for a rollback.
 
-`python -m benchmarks.watching VOCAB TURNS` prints one JSON object: of each way, CPU-seconds of all ranks and wall
-seconds of a step, for each turn. The ways take turns on the same engine, A B C A B C. Watching is all of it: losses of
-the sequences at each step, updates, norms and memory of the layers at each interval, the detector, metrics.jsonl, and
-wandb's offline record. The norms themselves are measured without it too: clipping needs their sum.
+`python -m benchmarks.watching VOCAB TURNS` prints one JSON object: for each variant, CPU-seconds of all ranks and wall
+seconds of a step, for each turn. The variants take turns on the same engine, A B C A B C. Watching includes the losses
+of the sequences at each step, updates, norms and memory of the layers at each interval, the detector, metrics.jsonl,
+and wandb's offline record. The norms are measured without it too, because clipping needs their sum.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARM_UP_STEPS = STEPS // 5
 
 
 class _Switch:
-    """The engine's hook before each update: all ways share one engine. A way without it pays for an empty call."""
+    """The engine's hook before each update. All variants share one engine; without watching it is an empty call."""
 
     def __init__(self) -> None:
         self.judge: Callable[[PendingUpdate], bool] | None = None
@@ -49,7 +49,7 @@ class _Switch:
 
 
 class _Nothing:
-    """To evaluate on."""
+    """Held-out samples, of which there are none: nothing is evaluated."""
 
     def rounds(self) -> Iterator[tuple[list[MicroBatch], int]]:
         return iter(())
@@ -74,7 +74,7 @@ class _Batches:
 
 
 class _Blind:
-    """The observer of a turn that is not watched."""
+    """The observer of a turn without watching."""
 
     def observe(self, record: StepRecord) -> Findings:
         from megatron_lite.train.loop import Findings

@@ -1,10 +1,10 @@
-"""A process that holds one system ready and trains a few steps whenever it is told to.
+"""A process that keeps one system ready and trains a few steps on request.
 
 All systems of a comparison are ready at once and take turns, A B C A B C, so that a machine that slows down slows all
 of them. Only one works at a time; the others sleep on their stdin.
 
 `python -m benchmarks.worker SYSTEM PRECISION VOCAB` prints one JSON object a line: first `{"ready": true}`, then for
-each number of steps that it reads, what one of them cost, and for the word `peak` the speed of a matrix product.
+each number of steps that it reads, the cost of one of them, and for the word `peak` the speed of a matrix product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, the mean over a turn."""
+    """Cost of one step, the mean over a turn."""
 
     cpu_seconds: float  # of all threads of the process
     wall_seconds: float

@@ -200,15 +200,15 @@ def test_without_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     )
 
 
-def commands_of_the_readme() -> list[list[str]]:
-    """Those of its section on Slurm that start something."""
-    section = (ROOT / "README.md").read_text().partition("### On Slurm")[2].partition("\n### ")[0]
+def commands_of_the_page() -> list[list[str]]:
+    """Those in the section on Slurm of docs/launching.md that start something."""
+    section = (ROOT / "docs" / "launching.md").read_text().partition("## On Slurm")[2].partition("\n## ")[0]
     lines = section.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m launch pretrain")]
 
 
-@pytest.mark.parametrize("words", commands_of_the_readme(), ids=lambda words: words[-1])
-def test_the_readmes_commands_are_right(
+@pytest.mark.parametrize("words", commands_of_the_page(), ids=lambda words: words[-1])
+def test_the_documented_commands_are_right(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -216,5 +216,5 @@ def test_the_readmes_commands_are_right(
     assert "#SBATCH --nodes=" in capsys.readouterr().out
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(commands_of_the_readme()) == 3
+def test_the_page_has_commands() -> None:
+    assert len(commands_of_the_page()) == 3
