@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from megatron_lite.config.compose import compose
+from megatron_lite.config.decays import Decay
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.validate import problems
 from tests.integration.runs import losses, run_warm
@@ -69,7 +70,7 @@ CHOICES = {
     "parallel.zero_stage": ("0", "1", "2", "3"),
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.sequence_parallel": ("false", "true"),
-    "optimizer.decay": ("constant", "linear", "cosine", "inverse_sqrt"),
+    "optimizer.decay": tuple(Decay),
     "train.precision": ("fp32", "bf16"),
     "stability.on_spike": ("warn", "skip_step"),
 }
