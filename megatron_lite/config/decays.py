@@ -63,6 +63,11 @@ def _inverse_sqrt(step: int, end: int, config: OptimizerConfig) -> float:
     return max(config.min_learning_rate, falling)
 
 
+def _wsd(step: int, end: int, config: OptimizerConfig) -> float:
+    start = max(config.warmup_steps, (1.0 - config.decay_fraction) * end)
+    return _between(config, 1.0 if step <= start else 1.0 - (step - start) / (end - start))
+
+
 def _fraction(step: int, end: int, config: OptimizerConfig) -> float:
     """How much of the way from the warm-up to the end is done."""
     return (step - config.warmup_steps) / (end - config.warmup_steps)
@@ -112,6 +117,15 @@ class Decay(StrEnum):
             reads=("min_learning_rate",),
             explanation="learning_rate x sqrt(warmup_steps / step), not below min_learning_rate; has no end",
             source="arXiv 1910.10683, section 3.1.2",  # T5
+        ),
+    )
+    wsd = (  # warm-up, stable, decay
+        "wsd",
+        DecayForm(
+            _wsd,
+            reads=("min_learning_rate", "decay_steps", "decay_fraction"),
+            explanation="stays at learning_rate, and goes straight to min_learning_rate in the last decay_fraction",
+            source="arXiv 2404.06395, section 4",  # MiniCPM
         ),
     )
 

@@ -301,6 +301,8 @@ class OptimizerConfig:
     """How the learning rate falls after the warm-up: config/decays.py has the formulas."""
     decay_steps: int | None = None
     """Step at which min_learning_rate is reached; None = train.steps. Of decays with an end only."""
+    decay_fraction: float = 0.1
+    """wsd: share of the steps until decay_steps that come down to min_learning_rate; those before stay at the peak."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8

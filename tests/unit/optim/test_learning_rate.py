@@ -49,6 +49,9 @@ def test_no_jump_after_the_warmup_and_never_upwards(decay: Decay) -> None:
         (Decay.inverse_sqrt, 90, PEAK / 3),
         (Decay.inverse_sqrt, 100_000, FLOOR),
         (Decay.constant, 100, PEAK),
+        (Decay.wsd, 90, PEAK),
+        (Decay.wsd, 95, (PEAK + FLOOR) / 2),
+        (Decay.wsd, 100, FLOOR),
     ],
 )
 def test_decay_values(decay: Decay, step: int, expected: float) -> None:
@@ -98,3 +101,11 @@ def test_a_decay_without_a_curve_is_refused() -> None:
     assert broken != source
     with pytest.raises(TypeError, match="=other has no curve"):
         exec(compile(broken, decays.__file__, "exec"), {"__name__": decays.__name__})
+
+
+@pytest.mark.parametrize(
+    ("fraction", "middle"), [(0.0, PEAK), (0.5, (PEAK + FLOOR) / 2), (1.0, FLOOR + (PEAK - FLOOR) * 25 / 90)]
+)
+def test_wsd_decays_in_the_last_part_and_never_before_the_warmup_ends(fraction: float, middle: float) -> None:
+    assert rate(75, Decay.wsd, decay_fraction=fraction) == pytest.approx(middle)
+    assert rate(WARMUP, Decay.wsd, decay_fraction=fraction) == PEAK
