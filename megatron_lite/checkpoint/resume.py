@@ -47,6 +47,8 @@ class ResumeReport:
     load_moments: bool
     """Moments and the optimizer's step; otherwise both start from zero."""
     load_loss_scale: bool
+    comparable_from: int
+    """As of `CheckpointState`, with the changes since."""
 
     def lines(self) -> list[str]:
         head = f"resuming after step {self.origin.step:,} and {self.origin.samples:,} samples"
@@ -77,6 +79,7 @@ def describe(
     )
     load_moments = _keeps_moments(state, config.optimizer)
     load_loss_scale = config.train.precision is Precision.fp16 and state.loss_scale is not None
+    moved = [change.key for change in changes if change.moves_losses]
     return ResumeReport(
         origin=Origin(state.step, state.samples),
         subsystems=(
@@ -86,10 +89,12 @@ def describe(
             _loss_scale(state, config),
             _randomness(config, changes),
             _data(state, config, changes, is_reordered=state.data_fingerprint != data_fingerprint),
+            *_spikes(moved),
         ),
         changes=tuple(changes),
         load_moments=load_moments,
         load_loss_scale=load_loss_scale,
+        comparable_from=state.step + 1 if moved else state.comparable_from,
     )
 
 
@@ -212,6 +217,13 @@ def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], 
         f"{position}; this version lets the sources take turns in another order: of each, up to about "
         f"{state.samples // 65_536 + 4:,} samples come twice or not at all",
     )
+
+
+def _spikes(moved: Sequence[str]) -> Iterator[Subsystem]:
+    """Where steps are no longer judged by those before. `moved`: settings with which losses or gradient norms jump."""
+    if moved:
+        reason = f"new {', '.join(moved)}: earlier losses and gradient norms are no measure of later ones"
+        yield Subsystem("spikes", Fate.reset, reason)
 
 
 def _resetting(changes: Sequence[Change]) -> Iterator[Change]:

@@ -84,7 +84,7 @@ def build_callbacks(
     save = Save(trackers, checkpoints, validate)
     dossiers = _dossiers(run, trackers, source)
     watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, dossiers, rollbacks)
-    watch.remember(_earlier_steps(run, checkpoints.newest_step))
+    watch.remember(_earlier_steps(run, checkpoints))
     go_back = GoBack(
         config.stability,
         run.folder,
@@ -125,9 +125,14 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
     return found
 
 
-def _earlier_steps(run: Run, step: int) -> list[Vitals]:
-    """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
-    return agreed(logged_vitals(run.config, run.folder, step) if run.context.is_writer else [])
+def _earlier_steps(run: Run, checkpoints: Checkpoints) -> list[Vitals]:
+    """What the steps of earlier attempts are known to have been, so that this one judges as they would have.
+
+    Those from before a setting was changed with which losses or gradient norms jump are left out: else the steps
+    after the change would be taken for spikes.
+    """
+    step, first = checkpoints.newest_step, checkpoints.comparable_from
+    return agreed(logged_vitals(run.config, run.folder, step, first) if run.context.is_writer else [])
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,15 @@ def steps_remembered(config: RunConfig) -> int:
     return 2 * (config.stability.window + config.train.save_interval)
 
 
-def logged_vitals(config: RunConfig, run_dir: Path, step: int) -> list[Vitals]:
-    """Of the latest steps up to this one, as far as metrics.jsonl has them."""
+def logged_vitals(config: RunConfig, run_dir: Path, step: int, first: int = 1) -> list[Vitals]:
+    """Of the latest steps up to this one, as far as metrics.jsonl has them.
+
+    Args:
+        first: step that they go back to; those before it tell nothing about the steps to come.
+    """
     earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
-    rows = list(islice(earlier, steps_remembered(config)))
+    comparable = takewhile(lambda row: row["step"] >= first, earlier)
+    rows = list(islice(comparable, steps_remembered(config)))
     return [_vitals_of(row, config.train.precision) for row in reversed(rows)]
 
 
