@@ -104,19 +104,20 @@ class Checkpoints:
             guard: called ahead of each change to the folder; raises where this process may not write any more.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
-        form, documents = None, prepared.tokenizer_files(config)
+        carried = prepared.tokenizer_files(config)
         try:
             documents = folder_files(
-                config, documents, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
+                config, carried, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
             )
-            form = _hugging_face(config.model)
+            plan = Plan.of(shapes, _hugging_face(config.model))
         except NoCounterpart as reason:
-            documents.pop(GENERATION_FILE, None)
+            documents = {name: content for name, content in carried.items() if name != GENERATION_FILE}
+            plan = Plan.of(shapes, None)
             report(f"checkpoints keep the weights under our own names: {reason}")
         train = config.train
         saver = Saver(
             folder,
-            Plan.of(shapes, form),
+            plan,
             documents,
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,

@@ -342,7 +342,7 @@ def test_a_new_loss_term_is_no_spike(tiny: Callable[..., list[str]], tmp_path: P
     settings = ["stability=skip_step", "train.save_interval=30", "train.eval_interval=0", "optimizer.decay=constant"]
     run_warm(tiny("run", *settings, "train.steps=30")).require_success()
     for steps in (36, 40):
-        finished = run_warm(tiny("run", *settings, "optimizer.z_loss_weight=1", f"train.steps={steps}"))
+        finished = run_warm(tiny("run", *settings, "optimizer.z_loss_weight=100", f"train.steps={steps}"))
         line = "spikes      reset      new optimizer.z_loss_weight"
         assert (line in finished.require_success().out) is (steps == 36)
     assert events(tmp_path / "run", "spike") == []
