@@ -6,7 +6,6 @@ another run of it. A new setting must be put into exactly one of the tables belo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,8 +14,8 @@ from typing import Any
 
 from megatron_lite.config.decays import settings_of_schedules
 from megatron_lite.config.keys import as_word, get_value, leaf_keys
+from megatron_lite.config.same_weights import same_weights
 from megatron_lite.config.schema import ModelConfig, OptimizerName, Precision, RunConfig
-from megatron_lite.files import file_xxh3
 
 Consequence = Callable[[RunConfig, RunConfig], str]
 """From the configurations before and after the change to what it resets; empty = nothing, with these values."""
@@ -389,7 +388,7 @@ def shown(value: Any) -> str:
 
 def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path | None) -> Change:
     before, after = get_value(previous, key), get_value(current, key)
-    if key == "model.init_from" and (reason := _same_beginning(before, after)) is not None:
+    if key == "model.init_from" and (reason := same_weights(before, after)) is not None:
         return Change(key, before, after, Grade.safe, reason)
     refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
     if refusal is None:
@@ -401,26 +400,3 @@ def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path 
     if refusal.weights_fit and checkpoint is not None:
         remedy += f" with model.init_from={checkpoint}"
     return Change(key, before, after, Grade.forbidden, refusal.rule, remedy)
-
-
-def _same_beginning(before: str | None, after: str | None) -> str | None:
-    """Why another model.init_from does not matter to a run that goes on; None where it does.
-
-    The weights come from the run's checkpoint. So a folder that is gone is no reason to stop, and one that was moved
-    or is spelled otherwise is the same.
-    """
-    if before is None:
-        return None
-    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # else it may be a name of the hub
-    old = Path(before).expanduser()
-    if not old.exists():
-        return "the earlier one is gone; the weights come from the checkpoint" if is_local else None
-    if after is None or not (new := Path(after).expanduser()).is_dir():
-        return None
-    return "" if os.path.samefile(old, new) or _content(old) == _content(new) else None
-
-
-def _content(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of the files that hold a model."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: (path.stat().st_size, file_xxh3(path)) for path in files}

@@ -107,12 +107,13 @@ def _batches(config: RunConfig) -> Iterator[str]:
 
 
 def _learning_rate(config: RunConfig) -> str:
-    """`0.0003 after 10 steps, then decay=cosine until step 300: half a cosine wave to min_learning_rate`."""
+    """`0.0003 after 10 steps, then decay=linear until step 300: a straight line to min_learning_rate (...)`."""
     optimizer = config.optimizer
     form = optimizer.decay.form
     until = f" until step {optimizer.decay_steps or config.train.steps:,}" if form.has_end else ""
     peak = f"{optimizer.learning_rate:g} after {optimizer.warmup_steps:,} steps"
-    return f"{peak}, then decay={optimizer.decay}{until}: {form.explanation}"
+    source = f" ({form.source})" if form.source else ""
+    return f"{peak}, then decay={optimizer.decay}{until}: {form.explanation}{source}"
 
 
 def batch_identity(config: RunConfig, global_batch_size: int) -> str:

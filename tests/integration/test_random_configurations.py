@@ -43,6 +43,7 @@ NUMBERS = {
     "optimizer.min_learning_rate": st.floats(0.0, 1.0),
     "optimizer.warmup_steps": st.integers(0, 1),
     "optimizer.decay_steps": st.sampled_from((None, 2, 10**6)),
+    "optimizer.decay_fraction": st.floats(0.0, 1.0),
     "optimizer.beta1": st.floats(0.0, 0.9999998),
     "optimizer.beta2": st.floats(0.0, 0.9999998),
     "optimizer.epsilon": st.floats(1.2e-38, 1.0),

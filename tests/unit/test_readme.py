@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.compose import preset_groups
+from megatron_lite.config.decays import Decay
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -27,3 +28,9 @@ def test_presets_of_the_readme_exist() -> None:
     assert models is not None
     named = {name.removeprefix("model=") for name in re.findall(r"`([^`]+)`", models[1])}
     assert named == set(preset_groups()["model"])
+
+
+def test_decays_of_the_readme_exist() -> None:
+    listed = re.search(r"`optimizer\.decay=(.+?) \(\[formulas\]", (ROOT / "README.md").read_text())
+    assert listed is not None
+    assert set(re.findall(r"(\w+)`", listed[1])) == set(Decay)
