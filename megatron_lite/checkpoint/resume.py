@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from megatron_lite.checkpoint.state import CheckpointState, Layout
-from megatron_lite.config.changes import DATA_KEYS, Change, Grade, grade_changes, refusals, table
+from megatron_lite.config.changes import DATA_KEYS, Change, Grade, Part, grade_changes, refusals, table
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.schema import OptimizerConfig, Precision, RunConfig
 from megatron_lite.data.shards.prepared import tokens_of
@@ -16,23 +16,6 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.optim.batch_ramp import Origin
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.optim.moments import moments_of
-
-# Settings by what of a run they change; a change of one of them may still reset nothing.
-OF_SCHEDULE = {
-    "train.steps",
-    "optimizer.learning_rate",
-    "optimizer.min_learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.decay",
-    "optimizer.decay_steps",
-}
-OF_MASKS = {
-    "parallel.tensor_parallel_size",
-    "parallel.sequence_parallel",
-    "launcher.device",
-    "train.micro_batch_size",
-}
-OF_BATCHES = "train.global_batch_size", "train.batch_ramp."
 
 
 class Fate(StrEnum):
@@ -64,6 +47,8 @@ class ResumeReport:
     load_moments: bool
     """Moments and the optimizer's step; otherwise both start from zero."""
     load_loss_scale: bool
+    comparable_from: int
+    """As of `CheckpointState`, with the changes since."""
 
     def lines(self) -> list[str]:
         head = f"resuming after step {self.origin.step:,} and {self.origin.samples:,} samples"
@@ -94,6 +79,7 @@ def describe(
     )
     load_moments = _keeps_moments(state, config.optimizer)
     load_loss_scale = config.train.precision is Precision.fp16 and state.loss_scale is not None
+    moved = [change.key for change in changes if change.moves_losses]
     return ResumeReport(
         origin=Origin(state.step, state.samples),
         subsystems=(
@@ -103,10 +89,12 @@ def describe(
             _loss_scale(state, config),
             _randomness(config, changes),
             _data(state, config, changes, is_reordered=state.data_fingerprint != data_fingerprint),
+            *_spikes(moved),
         ),
         changes=tuple(changes),
         load_moments=load_moments,
         load_loss_scale=load_loss_scale,
+        comparable_from=state.step + 1 if moved else state.comparable_from,
     )
 
 
@@ -189,7 +177,7 @@ def _optimizer(state: CheckpointState, optimizer: OptimizerConfig, layout: Layou
 def _schedule(state: CheckpointState, config: RunConfig, changes: Sequence[Change]) -> Subsystem:
     step = state.step + 1
     rate = f"step {step:,} has learning rate {learning_rate_at(step, config.optimizer, config.train.steps):.4g}"
-    new = [change.key for change in _resetting(changes) if change.key in OF_SCHEDULE]
+    new = [change.key for change in _resetting(changes) if change.part is Part.schedule]
     if new:
         return Subsystem("schedule", Fate.reset, f"new {', '.join(new)}: {rate}")
     return Subsystem("schedule", Fate.restored, rate)
@@ -208,7 +196,7 @@ def _loss_scale(state: CheckpointState, config: RunConfig) -> Subsystem:
 
 
 def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
-    other = [f"{change.key}: {change.consequence}" for change in _resetting(changes) if change.key in OF_MASKS]
+    other = [f"{change.key}: {change.consequence}" for change in _resetting(changes) if change.part is Part.masks]
     seed = f"seed {config.train.seed}"
     if other:
         return Subsystem("randomness", Fate.reset, f"{seed}; {'; '.join(other)}")
@@ -218,7 +206,7 @@ def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
 def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], is_reordered: bool) -> Subsystem:
     """`is_reordered`: an earlier version let the sources take turns in another order, rounded to 1/65,536."""
     position = f"goes on with sample {state.samples:,}"
-    if any(change.key.startswith(OF_BATCHES) for change in changes):
+    if any(change.part is Part.batches for change in _resetting(changes)):
         ramp = " at the end of the ramp" if config.train.batch_ramp.start else ""
         position += f", in batches of {config.train.global_batch_size}{ramp}"
     if not is_reordered:
@@ -229,6 +217,13 @@ def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], 
         f"{position}; this version lets the sources take turns in another order: of each, up to about "
         f"{state.samples // 65_536 + 4:,} samples come twice or not at all",
     )
+
+
+def _spikes(moved: Sequence[str]) -> Iterator[Subsystem]:
+    """Where steps are no longer judged by those before. `moved`: settings with which losses or gradient norms jump."""
+    if moved:
+        reason = f"new {', '.join(moved)}: earlier losses and gradient norms are no measure of later ones"
+        yield Subsystem("spikes", Fate.reset, reason)
 
 
 def _resetting(changes: Sequence[Change]) -> Iterator[Change]:

@@ -69,6 +69,9 @@ class CheckpointState:
     """The frozen configuration, as plain containers; restores the file in the run folder, should it be damaged."""
     metrics: LoggedLines | None = None
     """Of metrics.jsonl up to this step; None in checkpoints of earlier versions."""
+    comparable_from: int = 1
+    """First step whose loss and gradient norm are a measure for those that follow: before it, a setting had a value
+    with which they lay elsewhere."""
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:

@@ -6,16 +6,16 @@ another run of it. A new setting must be put into exactly one of the tables belo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.config.decays import settings_of_schedules
 from megatron_lite.config.keys import as_word, get_value, leaf_keys
-from megatron_lite.config.schema import Decay, ModelConfig, OptimizerName, Precision, RunConfig
-from megatron_lite.files import file_xxh3
+from megatron_lite.config.same_weights import same_weights
+from megatron_lite.config.schema import ModelConfig, OptimizerName, Precision, RunConfig
 
 Consequence = Callable[[RunConfig, RunConfig], str]
 """From the configurations before and after the change to what it resets; empty = nothing, with these values."""
@@ -25,6 +25,24 @@ class Grade(StrEnum):
     safe = "safe"
     resets = "resets"
     forbidden = "forbidden"
+
+
+class Part(StrEnum):
+    """What of a run goes on with new values; a resume has a line for each."""
+
+    schedule = "schedule"
+    masks = "masks"
+    batches = "batches"
+
+
+@dataclass(frozen=True)
+class Reset:
+    """What another value of a setting does to a run that goes on."""
+
+    consequence: Consequence
+    part: Part | None = None
+    moves_losses: bool = False
+    """Whether losses or gradient norms jump with it, so that those of the steps before are no measure of a spike."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,10 @@ class Change:
     """What follows; of a forbidden one the rule it breaks. Empty where there is nothing to say."""
     remedy: str = ""
     """The way round; of forbidden ones only."""
+    part: Part | None = None
+    """Of those that reset something."""
+    moves_losses: bool = False
+    """As of `Reset`."""
 
     def __str__(self) -> str:
         text = f"{self.key}: {as_typed(self.before)} -> {as_typed(self.after)}"
@@ -163,7 +185,7 @@ def _tensor_size(before: RunConfig, after: RunConfig) -> str:
 def _steps(before: RunConfig, after: RunConfig) -> str:
     """the learning rate decays until the new last step, unless optimizer.decay_steps is set"""
     optimizer = after.optimizer
-    stretched = optimizer.decay_steps is None and optimizer.decay in (Decay.linear, Decay.cosine)
+    stretched = optimizer.decay_steps is None and optimizer.decay.form.has_end
     if not stretched:
         return ""
     return (
@@ -175,8 +197,13 @@ def _steps(before: RunConfig, after: RunConfig) -> str:
 def _decay_steps(before: RunConfig, after: RunConfig) -> str:
     """the learning rate decays until this step"""
     ends = [one.optimizer.decay_steps or one.train.steps for one in (before, after)]
-    decays = after.optimizer.decay in (Decay.linear, Decay.cosine)
-    return f"the learning rate now decays until step {ends[1]:,}" if decays and ends[0] != ends[1] else ""
+    has_end = after.optimizer.decay.form.has_end
+    return f"the learning rate now decays until step {ends[1]:,}" if has_end and ends[0] != ends[1] else ""
+
+
+def _of_schedule(name: str) -> Consequence:
+    """Where the decay looks at the setting."""
+    return _described(lambda before, after: _SCHEDULE if after.optimizer.decay.form.depends_on(name) else "", _SCHEDULE)
 
 
 def _precision(before: RunConfig, after: RunConfig) -> str:
@@ -215,39 +242,37 @@ def _batch(before: RunConfig, after: RunConfig) -> str:
     return "; ".join(filter(None, (_BATCH, _validation(before, after))))
 
 
-RESETS: dict[str, Consequence] = {
-    "parallel.tensor_parallel_size": _tensor_size,
-    "parallel.sequence_parallel": _masks(*_OF_POSITIONS),
-    "launcher.device": _masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS),  # each kind draws in its own way
-    "model.embedding_dropout": _always(_RATE),
-    "model.attention_dropout": _always(_RATE),
-    "model.hidden_dropout": _always(_RATE),
-    "model.ffn_dropout": _always(_RATE),
-    "model.final_dropout": _always(_RATE),
-    "optimizer.name": _always("moments start from zero"),
-    "optimizer.learning_rate": _always(_SCHEDULE),
-    "optimizer.min_learning_rate": _always(_SCHEDULE),
-    "optimizer.warmup_steps": _always(_SCHEDULE),
-    "optimizer.decay": _always(_SCHEDULE),
-    "optimizer.decay_steps": _decay_steps,
-    "optimizer.beta1": _of_optimizer(OptimizerName.adamw, _UPDATES),
-    "optimizer.beta2": _of_optimizer(OptimizerName.adamw, _UPDATES),
-    "optimizer.epsilon": _of_optimizer(OptimizerName.adamw, _UPDATES),
-    "optimizer.momentum": _of_optimizer(OptimizerName.sgd, _UPDATES),
-    "optimizer.weight_decay": _always(_UPDATES),
-    "optimizer.z_loss_weight": _always(_UPDATES),
-    "optimizer.clip_grad_norm": _always(_UPDATES),
-    "train.steps": _steps,
-    "train.micro_batch_size": _masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS),
-    "train.global_batch_size": _batch,
-    "train.batch_ramp.start": _always(_BATCH),
-    "train.batch_ramp.increment": _always(_BATCH),
-    "train.batch_ramp.samples": _always(_BATCH),
-    "train.eval_batches": _validation,
-    "train.precision": _precision,
-    "train.loss_scale.window": _loss_scale("the loss scale keeps its value and follows the new rule"),
-    "train.loss_scale.hysteresis": _loss_scale("the loss scale keeps its value and follows the new rule"),
-    "train.loss_scale.minimum": _loss_scale("the loss scale keeps its value and follows the new rule"),
+RESETS: dict[str, Reset] = {
+    "parallel.tensor_parallel_size": Reset(_tensor_size, Part.masks),
+    "parallel.sequence_parallel": Reset(_masks(*_OF_POSITIONS), Part.masks),
+    # Each kind of device draws in its own way.
+    "launcher.device": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), Part.masks),
+    "model.embedding_dropout": Reset(_always(_RATE), moves_losses=True),
+    "model.attention_dropout": Reset(_always(_RATE), moves_losses=True),
+    "model.hidden_dropout": Reset(_always(_RATE), moves_losses=True),
+    "model.ffn_dropout": Reset(_always(_RATE), moves_losses=True),
+    "model.final_dropout": Reset(_always(_RATE), moves_losses=True),
+    "optimizer.name": Reset(_always("moments start from zero")),
+    **{f"optimizer.{name}": Reset(_of_schedule(name), Part.schedule) for name in settings_of_schedules()},
+    "optimizer.decay_steps": Reset(_decay_steps, Part.schedule),
+    "optimizer.beta1": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
+    "optimizer.beta2": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
+    "optimizer.epsilon": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
+    "optimizer.momentum": Reset(_of_optimizer(OptimizerName.sgd, _UPDATES)),
+    "optimizer.weight_decay": Reset(_always(_UPDATES)),
+    "optimizer.z_loss_weight": Reset(_always(_UPDATES), moves_losses=True),
+    "optimizer.clip_grad_norm": Reset(_always(_UPDATES)),
+    "train.steps": Reset(_steps, Part.schedule),
+    "train.micro_batch_size": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), Part.masks),
+    "train.global_batch_size": Reset(_batch, Part.batches, moves_losses=True),
+    "train.batch_ramp.start": Reset(_always(_BATCH), Part.batches, moves_losses=True),
+    "train.batch_ramp.increment": Reset(_always(_BATCH), Part.batches, moves_losses=True),
+    "train.batch_ramp.samples": Reset(_always(_BATCH), Part.batches, moves_losses=True),
+    "train.eval_batches": Reset(_validation),
+    "train.precision": Reset(_precision, moves_losses=True),
+    "train.loss_scale.window": Reset(_loss_scale("the loss scale keeps its value and follows the new rule")),
+    "train.loss_scale.hysteresis": Reset(_loss_scale("the loss scale keeps its value and follows the new rule")),
+    "train.loss_scale.minimum": Reset(_loss_scale("the loss scale keeps its value and follows the new rule")),
 }
 
 
@@ -310,7 +335,7 @@ UNDECIDED = "the run goes on only with the tokens that it had, which shows when 
 def on_resume(key: str) -> tuple[Grade, str]:
     """What a run that goes on makes of another value of a setting, whatever the values are."""
     if key in RESETS:
-        return Grade.resets, RESETS[key].__doc__ or ""
+        return Grade.resets, RESETS[key].consequence.__doc__ or ""
     refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
     if refusal is None:
         return Grade.safe, "the run goes on with the new value"
@@ -392,36 +417,15 @@ def as_typed(value: Any) -> str:
 
 def _graded(key: str, previous: RunConfig, current: RunConfig, checkpoint: Path | None) -> Change:
     before, after = get_value(previous, key), get_value(current, key)
-    if key == "model.init_from" and (reason := _same_beginning(before, after)) is not None:
+    if key == "model.init_from" and (reason := same_weights(before, after)) is not None:
         return Change(key, before, after, Grade.safe, reason)
     refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
     if refusal is None:
-        consequence = RESETS[key](previous, current) if key in RESETS else ""
-        return Change(key, before, after, Grade.resets if consequence else Grade.safe, consequence)
+        reset = RESETS.get(key, Reset(_always("")))
+        consequence = reset.consequence(previous, current)
+        grade = Grade.resets if consequence else Grade.safe
+        return Change(key, before, after, grade, consequence, part=reset.part, moves_losses=reset.moves_losses)
     remedy = f"keep {key}={as_typed(before)}, or begin another run in a new train.run_dir"
     if refusal.weights_fit and checkpoint is not None:
         remedy += f" with model.init_from={checkpoint}"
     return Change(key, before, after, Grade.forbidden, refusal.rule, remedy)
-
-
-def _same_beginning(before: str | None, after: str | None) -> str | None:
-    """Why another model.init_from does not matter to a run that goes on; None where it does.
-
-    The weights come from the run's checkpoint. So a folder that is gone is no reason to stop, and one that was moved
-    or is spelled otherwise is the same.
-    """
-    if before is None:
-        return None
-    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # else it may be a name of the hub
-    old = Path(before).expanduser()
-    if not old.exists():
-        return "the earlier one is gone; the weights come from the checkpoint" if is_local else None
-    if after is None or not (new := Path(after).expanduser()).is_dir():
-        return None
-    return "" if os.path.samefile(old, new) or _content(old) == _content(new) else None
-
-
-def _content(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of the files that hold a model."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: (path.stat().st_size, file_xxh3(path)) for path in files}

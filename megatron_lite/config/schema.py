@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from megatron_lite.config.decays import Decay as Decay
 from megatron_lite.config.launcher import LauncherConfig
 from megatron_lite.config.stability import StabilityConfig
 
@@ -90,13 +91,6 @@ class OptimizerName(StrEnum):
     adamw = "adamw"
     sgd = "sgd"
     adafactor = "adafactor"
-
-
-class Decay(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    inverse_sqrt = "inverse_sqrt"
 
 
 class WandbMode(StrEnum):
@@ -322,9 +316,11 @@ class OptimizerConfig:
     warmup_steps: int = 10
     """Steps of linear growth from 0 to learning_rate."""
     decay: Decay = Decay.cosine
-    """Shape of the learning rate behind the warm-up."""
+    """How the learning rate falls after the warm-up: config/decays.py has the formulas."""
     decay_steps: int | None = None
-    """Step at which min_learning_rate is reached; None = train.steps."""
+    """Step at which min_learning_rate is reached; None = train.steps. Of decays with an end only."""
+    decay_fraction: float = 0.1
+    """wsd: share of the steps until decay_steps that come down to min_learning_rate; those before stay at the peak."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: float = 0.95

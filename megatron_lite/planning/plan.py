@@ -100,9 +100,20 @@ def _batches(config: RunConfig) -> Iterator[str]:
     tokens = train.global_batch_size * tokens_per_sample(config)
     note = " at the full batch" if ramp.start else ""
     yield _row("tokens", f"{tokens:,} a step, {tokens * train.steps:,} in {train.steps:,} steps{note}")
+    yield _row("learning rate", _learning_rate(config))
     if stages > 1:
         bubble = bubble_share(stages, count)
         yield _row("pipeline bubble", f"{bubble:.1%} = ({stages} - 1) / ({count} + {stages} - 1) of the time")
+
+
+def _learning_rate(config: RunConfig) -> str:
+    """`0.0003 after 10 steps, then decay=linear until step 300: a straight line to min_learning_rate (...)`."""
+    optimizer = config.optimizer
+    form = optimizer.decay.form
+    until = f" until step {optimizer.decay_steps or config.train.steps:,}" if form.has_end else ""
+    peak = f"{optimizer.learning_rate:g} after {optimizer.warmup_steps:,} steps"
+    source = f" ({form.source})" if form.source else ""
+    return f"{peak}, then decay={optimizer.decay}{until}: {form.explanation}{source}"
 
 
 def batch_identity(config: RunConfig, global_batch_size: int) -> str:

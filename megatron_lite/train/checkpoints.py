@@ -83,6 +83,8 @@ class Checkpoints:
     saver: Saver
     newest_step: int = 0
     """Of the checkpoint that this attempt began from or has saved, or has begun to."""
+    comparable_from: int = 1
+    """As of `CheckpointState`."""
 
     @classmethod
     def of(
@@ -102,19 +104,20 @@ class Checkpoints:
             guard: called ahead of each change to the folder; raises where this process may not write any more.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
-        form, documents = None, prepared.tokenizer_files(config)
+        carried = prepared.tokenizer_files(config)
         try:
             documents = folder_files(
-                config, documents, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
+                config, carried, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
             )
-            form = _hugging_face(config.model)
+            plan = FilePlan.of(shapes, _hugging_face(config.model))
         except NoCounterpart as reason:
-            documents.pop(GENERATION_FILE, None)
+            documents = {name: content for name, content in carried.items() if name != GENERATION_FILE}
+            plan = FilePlan.of(shapes, None)
             report(f"checkpoints keep the weights under our own names: {reason}")
         train = config.train
         saver = Saver(
             folder,
-            FilePlan.of(shapes, form),
+            plan,
             documents,
             Kept(train.keep_last, train.keep_every, train.keep_best),
             asynchronous=train.async_save,
@@ -130,8 +133,7 @@ class Checkpoints:
             CheckpointError: the files hold other tensors than the model has.
         """
         if start.report is not None and start.state is not None and start.folder is not None:
-            report = start.report
-            self._restore(start.folder, start.state, report.load_moments, report.load_loss_scale)
+            self._restore(start.folder, start.state, start.report)
         elif self.engine.config.model.init_from is not None:
             take_initial_weights(self.engine, self.shapes)
 
@@ -144,23 +146,24 @@ class Checkpoints:
         """Take what this run has saved earlier, maybe with other settings; nothing may be being written."""
         config, layout = self.engine.config, layout_of(self.engine.config, self.engine.context)
         report = describe(state, config, layout, self.data_fingerprint, folder)
-        self._restore(folder, state, report.load_moments, report.load_loss_scale)
+        self._restore(folder, state, report)
 
-    def _restore(self, folder: Path, state: CheckpointState, load_moments: bool, load_loss_scale: bool) -> None:
+    def _restore(self, folder: Path, state: CheckpointState, report: ResumeReport) -> None:
         shards, kinds = self.engine.shards, [WEIGHT]
-        if load_moments:
+        if report.load_moments:
             kinds += state.optimizer.moments
         load(folder, _plan(self.engine, self.shapes, state.hugging_face), _fragments(self.engine, *kinds), kinds)
-        if load_moments:
+        if report.load_moments:
             shards.updates = state.optimizer.step
         else:
             for moment in _fragments(self.engine, *moments_of(self.engine.config.optimizer)):
                 moment.values.zero_()
             shards.updates = 0
-        if load_loss_scale and state.loss_scale is not None:
+        if report.load_loss_scale and state.loss_scale is not None:
             shards.loss_scale = state.loss_scale
         shards.weights_changed()
         self.newest_step = state.step
+        self.comparable_from = report.comparable_from
 
     def save(
         self,
@@ -193,6 +196,7 @@ class Checkpoints:
             skipped=tuple((window.first, window.stop) for window in skips.before(skips.index(samples))),
             config=as_containers(without_environment(config)),
             metrics=logged,
+            comparable_from=self.comparable_from,
             versions=versions(),
         )
         folder = self.saver.save(shards.fragments(), state)

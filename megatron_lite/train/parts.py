@@ -86,7 +86,7 @@ def build_callbacks(
     save = Save(trackers, checkpoints, validate, record)
     spike_reports = _spike_reports(run, trackers, source)
     watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, spike_reports, rollbacks)
-    watch.remember(_earlier_steps(run, checkpoints.newest_step))
+    watch.remember(_earlier_steps(run, checkpoints))
     go_back = GoBack(
         config.stability,
         run.folder,
@@ -127,9 +127,14 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
     return found
 
 
-def _earlier_steps(run: Run, step: int) -> list[StepStatistics]:
-    """What the steps of earlier attempts are known to have been, so that this one judges as they would have."""
-    return agreed(logged_statistics(run.config, run.folder, step) if run.context.is_writer else [])
+def _earlier_steps(run: Run, checkpoints: Checkpoints) -> list[StepStatistics]:
+    """Statistics of the steps of earlier attempts, so that this one judges as they would have.
+
+    Steps from before a setting changed that moves losses or gradient norms are left out: else the steps after the
+    change would be taken for spikes.
+    """
+    step, first = checkpoints.newest_step, checkpoints.comparable_from
+    return agreed(logged_statistics(run.config, run.folder, step, first) if run.context.is_writer else [])
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.compose import compose
+from megatron_lite.config.decays import Decay
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import problems
@@ -51,6 +52,7 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
     "optimizer.min_learning_rate": (0.0, 1.0),
     "optimizer.warmup_steps": (0, 1),
     "optimizer.decay_steps": (None, 2, 10**6),
+    "optimizer.decay_fraction": (0.0, 1.0),
     "optimizer.beta1": (0.0, 0.9999998),
     "optimizer.beta2": (0.0, 0.9999998),
     "optimizer.epsilon": (1.2e-38, 1.0),
@@ -79,7 +81,7 @@ CHOICES = {
     "parallel.zero_stage": ("0", "1", "2", "3"),
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.sequence_parallel": ("false", "true"),
-    "optimizer.decay": ("constant", "linear", "cosine", "inverse_sqrt"),
+    "optimizer.decay": tuple(Decay),
     "train.precision": ("fp32", "bf16"),
     "stability.on_spike": ("warn", "skip_step"),
 }

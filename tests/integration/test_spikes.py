@@ -349,3 +349,16 @@ def test_no_false_alarm(name: str, tiny: Callable[..., list[str]], tmp_path: Pat
     for folder in folders:
         assert len(metrics(folder)) == 80
         assert events(folder, "spike") == []
+
+
+@pytest.mark.slow
+def test_a_new_loss_term_is_no_spike(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Steps after a change of the loss are judged by each other alone, in the attempt with the change and the next."""
+    settings = ["stability=skip_step", "train.save_interval=30", "train.eval_interval=0", "optimizer.decay=constant"]
+    run_warm(tiny("run", *settings, "train.steps=30")).require_success()
+    for steps in (36, 40):
+        finished = run_warm(tiny("run", *settings, "optimizer.z_loss_weight=100", f"train.steps={steps}"))
+        line = "spikes      reset      new optimizer.z_loss_weight"
+        assert (line in finished.require_success().out) is (steps == 36)
+    assert events(tmp_path / "run", "spike") == []
+    assert not any(row["skipped"] for row in metrics(tmp_path / "run").values())

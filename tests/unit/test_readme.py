@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.config.decays import Decay
 from megatron_lite.config.preset_folders import PresetFolders
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +93,9 @@ def test_presets_that_are_named_exist() -> None:
     assert models is not None
     named = {name.removeprefix("model=") for name in re.findall(r"`([^`]+)`", models[1])}
     assert named == set(PresetFolders().groups()["model"])
+
+
+def test_decays_of_the_page_exist() -> None:
+    listed = re.search(r"`optimizer\.decay=(.+?) \(\[formulas\]", (ROOT / "docs" / "getting_started.md").read_text())
+    assert listed is not None
+    assert set(re.findall(r"(\w+)`", listed[1])) == set(Decay)

@@ -1,12 +1,16 @@
 """Which model of transformers computes what a model of ours computes, if any does.
 
+A family says of each setting that it knows which values it has (`fixed`), or that its config.json tells the value
+(`free`). A setting of which it says neither, such as one that is new here, has to be at its default, which means that
+the model does without it: otherwise transformers has no counterpart.
+
 Dropouts and initialisation decide nothing here: a trained model has no use for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_lite.config.derived import complete_model
@@ -25,6 +29,19 @@ class NoCounterpart(Exception):  # noqa: N818 - an answer more than an error: su
     """transformers has no model of these settings; the text says why."""
 
 
+_OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
+
+
+def decisive_fields(model: type[ModelConfig] = ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Fields on which the logits depend (sizes and forms, not how training begins), and their defaults."""
+    for field in fields(model):
+        if field.name not in _OF_TRAINING and not field.name.endswith("_dropout"):
+            yield field.name, field.default
+
+
+DECISIVE = tuple(name for name, _ in decisive_fields())
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of model, in transformers' words and in our settings."""
@@ -34,13 +51,38 @@ class Family:
     """Of transformers: the class that config.json names."""
     script: str
     fixed: Mapping[str, tuple[Any, ...]]
-    """Fields of ModelConfig -> the values that the family has; all others are free."""
+    """Fields of ModelConfig -> the values that the family has."""
+    free: tuple[str, ...] = ()
+    """Fields of ModelConfig that its config.json tells, beside those of all families."""
     query_groups: bool = False
     """Heads may share keys and values."""
     free_head_size: bool = False
     """Heads may be wider or narrower than hidden_size / num_attention_heads."""
 
 
+_OF_ALL = frozenset(
+    {
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",  # `_differences` holds these two against the family
+        "head_size",
+        "ffn_hidden_size",
+        "max_position_embeddings",
+        "vocab_size",
+        "norm_epsilon",
+        "tie_embeddings",
+    }
+)
+"""Fields that the config.json of every family tells."""
+_READ_WITH: dict[str, Architecture | PositionEmbedding] = {
+    "num_decoder_layers": Architecture.encoder_decoder,
+    "position_offset": PositionEmbedding.learned,
+    "relative_buckets": PositionEmbedding.relative,
+    "relative_max_distance": PositionEmbedding.relative,
+    "rotary_base": PositionEmbedding.rotary,
+}
+"""Fields that a model looks at only with that value of another one."""
 _UNGATED = (Activation.relu, Activation.gelu, Activation.gelu_tanh)
 _GATED = (Activation.swiglu, Activation.geglu)
 _PLAIN_HEAD: dict[str, tuple[Any, ...]] = {"head_transform": (False,), "head_bias": (False,)}
@@ -70,7 +112,13 @@ _DECODER: dict[str, tuple[Any, ...]] = {
     **_PLAIN_HEAD,
 }
 
-GPT2 = Family("gpt2", "GPT2LMHeadModel", "pretrain_gpt", {**_ADDITIVE, **_DECODER, "position_offset": (0,)})
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    "pretrain_gpt",
+    {**_ADDITIVE, **_DECODER, "position_offset": (0,)},
+    free=("attention_scale",),
+)
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
@@ -82,12 +130,21 @@ LLAMA = Family(
         "activation": _GATED,
         "attention_scale": (True,),
     },
+    free=("attention_bias", "mlp_bias", "rotary_base"),
     query_groups=True,
     free_head_size=True,
 )
-BERT = Family("bert", "BertForPreTraining", "pretrain_bert", {**_ENCODER, "position_offset": (0,)})
-BERT_WITHOUT_PAIRS = Family("bert", "BertForMaskedLM", "pretrain_bert", BERT.fixed)
-ROBERTA = Family("roberta", "RobertaForMaskedLM", "pretrain_bert", {**_ENCODER, "activation": (Activation.gelu,)})
+BERT = Family(
+    "bert", "BertForPreTraining", "pretrain_bert", {**_ENCODER, "position_offset": (0,)}, free=("num_segments",)
+)
+BERT_WITHOUT_PAIRS = replace(BERT, architecture="BertForMaskedLM")
+ROBERTA = Family(
+    "roberta",
+    "RobertaForMaskedLM",
+    "pretrain_bert",
+    {**_ENCODER, "activation": (Activation.gelu,)},
+    free=("num_segments", "position_offset"),
+)
 T5 = Family(
     "t5",
     "T5ForConditionalGeneration",
@@ -104,6 +161,7 @@ T5 = Family(
         "mlp_bias": (False,),
         **_PLAIN_HEAD,
     },
+    free=("activation", "num_decoder_layers", "relative_buckets", "relative_max_distance", "scale_tied_head"),
     free_head_size=True,
 )
 BART = Family(
@@ -122,6 +180,7 @@ BART = Family(
         "tie_embeddings": (True,),  # one that is not tied has three tables of words, of which we have one
         **_PLAIN_HEAD,
     },
+    free=("num_decoder_layers",),
 )
 
 
@@ -160,6 +219,10 @@ def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Ite
         found = getattr(model, name)
         if found not in values:
             yield f"{' or '.join(map(as_word, values))} for model.{name}={as_word(found)}"
+    for name, default in decisive_fields(type(model)):
+        is_known = name in _OF_ALL or name in family.fixed or name in family.free or not is_read(name, model)
+        if not is_known and getattr(model, name) != default:
+            yield f"no model.{name}={as_word(getattr(model, name))}"
     heads, hidden = model.num_attention_heads, model.hidden_size
     if model.num_query_groups != heads and not family.query_groups:
         yield f"keys and values for each of {heads} heads, not model.num_query_groups={model.num_query_groups}"
@@ -172,3 +235,10 @@ def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Ite
         yield "a segment table for model.num_segments=0"
     if family is ROBERTA and next_sentence:
         yield "no next-sentence head beside model.position_offset; BERT's is 0"
+
+
+def is_read(name: str, model: ModelConfig) -> bool:
+    """Whether a model of these settings looks at one of them."""
+    if name == "scale_tied_head":
+        return model.tie_embeddings
+    return name not in _READ_WITH or _READ_WITH[name] in (model.architecture, model.position_embedding)

@@ -185,6 +185,7 @@ RANGES: dict[str, Range] = {
     "optimizer.min_learning_rate": RATE_OR_0,
     "optimizer.warmup_steps": STEPS_OR_0,
     "optimizer.decay_steps": STEPS,
+    "optimizer.decay_fraction": SHARE,
     "optimizer.beta1": _fraction(),
     "optimizer.beta2": _fraction(),
     "optimizer.epsilon": SMALL,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.rules.ranges import INT64_LARGEST
-from megatron_lite.config.schema import Decay, Precision
+from megatron_lite.config.schema import Precision
 from megatron_lite.config.stability import OnSpike
 
 FP16_ON_CPU = "MEGATRON_LITE_FP16_ON_CPU"  # =1 lets tests exercise loss scaling where fp16 arithmetic is only emulated
@@ -97,7 +97,7 @@ def decay_follows_warmup(case: Case) -> Iterator[str]:
     optimizer = case.config.optimizer
     if optimizer.decay_steps is None or not case.sound("optimizer.warmup_steps", "optimizer.decay_steps"):
         return
-    if optimizer.decay is not Decay.constant and optimizer.decay_steps <= optimizer.warmup_steps:
+    if optimizer.decay.form.has_end and optimizer.decay_steps <= optimizer.warmup_steps:
         yield (
             f"optimizer.decay_steps={optimizer.decay_steps} must be more than optimizer.warmup_steps="
             f"{optimizer.warmup_steps}, where the decay starts; use null for train.steps"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, counterpart
+from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, NoCounterpart, counterpart
 from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import CheckpointError
@@ -37,14 +37,15 @@ def stored_form(model: ModelConfig, shapes: Mapping[str, Shape]) -> StoredForm:
     Args:
         shapes: of all our parameters, full and unpadded, by global name.
     Raises:
-        NoCounterpart: transformers has no model of these settings.
+        NoCounterpart: transformers has no model of these settings, or its model has no place for some parameters.
     """
     family = counterpart(model, next_sentence="next_sentence.pooler.weight" in shapes)
     builder = FormBuilder(model, shapes)
     _FORMS[family.model_type](builder)
     form = builder.form()
-    left = shapes.keys() - {piece.source for piece in form.pieces}
-    assert not left, f"{family.architecture} has no place for {sorted(left)}"
+    left = sorted(shapes.keys() - {piece.source for piece in form.pieces})
+    if left:
+        raise NoCounterpart(f"{family.architecture} of transformers has no place for the parameters {', '.join(left)}")
     return form
 
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +211,15 @@ def steps_remembered(config: RunConfig) -> int:
     return 2 * (config.stability.window + config.train.save_interval)
 
 
-def logged_statistics(config: RunConfig, run_dir: Path, step: int) -> list[StepStatistics]:
-    """Of the latest steps up to this one, as far as metrics.jsonl has them."""
+def logged_statistics(config: RunConfig, run_dir: Path, step: int, first: int = 1) -> list[StepStatistics]:
+    """Of the latest steps up to this one, as far as metrics.jsonl has them.
+
+    Args:
+        first: the earliest step that is comparable with the steps to come.
+    """
     earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
-    rows = list(islice(earlier, steps_remembered(config)))
+    comparable = takewhile(lambda row: row["step"] >= first, earlier)
+    rows = list(islice(comparable, steps_remembered(config)))
     return [_statistics_of(row, config.train.precision) for row in reversed(rows)]
 
 

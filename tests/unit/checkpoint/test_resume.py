@@ -99,6 +99,8 @@ def test_everything_has_changed() -> None:
         "  randomness  reset      seed 1234; parallel.tensor_parallel_size: other masks of model.attention_dropout "
         "from here on",
         "  data        restored   goes on with sample 3,200, in batches of 64",
+        "  spikes      reset      new model.hidden_dropout, train.global_batch_size, train.precision: earlier losses "
+        "and gradient norms are no measure of later ones",
         "changed settings",
         "  resets     model.hidden_dropout: 0.1 -> 0.2; this dropout has the new rate from here on",
         "  resets     parallel.tensor_parallel_size: 2 -> 1; other masks of model.attention_dropout from here on",
@@ -113,6 +115,25 @@ def test_everything_has_changed() -> None:
         "  safe       train.keep_every: 0 -> 1000",
         "  safe       launcher.num_processes: 8 -> 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "moves"),
+    [
+        ("optimizer.z_loss_weight=0.1", True),
+        ("model.attention_dropout=0.1", True),
+        ("train.global_batch_size=64", True),
+        ("train.precision=bf16", True),
+        ("tracking.plot=false", False),
+        ("optimizer.learning_rate=0.1", False),  # the steps after it may well be spikes, and that is to be seen
+        ("optimizer.clip_grad_norm=0.5", False),
+        ("parallel.tensor_parallel_size=1", False),
+    ],
+)
+def test_steps_are_judged_anew_after_a_change_with_which_losses_jump(word: str, moves: bool) -> None:
+    fresh, later = report_of(state_of(), word), report_of(state_of(comparable_from=31), word)
+    assert (fresh.comparable_from, later.comparable_from) == ((101, 101) if moves else (1, 31))
+    assert any(line.startswith("  spikes      reset      new ") for line in fresh.lines()) is moves
 
 
 ADAMW, SGD = OptimizerState("adamw", 98, ("exp_avg", "exp_avg_sq")), "optimizer.name=sgd"

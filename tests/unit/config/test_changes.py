@@ -23,6 +23,7 @@ from megatron_lite.config.changes import (
     table,
 )
 from megatron_lite.config.compose import compose
+from megatron_lite.config.decays import Decay
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.keys import leaf_keys
@@ -123,6 +124,13 @@ CONSEQUENCES = [
     ("", "train.steps=600,optimizer.decay_steps=300", "train.steps", ""),
     ("", "train.steps=600,optimizer.decay_steps=300", "optimizer.decay_steps", ""),
     ("", "optimizer.decay_steps=200", "optimizer.decay_steps", "the learning rate now decays until step 200"),
+    ("optimizer.decay=inverse_sqrt", "optimizer.decay=inverse_sqrt,train.steps=600", "train.steps", ""),
+    (
+        "optimizer.decay=constant",
+        "optimizer.decay=constant,optimizer.min_learning_rate=1e-9",
+        "optimizer.min_learning_rate",
+        "",
+    ),
     ("", "train.precision=bf16", "train.precision", ""),
     ("", "train.precision=fp16", "train.precision", "fp16's loss scale starts at 2^16"),
     ("train.precision=fp16", "train.precision=bf16", "train.precision", "fp16's loss scale is dropped"),
@@ -158,7 +166,7 @@ def test_consequence(before: str, after: str, key: str, consequence: str) -> Non
 def test_what_resets_under_no_values_is_safe() -> None:
     """Each entry of the table can have something to say."""
     told = {key for before, after, key, consequence in CONSEQUENCES if consequence}
-    always = {key for key, rule in RESETS.items() if _says_always(rule)}
+    always = {key for key, rule in RESETS.items() if _says_always(rule.consequence)}
     assert set(RESETS) - told - always <= {
         "optimizer.beta2", "optimizer.epsilon", "optimizer.momentum",  # as beta1
         "train.loss_scale.hysteresis", "train.loss_scale.minimum",  # as the window
@@ -166,9 +174,10 @@ def test_what_resets_under_no_values_is_safe() -> None:
 
 
 def _says_always(rule) -> bool:
-    config = config_of("train.precision=fp32")
-    assert config.train.precision is Precision.fp32
-    return bool(rule(config, config))
+    """Of any two values, under some decay."""
+    configs = [config_of(f"train.precision=fp32,optimizer.decay={decay}") for decay in Decay]
+    assert all(config.train.precision is Precision.fp32 for config in configs)
+    return any(rule(config, config) for config in configs)
 
 
 def test_forbidden_ones_come_with_a_way_round() -> None:

@@ -153,8 +153,7 @@ def test_key_like_nothing_gets_no_guess() -> None:
         ("model.vocab_size=x", "model.vocab_size=x is not possible: model.vocab_size must be an integer or null"),
         (
             "optimizer.decay=cos",
-            "optimizer.decay=cos is not possible: optimizer.decay must be one of constant, linear, cosine, "
-            "inverse_sqrt",
+            f"optimizer.decay=cos is not possible: optimizer.decay must be one of {', '.join(Decay)}",
         ),
         ("data.weights=[a]", "data.weights=[a] is not possible: data.weights must be a list of numbers or null"),
         (

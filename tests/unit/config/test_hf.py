@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
-from megatron_lite.config.hf.settings import DECISIVE
+from megatron_lite.config.hf.families import DECISIVE, counterpart, is_read
 from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.models.hf import stored_form
+from megatron_lite.models.shapes import parameter_shapes
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
 from tests.unit.config.hf_folders import Ids, tensor_shapes
 
@@ -130,3 +135,77 @@ def test_the_head_of_t5_after_transformers_5_has_saved_it() -> None:
     assert settings_of(config, names=_WITHOUT_HEAD).settings["tie_embeddings"]
     both = settings_of(written(T5), names=_WITH_HEAD).settings  # v1.0's files may hold the tied head, too
     assert (both["tie_embeddings"], both["scale_tied_head"]) == (True, True)
+
+
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "bert": BERT, "roberta": ROBERTA, "t5": T5, "t5_v1_1": T5_V1_1, "bart": BART}
+NUMBERS = {
+    "num_layers": (1, 2),
+    "num_decoder_layers": (None, 1),
+    "hidden_size": (32, 48),
+    "num_attention_heads": (2, 4),
+    "num_query_groups": (None, 1, 2),
+    "head_size": (None, 8, 24),
+    "ffn_hidden_size": (None, 40),
+    "max_position_embeddings": (24, 30),
+    "vocab_size": (None, 777),
+    "norm_epsilon": (1e-5, 1e-3),
+    "position_offset": (0, 1, 2),
+    "rotary_base": (1e4, 500.0),
+    "relative_buckets": (8, 32),
+    "relative_max_distance": (12, 128),
+    "num_segments": (0, 1, 3),
+}
+
+
+def values_of(name: str) -> tuple[Any, ...]:
+    default = getattr(ModelConfig(), name)
+    if isinstance(default, bool):
+        return (False, True)
+    return tuple(type(default)) if isinstance(default, Enum) else NUMBERS[name]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FAMILIES)),
+    changes=st.dictionaries(st.sampled_from(DECISIVE), st.integers(0, 11), max_size=4),
+    next_sentence=st.booleans(),
+)
+def test_any_settings_have_a_counterpart_that_tells_them_all_or_none(
+    name: str, changes: dict[str, int], next_sentence: bool
+) -> None:
+    """No setting gets lost on the way to transformers, and none ends in an exception of another kind."""
+    values = {field: values_of(field)[index % len(values_of(field))] for field, index in changes.items()}
+    model = replace(FAMILIES[name], **values)
+    pairs = next_sentence and model.architecture is Architecture.encoder
+    try:
+        config = written(model, next_sentence=pairs)
+    except NoCounterpart:
+        return
+    stored_form(model, parameter_shapes(model, 777, next_sentence=pairs))
+    found, expected = decisive(replace(ModelConfig(), **settings_of(config).settings)), decisive(model)
+    looked_at = {field for field in expected if is_read(field, complete_model(model))}
+    assert {field: found[field] for field in looked_at} == {field: expected[field] for field in looked_at}
+
+
+@dataclass
+class WithNewSettings(ModelConfig):
+    """As it is when a setting has been added, and transformers' families have not been told."""
+
+    query_key_norm: bool = False
+    logit_cap: float = 0.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_setting_that_a_family_does_not_know_has_no_counterpart(name: str) -> None:
+    model = WithNewSettings(**{field.name: getattr(FAMILIES[name], field.name) for field in fields(ModelConfig)})
+    assert counterpart(model) == counterpart(FAMILIES[name])
+    for word, value in (("query_key_norm=true", True), ("logit_cap=30", 30.0)):
+        changed = replace(model, **{word.partition("=")[0]: value})
+        with pytest.raises(NoCounterpart, match=rf"of transformers has no model\.{word}$"):
+            counterpart(changed)
+
+
+def test_a_parameter_that_a_family_has_no_place_for_has_no_counterpart() -> None:
+    shapes = parameter_shapes(LLAMA, 777) | {"layers.0.attention.query_norm.weight": (8,)}
+    with pytest.raises(NoCounterpart, match=r"no place for the parameters layers\.0\.attention\.query_norm\.weight"):
+        stored_form(LLAMA, shapes)

@@ -440,6 +440,7 @@ def test_fp16_on_a_gpu_and_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         ["parallel.pipeline_parallel_size=3"],  # four layers on three stages: two, one, one
         ["train.generate_prompt=''", "train.generate_tokens=0"],
         ["optimizer.decay=constant", "optimizer.decay_steps=5"],
+        ["optimizer.decay=inverse_sqrt", "optimizer.decay_steps=5"],
         ["model.vocab_size=5000", "data.tokenizer=/some/folder"],
         ["data.validation_fraction=0", "data.validation_source=held_out.txt"],
         ["train.batch_ramp={start:8,increment:8,samples:100}"],

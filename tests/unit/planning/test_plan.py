@@ -31,6 +31,10 @@ def test_rows_of_a_three_dimensional_layout() -> None:
     assert text["layers"] == "4 = 2 stages of 2"
     assert text["batch"] == "32 = 4 micro x 4 micro-batches x 2 data-parallel"
     assert text["tokens"] == "4,096 a step, 40,960 in 10 steps"
+    assert text["learning rate"] == (
+        "0.0003 after 10 steps, then decay=cosine until step 10: half a cosine wave to min_learning_rate, without "
+        "restarts (arXiv 1608.03983)"
+    )
     assert text["pipeline bubble"] == "20.0% = (2 - 1) / (4 + 2 - 1) of the time"
     assert text["vocabulary"] == "8,000 padded to 8,192 = 4,096 rows x 2 tensor-parallel (multiple of 128)"
     assert text["parameters"] == (

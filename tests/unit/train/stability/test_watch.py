@@ -34,10 +34,10 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
     (run_dir / METRICS_FILE).write_text("\n".join(lines) + "\n")
 
 
-def resumed(config: RunConfig, run_dir: Path, step: int) -> tuple[Watch, UpdateJudge]:
+def resumed(config: RunConfig, run_dir: Path, step: int, first: int = 1) -> tuple[Watch, UpdateJudge]:
     judge = UpdateJudge(config)
     watch = Watch(config, SimpleNamespace(meter=Mock()), judge, Mock(), Mock(), None, [])
-    watch.remember(logged_statistics(config, run_dir, step))
+    watch.remember(logged_statistics(config, run_dir, step, first))
     return watch, judge
 
 
@@ -73,6 +73,16 @@ def test_a_dropped_spike_is_no_overflow_in_the_record(tmp_path: Path) -> None:
     assert not any(statistics.overflowed for statistics in logged_statistics(config, tmp_path, 2))
     write_metrics(tmp_path, 2, skipped=True)
     assert all(statistics.overflowed for statistics in logged_statistics(config, tmp_path, 2))
+
+
+def test_steps_from_before_a_change_of_the_loss_are_no_measure(tmp_path: Path) -> None:
+    """Such as after optimizer.z_loss_weight=0 -> 0.1, also in later attempts; without a change they are one."""
+    write_metrics(tmp_path, 60)
+    config, other_loss = config_of(Precision.fp32), PendingUpdate(30.0, 100.0, 1.0)
+    for step, first, is_spike in ((60, 1, True), (60, 61, False), (60, 55, False), (60, 31, True)):
+        _, judge = resumed(config, tmp_path, step, first)
+        assert judge.judge(other_loss) is is_spike, first
+    assert [statistics.step for statistics in logged_statistics(config, tmp_path, 60, 55)] == list(range(55, 61))
 
 
 def test_ranks_are_sent_no_more_than_is_remembered(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""Whether another model.init_from names the weights that a run began with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_lite.files import file_xxh3
+
+
+def same_weights(before: str | None, after: str | None) -> str | None:
+    """Why another model.init_from does not matter to a run that goes on; None where it does.
+
+    The weights come from the run's checkpoint. So a folder that is gone is no reason to stop, and one that was moved
+    or is spelled otherwise is the same.
+    """
+    if before is None:
+        return None
+    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # else it may be a name of the hub
+    old = Path(before).expanduser()
+    if not old.exists():
+        return "the earlier one is gone; the weights come from the checkpoint" if is_local else None
+    if after is None or not (new := Path(after).expanduser()).is_dir():
+        return None
+    return "" if os.path.samefile(old, new) or _content(old) == _content(new) else None
+
+
+def _content(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of the files that hold a model."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {path.name: (path.stat().st_size, file_xxh3(path)) for path in files}
