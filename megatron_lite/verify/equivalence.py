@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -198,7 +197,7 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
         context.auxiliary.begin_step(1.0 / count)
         batches = [_on(device, batch) for batch in micro_batches]
-        auxiliary = partial(_auxiliary_losses, task.loss, normalise(batches, context)) if task.measures else None
+        auxiliary = _auxiliary_losses(task.loss, normalise(batches, context)) if task.measures else None
         loss, z_loss = _accumulate(model, batches, vocab_size, z_loss_weight, auxiliary)
         task.loss.begin_step()
         trace.losses.append(loss)
@@ -218,10 +217,17 @@ def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
     return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
 
 
-def _auxiliary_losses(loss: TokenLoss, scaled: Sequence[MicroBatch], index: int, outputs: Outputs) -> torch.Tensor:
-    """0, whose backward pass is that of the auxiliary losses in `loss` alone. What `loss` measures is recorded."""
-    copies = tuple(part.clone() for part in outputs) if isinstance(outputs, tuple) else outputs.clone()  # overwritten
-    return 0.0 * loss(copies, targets_of(scaled[index]))
+def _auxiliary_losses(loss: TokenLoss, scaled: Sequence[MicroBatch]) -> Callable[[int, Outputs], torch.Tensor]:
+    """Of a micro-batch and its outputs: 0, whose backward pass is that of the auxiliary losses in `loss` alone.
+
+    What `loss` measures is recorded.
+    """
+
+    def auxiliary(index: int, outputs: Outputs) -> torch.Tensor:
+        copies = tuple(part.clone() for part in outputs) if isinstance(outputs, tuple) else outputs.clone()
+        return 0.0 * loss(copies, targets_of(scaled[index]))  # which overwrites its input
+
+    return auxiliary
 
 
 def _accumulate(
@@ -234,7 +240,7 @@ def _accumulate(
     """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes.
 
     Args:
-        auxiliary: of a micro-batch and its outputs: 0, with the gradients of further auxiliary losses.
+        auxiliary: from `_auxiliary_losses`.
     Returns:
         This loss, and the z-loss, which is in the gradients as well.
     """

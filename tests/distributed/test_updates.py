@@ -20,7 +20,7 @@ from tests.distributed.equivalence_cases import (
 
 @pytest.mark.parametrize(("layout", "precision"), UPDATE_CASES)
 def test_clipped_steps_change_the_weights_as_one_rank_does(layout: str, precision: Precision) -> None:
-    found = compared_updates([right for right, _ in update_traces(layout)[precision]])
+    found = compared_updates([right for right, _ in update_traces()[layout, precision]])
     assert found.keys() == {f"update of {name}" for name in update_twin().updates}
     what, difference = next(iter(found.items()))
     assert difference <= UPDATE_TOLERANCES[precision], f"{what} differs by {difference:.1e}"
@@ -28,5 +28,5 @@ def test_clipped_steps_change_the_weights_as_one_rank_does(layout: str, precisio
 
 @pytest.mark.parametrize(("layout", "precision"), UPDATE_CASES)
 def test_clip_coefficient_off_by_five_percent_is_caught(layout: str, precision: Precision) -> None:
-    what, difference = next(iter(compared_updates([wrong for _, wrong in update_traces(layout)[precision]]).items()))
+    what, difference = next(iter(compared_updates([wrong for _, wrong in update_traces()[layout, precision]]).items()))
     assert difference > 1.5 * UPDATE_TOLERANCES[precision], f"went unnoticed: {what} differs by {difference:.1e}"

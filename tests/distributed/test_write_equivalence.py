@@ -53,7 +53,7 @@ def test_what_differs_is_not_published(wrong: str | None, monkeypatch: pytest.Mo
     monkeypatch.setattr(cases, "run_ranks", one_rank)
     monkeypatch.setattr(cases, "CASES", [("gpt2", "dp2")])
     monkeypatch.setattr(cases, "MUTATIONS", [("tied_gradient_doubled", "gpt2", "pp2")])
-    monkeypatch.setattr(cases, "UPDATE_LAYOUTS", {})
+    monkeypatch.setattr(cases, "UPDATE_CASES", [])
     code = write_equivalence.main(["--folder", str(tmp_path)])
     written = sorted(path.name for path in tmp_path.iterdir())
     assert (code, written) == ((1, []) if wrong else (0, ["equivalence.csv", "equivalence.md"]))

@@ -51,8 +51,8 @@ def measure() -> tuple[Results, list[str]]:
         jobs.append((f"{model} on {layout}", partial(_case, results, model, layout)))
     for fault, model, layout in cases.MUTATIONS:
         jobs.append((f"{fault} in {model} on {layout}", partial(_fault, results, fault, model, layout)))
-    for layout in cases.UPDATE_LAYOUTS:
-        jobs.append((f"updates on {layout}", partial(_updates, results, layout)))
+    if cases.UPDATE_CASES:
+        jobs.append(("updates of the weights", partial(_updates, results)))
     for number, (name, job) in enumerate(jobs, start=1):
         try:
             found = list(job())
@@ -91,15 +91,15 @@ def _fault(results: Results, fault: str, model: str, layout: str) -> Iterator[st
         yield f"went unnoticed: {what} differs by {difference:.1e}"
 
 
-def _updates(results: Results, layout: str) -> Iterator[str]:
-    for precision, ranks in cases.update_traces(layout, _TIMEOUT_SECONDS).items():
+def _updates(results: Results) -> Iterator[str]:
+    for (layout, precision), ranks in cases.update_traces().items():
         right, wrong = (next(iter(cases.compared_updates(list(part)).values())) for part in zip(*ranks, strict=True))
         results.updates.append(UpdateResult(layout, precision, right, wrong))
         tolerance = cases.UPDATE_TOLERANCES[precision]
         if not right <= tolerance:
-            yield f"differ by {right:.1e} in {precision}, more than {tolerance:g}"
+            yield f"{layout} in {precision} differs by {right:.1e}, more than {tolerance:g}"
         if not wrong > CAUGHT_UPDATE * tolerance:
-            yield f"{cases.UPDATE_MUTATION} went unnoticed in {precision}: {wrong:.1e}"
+            yield f"{cases.UPDATE_MUTATION} went unnoticed on {layout} in {precision}: {wrong:.1e}"
 
 
 def _part(found: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.observe.metrics import read_metrics
-from tests.integration.recipes import copy_project, edits_of
-from tests.integration.runs import REPOSITORY as ROOT
+from tests.recipes import copy_project, count_lines, edits_of, follow
 
 LARGEST = 60  # lines to write for a new objective
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
@@ -19,13 +18,12 @@ SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "da
 
 @pytest.mark.slow
 def test_new_objective_trains(tmp_path: Path) -> None:
-    edits = edits_of((ROOT / "docs" / "adding_an_objective.md").read_text())
+    edits = edits_of("adding_an_objective.md")
     assert len(edits) == 6
-    assert sum(len(edit.text.splitlines()) for edit in edits) < LARGEST
+    assert count_lines(edits) < LARGEST
     tree = tmp_path / "project"
     copy_project(tree)
-    for edit in edits:
-        edit.apply(tree)
+    follow(tree, edits)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The number {i} comes after {i - 1} and before {i + 1}." for i in range(3000)))
     words = [

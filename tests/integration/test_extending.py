@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.recipes import Edit, copy_project, edits_of
-from tests.integration.runs import REPOSITORY as ROOT
+from tests.recipes import Edit, copy_project, count_lines, edits_of, follow
 
 LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, its tests among them
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
 
 
+RECIPES = ("A metric of the logits", "A term of the loss", "A parameter in a block")
+
+
 def recipes() -> dict[str, list[Edit]]:
-    """By the heading of its section."""
-    _, *sections = (ROOT / "docs" / "extending.md").read_text().split("\n## ")
-    return {section.partition("\n")[0]: edits_of(section) for section in sections}
+    return {name: edits_of("extending.md", name) for name in RECIPES}
 
 
 def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -31,18 +31,16 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the project after all recipes."""
-    copy_project(tmp_path / "project", "tests")
-    for recipe in recipes().values():
-        for edit in recipe:
-            edit.apply(tmp_path / "project")
+    copy_project(tmp_path / "project", "tests", "pyproject.toml")
+    for edits in recipes().values():
+        follow(tmp_path / "project", edits)
     return tmp_path / "project"
 
 
 def test_recipes_are_short() -> None:
-    assert list(recipes()) == ["A metric of the logits", "A term of the loss", "A parameter in a block"]
     for name, edits in recipes().items():
-        assert len({edit.file for edit in edits}) <= LARGEST_FILES, name
-        assert sum(len(edit.text.splitlines()) for edit in edits) <= LARGEST_LINES, name
+        assert 0 < len({edit.file for edit in edits}) <= LARGEST_FILES, name
+        assert count_lines(edits) <= LARGEST_LINES, name
 
 
 @pytest.mark.slow
@@ -65,7 +63,7 @@ def test_a_forgotten_line_fails_with_the_remedy(tree: Path) -> None:
     assert finished.returncode == 1
     assert "largest_logit was measured but is not listed; add it to STEP_MEASURES in" in finished.stdout
     assert "megatron_lite/observe/step_measures.py" in finished.stdout
-    Edit(measure.file, measure.how, measure.line, measure.text).apply(tree)
+    follow(tree, [measure])
 
     declared = ', partial_gradient="heads"'
     assert declared in attention.read_text()

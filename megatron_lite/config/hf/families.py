@@ -6,7 +6,7 @@ Dropouts and initialisation decide nothing here: a trained model has no use for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_lite.config.derived import complete_model
@@ -39,23 +39,6 @@ class Family:
     """Heads may share keys and values."""
     free_head_size: bool = False
     """Heads may be wider or narrower than hidden_size / num_attention_heads."""
-
-
-_OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
-_SIZES = frozenset(
-    {
-        "num_layers", "num_decoder_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_size",
-        "ffn_hidden_size", "max_position_embeddings", "vocab_size", "rotary_base", "relative_buckets",
-        "relative_max_distance",
-    }
-)  # fmt: skip
-"""Fields of ModelConfig that are free in every family, but for what `_differences` says."""
-
-
-def decisive_fields(model: ModelConfig | type[ModelConfig]) -> tuple[str, ...]:
-    """Fields on which the logits depend: sizes and forms, not how training begins."""
-    names = (field.name for field in fields(model))
-    return tuple(name for name in names if name not in _OF_TRAINING and not name.endswith("_dropout"))
 
 
 _UNGATED = (Activation.relu, Activation.gelu, Activation.gelu_tanh)
@@ -143,7 +126,6 @@ BART = Family(
 
 
 FAMILIES = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, T5, BART)
-_KNOWN = _SIZES.union(*(family.fixed for family in FAMILIES))
 
 
 def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
@@ -178,10 +160,6 @@ def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Ite
         found = getattr(model, name)
         if found not in values:
             yield f"{' or '.join(map(as_word, values))} for model.{name}={as_word(found)}"
-    for name in decisive_fields(model):  # what no family was told of, transformers has in none
-        found = getattr(model, name)
-        if name not in _KNOWN and found != getattr(type(model), name):
-            yield f"nothing like model.{name}={as_word(found)}"
     heads, hidden = model.num_attention_heads, model.hidden_size
     if model.num_query_groups != heads and not family.query_groups:
         yield f"keys and values for each of {heads} heads, not model.num_query_groups={model.num_query_groups}"

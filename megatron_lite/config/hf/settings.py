@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megatron_lite.config.hf.families import (
-    BART,
-    FAMILIES,
-    LLAMA,
-    ROBERTA,
-    T5,
-    Family,
-    NoCounterpart,
-    counterpart,
-    decisive_fields,
-)
+from megatron_lite.config.hf.families import BART, FAMILIES, LLAMA, ROBERTA, T5, Family, NoCounterpart, counterpart
 from megatron_lite.config.hf.translation import OF_OTHER_FAMILIES, WORDS, Words
 from megatron_lite.config.keys import as_word
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError
 
-DECISIVE = decisive_fields(ModelConfig)
+_OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
+DECISIVE = tuple(
+    field.name
+    for field in fields(ModelConfig)
+    if field.name not in _OF_TRAINING and not field.name.endswith("_dropout")
+)
+"""Fields of ModelConfig on which the logits depend: sizes and forms, not how training begins."""
 
 
 @dataclass(frozen=True)

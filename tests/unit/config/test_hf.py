@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from megatron_lite.config.compose import CONF_DIR, preset_groups
 from megatron_lite.config.derived import complete_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
-from megatron_lite.config.hf.families import counterpart
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 from megatron_lite.errors import ConfigError
@@ -74,20 +73,6 @@ def test_what_is_written_is_read_as_what_it_was(name: str) -> None:
 def test_what_transformers_lacks_says_why() -> None:
     with pytest.raises(NoCounterpart, match=r"false for model\.attention_scale=true"):
         written(replace(preset("t5_tiny"), attention_scale=True))
-
-
-@pytest.mark.parametrize("model", [GPT2, LLAMA, BERT, T5, BART])
-def test_a_setting_that_no_family_knows_has_no_counterpart(model: ModelConfig) -> None:
-    """A new form of the model; nothing else has to be told of it."""
-
-    @dataclass
-    class Extended(ModelConfig):
-        query_key_norm: bool = False
-
-    of_model = {field.name: getattr(model, field.name) for field in fields(ModelConfig)}
-    assert counterpart(Extended(**of_model)) is counterpart(model)
-    with pytest.raises(NoCounterpart, match=r"has nothing like model\.query_key_norm=true"):
-        counterpart(Extended(**of_model, query_key_norm=True))
 
 
 def test_the_kind_of_encoder_follows_its_heads() -> None:
