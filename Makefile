@@ -70,6 +70,10 @@ format: $(INSTALLED) ## Format the sources and mend what the linter can mend
 bench: $(INSTALLED) ## Measure speed beside a bare torch loop and transformers
 	$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: equivalence
+equivalence: $(INSTALLED) ## Hold every model and layout against one rank and write docs/equivalence.md (ten minutes)
+	$(BIN)/python -m tests.distributed.write_equivalence $(ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build products (keeps .venv, runs/ and data/)
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EDIT = re.compile(r"\*\*\d+\. `([^`]+)`\*\*(?: behind `([^`]+)`)?\n\n```\w*\n(.*?)```", re.DOTALL)
+EDIT = re.compile(r"\*\*\d+\. `([^`]+)`\*\*(?: (behind|in place of) `([^`]+)`)?\n\n```\w*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Edit:
     file: str
+    how: str
+    """`behind` or `in place of` the line; empty for a new file."""
     anchor: str
-    """The line behind which to write; empty for a new file."""
+    """The line."""
     text: str
 
 
@@ -50,10 +52,10 @@ def copy_project(tree: Path, *more: str) -> None:
 def follow(tree: Path, edits: Sequence[Edit]) -> None:
     for edit in edits:
         path = tree / edit.file
-        if not edit.anchor:
+        if not edit.how:
             assert not path.exists()
             path.write_text(edit.text)
             continue
         before, found, after = path.read_text().partition(edit.anchor + "\n")
         assert found, f"{edit.file} has no line {edit.anchor!r}"
-        path.write_text(before + found + edit.text + after)
+        path.write_text(before + (found if edit.how == "behind" else "") + edit.text + after)

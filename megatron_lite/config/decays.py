@@ -91,6 +91,12 @@ class Decay(StrEnum):
         member.form = form
         return member
 
+    @property
+    def explanation(self) -> str:
+        """With the source of the formula."""
+        source = self.form.source
+        return f"{self.form.explanation} ({source})" if source else self.form.explanation
+
     constant = "constant", DecayForm(_constant, reads=(), explanation="stays at learning_rate", source="")
     linear = (
         "linear",

@@ -37,10 +37,10 @@ def _docs_of_fields(schema: type) -> Iterator[tuple[str, str]]:
 
 
 def member_comments(choices: type[Enum]) -> dict[str, str]:
-    """Value -> the comment behind it in the schema; empty where there is none."""
+    """Value -> its own `explanation`, or the comment behind it in the schema; empty where there is none."""
     lines = inspect.getsource(choices).splitlines()
     comments = {line.split("=")[0].strip(): line.partition("  # ")[2] for line in lines if "=" in line}
-    return {str(member.value): comments.get(member.name, "") for member in choices}
+    return {str(member.value): getattr(member, "explanation", comments.get(member.name, "")) for member in choices}
 
 
 def _on_one_line(text: str) -> str:

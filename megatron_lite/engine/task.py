@@ -43,6 +43,6 @@ def build_task(config: RunConfig, context: ParallelContext, vocabulary: Vocabula
         inputs=objective.inputs,
         next_sentence_head=objective.has_sequence_label,
     )
-    loss = TokenLoss(context, vocabulary.size, config.optimizer.z_loss_weight)
+    loss = TokenLoss(context, vocabulary.size, config.optimizer)
     measured = [one for one in STEP_MEASURES if one.setting is None or get_value(config, one.setting)]
     return Task(objective, specs, loss, {measure.name: measure.reduction for measure in measured})

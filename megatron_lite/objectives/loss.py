@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.config.schema import OptimizerConfig
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 
@@ -48,9 +49,8 @@ class TokenLoss:
 
     context: ParallelContext
     vocab_size: int
-    z_loss_weight: float = 0.0
-    """Of mean(log(Z)^2) over the tokens, Z the softmax's denominator (PaLM, arXiv 2204.02311, section 5); an auxiliary
-    loss, so it is in the gradients but not in what is returned."""
+    settings: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Weights of auxiliary losses, which are in the gradients but not in what is returned."""
     _counts: EvaluationCounts | None = field(default=None, init=False)
     sequences: list[Tensor] = field(default_factory=list, compare=False)
     """[2, b] of each micro-batch since somebody cleared it, of training alone: each sequence's share of the loss, and
@@ -79,9 +79,19 @@ class TokenLoss:
         if torch.is_grad_enabled():
             self.sequences.append(torch.stack([shares.detach(), loss_weights.sum(-1)]))
         loss = shares.sum()
-        if self.z_loss_weight and torch.is_grad_enabled():
-            z_loss = self.z_loss_weight * (log_sums.square() * loss_weights).sum()
-            loss = self.context.auxiliary.add_loss(loss, "z_loss", z_loss)
+        return self._with_auxiliary_losses(loss, losses, log_sums, loss_weights)
+
+    def _with_auxiliary_losses(self, loss: Tensor, losses: Tensor, log_sums: Tensor, loss_weights: Tensor) -> Tensor:
+        """`loss` unchanged; in its backward pass these get their gradients, too.
+
+        Args:
+            losses, log_sums, loss_weights: [b, s] each: cross-entropies, log(Z) of the softmax's denominators Z, and
+                weights with which a sum over the tokens becomes the mean over those of the global batch.
+        """
+        auxiliary, settings = self.context.auxiliary, self.settings
+        if settings.z_loss_weight:  # mean(log(Z)^2) (PaLM, arXiv 2204.02311, section 5)
+            z_loss = settings.z_loss_weight * (log_sums.square() * loss_weights).sum()
+            loss = auxiliary.add_loss(loss, "z_loss", z_loss)
         return loss
 
     @contextmanager

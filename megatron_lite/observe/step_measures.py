@@ -1,7 +1,7 @@
 """What a step can measure besides loss and norm, as one list: the engine's collective, metrics.jsonl, charts and
 trackers are made of it.
 
-To add one: an entry here, and in the layer or the loss `context.auxiliary.measure(name, value)`.
+To add one: an entry here, and in the layer or the loss `context.auxiliary.measure(name, value)` (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: 
     return gathered_token.gather(0, owner).view_as(token)
 
 
+def without_padding(logits: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
+    """This rank's columns [b, s, v/t] but for those of the vocabulary's padding; none where it holds padding alone."""
+    return logits[..., : _valid_columns(logits, context, vocab_size)[1]]
+
+
 def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) -> tuple[int, int]:
     """Global token of this rank's first column, and how many of its columns are no padding."""
     columns = logits.shape[-1]

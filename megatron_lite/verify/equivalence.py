@@ -29,10 +29,12 @@ from megatron_lite.data.special import SpecialTokens, Vocabulary
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.hooks import EngineHooks
+from megatron_lite.engine.loss_weights import scale_loss_weights, targets_of
 from megatron_lite.engine.task import build_task
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.objectives.base import Example, Objective, SentencePair, Text, WindowShape
+from megatron_lite.objectives.loss import Outputs, TokenLoss
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.learning_rate import learning_rate_at
@@ -189,7 +191,11 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
     """The same training by one process and torch alone."""
     vocabulary = _vocabulary(config, vocab_size)
     context = ParallelContext.single(seed=config.train.seed, device=device)
-    plain = replace(config, parallel=replace(config.parallel, recompute=Recompute.none))
+    plain = replace(
+        config,
+        parallel=replace(config.parallel, recompute=Recompute.none),
+        optimizer=replace(config.optimizer, z_loss_weight=0.0),  # the twin has its own
+    )
     task = build_task(plain, context, vocabulary)
     model = FlatModel(task.specs).to(device)
     z_loss_weight = config.optimizer.z_loss_weight
@@ -202,12 +208,14 @@ def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch
         count = batch.global_batch_size // config.train.micro_batch_size
         micro_batches = synthetic_batches(task.objective, vocabulary, batch.first_sample, count, config)
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
-        context.auxiliary.begin_step(1.0 / count)  # what a layer hands out; the z-loss is the twin's own
-        loss, z_loss = _accumulate(model, [_on(device, batch) for batch in micro_batches], vocab_size, z_loss_weight)
+        context.auxiliary.begin_step(1.0 / count)
+        batches = [_on(device, batch) for batch in micro_batches]
+        auxiliary = _auxiliary_losses(task.loss, scale_loss_weights(batches, context)) if task.measures else None
+        loss, z_loss = _accumulate(model, batches, vocab_size, z_loss_weight, auxiliary)
+        task.loss.begin_step()
         trace.losses.append(loss)
-        of_layers = {name: kind for name, kind in task.measures.items() if name != "z_loss"}
         own_z_loss = {"z_loss": z_loss} if z_loss_weight else {}
-        trace.measures.append(context.auxiliary.collect(of_layers, count) | own_z_loss)
+        trace.measures.append(context.auxiliary.collect(task.measures, count) | own_z_loss)
         if step == 0:
             trace.gradients = _full_of_one_rank(model, _gradient)
         trace.grad_norms.append(_clip(model, config.optimizer.clip_grad_norm))
@@ -222,18 +230,37 @@ def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
     return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
 
 
+def _auxiliary_losses(loss: TokenLoss, scaled: Sequence[MicroBatch]) -> Callable[[int, Outputs], torch.Tensor]:
+    """Of a micro-batch and its outputs: 0, whose backward pass is that of the auxiliary losses in `loss` alone.
+
+    What `loss` measures is recorded.
+    """
+
+    def auxiliary(index: int, outputs: Outputs) -> torch.Tensor:
+        copies = tuple(part.clone() for part in outputs) if isinstance(outputs, tuple) else outputs.clone()
+        return 0.0 * loss(copies, targets_of(scaled[index]))  # which overwrites its input
+
+    return auxiliary
+
+
 def _accumulate(
-    model: FlatModel, batches: Sequence[MicroBatch], vocab_size: int, z_loss_weight: float
+    model: FlatModel,
+    batches: Sequence[MicroBatch],
+    vocab_size: int,
+    z_loss_weight: float,
+    auxiliary: Callable[[int, Outputs], torch.Tensor] | None,
 ) -> tuple[float, float]:
     """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes.
 
+    Args:
+        auxiliary: from `_auxiliary_losses`.
     Returns:
         This loss, and the z-loss, which is in the gradients as well.
     """
     tokens = max(float(sum(batch.loss_weights.sum() for batch in batches)), 1e-20)
     samples = sum(len(batch.labels) for batch in batches)
     total, z_total = 0.0, 0.0
-    for batch in batches:
+    for index, batch in enumerate(batches):
         outputs = model(*batch.inputs)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         loss = _token_losses(logits, batch, vocab_size) / tokens
@@ -245,6 +272,8 @@ def _accumulate(
             z_loss = z_loss_weight * (log_sums.square() * batch.loss_weights).sum() / tokens
             z_total += z_loss.item()
             loss = loss + z_loss
+        if auxiliary is not None:
+            loss = loss + auxiliary(index, outputs)
         loss.backward()
     return total, z_total
 

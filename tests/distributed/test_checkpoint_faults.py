@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.fault_ranks import (
     Held,
     failing_saves_rank,
@@ -21,7 +22,6 @@ from tests.distributed.fault_ranks import (
     trained_rank,
 )
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 from tests.mounts import small_disk
 from tests.unit.checkpoint.test_pickle import Payload
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.fault_ranks import Held, killed_rank, resumed_and_saved_rank, saved_rank, trained_rank
 from tests.distributed.harness import RankError, run_ranks
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 OLD, NEW, NEXT = "step_00000001", "step_00000002", "step_00000003"
 KINDS = (

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_lite.config.schema import LossScaleConfig, OptimizerName, Precision, RunConfig
 from tests.distributed.checkpoint_ranks import MUTATIONS, Link
+from tests.distributed.equivalence_cases import run_config
 from tests.distributed.test_checkpoints import TOLERANCE, run_chain
-from tests.distributed.test_equivalence import run_config
 
 NUM_STEPS = 3
 DP2, TP2, PP2 = {"dp": 2}, {"tp": 2}, {"pp": 2}

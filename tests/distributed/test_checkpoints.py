@@ -16,8 +16,8 @@ import pytest
 from megatron_lite.checkpoint.folder import read_manifest
 from megatron_lite.config.schema import RunConfig
 from tests.distributed.checkpoint_ranks import Link, copy_rank, link_rank
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config, world_size
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config, world_size
 
 SEED = 20261125
 AHEAD, BEHIND = 1, 5  # steps of a link, of its second save

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from tests.distributed.equivalence_cases import LAYOUTS, VOCAB_SIZE, run_config, world_size
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import (
     argmax_rank,
@@ -14,7 +15,6 @@ from tests.distributed.layout_ranks import (
     evaluated_and_trained_rank,
     evaluated_twice_rank,
 )
-from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config, world_size
 
 
 @pytest.mark.parametrize(

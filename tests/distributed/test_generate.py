@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import generate_rank, prefix_rank
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 PROMPT = [5, 17, 3]
 

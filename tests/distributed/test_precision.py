@@ -10,9 +10,9 @@ import pytest
 
 from megatron_lite.config.schema import LossScaleConfig, OptimizerName, Precision, RunConfig
 from megatron_lite.verify.equivalence import Trace, trace_twin
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import fp16_growth_rank, fp16_scales_rank, layout_rank
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 NUM_STEPS = 20
 LAYOUTS = {

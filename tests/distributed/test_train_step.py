@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.optim.batch_ramp import BatchStep
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import synthetic_engine
-from tests.distributed.test_equivalence import VOCAB_SIZE, run_config
 
 MOST_FRAMES = 20  # of them most are torch's, two for each module, and DeepSpeed's
 MOST_OWN_FRAMES = 8

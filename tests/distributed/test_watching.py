@@ -15,8 +15,8 @@ from megatron_lite.config.rules.training import FP16_ON_CPU
 from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
 from megatron_lite.engine.gradient_norms import layer_of
 from megatron_lite.verify.equivalence import trace_twin
+from tests.distributed.equivalence_cases import LAYOUTS, VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_equivalence import LAYOUTS, VOCAB_SIZE, run_config
 from tests.distributed.watching_ranks import DROPPED_STEP, Watched, norms_of_rank, poisoned_rank, watched_rank
 
 T = TypeVar("T")

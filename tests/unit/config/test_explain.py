@@ -44,9 +44,9 @@ def test_a_setting_is_explained(key: str) -> None:
 
 
 def test_consequences_describe_themselves() -> None:
-    for key, consequence in RESETS.items():
-        assert on_resume(key) == (Grade.resets, consequence.__doc__)
-        assert consequence.__doc__
+    for key, reset in RESETS.items():
+        assert on_resume(key) == (Grade.resets, reset.consequence.__doc__)
+        assert reset.consequence.__doc__
 
 
 @pytest.mark.parametrize("key", ["optimizer.decay", "parallel.zero_stage", "data.seq_length"])
@@ -63,7 +63,9 @@ def test_presets_that_set_a_key_set_it_to_that(key: str) -> None:
 def test_choices_have_the_comments_of_the_schema() -> None:
     found = dict(explain("model.norm_placement", OURS))
     assert found["  post"] == "of each sum with the residual: BERT, RoBERTa, BART"
-    assert "  cosine" not in dict(explain("optimizer.decay", OURS)), "which have none, and stand in the type"
+    decays = dict(explain("optimizer.decay", OURS))
+    assert decays["  linear"] == "a straight line to min_learning_rate (arXiv 1810.04805)"
+    assert "  adamw" not in dict(explain("optimizer.name", OURS)), "which have none, and stand in the type"
 
 
 def test_groups_list_their_settings_and_presets() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megatron_lite.config.schema import OptimizerConfig
 from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.parallel.context import ParallelContext
 
@@ -44,7 +45,7 @@ def test_a_z_loss_is_in_the_gradients_alone() -> None:
     z_loss = 0.3 * (plain.logsumexp(-1).square() * weights).sum()
     (expected,) = torch.autograd.grad((per_token * weights).sum() + z_loss, logits)
     context = ParallelContext.single()
-    loss = TokenLoss(context, VOCAB_SIZE, z_loss_weight=0.3)
+    loss = TokenLoss(context, VOCAB_SIZE, OptimizerConfig(z_loss_weight=0.3))
     found = loss(logits.clone(), (labels, weights))
     torch.testing.assert_close(found, (per_token * weights).sum())
     torch.testing.assert_close(torch.autograd.grad(found, logits)[0], expected)
