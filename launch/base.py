@@ -15,7 +15,7 @@ from megatron_lite.config import frozen
 from megatron_lite.config.changes import Change
 from megatron_lite.config.compose import CONF_DIR
 from megatron_lite.config.derived import spans_machines
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.observe.run_lock import ATTEMPT
 
@@ -26,8 +26,7 @@ LOOPBACK = "127.0.0.1"
 class LaunchPlan:
     """All that a launcher is going to do."""
 
-    config: RunConfig
-    """Resolved and valid."""
+    config: ResolvedConfig
     run_dir: Path
     files: dict[Path, str]
     """Written before the start: the frozen configuration, and a batch script."""
@@ -54,7 +53,6 @@ class LaunchPlan:
 
     @property
     def num_processes(self) -> int:
-        assert self.config.launcher.num_processes is not None
         return self.config.launcher.num_processes
 
     @property
@@ -81,8 +79,8 @@ class LaunchPlan:
 class Launcher(Protocol):
     """One way to start the processes of a run."""
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
-        """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
+        """What `run` would do, as data; touches nothing. `config` is valid."""
 
     def run(self, plan: LaunchPlan) -> int:
         """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
@@ -98,7 +96,7 @@ def script_path(script: str) -> Path:
 
 
 def make_plan(
-    config: RunConfig, argv: Callable[[Path, Path, int], list[str]], address: str | None = None
+    config: ResolvedConfig, argv: Callable[[Path, Path, int], list[str]], address: str | None = None
 ) -> LaunchPlan:
     """The parts of a plan that all launchers share.
 
@@ -108,8 +106,7 @@ def make_plan(
     """
     asked_node_rank = config.launcher.node_rank
     config = replace(config, launcher=replace(config.launcher, node_rank=None))
-    assert config.train.run_dir is not None
-    run_dir = Path(config.train.run_dir)
+    run_dir = config.run_dir
     path = frozen.frozen_path(config, run_dir)
     launcher = config.launcher
     several = spans_machines(config)

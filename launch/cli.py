@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from launch import follow, sweep, verification, watching
 from launch.arguments import VERIFY_FLAG, Arguments, parse, usage
@@ -27,14 +26,15 @@ from megatron_lite.config.changes import table
 from megatron_lite.config.compose import available_scripts, change, compose
 from megatron_lite.config.derived import (
     data_parallel_size,
+    fill_in,
     given_processes,
-    processes_per_node,
     ranks_per_replica,
     resolve,
     spans_machines,
 )
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.keys import nearest, shown
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.corpus.source_names import require_sources
@@ -102,16 +102,16 @@ def _launch(arguments: Arguments) -> int:
     return _start_all(points, plans, arguments)
 
 
-def _launcher(config: RunConfig, arguments: Arguments) -> Launcher:
+def _launcher(config: ResolvedConfig, arguments: Arguments) -> Launcher:
     return verification.LAUNCHER if arguments.verify else LAUNCHERS[config.launcher.name]()
 
 
 def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     """What is going to be done for one run, once everything about it has been checked."""
-    config = _typed(replace(arguments, words=list(point.overrides)))
+    typed = _typed(replace(arguments, words=list(point.overrides)))
     if arguments.verify:
-        config = verification.on_this_machine(config)
-    config = sweep.in_own_folder(resolve_for_this_machine(config), point)
+        typed = verification.on_this_machine(typed)
+    config = sweep.in_own_folder(resolve_for_this_machine(typed), point)
     if arguments.verify:
         config = verification.in_own_folder(config)
     if arguments.debug:
@@ -119,8 +119,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     if point.varied:  # a single run asks its data at once; the later ones of a sweep would ask theirs hours later
         require_sources(config.data)
         described_ends(config)
-    assert config.train.run_dir is not None
-    changes = check_run_folder(config, Path(config.train.run_dir))
+    changes = check_run_folder(config, config.run_dir)
     if config.model.init_from is not None:
         from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
 
@@ -129,7 +128,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if not arguments.dry_run and plan.batch_script is None:
-        require_capacity(processes_per_node(config), config.launcher.device)
+        require_capacity(config.processes_per_node, config.launcher.device)
     return plan
 
 
@@ -187,7 +186,7 @@ def _split_script(words: list[str]) -> tuple[str, list[str]]:
     return words[0].removesuffix(".py"), words[1:]
 
 
-def resolve_for_this_machine(config: RunConfig) -> RunConfig:
+def resolve_for_this_machine(config: RunConfig) -> ResolvedConfig:
     """Fill in what the machine decides, the number of processes and the device, and check everything.
 
     Raises:
@@ -196,19 +195,19 @@ def resolve_for_this_machine(config: RunConfig) -> RunConfig:
     """
     config = with_hosts(config)
     if spans_machines(config):
-        resolved = resolve(config, device=device_of_nodes(config.launcher))
-        validate(resolved)
-        return resolved
+        filled = fill_in(config, device=device_of_nodes(config.launcher))
+        validate(filled)
+        return resolve(filled)
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
     world_size = choose_world_size(config, gpus) or given_processes(config)
     if world_size is None:
         world_size = data_parallel_size(config) * ranks_per_replica(config)
-    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
-    validate(resolved)
-    return resolved
+    filled = fill_in(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
+    validate(filled)
+    return resolve(filled)
 
 
-def _headline(config: RunConfig) -> str:
+def _headline(config: ResolvedConfig) -> str:
     count = config.launcher.num_processes
     processes = "1 process" if count == 1 else f"{count} processes"
     return f"{config.script}: {config.model.name} on {processes} ({config.launcher.device})"

@@ -13,7 +13,7 @@ from launch.preparation import run_folder
 from launch.slurm import records, scheduler
 from launch.slurm.script import batch_script
 from megatron_lite.config import frozen
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import read_marker
 
@@ -30,9 +30,8 @@ class SlurmLauncher:
     def __init__(self, torchrun: Sequence[str] | None = None) -> None:
         self._torchrun = torchrun
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
-        assert config.train.run_dir is not None
-        run_dir = Path(config.train.run_dir).absolute()  # the job may be submitted again from anywhere
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
+        run_dir = config.run_dir.absolute()  # the job may be submitted again from anywhere
         passed_environment(config)  # that it is there: sbatch hands it on
         config_file = frozen.frozen_path(config, run_dir)
         environment = {

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_lite.config.deepspeed_config import deepspeed_config
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Precision
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.deepspeed_patches import (
     DeferredScale,
@@ -90,7 +91,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         context: ParallelContext,
         task: Task,
         global_batch_size: int,

@@ -40,12 +40,11 @@ def encoder_decoder_layers(entries: Entries) -> list[LayerSpec]:
     memory = Field("memory", entries.input("tokens").length)
     into_encoder = (memory._replace(name="hidden"), decoder_tokens, *lengths)
     into_decoder = (Field("hidden", decoder_tokens.length), memory, *lengths)
-    assert model.num_decoder_layers is not None  # by complete_model
 
     embedding = entries.word_embedding(tied=True)
     encoder = entries.blocks("encoder.", num_layers=model.num_layers, causal=False, takes=into_encoder)
     first, *others = entries.blocks(
-        "decoder.", num_layers=model.num_decoder_layers, causal=True, takes=into_decoder, cross_attention=True
+        "decoder.", num_layers=model.decoder_layers, causal=True, takes=into_decoder, cross_attention=True
     )
     between = [
         *entries.stack_end("encoder."),

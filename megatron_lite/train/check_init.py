@@ -16,7 +16,8 @@ from megatron_lite.checkpoint.fit import require_fit
 from megatron_lite.checkpoint.parity import compare_start, require_transformers
 from megatron_lite.config.derived import has_next_sentence_head, parameter_counts
 from megatron_lite.config.hf.folder import Weights
-from megatron_lite.config.schema import CheckInit, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import CheckInit
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.files import size_text
 from megatron_lite.parallel.agreement import agreed
@@ -27,7 +28,7 @@ LARGEST_PARAMETERS = 8 * 10**9
 """For `auto`: the other ranks wait, and train.timeout_seconds ends what waits too long."""
 
 
-def check_start(config: RunConfig, report: Callable[[str], None]) -> None:
+def check_start(config: ResolvedConfig, report: Callable[[str], None]) -> None:
     """Refuse weights that the run cannot begin with; one rank looks, and all end. A collective of all ranks.
 
     Args:
@@ -48,7 +49,7 @@ def check_start(config: RunConfig, report: Callable[[str], None]) -> None:
         raise problem
 
 
-def _check(config: RunConfig) -> str:
+def _check(config: ResolvedConfig) -> str:
     """What was found, for the console."""
     weights = require_fit(config)  # again: on the machine that trains, maybe days after the launcher looked
     name, wanted = config.model.init_from, config.model.check_init
@@ -68,7 +69,7 @@ def _check(config: RunConfig) -> str:
     return f"model.init_from={name}: {found.reader} computes the same {found.outputs} (to {found.difference:.2g})"
 
 
-def _reason_against(config: RunConfig, weights: Weights) -> str | None:
+def _reason_against(config: ResolvedConfig, weights: Weights) -> str | None:
     """Why `auto` compares nothing, or None."""
     if config.model.check_init is CheckInit.never:
         return "model.check_init=never"

@@ -9,8 +9,7 @@ from megatron_lite.checkpoint.file_plan import shapes_of_all_ranks
 from megatron_lite.checkpoint.inspection import is_checkpoint
 from megatron_lite.checkpoint.loading import require_complete
 from megatron_lite.checkpoint.state import read_state
-from megatron_lite.config.derived import run_directory
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.shards.prepare import prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData, load_prepared
@@ -34,7 +33,7 @@ from megatron_lite.train.out_of_memory import memory_errors_explained
 from megatron_lite.train.stopping import StopAgreement, StopRequest, StopRequested
 
 
-def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
+def evaluate_checkpoint(config: ResolvedConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
     """In every rank; the writing one leaves an `EvaluationReport` in train.run_dir, which is not that of the run.
 
     Args:
@@ -46,7 +45,7 @@ def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pa
     Raises:
         MegatronLiteError: anything that the user can mend.
     """
-    own_folder = run_directory(config)
+    own_folder = config.run_dir
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(own_folder, environment.rank)
     heartbeat = Heartbeat()
@@ -76,7 +75,7 @@ def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pa
 
 
 def _evaluated(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     prepared: PreparedData,
     folder: Path,
@@ -96,7 +95,7 @@ def _evaluated(
 
 
 def _engine_with_weights(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     task: Task,
     folder: Path,
@@ -115,7 +114,7 @@ def _engine_with_weights(
 
 
 def _report(
-    config: RunConfig, context: ParallelContext, folder: Path, samples: int, found: Evaluation
+    config: ResolvedConfig, context: ParallelContext, folder: Path, samples: int, found: Evaluation
 ) -> EvaluationReport:
     separate = config.data.validation_source
     text = f"held-out documents of {_shown(config.data.source)}" if separate is None else _shown(separate)

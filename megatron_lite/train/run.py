@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
-from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import frozen_path
-from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Architecture, ObjectiveName
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.samples.skips import Skips, skips_of
 from megatron_lite.data.shards.prepare import prepared_folder
@@ -59,7 +59,7 @@ T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
-def train(config: RunConfig, claim: Claim) -> RunEnd:
+def train(config: ResolvedConfig, claim: Claim) -> RunEnd:
     """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
@@ -71,7 +71,7 @@ def train(config: RunConfig, claim: Claim) -> RunEnd:
         MegatronLiteError: anything that the user can mend.
     """
     started = time.monotonic()
-    folder = run_directory(config)
+    folder = config.run_dir
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     heartbeat = Heartbeat()

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lite.config.derived import topology
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import (
     Architecture,
     ObjectiveConfig,
@@ -69,7 +70,7 @@ Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
 """Weights with which the term shows in every gradient."""
 
 
-def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> RunConfig:
+def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> ResolvedConfig:
     """A tiny run with clipping that bites, uneven loss masks and two micro-batches a data rank, four with four stages.
 
     Not more of them: a step's cost here is that of its collectives, most of which come with each micro-batch. Only
@@ -90,7 +91,7 @@ def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel:
         ),
         train=TrainConfig(steps=NUM_STEPS, micro_batch_size=micro_batch_size, global_batch_size=8),
     )
-    return comparable(config)
+    return comparable(resolve(config))
 
 
 LAYOUTS = {
@@ -164,8 +165,8 @@ def twin(model: str, num_steps: int, tp_comparable: bool, sequence_parallel: boo
     return trace_twin(config, VOCAB_SIZE, num_steps)
 
 
-def world_size(config: RunConfig) -> int:
-    return topology(config).world_size
+def world_size(config: ResolvedConfig) -> int:
+    return config.topology.world_size
 
 
 def traces(config: RunConfig, num_steps: int = NUM_STEPS, mutation: str | None = None) -> list[Trace]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.validate import problems
 from tests.integration.runs import losses, run_warm
 
@@ -95,7 +95,7 @@ def configurations(draw: DrawFn) -> tuple[str, list[str]]:
     for key in draw(st.lists(st.sampled_from([*NUMBERS, *CHOICES]), min_size=4, max_size=FEW, unique=True)):
         value = draw(NUMBERS[key] if key in NUMBERS else st.sampled_from(CHOICES[key]))
         words.append(f"{key}={'null' if value is None else value}")
-    config = resolve(compose(script, [*TINY, *words]), device="cpu")
+    config = fill_in(compose(script, [*TINY, *words]), device="cpu")
     assume(not problems(config))
     return script, words
 

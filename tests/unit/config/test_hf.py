@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_lite.config.compose import CONF_DIR, preset_groups
-from megatron_lite.config.derived import complete_model
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
@@ -51,12 +51,14 @@ PRESETS = preset_groups()["model"]
 
 def written(model: ModelConfig, **more: Any) -> dict[str, Any]:
     """As it is after it has been a file."""
-    config: dict[str, Any] = json.loads(json.dumps(hf_config(model, vocab_size=777, tokens=Ids(), **more)))
+    config: dict[str, Any] = json.loads(
+        json.dumps(hf_config(resolve_model(model), vocab_size=777, tokens=Ids(), **more))
+    )
     return config
 
 
 def decisive(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(complete_model(model), name) for name in DECISIVE if name != "vocab_size"}
+    return {name: getattr(resolve_model(model), name) for name in DECISIVE if name != "vocab_size"}
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *VARIANTS])
