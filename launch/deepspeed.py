@@ -34,7 +34,8 @@ class DeepSpeedLauncher(ProgramLauncher):
     program = "deepspeed"
 
     def plan(self, config: ResolvedConfig) -> LaunchPlan:
-        return _plan_of_hosts(config) if config.launcher.hostfile is not None else _plan_of_this_machine(config)
+        hostfile = config.launcher.hostfile
+        return _plan_of_this_machine(config) if hostfile is None else _plan_of_hosts(config, hostfile)
 
     def exit_code(self, status: int, left_behind: bool) -> int:
         return exit_code(status, left_behind)
@@ -83,9 +84,7 @@ def _plan_of_this_machine(config: ResolvedConfig) -> LaunchPlan:
     return make_plan(config, lambda script, frozen, port: _command(config, where, address, port, script, frozen))
 
 
-def _plan_of_hosts(config: ResolvedConfig) -> LaunchPlan:
-    hostfile = config.launcher.hostfile
-    assert hostfile is not None
+def _plan_of_hosts(config: ResolvedConfig, hostfile: str) -> LaunchPlan:
     hosts = read_hostfile(hostfile)
     address = config.launcher.master_address or hosts[0].name
 

@@ -81,14 +81,15 @@ def run_script(
             return EXIT_OK
         if arguments.dry_run:
             return _dry_run(script, arguments)
-        config = _frozen_config(arguments) if arguments.config_file else _own_config(script, arguments)
+        file = arguments.config_file
+        config = _own_config(script, arguments) if file is None else _frozen_config(file, arguments)
         debug = config.debug
         _enter(config)
         if arguments.verify:
             _certify(config)
             return RunEnd.DONE
         claim = _claim(config, terminal)
-        _get_ready(config, is_frozen=arguments.config_file is not None)
+        _get_ready(config, is_frozen=file is not None)
         return _task(arguments, main_function)(config, claim) or RunEnd.DONE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -142,12 +143,11 @@ def _dry_run(script: str, arguments: Arguments) -> int:
     return main([script, *arguments.words, "--dry-run"] + (["--debug"] if arguments.debug else []))
 
 
-def _frozen_config(arguments: Arguments) -> ResolvedConfig:
+def _frozen_config(file: Path, arguments: Arguments) -> ResolvedConfig:
     """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
-    assert arguments.config_file is not None
     if arguments.words:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
-        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(arguments.words)}")
-    config = load_frozen(arguments.config_file)
+        raise ConfigError(f"--config {file} is complete; leave out {' '.join(arguments.words)}")
+    config = load_frozen(file)
     world_size = _world_size(config)
     validate(config, world_size)
     return resolve(replace(config, debug=config.debug or arguments.debug), world_size=world_size)

@@ -33,7 +33,7 @@ class StackInit:
 
 
 def stack_init(model: ResolvedModel, num_layers: int, *, cross_attention: bool = False) -> StackInit:
-    """The distributions in a stack of `num_layers` blocks of a completed model."""
+    """The distributions in a stack of `num_layers` blocks."""
     if model.init is InitScheme.t5:
         return _by_fan_in(model)
     sums = num_layers * (3 if cross_attention else 2)  # with the residual stream

@@ -153,7 +153,7 @@ def trace_layout(
     before = engine.full_weights() if updates else {}
     for step in range(num_steps):
         batch = schedule.at(step)
-        num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
+        num_micro_batches = config.num_micro_batches(batch.global_batch_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
         reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
         micro_batches = (

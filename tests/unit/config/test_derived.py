@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 
 from megatron_lite.config.compose import compose
@@ -17,7 +20,11 @@ from megatron_lite.config.derived import (
     run_directory,
     stage_contents,
 )
+from megatron_lite.config.frozen import as_containers, from_containers, render
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
+from megatron_lite.config.validate import validate
+from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.topology import Topology
 
 
 def test_a_resolved_model_fills_what_is_open_and_keeps_what_is_set() -> None:
@@ -46,6 +53,38 @@ def test_resolving_is_idempotent_and_does_not_touch_its_argument() -> None:
     assert resolve(once) == once
     assert repr(config) == before
     assert (once.launcher.num_processes, once.launcher.device) == (2, "cpu")
+
+
+@pytest.mark.parametrize("script", ["pretrain_gpt", "pretrain_bert", "pretrain_t5"])
+def test_what_is_saved_does_not_tell_the_types_apart(script: str) -> None:
+    config = compose(script, ["parallel=tp2"])
+    resolved, filled = resolve(config, device="cpu"), fill_in(config, device="cpu")
+    assert type(resolved) is not type(filled)
+    assert render(resolved) == render(filled)
+    assert as_containers(resolved) == as_containers(filled)
+    assert resolve(from_containers(as_containers(resolved))) == resolved
+    assert pickle.loads(pickle.dumps(resolved)) == resolved
+
+
+def test_a_resolved_configuration_has_nothing_open() -> None:
+    config = resolve(compose("pretrain_gpt", []), device="cpu")
+    with pytest.raises(ConfigError, match=r"model\.head_size, model\.ffn_hidden_size cannot be derived"):
+        replace(config.model, head_size=None, ffn_hidden_size=None)
+    indivisible = compose("pretrain_gpt", ["model.num_attention_heads=3"])
+    with pytest.raises(
+        ConfigError, match=r"^model\.hidden_size=128 must be a multiple of"
+    ):  # by the rule, with a remedy
+        validate(fill_in(indivisible))
+    with pytest.raises(ConfigError, match=r"model\.head_size cannot be derived"):
+        resolve(indivisible)
+
+
+def test_a_rank_has_one_topology() -> None:
+    config = resolve(compose("pretrain_gpt", ["parallel=dp2_tp2_pp2"]), device="cpu")
+    assert config.topology is config.topology
+    assert config.topology == Topology(2, 2, 2)
+    other = replace(config, parallel=replace(config.parallel, data_parallel_size=1))
+    assert other.topology == Topology(1, 2, 2)
 
 
 def test_open_data_parallel_size_follows_the_processes() -> None:
