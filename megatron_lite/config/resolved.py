@@ -18,6 +18,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.topology import Topology
 
 
+@dataclass
 class _Complete:
     """No field that a class declares anew, keyword-only and without a default, holds None."""
 
@@ -25,9 +26,7 @@ class _Complete:
 
     def __post_init__(self) -> None:
         still_open = [
-            f"{self.group}.{one.name}"
-            for one in fields(self)  # type: ignore[arg-type]  # of a dataclass
-            if one.kw_only and getattr(self, one.name) is None
+            f"{self.group}.{one.name}" for one in fields(self) if one.kw_only and getattr(self, one.name) is None
         ]
         if still_open:
             raise ConfigError(f"{', '.join(still_open)} cannot be derived from the other settings; give a value")
