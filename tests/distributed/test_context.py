@@ -84,7 +84,7 @@ def _loss_and_gradient(dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
         build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
     ).to(dtype)
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
-    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE).mean()
+    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
     loss.backward()
     return loss.detach(), torch.cat([parameter.grad.float().flatten() for parameter in flat.parameters()])
 
