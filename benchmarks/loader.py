@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import resolve, tokens_per_sample
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.rules.objective import OBJECTIVES
-from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.samples.batch import micro_batches
 from megatron_lite.data.samples.loader import training_dataset
 from megatron_lite.data.shards.prepare import prepare
@@ -41,12 +41,12 @@ def measure(cache_dir: Path, turns: int) -> list[Loading]:
     ]
 
 
-def _config(script: str, objective: str, cache_dir: Path) -> RunConfig:
+def _config(script: str, objective: str, cache_dir: Path) -> ResolvedConfig:
     words = [f"objective={objective}", f"data.seq_length={SEQ_LENGTH}", f"data.cache_dir={cache_dir}"]
     return resolve(compose(script, words), device="cpu")
 
 
-def _loading(config: RunConfig, turns: int) -> Loading:
+def _loading(config: ResolvedConfig, turns: int) -> Loading:
     prepared = prepare(config, report=lambda line: None)
     objective = build_objective(config.objective, config.data, prepared.vocabulary)
     dataset = training_dataset(prepared, config, objective.shape)
@@ -62,4 +62,4 @@ def _loading(config: RunConfig, turns: int) -> Loading:
 
     turn()  # opens files, fills caches
     speeds = tuple(turn() for _ in range(turns))
-    return Loading(config.objective.name.value, speeds, tokens_per_sample(config))
+    return Loading(config.objective.name.value, speeds, config.tokens_per_sample)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_lite.config.derived import resolve, resolve_model
+from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
 from megatron_lite.config.schema import DataConfig, ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.special import Vocabulary
@@ -23,27 +25,31 @@ class Shape:
     vocab_size: int
     precision: Precision
 
-    def model(self) -> ModelConfig:
-        return ModelConfig(
-            name="bench",
-            num_layers=LAYERS,
-            hidden_size=HIDDEN,
-            num_attention_heads=HEADS,
-            max_position_embeddings=SEQ_LENGTH,
-            vocab_size=self.vocab_size,
+    def model(self) -> ResolvedModel:
+        return resolve_model(
+            ModelConfig(
+                name="bench",
+                num_layers=LAYERS,
+                hidden_size=HIDDEN,
+                num_attention_heads=HEADS,
+                max_position_embeddings=SEQ_LENGTH,
+                vocab_size=self.vocab_size,
+            )
         )
 
-    def run(self, parallel: ParallelConfig, global_batch_size: int) -> RunConfig:
-        return RunConfig(
-            model=self.model(),
-            parallel=parallel,
-            data=DataConfig(seq_length=SEQ_LENGTH),
-            train=TrainConfig(
-                micro_batch_size=MICRO_BATCH,
-                global_batch_size=global_batch_size,
-                precision=self.precision,
-                seed=SEED,
-            ),
+    def run(self, parallel: ParallelConfig, global_batch_size: int) -> ResolvedConfig:
+        return resolve(
+            RunConfig(
+                model=self.model(),
+                parallel=parallel,
+                data=DataConfig(seq_length=SEQ_LENGTH),
+                train=TrainConfig(
+                    micro_batch_size=MICRO_BATCH,
+                    global_batch_size=global_batch_size,
+                    precision=self.precision,
+                    seed=SEED,
+                ),
+            )
         )
 
     def flops_per_step(self) -> float:

@@ -25,7 +25,7 @@ from benchmarks.shape import SEED, Shape
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from megatron_lite.config.schema import RunConfig
+    from megatron_lite.config.resolved import ResolvedConfig
     from megatron_lite.data.samples.batch import MicroBatch
     from megatron_lite.data.samples.skips import Skips
     from megatron_lite.engine.engine import Engine
@@ -123,7 +123,7 @@ def _rank(rank: int, folder: Path, vocab_size: int, turns: int) -> None:
 def _turn(
     engine: Engine,
     switch: _Switch,
-    config: RunConfig,
+    config: ResolvedConfig,
     source: _Batches,
     trackers: Any,
     way: str,

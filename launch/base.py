@@ -15,7 +15,7 @@ from launch.scripts import script_path
 from megatron_lite.config import frozen
 from megatron_lite.config.changes import Change
 from megatron_lite.config.derived import spans_machines
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.observe.run_lock import ATTEMPT
 
 LOOPBACK = "127.0.0.1"
@@ -25,8 +25,7 @@ LOOPBACK = "127.0.0.1"
 class LaunchPlan:
     """All that a launcher is going to do."""
 
-    config: RunConfig
-    """Resolved and valid."""
+    config: ResolvedConfig
     run_dir: Path
     files: dict[Path, str]
     """Written before the start: the frozen configuration, and a batch script."""
@@ -55,7 +54,6 @@ class LaunchPlan:
 
     @property
     def num_processes(self) -> int:
-        assert self.config.launcher.num_processes is not None
         return self.config.launcher.num_processes
 
     @property
@@ -82,8 +80,8 @@ class LaunchPlan:
 class Launcher(Protocol):
     """One way to start the processes of a run."""
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
-        """What `run` would do, as data; touches nothing. `config` is resolved and valid."""
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
+        """What `run` would do, as data; touches nothing. `config` is valid."""
 
     def run(self, plan: LaunchPlan) -> int:
         """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
@@ -91,7 +89,7 @@ class Launcher(Protocol):
 
 
 def make_plan(
-    config: RunConfig, argv: Callable[[Path, Path, int], list[str]], address: str | None = None
+    config: ResolvedConfig, argv: Callable[[Path, Path, int], list[str]], address: str | None = None
 ) -> LaunchPlan:
     """The parts of a plan that all launchers share.
 
@@ -101,8 +99,7 @@ def make_plan(
     """
     asked_node_rank = config.launcher.node_rank
     config = replace(config, launcher=replace(config.launcher, node_rank=None))
-    assert config.train.run_dir is not None
-    run_dir = Path(config.train.run_dir)
+    run_dir = config.run_dir
     path = frozen.frozen_path(config, run_dir)
     launcher = config.launcher
     several = spans_machines(config)

@@ -14,7 +14,14 @@ from launch.arguments import parse
 from launch.messages import show_error
 from megatron_lite.config.keys import nearest, shown
 from megatron_lite.config.preset_folders import PresetFolders
-from megatron_lite.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegatronLiteError, disk_error, end_of
+from megatron_lite.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    MegatronLiteError,
+    disk_error,
+    end_of,
+)
 from megatron_lite.observe.console import forgive_output
 
 PROGRAM = "python -m launch"

@@ -20,7 +20,7 @@ from launch.environment import passed_environment
 from launch.hostfile import read_hostfile
 from launch.processes import Ending
 from launch.program import ProgramLauncher, installed
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, RunEnd
 
 ENV_FILE_VARIABLE = "DS_ENV_FILE"  # names DeepSpeed's file of variables for remote ranks, .deepspeed_env by default
@@ -33,8 +33,9 @@ class DeepSpeedLauncher(ProgramLauncher):
 
     program = "deepspeed"
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
-        return _plan_of_hosts(config) if config.launcher.hostfile is not None else _plan_of_this_machine(config)
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
+        hostfile = config.launcher.hostfile
+        return _plan_of_this_machine(config) if hostfile is None else _plan_of_hosts(config, hostfile)
 
     def exit_code(self, status: int, left_behind: bool) -> int:
         return exit_code(status, left_behind)
@@ -61,7 +62,9 @@ def exit_code(status: int, left_behind: bool) -> int:
     return status if status in frozenset(RunEnd) else EXIT_FAILURE
 
 
-def _command(config: RunConfig, where: list[str], address: str, port: int, script: Path, frozen: Path) -> list[str]:
+def _command(
+    config: ResolvedConfig, where: list[str], address: str, port: int, script: Path, frozen: Path
+) -> list[str]:
     return [
         installed("deepspeed", "deepspeed"),
         "--no_local_rank",
@@ -75,15 +78,13 @@ def _command(config: RunConfig, where: list[str], address: str, port: int, scrip
     ]
 
 
-def _plan_of_this_machine(config: RunConfig) -> LaunchPlan:
+def _plan_of_this_machine(config: ResolvedConfig) -> LaunchPlan:
     address = config.launcher.master_address or LOOPBACK
     where = ["--num_gpus", str(config.launcher.num_processes)]
     return make_plan(config, lambda script, frozen, port: _command(config, where, address, port, script, frozen))
 
 
-def _plan_of_hosts(config: RunConfig) -> LaunchPlan:
-    hostfile = config.launcher.hostfile
-    assert hostfile is not None
+def _plan_of_hosts(config: ResolvedConfig, hostfile: str) -> LaunchPlan:
     hosts = read_hostfile(hostfile)
     address = config.launcher.master_address or hosts[0].name
 
@@ -124,7 +125,7 @@ def _through_shells(plan: LaunchPlan) -> LaunchPlan:
     return replace(plan, files={**plan.files, file: "".join(line + "\n" for line in lines)})
 
 
-def private_file(ours: str, config: RunConfig) -> str:
+def private_file(ours: str, config: ResolvedConfig) -> str:
     """The path of a file in memory, for our child processes alone, with all variables that remote ranks get.
 
     The user's own files, and the values of launcher.pass_environment, may hold secrets, so they are on no disk.

@@ -23,9 +23,10 @@ from launch.messages import error_text, leave_error
 from launch.preparation import ready_data
 from launch.processes import die_with
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import ranks_per_replica, resolve
+from megatron_lite.config.derived import fill_in, ranks_per_replica, resolve
 from megatron_lite.config.frozen import check_run_folder, freeze, load_frozen, unwritable
 from megatron_lite.config.preset_folders import find_folders
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data import FOLDER_VARIABLE
@@ -56,7 +57,7 @@ STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
 
 def run_script(
-    main_function: Callable[[RunConfig, Claim], RunEnd | None], script: str, argv: list[str] | None = None
+    main_function: Callable[[ResolvedConfig, Claim], RunEnd | None], script: str, argv: list[str] | None = None
 ) -> int:
     """Run `main_function` on the configuration that the command line describes; returns the exit code.
 
@@ -81,14 +82,15 @@ def run_script(
             return _show(script, arguments)
         if arguments.dry_run or arguments.show_config:
             return _ask_launcher(words if arguments.config_file else [script, *words])
-        config = _frozen_config(arguments) if arguments.config_file else _own_config(script, arguments)
+        file = arguments.config_file
+        config = _own_config(script, arguments) if file is None else _frozen_config(file, arguments)
         debug = config.debug
         _enter(config)
         if arguments.verify:
             _certify(config)
             return RunEnd.DONE
         claim = _claim(config, terminal)
-        _get_ready(config, is_frozen=arguments.config_file is not None)
+        _get_ready(config, is_frozen=file is not None)
         return _task(arguments, main_function)(config, claim) or RunEnd.DONE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -101,14 +103,14 @@ def run_script(
         os.close(terminal)
 
 
-def pretrain(config: RunConfig, claim: Claim) -> RunEnd:
+def pretrain(config: ResolvedConfig, claim: Claim) -> RunEnd:
     """Train as configured; called in every rank."""
     from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
 
     return train(config, claim)
 
 
-Task = Callable[[RunConfig, Claim], RunEnd | None]
+Task = Callable[[ResolvedConfig, Claim], RunEnd | None]
 
 
 def _task(arguments: Arguments, train: Task) -> Task:
@@ -116,13 +118,13 @@ def _task(arguments: Arguments, train: Task) -> Task:
     return train if arguments.evaluate is None else partial(_evaluate, arguments.evaluate, arguments.all)
 
 
-def _evaluate(folder: Path, one_pass: bool, config: RunConfig, claim: Claim) -> RunEnd:
+def _evaluate(folder: Path, one_pass: bool, config: ResolvedConfig, claim: Claim) -> RunEnd:
     from megatron_lite.train.evaluate_checkpoint import evaluate_checkpoint  # seconds of imports
 
     return evaluate_checkpoint(config, claim, folder, one_pass=one_pass)
 
 
-def _certify(config: RunConfig) -> None:
+def _certify(config: ResolvedConfig) -> None:
     from megatron_lite.verify.layout_check import check_layout  # seconds of imports
 
     check_layout(config)
@@ -148,17 +150,17 @@ def _ask_launcher(argv: list[str]) -> int:
     return main(argv) if _rank() == 0 else EXIT_OK
 
 
-def _frozen_config(arguments: Arguments) -> RunConfig:
+def _frozen_config(file: Path, arguments: Arguments) -> ResolvedConfig:
     """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
-    assert arguments.config_file is not None
     if arguments.overrides:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
-        raise ConfigError(f"--config {arguments.config_file} is complete; leave out {' '.join(arguments.overrides)}")
-    config = load_frozen(arguments.config_file)
-    validate(config, _world_size(config))
-    return replace(config, debug=config.debug or arguments.debug)
+        raise ConfigError(f"--config {file} is complete; leave out {' '.join(arguments.overrides)}")
+    config = load_frozen(file)
+    world_size = _world_size(config)
+    validate(config, world_size)
+    return resolve(replace(config, debug=config.debug or arguments.debug), world_size=world_size)
 
 
-def _own_config(script: str, arguments: Arguments) -> RunConfig:
+def _own_config(script: str, arguments: Arguments) -> ResolvedConfig:
     """Compose as the launcher would, for the world that torchrun or deepspeed has made, or for a world of one."""
     config = compose(script, arguments.overrides, find_folders(arguments.conf))
     world_size = _world_size(config)
@@ -166,10 +168,10 @@ def _own_config(script: str, arguments: Arguments) -> RunConfig:
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
     # the processes are there already: what a setting says about their number is the launcher's, not ours
     config = replace(config, launcher=replace(config.launcher, num_processes=None))
-    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, local_size, gpus))
-    validate(resolved, world_size)
-    assert resolved.train.run_dir is not None
-    check_run_folder(resolved, Path(resolved.train.run_dir))
+    filled = fill_in(config, world_size=world_size, device=choose_device(config.launcher.device, local_size, gpus))
+    validate(filled, world_size)
+    resolved = resolve(filled)
+    check_run_folder(resolved, resolved.run_dir)
     if resolved.model.init_from is not None:
         from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
 
@@ -206,25 +208,23 @@ def _world_size(config: RunConfig) -> int:
     return 1
 
 
-def _enter(config: RunConfig) -> None:
+def _enter(config: ResolvedConfig) -> None:
     """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
-    assert config.train.run_dir is not None
     if not STARTED_BY_OTHERS.isdisjoint(os.environ):
         die_with(os.getppid())
     world_size = os.environ["WORLD_SIZE"]
     one_machine = os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
     apply(rank_environment(config, one_machine=one_machine), overwrite=False)
-    use_own_extensions_folder(Path(config.train.run_dir))
+    use_own_extensions_folder(config.run_dir)
 
 
-def _claim(config: RunConfig, terminal: int) -> Claim:
+def _claim(config: ResolvedConfig, terminal: int) -> Claim:
     """The lock of the run folder: rank 0 takes it, the others make sure that it is their own rank 0 that has it.
 
     Raises:
         RunFolderInUseError: another run holds it; on every rank.
     """
-    assert config.train.run_dir is not None
-    run_dir = Path(config.train.run_dir)
+    run_dir = config.run_dir
     if _rank() != 0:
         return join(run_dir, own_attempt())
 
@@ -245,7 +245,9 @@ def _claim(config: RunConfig, terminal: int) -> Claim:
     return lock
 
 
-def _end_by(error: Exception, config: RunConfig | None, claim: Claim | None, terminal: int, *, debug: bool) -> RunEnd:
+def _end_by(
+    error: Exception, config: ResolvedConfig | None, claim: Claim | None, terminal: int, *, debug: bool
+) -> RunEnd:
     """Leave word of an error in the run folder, and tell the user."""
     if isinstance(error, OSError):
         error = disk_error(error) or error
@@ -261,35 +263,34 @@ def _end_by(error: Exception, config: RunConfig | None, claim: Claim | None, ter
     return end
 
 
-def _get_ready(config: RunConfig, *, is_frozen: bool) -> None:
+def _get_ready(config: ResolvedConfig, *, is_frozen: bool) -> None:
     if not is_frozen:
         _make_ready(config)
     elif FOLDER_VARIABLE not in os.environ:  # no launcher of this machine has done it
         _prepare_data(config)
 
 
-def _make_ready(config: RunConfig) -> None:
+def _make_ready(config: ResolvedConfig) -> None:
     """What a launcher does before it starts the ranks."""
     _prepare_data(config)
     if _rank() == 0:
-        assert config.train.run_dir is not None
-        freeze(config, Path(config.train.run_dir))
-        clear_markers(Path(config.train.run_dir))
+        freeze(config, config.run_dir)
+        clear_markers(config.run_dir)
 
 
-def _prepare_data(config: RunConfig) -> None:
+def _prepare_data(config: ResolvedConfig) -> None:
     """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
     is_first = _rank() == 0
     folder = ready_data(config, lambda line: print(line, flush=True) if is_first else None)
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 
-def _leave_marker(config: RunConfig | None, claim: Claim | None, end: RunEnd, message: str) -> None:
+def _leave_marker(config: ResolvedConfig | None, claim: Claim | None, end: RunEnd, message: str) -> None:
     """For whoever looks at the run folder later; there is none in the folder of another attempt."""
-    if config is None or config.train.run_dir is None or claim is None or not claim.is_ours():
+    if config is None or claim is None or not claim.is_ours():
         return
     with contextlib.suppress(OSError):  # a full or lost disk: the error itself is shown all the same
-        leave_marker(Path(config.train.run_dir), end, message)
+        leave_marker(config.run_dir, end, message)
 
 
 def _tell(text: str, terminal: int, error_file: str | None) -> None:
@@ -303,7 +304,7 @@ def _tell(text: str, terminal: int, error_file: str | None) -> None:
     os.write(terminal, (text + "\n").encode())
 
 
-def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> None:
+def _tell_failure(error: Exception, config: ResolvedConfig | None, terminal: int) -> None:
     """A failure of ours: the traceback goes to this rank's log, the launcher or a line on the terminal says so.
 
     A rank that has only lost another one lets it end first: launchers name the first, and connections close before a
@@ -320,11 +321,11 @@ def _tell_failure(error: Exception, config: RunConfig | None, terminal: int) -> 
         os.write(terminal, f"error: rank {_rank()} failed: {said}; see {log}\n".encode())
 
 
-def _append_to_log(text: str, config: RunConfig | None) -> Path | None:
+def _append_to_log(text: str, config: ResolvedConfig | None) -> Path | None:
     """The log of this rank, once the text is in it; None where there is no log yet."""
-    if config is None or config.train.run_dir is None:
+    if config is None:
         return None
-    log = Path(config.train.run_dir) / "logs" / f"rank-{_rank()}.log"
+    log = config.run_dir / "logs" / f"rank-{_rank()}.log"
     try:
         with log.open("a") as file:
             file.write(text)

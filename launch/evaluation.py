@@ -28,12 +28,13 @@ from megatron_lite.checkpoint.folder import candidates, quick_problem
 from megatron_lite.checkpoint.inspection import checkpoints_of, is_checkpoint
 from megatron_lite.checkpoint.state import read_state
 from megatron_lite.config.compose import change, compose, override_key
-from megatron_lite.config.derived import processes_per_node, run_directory
+from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import check_run_folder, from_containers, has_trained, render
 from megatron_lite.config.hf.folder import CONFIG_FILE, Weights, read_weights
 from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.preset_folders import PresetFolders, find_folders
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
 from megatron_lite.data.corpus.source_names import require_sources
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.dry_run:
         print(_plan_text(subject, plan))
         return EXIT_OK
-    require_capacity(processes_per_node(config), config.launcher.device)
+    require_capacity(config.processes_per_node, config.launcher.device)
     result = plan.run_dir / EVALUATION_FILE
     result.unlink(missing_ok=True)
     with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to stdout
@@ -172,8 +173,8 @@ def _of_transformers(folder: Path) -> Subject:
     return Subject(folder, compose(weights.script, [f"model.init_from={folder}"]), weights)
 
 
-def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = None) -> RunConfig:
-    """The resolved configuration of the ranks.
+def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = None) -> ResolvedConfig:
+    """The configuration of the ranks.
 
     Args:
         conf: the folder of the user's presets; None = `./conf`.
@@ -272,7 +273,7 @@ def _preparation(fingerprint: str | None) -> Prepare:
         fingerprint: that the data must have, for it is what the run holds out; None = it is other text.
     """
 
-    def prepare_text(config: RunConfig) -> Path:
+    def prepare_text(config: ResolvedConfig) -> Path:
         from megatron_lite.data.samples.loader import (
             held_out_datasets,  # seconds of imports that only this process needs
         )
@@ -292,7 +293,7 @@ def _preparation(fingerprint: str | None) -> Prepare:
     return prepare_text
 
 
-def _launcher(config: RunConfig, prepare: Prepare) -> Launcher:
+def _launcher(config: ResolvedConfig, prepare: Prepare) -> Launcher:
     if config.launcher.name is LauncherName.local:
         return LocalLauncher(warm_modules=WARM_MODULES, prepare=prepare)
     return LAUNCHERS[config.launcher.name](prepare=prepare)  # type: ignore[call-arg]  # Slurm's, which is refused

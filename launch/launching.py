@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from launch import sweep, verification
 from launch.arguments import VERIFY_FLAG, Arguments
@@ -25,8 +24,8 @@ from launch.sweep import Point
 from megatron_lite.config.compose import Choice, change, choose, compose, merged_presets
 from megatron_lite.config.derived import (
     data_parallel_size,
+    fill_in,
     given_processes,
-    processes_per_node,
     ranks_per_replica,
     resolve,
     spans_machines,
@@ -34,6 +33,7 @@ from megatron_lite.config.derived import (
 from megatron_lite.config.frozen import check_run_folder, load_frozen
 from megatron_lite.config.origins import annotated, origins, origins_of_frozen
 from megatron_lite.config.preset_folders import PresetFolders, find_folders
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.data.corpus.source_names import require_sources
@@ -87,16 +87,16 @@ def _annotated(point: Point, config: RunConfig, arguments: Arguments) -> Iterato
     yield from annotated(config, found)
 
 
-def _launcher(config: RunConfig, arguments: Arguments) -> Launcher:
+def _launcher(config: ResolvedConfig, arguments: Arguments) -> Launcher:
     return verification.LAUNCHER if arguments.verify else LAUNCHERS[config.launcher.name]()
 
 
-def _resolved(arguments: Arguments, point: Point) -> RunConfig:
+def _resolved(arguments: Arguments, point: Point) -> ResolvedConfig:
     """The configuration of one run, complete and checked."""
-    config = _typed(arguments)
+    typed = _typed(arguments)
     if arguments.verify:
-        config = verification.on_this_machine(config)
-    config = sweep.in_own_folder(resolve_for_this_machine(config), point)
+        typed = verification.on_this_machine(typed)
+    config = sweep.in_own_folder(resolve_for_this_machine(typed), point)
     if arguments.verify:
         config = verification.in_own_folder(config)
     return replace(config, debug=True) if arguments.debug else config
@@ -108,8 +108,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     if point.varied:  # a single run asks its data at once; the later ones of a sweep would ask theirs hours later
         require_sources(config.data)
         described_ends(config)
-    assert config.train.run_dir is not None
-    changes = check_run_folder(config, Path(config.train.run_dir))
+    changes = check_run_folder(config, config.run_dir)
     if config.model.init_from is not None:
         from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
 
@@ -119,7 +118,7 @@ def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
     if arguments.verify:
         plan = replace(plan, argv=(*plan.argv, VERIFY_FLAG))
     if not arguments.dry_run and plan.batch_script is None:
-        require_capacity(processes_per_node(config), config.launcher.device)
+        require_capacity(config.processes_per_node, config.launcher.device)
     return plan
 
 
@@ -190,7 +189,7 @@ def _own_presets(arguments: Arguments) -> tuple[str, ...]:
     )
 
 
-def resolve_for_this_machine(config: RunConfig) -> RunConfig:
+def resolve_for_this_machine(config: RunConfig) -> ResolvedConfig:
     """Fill in what the machine decides, the number of processes and the device, and check everything.
 
     Raises:
@@ -199,13 +198,13 @@ def resolve_for_this_machine(config: RunConfig) -> RunConfig:
     """
     config = with_hosts(config)
     if spans_machines(config):
-        resolved = resolve(config, device=device_of_nodes(config.launcher))
-        validate(resolved)
-        return resolved
+        filled = fill_in(config, device=device_of_nodes(config.launcher))
+        validate(filled)
+        return resolve(filled)
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
     world_size = choose_world_size(config, gpus) or given_processes(config)
     if world_size is None:
         world_size = data_parallel_size(config) * ranks_per_replica(config)
-    resolved = resolve(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
-    validate(resolved)
-    return resolved
+    filled = fill_in(config, world_size=world_size, device=choose_device(config.launcher.device, world_size, gpus))
+    validate(filled)
+    return resolve(filled)

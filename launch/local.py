@@ -23,8 +23,7 @@ from launch.environment import apply
 from launch.messages import show_error, show_left_error, tail
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, End, Ending, replace_process, start
-from megatron_lite.config.derived import topology
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.observe.run_lock import require_free
@@ -54,7 +53,7 @@ class LocalLauncher:
         self._warm_modules = warm_modules
         self._prepare = prepare
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
         plan = make_plan(config, lambda script, path, port: [sys.executable, str(script), "--config", str(path)])
         size = str(plan.num_processes)
         ranks = map(str, range(plan.num_processes))
@@ -155,7 +154,7 @@ def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: li
     rank, end = ranks.pids.index(pid), ranks.ends[pid]
     if end.status in EXPLAINED and show_left_error(plan.error_file):
         return end.status
-    place = topology(plan.config).coordinates(rank)
+    place = plan.config.topology.coordinates(rank)
     who = f"rank {rank} (pp{place.pipeline} dp{place.data} tp{place.tensor})"
     what = _killed_by(-end.status) if end.status < 0 else f"ended with exit code {end.status}"
     log = plan.log_file(rank)

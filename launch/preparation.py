@@ -11,9 +11,8 @@ from pathlib import Path
 from launch.base import LaunchPlan
 from launch.messages import show_error, show_traceback
 from launch.processes import Children, Ending, start
-from megatron_lite.config.derived import run_directory
 from megatron_lite.config.frozen import freeze, has_trained, unwritable
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import EXIT_FAILURE, MegatronLiteError, RunFolderInUseError, end_of
 from megatron_lite.files import make_folder, remove_file, replace_file
@@ -26,7 +25,7 @@ PATH_BYTES = 4096  # longest path of Linux
 class Preparation:
     """The corpus on its way to shards, in a child process: its threads and its memory end with it."""
 
-    def __init__(self, config: RunConfig, prepare: Prepare) -> None:
+    def __init__(self, config: ResolvedConfig, prepare: Prepare) -> None:
         self._answer, answer = os.pipe()
         # a group of its own, so that its worker processes end with it
         self._children = Children([start(lambda: _guarded(prepare, config, answer), own_group=True)], as_groups=True)
@@ -60,16 +59,16 @@ class Preparation:
         return end.status
 
 
-Prepare = Callable[[RunConfig], Path | None]
+Prepare = Callable[[ResolvedConfig], Path | None]
 """Makes the data of a configuration ready and says where it lies; None = none is needed."""
 
 
-def prepare_data(config: RunConfig) -> Path:
+def prepare_data(config: ResolvedConfig) -> Path:
     """Make the shards of a configuration, saying what takes time."""
     return ready_data(config, lambda line: print(line, flush=True))
 
 
-def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
+def ready_data(config: ResolvedConfig, report: Callable[[str], None]) -> Path:
     """The folder of the prepared data of a run that begins or goes on.
 
     Raises:
@@ -81,7 +80,7 @@ def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
     from megatron_lite.data.shards.prepare import prepare
     from megatron_lite.train.step_samples import trained_with
 
-    run_dir = run_directory(config)
+    run_dir = config.run_dir
     before = trained_with(run_dir) if has_trained(run_dir) else None
     prepared = prepare(config, report=report, earlier=None if before is None else before.config)
     if before is not None:  # said before the ranks start; they look at the checkpoint itself
@@ -90,7 +89,7 @@ def ready_data(config: RunConfig, report: Callable[[str], None]) -> Path:
     return prepared.folder
 
 
-def _guarded(prepare: Prepare, config: RunConfig, answer: int) -> int:
+def _guarded(prepare: Prepare, config: ResolvedConfig, answer: int) -> int:
     try:
         folder = prepare(config)
         if folder is not None:

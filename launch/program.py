@@ -16,7 +16,7 @@ from launch.messages import show_error, told_end
 from launch.nodes import own_node_rank
 from launch.preparation import Preparation, Prepare, prepare_data, run_folder
 from launch.processes import Children, Ending, adopt_orphans, descendants, end_descendants, replace_process, start
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, LaunchError
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.observe.run_lock import require_free
@@ -39,7 +39,7 @@ class ProgramLauncher:
     def __init__(self, prepare: Prepare = prepare_data) -> None:
         self._prepare = prepare
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
         raise NotImplementedError
 
     def run(self, plan: LaunchPlan) -> int:

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override, ValueType
 
 from megatron_lite.config import overrides
 from megatron_lite.config.keys import shown
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError, library_edge
 
 RUN_DIR = "train.run_dir"
@@ -140,8 +140,8 @@ def _of_points(problem: str, names: list[str], all_points: int) -> str:
     return f"{'; '.join(names[:NAMED_POINTS])}{more}: {problem}"
 
 
-def in_own_folder(config: RunConfig, point: Point) -> RunConfig:
-    """The configuration with the point's values behind the name of its run folder; resolved, so that it has one."""
+def in_own_folder(config: ResolvedConfig, point: Point) -> ResolvedConfig:
+    """The configuration with the point's values behind the name of its run folder."""
     suffix = _suffix([(key, value) for key, value in point.varied if key != RUN_DIR])
     if not suffix:
         return config

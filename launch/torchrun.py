@@ -21,9 +21,8 @@ from launch.messages import show_error
 from launch.nodes import is_loopback
 from launch.processes import Ending
 from launch.program import ProgramLauncher, installed
-from megatron_lite.config.derived import processes_per_node
 from megatron_lite.config.launcher import LauncherConfig, Rendezvous
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
 from megatron_lite.observe.run_lock import ATTEMPT
 
@@ -37,12 +36,12 @@ class TorchrunLauncher(ProgramLauncher):
     program = "torchrun"
     names_culprit = True
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
         def argv(script: Path, frozen_config: Path, port: int) -> list[str]:
             return [
                 installed("torchrun", "torch"),
                 *("--nnodes", str(config.launcher.nodes)),
-                *("--nproc-per-node", str(processes_per_node(config))),
+                *("--nproc-per-node", str(config.processes_per_node)),
                 *_meeting_place(config.launcher, port, f"{frozen_config.parent.name}-{frozen_config.stem}"),
                 *("--max-restarts", "0"),  # a restart would come without what happens between attempts at a run
                 *("--shutdown-timeout", str(math.ceil(config.launcher.grace_seconds))),

@@ -7,14 +7,14 @@ from dataclasses import replace
 from launch.local import LocalLauncher
 from megatron_lite.config.derived import given_processes
 from megatron_lite.config.launcher import LauncherConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 
 FOLDER_SUFFIX = "-verify"
 
 
-def in_own_folder(config: RunConfig) -> RunConfig:
+def in_own_folder(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration with a run folder beside that of the run, which a verification must not touch."""
-    assert config.train.run_dir is not None
     return replace(config, train=replace(config.train, run_dir=config.train.run_dir + FOLDER_SUFFIX))
 
 
@@ -29,7 +29,7 @@ def on_this_machine(config: RunConfig) -> RunConfig:
     return replace(config, launcher=local)
 
 
-def _no_data(config: RunConfig) -> None:
+def _no_data(config: ResolvedConfig) -> None:
     """Verification draws its samples itself."""
 
 

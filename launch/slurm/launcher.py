@@ -14,7 +14,7 @@ from launch.scripts import is_installed, script_path
 from launch.slurm import records, scheduler
 from launch.slurm.script import batch_script
 from megatron_lite.config import frozen
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import read_marker
 
@@ -31,9 +31,8 @@ class SlurmLauncher:
     def __init__(self, torchrun: Sequence[str] | None = None) -> None:
         self._torchrun = torchrun
 
-    def plan(self, config: RunConfig) -> LaunchPlan:
-        assert config.train.run_dir is not None
-        run_dir = Path(config.train.run_dir).absolute()  # the job may be submitted again from anywhere
+    def plan(self, config: ResolvedConfig) -> LaunchPlan:
+        run_dir = config.run_dir.absolute()  # the job may be submitted again from anywhere
         passed_environment(config)  # that it is there: sbatch hands it on
         config_file = frozen.frozen_path(config, run_dir)
         environment = {
@@ -65,7 +64,7 @@ class SlurmLauncher:
         return EXIT_OK
 
 
-def _entry(config: RunConfig) -> list[str]:
+def _entry(config: ResolvedConfig) -> list[str]:
     """How Python starts the entry script. A container has packages of its own: not those of this interpreter."""
     script = script_path(config.script)
     return ["-m", config.script] if config.launcher.container is not None and is_installed() else [str(script)]

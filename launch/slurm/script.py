@@ -17,9 +17,8 @@ from launch.base import LOOPBACK
 from launch.machine import PORTS
 from launch.scripts import CODE, is_installed
 from launch.slurm.verdict import NOTHING_LEFT
-from megatron_lite.config.derived import processes_per_node
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
-from megatron_lite.config.schema import RunConfig
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
 TORCHRUN = ("-m", "launch.slurm.node")  # what `torchrun` runs, whatever the PATH holds
@@ -28,7 +27,7 @@ PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0
 
 
 def batch_script(
-    config: RunConfig,
+    config: ResolvedConfig,
     run_dir: Path,
     environment: dict[str, str],
     rank_argv: Sequence[str],
@@ -37,7 +36,7 @@ def batch_script(
     """The script that `sbatch` takes.
 
     Args:
-        config: resolved and valid.
+        config: valid.
         run_dir: absolute.
         environment: of every rank.
         rank_argv: script and arguments of a rank, without the interpreter.
@@ -69,7 +68,7 @@ def batch_script(
     )
 
 
-def batch_options(config: RunConfig, run_dir: Path) -> list[str]:
+def batch_options(config: ResolvedConfig, run_dir: Path) -> list[str]:
     """The options of the `#SBATCH` lines. sbatch reads quotes as a shell does, and `%` in a file's name as its own."""
     launcher = config.launcher
     warning = math.ceil(launcher.grace_seconds) + SECONDS_TO_CONCLUDE
@@ -77,7 +76,7 @@ def batch_options(config: RunConfig, run_dir: Path) -> list[str]:
         "job-name": launcher.job_name or run_dir.name,
         "nodes": launcher.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": processes_per_node(config) * launcher.threads_per_process,
+        "cpus-per-task": config.processes_per_node * launcher.threads_per_process,
         "gres": None if launcher.gpus_per_node is None else f"gpu:{launcher.gpus_per_node}",
         "time": launcher.time,
         "partition": launcher.partition,
@@ -92,7 +91,7 @@ def batch_options(config: RunConfig, run_dir: Path) -> list[str]:
     return [*lines, "--requeue", *map(shlex.quote, launcher.sbatch_options)]
 
 
-def _srun_arguments(config: RunConfig) -> list[str]:
+def _srun_arguments(config: ResolvedConfig) -> list[str]:
     """Explicit counts: srun would take those of the batch job over its own options otherwise.
 
     When the tasks of one node have ended, those of the others have the grace to follow; then srun kills them.
@@ -107,15 +106,15 @@ def _srun_arguments(config: RunConfig) -> list[str]:
     return [*arguments, *launcher.srun_arguments]
 
 
-def _stays_on_node(config: RunConfig) -> bool:
+def _stays_on_node(config: ResolvedConfig) -> bool:
     """Whether no other machine has to reach the ranks."""
     return config.launcher.nodes == 1 and config.launcher.master_address is None
 
 
-def _node_command(config: RunConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
+def _node_command(config: ResolvedConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
     """What each node's shell runs: only there are its number and the master's address known."""
     launcher = config.launcher
-    counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={processes_per_node(config)}", "--max-restarts=0"]
+    counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={config.processes_per_node}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
     begin = "exec"
     if not is_installed():

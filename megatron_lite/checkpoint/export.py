@@ -18,12 +18,12 @@ from megatron_lite.checkpoint.folder import newest_complete, problem, read_manif
 from megatron_lite.checkpoint.inspection import candidates_of, checkpoints_of, is_checkpoint
 from megatron_lite.checkpoint.parity import Parity, compare, require_transformers
 from megatron_lite.checkpoint.state import CheckpointState, read_state
-from megatron_lite.config.derived import has_next_sentence_head
+from megatron_lite.config.derived import has_next_sentence_head, resolve
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.hf import NoCounterpart, hf_config
 from megatron_lite.config.hf.folder import CONFIG_FILE, TRAINING
 from megatron_lite.config.hf.headers import INDEX_FILE, tensors_of
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
 from megatron_lite.data.tokenizer.tokenizer_files import TOKENIZER_FILE
@@ -94,14 +94,14 @@ def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, 
     return found
 
 
-def _configuration(folder: Path, state: CheckpointState) -> RunConfig:
+def _configuration(folder: Path, state: CheckpointState) -> ResolvedConfig:
     try:
-        return from_containers(state.config)
+        return resolve(from_containers(state.config))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}; export it with the version that wrote it") from error
 
 
-def _require_counterpart(folder: Path, state: CheckpointState, config: RunConfig) -> None:
+def _require_counterpart(folder: Path, state: CheckpointState, config: ResolvedConfig) -> None:
     """
     Raises:
         CheckpointError: why transformers has no such model; the checkpoint then has our names for its tensors.

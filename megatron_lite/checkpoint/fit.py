@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 
 from megatron_lite.checkpoint.folder import candidates
 from megatron_lite.checkpoint.tensors import difference, is_zero
-from megatron_lite.config.derived import complete_model, has_next_sentence_head, run_directory
+from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf.families import Family, counterpart
 from megatron_lite.config.hf.folder import Weights, read_weights
 from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.config.hf.start import contradictions
-from megatron_lite.config.schema import CheckInit, ModelConfig, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
+from megatron_lite.config.schema import CheckInit
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.hf.extras import flag_of, is_passed_over, twins
@@ -33,7 +34,7 @@ from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.models.stored import StoredForm, same_names
 
 
-def require_start(config: RunConfig) -> None:
+def require_start(config: ResolvedConfig) -> None:
     """Refuse weights that the run cannot begin with, before any process starts.
 
     A run that goes on from a checkpoint of its own needs them no more.
@@ -44,12 +45,12 @@ def require_start(config: RunConfig) -> None:
         ConfigError: the weights are of another model than the configuration says.
         CheckpointError: a file is damaged, or naming every tensor that does not fit or has no place.
     """
-    if config.model.init_from is None or candidates(run_directory(config) / "checkpoints"):
+    if config.model.init_from is None or candidates(config.run_dir / "checkpoints"):
         return
     require_fit(config)
 
 
-def require_fit(config: RunConfig) -> Weights:
+def require_fit(config: ResolvedConfig) -> Weights:
     """What model.init_from names, if it is the model that the configuration describes.
 
     Raises:
@@ -72,14 +73,14 @@ def require_fit(config: RunConfig) -> Weights:
     return weights
 
 
-def weights_of(config: RunConfig) -> Weights:
+def weights_of(config: ResolvedConfig) -> Weights:
     """What model.init_from names, read anew."""
     assert config.model.init_from is not None
     return read_weights(config.model.init_from, unknown_keys=config.model.check_init is CheckInit.always)
 
 
 def fitting(
-    form: StoredForm, tensors: Mapping[str, TensorEntry], model: ModelConfig | None, where: str
+    form: StoredForm, tensors: Mapping[str, TensorEntry], model: ResolvedModel | None, where: str
 ) -> Mapping[str, TensorEntry]:
     """The entry in the files of each tensor of the form that holds something of ours.
 
@@ -92,7 +93,6 @@ def fitting(
     """
     if model is None:
         return locate(form, tensors, where)
-    model = complete_model(model)
     pairs = any(piece.source == "next_sentence.pooler.weight" for piece in form.pieces)
     family = counterpart(model, next_sentence=pairs)
     located = search(form, tensors)
@@ -103,7 +103,7 @@ def fitting(
 
 
 def _of_others(
-    form: StoredForm, located: Located, tensors: Mapping[str, TensorEntry], family: Family, model: ModelConfig
+    form: StoredForm, located: Located, tensors: Mapping[str, TensorEntry], family: Family, model: ResolvedModel
 ) -> Iterator[Fault]:
     """What is wrong with the tensors that no parameter of ours takes."""
     left = dict.fromkeys(located.unused)
@@ -125,7 +125,7 @@ def _of_others(
             yield left_over(name, tensors[name])
 
 
-def _with_flag(fault: Fault, family: Family, model: ModelConfig, tensors: Mapping[str, TensorEntry]) -> Fault:
+def _with_flag(fault: Fault, family: Family, model: ResolvedModel, tensors: Mapping[str, TensorEntry]) -> Fault:
     """With what config.json says of it."""
     flag = flag_of(fault.name, family, model, tensors) if fault.follows_settings else None
     return fault if flag is None else fault._replace(what=f"{fault.what} (config.json: {flag})")

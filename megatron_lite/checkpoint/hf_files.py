@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf import generation_config, hf_config
 from megatron_lite.config.hf.export import GENERATION_KEYS
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer.saved_tokenizer import exported_tokens
 from megatron_lite.errors import DamagedFileError, DataError
@@ -19,7 +19,7 @@ GENERATION_FILE = "generation_config.json"
 
 
 def folder_files(
-    config: RunConfig, carried: Mapping[str, bytes], *, vocab_size: int, tokens: SpecialTokens, dtype: str
+    config: ResolvedConfig, carried: Mapping[str, bytes], *, vocab_size: int, tokens: SpecialTokens, dtype: str
 ) -> dict[str, bytes]:
     """All files of a model folder but the tensors: those of the tokenizer, and over them those of the model.
 
@@ -45,7 +45,7 @@ def folder_files(
     return {name: content for name, content in carried.items() if name != GENERATION_FILE} | files
 
 
-def model_files(config: RunConfig, *, vocab_size: int, tokens: SpecialTokens, dtype: str) -> dict[str, bytes]:
+def model_files(config: ResolvedConfig, *, vocab_size: int, tokens: SpecialTokens, dtype: str) -> dict[str, bytes]:
     """Name -> content of config.json and, for a model that generates, generation_config.json.
 
     Args:

@@ -15,7 +15,7 @@ from megatron_lite.checkpoint.fragments import Fragment, transfers
 from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.checkpoint.tensor_files import TensorReader
 from megatron_lite.config.hf.headers import TensorEntry, entries_of
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.hf import locate
 from megatron_lite.models.stored import StoredForm
@@ -105,7 +105,7 @@ def start_from(
     form: StoredForm,
     weights: Sequence[Fragment],
     where: str,
-    model: ModelConfig | None,
+    model: ResolvedModel | None,
 ) -> None:
     """Fill this rank's fragments of the weights from a model folder.
 

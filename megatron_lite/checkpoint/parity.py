@@ -20,7 +20,8 @@ from megatron_lite.config.derived import has_next_sentence_head
 from megatron_lite.config.hf.families import counterpart
 from megatron_lite.config.hf.folder import CONFIG_FILE
 from megatron_lite.config.hf.headers import tensors_of
-from megatron_lite.config.schema import Architecture, ModelConfig, Recompute, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
+from megatron_lite.config.schema import Architecture, Recompute
 from megatron_lite.errors import CheckpointError, DamagedFileError, MegatronLiteError, library_edge
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
@@ -71,7 +72,7 @@ def require_transformers(why: str, error: type[MegatronLiteError] = CheckpointEr
         import transformers  # noqa: F401
 
 
-def compare(source: Path, exported: Path, config: RunConfig, dtype: torch.dtype) -> Parity:
+def compare(source: Path, exported: Path, config: ResolvedConfig, dtype: torch.dtype) -> Parity:
     """Both in fp32 arithmetic, with weights that are rounded to a type.
 
     Args:
@@ -88,7 +89,7 @@ def compare(source: Path, exported: Path, config: RunConfig, dtype: torch.dtype)
     return _compare(source, reading, config, described["vocab_size"], inputs, dtype)
 
 
-def compare_start(folder: Path, config: RunConfig) -> Parity:
+def compare_start(folder: Path, config: ResolvedConfig) -> Parity:
     """The same of the weights that a run begins with, which both read from one folder; a shorter look.
 
     Args:
@@ -127,7 +128,7 @@ def _described(folder: Path) -> Object:
 def _compare(
     source: Path,
     reading: _Reading,
-    config: RunConfig,
+    config: ResolvedConfig,
     vocab_size: int,
     inputs: Mapping[str, Tensor],
     dtype: torch.dtype,
@@ -146,7 +147,7 @@ def _compare(
 
 
 def random_inputs(
-    model: ModelConfig, vocab_size: int, pad_id: int | None, *, samples: int = SAMPLES, longest: int = LENGTH
+    model: ResolvedModel, vocab_size: int, pad_id: int | None, *, samples: int = SAMPLES, longest: int = LENGTH
 ) -> dict[str, Tensor]:
     """Every input that the model has, by our names: [b, s], [b, d]. The same ones at every call."""
     generator = torch.Generator().manual_seed(SAMPLES)
@@ -170,7 +171,7 @@ def max_of(tensors: list[Tensor]) -> float:
 
 
 def _ours(
-    source: Path, config: RunConfig, vocab_size: int, inputs: Mapping[str, Tensor], dtype: torch.dtype
+    source: Path, config: ResolvedConfig, vocab_size: int, inputs: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], tuple[str, ...]]:
     """Logits: [b, s or d, v], and [b, 2] of a next-sentence head; and what of the model is all zero."""
     model = FlatModel(
@@ -192,7 +193,7 @@ def _ours(
     return [logits[..., :vocab_size], *others], zeros
 
 
-def read_weights(model: FlatModel, source: Path, settings: ModelConfig) -> None:
+def read_weights(model: FlatModel, source: Path, settings: ResolvedModel) -> None:
     """Fill a model of one rank from a folder with transformers' names.
 
     Raises:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Precision, RunConfig
 
 
-def deepspeed_config(config: RunConfig, *, data_parallel_size: int, global_batch_size: int) -> dict[str, Any]:
+def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         global_batch_size: sequences of the first optimizer step (a batch ramp changes it later through the engine).
     """
-    micro_batch_size = config.train.micro_batch_size
     settings: dict[str, Any] = {
         "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * data_parallel_size),
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.num_micro_batches(global_batch_size),
         "zero_optimization": _zero(config),
         # Under ZeRO-0 DeepSpeed drops replicated parameters of later stages from the norm: the engine clips itself.
         "gradient_clipping": config.optimizer.clip_grad_norm if config.parallel.zero_stage else 0.0,

@@ -7,11 +7,18 @@ and p pipeline-parallel size.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_lite.config.launcher import LauncherName
-from megatron_lite.config.lengths import decoder_length
+from megatron_lite.config.resolved import (
+    ResolvedConfig,
+    ResolvedLauncher,
+    ResolvedModel,
+    ResolvedParallel,
+    ResolvedTrain,
+)
 from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import (
     Architecture,
@@ -22,12 +29,14 @@ from megatron_lite.config.schema import (
     PositionEmbedding,
     RunConfig,
 )
-from megatron_lite.parallel.topology import Topology, layers_per_stage, padded_vocab_size
+from megatron_lite.parallel.topology import layers_per_stage, padded_vocab_size
+
+T = TypeVar("T")
 
 GATED_MULTIPLE = 64  # an inner width of 8h/3 is rounded up to this, so that matrices stay divisible
 
 
-def complete_model(model: ModelConfig) -> ModelConfig:
+def fill_in_model(model: ModelConfig) -> ModelConfig:
     """The model with every None filled that follows from the other sizes (the vocabulary comes from the tokenizer).
 
     head_size stays None where the heads do not divide hidden_size; validation refuses that. num_decoder_layers stays
@@ -47,6 +56,20 @@ def complete_model(model: ModelConfig) -> ModelConfig:
     )
 
 
+def resolve_model(model: ModelConfig) -> ResolvedModel:
+    """The model as the code that computes with it takes it.
+
+    Raises:
+        ConfigError: its heads do not divide hidden_size, which validation would have refused.
+    """
+    return _as(ResolvedModel, fill_in_model(model))
+
+
+def _as(kind: type[T], settings: Any) -> T:
+    """The same settings in a narrower type."""
+    return kind(**{one.name: getattr(settings, one.name) for one in fields(settings)})
+
+
 def default_ffn_size(model: ModelConfig) -> int:
     """4h, or where gated 8h/3 rounded up: three matrices then hold what two of 4h do (arXiv 2002.05202, section 2)."""
     if not model.activation.is_gated:
@@ -55,8 +78,12 @@ def default_ffn_size(model: ModelConfig) -> int:
 
 
 def all_layers(model: ModelConfig) -> int:
-    """Transformer layers that a pipeline splits: those of the only stack, or of the encoder and then the decoder."""
-    return model.num_layers + (complete_model(model).num_decoder_layers or 0)
+    """Transformer layers that a pipeline splits: those of the only stack, or of the encoder and then the decoder.
+
+    Args:
+        model: filled in.
+    """
+    return model.num_layers + (model.num_decoder_layers or 0)
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
@@ -80,13 +107,6 @@ def given_processes(config: RunConfig) -> int | None:
     return None if here is None else launcher.nodes * here
 
 
-def processes_per_node(config: RunConfig) -> int:
-    """Ranks on each node of a resolved configuration; node k has those from k times as many on."""
-    launcher = config.launcher
-    assert launcher.num_processes is not None
-    return launcher.processes_per_node or launcher.gpus_per_node or launcher.num_processes // launcher.nodes
-
-
 def spans_machines(config: RunConfig) -> bool:
     """Whether ranks run elsewhere than on the machine that the launcher is started on."""
     launcher = config.launcher
@@ -96,38 +116,6 @@ def spans_machines(config: RunConfig) -> bool:
 def ranks_per_replica(config: RunConfig) -> int:
     """Ranks that hold one copy of the model: t x p."""
     return max(1, config.parallel.tensor_parallel_size) * max(1, config.parallel.pipeline_parallel_size)
-
-
-def world_size(config: RunConfig) -> int:
-    """Processes of the layout: data x tensor x pipeline."""
-    return data_parallel_size(config) * ranks_per_replica(config)
-
-
-def topology(config: RunConfig) -> Topology:
-    """The rank grid of a configuration."""
-    return Topology(
-        data_parallel_size=data_parallel_size(config),
-        tensor_parallel_size=config.parallel.tensor_parallel_size,
-        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
-    )
-
-
-def num_micro_batches(config: RunConfig, global_batch_size: int | None = None) -> int:
-    """Forward passes of one data-parallel rank in one step.
-
-    Args:
-        global_batch_size: sequences of that step; None = the full batch, at the end of any ramp.
-    """
-    batch = config.train.global_batch_size if global_batch_size is None else global_batch_size
-    return batch // (config.train.micro_batch_size * data_parallel_size(config))
-
-
-def tokens_per_sample(config: RunConfig) -> int:
-    """Positions that the model reads in one sample: of its only stack, or of encoder and decoder together.
-
-    The one meaning of `token` in tokens a step, tokens per second and FLOPs per token.
-    """
-    return config.data.seq_length + (decoder_length(config.objective, config.data.seq_length) or 0)
 
 
 def has_next_sentence_head(config: RunConfig) -> bool:
@@ -150,8 +138,8 @@ def run_directory(config: RunConfig) -> Path:
     return Path("runs") / f"{config.script}-{config.model.name}"
 
 
-def resolve(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> RunConfig:
-    """The configuration with everything derived filled in. What is frozen is a resolved one.
+def fill_in(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> RunConfig:
+    """The configuration with everything filled in that follows from what is set, for validation to look at.
 
     Args:
         world_size: processes that are there, which decide data_parallel_size where that is None.
@@ -163,9 +151,9 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
     replicas = data_parallel_size(config, processes)
     if replicas * ranks_per_replica(config) > MOST_PROCESSES:
         return config  # refused, too
-    resolved = replace(
+    filled = replace(
         config,
-        model=complete_model(config.model),
+        model=fill_in_model(config.model),
         parallel=replace(config.parallel, data_parallel_size=replicas),
         launcher=replace(
             config.launcher,
@@ -174,8 +162,29 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
         ),
     )
     if config.train.run_dir == "":
-        return resolved  # refused; as a path it would be the current folder
-    return replace(resolved, train=replace(resolved.train, run_dir=str(run_directory(resolved))))
+        return filled  # refused; as a path it would be the current folder
+    return replace(filled, train=replace(filled.train, run_dir=str(run_directory(filled))))
+
+
+def resolve(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> ResolvedConfig:
+    """A valid configuration as all other rooms take it. What is frozen is a resolved one.
+
+    Args:
+        world_size, device: as for `fill_in`.
+    Raises:
+        ConfigError: settings stay open, which validation would have refused with its reason.
+    """
+    filled = fill_in(config, world_size=world_size, device=device)
+    return _as(
+        ResolvedConfig,
+        replace(
+            filled,
+            model=_as(ResolvedModel, filled.model),
+            parallel=_as(ResolvedParallel, filled.parallel),
+            train=_as(ResolvedTrain, filled.train),
+            launcher=_as(ResolvedLauncher, filled.launcher),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ class StageContent:
     """Holds the decoder's first layer, and ahead of it the encoder's final norm and the decoder's embedding."""
 
 
-def stage_contents(model: ModelConfig, pipeline_parallel_size: int) -> list[StageContent]:
+def stage_contents(model: ResolvedModel, pipeline_parallel_size: int) -> list[StageContent]:
     """The stages in order: `layers_per_stage` deals out the encoder's layers and then the decoder's."""
     total, encoder = all_layers(model), model.num_layers
     contents, start = [], 0
@@ -216,7 +225,7 @@ def stage_contents(model: ModelConfig, pipeline_parallel_size: int) -> list[Stag
 class ParameterCounts:
     """Parameters of each kind of layer, in elements: of the whole model or of one tensor-parallel rank."""
 
-    model: ModelConfig
+    model: ResolvedModel
     embedding: int
     """v x h."""
     position_embedding: int
@@ -269,7 +278,7 @@ class ParameterCounts:
 
 
 def parameter_counts(
-    model: ModelConfig, vocabulary: int, tensor_parallel_size: int = 1, *, next_sentence: bool = False
+    model: ResolvedModel, vocabulary: int, tensor_parallel_size: int = 1, *, next_sentence: bool = False
 ) -> ParameterCounts:
     """Parameters by kind of layer.
 
@@ -278,7 +287,6 @@ def parameter_counts(
         tensor_parallel_size: ranks that share each matrix; 1 = the whole model.
         next_sentence: the model has a pooler and a next-sentence head (`has_next_sentence_head`).
     """
-    model = complete_model(model)
     hidden, tensor = model.hidden_size, tensor_parallel_size
     norm = hidden * (2 if model.normalization is Normalization.layernorm else 1)
     dense = hidden * hidden + hidden
@@ -292,7 +300,7 @@ def parameter_counts(
         embedding_norm=norm if model.embedding_norm else 0,
         relative_bias=_relative_bias(model, tensor),
         layer=attention + mlp + 2 * norm,
-        decoder_layer=2 * attention + mlp + 3 * norm if model.num_decoder_layers else 0,
+        decoder_layer=2 * attention + mlp + 3 * norm if model.decoder_layers else 0,
         final_norm=norm if model.norm_placement is NormPlacement.pre else 0,
         head=word_matrix,
         head_transform=dense + norm if model.head_transform else 0,
@@ -301,23 +309,21 @@ def parameter_counts(
     )
 
 
-def _position_rows(model: ModelConfig) -> int:
+def _position_rows(model: ResolvedModel) -> int:
     if model.position_embedding is not PositionEmbedding.learned:
         return 0
     return model.max_position_embeddings + model.position_offset
 
 
-def _relative_bias(model: ModelConfig, tensor: int) -> int:
+def _relative_bias(model: ResolvedModel, tensor: int) -> int:
     """A number for each bucket and head; the heads are split."""
     if model.position_embedding is not PositionEmbedding.relative:
         return 0
     return model.relative_buckets * model.num_attention_heads // tensor
 
 
-def _attention_parameters(model: ModelConfig, tensor: int) -> int:
+def _attention_parameters(model: ResolvedModel, tensor: int) -> int:
     """Query, key and value are split by heads, the output projection by its input; its bias is whole on every rank."""
-    assert model.num_query_groups is not None
-    assert model.head_size is not None
     hidden = model.hidden_size
     query = model.num_attention_heads * model.head_size // tensor
     key_value = 2 * model.num_query_groups * model.head_size // tensor
@@ -325,9 +331,8 @@ def _attention_parameters(model: ModelConfig, tensor: int) -> int:
     return weights + (query + key_value + hidden if model.attention_bias else 0)
 
 
-def _mlp_parameters(model: ModelConfig, tensor: int) -> int:
+def _mlp_parameters(model: ResolvedModel, tensor: int) -> int:
     """Up (and gate) are split by their output, down by its input; the bias of down is whole on every rank."""
-    assert model.ffn_hidden_size is not None
     inner, ups = model.ffn_hidden_size // tensor, 2 if model.activation.is_gated else 1
     weights = (ups + 1) * model.hidden_size * inner
     return weights + (ups * inner + model.hidden_size if model.mlp_bias else 0)

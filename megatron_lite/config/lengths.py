@@ -71,8 +71,11 @@ def decoder_length(objective: ObjectiveConfig, seq_length: int) -> int | None:
         return span_corruption_lengths(seq_length, objective.noise_density, objective.mean_span_length).decoder_length
     if objective.name is ObjectiveName.bart_denoising:
         return seq_length
-    if objective.name is not ObjectiveName.ul2:
-        return None
+    return ul2_decoder_length(objective, seq_length) if objective.name is ObjectiveName.ul2 else None
+
+
+def ul2_decoder_length(objective: ObjectiveConfig, seq_length: int) -> int:
+    """Positions of the decoder, which ul2 alone lets one choose."""
     return seq_length // 2 if objective.decoder_seq_length is None else objective.decoder_seq_length
 
 
@@ -141,8 +144,7 @@ def ul2_lengths(objective: ObjectiveConfig, seq_length: int) -> dict[int, SpanLe
     Raises:
         ValueError: a denoiser has no room.
     """
-    room = decoder_length(objective, seq_length)
-    assert room is not None
+    room = ul2_decoder_length(objective, seq_length)
     encoder_room = seq_length - objective.ul2_mode_tokens
     found = {}
     for place, (denoiser, weight) in enumerate(zip(denoisers(objective), objective.ul2_weights, strict=True)):

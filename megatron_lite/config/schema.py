@@ -1,8 +1,8 @@
 """The one source of every setting: typed, documented, and free of torch.
 
-A `RunConfig` is composed by Hydra (`compose.py`), completed (`derived.py`), checked as a whole (`validate.py`), and
-written once into the run folder (`frozen.py`). YAML files under `megatron_lite/conf/` hold values only; what they mean
-stands here, below each field.
+A `RunConfig` is composed by Hydra (`compose.py`), completed (`derived.py`), checked as a whole (`validate.py`), turned
+into a `ResolvedConfig` (`resolved.py`) and written once into the run folder (`frozen.py`). YAML files under
+`megatron_lite/conf/` hold values only; what they mean stands here, below each field.
 
 Sizes are in elements, batches in sequences, times in seconds. `None` means "derived": the field says from what.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.flat import FlatEngine
 from megatron_lite.engine.hooks import EngineHooks
@@ -13,7 +13,7 @@ from megatron_lite.parallel.context import ParallelContext
 
 
 def build_engine(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     task: Task,
     *,

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_lite.config.deepspeed_config import deepspeed_config
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Precision
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.deepspeed_patches import (
     DeferredScale,
@@ -90,7 +91,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         context: ParallelContext,
         task: Task,
         global_batch_size: int,
@@ -131,7 +132,7 @@ class Engine(ABC):
             learning_rate: of this step.
             measure_update: whether `meter.figures` is to know what the update does to each layer.
         """
-        num_micro_batches = step.global_batch_size // (self.context.data_size * self.config.train.micro_batch_size)
+        num_micro_batches = self.config.num_micro_batches(step.global_batch_size)
         self._begin(step, learning_rate, num_micro_batches)
         self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
         for instruction in self._announced(one_forward_one_backward(*self._stage_of_stages, num_micro_batches)):
@@ -341,11 +342,7 @@ class Engine(ABC):
         engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=deepspeed_config(
-                self.config,
-                data_parallel_size=self.context.data_size,
-                global_batch_size=self._global_batch_size,
-            ),
+            config=deepspeed_config(self.config, global_batch_size=self._global_batch_size),
             mpu=grid,
             dist_init_required=False,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_lite.config.keys import get_value
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.spec import LayerSpec
@@ -29,7 +29,7 @@ class Task:
     """What a step measures besides, in the order of the list."""
 
 
-def build_task(config: RunConfig, context: ParallelContext, vocabulary: Vocabulary) -> Task:
+def build_task(config: ResolvedConfig, context: ParallelContext, vocabulary: Vocabulary) -> Task:
     """
     Raises:
         ConfigError: the vocabulary lacks what the objective needs.

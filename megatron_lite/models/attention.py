@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import Visibility, masked_attention, self_attention_mask
 from megatron_lite.models.positions import RotaryTable, rotate
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: ResolvedModel,
         context: ParallelContext,
         init: StackInit,
         *,
@@ -51,8 +51,6 @@ class Attention(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
-        assert model.num_query_groups is not None  # by complete_model
-        assert model.head_size is not None
         groups, heads, self.head_size = model.num_query_groups, model.num_attention_heads, model.head_size
         self.context = context
         self.causal = causal

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.attention import Attention
 from megatron_lite.models.cross_attention import CrossAttention
 from megatron_lite.models.dropout import activation_dropout
@@ -28,7 +29,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: ResolvedModel,
         context: ParallelContext,
         name: str,
         init: StackInit,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_lite.config.schema import Architecture, ModelConfig, Recompute
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import Architecture, Recompute
 from megatron_lite.models.bert import bert_layers
 from megatron_lite.models.encoder_decoder import encoder_decoder_layers
 from megatron_lite.models.fields import Field
@@ -13,7 +14,7 @@ from megatron_lite.parallel.context import ParallelContext
 
 
 def build_layers(
-    model: ModelConfig,
+    model: ResolvedModel,
     context: ParallelContext,
     *,
     vocab_size: int,

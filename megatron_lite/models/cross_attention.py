@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import key_mask, masked_attention
 from megatron_lite.parallel.context import ParallelContext
@@ -21,10 +21,8 @@ from megatron_lite.parallel.rng import DropoutKey
 class CrossAttention(nn.Module):
     """[b, s, h], memory [b, e, h] -> [b, s, h] ([b, s/t, h] and [b, e/t, h] under sequence parallelism)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit, *, recompute: bool) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit, *, recompute: bool) -> None:
         super().__init__()
-        assert model.num_query_groups is not None  # by complete_model
-        assert model.head_size is not None
         hidden, bias = model.hidden_size, model.attention_bias
         inner, groups = model.num_attention_heads * model.head_size, model.num_query_groups * model.head_size
         self.context = context

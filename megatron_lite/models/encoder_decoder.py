@@ -40,12 +40,11 @@ def encoder_decoder_layers(factory: LayerFactory) -> list[LayerSpec]:
     memory = Field("memory", factory.input("tokens").length)
     into_encoder = (memory._replace(name="hidden"), decoder_tokens, *lengths)
     into_decoder = (Field("hidden", decoder_tokens.length), memory, *lengths)
-    assert model.num_decoder_layers is not None  # by complete_model
 
     embedding = factory.word_embedding(tied=True)
     encoder = factory.blocks("encoder.", num_layers=model.num_layers, causal=False, stage_inputs=into_encoder)
     first, *others = factory.blocks(
-        "decoder.", num_layers=model.num_decoder_layers, causal=True, stage_inputs=into_decoder, cross_attention=True
+        "decoder.", num_layers=model.decoder_layers, causal=True, stage_inputs=into_decoder, cross_attention=True
     )
     between = [
         *factory.stack_end("encoder."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.mlp import activation_function
 from megatron_lite.models.norms import build_norm
@@ -21,7 +21,7 @@ from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
 class HeadTransform(nn.Module):
     """norm(activation(dense(x))), [b, s, h] or its slice [b, s/t, h] (BERT, arXiv 1810.04805)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         hidden = model.hidden_size
         self.activation = activation_function(model.activation)
@@ -49,7 +49,7 @@ class HeadBias(nn.Module):
 class NextSentenceHead(nn.Module):
     """classifier(tanh(pooler(x at position 0))): [b, s, h] or its slice [b, s/t, h] -> [b, 2] on all ranks."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         hidden = model.hidden_size
         self.context = context

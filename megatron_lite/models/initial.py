@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.schema import InitScheme, ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import InitScheme
 from megatron_lite.parallel.sharding import Init
 
 
@@ -31,8 +32,8 @@ class StackInit:
     relative_bias: Init
 
 
-def stack_init(model: ModelConfig, num_layers: int, *, cross_attention: bool = False) -> StackInit:
-    """The distributions in a stack of `num_layers` blocks of a completed model."""
+def stack_init(model: ResolvedModel, num_layers: int, *, cross_attention: bool = False) -> StackInit:
+    """The distributions in a stack of `num_layers` blocks."""
     if model.init is InitScheme.t5:
         return _by_fan_in(model)
     sums = num_layers * (3 if cross_attention else 2)  # with the residual stream
@@ -50,14 +51,11 @@ def stack_init(model: ModelConfig, num_layers: int, *, cross_attention: bool = F
     )
 
 
-def _by_fan_in(model: ModelConfig) -> StackInit:
+def _by_fan_in(model: ResolvedModel) -> StackInit:
     """T5's: variance 1 / inputs, and 1 / sqrt(d) in the query instead of in the scores (arXiv 1910.10683).
 
     The word table has variance 1, so that a tied head needs the factor h^-0.5 (`scale_tied_head`).
     """
-    assert model.num_query_groups is not None  # by complete_model
-    assert model.head_size is not None
-    assert model.ffn_hidden_size is not None
     fan_in, head_size = model.hidden_size**-0.5, model.head_size
     queries = model.num_attention_heads // model.num_query_groups * head_size  # rows of a group
     return StackInit(

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lite.config.derived import complete_model
-from megatron_lite.config.schema import ModelConfig, NormPlacement, PositionEmbedding, Recompute
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import NormPlacement, PositionEmbedding, Recompute
 from megatron_lite.models.activations import Activations
 from megatron_lite.models.block import TransformerBlock
 from megatron_lite.models.dropout import HiddenDropout
@@ -40,7 +40,7 @@ class LayerFactory:
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: ResolvedModel,
         context: ParallelContext,
         *,
         vocab_size: int,
@@ -52,7 +52,7 @@ class LayerFactory:
             vocab_size: the tokenizer's true size; the table is padded from it.
             inputs: what a batch holds.
         """
-        self.model = model = complete_model(model)
+        self.model = model
         self.context = context
         self.inputs = inputs
         self._vocab_size = vocab_size
@@ -61,7 +61,6 @@ class LayerFactory:
         self._embedding_init = stack_init(model, model.num_layers)  # tables and heads depend on no stack
         self._rotary = None
         if model.position_embedding is PositionEmbedding.rotary:
-            assert model.head_size is not None  # by complete_model
             self._rotary = RotaryTable(model.head_size, model.rotary_base)
 
     def input(self, name: str) -> Field:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import Activation, ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import Activation
 from megatron_lite.models.dropout import inner_dropout
 from megatron_lite.models.gelu import gelu_tanh
 from megatron_lite.models.initial import StackInit
@@ -35,9 +36,8 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
 class MLP(nn.Module):
     """down(dropout(activation(up(x)))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
-        assert model.ffn_hidden_size is not None  # by complete_model
         self.context = context
         self.dropout = model.ffn_dropout
         self.activation = activation_function(model.activation)
@@ -54,9 +54,8 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(dropout(activation(gate(x)) * up(x))) (arXiv 2002.05202), gate and up in one parameter [2, f, h]."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
-        assert model.ffn_hidden_size is not None  # by complete_model
         self.context = context
         self.dropout = model.ffn_dropout
         self.activation = activation_function(model.activation)
@@ -71,11 +70,10 @@ class GatedMLP(nn.Module):
         return self.down(inner_dropout(self.activation(gate) * up, self.dropout, key, self.context))
 
 
-def _down(model: ModelConfig, context: ParallelContext, init: StackInit) -> RowParallelLinear:
-    assert model.ffn_hidden_size is not None  # by complete_model
+def _down(model: ResolvedModel, context: ParallelContext, init: StackInit) -> RowParallelLinear:
     return RowParallelLinear(model.ffn_hidden_size, model.hidden_size, context, bias=model.mlp_bias, init=init.down)
 
 
-def build_mlp(model: ModelConfig, context: ParallelContext, init: StackInit) -> nn.Module:
+def build_mlp(model: ResolvedModel, context: ParallelContext, init: StackInit) -> nn.Module:
     """The feed-forward part that the configuration asks for."""
     return (GatedMLP if model.activation.is_gated else MLP)(model, context, init)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_lite.config.schema import ModelConfig, Normalization
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import Normalization
 from megatron_lite.parallel.collectives import sum_gradients
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.sharding import Init, PartialGradient, ShardSpec, sharded_parameter
@@ -85,7 +86,7 @@ def _vector(size: int, init: Init, partial_gradient: PartialGradient) -> ShardSp
     return ShardSpec((size,), None, init, partial_gradient=partial_gradient)
 
 
-def build_norm(model: ModelConfig, context: ParallelContext) -> nn.Module:
+def build_norm(model: ResolvedModel, context: ParallelContext) -> nn.Module:
     """The norm that the configuration asks for."""
     norm = RMSNorm if model.normalization is Normalization.rmsnorm else LayerNorm
     return norm(model.hidden_size, model.norm_epsilon, context)

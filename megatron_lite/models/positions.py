@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.collectives import sum_gradients
 from megatron_lite.parallel.context import ParallelContext
@@ -23,7 +23,7 @@ class PositionTable(nn.Module):
     so that the latter holds nothing but the weight that it shares with the head.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         self.context = context
         self.offset = model.position_offset
@@ -39,7 +39,7 @@ class PositionTable(nn.Module):
 class SegmentTable(nn.Module):
     """Adds the learned vector of each token's segment (arXiv 1810.04805): [b, s, h] -> [b, s, h], or its slice."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
         self.context = context
         shape = (model.num_segments, model.hidden_size)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import key_mask
 from megatron_lite.parallel.context import ParallelContext
@@ -24,7 +24,7 @@ class RelativeBias(nn.Module):
     With the stack's mask in it, so that blocks need not make theirs: -inf where a query does not see a key.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, init: StackInit, *, causal: bool) -> None:
+    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
         self.max_distance = model.relative_max_distance

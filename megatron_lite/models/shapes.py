@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import complete_model
-from megatron_lite.config.schema import Architecture, ModelConfig, Normalization, NormPlacement, PositionEmbedding
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import Architecture, Normalization, NormPlacement, PositionEmbedding
 from megatron_lite.models.stored import Shape
 
 Named = Iterator[tuple[str, Shape]]
 
 
-def parameter_shapes(model: ModelConfig, vocab_size: int, *, next_sentence: bool = False) -> dict[str, Shape]:
+def parameter_shapes(model: ResolvedModel, vocab_size: int, *, next_sentence: bool = False) -> dict[str, Shape]:
     """
     Args:
         vocab_size: true vocabulary, without padded rows.
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
     """
-    return dict(_parameters(complete_model(model), vocab_size, next_sentence))
+    return dict(_parameters(model, vocab_size, next_sentence))
 
 
-def _parameters(model: ModelConfig, vocab_size: int, next_sentence: bool) -> Named:
+def _parameters(model: ResolvedModel, vocab_size: int, next_sentence: bool) -> Named:
     hidden = model.hidden_size
     yield "embedding.weight", (vocab_size, hidden)
     if model.architecture is Architecture.encoder_decoder:
-        assert model.num_decoder_layers is not None  # by complete_model
         yield from _stack(model, "encoder.", model.num_layers, decoder=False)
-        yield from _stack(model, "decoder.", model.num_decoder_layers, decoder=True)
+        yield from _stack(model, "decoder.", model.decoder_layers, decoder=True)
     else:
         yield from _stack(model, "", model.num_layers, decoder=False)
     if next_sentence:
@@ -44,7 +43,7 @@ def _parameters(model: ModelConfig, vocab_size: int, next_sentence: bool) -> Nam
         yield "head_bias.bias", (vocab_size,)
 
 
-def _stack(model: ModelConfig, prefix: str, num_layers: int, *, decoder: bool) -> Named:
+def _stack(model: ResolvedModel, prefix: str, num_layers: int, *, decoder: bool) -> Named:
     """`decoder`: of an encoder_decoder."""
     hidden = model.hidden_size
     if model.position_embedding is PositionEmbedding.learned:
@@ -62,10 +61,7 @@ def _stack(model: ModelConfig, prefix: str, num_layers: int, *, decoder: bool) -
         yield from _norm(model, f"{prefix}final_norm")
 
 
-def _layer(model: ModelConfig, name: str, *, decoder: bool) -> Named:
-    assert model.num_query_groups is not None  # by complete_model
-    assert model.head_size is not None
-    assert model.ffn_hidden_size is not None
+def _layer(model: ResolvedModel, name: str, *, decoder: bool) -> Named:
     hidden, inner = model.hidden_size, model.num_attention_heads * model.head_size
     groups, bias = model.num_query_groups * model.head_size, model.attention_bias
     yield from _norm(model, f"{name}.attention_norm")
@@ -82,7 +78,7 @@ def _layer(model: ModelConfig, name: str, *, decoder: bool) -> Named:
     yield from _dense(f"{name}.mlp.down", model.ffn_hidden_size, hidden, bias=model.mlp_bias)
 
 
-def _norm(model: ModelConfig, name: str) -> Named:
+def _norm(model: ResolvedModel, name: str) -> Named:
     yield f"{name}.weight", (model.hidden_size,)
     if model.normalization is Normalization.layernorm:
         yield f"{name}.bias", (model.hidden_size,)

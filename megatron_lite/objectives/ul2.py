@@ -26,10 +26,10 @@ import numpy as np
 
 from megatron_lite.config.lengths import (
     Denoiser,
-    decoder_length,
     denoisers,
     span_counts,
     suffix_bounds,
+    ul2_decoder_length,
     ul2_lengths,
 )
 from megatron_lite.config.schema import DataConfig, ObjectiveConfig
@@ -43,8 +43,7 @@ from megatron_lite.objectives.span_corruption import Lengths, sentinels, take_ou
 
 class UL2(Objective):
     def __init__(self, objective: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> None:
-        decoder = decoder_length(objective, data.seq_length)
-        assert decoder is not None
+        decoder = ul2_decoder_length(objective, data.seq_length)
         self._length = data.seq_length
         self.label_length = decoder
         self.inputs = (Field("tokens", data.seq_length), Field("lengths"), Field("decoder_tokens", decoder))

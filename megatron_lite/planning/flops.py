@@ -10,7 +10,7 @@ for decoders too; `causal=False` gives their figure. A prefix LM counts as causa
 scores on average, differs by sample. A head counts for every position of its stack, also where few are predicted.
 Embeddings are look-ups, and a next-sentence head reads one position a sample: neither counts.
 
-A token is a position that the model reads (`config.derived.tokens_per_sample`).
+A token is a position that the model reads (`ResolvedConfig.tokens_per_sample`).
 
 Legend: h hidden size, n heads, g query groups, d head size, f inner width of the MLP, v vocabulary, L layers, s
 sequence of the only stack. An encoder_decoder has L layers on s positions and M on r; its terms are means over s + r.
@@ -21,9 +21,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_lite.config.derived import complete_model
-from megatron_lite.config.lengths import decoder_length
-from megatron_lite.config.schema import Architecture, ModelConfig, Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
+from megatron_lite.config.schema import Architecture, Precision
 
 PASSES = 3  # forward, gradient of the inputs, gradient of the weights
 
@@ -57,22 +56,18 @@ class FlopsPerToken:
 
 
 def itemised_flops(
-    model: ModelConfig, seq_length: int, vocab_size: int, *, decoder_seq_length: int | None = None, causal: bool = True
+    model: ResolvedModel, seq_length: int, vocab_size: int, *, decoder_seq_length: int = 0, causal: bool = True
 ) -> FlopsPerToken:
     """Forward FLOPs per token.
 
     Args:
         seq_length: positions of the only stack, or of the encoder.
         vocab_size: true vocabulary; padded columns of the head are not work that the model needs.
-        decoder_seq_length: positions of the decoder of an encoder_decoder; None = there is no such stack.
+        decoder_seq_length: positions of the decoder of an encoder_decoder; 0 = there is no such stack.
         causal: count only the scores below the diagonal of a decoder.
     """
-    model = complete_model(model)
-    assert model.num_query_groups is not None
-    assert model.head_size is not None
-    assert model.ffn_hidden_size is not None
-    first, second = seq_length, decoder_seq_length or 0
-    layers, decoder_layers = model.num_layers, model.num_decoder_layers or 0
+    first, second = seq_length, decoder_seq_length
+    layers, decoder_layers = model.num_layers, model.decoder_layers
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_size
     keys_and_values = 2 * model.num_query_groups * model.head_size
     positions = layers * first + decoder_layers * second  # of a sample, each as often as a layer works on it
@@ -97,17 +92,14 @@ def _pairs(length: int, *, causal: bool) -> float:
     return length * (length + 1) / 2 if causal else length * length
 
 
-def flops_per_token(
-    model: ModelConfig, seq_length: int, vocab_size: int, *, decoder_seq_length: int | None = None
-) -> float:
+def flops_per_token(model: ResolvedModel, seq_length: int, vocab_size: int, *, decoder_seq_length: int = 0) -> float:
     """FLOPs of one token's forward and backward pass: the numerator of MFU."""
     return itemised_flops(model, seq_length, vocab_size, decoder_seq_length=decoder_seq_length).training
 
 
-def flops_of_run(config: RunConfig, vocab_size: int) -> FlopsPerToken:
+def flops_of_run(config: ResolvedConfig, vocab_size: int) -> FlopsPerToken:
     """Of a token of this configuration: objective and model decide its two lengths."""
-    length = config.data.seq_length
-    return itemised_flops(config.model, length, vocab_size, decoder_seq_length=decoder_length(config.objective, length))
+    return itemised_flops(config.model, config.data.seq_length, vocab_size, decoder_seq_length=config.decoder_length)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import OptimizerName, Precision
 
 FLOAT = 4
 HALF = 2
@@ -28,7 +29,7 @@ class ModelStates:
         return self.weights + self.gradients + self.optimizer
 
 
-def model_states(config: RunConfig, parameters: int, data_parallel_size: int) -> ModelStates:
+def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: int) -> ModelStates:
     """Bytes of the states of `parameters` local parameters, shared over the data-parallel ranks by the ZeRO stage."""
     stage, precision = config.parallel.zero_stage, config.train.precision
     share = parameters / data_parallel_size
@@ -42,7 +43,7 @@ def model_states(config: RunConfig, parameters: int, data_parallel_size: int) ->
     )
 
 
-def _moment_bytes(config: RunConfig) -> int:
+def _moment_bytes(config: ResolvedConfig) -> int:
     """Per parameter. Adafactor keeps a row and a column per matrix instead, which is next to nothing."""
     optimizer = config.optimizer
     if optimizer.name is OptimizerName.adamw:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 
-from megatron_lite.config.derived import all_layers, processes_per_node
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.derived import all_layers
+from megatron_lite.config.resolved import ResolvedConfig
 
 
-def nodes_of(config: RunConfig, first_rank: int, last_rank: int) -> str:
+def nodes_of(config: ResolvedConfig, first_rank: int, last_rank: int) -> str:
     """`node 0` or `nodes 0-3` for neighbouring ranks, first and last included."""
-    here = processes_per_node(config)
+    here = config.processes_per_node
     first, last = first_rank // here, last_rank // here
     return f"node {first}" if first == last else f"nodes {first}-{last}"
 
 
-def placement_warnings(config: RunConfig) -> list[str]:
+def placement_warnings(config: ResolvedConfig) -> list[str]:
     """What is slow in where the ranks of a valid configuration lie, as lines with keys and remedy.
 
     Tensor-parallel ranks are neighbours, and exchange activations four times a layer and micro-batch; the exchanges of
     pipeline and data-parallel ranks are smaller, or hidden behind computation, and may cross nodes.
     """
-    tensor, here = config.parallel.tensor_parallel_size, processes_per_node(config)
+    tensor, here = config.parallel.tensor_parallel_size, config.processes_per_node
     if config.launcher.nodes == 1 or here % tensor == 0:
         return []
     inside = math.gcd(tensor, here)

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_lite.config.derived import (
-    all_layers,
-    data_parallel_size,
-    has_next_sentence_head,
-    num_micro_batches,
-    processes_per_node,
-    tokens_per_sample,
-    topology,
-)
+from megatron_lite.config.derived import all_layers, has_next_sentence_head
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
-from megatron_lite.config.lengths import decoder_length
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.tokenizer.framing import described_ends
 from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
 from megatron_lite.planning.placement import nodes_of, placement_warnings
@@ -26,7 +17,7 @@ from megatron_lite.planning.sizes import model_lines, stage_lines
 GRID_LIMIT = 64  # ranks up to which each one is shown
 
 
-def describe(config: RunConfig, vocab_size: int | None) -> str:
+def describe(config: ResolvedConfig, vocab_size: int | None) -> str:
     """The plan of a resolved, valid configuration.
 
     Args:
@@ -44,15 +35,15 @@ def _row(name: str, text: str) -> str:
     return f"{name:<17}{text}"
 
 
-def _layout(config: RunConfig) -> Iterator[str]:
-    grid, parallel = topology(config), config.parallel
+def _layout(config: ResolvedConfig) -> Iterator[str]:
+    grid, parallel = config.topology, config.parallel
     yield _row(
         "world size",
         f"{grid.world_size} = {grid.data_parallel_size} data x {grid.tensor_parallel_size} tensor x "
         f"{grid.pipeline_parallel_size} pipeline",
     )
     if config.launcher.nodes > 1:
-        yield _row("nodes", f"{config.launcher.nodes} of {processes_per_node(config)} ranks each")
+        yield _row("nodes", f"{config.launcher.nodes} of {config.processes_per_node} ranks each")
     extras = [f"ZeRO-{parallel.zero_stage}", config.train.precision.value, f"recompute {parallel.recompute.value}"]
     if parallel.sequence_parallel:
         extras.append("sequence parallel")
@@ -62,12 +53,12 @@ def _layout(config: RunConfig) -> Iterator[str]:
     layers = all_layers(config.model)
     counts = Counter(layers_per_stage(layers, grid.pipeline_parallel_size))
     stages = [f"{count} stage{'s' if count > 1 else ''} of {held}" for held, count in counts.items()]
-    decoder = layers - config.model.num_layers
+    decoder = config.model.decoder_layers
     stacks = f"{config.model.num_layers} encoder + {decoder} decoder = " if decoder else ""
     yield _row("layers", f"{layers} = {stacks}{' + '.join(stages)}")
 
 
-def _weights(config: RunConfig) -> Iterator[str]:
+def _weights(config: ResolvedConfig) -> Iterator[str]:
     """Where they come from, and whose they are in checkpoints."""
     if config.model.init_from is not None:
         yield _row("starts from", config.model.init_from)
@@ -78,16 +69,15 @@ def _weights(config: RunConfig) -> Iterator[str]:
         yield _row("checkpoints", f"under our own names: {reason}")
 
 
-def _objective(config: RunConfig) -> str:
-    first = config.data.seq_length
-    second = decoder_length(config.objective, first)
-    lengths = f"{first:,} positions" if second is None else f"{first:,} encoder x {second:,} decoder positions"
+def _objective(config: ResolvedConfig) -> str:
+    first, second = config.data.seq_length, config.decoder_length
+    lengths = f"{first:,} encoder x {second:,} decoder positions" if second else f"{first:,} positions"
     return _row("objective", f"{config.objective.name.value}: {lengths}; {what_is_predicted(config)}")
 
 
-def _batches(config: RunConfig) -> Iterator[str]:
+def _batches(config: ResolvedConfig) -> Iterator[str]:
     train = config.train
-    count, stages = num_micro_batches(config), config.parallel.pipeline_parallel_size
+    count, stages = config.num_micro_batches(), config.parallel.pipeline_parallel_size
     yield _row("batch", batch_identity(config, train.global_batch_size))
     ramp = train.batch_ramp
     if ramp.start:
@@ -97,7 +87,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
             f"{ramp.start} to {train.global_batch_size} by {ramp.increment}: {len(sizes)} sizes over {ramp.samples:,} "
             f"samples; first {batch_identity(config, ramp.start)}",
         )
-    tokens = train.global_batch_size * tokens_per_sample(config)
+    tokens = train.global_batch_size * config.tokens_per_sample
     note = " at the full batch" if ramp.start else ""
     yield _row("tokens", f"{tokens:,} a step, {tokens * train.steps:,} in {train.steps:,} steps{note}")
     yield _row("learning rate", _learning_rate(config))
@@ -106,7 +96,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
         yield _row("pipeline bubble", f"{bubble:.1%} = ({stages} - 1) / ({count} + {stages} - 1) of the time")
 
 
-def _learning_rate(config: RunConfig) -> str:
+def _learning_rate(config: ResolvedConfig) -> str:
     """`0.0003 after 10 steps, then decay=linear until step 300: a straight line to min_learning_rate (...)`."""
     optimizer = config.optimizer
     form = optimizer.decay.form
@@ -116,23 +106,24 @@ def _learning_rate(config: RunConfig) -> str:
     return f"{peak}, then decay={optimizer.decay}{until}: {form.explanation}{source}"
 
 
-def batch_identity(config: RunConfig, global_batch_size: int) -> str:
+def batch_identity(config: ResolvedConfig, global_batch_size: int) -> str:
     """`32 = 4 micro x 4 micro-batches x 2 data-parallel`."""
     return (
         f"{global_batch_size} = {config.train.micro_batch_size} micro x "
-        f"{num_micro_batches(config, global_batch_size)} micro-batches x {data_parallel_size(config)} data-parallel"
+        f"{config.num_micro_batches(global_batch_size)} micro-batches x "
+        f"{config.parallel.data_parallel_size} data-parallel"
     )
 
 
-def _grid(config: RunConfig) -> Iterator[str]:
-    grid = topology(config)
+def _grid(config: ResolvedConfig) -> Iterator[str]:
+    grid = config.topology
     shown_whole = grid.world_size <= GRID_LIMIT
     yield "rank grid" if shown_whole else f"rank grid (first and last of {grid.world_size} ranks on each stage)"
     for stage in range(grid.pipeline_parallel_size):
         yield from _stage_grid(config, grid, stage) if shown_whole else _stage_range(config, grid, stage)
 
 
-def _stage_grid(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]:
+def _stage_grid(config: ResolvedConfig, grid: Topology, stage: int) -> Iterator[str]:
     tensor = range(grid.tensor_parallel_size)
     yield f"  pp{stage}   " + "".join(f"{f'tp{t}':>6}" for t in tensor)
     for data in range(grid.data_parallel_size):
@@ -140,7 +131,7 @@ def _stage_grid(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]:
         yield f"    dp{data:<3}" + "".join(f"{rank:>6}" for rank in ranks) + _where(config, ranks[0], ranks[-1])
 
 
-def _stage_range(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]:
+def _stage_range(config: ResolvedConfig, grid: Topology, stage: int) -> Iterator[str]:
     first = grid.rank(stage, 0, 0)
     last = grid.rank(stage, grid.data_parallel_size - 1, grid.tensor_parallel_size - 1)
     yield (
@@ -149,5 +140,5 @@ def _stage_range(config: RunConfig, grid: Topology, stage: int) -> Iterator[str]
     )
 
 
-def _where(config: RunConfig, first: int, last: int) -> str:
+def _where(config: ResolvedConfig, first: int, last: int) -> str:
     return f"   {nodes_of(config, first, last)}" if config.launcher.nodes > 1 else ""

@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_lite.config.lengths import denoisers, span_corruption_lengths, ul2_lengths
-from megatron_lite.config.schema import ObjectiveName, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import ObjectiveName
 
 
-def what_is_predicted(config: RunConfig) -> str:
+def what_is_predicted(config: ResolvedConfig) -> str:
     """One clause, without a full stop."""
     return _CLAUSES.get(config.objective.name, _described_elsewhere)(config)
 
 
-def _described_elsewhere(config: RunConfig) -> str:
+def _described_elsewhere(config: ResolvedConfig) -> str:
     return f"what they predict says objectives/{config.objective.name.value}.py"
 
 
-def _causal(config: RunConfig) -> str:
+def _causal(config: ResolvedConfig) -> str:
     return "each predicts the next token"
 
 
-def _prefix(config: RunConfig) -> str:
+def _prefix(config: ResolvedConfig) -> str:
     predicted = (config.data.seq_length + 1) / 2  # its length is uniform
     return f"{predicted:.4g} of them on average, behind a prefix, predict the next token"
 
 
-def _fill_in_the_middle(config: RunConfig) -> str:
+def _fill_in_the_middle(config: ResolvedConfig) -> str:
     objective = config.objective
     return (
         f"each predicts the next token; {objective.fim_fraction:.0%} of the documents are rearranged, "
@@ -34,7 +35,7 @@ def _fill_in_the_middle(config: RunConfig) -> str:
     )
 
 
-def _masked(config: RunConfig) -> str:
+def _masked(config: ResolvedConfig) -> str:
     objective, length = config.objective, config.data.seq_length
     kept = 1 - objective.mask_token_fraction - objective.random_token_fraction
     words = "whole words" if objective.whole_word else "tokens"
@@ -45,11 +46,11 @@ def _masked(config: RunConfig) -> str:
     )
 
 
-def _masked_with_next_sentence(config: RunConfig) -> str:
+def _masked_with_next_sentence(config: ResolvedConfig) -> str:
     return f"{_masked(config)}, and one whether the parts follow each other ({config.objective.next_fraction:.0%} do)"
 
 
-def _span_corruption(config: RunConfig) -> str:
+def _span_corruption(config: ResolvedConfig) -> str:
     objective = config.objective
     window, decoder, spans = span_corruption_lengths(
         config.data.seq_length, objective.noise_density, objective.mean_span_length
@@ -58,7 +59,7 @@ def _span_corruption(config: RunConfig) -> str:
     return f"{noise} of {window:,} tokens are predicted ({noise / window:.1%}), in {spans} spans"
 
 
-def _bart(config: RunConfig) -> str:
+def _bart(config: ResolvedConfig) -> str:
     objective = config.objective
     shuffled = ", its sentences are shuffled" if objective.permute_sentences else ""
     return (
@@ -67,7 +68,7 @@ def _bart(config: RunConfig) -> str:
     )
 
 
-def _ul2(config: RunConfig) -> str:
+def _ul2(config: ResolvedConfig) -> str:
     """Positions that denoiser i predicts: what it takes out, its sentinels and the end; the S-denoiser's are a mean."""
     objective = config.objective
     total = sum(objective.ul2_weights)
@@ -85,7 +86,7 @@ def _ul2(config: RunConfig) -> str:
     )
 
 
-_CLAUSES: dict[ObjectiveName, Callable[[RunConfig], str]] = {
+_CLAUSES: dict[ObjectiveName, Callable[[ResolvedConfig], str]] = {
     ObjectiveName.causal_lm: _causal,
     ObjectiveName.prefix_lm: _prefix,
     ObjectiveName.fill_in_the_middle: _fill_in_the_middle,

@@ -10,20 +10,18 @@ from collections.abc import Callable, Iterator
 from megatron_lite.config.derived import (
     ParameterCounts,
     StageContent,
-    data_parallel_size,
     has_next_sentence_head,
     padded_vocabulary,
     parameter_counts,
     stage_contents,
-    tokens_per_sample,
 )
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.files import size_text
 from megatron_lite.planning.flops import PASSES, flops_of_run
 from megatron_lite.planning.memory import model_states
 
 
-def model_lines(config: RunConfig, vocab_size: int | None) -> Iterator[tuple[str, str]]:
+def model_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[tuple[str, str]]:
     """(name, text) of each row on the whole model."""
     yield "vocabulary", _vocabulary(config, vocab_size)
     yield "parameters", _parameters(config, vocab_size)
@@ -33,7 +31,7 @@ def model_lines(config: RunConfig, vocab_size: int | None) -> Iterator[tuple[str
         yield from _flops(config, vocab_size)
 
 
-def _vocabulary(config: RunConfig, vocab_size: int | None) -> str:
+def _vocabulary(config: ResolvedConfig, vocab_size: int | None) -> str:
     if vocab_size is None:
         return "v, known once the data is prepared (model.vocab_size=null)"
     rows, tensor = padded_vocabulary(config, vocab_size), config.parallel.tensor_parallel_size
@@ -57,13 +55,13 @@ def linear_in_v(figure: Callable[[int], float], style: str = ",", divisor: int =
     return f"{constant:{style}} + {product}" if constant else product
 
 
-def _counts(config: RunConfig, vocabulary: int, tensor_parallel_size: int = 1) -> ParameterCounts:
+def _counts(config: ResolvedConfig, vocabulary: int, tensor_parallel_size: int = 1) -> ParameterCounts:
     return parameter_counts(
         config.model, vocabulary, tensor_parallel_size, next_sentence=has_next_sentence_head(config)
     )
 
 
-def _parameters(config: RunConfig, vocab_size: int | None) -> str:
+def _parameters(config: ResolvedConfig, vocab_size: int | None) -> str:
     """The sum, and its parts; what there are two stacks of counts for both."""
     counts = _counts(config, vocab_size or 0)
     stacks = 2 if counts.decoder_layer else 1
@@ -78,7 +76,7 @@ def _parameters(config: RunConfig, vocab_size: int | None) -> str:
     if stacks == 2:
         parts = [
             f"{config.model.num_layers} encoder layers of {counts.layer:,}",
-            f"{config.model.num_decoder_layers} decoder layers of {counts.decoder_layer:,}",
+            f"{config.model.decoder_layers} decoder layers of {counts.decoder_layer:,}",
         ]
     parts.append(f"embedding {shown(lambda c: c.embedding)}")
     parts += _named(
@@ -103,9 +101,9 @@ def _named(*sizes: tuple[str, int]) -> list[str]:
     return [f"{name} {size:,}" for name, size in sizes if size]
 
 
-def _flops(config: RunConfig, vocab_size: int) -> Iterator[tuple[str, str]]:
+def _flops(config: ResolvedConfig, vocab_size: int) -> Iterator[tuple[str, str]]:
     terms = flops_of_run(config, vocab_size)
-    tokens = config.train.global_batch_size * tokens_per_sample(config)
+    tokens = config.train.global_batch_size * config.tokens_per_sample
     scores = {"decoder": "causal scores", "encoder": "scores", "encoder_decoder": "scores of both stacks"}
     cross = f"cross-attention {terms.cross_attention:.2e} + " if terms.cross_attention else ""
     yield (
@@ -122,7 +120,7 @@ def _flops(config: RunConfig, vocab_size: int) -> Iterator[tuple[str, str]]:
     )
 
 
-def stage_lines(config: RunConfig, vocab_size: int | None) -> Iterator[str]:
+def stage_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]:
     """One line per stage: its layers, the parameters that one rank of it holds, the bytes of their states."""
     tensor = config.parallel.tensor_parallel_size
     for stage, content in enumerate(stage_contents(config.model, config.parallel.pipeline_parallel_size)):
@@ -131,7 +129,7 @@ def stage_lines(config: RunConfig, vocab_size: int | None) -> Iterator[str]:
             yield f"{line}{_held(config, content)} parameters a rank"
             continue
         parameters = _counts(config, padded_vocabulary(config, vocab_size), tensor).stage(content)
-        states = model_states(config, parameters, data_parallel_size(config))
+        states = model_states(config, parameters, config.parallel.data_parallel_size)
         yield (
             f"{line}{parameters:,} parameters a rank; {size_text(states.total)} = weights "
             f"{size_text(states.weights)} + gradients {size_text(states.gradients)} + optimizer "
@@ -139,13 +137,13 @@ def stage_lines(config: RunConfig, vocab_size: int | None) -> Iterator[str]:
         )
 
 
-def _held(config: RunConfig, content: StageContent) -> str:
+def _held(config: ResolvedConfig, content: StageContent) -> str:
     """Parameters of one rank of a stage by v, which is then the padded vocabulary."""
     tensor = config.parallel.tensor_parallel_size
     return linear_in_v(lambda v: _counts(config, v, tensor).stage(content), divisor=tensor)
 
 
-def _what_lies_on(content: StageContent, config: RunConfig) -> str:
+def _what_lies_on(content: StageContent, config: ResolvedConfig) -> str:
     """In the order in which a sample passes it."""
     counts = _counts(config, 0)
     encoder = "encoder layer" if counts.decoder_layer else "layer"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_lite.config.derived import tokens_per_sample
 from megatron_lite.engine.engine import Evaluation
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.heartbeat import Phase
@@ -31,7 +30,7 @@ class Report(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         trainer.heartbeat.enter(Phase.REPORT)
-        sample_tokens = tokens_per_sample(trainer.config)
+        sample_tokens = trainer.config.tokens_per_sample
         tokens = record.batch.global_batch_size * sample_tokens
         speed = Throughput.of(tokens, record.step_seconds, self.flops_per_token, self.peak_flops)
         if record.step % trainer.config.train.log_interval == 0 or record.step == trainer.last_step:

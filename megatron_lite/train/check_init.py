@@ -17,6 +17,7 @@ from megatron_lite.checkpoint.parity import Parity, compare_start, require_trans
 from megatron_lite.config.derived import has_next_sentence_head, parameter_counts
 from megatron_lite.config.hf.families import LLAMA
 from megatron_lite.config.hf.folder import Weights, foreign_tokenizers
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Activation, CheckInit, RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.files import size_text
@@ -29,7 +30,7 @@ LARGEST_PARAMETERS = 8 * 10**9
 NAMED_ZEROS = 3
 
 
-def check_start(config: RunConfig, report: Callable[[str], None]) -> None:
+def check_start(config: ResolvedConfig, report: Callable[[str], None]) -> None:
     """Refuse weights that the run cannot begin with; one rank looks, and all end. A collective of all ranks.
 
     Args:
@@ -50,7 +51,7 @@ def check_start(config: RunConfig, report: Callable[[str], None]) -> None:
         raise problem
 
 
-def _check(config: RunConfig) -> str:
+def _check(config: ResolvedConfig) -> str:
     """What was found, for the console."""
     weights = require_fit(config)  # again: on the machine that trains, maybe days after the launcher looked
     name, wanted = config.model.init_from, config.model.check_init
@@ -108,7 +109,7 @@ def _of_gates(weights: Weights, config: RunConfig) -> Iterator[str]:
         )
 
 
-def _reason_against(config: RunConfig, weights: Weights) -> str | None:
+def _reason_against(config: ResolvedConfig, weights: Weights) -> str | None:
     """Why `auto` compares nothing, or None."""
     if config.model.check_init is CheckInit.never:
         return "model.check_init=never"

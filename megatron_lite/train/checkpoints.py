@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.retention import Kept
 from megatron_lite.checkpoint.saving import Saver
 from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerState
 from megatron_lite.config.frozen import as_containers
-from megatron_lite.config.schema import ModelConfig, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
 from megatron_lite.data.samples.skips import Skips
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.engine.engine import Engine
@@ -45,7 +45,7 @@ class Start:
     def find(
         cls,
         checkpoints: Path,
-        config: RunConfig,
+        config: ResolvedConfig,
         context: ParallelContext,
         prepared: PreparedData,
         console: Console,
@@ -237,7 +237,7 @@ def _fragments(engine: Engine, *kinds: str) -> list[Fragment]:
     return [fragment for fragment in engine.shards.fragments() if fragment.kind in kinds]
 
 
-def layout_of(config: RunConfig, context: ParallelContext) -> Layout:
+def layout_of(config: ResolvedConfig, context: ParallelContext) -> Layout:
     topology = context.topology
     return Layout(
         topology.data_parallel_size,
@@ -248,5 +248,5 @@ def layout_of(config: RunConfig, context: ParallelContext) -> Layout:
     )
 
 
-def _hugging_face(model: ModelConfig) -> Callable[[Mapping[str, Shape]], StoredForm]:
+def _hugging_face(model: ResolvedModel) -> Callable[[Mapping[str, Shape]], StoredForm]:
     return partial(stored_form, model)

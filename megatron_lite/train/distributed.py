@@ -9,8 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_lite.config.derived import topology
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import LaunchError, library_edge
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.stores import tcp_store
@@ -99,7 +98,9 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def join(config: RunConfig, device: torch.device, environment: ProcessEnvironment) -> tuple[ParallelContext, list[str]]:
+def join(
+    config: ResolvedConfig, device: torch.device, environment: ProcessEnvironment
+) -> tuple[ParallelContext, list[str]]:
     """Meet the other ranks and take this one's place in the layout.
 
     Returns:
@@ -111,7 +112,7 @@ def join(config: RunConfig, device: torch.device, environment: ProcessEnvironmen
     start_process_group(device, environment, config.train.timeout_seconds)
     nodes = require_same_program(config, device, environment.local_rank)
     context = ParallelContext.build(
-        topology(config), device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
+        config.topology, device=device, sequence_parallel=config.parallel.sequence_parallel, seed=config.train.seed
     )
     return context, nodes
 

@@ -8,7 +8,7 @@ from megatron_lite.checkpoint.file_plan import shapes_of_all_ranks
 from megatron_lite.checkpoint.inspection import is_checkpoint
 from megatron_lite.checkpoint.loading import require_complete
 from megatron_lite.checkpoint.state import read_state
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation
@@ -27,7 +27,7 @@ from megatron_lite.train.rank import started_rank
 from megatron_lite.train.stopping import StopAgreement, StopRequested
 
 
-def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
+def evaluate_checkpoint(config: ResolvedConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
     """In every rank; the writing one leaves an `EvaluationReport` in train.run_dir, which is not that of the run.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate_checkpoint(config: RunConfig, claim: Claim, folder: Path, *, one_pa
 
 
 def _evaluated(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     prepared: PreparedData,
     folder: Path,
@@ -76,7 +76,7 @@ def _evaluated(
 
 
 def _engine_with_weights(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     task: Task,
     folder: Path,
@@ -95,7 +95,7 @@ def _engine_with_weights(
 
 
 def _report(
-    config: RunConfig, context: ParallelContext, folder: Path, samples: int, found: Evaluation
+    config: ResolvedConfig, context: ParallelContext, folder: Path, samples: int, found: Evaluation
 ) -> EvaluationReport:
     separate = config.data.validation_source
     text = f"held-out documents of {_shown(config.data.source)}" if separate is None else _shown(separate)

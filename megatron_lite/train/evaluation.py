@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch, micro_batches
 from megatron_lite.data.samples.loader import (
     VALIDATION_SEED,
@@ -58,7 +58,7 @@ class HeldOut:
 
     @classmethod
     def of_run(
-        cls, prepared: PreparedData, config: RunConfig, objective: Objective, context: ParallelContext
+        cls, prepared: PreparedData, config: ResolvedConfig, objective: Objective, context: ParallelContext
     ) -> HeldOut:
         """What the run validates on: train.eval_batches global batches.
 
@@ -71,7 +71,7 @@ class HeldOut:
 
     @classmethod
     def one_pass(
-        cls, prepared: PreparedData, config: RunConfig, objective: Objective, context: ParallelContext
+        cls, prepared: PreparedData, config: ResolvedConfig, objective: Objective, context: ParallelContext
     ) -> HeldOut:
         """Each held-out sample once. A collective of all ranks.
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config.frozen import frozen_path
-from megatron_lite.config.schema import ObjectiveName, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import ObjectiveName
 from megatron_lite.observe.console import Console
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.plot import PLOT_FILE, plot_run
@@ -34,7 +35,7 @@ class Outcome:
     done: bool = False  # nothing was left to train
 
 
-def show_outcome(config: RunConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
+def show_outcome(config: ResolvedConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
     """Draw the loss curve, write the report and print the summary; on the writing rank only."""
     run = RunFolder.read(run_dir)
     evaluation, baseline = run.newest("evaluation"), run.newest(BASELINE_EVENT)
@@ -91,7 +92,7 @@ def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Pat
         return None
 
 
-def _command(config: RunConfig, run_dir: Path) -> str:
+def _command(config: ResolvedConfig, run_dir: Path) -> str:
     """Resumes the run, or says that it is done; the frozen file stands for whatever words led to it."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
@@ -99,7 +100,7 @@ def _command(config: RunConfig, run_dir: Path) -> str:
     return shlex.join([str(python), "-m", "launch", "--config", str(frozen_path(config, run_dir))])
 
 
-def _already_done(config: RunConfig) -> str:
+def _already_done(config: ResolvedConfig) -> str:
     return (
         f"This run is done: all {config.train.steps} steps were trained before. Repeat your settings with "
         "a larger train.steps to train on, or with another train.run_dir to start afresh."

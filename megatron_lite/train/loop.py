@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.samples.skips import Skips
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
@@ -101,7 +101,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         engine: Engine,
         source: BatchSource,
         schedule: BatchSchedule,

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_lite.config.derived import topology
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import DeviceMemoryError
 from megatron_lite.observe.heartbeat import node_name
@@ -19,7 +18,7 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"  # all that tells its RuntimeError from ot
 
 
 @contextlib.contextmanager
-def memory_errors_explained(config: RunConfig, environment: ProcessEnvironment) -> Iterator[None]:
+def memory_errors_explained(config: ResolvedConfig, environment: ProcessEnvironment) -> Iterator[None]:
     """Turn what torch and Python raise when memory is short into an error that a user can act on.
 
     Raises:
@@ -37,8 +36,8 @@ def _is_about_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
 
 
-def _explanation(config: RunConfig, environment: ProcessEnvironment, error: Exception) -> str:
-    place = topology(config).coordinates(environment.rank)
+def _explanation(config: ResolvedConfig, environment: ProcessEnvironment, error: Exception) -> str:
+    place = config.topology.coordinates(environment.rank)
     planned = list(stage_lines(config, known_vocab_size(config)))[place.pipeline].strip()
     said = str(error).strip().partition("\n")[0] or type(error).__name__
     remedies = [f"a train.micro_batch_size below {config.train.micro_batch_size}"] * (config.train.micro_batch_size > 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.skips import Rollback, rollbacks_to_go_on_with
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.errors import DataError
@@ -35,7 +35,7 @@ from megatron_lite.train.startup import Links
 class Run:
     """What every part of one attempt needs."""
 
-    config: RunConfig
+    config: ResolvedConfig
     context: ParallelContext
     prepared: PreparedData
     console: Console

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.engine.engine import DTYPES
 from megatron_lite.observe.hardware import measure_gemm_peak, usable_cores
 from megatron_lite.planning.flops import dense_peak_flops
 
 
-def job_peak_flops(config: RunConfig, device: torch.device, world_size: int) -> float:
+def job_peak_flops(config: ResolvedConfig, device: torch.device, world_size: int) -> float:
     """Dense FLOP/s that all ranks together could reach.
 
     A GPU's figure is that of its data sheet, or measured where it is in no table of ours. A CPU core's is measured, and

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_lite.config.derived import run_directory
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.data.shards.prepare import prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData, load_prepared
@@ -41,13 +40,13 @@ class Rank:
 
 
 @contextmanager
-def started_rank(config: RunConfig, claim: Claim) -> Iterator[Rank]:
+def started_rank(config: ResolvedConfig, claim: Claim) -> Iterator[Rank]:
     """Watched for hangs, listening for signals, and with its memory errors explained, until the end of the block.
 
     Raises:
         MegatronLiteError: the data is damaged or gone, or the device is not there.
     """
-    folder = run_directory(config)
+    folder = config.run_dir
     environment = ProcessEnvironment.read()
     console = redirect_output(folder, environment.rank)
     heartbeat = Heartbeat()

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint.folder import folder_name
 from megatron_lite.config.frozen import frozen_path
-from megatron_lite.config.schema import Architecture, ObjectiveName, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Architecture, ObjectiveName
 from megatron_lite.data.samples.skips import Skips, skips_of
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
@@ -51,7 +52,7 @@ T = TypeVar("T")
 BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
 
 
-def train(config: RunConfig, claim: Claim) -> RunEnd:
+def train(config: ResolvedConfig, claim: Claim) -> RunEnd:
     """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:

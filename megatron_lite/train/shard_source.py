@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch, micro_batches
 from megatron_lite.data.samples.loader import VALIDATION_SEED, Dataset, examples, training_dataset
 from megatron_lite.data.samples.provenance import Provenance
@@ -34,7 +34,7 @@ class ShardSource:
     def __init__(
         self,
         prepared: PreparedData,
-        config: RunConfig,
+        config: ResolvedConfig,
         objective: Objective,
         context: ParallelContext,
         skips: Skips = NOTHING_SKIPPED,

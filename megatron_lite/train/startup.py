@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import LaunchError
 from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.parallel.context import ParallelContext
@@ -54,7 +54,7 @@ class Identity:
     """The device's own number: two ranks must not share it. None = a CPU."""
 
     @classmethod
-    def here(cls, config: RunConfig, device: torch.device, local_rank: int) -> Identity:
+    def here(cls, config: ResolvedConfig, device: torch.device, local_rank: int) -> Identity:
         gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         same = {
             "python": platform.python_version(),
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def require_same_program(config: RunConfig, device: torch.device, local_rank: int) -> list[str]:
+def require_same_program(config: ResolvedConfig, device: torch.device, local_rank: int) -> list[str]:
     """Compare all ranks, before they make groups that one of them might see otherwise. A collective of all ranks.
 
     Returns:

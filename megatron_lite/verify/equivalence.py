@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lite.config.lengths import sentinels_needed
-from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Recompute, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Recompute
 from megatron_lite.data.sampler import stream_key
 from megatron_lite.data.samples.batch import MicroBatch, stack
 from megatron_lite.data.special import SpecialTokens, Vocabulary
@@ -134,7 +135,7 @@ class SyntheticSamples:
 
 
 def synthetic_batches(
-    objective: Objective, vocabulary: Vocabulary, first_sample: int, num_micro_batches: int, config: RunConfig
+    objective: Objective, vocabulary: Vocabulary, first_sample: int, num_micro_batches: int, config: ResolvedConfig
 ) -> list[MicroBatch]:
     """Consecutive samples as micro-batches."""
     size = config.train.micro_batch_size
@@ -144,7 +145,7 @@ def synthetic_batches(
 
 
 def trace_layout(
-    config: RunConfig,
+    config: ResolvedConfig,
     context: ParallelContext,
     vocab_size: int,
     num_steps: int,
@@ -167,7 +168,7 @@ def trace_layout(
     before = full_weights(engine) if full_weights else {}
     for step in range(num_steps):
         batch = schedule.at(step)
-        num_micro_batches = batch.global_batch_size // (config.train.micro_batch_size * context.data_size)
+        num_micro_batches = config.num_micro_batches(batch.global_batch_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
         reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
         micro_batches = (
@@ -183,11 +184,11 @@ def trace_layout(
     return trace
 
 
-def _vocabulary(config: RunConfig, size: int) -> Vocabulary:
+def _vocabulary(config: ResolvedConfig, size: int) -> Vocabulary:
     return synthetic_vocabulary(size, sentinels_needed(config.objective, config.data.seq_length))
 
 
-def trace_twin(config: RunConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
+def trace_twin(config: ResolvedConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
     """The same training by one process and torch alone."""
     vocabulary = _vocabulary(config, vocab_size)
     context = ParallelContext.single(seed=config.train.seed, device=device)
@@ -352,7 +353,7 @@ def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float
             yield f"{kind} of step {step}", math.inf if math.isnan(difference) else difference
 
 
-def comparable(config: RunConfig) -> RunConfig:
+def comparable(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration without the randomness that a layout cannot share.
 
     Dropout masks agree over data, pipeline and ZeRO, and inside the MLP everywhere. Attention heads, and under sequence

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_lite.config.derived import data_parallel_size, run_directory
-from megatron_lite.config.schema import BatchRampConfig, Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import BatchRampConfig, Precision
 from megatron_lite.data.tokenizer.vocabulary import planned_vocab_size
 from megatron_lite.errors import VerificationError
 from megatron_lite.observe.console import redirect_output
@@ -24,7 +24,7 @@ NUM_STEPS = 3
 _SHOWN = 8
 
 
-def check_layout(config: RunConfig) -> None:
+def check_layout(config: ResolvedConfig) -> None:
     """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
 
     Precision is set to fp32: half precision differs by its rounding, in every layout. The batch is two sequences
@@ -35,7 +35,7 @@ def check_layout(config: RunConfig) -> None:
     """
     config = _small(comparable(config))
     environment = distributed.ProcessEnvironment.read()
-    console = redirect_output(run_directory(config), environment.rank)
+    console = redirect_output(config.run_dir, environment.rank)
     try:
         device = distributed.own_device(config.launcher.device, environment)
         context, _ = distributed.join(config, device, environment)
@@ -50,18 +50,18 @@ def check_layout(config: RunConfig) -> None:
         console.restore()
 
 
-def _small(config: RunConfig) -> RunConfig:
+def _small(config: ResolvedConfig) -> ResolvedConfig:
     train = replace(
         config.train,
         precision=Precision.fp32,
         micro_batch_size=1,
-        global_batch_size=2 * data_parallel_size(config),
+        global_batch_size=2 * config.parallel.data_parallel_size,
         batch_ramp=BatchRampConfig(),
     )
     return replace(config, train=train)
 
 
-def _text(config: RunConfig, found: dict[str, float]) -> str:
+def _text(config: ResolvedConfig, found: dict[str, float]) -> str:
     parallel = config.parallel
     gradients = sum(name.startswith("gradient of") for name in found)
     rows = [f"  {difference:.1e}  {name}" for name, difference in list(found.items())[:_SHOWN]]

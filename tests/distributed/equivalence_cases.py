@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from megatron_lite.config.derived import topology
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import (
     Architecture,
     LossScaleConfig,
@@ -77,7 +78,7 @@ Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
 """Weights with which the term shows in every gradient."""
 
 
-def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> RunConfig:
+def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> ResolvedConfig:
     """A tiny run with clipping that bites, uneven loss masks and two micro-batches a data rank, four with four stages.
 
     Not more of them: a step's cost here is that of its collectives, most of which come with each micro-batch. Only
@@ -98,7 +99,7 @@ def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel:
         ),
         train=TrainConfig(steps=NUM_STEPS, micro_batch_size=micro_batch_size, global_batch_size=8),
     )
-    return comparable(config)
+    return comparable(resolve(config))
 
 
 LAYOUTS = {
@@ -213,10 +214,6 @@ def twin(model: str, num_steps: int, tp_comparable: bool, sequence_parallel: boo
     return trace_twin(config, VOCAB_SIZE, num_steps)
 
 
-def world_size(config: RunConfig) -> int:
-    return topology(config).world_size
-
-
 def traces(
     config: RunConfig,
     num_steps: int = NUM_STEPS,
@@ -224,7 +221,7 @@ def traces(
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[Trace]:
     arguments = config, VOCAB_SIZE, num_steps, mutation
-    return run_ranks(layout_rank, world_size(config), *arguments, timeout_seconds=timeout_seconds)
+    return run_ranks(layout_rank, config.topology.world_size, *arguments, timeout_seconds=timeout_seconds)
 
 
 def compared(model: str, config: RunConfig, layout: list[Trace], num_steps: int = NUM_STEPS) -> dict[str, float]:
@@ -236,7 +233,7 @@ def compared(model: str, config: RunConfig, layout: list[Trace], num_steps: int 
     return differences(reference, layout)
 
 
-def update_config(layout: str, precision: Precision) -> RunConfig:
+def update_config(layout: str, precision: Precision) -> ResolvedConfig:
     """SGD whose momentum, decay of the matrices and warm-up take part; every step is clipped."""
     config = run_config("llama", **UPDATE_LAYOUTS[layout])
     optimizer = OptimizerConfig(

@@ -22,7 +22,7 @@ import megatron_lite.parallel.collectives
 import megatron_lite.parallel.cross_entropy
 import megatron_lite.parallel.layers
 import megatron_lite.train.generate
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
@@ -37,21 +37,20 @@ from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.topology import Topology
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
 from tests.full_tensors import full_weights
 
 
-def layout_rank(config: RunConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
+def layout_rank(config: ResolvedConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
     """One rank of one layout; its stage's gradients."""
     with planted(mutation):
         return trace_layout(config, _context(config), vocab_size, num_steps)
 
 
 def updates_rank(
-    configs: Sequence[RunConfig], vocab_size: int, num_steps: int, mutation: str
+    configs: Sequence[ResolvedConfig], vocab_size: int, num_steps: int, mutation: str
 ) -> list[tuple[Trace, Trace]]:
     """Of each configuration: the layout as it is, and with the fault in it, each with the updates of its weights."""
     found = []
@@ -63,7 +62,7 @@ def updates_rank(
     return found
 
 
-def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
+def fp16_scales_rank(config: ResolvedConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
     """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     context, batch_size = engine.context, config.train.global_batch_size
@@ -80,7 +79,7 @@ def fp16_scales_rank(config: RunConfig, vocab_size: int, num_steps: int) -> list
     return records
 
 
-def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, float]]:
+def fp16_growth_rank(config: ResolvedConfig, vocab_size: int) -> list[tuple[float, float]]:
     """Of each step of plain SGD: how far it moved the weights over (learning rate x gradient norm), and the scale."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     batch_size = config.train.global_batch_size
@@ -95,7 +94,7 @@ def fp16_growth_rank(config: RunConfig, vocab_size: int) -> list[tuple[float, fl
 
 
 def generate_rank(
-    config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
+    config: ResolvedConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
 ) -> list[int]:
     """What an untrained model of this layout writes."""
     engine, _ = synthetic_engine(config, vocab_size)
@@ -106,7 +105,7 @@ def generate_rank(
     return generate(engine, prompt, num_tokens=num_tokens, seq_length=seq_length, vocab_size=vocab_size)
 
 
-def prefix_rank(config: RunConfig, vocab_size: int, prompt: list[int], num_tokens: int) -> list[int]:
+def prefix_rank(config: ResolvedConfig, vocab_size: int, prompt: list[int], num_tokens: int) -> list[int]:
     """The prefix lengths that the model is given, token by token."""
     seen: list[int] = []
 
@@ -119,7 +118,7 @@ def prefix_rank(config: RunConfig, vocab_size: int, prompt: list[int], num_token
     return seen
 
 
-def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
+def evaluate_rank(config: ResolvedConfig, vocab_size: int) -> Evaluation:
     """Of an untrained model."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     context = engine.context
@@ -127,7 +126,7 @@ def evaluate_rank(config: RunConfig, vocab_size: int) -> Evaluation:
     return engine.evaluate(batches_from(context.data_rank * own * config.train.micro_batch_size, own), own)
 
 
-def evaluated_twice_rank(config: RunConfig, vocab_size: int) -> tuple[Evaluation, Evaluation]:
+def evaluated_twice_rank(config: ResolvedConfig, vocab_size: int) -> tuple[Evaluation, Evaluation]:
     """Of an untrained model on one rank: by the engine, and by torch's functions on the model's outputs.
 
     Every third label is the one that the model predicts: by itself it would be right nowhere.
@@ -156,7 +155,7 @@ def evaluated_twice_rank(config: RunConfig, vocab_size: int) -> tuple[Evaluation
     return engine.evaluate(batches, len(batches)), Evaluation(total, loss, right / tokens, share, tokens, count)
 
 
-def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
+def evaluated_and_trained_rank(config: ResolvedConfig, vocab_size: int) -> tuple[float, float, float]:
     """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     own = config.train.global_batch_size // config.train.micro_batch_size
@@ -167,7 +166,7 @@ def evaluated_and_trained_rank(config: RunConfig, vocab_size: int) -> tuple[floa
     return evaluated, after.loss, without.loss
 
 
-def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
+def argmax_rank(config: ResolvedConfig, vocab_size: int) -> list[int]:
     """What an untrained model of this layout predicts for the first sample."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     batch = batches_from(0, 1)[0]
@@ -175,7 +174,7 @@ def argmax_rank(config: RunConfig, vocab_size: int) -> list[int]:
 
 
 def synthetic_engine(
-    config: RunConfig, vocab_size: int, hooks: EngineHooks | None = None, heartbeat: Heartbeat | None = None
+    config: ResolvedConfig, vocab_size: int, hooks: EngineHooks | None = None, heartbeat: Heartbeat | None = None
 ) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
     """An engine, and its synthetic micro-batches by (first sample, count)."""
     context = _context(config)
@@ -189,7 +188,7 @@ def synthetic_engine(
 def train_steps(
     engine: Engine,
     batches_from: Callable[[int, int], list[MicroBatch]],
-    config: RunConfig,
+    config: ResolvedConfig,
     first: int,
     count: int,
     *,
@@ -209,17 +208,13 @@ def train_steps(
     return results
 
 
-def _context(config: RunConfig) -> ParallelContext:
-    parallel = config.parallel
-    topology = Topology(
-        parallel.data_parallel_size or 1, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    )
+def _context(config: ResolvedConfig) -> ParallelContext:
     # DeepSpeed refuses fp16 on a CPU, where it is merely slow: the loss scaling can be tested all the same.
     get_accelerator().is_fp16_supported = lambda: True
     return ParallelContext.build(
-        topology,
+        config.topology,
         device=torch.device("cpu"),
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=config.parallel.sequence_parallel,
         seed=config.train.seed,
     )
 

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.schema import Activation, ModelConfig, Recompute
 from megatron_lite.data.special import SpecialTokens
@@ -60,7 +61,7 @@ class Case:
 
     def flat(self, context: ParallelContext, recompute: Recompute = Recompute.none) -> FlatModel:
         specs = build_layers(
-            self.model,
+            resolve_model(self.model),
             context,
             vocab_size=VOCAB_SIZE,
             recompute=recompute,
@@ -85,7 +86,7 @@ def expected(case: Case) -> Expected:
     flat = case.flat(ParallelContext.single())
     shapes = {name: parameter.shard_spec.full_shape for name, parameter in flat.named_parameters()}
     weights = random_weights(shapes)
-    form = stored_form(case.model, shapes)
+    form = stored_form(resolve_model(case.model), shapes)
     model = _loaded(to_stored(weights, form), case)
     batch = batch_of(case)
     out = model(**_arguments(batch), use_cache=False) if DECODER_TOKENS in case.inputs else model(**_arguments(batch))
@@ -104,7 +105,9 @@ def expected(case: Case) -> Expected:
 
 def _loaded(stored: Mapping[str, Tensor], case: Case) -> transformers.PreTrainedModel:
     """From a folder, as everyone loads a model; nothing in it may be missing or superfluous."""
-    config = hf_config(case.model, vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, next_sentence=case.next_sentence)
+    config = hf_config(
+        resolve_model(case.model), vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, next_sentence=case.next_sentence
+    )
     with TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         save_file(dict(stored), Path(folder, "model.safetensors"), metadata={"format": "pt"})

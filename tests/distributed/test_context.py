@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig, Normalization, PositionEmbedding, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
@@ -79,11 +80,11 @@ def _loss_and_gradient(dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
     )
     topology = Topology(tensor_parallel_size=2)
     context = ParallelContext.build(topology, device=CPU, sequence_parallel=sequence_parallel, seed=5)
-    flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)).to(
-        dtype
-    )
+    flat = FlatModel(
+        build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
+    ).to(dtype)
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
-    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE).mean()
+    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
     loss.backward()
     return loss.detach(), torch.cat([parameter.grad.float().flatten() for parameter in flat.parameters()])
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.dropout import activation_dropout, inner_dropout
@@ -46,7 +47,9 @@ def _context(size: int, sequence_parallel: bool) -> ParallelContext:
 def _step(model: ModelConfig, recompute: Recompute, size: int, sequence_parallel: bool) -> tuple[Tensor, dict]:
     """Loss, and gradients with their specs."""
     context = _context(size, sequence_parallel)
-    flat = FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS))
+    flat = FlatModel(
+        build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS)
+    )
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
     context.rng.begin_step(first_sample=6, micro_batch_size=2)
     loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
@@ -70,7 +73,9 @@ def _inner_mask(size: int, sequence_parallel: bool) -> Tensor:
 def _attention_output() -> Tensor:
     """Of equal local heads on both ranks, so that only the masks can tell them apart."""
     model = replace(MODEL, attention_dropout=0.5)
-    layers = build_layers(model, _context(2, False), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
+    layers = build_layers(
+        resolve_model(model), _context(2, False), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
+    )
     attention = next(layer for layer in layers if layer.name == "layers.0").build().attention
     qkv = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     return attention._attend(qkv, KEY).detach()

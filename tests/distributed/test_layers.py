@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import megatron_lite.models.norms
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding
 from megatron_lite.models.initial import stack_init
 from megatron_lite.models.norms import LayerNorm, RMSNorm
@@ -111,9 +112,8 @@ def _embedding(context: ParallelContext) -> nn.Module:
 
 
 def _position_layer(context: ParallelContext) -> nn.Module:
-    model = ModelConfig(
-        hidden_size=IN, max_position_embeddings=SEQUENCE + 2, position_embedding=PositionEmbedding.learned
-    )
+    learned = {"max_position_embeddings": SEQUENCE + 2, "position_embedding": PositionEmbedding.learned}
+    model = resolve_model(ModelConfig(hidden_size=IN, num_attention_heads=1, **learned))
     return PositionTable(model, context, stack_init(model, 1))
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from megatron_lite.config.compose import change, compose
+from megatron_lite.config.derived import resolve
 from tests.distributed.checkpoint_ranks import on_text_rank
 from tests.distributed.harness import run_ranks
 
@@ -90,7 +91,7 @@ def test_tp3_pp2_zero1_gives_what_transformers_gives(smollm2: SmolLM2, tmp_path:
         "train.micro_batch_size=2",
         f"train.global_batch_size={BATCH}",
     ]
-    config = change(compose("pretrain_gpt", []), words)
+    config = resolve(change(compose("pretrain_gpt", []), words))
     ranks = run_ranks(on_text_rank, 6, config, len(smollm2.tokenizer), windows, prompt, tmp_path, timeout_seconds=300)
     for found in ranks:
         assert found.train_loss == pytest.approx(expected, abs=TOLERANCE)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.parity import THEIR_NAMES
 from megatron_lite.config.compose import change, compose
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.hf.headers import tensors_of
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.objectives.build import build_objective
 from megatron_lite.verify.equivalence import SYNTHETIC_ROLES, synthetic_vocabulary
@@ -141,7 +143,7 @@ def saved(case: Case, folder: Path) -> Path:
     return folder
 
 
-def run_config(case: Case, folder: Path) -> RunConfig:
+def run_config(case: Case, folder: Path) -> ResolvedConfig:
     words = [
         f"model.init_from={folder}",
         "parallel.tensor_parallel_size=2",
@@ -154,7 +156,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         "optimizer.warmup_steps=0",
         *case.words,
     ]
-    return change(presets(case.script), words)
+    return resolve(change(presets(case.script), words))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.decays import Decay
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import problems
 from megatron_lite.errors import ConfigError
@@ -148,7 +148,7 @@ def with_value(config: RunConfig, key: str, value: str) -> RunConfig:
 
 def is_valid(config: RunConfig) -> bool:
     try:
-        return not problems(resolve(config, device="cpu"))
+        return not problems(fill_in(config, device="cpu"))
     except ConfigError:
         return False
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from megatron_lite.config.derived import complete_model
 from megatron_lite.config.hf.families import BART, GPT2, LLAMA, ROBERTA, T5, NoCounterpart, counterpart
 from megatron_lite.config.hf.translation import WORDS
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 
 GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -31,7 +30,7 @@ class TokenRoles(Protocol):
 
 
 def hf_config(
-    model: ModelConfig, *, vocab_size: int, tokens: TokenRoles, dtype: str = "float32", next_sentence: bool = False
+    model: ResolvedModel, *, vocab_size: int, tokens: TokenRoles, dtype: str = "float32", next_sentence: bool = False
 ) -> dict[str, Any]:
     """What transformers needs to compute the same logits from the same weights.
 
@@ -43,7 +42,7 @@ def hf_config(
     Raises:
         NoCounterpart: transformers has no model of these settings.
     """
-    family, model = counterpart(model, next_sentence=next_sentence), complete_model(model)
+    family = counterpart(model, next_sentence=next_sentence)
     words = WORDS[family.model_type]
     return {
         "architectures": [family.architecture],
@@ -72,20 +71,20 @@ def generation_config(config: Mapping[str, Any], stops: Sequence[int] = ()) -> d
     return described
 
 
-def _nothing_special(model: ModelConfig) -> dict[str, Any]:
+def _nothing_special(model: ResolvedModel) -> dict[str, Any]:
     return {}
 
 
-def _llama(model: ModelConfig) -> dict[str, Any]:
+def _llama(model: ResolvedModel) -> dict[str, Any]:
     base = model.rotary_base  # twice: transformers 4 reads the one, 5 the other
     return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
-def _roberta(model: ModelConfig) -> dict[str, Any]:
+def _roberta(model: ResolvedModel) -> dict[str, Any]:
     return {"max_position_embeddings": model.position_offset + model.max_position_embeddings}
 
 
-def _t5(model: ModelConfig) -> dict[str, Any]:
+def _t5(model: ResolvedModel) -> dict[str, Any]:
     """Its head: v1.0's is tied and scaled, v1.1's neither. transformers 4 takes the first setting for both."""
     return {
         "is_encoder_decoder": True,
@@ -94,7 +93,7 @@ def _t5(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _bart(model: ModelConfig) -> dict[str, Any]:
+def _bart(model: ResolvedModel) -> dict[str, Any]:
     return {
         "is_encoder_decoder": True,
         "decoder_attention_heads": model.num_attention_heads,
@@ -103,7 +102,7 @@ def _bart(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-_SPECIAL: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+_SPECIAL: dict[str, Callable[[ResolvedModel], dict[str, Any]]] = {
     LLAMA.model_type: _llama,
     ROBERTA.model_type: _roberta,
     T5.model_type: _t5,
@@ -116,7 +115,7 @@ def _first(*tokens: int | None) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def _token_ids(model_type: str, model: ModelConfig, tokens: TokenRoles) -> dict[str, int | None]:
+def _token_ids(model_type: str, model: ResolvedModel, tokens: TokenRoles) -> dict[str, int | None]:
     """As the tokenizer beside them says, and our objectives use them."""
     eos = _first(tokens.eos, tokens.eod)
     if model_type in (GPT2.model_type, LLAMA.model_type):

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megatron_lite.config.derived import complete_model
 from megatron_lite.config.keys import as_word
 from megatron_lite.config.schema import (
     Activation,
@@ -191,11 +190,11 @@ def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
     """The family whose model of these sizes gives the same logits.
 
     Args:
+        model: filled in; one whose heads do not divide hidden_size gets that for a reason.
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
     Raises:
         NoCounterpart: naming every setting that stands against the most likely family.
     """
-    model = complete_model(model)
     family = _likely(model, next_sentence)
     reasons = list(_differences(model, family, next_sentence))
     if reasons:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_lite.config.derived import fill_in_model
 from megatron_lite.config.hf.families import (
     BART,
     DECISIVE,
@@ -82,7 +83,7 @@ def settings_of(
 def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Iterator[str]:
     """Why transformers has no model of these settings, though each key has a value that it may have."""
     try:
-        counterpart(replace(ModelConfig(), **settings))
+        counterpart(fill_in_model(replace(ModelConfig(), **settings)))
     except NoCounterpart as reason:
         keys = {field: key for key, entry in words.keys.items() for field in entry.fields}
         said = re.sub(r"model\.(\w+)", lambda found: keys.get(found[1], found[0]), str(reason))

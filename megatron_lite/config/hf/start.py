@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from megatron_lite.config.derived import complete_model, has_next_sentence_head
+from megatron_lite.config.derived import fill_in_model, has_next_sentence_head
 from megatron_lite.config.hf.folder import Weights, read_weights
 from megatron_lite.config.hf.settings import DECISIVE
 from megatron_lite.config.keys import as_word
@@ -57,8 +57,10 @@ def contradictions(model: ModelConfig, weights: Weights, explicit: Collection[st
     Args:
         explicit: dotted keys that the user has typed; None = all: they come from weights that were there before.
     """
-    there = complete_model(replace(model, **weights.settings))
+    there = fill_in_model(ModelConfig(**weights.settings))
     for key in DECISIVE:
+        if key not in weights.settings:  # of a version that did not have it yet
+            continue
         typed, found = getattr(model, key), getattr(there, key)
         is_said = explicit is None or f"model.{key}" in explicit
         if not is_said or typed is None or typed == found or _is_free(key, there):

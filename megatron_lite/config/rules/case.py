@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_lite.config.derived import complete_model, data_parallel_size
+from megatron_lite.config.derived import data_parallel_size, fill_in_model
 from megatron_lite.config.rules.ranges import out_of_range
 from megatron_lite.config.rules.texts import out_of_form
 from megatron_lite.config.schema import ModelConfig, RunConfig
@@ -27,7 +27,7 @@ class Case:
 
     @cached_property
     def model(self) -> ModelConfig:
-        return complete_model(self.config.model)
+        return fill_in_model(self.config.model)
 
     @cached_property
     def broken(self) -> set[str]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_lite.config.derived import complete_model
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.stored import Piece, Shape, StoredForm, whole
 
 
@@ -18,12 +17,12 @@ class FormBuilder:
     Methods that take a module move its weight and, where ours has one, its bias.
     """
 
-    def __init__(self, model: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, model: ResolvedModel, shapes: Mapping[str, Shape]) -> None:
         """
         Args:
             shapes: of all our parameters, full and unpadded, by global name.
         """
-        self.model = complete_model(model)
+        self.model = model
         self.shapes = shapes
         self._stored: dict[str, Shape] = {}
         self._pieces: list[Piece] = []
@@ -82,14 +81,11 @@ class FormBuilder:
 
     @property
     def _head_size(self) -> int:
-        assert self.model.head_size is not None  # by complete_model
         return self.model.head_size
 
     def _heads(self) -> tuple[int, int, int]:
         """Of query, key and value."""
-        groups = self.model.num_query_groups
-        assert groups is not None  # by complete_model
-        return self.model.num_attention_heads, groups, groups
+        return self.model.num_attention_heads, self.model.num_query_groups, self.model.num_query_groups
 
     def _qkv_runs(self) -> Iterator[tuple[int, tuple[int, int], int]]:
         """(0 query, 1 key or 2 value; rows of the fused tensor; first row among those of its kind)."""

@@ -33,9 +33,7 @@ def bart_form(form: FormBuilder) -> None:
 
 def _stacks(form: FormBuilder) -> dict[str, int]:
     """Layers of each stack."""
-    decoder_layers = form.model.num_decoder_layers
-    assert decoder_layers is not None  # of an encoder_decoder
-    return {"encoder": form.model.num_layers, "decoder": decoder_layers}
+    return {"encoder": form.model.num_layers, "decoder": form.model.decoder_layers}
 
 
 def _t5_layer(form: FormBuilder, source: str, target: str, *, decoder: bool) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from megatron_lite.config.derived import all_layers
 from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, Family
 from megatron_lite.config.hf.translation import WORDS
 from megatron_lite.config.keys import as_word
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 
 # Buffers that follow from the settings, and parts of which transformers' class of the family computes no logit.
 _PASSED_OVER = {
@@ -54,7 +53,7 @@ def is_passed_over(name: str, family: Family) -> bool:
     return _PASSED_OVER[family.model_type].fullmatch(name) is not None
 
 
-def twins(family: Family, model: ModelConfig) -> dict[str, str]:
+def twins(family: Family, model: ResolvedModel) -> dict[str, str]:
     """Tensors that may lie in the files a second time -> the one that we read: the two must be equal."""
     kind, table = family.model_type, _WORD_TABLES[family.model_type]
     found = {}
@@ -68,7 +67,7 @@ def twins(family: Family, model: ModelConfig) -> dict[str, str]:
     return found
 
 
-def flag_of(name: str, family: Family, model: ModelConfig, names: Iterable[str]) -> str | None:
+def flag_of(name: str, family: Family, model: ResolvedModel, names: Iterable[str]) -> str | None:
     """The key of config.json, and what it says, that decides whether there is such a tensor: `num_hidden_layers=2`.
 
     Args:
@@ -80,14 +79,14 @@ def flag_of(name: str, family: Family, model: ModelConfig, names: Iterable[str])
     return None if key is None else f"{key}={as_word(getattr(model, field))}"
 
 
-def _field_of(name: str, family: Family, model: ModelConfig, names: Iterable[str]) -> str:
-    """Of ModelConfig; empty where none of them alone decides."""
+def _field_of(name: str, family: Family, model: ResolvedModel, names: Iterable[str]) -> str:
+    """Of the model; empty where none of them alone decides."""
     if name.endswith(_HEADS[family.model_type]):
         return "tie_embeddings"
     stack, index = _layer_of(name)
     if index is not None:
         decoder = stack.endswith("decoder.")
-        said = all_layers(model) - model.num_layers if decoder else model.num_layers
+        said = model.decoder_layers if decoder else model.num_layers
         there = [number for other, number in map(_layer_of, names) if other == stack and number is not None]
         if index >= min(said, max(there, default=-1) + 1):
             return "num_decoder_layers" if decoder else "num_layers"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, NoCounterpart, counterpart
 from megatron_lite.config.hf.headers import TensorEntry
-from megatron_lite.config.schema import ModelConfig
+from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.hf.builder import FormBuilder
 from megatron_lite.models.hf.decoders import gpt2_form, llama_form
@@ -31,7 +31,7 @@ _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNor
 _COPIES = {"shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
 
 
-def stored_form(model: ModelConfig, shapes: Mapping[str, Shape]) -> StoredForm:
+def stored_form(model: ResolvedModel, shapes: Mapping[str, Shape]) -> StoredForm:
     """Every element of ours at its one place in transformers' tensors.
 
     Args:

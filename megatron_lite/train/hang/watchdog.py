@@ -22,8 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.config.derived import run_directory, topology
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import RunEnd
 from megatron_lite.files import publish_first
 from megatron_lite.observe.console import Console
@@ -187,12 +186,12 @@ def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
 
 
 def watchdog_of(
-    config: RunConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console, claim: Claim
+    config: ResolvedConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console, claim: Claim
 ) -> Watchdog:
     """Of this rank in a job of this configuration."""
     return Watchdog(
-        run_directory(config),
-        place_of(environment.rank, topology(config)),
+        config.run_dir,
+        place_of(environment.rank, config.topology),
         heartbeat,
         local_rank=environment.local_rank,
         world_size=environment.world_size,

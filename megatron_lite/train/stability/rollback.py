@@ -15,7 +15,6 @@ from pathlib import Path
 from megatron_lite.checkpoint.loading import newest_complete
 from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.state import CheckpointState
-from megatron_lite.config.derived import num_micro_batches
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.samples.skips import Rollback, Skips, Window
 from megatron_lite.errors import DivergedError
@@ -162,7 +161,7 @@ class GoBack(Callback):
         skips, stop = trainer.source.skips, led_in.stop
         for step in range(record.step, record.step + self.settings.look_ahead_steps):
             batch = trainer.schedule.at(step)
-            micro_batches = num_micro_batches(trainer.config, batch.global_batch_size)
+            micro_batches = trainer.config.num_micro_batches(batch.global_batch_size)
             found = trainer.engine.evaluate(trainer.source.training(batch), micro_batches)
             if not agreed(self.watch.predicts_badly(found.loss)):
                 break

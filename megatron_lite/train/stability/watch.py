@@ -10,8 +10,8 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config.derived import num_micro_batches
-from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Precision
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.data.samples.skips import Rollback
 from megatron_lite.engine.engine import Engine
@@ -49,7 +49,7 @@ class UpdateJudge:
     Every rank must decide the same, so it goes by figures that all ranks have added up together.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         self.detector = SpikeDetector(config.stability)
         self._acts = config.stability.on_spike is not OnSpike.warn
         self._is_fp16 = config.train.precision is Precision.fp16
@@ -87,7 +87,7 @@ class Watch:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         engine: Engine,
         judge: UpdateJudge,
         source: BatchSource,
@@ -119,7 +119,7 @@ class Watch:
             self._add_steps_after(self._open.pop(0))
         if self.spike and is_news(self.spike, before):
             self._open.append(self._write_down(self.spike))
-        micro_batches = num_micro_batches(self._config, record.batch.global_batch_size)
+        micro_batches = self._config.num_micro_batches(record.batch.global_batch_size)
         return Findings(
             spike=judgement.is_spike,
             ideal_bubble=bubble_share(self._engine.context.pipeline_size, micro_batches),
@@ -206,12 +206,12 @@ def shares(heartbeat: Heartbeat, record: StepRecord) -> dict[str, float]:
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 
-def steps_remembered(config: RunConfig) -> int:
+def steps_remembered(config: ResolvedConfig) -> int:
     """How many steps back what is usual is known: behind the last checkpoint, to which the run may go back."""
     return 2 * (config.stability.window + config.train.save_interval)
 
 
-def logged_statistics(config: RunConfig, run_dir: Path, step: int, first: int = 1) -> list[StepStatistics]:
+def logged_statistics(config: ResolvedConfig, run_dir: Path, step: int, first: int = 1) -> list[StepStatistics]:
     """Of the latest steps up to this one, as far as metrics.jsonl has them.
 
     Args:

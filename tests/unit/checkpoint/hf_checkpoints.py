@@ -13,7 +13,7 @@ from megatron_lite.checkpoint.folder import begin, publish
 from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.checkpoint.state import STATE_FILE
 from megatron_lite.checkpoint.tensor_files import index_of, split_into_files
-from megatron_lite.config.derived import complete_model
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.hf import NoCounterpart
 from megatron_lite.config.hf.headers import INDEX_FILE
@@ -30,7 +30,7 @@ STEP = 100
 
 def save_model(checkpoints: Path, case: Case, largest_bytes: int = 2**30) -> Path:
     """A published checkpoint of this case."""
-    config = RunConfig(model=complete_model(case.model), objective=ObjectiveConfig(name=_objective(case)))
+    config = resolve(RunConfig(model=case.model, objective=ObjectiveConfig(name=_objective(case))))
     weights = random_weights(
         {name: one.shard_spec.full_shape for name, one in case.flat(ParallelContext.single()).named_parameters()}
     )

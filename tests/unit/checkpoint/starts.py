@@ -14,8 +14,9 @@ from torch import Tensor
 from megatron_lite.checkpoint.fit import require_start
 from megatron_lite.checkpoint.parity import Parity, compare_start
 from megatron_lite.config.compose import change, compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import resolve, resolve_model
 from megatron_lite.config.hf import hf_config
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.models.hf import stored_form
 from megatron_lite.models.shapes import parameter_shapes
@@ -29,13 +30,15 @@ SCRIPTS = {"gpt2": "gpt", "llama": "gpt", "bert": "bert", "roberta": "bert", "t5
 def tensors_of_case(name: str) -> dict[str, Tensor]:
     """By transformers' names."""
     case = CASES[name]
-    shapes = parameter_shapes(case.model, VOCAB_SIZE, next_sentence=case.next_sentence)
-    stored = to_stored(random_weights(shapes), stored_form(case.model, shapes))
+    model = resolve_model(case.model)
+    shapes = parameter_shapes(model, VOCAB_SIZE, next_sentence=case.next_sentence)
+    stored = to_stored(random_weights(shapes), stored_form(model, shapes))
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def config_of_case(case: Case) -> dict[str, Any]:
-    found = hf_config(case.model, vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, next_sentence=case.next_sentence)
+    model = resolve_model(case.model)
+    found = hf_config(model, vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, next_sentence=case.next_sentence)
     return json.loads(json.dumps(found))
 
 
@@ -66,7 +69,7 @@ def _base(script: str) -> RunConfig:
     return compose(script, [])
 
 
-def begin(folder: Path, name: str, *words: str) -> RunConfig:
+def begin(folder: Path, name: str, *words: str) -> ResolvedConfig:
     """What a launcher does before it starts anything: the configuration, or an error."""
     case = CASES[name]
     script = f"pretrain_{SCRIPTS[name.partition('_')[0]]}"

@@ -11,7 +11,9 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from megatron_lite.checkpoint.hf_files import model_files
+from megatron_lite.config.derived import resolve, resolve_model
 from megatron_lite.config.hf import NoCounterpart
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Architecture, ModelConfig, ObjectiveName, RunConfig
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import PreparedData
@@ -43,10 +45,10 @@ OBJECTIVES = {
 }
 
 
-def with_objective(model: ModelConfig, objective: ObjectiveName | None = None) -> RunConfig:
+def with_objective(model: ModelConfig, objective: ObjectiveName | None = None) -> ResolvedConfig:
     config = replace(RunConfig(), model=model)
     config.objective = replace(config.objective, name=objective or OBJECTIVES[model.architecture])
-    return config
+    return resolve(config)
 
 
 def written(folder: Path, prepared: PreparedData, model: ModelConfig) -> Path:
@@ -86,12 +88,11 @@ def test_the_files_are_those_of_the_auto_classes(tmp_path: Path, prepared: Prepa
 
 
 def test_an_encoder_has_no_generation_config_and_another_model_no_files(prepared: PreparedData) -> None:
-    config = replace(RunConfig(), model=BERT)
-    config.objective = replace(config.objective, name=ObjectiveName.masked_lm_nsp)
+    config = with_objective(BERT, ObjectiveName.masked_lm_nsp)
     files = model_files(config, vocab_size=9, tokens=prepared.special, dtype="float32")
     assert files.keys() == {"config.json"}
     assert b"BertForPreTraining" in files["config.json"]
-    config.model = replace(T5, attention_scale=True)
+    config.model = resolve_model(replace(T5, attention_scale=True))
     with pytest.raises(NoCounterpart):
         model_files(config, vocab_size=9, tokens=prepared.special, dtype="float32")
 

@@ -15,6 +15,7 @@ from megatron_lite.checkpoint.state import CheckpointState, Layout, LossScaleSta
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_containers, from_containers
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.optim.batch_ramp import Origin
@@ -28,7 +29,7 @@ def base() -> RunConfig:
     return compose("pretrain_gpt", ["parallel=dp2_tp2_pp2", "train.run_dir=run"])
 
 
-def config_of(*words: str) -> RunConfig:
+def config_of(*words: str) -> ResolvedConfig:
     content = OmegaConf.merge(as_containers(base()), OmegaConf.from_dotlist(list(words)))
     return resolve(from_containers(OmegaConf.to_container(content)), device="cpu")  # type: ignore[arg-type]
 
@@ -38,9 +39,8 @@ def state_of(*words: str, **fields: object) -> CheckpointState:
     return replace(STATE, **{"config": content, **fields})  # type: ignore[arg-type]
 
 
-def layout_of(config: RunConfig) -> Layout:
+def layout_of(config: ResolvedConfig) -> Layout:
     parallel = config.parallel
-    assert parallel.data_parallel_size is not None
     return Layout(
         parallel.data_parallel_size,
         parallel.tensor_parallel_size,

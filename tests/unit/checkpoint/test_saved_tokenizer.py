@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_lite.checkpoint.hf_files import folder_files
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import ModelConfig, ObjectiveName, RunConfig
 from megatron_lite.data.samples.sample_types import SentencePair, Text
 from megatron_lite.data.shards.indexed import IndexedReader
@@ -104,7 +105,9 @@ def _save(folder: Path, family: str, trained: bool, data: dict[str, Any]) -> Sav
     if family == "roberta":  # transformers counts its positions from the padding token
         config.model = replace(model, position_offset=prepared.special.pad + 1)
     carried = prepared.tokenizer_files(config)
-    files = folder_files(config, carried, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32")
+    files = folder_files(
+        resolve(config), carried, vocab_size=prepared.vocab_size, tokens=prepared.special, dtype="float32"
+    )
     checkpoint = folder / "checkpoint"
     for name, content in files.items():
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)

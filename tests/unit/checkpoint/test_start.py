@@ -15,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf.translation import WORDS
 from megatron_lite.config.keys import as_word
 from megatron_lite.errors import CheckpointError, ConfigError
@@ -50,7 +51,7 @@ def require_parity(folder: Path, name: str, *words: str) -> None:
 def test_shapes_are_those_of_the_model_that_is_built(name: str) -> None:
     case = CASES[name]
     built = {name: one.shard_spec.full_shape for name, one in case.flat(ParallelContext.single()).named_parameters()}
-    assert parameter_shapes(case.model, VOCAB_SIZE, next_sentence=case.next_sentence) == built
+    assert parameter_shapes(resolve_model(case.model), VOCAB_SIZE, next_sentence=case.next_sentence) == built
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.hf import stored_form
@@ -48,8 +49,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def tensor_shapes(model: ModelConfig, vocab_size: int, *, next_sentence: bool = False) -> dict[str, tuple[int, ...]]:
     """Of the files of a model, by transformers' names."""
-    shapes = parameter_shapes(model, vocab_size, next_sentence=next_sentence)
-    return dict(stored_form(model, shapes).shapes)
+    resolved = resolve_model(model)
+    shapes = parameter_shapes(resolved, vocab_size, next_sentence=next_sentence)
+    return dict(stored_form(resolved, shapes).shapes)
 
 
 def write_folder(
@@ -58,7 +60,7 @@ def write_folder(
     """config.json, a tokenizer and tensors of zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = model.num_segments == 2
-    config = hf_config(model, vocab_size=vocab_size, tokens=Ids(), next_sentence=pairs)
+    config = hf_config(resolve_model(model), vocab_size=vocab_size, tokens=Ids(), next_sentence=pairs)
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", tensor_shapes(model, vocab_size, next_sentence=next_sentence))
     if tokens:

@@ -24,7 +24,7 @@ from megatron_lite.config.changes import (
 )
 from megatron_lite.config.compose import compose
 from megatron_lite.config.decays import Decay
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.keys import leaf_keys
 from megatron_lite.config.schema import Precision, RunConfig
@@ -43,7 +43,7 @@ def config_of(words: str) -> RunConfig:
     merged = OmegaConf.merge(base(), OmegaConf.from_dotlist(words.split(",") if words else []))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
-    return resolve(config, device=None if "device=" in words else "cpu")
+    return fill_in(config, device=None if "device=" in words else "cpu")
 
 
 def changes_of(before: str, after: str) -> list[Change]:

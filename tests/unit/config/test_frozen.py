@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_lite.config import frozen
 from megatron_lite.config.changes import Grade
 from megatron_lite.config.compose import change, compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.frozen import as_containers, check_run_folder, freeze, from_containers, load_frozen
 from megatron_lite.config.hf.folder import STATE_FILE
 from megatron_lite.config.preset_folders import PresetFolders
@@ -23,7 +23,7 @@ from megatron_lite.errors import ConfigError
 
 
 def config_of(*words: str) -> RunConfig:
-    return resolve(compose("pretrain_gpt", list(words)), device="cpu")
+    return fill_in(compose("pretrain_gpt", list(words)), device="cpu")
 
 
 def trained(folder: Path, config: RunConfig) -> None:
@@ -220,7 +220,7 @@ def test_run_folder_without_permission(tmp_path: Path) -> None:
 
 
 def test_folder_of_a_version_that_this_one_cannot_read(tmp_path: Path) -> None:
-    config = resolve(compose("pretrain_gpt", [f"train.run_dir={tmp_path}"]))
+    config = fill_in(compose("pretrain_gpt", [f"train.run_dir={tmp_path}"]))
     path = freeze(config, tmp_path)
     later = path.read_text().replace("    minimum: 1\n", "    minimum: 1.5\n")
     path.unlink()
@@ -246,7 +246,7 @@ def test_containers_of_json_give_the_same_configuration() -> None:
 def test_shell_text_stays_as_it_is(tmp_path: Path) -> None:
     """OmegaConf would take `${...}` for a reference, here and when the file is loaded."""
     lines = ["export A=${HOME}/x", r"echo \${B} \\${C}", "x=$(date) `id`", "a: b # c\n'\"d"]
-    config = resolve(compose("pretrain_gpt", []), device="cpu")
+    config = fill_in(compose("pretrain_gpt", []), device="cpu")
     config = replace(config, launcher=replace(config.launcher, setup=lines, environment={"A": "${B:-c}"}))
     assert load_frozen(freeze(config, tmp_path)) == config
     assert change(config, ["train.steps=7"]) == replace(config, train=replace(config.train, steps=7))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_lite.config.derived import complete_model
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
 from megatron_lite.config.hf.families import DECISIVE, counterpart, is_read
 from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
@@ -56,12 +56,14 @@ PRESETS = PresetFolders().groups()["model"]
 
 def written(model: ModelConfig, **more: Any) -> dict[str, Any]:
     """As it is after it has been a file."""
-    config: dict[str, Any] = json.loads(json.dumps(hf_config(model, vocab_size=777, tokens=Ids(), **more)))
+    config: dict[str, Any] = json.loads(
+        json.dumps(hf_config(resolve_model(model), vocab_size=777, tokens=Ids(), **more))
+    )
     return config
 
 
 def decisive(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(complete_model(model), name) for name in DECISIVE if name != "vocab_size"}
+    return {name: getattr(resolve_model(model), name) for name in DECISIVE if name != "vocab_size"}
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *VARIANTS])
@@ -183,7 +185,7 @@ def test_any_settings_have_a_counterpart_that_tells_them_all_or_none(
         return
     stored_form(model, parameter_shapes(model, 777, next_sentence=pairs))
     found, expected = decisive(replace(ModelConfig(), **settings_of(config).settings)), decisive(model)
-    looked_at = {field for field in expected if is_read(field, complete_model(model))}
+    looked_at = {field for field in expected if is_read(field, resolve_model(model))}
     assert {field: found[field] for field in looked_at} == {field: expected[field] for field in looked_at}
 
 

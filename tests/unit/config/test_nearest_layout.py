@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.config.validate import problems
 from tests.unit.config.test_validate import config_of
@@ -21,7 +21,7 @@ LAYOUT = re.compile(r"layout dp=(\d+) tp=(\d+) pp=(\d+)(?: with train\.global_ba
 
 def changed(config: RunConfig, **groups: dict[str, Any]) -> RunConfig:
     parts = {name: replace(getattr(config, name), **values) for name, values in groups.items()}
-    return resolve(replace(config, **parts), device="cpu")
+    return fill_in(replace(config, **parts), device="cpu")
 
 
 @settings(max_examples=60, deadline=None)

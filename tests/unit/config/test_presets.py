@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import complete_model, has_next_sentence_head, parameter_counts, resolve, world_size
+from megatron_lite.config.derived import (
+    fill_in,
+    has_next_sentence_head,
+    parameter_counts,
+    resolve,
+    resolve_model,
+)
 from megatron_lite.config.hf import hf_config
 from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
 from megatron_lite.config.schema import ModelConfig, ObjectiveConfig, ObjectiveName
@@ -28,7 +34,7 @@ MODELS_OF_BERT_AND_T5 = ("bert_base", "bert_large", "roberta_base", "t5_small", 
 
 
 def problems_of(script: str, preset: str) -> list[str]:
-    return problems(resolve(compose(script, [preset, *NEEDS.get(preset, [])]), device="cpu"))
+    return problems(fill_in(compose(script, [preset, *NEEDS.get(preset, [])]), device="cpu"))
 
 
 def script_of(model: str) -> str:
@@ -60,7 +66,7 @@ def test_each_objective_has_its_preset() -> None:
 
 
 def test_preset_that_needs_a_value_says_so() -> None:
-    assert problems(resolve(compose("pretrain_gpt", ["data=files"]))) == [
+    assert problems(fill_in(compose("pretrain_gpt", ["data=files"]))) == [
         "data.source=null names no text; give a file or a list of files, or use data.source=embedded"
     ]
 
@@ -80,7 +86,7 @@ def test_preset_that_needs_a_value_says_so() -> None:
     ],
 )
 def test_published_size(name: str, millions: float) -> None:
-    model = compose("pretrain_gpt", [f"model={name}"]).model
+    model = resolve_model(compose("pretrain_gpt", [f"model={name}"]).model)
     assert model.vocab_size is not None
     assert parameter_counts(model, model.vocab_size).total / 1e6 == millions
 
@@ -103,7 +109,7 @@ def test_as_many_parameters_as_transformers_has(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = compose(script_of(name), [f"model={name}", *NEEDS.get(f"model={name}", [])])
-    model = complete_model(config.model)
+    model = resolve_model(config.model)
     with torch.device("meta"):
         theirs = reference(transformers, model, next_sentence=has_next_sentence_head(config))
     assert model.vocab_size is not None
@@ -120,4 +126,4 @@ def test_demos_use_all_three_axes(script: str, experiment: str) -> None:
     parallel = config.parallel
     sizes = (parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     assert sizes == (2, 2, 2)
-    assert world_size(config) == 8
+    assert config.topology.world_size == 8

@@ -13,7 +13,7 @@ import pytest
 
 from launch.hostfile import with_hosts
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.frozen import check_run_folder
 from megatron_lite.config.keys import get_value, leaf_keys, schema_keys, text_shape
 from megatron_lite.config.lengths import SMALLEST_BPE
@@ -24,8 +24,8 @@ from megatron_lite.config.validate import problems
 from megatron_lite.data.tokenizer import vocabulary
 from megatron_lite.errors import ConfigError
 
-BASE = resolve(compose("pretrain_gpt", []), device="cpu")
-SPANS = resolve(compose("pretrain_t5", ["objective=ul2", "model.max_position_embeddings=16777216"]), device="cpu")
+BASE = fill_in(compose("pretrain_gpt", []), device="cpu")
+SPANS = fill_in(compose("pretrain_t5", ["objective=ul2", "model.max_position_embeddings=16777216"]), device="cpu")
 
 
 def kinds(key: str) -> set[Any]:

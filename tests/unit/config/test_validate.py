@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import fill_in
 from megatron_lite.config.preset_folders import PresetFolders
 from megatron_lite.config.rules.case import Case
 from megatron_lite.config.rules.launcher import job_seconds
@@ -30,7 +30,7 @@ def config_of(*words: str, device: str = "cpu") -> RunConfig:
     """
     device = "auto" if "launcher.device=auto" in words else device
     script = words[0] if words and words[0].startswith("pretrain_") else "pretrain_gpt"
-    return resolve(compose(script, [word for word in words if word != script]), device=device)
+    return fill_in(compose(script, [word for word in words if word != script]), device=device)
 
 
 def problems_of(*words: str, world_size: int | None = None, device: str = "cpu") -> list[str]:
@@ -483,7 +483,7 @@ def test_everything_at_once() -> None:
         "train.log_interval=0",
     ]
     with pytest.raises(ConfigError) as caught:
-        validate(resolve(compose("pretrain_gpt", words), device="cpu"))
+        validate(fill_in(compose("pretrain_gpt", words), device="cpu"))
     found = [problem.partition("=")[0] for problem in caught.value.problems]
     assert found == [
         "train.log_interval",

@@ -75,7 +75,6 @@ def folders_of(*words: str) -> list[str]:
     folders = []
     for point in expand(words):
         config = in_own_folder(resolve(compose("pretrain_gpt", list(point.overrides)), device="cpu"), point)
-        assert config.train.run_dir is not None
         folders.append(config.train.run_dir)
     return folders
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models import attention
 from megatron_lite.models.attention import Attention, short_causal_attention
@@ -76,9 +77,7 @@ def test_long_sequences_take_sdpa(monkeypatch: pytest.MonkeyPatch):
     calls: list[str] = []
     monkeypatch.setattr(attention, "_LONGEST_SHORT_SEQUENCE", 8)
     monkeypatch.setattr(attention, "short_causal_attention", lambda q, k, v: calls.append("short") or _sdpa(q, k, v))
-    model = ModelConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=2, head_size=8, vocab_size=8
-    )
+    model = resolve_model(ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=8))
     init = stack_init(model, 1)
     layer = Attention(model, ParallelContext.single(), init, causal=True, rotary=None, recompute=False)
     layer(torch.ones(1, 8, 16), None)

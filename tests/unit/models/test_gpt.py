@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig, PositionEmbedding, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
@@ -35,7 +36,9 @@ def _model(
     model: ModelConfig, recompute: Recompute = Recompute.none, context: ParallelContext | None = None
 ) -> tuple[FlatModel, ParallelContext]:
     context = context or ParallelContext.single()
-    return FlatModel(build_layers(model, context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS)), context
+    return FlatModel(
+        build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS)
+    ), context
 
 
 def _tokens() -> Tensor:
@@ -105,11 +108,13 @@ def test_head_size_and_multi_query_change_the_fused_projection():
 
 
 def test_a_tied_head_shares_the_first_layers_module():
-    tied = build_layers(GPT2, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
+    tied = build_layers(
+        resolve_model(GPT2), ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
+    )
     assert tied[0].tied == tied[-1].tied == "embedding"
     assert tied[-1].name == "head"
     untied = build_layers(
-        LLAMA, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
+        resolve_model(LLAMA), ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
     )
     assert all(spec.tied is None for spec in untied)
 
@@ -117,14 +122,18 @@ def test_a_tied_head_shares_the_first_layers_module():
 def test_positions_and_dropout_are_entries_only_where_they_do_something():
     names = [
         spec.name
-        for spec in build_layers(LLAMA, ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS)
+        for spec in build_layers(
+            resolve_model(LLAMA), ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS
+        )
     ]
     assert names == ["embedding", "layers.0", "layers.1", "final_norm", "head"]
     dropping = replace(LLAMA, embedding_dropout=0.1)
-    layers = build_layers(dropping, ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS)
+    layers = build_layers(
+        resolve_model(dropping), ParallelContext.single(), vocab_size=9, recompute=Recompute.none, inputs=INPUTS
+    )
     assert [layer.name for layer in layers][:3] == ["embedding", "embedding_dropout", "layers.0"]
     layers = build_layers(
-        replace(dropping, position_embedding=PositionEmbedding.learned),
+        resolve_model(replace(dropping, position_embedding=PositionEmbedding.learned)),
         ParallelContext.single(),
         vocab_size=9,
         recompute=Recompute.none,

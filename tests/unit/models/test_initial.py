@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import Architecture, InitScheme, ModelConfig, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
@@ -19,7 +20,9 @@ WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "h
 def _flat(model: ModelConfig) -> FlatModel:
     inputs = (TOKENS,) if model.architecture is Architecture.encoder else PAIR
     return FlatModel(
-        build_layers(model, ParallelContext.single(), vocab_size=400, recompute=Recompute.none, inputs=inputs)
+        build_layers(
+            resolve_model(model), ParallelContext.single(), vocab_size=400, recompute=Recompute.none, inputs=inputs
+        )
     )
 
 

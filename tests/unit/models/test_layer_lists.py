@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
 from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.build import build_layers
@@ -68,7 +69,7 @@ def _specs(
     case: Case, context: ParallelContext | None = None, recompute: Recompute = Recompute.none, **changes: float
 ) -> list[LayerSpec]:
     return build_layers(
-        replace(case.model, **changes),
+        resolve_model(replace(case.model, **changes)),
         context or ParallelContext.single(),
         vocab_size=VOCAB_SIZE,
         recompute=recompute,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.schema import ModelConfig, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
@@ -60,7 +61,7 @@ def test_a_bias_is_a_mask_already(causal: bool):
 def test_a_prefix_language_model_sees_its_prefix_both_ways(model: ModelConfig):
     inputs = (Field("tokens", 16), Field("prefix_lengths"))
     layers = build_layers(
-        model, ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=inputs
+        resolve_model(model), ParallelContext.single(), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=inputs
     )
     flat = FlatModel(layers)
     tokens = torch.randint(VOCAB_SIZE, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -84,7 +85,9 @@ def test_no_prefix_is_a_causal_model():
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
     def logits(inputs: tuple[Field, ...], *values: Tensor) -> Tensor:
-        layers = build_layers(GPT2, context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=inputs)
+        layers = build_layers(
+            resolve_model(GPT2), context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=inputs
+        )
         return FlatModel(layers)(*values)
 
     causal = logits((Field("tokens", 16),), tokens)

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_lite.config.derived import all_layers, parameter_counts, stage_contents
-from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
+from megatron_lite.config.derived import all_layers, parameter_counts, resolve_model, stage_contents
+from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
@@ -29,7 +30,7 @@ MODELS = {
 }
 
 
-def built(model: ModelConfig, stages: int, tensor: int, *, next_sentence: bool) -> list[int]:
+def built(model: ResolvedModel, stages: int, tensor: int, *, next_sentence: bool) -> list[int]:
     """Parameters that the modules of each stage have on one rank, those of a tied module once."""
     context = ParallelContext.single()
     context.topology = Topology(tensor_parallel_size=tensor)
@@ -51,7 +52,7 @@ def built(model: ModelConfig, stages: int, tensor: int, *, next_sentence: bool) 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_the_built_layers(name: str, tensor: int) -> None:
-    model, next_sentence = MODELS[name], name.startswith("bert")
+    model, next_sentence = resolve_model(MODELS[name]), name.startswith("bert")
     padded = padded_vocab_size(VOCAB_SIZE, model.vocab_pad_multiple, tensor)
     counts = parameter_counts(model, padded, tensor, next_sentence=next_sentence)
     for stages in range(1, all_layers(model) + 1):

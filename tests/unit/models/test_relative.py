@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from megatron_lite.config.derived import complete_model
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.models.initial import stack_init
 from megatron_lite.models.relative import RelativeBias, relative_buckets
 from megatron_lite.parallel.context import ParallelContext
@@ -32,7 +32,7 @@ def test_buckets_are_those_of_t5(both_directions: bool, num_buckets: int, max_di
 
 
 def _bias(causal: bool, dtype: torch.dtype = torch.float32) -> RelativeBias:
-    model = complete_model(replace(T5, relative_buckets=16, relative_max_distance=20))
+    model = resolve_model(replace(T5, relative_buckets=16, relative_max_distance=20))
     bias = RelativeBias(model, ParallelContext.single(), stack_init(model, 2), causal=causal)
     torch.nn.init.normal_(bias.weight, generator=torch.Generator().manual_seed(0))
     return bias.to(dtype)

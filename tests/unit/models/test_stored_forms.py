@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.config.schema import Activation, ModelConfig, Normalization, NormPlacement, Recompute
 from megatron_lite.errors import CheckpointError
@@ -40,7 +41,7 @@ def shapes_of(model: ModelConfig, *, next_sentence: bool = False) -> dict[str, S
     """Of all our parameters."""
     inputs = PAIR if model.num_decoder_layers else (TOKENS, SEGMENTS, LENGTHS) if model.num_segments else (TOKENS,)
     specs = build_layers(
-        model,
+        resolve_model(model),
         ParallelContext.single(),
         vocab_size=VOCAB_SIZE,
         recompute=Recompute.none,
@@ -52,7 +53,7 @@ def shapes_of(model: ModelConfig, *, next_sentence: bool = False) -> dict[str, S
 
 def case(name: str) -> tuple[StoredForm, dict[str, Shape]]:
     shapes = shapes_of(MODELS[name], next_sentence=name in ("bert", "bert_untied"))
-    return stored_form(MODELS[name], shapes), shapes
+    return stored_form(resolve_model(MODELS[name]), shapes), shapes
 
 
 def numbered(shapes: dict[str, Shape]) -> dict[str, Tensor]:
@@ -108,12 +109,12 @@ def test_a_lost_and_a_doubled_piece_are_seen() -> None:
 )
 def test_a_model_that_transformers_lacks_has_no_form(model: ModelConfig, setting: str) -> None:
     with pytest.raises(NoCounterpart, match=setting):
-        stored_form(model, shapes_of(model))
+        stored_form(resolve_model(model), shapes_of(model))
 
 
 def test_roberta_has_no_next_sentence_head() -> None:
     with pytest.raises(NoCounterpart, match="next-sentence head"):
-        stored_form(ROBERTA, shapes_of(ROBERTA, next_sentence=True))
+        stored_form(resolve_model(ROBERTA), shapes_of(ROBERTA, next_sentence=True))
 
 
 def test_tensors_are_found_in_files_of_other_classes() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import parameter_counts
+from megatron_lite.config.derived import parameter_counts, resolve, resolve_model
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig, Precision
 from megatron_lite.planning.flops import dense_peak_flops, flops_of_run, flops_per_token, itemised_flops
 
 
 def test_terms_by_hand() -> None:
     """h 128, 4 heads of 32, f 512, 4 layers, s 128, v 8192: two FLOPs for each weight and each score."""
-    terms = itemised_flops(ModelConfig(), 128, 8192)
+    terms = itemised_flops(resolve_model(ModelConfig()), 128, 8192)
     assert terms.query_key_value == 4 * 2 * 128 * 3 * 128
     assert terms.projection == 4 * 2 * 128 * 128
     assert terms.mlp == 4 * 2 * 2 * 128 * 512
@@ -23,7 +23,7 @@ def test_terms_by_hand() -> None:
 
 def test_full_square_is_what_palm_counts() -> None:
     """arXiv 2204.02311, appendix B: 6 N + 12 L H Q T, with N the weights of all matrix products."""
-    model = compose("pretrain_gpt", ["model=llama_7b"]).model
+    model = resolve(compose("pretrain_gpt", ["model=llama_7b"])).model
     counts = parameter_counts(model, 32000)
     weights = 32 * (counts.layer - 2 * 4096) + counts.head
     assert itemised_flops(model, 2048, 32000, causal=False).training == 6 * weights + 12 * 32 * 32 * 128 * 2048
@@ -34,7 +34,7 @@ def test_against_torch_on_the_matrix_products() -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = compose("pretrain_gpt", ["model=llama_tiny"]).model  # h 128, 4 heads, 2 groups, f 384 SwiGLU
+    model = resolve(compose("pretrain_gpt", ["model=llama_tiny"])).model  # h 128, 4 heads, 2 groups, f 384 SwiGLU
     tokens = torch.zeros(16, 128)
     with FlopCounterMode(display=False) as counter:
         for _ in range(model.num_layers):
@@ -48,8 +48,8 @@ def test_against_torch_on_the_matrix_products() -> None:
 
 def test_encoder_looks_both_ways_and_transforms_its_head() -> None:
     """h 128, 4 layers of 4 heads of 32, s 128, v 8192: every position looks at all 128."""
-    model = compose("pretrain_bert", []).model
-    terms, decoder = itemised_flops(model, 128, 8192), itemised_flops(ModelConfig(), 128, 8192)
+    model = resolve(compose("pretrain_bert", [])).model
+    terms, decoder = itemised_flops(model, 128, 8192), itemised_flops(resolve_model(ModelConfig()), 128, 8192)
     assert terms.attention_scores == 4 * 2 * 2 * 128 * 128
     assert terms.head == 2 * 128 * 8192 + 2 * 128 * 128
     assert (terms.query_key_value, terms.projection, terms.mlp) == (
@@ -64,10 +64,10 @@ def test_encoder_decoder_against_torch_on_the_matrix_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     s, r, layers, decoder_layers, v = 12, 7, 3, 2, 1000
-    model = ModelConfig(
+    model = resolve_model(ModelConfig(
         architecture=Architecture.encoder_decoder, num_layers=layers, num_decoder_layers=decoder_layers, hidden_size=24,
         num_attention_heads=4, head_size=8, ffn_hidden_size=40, activation=Activation.geglu,
-    )  # fmt: skip
+    ))  # fmt: skip
 
     def attend(queries: int, keys: int) -> None:
         torch.zeros(queries, 24) @ torch.zeros(24, 32)
@@ -95,14 +95,15 @@ def test_encoder_decoder_against_torch_on_the_matrix_products() -> None:
 
 
 def test_flops_of_a_run_take_both_lengths_from_its_settings() -> None:
-    config = compose("pretrain_t5", ["data.seq_length=512"])
+    config = resolve(compose("pretrain_t5", ["data.seq_length=512"]))
     assert flops_of_run(config, 8192) == itemised_flops(config.model, 512, 8192, decoder_seq_length=114)
-    config = compose("pretrain_gpt", [])
+    config = resolve(compose("pretrain_gpt", []))
     assert flops_of_run(config, 8192).training == flops_per_token(config.model, 128, 8192)
 
 
 def test_training_is_three_forward_passes() -> None:
-    assert flops_per_token(ModelConfig(), 128, 8192) == 3 * itemised_flops(ModelConfig(), 128, 8192).forward
+    model = resolve_model(ModelConfig())
+    assert flops_per_token(model, 128, 8192) == 3 * itemised_flops(model, 128, 8192).forward
 
 
 @pytest.mark.parametrize(

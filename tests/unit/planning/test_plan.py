@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.config.compose import compose
-from megatron_lite.config.derived import processes_per_node, resolve, topology
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.planning.memory import model_states
 from megatron_lite.planning.placement import placement_warnings
@@ -101,8 +101,8 @@ def test_rank_grid_names_the_node_of_every_tensor_parallel_group() -> None:
 )
 def test_tensor_parallel_group_that_crosses_nodes_is_warned_of(words: list[str], warning: str | None) -> None:
     config = config_of(*NODES, *words)
-    here = processes_per_node(config)
-    crosses = any(len({rank // here for rank in group}) > 1 for group in topology(config).tensor_groups())
+    here = config.processes_per_node
+    crosses = any(len({rank // here for rank in group}) > 1 for group in config.topology.tensor_groups())
     assert crosses is (warning is not None), "the case itself"
     assert placement_warnings(config) == ([warning] if warning else [])
     assert describe(config, 8000).count("warning: ") == int(crosses)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import BatchRampConfig, Decay, OptimizerConfig, RunConfig, TrainConfig
 from megatron_lite.data.samples.skips import Skips, Window
 from megatron_lite.engine.engine import StepResult
@@ -68,7 +69,7 @@ def trainer_of(seen: Any, train: TrainConfig, origin: Origin, callbacks: list[An
     """With a warm-up of two steps and a linear decay."""
     optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=2, decay=Decay.linear)
     agreement: Any = SimpleNamespace(at_boundary=lambda: None)
-    config, schedule = RunConfig(optimizer=optimizer, train=train), BatchSchedule(train, origin)
+    config, schedule = resolve(RunConfig(optimizer=optimizer, train=train)), BatchSchedule(train, origin)
     watching = [seen] if callbacks is None else callbacks
     return Trainer(config, seen, seen, schedule, agreement, seen, watching, origin.step, lambda _: 6, Heartbeat())
 

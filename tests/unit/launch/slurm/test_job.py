@@ -15,6 +15,7 @@ from launch.launching import resolve_for_this_machine
 from launch.scripts import CODE
 from launch.slurm.launcher import SlurmLauncher
 from megatron_lite.config.compose import compose
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import frozen_path, load_frozen
 from megatron_lite.config.validate import validate
 
@@ -180,7 +181,7 @@ def test_values_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert answer.stdout == f"{HOSTILE}\nsecond line\n"
     (tmp_path / "frozen.yaml").write_text(next(iter(plan.files.values())))
-    assert load_frozen(tmp_path / "frozen.yaml") == resolved
+    assert resolve(load_frozen(tmp_path / "frozen.yaml")) == resolved
     assert not (tmp_path / "pwned").exists()
 
 

@@ -10,6 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from megatron_lite.config.derived import resolve
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Precision, RunConfig
 from megatron_lite.config.stability import OnSpike, StabilityConfig
 from megatron_lite.engine.hooks import PendingUpdate
@@ -22,10 +24,10 @@ from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, is_ne
 HIGH = 2.0**16
 
 
-def config_of(precision: Precision) -> RunConfig:
+def config_of(precision: Precision) -> ResolvedConfig:
     config = RunConfig(stability=StabilityConfig(OnSpike.skip_step))
     config.train.precision = precision
-    return config
+    return resolve(config)
 
 
 def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
@@ -34,7 +36,7 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
     (run_dir / METRICS_FILE).write_text("\n".join(lines) + "\n")
 
 
-def resumed(config: RunConfig, run_dir: Path, step: int, first: int = 1) -> tuple[Watch, UpdateJudge]:
+def resumed(config: ResolvedConfig, run_dir: Path, step: int, first: int = 1) -> tuple[Watch, UpdateJudge]:
     judge = UpdateJudge(config)
     watch = Watch(config, SimpleNamespace(meter=Mock()), judge, Mock(), Mock(), None, [])
     watch.remember(logged_statistics(config, run_dir, step, first))
