@@ -351,7 +351,7 @@ def test_the_plan_says_what_documents_begin_and_end_with(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as error:
         described_ends(config)
     assert str(error.value) == (
-        f"data.eod_token=</s> is no token that can end documents of data.tokenizer={config.data.tokenizer}; use one of "
+        f"data.eod_token=</s> is not a token of data.tokenizer={config.data.tokenizer} that can end documents; use one of "
         "its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
     )
     config.data.eod_token = "<|end_of_text|>"  # obeyed

@@ -197,7 +197,7 @@ def test_cache_that_cannot_be_written(
     with pytest.raises(DataError) as error:
         prepare(config_for(corpus, cache_dir=cache), report=silent)
     assert str(error.value).startswith(f"data.cache_dir={cache} cannot be written: ")
-    assert str(error.value).endswith("name another folder, or make room")
+    assert str(error.value).endswith("name another folder, or free disk space")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="must be root to become somebody else")
