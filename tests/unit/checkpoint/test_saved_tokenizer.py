@@ -351,8 +351,8 @@ def test_the_plan_says_what_documents_begin_and_end_with(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as error:
         described_ends(config)
     assert str(error.value) == (
-        f"data.eod_token=</s> is not a token of data.tokenizer={config.data.tokenizer} that can end documents; use one of "
-        "its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
+        f"data.eod_token=</s> is not a token of data.tokenizer={config.data.tokenizer} that can end documents; use one "
+        "of its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
     )
     config.data.eod_token = "<|end_of_text|>"  # obeyed
     assert described_ends(config).endswith("end with <|end_of_text|>")

@@ -273,5 +273,5 @@ def test_gaps_that_new_tokens_do_not_fit_into(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 5}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(ConfigError, match=r"have gaps, into which 104 new ones do not fit; add them .* from id 6 on"):
+    with pytest.raises(ConfigError, match=r"have gaps, so 104 new ones cannot be appended; .* starting at id 6"):
         add_tokens(str(tmp_path), tmp_path / "new", "ul2")
