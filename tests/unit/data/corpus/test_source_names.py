@@ -198,7 +198,7 @@ def test_what_is_no_file(folder: Path, config_for: ConfigFor) -> None:
     assert "is a device, but" in refusal("/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s.txt")
-        assert "is a socket, and" in refusal("s.txt")
+        assert "is a socket, but" in refusal("s.txt")
 
 
 def test_files_of_other_forms(folder: Path) -> None:

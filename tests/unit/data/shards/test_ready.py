@@ -134,8 +134,8 @@ def test_ids_beyond_the_vocabulary(foreign: Path, config_for: ConfigFor, silent:
     with pytest.raises(DataError) as error:
         prepare(config_for(foreign, vocab_size=89), report=silent)
     assert str(error.value) == (
-        f"{foreign}.bin holds token id 89, but the vocabulary ends at 88: it was made with another tokenizer; name that "
-        "one in data.tokenizer, or set model.vocab_size"
+        f"{foreign}.bin holds token id 89, but the vocabulary ends at 88: it was made with another tokenizer; name "
+        "that tokenizer in data.tokenizer, or set model.vocab_size"
     )
     assert prepare(config_for(foreign, vocab_size=90), report=silent).vocab_size == 90
 
