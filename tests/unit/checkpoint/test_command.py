@@ -65,7 +65,7 @@ def test_inspect_takes_the_newest_complete_one(run_folder: Path, command: Comman
         0,
         [
             f"checkpoint      {run_folder}/checkpoints/step_00000200",
-            "state           complete, as far as sizes tell",
+            "state           complete, judging by file sizes",
             "step            200, after 6,400 samples",
             "saved by        dp2 tp2 pp2 zero1, fp32",
             "optimizer       adamw after 100 updates: exp_avg, exp_avg_sq",

@@ -150,9 +150,9 @@ def test_missing_half(tmp_path: Path, path_of: object) -> None:
         (packed_index([1], [0], [0, 1], code=7), "dtype code 7 is not one of"),
         (packed_index([1], [0], [0, 1], code=99), "dtype code 99 is not one of"),
         (packed_index([-1], [0], [0, 1]), "a sequence has a negative length"),
-        (packed_index([1], [0], [0, 2]), "document bounds do not rise from 0 to the 1 sequences"),
-        (packed_index([1, 1], [0, 2], [0, 2, 1, 2]), "document bounds do not rise"),
-        (packed_index([1], [0], []), "document bounds do not rise"),
+        (packed_index([1], [0], [0, 2]), "document bounds do not increase from 0 to the 1 sequences"),
+        (packed_index([1, 1], [0, 2], [0, 2, 1, 2]), "document bounds do not increase"),
+        (packed_index([1], [0], []), "document bounds do not increase"),
         (packed_index([2, 1], [0, 2], [0, 1, 2]), "there are gaps between its sequences"),
     ],
 )

@@ -178,7 +178,7 @@ def test_scan_is_done_once(foreign: Path, config_for: ConfigFor) -> None:
 def test_missing_half(foreign: Path, config_for: ConfigFor, silent: Silent, suffix: str) -> None:
     foreign.with_name(f"foreign{suffix}").unlink()
     with pytest.raises(
-        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron's shards are"
+        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron shards are"
     ):
         prepare(config_for(foreign, vocab_size=90), report=silent)
 
