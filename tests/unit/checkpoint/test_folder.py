@@ -92,10 +92,10 @@ FAULTS = {
     "flipped": f"{SHARD} has other content than the manifest says",
     "unfinished": "it has no manifest.json, so it was never finished",
     "manifest cut": "manifest.json is damaged: ",
-    "manifest of another version": "manifest.json has format None, and this version of megatron_lite reads format 1",
+    "manifest of another version": "manifest.json has format None, but this version of megatron_lite reads format 1",
     "manifest of something else": "manifest.json is damaged: Object missing required field `xxh3`",
     "manifest of words": "manifest.json is damaged: Expected `int`, got `str` - at `$.files[...].bytes`",
-    "state of another version": "FOLDER has format 2, and this version of megatron_lite reads format 1; go on with the",
+    "state of another version": "FOLDER has format 2, but this version of megatron_lite reads format 1; use the",
     "state of a later one": f"FOLDER/{STATE_FILE} holds ",
     "renamed": "it holds step 200, but its name says otherwise",
 }
