@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_refused_and_in_a_run_skipped(tmp_path: Path, co
     code, printed, error = command(tmp_path, tmp_path / "out")
     assert code == 2
     assert f"Skipping step_00000100: {fault}" in printed
-    assert f"error: {tmp_path} holds no complete checkpoint; `verify` tells" in error
+    assert f"error: {tmp_path} holds no complete checkpoint; run `verify` to see" in error
 
 
 def test_a_model_without_a_counterpart_is_refused_with_the_reason(tmp_path: Path, command: Command) -> None:
@@ -219,7 +219,7 @@ def test_without_transformers(tmp_path: Path, command: Command, monkeypatch: pyt
 
 def test_no_checkpoint(tmp_path: Path, command: Command) -> None:
     error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
-    assert error.startswith(f"error: {tmp_path} holds no checkpoint; give one, a run folder")
+    assert error.startswith(f"error: {tmp_path} holds no checkpoint; give a checkpoint, a run folder")
 
 
 def test_the_types_of_the_command_are_those_of_the_module() -> None:

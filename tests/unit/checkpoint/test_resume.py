@@ -227,5 +227,7 @@ def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
 
 
 def test_configuration_of_another_version() -> None:
-    with pytest.raises(CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*go on with the ver"):
+    with pytest.raises(
+        CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*continue with the ver"
+    ):
         report_of(state_of(config={**state_of().config, "train": {"flavour": 1}}))

@@ -287,7 +287,7 @@ def test_ready_shards_say_themselves_what_documents_begin_and_end_with(
     assert again.tokenizer_files(config) == made.prepared.tokenizer_files(made.config)
     config.data.add_bos = not made.prepared.special.begin
     if family == "llama3":
-        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, and those of"):
+        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, but those of"):
             prepare(config, report=lambda line: None)
 
 
