@@ -41,9 +41,9 @@ class EvaluationCounts:
 class TokenLoss:
     """Weighted sum of the cross-entropies of tokens and of sample classes.
 
-    The weights carry the denominator (see `engine.loss_weights.scale_loss_weights`), so that summing over micro-batches and
-    averaging over ranks gives the mean over all tokens of the global batch, however unevenly ranks share them, plus the
-    mean over all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
+    The weights carry the denominator (see `engine.loss_weights.scale_loss_weights`), so that summing over micro-batches
+    and averaging over ranks gives the mean over all tokens of the global batch, however unevenly ranks share them, plus
+    the mean over all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
     """
 
     context: ParallelContext
