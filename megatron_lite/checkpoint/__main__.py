@@ -1,4 +1,4 @@
-"""`python -m megatron_lite.checkpoint`: `inspect`, `verify`, `diff`, `prune` or `export` what runs have saved."""
+"""`python -m megatron_lite.checkpoint`: `inspect`, `verify`, `diff`, `prune` or `export` checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_lite.files import bytes_below, size_text
 from megatron_lite.observe.run_lock import Role, own_attempt, take
 
 EXIT_DIFFERENT = 1
-"""Also of a checkpoint that differs from its manifest."""
+"""Exit code if checkpoints differ, or if a checkpoint does not match its manifest."""
 PROGRAM = "python -m megatron_lite.checkpoint"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,28 +58,36 @@ def run_command(argv: list[str], program: str = PROGRAM) -> int:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description="Look after checkpoints.")
+    parser = argparse.ArgumentParser(prog=program, description="Manage checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect_command = commands.add_parser("inspect", help="show what is in a checkpoint")
+    inspect_command = commands.add_parser("inspect", help="show the contents of a checkpoint")
     _add_path(inspect_command, "path")
-    inspect_command.add_argument("--tensors", action="store_true", help="list names, types and shapes, too")
-    inspect_command.add_argument("--json", action="store_true", help="the same for programs")
-    verify_command = commands.add_parser("verify", help="read everything and compare it with the manifests")
+    inspect_command.add_argument("--tensors", action="store_true", help="also list tensor names, types and shapes")
+    inspect_command.add_argument("--json", action="store_true", help="print JSON")
+    verify_command = commands.add_parser("verify", help="read all files and compare them with the manifests")
     verify_command.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run folder for all of them")
     diff_command = commands.add_parser("diff", help="compare two checkpoints: settings, state and tensors")
     _add_path(diff_command, "first")
     _add_path(diff_command, "second")
-    diff_command.add_argument("--only-tensors", action="store_true", help="settings and state may differ")
+    diff_command.add_argument("--only-tensors", action="store_true", help="ignore settings and state")
     prune_command = commands.add_parser("prune", help="remove checkpoints of a run; never the newest complete one")
     prune_command.add_argument("path", type=Path, metavar="PATH", help="a run folder, or its checkpoints folder")
-    prune_command.add_argument("--keep-last", type=_count, required=True, help="newest ones to keep; 0 = all")
-    prune_command.add_argument("--keep-every", type=_count, default=0, help="keep those of multiples of so many steps")
-    prune_command.add_argument("--keep-best", type=_count, default=0, help="keep so many of lowest validation loss")
-    prune_command.add_argument("--dry-run", action="store_true", help="only say what would go")
-    export_command = commands.add_parser("export", help="write a Hugging Face folder, if transformers reads it rightly")
+    prune_command.add_argument(
+        "--keep-last", type=_count, required=True, help="number of newest checkpoints to keep; 0 = all"
+    )
+    prune_command.add_argument("--keep-every", type=_count, default=0, help="also keep multiples of this many steps")
+    prune_command.add_argument(
+        "--keep-best", type=_count, default=0, help="also keep this many with the lowest validation loss"
+    )
+    prune_command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    export_command = commands.add_parser(
+        "export", help="write a Hugging Face folder, and check that transformers computes the same"
+    )
     _add_path(export_command, "path")
-    export_command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    export_command.add_argument("--dtype", choices=EXPORT_DTYPES, default="float32", help="of the written weights")
+    export_command.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    export_command.add_argument(
+        "--dtype", choices=EXPORT_DTYPES, default="float32", help="dtype of the written weights"
+    )
     return parser
 
 
@@ -89,7 +97,7 @@ def _add_path(command: argparse.ArgumentParser, name: str) -> None:
 
 def _count(word: str) -> int:
     if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number >= 0")
     return int(word)
 
 
@@ -116,7 +124,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     folders = candidates_of(arguments.path)
     leftovers = sorted(checkpoints_of(arguments.path).glob(".step_*"))
     if not folders and not leftovers:
-        raise CheckpointError(f"{arguments.path} holds no checkpoint; give one, or the folder of a run that has saved")
+        raise CheckpointError(
+            f"{arguments.path} holds no checkpoint; give a checkpoint, or a run folder that has checkpoints"
+        )
     damaged = 0
     for folder in folders:
         problems = all_problems(folder)
@@ -125,7 +135,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         for found in problems:
             print(f"  {found}")
     for leftover in sorted(set(leftovers) - set(folders)):
-        print(f"{leftover.name}  a save or a removal that is at work, or was killed: the next save removes it")
+        print(f"{leftover.name}  a save or removal that is in progress or was killed: the next save removes it")
     return EXIT_DIFFERENT if damaged else EXIT_OK
 
 
@@ -149,7 +159,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _print_tensor_differences(first: Inspection, second: Inspection) -> bool:
-    """Whether there is one."""
+    """Print the differences; return whether there are any."""
     equal = differing = 0
     for name, text in tensor_differences(first, second):
         if text is None:
@@ -164,20 +174,22 @@ def _print_tensor_differences(first: Inspection, second: Inspection) -> bool:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    """Newer ones than the newest complete one stay: they may be of a version that this one cannot read."""
+    """Keeps all checkpoints after the newest complete one: another version of megatron_lite may have written them."""
     checkpoints = checkpoints_of(arguments.path)
     if is_checkpoint(arguments.path) or not candidates(checkpoints):
         raise CheckpointError(f"{arguments.path} holds no checkpoints of a run; give a run folder")
     newest = newest_complete(checkpoints, print, problem)
     if newest is None:
-        raise CheckpointError(f"{checkpoints} holds no complete checkpoint, so nothing is removed; see `verify`")
+        raise CheckpointError(
+            f"{checkpoints} holds no complete checkpoint, so nothing is removed; run `verify` for the reasons"
+        )
     kept = Kept(arguments.keep_last, arguments.keep_every, arguments.keep_best)
     folders = {step_of(folder): folder for folder in candidates(checkpoints)}
     steps = to_drop([examine(folder) for folder in folders.values()], kept, newest[1].step)
     going = [folders[step] for step in steps if step < newest[1].step]
     freed = sum(bytes_below(folder) for folder in going)
     for folder in folders.values():
-        print(f"{'goes' if folder in going else 'stays'}  {folder.name}")
+        print(f"{'remove' if folder in going else 'keep':<6}  {folder.name}")
     if not arguments.dry_run:
         with _locked(checkpoints.parent):
             drop(going)
@@ -187,10 +199,10 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Nobody else writes in the run folder meanwhile; a folder of checkpoints may also lie somewhere else.
+    """Hold the lock of the run folder; a folder of checkpoints outside a run folder has no lock.
 
     Raises:
-        RunFolderInUseError: the run is at work, and prunes its checkpoints itself.
+        RunFolderInUseError: the run is active, and prunes its checkpoints itself.
     """
     if not any(run_dir.glob("config-*.yaml")):
         yield
@@ -203,12 +215,12 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from megatron_lite.checkpoint.export import export  # torch, which no other command needs
+    from megatron_lite.checkpoint.export import export  # imports torch, which no other command needs
 
     done = export(arguments.path, arguments.out, arguments.dtype, print)
     print(f"{arguments.out}  {size_text(done.bytes)} in {arguments.dtype}: step {done.step:,} of {done.source}")
     parity = done.parity
-    print(f"{parity.reader} reads the same {parity.outputs} from it (largest difference {parity.difference:.2g})")
+    print(f"{parity.reader} computes the same {parity.outputs} from it (largest difference {parity.difference:.2g})")
     return EXIT_OK
 
 
@@ -222,13 +234,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def run() -> None:
-    """The console entry."""
+    """The entry point of the console command."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # `inspect --tensors | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except BrokenPipeError:  # the reader closed the pipe, as in `inspect --tensors | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
 
 
 if __name__ == "__main__":

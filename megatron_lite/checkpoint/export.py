@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a Hugging Face folder of any float type, written only if transformers reads it rightly."""
+"""Export a checkpoint's weights as a Hugging Face folder, after checking that transformers computes the same logits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` has written."""
+    """The result of `export`."""
 
     source: Path
     step: int
@@ -47,20 +47,20 @@ class Exported:
 
 
 def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> Exported:
-    """Write a checkpoint as a model folder of transformers that appears whole, or not at all.
+    """Write a checkpoint as a transformers model folder. The folder appears complete, or not at all.
 
     Args:
-        path: a checkpoint, or a run folder or its checkpoints folder for its newest complete one.
-        out: the folder to make.
-        dtype: of the written weights, one of DTYPES.
-        report: is told of each checkpoint of a run that is skipped, and why.
+        path: a checkpoint, or a run folder or its checkpoints folder for the newest complete one.
+        out: the folder to create.
+        dtype: dtype of the written weights, one of DTYPES.
+        report: called with a line for each skipped checkpoint of a run.
     Raises:
-        CheckpointError: there is no whole checkpoint, transformers has no such model or is not there, `out` exists or
-            cannot be written, or what transformers computes from the folder differs from what we compute.
+        CheckpointError: there is no complete checkpoint, transformers has no such model or is not installed, `out`
+            exists or cannot be written, or transformers computes other logits from the folder than we do.
     """
     if out.exists() or out.is_symlink():
-        raise CheckpointError(f"OUT={out} exists, and export overwrites nothing; remove it, or give another folder")
-    require_transformers("export lets transformers read what it writes")
+        raise CheckpointError(f"OUT={out} exists, and export never overwrites; remove it, or give another folder")
+    require_transformers("export checks its result with transformers")
     folder, state = _whole_checkpoint(path, report)
     config = _configuration(folder, state)
     _require_counterpart(folder, state, config)
@@ -73,16 +73,18 @@ def export(path: Path, out: Path, dtype: str, report: Callable[[str], None]) -> 
         _require_equal(parity, folder, out)
         size = _publish(temporary, out)
     except OSError as error:
-        raise CheckpointError(f"OUT={out} cannot be written ({error}); free some space, or give another one") from error
+        raise CheckpointError(
+            f"OUT={out} cannot be written ({error}); free some space, or give another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, state.step, size, parity)
 
 
 def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, CheckpointState]:
-    """Every byte of it read."""
+    """Find a complete checkpoint; reads all its files."""
     if not candidates_of(path):
-        raise CheckpointError(f"{path} holds no checkpoint; give one, a run folder, or its checkpoints folder")
+        raise CheckpointError(f"{path} holds no checkpoint; give a checkpoint, a run folder, or its checkpoints folder")
     if is_checkpoint(path):
         damage = problem(path)
         if damage is not None:
@@ -90,7 +92,7 @@ def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, 
         return path, read_state(path)
     found = newest_complete(checkpoints_of(path), report, problem)
     if found is None:
-        raise CheckpointError(f"{path} holds no complete checkpoint; `verify` tells what is wrong with each")
+        raise CheckpointError(f"{path} holds no complete checkpoint; run `verify` to see what is wrong with each")
     return found
 
 
@@ -104,13 +106,13 @@ def _configuration(folder: Path, state: CheckpointState) -> ResolvedConfig:
 def _require_counterpart(folder: Path, state: CheckpointState, config: ResolvedConfig) -> None:
     """
     Raises:
-        CheckpointError: why transformers has no such model; the checkpoint then has our names for its tensors.
+        CheckpointError: transformers has no such model (says why); the checkpoint then uses our own tensor names.
     """
     if state.hugging_face:
         return
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     special = open_tokenizer(str(folder)).special if has_tokenizer else SpecialTokens()
-    reason = "its weights have our own names"
+    reason = "its weights have our own tensor names"
     try:
         hf_config(config.model, vocab_size=1, tokens=special, next_sentence=has_next_sentence_head(config))
     except NoCounterpart as found:
@@ -121,7 +123,7 @@ def _require_counterpart(folder: Path, state: CheckpointState, config: ResolvedC
 
 
 def _write(source: Path, target: Path, dtype: str) -> None:
-    """Everything that a model folder has, and nothing of training; one file's tensors in memory at a time."""
+    """Write the files of a model folder, without the training state; holds the tensors of one file at a time."""
     entries = tensors_of(source)
     files = sorted({entry.file for entry in entries.values()})
     total = sum(_convert(file, target / file.name, DTYPES[dtype]) for file in files)
@@ -147,7 +149,7 @@ def _edit(file: Path, change: Callable[[Object], Object]) -> None:
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
-    """Bytes of the tensors that were written."""
+    """Convert one file; return the bytes of the written tensors."""
     with library_edge(CheckpointError, f"{source} cannot be read", ANOTHER), safe_open(source, framework="pt") as file:
         tensors = {name: _rounded(file.get_tensor(name), dtype, name) for name in file.keys()}  # noqa: SIM118 - no mapping
     with library_edge(CheckpointError, f"{target} cannot be written", "free some space, or give another OUT"):
@@ -158,14 +160,15 @@ def _convert(source: Path, target: Path, dtype: torch.dtype) -> int:
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     Raises:
-        CheckpointError: a number is too large for the type.
+        CheckpointError: a value is too large for the dtype.
     """
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all():
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         whole = dtype is torch.float16 and tensor.to(torch.bfloat16).isfinite().all()
         remedy = "use --dtype bfloat16" if whole else "export a checkpoint whose weights are finite"
-        raise CheckpointError(f"{name} holds {largest:.4g}, and {kind} ends at {torch.finfo(dtype).max:.4g}; {remedy}")
+        limit = torch.finfo(dtype).max
+        raise CheckpointError(f"{name} holds {largest:.4g}, but the largest {kind} is {limit:.4g}; {remedy}")
     return rounded
 
 
@@ -173,15 +176,15 @@ def _require_equal(parity: Parity, folder: Path, out: Path) -> None:
     if parity.difference <= parity.allowed:  # false for NaN
         return
     raise CheckpointError(
-        f"OUT={out} is not written: {parity.reader} reads {parity.outputs} from it that differ from ours by "
-        f"{parity.difference:.3g}, and {parity.allowed:.3g} is allowed: it expects a tensor under another name or in "
-        "another order, or computes by other rules; install the transformers of constraints.txt and export again; if "
-        f"that does not help, report it: {folder} is whole, and training goes on from it"
+        f"OUT={out} is not written: {parity.reader} computes {parity.outputs} from it that differ from ours by "
+        f"{parity.difference:.3g}, but at most {parity.allowed:.3g} is allowed: it expects a tensor under another name "
+        "or in another order, or computes differently; install the transformers of constraints.txt and export again; "
+        f"if that does not help, report it: {folder} is undamaged, and training can continue from it"
     )
 
 
 def _publish(temporary: Path, out: Path) -> int:
-    """Bytes of the folder."""
+    """Make the folder visible once it is on the disk; return its size in bytes."""
     files = sorted(temporary.rglob("*"))
     size = sum(file.stat().st_size for file in files if file.is_file())
     for path in (*files, temporary):

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint has, and in which files: the same on every rank and for every layout."""
+"""The tensors of a checkpoint and their files: the same on every rank and for every layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.tensor_files import LARGEST_FILE_BYTES, TensorFile
 from megatron_lite.models.stored import Shape, StoredForm, same_names
 
 Shapes = Mapping[str, Mapping[str, Shape]]
-"""Of full, unpadded tensors: by kind (the weights, each moment), then by global name."""
+"""Shapes of full, unpadded tensors: by kind (the weights, each moment), then by global name."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class TensorSet:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What a checkpoint's tensor files are, by kind of tensor."""
+    """The tensor files of a checkpoint, by kind of tensor."""
 
     sets: Mapping[str, TensorSet]
     hugging_face: bool
-    """The weights are in transformers' names and shapes."""
+    """Whether the weights have transformers' names and shapes."""
 
     @classmethod
     def of(
@@ -42,8 +42,8 @@ class FilePlan:
     ) -> FilePlan:
         """
         Args:
-            shapes: of the whole model, see `shapes_of_all_ranks`.
-            weights_form: how the weights lie in the files; None = as we name and shape them. Moments always do.
+            shapes: shapes of the whole model, see `shapes_of_all_ranks`.
+            weights_form: how the weights are stored; None = with our own names and shapes, as moments always are.
         """
         sets = {}
         for kind, own in shapes.items():
@@ -61,24 +61,27 @@ class FilePlan:
 
     @property
     def index(self) -> str | None:
-        """Of the weights' files, where there are several."""
+        """The index.json of the weights' files; None if there is only one file."""
         return index_of(self.sets[WEIGHT].files)
 
 
 def stem_of(kind: str) -> str:
-    """What the names of a kind's files begin with."""
+    """The beginning of the file names of a kind."""
     return "model" if kind == WEIGHT else f"{TRAINING}/{kind}"
 
 
 def files_of(kind: str, names: Iterable[str]) -> list[str]:
-    """A kind's files, one or many, among those that a checkpoint's manifest names: what else lies there is no part of
-    it, whatever it is called."""
+    """The files of a kind, among the names in a checkpoint's manifest. Other files in the folder are not part of the
+    checkpoint, whatever their names."""
     pattern = re.compile(rf"{re.escape(stem_of(kind))}(-\d+-of-\d+)?\.safetensors")
     return sorted(name for name in names if pattern.fullmatch(name))
 
 
 def shapes_of_all_ranks(own: Shapes) -> Shapes:
-    """What the ranks hold together, in an order that no layout changes. A collective of all ranks."""
+    """The shapes of the whole model, gathered from all ranks; their order is the same for every layout.
+
+    A collective of all ranks.
+    """
     found: list[Shapes | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     joined: dict[str, dict[str, Shape]] = {}
@@ -90,5 +93,5 @@ def shapes_of_all_ranks(own: Shapes) -> Shapes:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.10 behind layers.9."""
+    """A sort key that puts layers.10 after layers.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

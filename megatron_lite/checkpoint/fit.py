@@ -1,7 +1,7 @@
-"""Whether the weights that a run begins with are those of its model: every tensor of the files is used, or named.
+"""Check that the initial weights of a run fit its model: every tensor of the files is used or reported.
 
-Headers tell nearly all of it. Of tensors that may lie there twice, and of those that have to be zero, the bytes are
-compared. Free of torch.
+The file headers are enough for nearly all checks. Bytes are compared only for tensors that may be stored twice, and for
+those that must be zero. Needs no torch.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from megatron_lite.models.stored import StoredForm, same_names
 
 
 def require_start(config: ResolvedConfig) -> None:
-    """Refuse weights that the run cannot begin with, before any process starts.
+    """Refuse weights that the run cannot start from, before any process starts.
 
-    A run that goes on from a checkpoint of its own needs them no more.
+    A run that resumes from its own checkpoint no longer needs them.
 
     Args:
         config: resolved.
     Raises:
-        ConfigError: the weights are of another model than the configuration says.
-        CheckpointError: a file is damaged, or naming every tensor that does not fit or has no place.
+        ConfigError: the weights are those of another model than the configuration describes.
+        CheckpointError: a file is damaged, or tensors do not fit; lists all of them.
     """
     if config.model.init_from is None or candidates(config.run_dir / "checkpoints"):
         return
@@ -51,7 +51,7 @@ def require_start(config: ResolvedConfig) -> None:
 
 
 def require_fit(config: ResolvedConfig) -> Weights:
-    """What model.init_from names, if it is the model that the configuration describes.
+    """The weights of model.init_from, checked against the model that the configuration describes.
 
     Raises:
         ConfigError, CheckpointError: as `require_start`.
@@ -66,15 +66,15 @@ def require_fit(config: ResolvedConfig) -> Weights:
         form = stored_form(config.model, shapes) if weights.has_hf_names else same_names(shapes)
     except NoCounterpart as reason:
         raise ConfigError(
-            f"model.init_from={name} ({weights.kind}) cannot begin this run: {reason}; change that setting, or set "
-            "model.init_from=null"
+            f"model.init_from={name} ({weights.kind}) cannot initialise this run: {reason}; change that setting, or "
+            "set model.init_from=null"
         ) from None
     fitting(form, weights.tensors, config.model if weights.has_hf_names else None, f"model.init_from={name}")
     return weights
 
 
 def weights_of(config: ResolvedConfig) -> Weights:
-    """What model.init_from names, read anew."""
+    """Read the headers and settings of model.init_from."""
     assert config.model.init_from is not None
     return read_weights(config.model.init_from, unknown_keys=config.model.check_init is CheckInit.always)
 
@@ -82,14 +82,14 @@ def weights_of(config: ResolvedConfig) -> Weights:
 def fitting(
     form: StoredForm, tensors: Mapping[str, TensorEntry], model: ResolvedModel | None, where: str
 ) -> Mapping[str, TensorEntry]:
-    """The entry in the files of each tensor of the form that holds something of ours.
+    """The file entry of each stored tensor that the model needs.
 
     Args:
-        tensors: of the files, by their names there.
-        model: whose form it is, if the files have transformers' names; None = ours.
+        tensors: the tensors of the files, by their names there.
+        model: the model, if the files have transformers' names; None if they have ours.
         where: what is read, for messages.
     Raises:
-        CheckpointError: naming every tensor that is missing, left over, or of another shape, kind or content.
+        CheckpointError: lists every tensor that is missing, left over, or has another shape, kind or content.
     """
     if model is None:
         return locate(form, tensors, where)
@@ -105,7 +105,7 @@ def fitting(
 def _of_others(
     form: StoredForm, located: Located, tensors: Mapping[str, TensorEntry], family: Family, model: ResolvedModel
 ) -> Iterator[Fault]:
-    """What is wrong with the tensors that no parameter of ours takes."""
+    """Faults of the tensors that none of our parameters uses."""
     left = dict.fromkeys(located.unused)
     second = {there: read for name, read in twins(family, model).items() if (there := find_name(name, left))}
     spare = {there for name in form.shapes if name not in located.entries and (there := find_name(name, left))}
@@ -118,14 +118,14 @@ def _of_others(
         if read is not None:
             found = difference(read, tensors[name])
             if found is not None:
-                yield Fault(name, f"differs from {read.name} ({found}), and the model has one tensor for both")
+                yield Fault(name, f"differs from {read.name} ({found}), but the model has one tensor for both")
         elif name in spare:
-            yield Fault(name, "is not zero, and our model has no such parameter")
+            yield Fault(name, "is not zero, but our model has no such parameter")
         else:
             yield left_over(name, tensors[name])
 
 
 def _with_flag(fault: Fault, family: Family, model: ResolvedModel, tensors: Mapping[str, TensorEntry]) -> Fault:
-    """With what config.json says of it."""
+    """Add the related setting of config.json to a fault."""
     flag = flag_of(fault.name, family, model, tensors) if fault.follows_settings else None
     return fault if flag is None else fault._replace(what=f"{fault.what} (config.json: {flag})")

@@ -1,9 +1,9 @@
-"""Checkpoint folders that are complete or invisible, whatever kills the process that writes them. Free of torch.
+"""Checkpoint folders that are complete or invisible, even if the process that writes them is killed. Needs no torch.
 
-`checkpoints/step_00000100` appears by one rename once everything in it is on the disk, `manifest.json` with the size
-and the hash of each file included. What has another name is none: `.step_00000100.incomplete` is being written,
-`.removing` on its way out, `.replaced` made way for another save of the same step. Beside them the text file `latest`
-names the newest folder, for people and tools; a resume looks for the newest complete folder itself.
+`checkpoints/step_00000100` appears by one rename when everything in it is on the disk, including `manifest.json` with
+the size and hash of each file. Folders with other names are not checkpoints: `.step_00000100.incomplete` is being
+written, `.removing` is being removed, `.replaced` was moved aside for a new save of the same step. The text file
+`latest` beside them names the newest folder for people and tools; a resume finds the newest complete folder itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPLACED = re.compile(r"\.step_(\d+)\.replaced")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of a file."""
+    """The entry of a file in the manifest."""
 
     bytes: int
     xxh3: str  # xxh3-128 of the content, in hexadecimal digits
@@ -47,12 +47,12 @@ def folder_name(step: int) -> str:
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """Make the temporary folder that `publish` turns into the checkpoint of this step. For the writing rank alone.
+    """Create the temporary folder that `publish` turns into the checkpoint of this step. Only for the writing rank.
 
-    Leftovers of saves and removals that were killed go first.
+    First removes leftovers of killed saves and removals.
 
     Raises:
-        CheckpointError: the folder cannot be made.
+        CheckpointError: the folder cannot be created.
     """
     temporary = checkpoints / f".{folder_name(step)}.incomplete"
     with explained(checkpoints / folder_name(step)):
@@ -64,7 +64,7 @@ def begin(checkpoints: Path, step: int) -> Path:
 def require_space(checkpoints: Path, needed_bytes: int) -> None:
     """
     Raises:
-        DiskError: the disk has less than that free; nothing of the save that was to come is left behind.
+        DiskError: the disk has less free space than that; no part of the save is left behind.
     """
     if _free_bytes(checkpoints) >= needed_bytes:
         return
@@ -72,27 +72,28 @@ def require_space(checkpoints: Path, needed_bytes: int) -> None:
     free = _free_bytes(checkpoints)
     if free < needed_bytes:
         raise DiskError(
-            f"{checkpoints} needs {size_text(needed_bytes)} for a checkpoint, and its disk has {size_text(free)} free; "
-            "make room, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune` drops them now), "
-            "or move the run folder to another disk and name it in train.run_dir"
+            f"{checkpoints} needs {size_text(needed_bytes)} for a checkpoint, but its disk has {size_text(free)} free; "
+            "free some space, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune` removes them "
+            "now), or move the run folder to another disk and name it in train.run_dir"
         )
 
 
 def publish(temporary: Path, hashes: Mapping[str, FileRecord]) -> Path:
-    """Turn what `begin` made into a checkpoint, by one rename. For the writing rank, once all ranks' files are closed.
+    """Turn the folder that `begin` made into a checkpoint, by one rename. Only for the writing rank, after all ranks
+    have closed their files.
 
     Args:
-        hashes: by name relative to the folder, of the files that the caller has hashed; the others are read here.
+        hashes: relative name -> record of the files that the caller has hashed; the others are read here.
     Returns:
         the published folder
     Raises:
-        CheckpointError: a file is not as it was hashed, or the system does not let us write.
+        CheckpointError: the size of a file has changed since it was hashed, or the system refuses to write.
     """
     final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".incomplete"))
     assert NAME.fullmatch(final.name)
     with explained(final):
         (temporary / MANIFEST).write_text(_manifest_text(_records(temporary, hashes)))
-        for path in sorted(temporary.rglob("*"), reverse=True):  # a folder after all that is in it
+        for path in sorted(temporary.rglob("*"), reverse=True):  # a folder after its content
             sync(path)
         sync(temporary)
         replaced = final.with_name(f".{final.name}.replaced")
@@ -107,25 +108,25 @@ def publish(temporary: Path, hashes: Mapping[str, FileRecord]) -> Path:
 
 
 def abandon(temporary: Path) -> None:
-    """Free the space of a save that has failed."""
+    """Remove the temporary folder of a failed save."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def explained(final: Path) -> Iterator[None]:
-    """Turn what the system says while a checkpoint is written into an error with a remedy."""
+    """Turn an OSError while a checkpoint is written into our error with a remedy."""
     try:
         yield
     except OSError as error:
         kind = DiskError if error.errno in DISK_ERRNOS else CheckpointError
         raise kind(
-            f"{final} cannot be written ({error}); free some space or mend its permissions: the same command resumes "
+            f"{final} cannot be written ({error}); free some space or fix its permissions: the same command resumes "
             "from the last complete checkpoint"
         ) from error
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed saves and removals left; a folder that was moved aside for a save that failed comes back."""
+    """Remove leftovers of killed saves and removals; restore a folder that was moved aside for a save that failed."""
     for leftover in sorted(checkpoints.glob(".step_*")):
         moved = REPLACED.fullmatch(leftover.name)
         original = checkpoints / folder_name(int(moved[1])) if moved else None
@@ -136,20 +137,20 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder that is out of sight; another process may be about to do the same."""
+    """Remove a hidden folder; another process may remove it at the same time."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a folder's name tells."""
+    """The step in a folder's name."""
     found = NAME.fullmatch(folder.name) or REPLACED.fullmatch(folder.name)
     assert found is not None
     return int(found[1])
 
 
 def candidates(checkpoints: Path) -> list[Path]:
-    """All folders with the name of a checkpoint, newest first; one that was moved aside counts where it left a gap."""
+    """All folders with a checkpoint's name, newest first; a folder moved aside counts if nothing has replaced it."""
     folders = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
     named = {step_of(path): path for path in folders if NAME.fullmatch(path.name) and path.is_dir()}
     aside = {step_of(path): path for path in folders if REPLACED.fullmatch(path.name)}
@@ -157,15 +158,15 @@ def candidates(checkpoints: Path) -> list[Path]:
 
 
 def unfinished(checkpoints: Path) -> list[Path]:
-    """Saves that were cut short, newest first. (Or that are at work: nobody resumes a run that runs.)"""
+    """Interrupted saves, newest first. (A save may also be in progress, but an active run is never resumed.)"""
     return sorted(checkpoints.glob(".step_*.incomplete"), reverse=True)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a checkpoint by its name relative to the folder, but for the manifest itself.
+    """Relative name -> record of every file of a checkpoint except the manifest itself.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another version, or names a file outside the folder.
+        CheckpointError: the manifest is missing, damaged, from another version, or names a file outside the folder.
     """
     try:
         content = read_bytes(folder / MANIFEST)
@@ -178,20 +179,19 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     for name, record in files.items():
         if not _is_below(name) or record.bytes < 0:
             raise CheckpointError(
-                f"{MANIFEST} is damaged: it names {name!r} of {record.bytes:,} bytes, and names only files below its "
-                "own folder"
+                f"{MANIFEST} is damaged: it names {name!r} of {record.bytes:,} bytes, which is not a file in its folder"
             )
     return files
 
 
 def _is_below(name: str) -> bool:
-    """Whether it is the plain name of a file below a folder: as `publish` writes it, and never outside."""
+    """Whether it is the plain relative name of a file inside a folder, as `publish` writes it."""
     parts = name.split("/")
     return all(part not in ("", ".", "..") for part in parts) and "\0" not in name and "\\" not in name
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether it is of another version: then only that one can tell if it is complete."""
+    """Whether another version of megatron_lite wrote it: then only that version can check it."""
     try:
         read_manifest(folder), read_state(folder)
     except ForeignFormatError:
@@ -202,12 +202,12 @@ def is_foreign(folder: Path) -> bool:
 
 
 def quick_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as sizes tell, or None. Files that the manifest does not name are fine."""
+    """The first problem that sizes show, or None. Files that the manifest does not name are ignored."""
     return next(quick_problems(folder), None)
 
 
 def quick_problems(folder: Path) -> Iterator[str]:
-    """All that is wrong with a checkpoint as far as sizes tell."""
+    """All problems of a checkpoint that sizes show."""
     try:
         records, state = read_manifest(folder), read_state(folder)
     except CheckpointError as error:
@@ -218,11 +218,11 @@ def quick_problems(folder: Path) -> Iterator[str]:
         if found:
             yield found
     if NAME.fullmatch(folder.name) and state.step != step_of(folder):
-        yield f"it holds step {state.step}, and not what its name says"
+        yield f"it holds step {state.step}, but its name says otherwise"
 
 
 def content_problems(folder: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with the content of some of a checkpoint's files: ranks may share them out.
+    """Problems with the content of the named files of a checkpoint: ranks may divide the files among them.
 
     Raises:
         CheckpointError: the manifest cannot be read.
@@ -233,7 +233,7 @@ def content_problems(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte considered, or None."""
+    """The first problem of a checkpoint, after reading every byte; None if it is complete."""
     found = quick_problem(folder)
     if found is None:
         found = next(iter(content_problems(folder, read_manifest(folder))), None)
@@ -246,8 +246,8 @@ def newest_complete(
     """The newest checkpoint without a problem.
 
     Args:
-        report: is told of each one that is skipped, and why; and where `latest` names another one.
-        check: what is wrong with a folder, or None.
+        report: called with a line for each skipped checkpoint, and if `latest` names another one.
+        check: returns the problem of a folder, or None.
     """
     chosen, skipped = None, set()
     for folder in unfinished(checkpoints):
@@ -266,7 +266,7 @@ def newest_complete(
 
 
 def newest_logged(run_dir: Path) -> LoggedLines | None:
-    """What the newest checkpoint that can be read knows of the run's metrics.jsonl."""
+    """The state of the run's metrics.jsonl as recorded in the newest readable checkpoint."""
     for folder in candidates(run_dir / "checkpoints"):
         with contextlib.suppress(CheckpointError):
             logged = read_state(folder).metrics
@@ -275,7 +275,7 @@ def newest_logged(run_dir: Path) -> LoggedLines | None:
 
 
 def read_latest(checkpoints: Path) -> str | None:
-    """What the file `latest` says, None where there is none."""
+    """The content of the file `latest`; None if it does not exist."""
     try:
         return (checkpoints / LATEST).read_text(errors="replace").strip()
     except OSError:
@@ -283,7 +283,7 @@ def read_latest(checkpoints: Path) -> str | None:
 
 
 def _hint_problem(checkpoints: Path, chosen: Path | None, skipped: set[str]) -> str | None:
-    """In what the file `latest` is wrong: it is a hint, and the folders are the truth."""
+    """How the file `latest` is wrong, or None. It is only a hint; the folders decide."""
     named = read_latest(checkpoints)
     if named is None or (chosen is not None and named == chosen.name):
         return None
@@ -298,7 +298,7 @@ def _hint_problem(checkpoints: Path, chosen: Path | None, skipped: set[str]) -> 
 
 
 def _records(temporary: Path, hashes: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Of every file below the folder."""
+    """The records of all files in the folder."""
     names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
     for name, record in hashes.items():
         found = _size_problem(temporary / name, name, record.bytes)
@@ -342,7 +342,7 @@ def _content_problem(path: Path, name: str, record: FileRecord) -> str | None:
 
 
 def _free_bytes(folder: Path) -> int:
-    """What the file system lets us write where the folder is, or will be."""
+    """Free space of the file system where the folder is, or will be."""
     while not folder.exists():
         folder = folder.absolute().parent
     return shutil.disk_usage(folder).free

@@ -1,8 +1,9 @@
-"""What a rank holds of the model, and where each bit of it belongs in the files.
+"""The parts of the model that a rank holds, and their positions in the checkpoint files.
 
-A rank holds, of each parameter and each moment, some consecutive elements (ZeRO) of a slice (tensor parallelism) of
-the full tensor. Cut into boxes and laid over the pieces of a `StoredForm`, these become transfers: a view of the rank's
-memory, and the place in a file that it is equal to. Saving and loading differ only in the direction.
+Of each parameter and moment, a rank holds consecutive elements (ZeRO) of a slice (tensor parallelism) of the full
+tensor. These elements are cut into boxes (index ranges per dimension) and intersected with the pieces of a
+`StoredForm`. The results are transfers: a view of the rank's memory, and the box of a stored tensor with the same
+values. Saving and loading use the same transfers, in opposite directions, so any layout can load any checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from megatron_lite.models.stored import Box, Piece, Shape, StoredForm, whole
 
 WEIGHT = "weight"
-"""The kind of the fp32 master weights; moments have the names that their optimizer gives them."""
+"""The kind of the fp32 master weights; the kind of a moment is its name in the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Region:
     local_shape: Shape
     dim: int | None = None
     offset: int = 0
-    """May lie behind the full tensor's end: what does is padding, and in no file."""
+    """Entries beyond the full tensor's end are padding, which is not stored."""
 
     def clip(self, box: Box) -> Box:
-        """The part of a box of the slice that is no padding, as a box of the full tensor."""
+        """The part of a box of the slice that is not padding, as a box of the full tensor."""
         if self.dim is None:
             return box
         size = self.full_shape[self.dim]
@@ -49,14 +50,14 @@ class Fragment:
     """Global name of the parameter."""
     region: Region
     start: int
-    """First element, counted in the slice as it lies in memory."""
+    """Index of the first element in the flattened slice."""
     values: Tensor
     """[elements], fp32: the rank's own memory."""
     owned: tuple[int, int]
-    """(start, stop) of the elements of `values` that this rank writes. What several ranks hold, one writes."""
+    """(start, stop) of the elements of `values` that this rank writes. If several ranks hold them, one writes them."""
 
     def of_owned(self, values: Tensor) -> Fragment:
-        """The owned elements alone, held by `values`."""
+        """A fragment of only the owned elements, stored in `values`."""
         return replace(self, start=self.start + self.owned[0], values=values, owned=(0, values.numel()))
 
     @property
@@ -66,21 +67,21 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A view of a rank's memory, and the box of a stored tensor that it is equal to."""
+    """A view of a rank's memory, and the box of a stored tensor that has the same values."""
 
     target: str
     start: Shape
     view: Tensor
-    """Of the box's extent, in the stored tensor's dimensions; strided."""
+    """Has the extent of the box, in the stored tensor's dimensions; may be strided."""
 
 
 def share(size: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of the index-th of so many nearly equal parts."""
+    """(start, stop) of the index-th of `parts` nearly equal parts."""
     return size * index // parts, size * (index + 1) // parts
 
 
 def transfers(fragments: Iterable[Fragment], form: StoredForm) -> Iterator[Transfer]:
-    """Every bit of the fragments once, in the form's names and shapes.
+    """Every element of the fragments once, with the names and shapes of the form.
 
     Raises:
         KeyError: the form lacks one of the tensors.
@@ -99,7 +100,7 @@ def transfers(fragments: Iterable[Fragment], form: StoredForm) -> Iterator[Trans
 
 
 def _boxes(fragment: Fragment) -> Iterator[tuple[Box, Tensor]]:
-    """Boxes of the full tensor, and the memory that holds them."""
+    """The fragment as boxes of the full tensor, each with its view of memory."""
     region = fragment.region
     taken = 0
     for local in boxes_of_range(region.local_shape, fragment.start, fragment.start + fragment.values.numel()):
@@ -138,7 +139,7 @@ def _in_row(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
 
 
 def _on_piece(box: Box, view: Tensor, piece: Piece, stored_dims: int) -> Transfer | None:
-    """What a box of our full tensor and a piece of it have in common."""
+    """The intersection of a box of our full tensor with a piece, as a transfer; None if it is empty."""
     common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True)]
     if any(start >= stop for start, stop in common):
         return None

@@ -1,4 +1,4 @@
-"""What makes the folder of a checkpoint a model folder of transformers, beside the tensors."""
+"""The files besides tensors that make a checkpoint folder a transformers model folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GENERATION_FILE = "generation_config.json"
 def folder_files(
     config: ResolvedConfig, carried: Mapping[str, bytes], *, vocab_size: int, tokens: SpecialTokens, dtype: str
 ) -> dict[str, bytes]:
-    """All files of a model folder but the tensors: those of the tokenizer, and over them those of the model.
+    """All files of a model folder except tensors: those of the tokenizer, overwritten by those of the model.
 
     Args:
-        carried: of `PreparedData.tokenizer_files`. Its generation_config.json, of the weights that the run began with,
-            keeps what it says about sampling; the ids in it become those of this model.
+        carried: from `PreparedData.tokenizer_files`. Its generation_config.json comes from the initial weights: its
+            sampling settings are kept, its token ids are replaced by those of this model.
     Raises:
-        NoCounterpart: as `model_files`.
+        NoCounterpart: as for `model_files`.
         DataError: the generation_config.json is damaged.
     """
     files = model_files(config, vocab_size=vocab_size, tokens=tokens, dtype=dtype)
@@ -49,8 +49,8 @@ def model_files(config: ResolvedConfig, *, vocab_size: int, tokens: SpecialToken
     """Name -> content of config.json and, for a model that generates, generation_config.json.
 
     Args:
-        vocab_size: true vocabulary, without padded rows.
-        dtype: of the stored weights, such as "bfloat16".
+        vocab_size: true vocabulary size, without padded rows.
+        dtype: dtype of the stored weights, such as "bfloat16".
     Raises:
         NoCounterpart: transformers has no such model, so the weights are stored under our names.
     """

@@ -1,4 +1,4 @@
-"""What there is to see of checkpoints: for `python -m megatron_lite.checkpoint`. Free of torch."""
+"""Describe and compare checkpoints, for `python -m megatron_lite.checkpoint`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Kind:
-    """Files that hold tensors of one kind: weights, or one of the optimizer's moments."""
+    """The files with tensors of one kind: weights, or one of the optimizer's moments."""
 
     name: str
     files: tuple[str, ...]
@@ -60,13 +60,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint as its headers and its state tell."""
+    """A checkpoint as described by its file headers and its state."""
 
     folder: Path
     state: CheckpointState
     kinds: tuple[Kind, ...]
     other_files: tuple[str, ...]
-    problem: str | None  # as far as sizes tell
+    problem: str | None  # judged by file sizes only
 
     @property
     def parameters(self) -> int:
@@ -75,7 +75,7 @@ class Inspection:
     def lines(self) -> Iterator[tuple[str, str]]:
         state, optimizer = self.state, self.state.optimizer
         yield "checkpoint", str(self.folder)
-        yield "state", self.problem or "complete, as far as sizes tell"
+        yield "state", self.problem or "complete, judging by file sizes"
         yield "step", f"{state.step:,}, after {state.samples:,} samples"
         yield "saved by", f"{state.layout}, {state.precision}"
         moments = ", ".join(optimizer.moments) or "no moments"
@@ -93,7 +93,7 @@ class Inspection:
         yield "versions", ", ".join(f"{name} {version}" for name, version in state.versions.items()) or "unknown"
 
     def as_json(self, *, tensors: bool) -> dict[str, Any]:
-        """Sizes in bytes."""
+        """For `--json`; sizes are in bytes."""
         state = {field.name: getattr(self.state, field.name) for field in fields(self.state)}
         nested = {name: asdict(state[name]) for name in ("layout", "optimizer")}
         nested["loss_scale"] = state["loss_scale"] and asdict(state["loss_scale"])
@@ -108,24 +108,24 @@ class Inspection:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest complete one of a run or of its checkpoints.
+    """The checkpoint at a path: itself, or the newest complete one of a run folder or checkpoints folder.
 
     Raises:
         CheckpointError: there is none.
     """
     if not candidates_of(path):
-        raise CheckpointError(f"{path} holds no checkpoint; give one, a run folder, or its checkpoints folder")
+        raise CheckpointError(f"{path} holds no checkpoint; give a checkpoint, a run folder, or its checkpoints folder")
     if is_checkpoint(path):
         return path
     skipped: list[str] = []
     found = newest_complete(checkpoints_of(path), skipped.append, quick_problem)
     if found is None:
-        raise CheckpointError("\n".join([f"{path} holds no complete checkpoint; name one to look at it", *skipped]))
+        raise CheckpointError("\n".join([f"{path} holds no complete checkpoint; name one to inspect it", *skipped]))
     return found[0]
 
 
 def candidates_of(path: Path) -> list[Path]:
-    """A checkpoint itself, or those of a run or of its checkpoints, newest first."""
+    """A checkpoint itself, or those in a run folder or checkpoints folder, newest first."""
     return [path] if is_checkpoint(path) else candidates(checkpoints_of(path))
 
 
@@ -171,21 +171,21 @@ def all_problems(folder: Path) -> list[str]:
 def setting_changes(one: Inspection, other: Inspection) -> list[Change]:
     """
     Raises:
-        CheckpointError: a configuration is of a version that this one cannot read.
+        CheckpointError: a configuration is from a version that this one cannot read.
     """
     same = same_data(one.state.data_fingerprint, other.state.data_fingerprint)
     return grade_changes(_configuration(one), _configuration(other), same=same)
 
 
 def state_differences(one: CheckpointState, other: CheckpointState) -> list[str]:
-    """All but the settings."""
+    """Differences of all fields except the settings."""
     names = [field.name for field in fields(CheckpointState) if field.name != "config"]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
     return [f"{name}: {_in_words(mine)} -> {_in_words(theirs)}" for name, mine, theirs in pairs if mine != theirs]
 
 
 def tensor_differences(one: Inspection, other: Inspection) -> Iterator[tuple[str, str | None]]:
-    """Each tensor of either, as `kind: name`, and how the two differ; None = in no bit.
+    """Each tensor of either checkpoint, as `kind: name`, and how the two differ; None = bitwise equal.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -201,7 +201,7 @@ def tensor_differences(one: Inspection, other: Inspection) -> Iterator[tuple[str
 
 
 def _in_words(value: Any) -> str:
-    """A field of the state."""
+    """A field of the state as text."""
     if isinstance(value, OptimizerState | LossScaleState):
         value = asdict(value)
     if isinstance(value, dict):
@@ -219,7 +219,7 @@ def _configuration(found: Inspection) -> RunConfig:
 
 
 def _kind_of(name: str) -> str:
-    """`training/exp_avg-00001-of-00002.safetensors` is of exp_avg; what lies above is of the weights."""
+    """`exp_avg` for `training/exp_avg-00001-of-00002.safetensors`; `weights` for files outside `training/`."""
     folder, _, file = name.rpartition("/")
     return file.removesuffix(SUFFIX).partition("-")[0] if folder == TRAINING else WEIGHTS
 

@@ -1,4 +1,4 @@
-"""Loading: each rank reads the slices that it needs, whatever layout has saved them."""
+"""Load checkpoints: each rank reads the slices that it needs, whatever layout saved them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ def newest_complete(
     *,
     required: bool = True,
 ) -> tuple[Path, CheckpointState] | None:
-    """The newest checkpoint of which every byte is as it was written. A collective of all ranks, who share the reading.
+    """The newest checkpoint that is complete, verified byte by byte.
+
+    A collective of all ranks, which divide the files among them.
 
     Args:
-        report: is told on the writing rank of each checkpoint that is skipped, and why.
-        reason_against: why one is not wanted, complete or not; asked on the writing rank.
-        required: None, where there are checkpoints, is an error.
+        report: called on the writing rank with a line for each skipped checkpoint.
+        reason_against: called on the writing rank; returns why a checkpoint must not be used, or None.
+        required: raise an error if there are checkpoints but none can be used.
     Raises:
-        CheckpointError: there are checkpoints, and none of them is complete and wanted; on every rank alike.
+        CheckpointError: there are checkpoints, but none is complete and usable; raised on every rank.
     """
     if dist.get_rank() == 0:
         check = partial(_problem_by_all_ranks, reason_against=reason_against)
         found = folders.newest_complete(checkpoints, report, check)
-        agreed(None)  # no more to read
+        agreed(None)  # tell the other ranks that the search is over
     else:
         while (folder := agreed(None)) is not None:
             _shared_problem(folder)
@@ -49,14 +51,14 @@ def newest_complete(
     found, lost = agreed((found, required and found is None and bool(folders.candidates(checkpoints))))
     if lost:
         raise CheckpointError(
-            f"{checkpoints} holds checkpoints, and none of them is complete; bring back a whole one, or move them away "
-            "to begin anew (or give another train.run_dir)"
+            f"{checkpoints} holds checkpoints, but none of them is complete; restore a complete one, or move them away "
+            "to start from scratch (or give another train.run_dir)"
         )
     return found
 
 
 def _problem_by_all_ranks(folder: Path, reason_against: Callable[[CheckpointState], str | None]) -> str | None:
-    """On the writing rank, while the others wait for a folder to read with it."""
+    """Runs on the writing rank; the other ranks wait for the folder, and then verify it together."""
     problem = folders.quick_problem(folder) or reason_against(read_state(folder))
     if problem is None:
         agreed(folder)
@@ -76,14 +78,14 @@ def _shared_problem(folder: Path) -> str | None:
 
 
 def require_complete(folder: Path) -> None:
-    """A collective of all ranks, who share the reading.
+    """Verify every byte of a checkpoint. A collective of all ranks, which divide the files among them.
 
     Raises:
-        CheckpointError: a file is missing or is not what was written; on every rank alike.
+        CheckpointError: a file is missing or damaged; raised on every rank.
     """
     problem = agreed(folders.quick_problem(folder) if dist.get_rank() == 0 else None) or _shared_problem(folder)
     if problem is not None:
-        raise CheckpointError(f"{folder} is damaged: {problem}; bring back a whole copy, or name another checkpoint")
+        raise CheckpointError(f"{folder} is damaged: {problem}; restore an undamaged copy, or name another checkpoint")
 
 
 def load(folder: Path, plan: FilePlan, fragments: Sequence[Fragment], kinds: Iterable[str]) -> None:
@@ -111,9 +113,9 @@ def start_from(
 
     Args:
         where: what is read, for messages.
-        model: whose form it is, if the files have transformers' names; None = ours.
+        model: the model, if the files have transformers' names; None if they have ours.
     Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape than the model needs.
+        CheckpointError: a tensor is missing, left over, or has another shape than the model needs.
     """
     with TensorReader(fitting(form, entries, model, where)) as reader:
         reader.read(transfers(weights, form))

@@ -1,6 +1,6 @@
-"""What our layers and transformers' make of the same weights: the logits of a few random samples, and how they differ.
+"""Compare the logits of our layers and of transformers for the same weights, on a few random samples.
 
-One model is in memory at a time. Shapes: b samples, s positions, d positions of a decoder, v true vocabulary.
+Only one model is in memory at a time. Shapes: b samples, s positions, d decoder positions, v true vocabulary.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.state_files import Object, read_object
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, in fp32 arithmetic; where logits exceed 1 a share of the largest one, for rounding
-grows with them: the logits of SmolLM2-135M reach 36, and 1.1e-4 of difference comes from the order of sums alone."""
+"""Largest allowed difference of a logit in fp32 arithmetic. If logits exceed 1, it is relative to the largest one,
+because rounding errors grow with them: the logits of SmolLM2-135M reach 36, and the order of summation alone changes
+them by 1.1e-4."""
 LEAST_SPREAD = 10.0
-"""Logits of trained and of fresh models differ from place to place by thousands of times what is allowed."""
+"""Logits must vary between positions by this multiple of the allowed difference, or the comparison shows nothing. In
+trained and in fresh models they vary by thousands of times the allowed difference."""
 SAMPLES, LENGTH = 4, 128
 START_SAMPLES, START_LENGTH = 2, 64
 OTHER_VERSION = "install the transformers of constraints.txt and try again"
@@ -43,23 +45,23 @@ THEIR_NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tok
 
 @dataclass(frozen=True)
 class Parity:
-    """How transformers reads a folder, beside us."""
+    """The result of a comparison with transformers."""
 
     reader: str
-    """Its class and version."""
+    """The class and version of transformers."""
     outputs: str
-    """What was compared, in words."""
+    """What was compared, as text."""
     difference: float
-    """The largest, of any logit; NaN where one of them is."""
+    """The largest difference of any logit; NaN if a logit is NaN."""
     allowed: float
     spread: float = math.inf
-    """How far a logit differs, at most, between two places of the samples: 0 = it depends on nothing that was read."""
+    """The largest difference of a logit between two positions: 0 = logits do not depend on the inputs."""
     zeros: tuple[str, ...] = ()
-    """Our names of the tables and matrices that are all zero: what would be done with other values is not seen."""
+    """Our names of weight matrices that are all zero: the comparison does not test how they are used."""
 
     @property
     def tells_something(self) -> bool:
-        """Whether another function of the same tensors would have given other logits."""
+        """Whether the logits vary enough that a wrong computation would have given other logits."""
         return self.spread > LEAST_SPREAD * self.allowed
 
 
@@ -73,15 +75,15 @@ def require_transformers(why: str, error: type[MegatronLiteError] = CheckpointEr
 
 
 def compare(source: Path, exported: Path, config: ResolvedConfig, dtype: torch.dtype) -> Parity:
-    """Both in fp32 arithmetic, with weights that are rounded to a type.
+    """Compare a checkpoint with its export: both in fp32 arithmetic, with weights rounded to `dtype`.
 
     Args:
-        source: the checkpoint, from which our layers get their weights.
-        exported: the model folder, from which transformers makes its model.
-        config: of the checkpoint's run.
-        dtype: of the exported weights.
+        source: the checkpoint, read by our layers.
+        exported: the model folder, read by transformers.
+        config: configuration of the checkpoint's run.
+        dtype: dtype of the exported weights.
     Raises:
-        CheckpointError: transformers misses something in the folder, or does not know a tensor in it.
+        CheckpointError: transformers reports missing or unexpected tensors in the folder.
     """
     described = _described(exported)
     inputs = random_inputs(config.model, described["vocab_size"], described.get("pad_token_id"))
@@ -90,12 +92,12 @@ def compare(source: Path, exported: Path, config: ResolvedConfig, dtype: torch.d
 
 
 def compare_start(folder: Path, config: ResolvedConfig) -> Parity:
-    """The same of the weights that a run begins with, which both read from one folder; a shorter look.
+    """Compare the initial weights of a run, which both read from one folder; uses fewer and shorter samples.
 
     Args:
-        config: whose model.vocab_size is that of the weights.
+        config: its model.vocab_size is that of the weights.
     Raises:
-        CheckpointError: transformers cannot read the folder, or misses a tensor of its model.
+        CheckpointError: transformers cannot read the folder, or reports missing tensors.
     """
     family = counterpart(config.model, next_sentence=has_next_sentence_head(config))
     vocab_size, pad_id = config.model.vocab_size, _described(folder).get("pad_token_id")
@@ -107,21 +109,21 @@ def compare_start(folder: Path, config: ResolvedConfig) -> Parity:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How transformers is to read a folder."""
+    """How transformers should read a folder."""
 
     folder: Path
     architecture: str
     every_tensor: bool
-    """Of the files belongs to the model; otherwise it may pass over some."""
+    """Whether the model must use every tensor of the files; otherwise it may ignore some."""
 
 
 def _described(folder: Path) -> Object:
     try:
         found = read_object(folder / CONFIG_FILE, Object)
     except DamagedFileError as error:
-        raise CheckpointError(f"{error}; bring back a whole copy") from error
+        raise CheckpointError(f"{error}; restore an undamaged copy") from error
     if found is None:
-        raise CheckpointError(f"{folder} has no {CONFIG_FILE}; bring it back")
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}; restore it")
     return found
 
 
@@ -149,7 +151,7 @@ def _compare(
 def random_inputs(
     model: ResolvedModel, vocab_size: int, pad_id: int | None, *, samples: int = SAMPLES, longest: int = LENGTH
 ) -> dict[str, Tensor]:
-    """Every input that the model has, by our names: [b, s], [b, d]. The same ones at every call."""
+    """Random values for every model input, by our names: [b, s], [b, d]. The same at every call."""
     generator = torch.Generator().manual_seed(SAMPLES)
     length = min(longest, model.max_position_embeddings)
 
@@ -166,14 +168,14 @@ def random_inputs(
 
 
 def max_of(tensors: list[Tensor]) -> float:
-    """Of the magnitudes; NaN where there is one, as Python's max would not give it."""
+    """The largest magnitude; NaN if there is one (Python's max would miss it)."""
     return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
 
 
 def _ours(
     source: Path, config: ResolvedConfig, vocab_size: int, inputs: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Logits: [b, s or d, v], and [b, 2] of a next-sentence head; and what of the model is all zero."""
+    """Our logits: [b, s or d, v], and [b, 2] of a next-sentence head; and the names of all-zero weight matrices."""
     model = FlatModel(
         build_layers(
             config.model,
@@ -194,10 +196,10 @@ def _ours(
 
 
 def read_weights(model: FlatModel, source: Path, settings: ResolvedModel) -> None:
-    """Fill a model of one rank from a folder with transformers' names.
+    """Fill a single-rank model from a folder with transformers' names.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape.
+        CheckpointError: a tensor is missing or has another shape.
     """
     specs = {name: parameter.shard_spec for name, parameter in model.named_parameters()}
     form = stored_form(settings, {name: spec.full_shape for name, spec in specs.items()})
@@ -216,10 +218,10 @@ def read_weights(model: FlatModel, source: Path, settings: ResolvedModel) -> Non
 
 
 def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The same of transformers' model.
+    """The logits of transformers' model, in the same order.
 
     Raises:
-        CheckpointError: it cannot read the folder, or does not find there what it wants.
+        CheckpointError: transformers cannot read the folder, or reports missing or unexpected tensors.
     """
     import transformers
 
@@ -237,7 +239,7 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     ]
     if faults:
         raise CheckpointError(
-            f"{reader} does not find in {reading.folder} what it wants ({'; '.join(faults)}); {OTHER_VERSION}"
+            f"{reader} and {reading.folder} have different tensors ({'; '.join(faults)}); {OTHER_VERSION}"
         )
     with library_edge(CheckpointError, f"{reader} cannot compute with {reading.folder}", OTHER_VERSION):
         outputs = model.eval()(**arguments)
@@ -248,7 +250,7 @@ def _theirs(reading: _Reading, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of what it has loaded: what is wrong, we say."""
+    """Silence transformers' loading report: we report problems ourselves."""
     import transformers
 
     before = transformers.utils.logging.get_verbosity()

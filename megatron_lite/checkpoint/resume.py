@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint, and what it says of that. Free of torch."""
+"""What a run restores from a checkpoint, and the report about it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class Subsystem:
-    """What becomes of one part of a run's state."""
+    """Whether one part of a run's state is restored, resharded or reset."""
 
     name: str
     fate: Fate
@@ -38,14 +38,14 @@ class Subsystem:
 
 @dataclass(frozen=True)
 class ResumeReport:
-    """What the loader has to know, and what the user is told."""
+    """What to load from a checkpoint, and what to report to the user."""
 
     origin: Origin
-    """Of the batch schedule."""
+    """Where the batch schedule continues."""
     subsystems: tuple[Subsystem, ...]
     changes: tuple[Change, ...]
     load_moments: bool
-    """Moments and the optimizer's step; otherwise both start from zero."""
+    """Load the moments and the optimizer's step; otherwise both start from zero."""
     load_loss_scale: bool
     comparable_from: int
     """As of `CheckpointState`, with the changes since."""
@@ -59,20 +59,20 @@ class ResumeReport:
 def describe(
     state: CheckpointState, config: RunConfig, layout: Layout, data_fingerprint: str, folder: Path | None = None
 ) -> ResumeReport:
-    """How a run of this configuration and layout goes on from a checkpoint.
+    """How a run with this configuration and layout resumes from a checkpoint.
 
     Args:
-        folder: of the checkpoint, for messages.
+        folder: folder of the checkpoint, for messages.
     Raises:
-        CheckpointError: something differs that makes another run of it.
+        CheckpointError: a changed setting makes it a different run, so it cannot resume.
     """
     where = "the checkpoint" if folder is None else str(folder)
     try:
         previous = from_containers(state.config)
     except ConfigError as error:
         raise CheckpointError(
-            f"{where}: {error}; go on with the version of megatron_lite that wrote it, or begin another run in a new "
-            "train.run_dir"
+            f"{where}: {error}; continue with the version of megatron_lite that wrote it, or start another run in a "
+            "new train.run_dir"
         ) from error
     changes = allowed_changes(
         Trained(previous, state.data_fingerprint), without_environment(config), data_fingerprint, where, folder
@@ -100,7 +100,7 @@ def describe(
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run, or a checkpoint of it, was trained with."""
+    """The configuration and data that a run, or its checkpoint, was trained with."""
 
     config: RunConfig
     data_fingerprint: str
@@ -109,13 +109,13 @@ class Trained:
 def allowed_changes(
     before: Trained, config: RunConfig, data_fingerprint: str, where: str, folder: Path | None
 ) -> list[Change]:
-    """Every setting that differs, graded with what is known of the data: other names of the same tokens are safe.
+    """Every changed setting with its grade. Renamed sources are safe if they give the same tokens.
 
     Args:
         where: what was trained with `before`, for messages.
-        folder: of a checkpoint, that a remedy proposes to begin another run with.
+        folder: folder of a checkpoint, from which a remedy suggests to start another run.
     Raises:
-        CheckpointError: something differs that makes another run of it.
+        CheckpointError: a changed setting makes it a different run, so it cannot resume.
     """
     same = same_data(before.data_fingerprint, data_fingerprint)
     changes = grade_changes(before.config, config, folder, same=same)
@@ -128,12 +128,13 @@ def allowed_changes(
 
 
 def without_environment(config: RunConfig) -> RunConfig:
-    """What a checkpoint keeps of a configuration: the environment of its jobs may hold secrets, and folders travel."""
+    """The configuration as stored in checkpoints, without launcher.environment: it may hold secrets, and people share
+    checkpoints."""
     return replace(config, launcher=replace(config.launcher, environment={}))
 
 
 def same_data(before: str, after: str) -> tuple[str, ...]:
-    """The settings of the data that lead to what they led to; none where the tokens are others."""
+    """The data settings whose result is unchanged; empty if the tokens differ."""
     if tokens_of(before) != tokens_of(after):
         return ()
     return DATA_KEYS if before == after else tuple(key for key in DATA_KEYS if key != "data.weights")
@@ -143,8 +144,8 @@ def _other_data(before: str, data_fingerprint: str, where: str, folder: Path | N
     weights = "" if folder is None else f" with model.init_from={folder}"
     return (
         f"data.source holds other tokens (fingerprint {data_fingerprint}) than those that {where} was trained on "
-        f"({before}): which of them are left to train on is unknown; bring back the earlier files and "
-        f"tokenizer, or begin another run in a new train.run_dir{weights}"
+        f"({before}), so it is unknown which of them are left to train on; restore the earlier files and "
+        f"tokenizer, or start another run in a new train.run_dir{weights}"
     )
 
 
@@ -204,8 +205,8 @@ def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
 
 
 def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], is_reordered: bool) -> Subsystem:
-    """`is_reordered`: an earlier version let the sources take turns in another order, rounded to 1/65,536."""
-    position = f"goes on with sample {state.samples:,}"
+    """`is_reordered`: an earlier version blended the sources in another order, with shares rounded to 1/65,536."""
+    position = f"continues with sample {state.samples:,}"
     if any(change.part is Part.batches for change in _resetting(changes)):
         ramp = " at the end of the ramp" if config.train.batch_ramp.start else ""
         position += f", in batches of {config.train.global_batch_size}{ramp}"
@@ -214,8 +215,8 @@ def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], 
     return Subsystem(
         "data",
         Fate.reset,
-        f"{position}; this version lets the sources take turns in another order: of each, up to about "
-        f"{state.samples // 65_536 + 4:,} samples come twice or not at all",
+        f"{position}; this version blends the sources in another order: of each source, up to about "
+        f"{state.samples // 65_536 + 4:,} samples are repeated or skipped",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept. Free of torch."""
+"""Which checkpoints of a run are kept, and the removal of the others. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.state import read_state
 
 @dataclass(frozen=True)
 class Saved:
-    """What decides over one checkpoint."""
+    """The facts that decide whether a checkpoint is kept."""
 
     step: int
     validation_loss: float | None = None  # None = the run was not validated after this step
@@ -23,18 +23,19 @@ class Saved:
 
 @dataclass(frozen=True)
 class Kept:
-    """Settings of the same names in `train.`."""
+    """The settings of the same names in `train.`."""
 
-    keep_last: int  # newest ones; 0 = all
-    keep_every: int  # steps whose multiples are kept for ever; 0 = none
-    keep_best: int  # those with the lowest validation loss; 0 = none
+    keep_last: int  # number of newest ones; 0 = all
+    keep_every: int  # multiples of this many steps are kept forever; 0 = none
+    keep_best: int  # number of those with the lowest validation loss; 0 = none
 
 
 def to_drop(saved: Sequence[Saved], kept: Kept, newest_step: int) -> list[int]:
-    """The steps whose checkpoints go, in ascending order; never `newest_step`.
+    """The steps whose checkpoints to remove, in ascending order; never `newest_step`.
 
-    Damaged ones take nobody's place among the newest, and go once they are older than all of those. What is newer than
-    `newest_step` goes in any case: it was damaged and passed over when the run was resumed, and is to be made again.
+    Damaged checkpoints do not count towards keep_last, and are removed once they are older than the newest ones.
+    Checkpoints after `newest_step` are always removed: they were damaged and skipped by the resume, and will be
+    written again.
     """
     later = {one.step for one in saved if one.step > newest_step}
     earlier = sorted((one for one in saved if one.step <= newest_step), key=lambda one: one.step)
@@ -49,12 +50,12 @@ def to_drop(saved: Sequence[Saved], kept: Kept, newest_step: int) -> list[int]:
 
 
 def prune(checkpoints: Path, kept: Kept, newest_step: int) -> list[Path]:
-    """Remove what `to_drop` names, and return those folders' former paths. For the writing rank alone.
+    """Remove the checkpoints of `to_drop` and return their former paths. Only for the writing rank.
 
-    Checkpoints of another version of megatron_lite stay, whatever their step.
+    Checkpoints of another version of megatron_lite are kept, whatever their step.
 
     Raises:
-        CheckpointError: the system does not let us remove one.
+        CheckpointError: the system refuses to remove one.
     """
     folders = {step_of(folder): folder for folder in candidates(checkpoints) if not is_foreign(folder)}
     dropped = [folders[step] for step in to_drop([examine(folder) for folder in folders.values()], kept, newest_step)]
@@ -66,24 +67,24 @@ def drop(folders: Sequence[Path]) -> None:
     """Remove checkpoints.
 
     Raises:
-        CheckpointError: the system does not let us.
+        CheckpointError: the system refuses.
     """
     for folder in folders:
         hidden = folder.with_name(f".{folder.name.removeprefix('.')}.removing")
-        with explained(folder), contextlib.suppress(FileNotFoundError):  # someone else removes it
-            # Out of sight first: a removal that is cut short must not leave a folder that looks whole.
+        with explained(folder), contextlib.suppress(FileNotFoundError):  # another process removes it
+            # Hide it first: an interrupted removal must not leave a folder that looks complete.
             remove(folder.rename(hidden))
 
 
 def examine(folder: Path) -> Saved:
-    """What a checkpoint's folder says of itself; its content is not read."""
+    """The facts about a checkpoint, from file sizes and its state; tensors are not read."""
     if quick_problem(folder) is not None:
         return Saved(step_of(folder), complete=False)
     return Saved(step_of(folder), read_state(folder).validation_loss)
 
 
 def _best(saved: Sequence[Saved], count: int) -> set[int]:
-    """Steps of the lowest validation losses; of equal ones the later."""
+    """The steps with the lowest validation losses; later steps win ties."""
     known = [
         (one.validation_loss, -one.step)
         for one in saved

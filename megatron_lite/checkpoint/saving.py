@@ -1,7 +1,7 @@
-"""Saving: every rank writes what it owns, and one of them publishes the folder when all is on the disk.
+"""Save checkpoints: every rank writes the elements that it owns; then one rank publishes the folder.
 
-While training goes on, a thread of each rank does it from a copy in host memory. The threads meet in a process group of
-their own, so that what they agree on is independent of where training is.
+An asynchronous save runs in a thread of each rank, from a copy in host memory, while training continues. The threads
+use a separate gloo process group, so that their collectives cannot interleave with those of training.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megatron_lite.files import file_xxh3
 
 T = TypeVar("T")
 Answer = tuple[CheckpointError | DiskError | None, T | None]
-"""Of one rank: why it failed, or what it gave."""
+"""The answer of one rank: why it failed, or its result."""
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How one save went."""
+    """Timing and size of one save."""
 
     step: int
     folder: Path
     stall_seconds: float  # how long training waited
     total_seconds: float  # until the folder was published
-    bytes: int  # of all its tensor files
+    bytes: int  # total size of its tensor files
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time. All of it is called on every rank alike."""
+    """Writes the checkpoints of one run, one at a time. Call every method on all ranks."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class Saver:
     ) -> None:
         """
         Args:
-            documents: what else lies in each checkpoint, by file name: config.json, the tokenizer.
-            asynchronous: `save` returns when the rank's memory is copied.
-            on_failure: called as soon as a save has failed, by the thread that was at it; `wait` then raises why.
-            guard: called on the writing rank ahead of each change to the folder; raises where it is another attempt's.
+            documents: file name -> content of the other files in each checkpoint: config.json, the tokenizer.
+            asynchronous: `save` returns as soon as the rank's memory is copied.
+            on_failure: called by the saving thread as soon as a save has failed; `wait` then raises the error.
+            guard: called on the writing rank before each change to the folder; raises if another attempt owns the run.
         """
         self._guard = guard
         self.checkpoints, self.plan, self.kept = checkpoints, plan, kept
@@ -72,7 +72,7 @@ class Saver:
             self.documents[INDEX_FILE] = plan.index.encode()
         self.asynchronous, self.on_failure = asynchronous, on_failure
         self.reports: list[SaveReport] = []
-        """Of the saves that are complete, oldest first; whoever has read them may clear the list."""
+        """Reports of the completed saves, oldest first; the reader may clear the list."""
         self._group = dist.new_group(backend="gloo")
         self._is_writer = dist.get_rank() == 0
         self._host_copy: Tensor | None = None
@@ -80,13 +80,13 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, fragments: Sequence[Fragment], state: CheckpointState) -> Path:
-        """Write a checkpoint, or begin to; a second save waits for the first. A collective of all ranks.
+        """Write a checkpoint, or start to; waits for the previous save first. A collective of all ranks.
 
         Returns:
-            the folder that it will be
+            the future folder of the checkpoint
         Raises:
-            CheckpointError, DiskError: this save or the one before cannot be written; on every rank alike.
-            RuntimeError: another rank is gone.
+            CheckpointError, DiskError: this save or the previous one failed; raised on every rank.
+            RuntimeError: another rank has ended.
         """
         began = time.perf_counter()
         self.wait()
@@ -97,29 +97,29 @@ class Saver:
             return final
         copies = self._copied(fragments)
         arguments = (copies, state, began, time.perf_counter() - began)
-        # No daemon: an interpreter that ends waits for what is being written.
+        # Not a daemon thread: the interpreter waits at exit until the checkpoint is written.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
         return final
 
     def finish(self) -> str | None:
-        """Wait on the way out of a run that has failed: what was being written is still worth having.
+        """Wait for the current save when a run has failed: its checkpoint is still useful.
 
         Returns:
-            why it cannot be written
+            why the save failed, or None
         """
         try:
             self.wait()
-        except Exception as error:  # none may hide why the run has failed
+        except Exception as error:  # must not hide why the run has failed
             return str(error)
         return None
 
     def wait(self) -> None:
-        """Until nothing is being written any more.
+        """Wait until the current save is finished.
 
         Raises:
-            CheckpointError, DiskError: what was being written cannot be; on every rank alike.
-            RuntimeError: another rank is gone.
+            CheckpointError, DiskError: the save failed; raised on every rank.
+            RuntimeError: another rank has ended.
         """
         if self._thread is not None:
             self._thread.join()
@@ -136,7 +136,7 @@ class Saver:
         folders.require_space(self.checkpoints, needed)
 
     def _copied(self, fragments: Sequence[Fragment]) -> list[Fragment]:
-        """The owned values in host memory, which the next save uses again: its pages are then mapped already."""
+        """Copy the owned values to host memory. Later saves reuse the buffer, whose pages are then already mapped."""
         sizes = [one.owned_values.numel() for one in fragments]
         if self._host_copy is None or self._host_copy.numel() != sum(sizes):
             on_gpu = any(one.values.is_cuda for one in fragments)
@@ -151,7 +151,7 @@ class Saver:
     def _write(
         self, fragments: Sequence[Fragment], state: CheckpointState, began: float, stall_seconds: float | None
     ) -> None:
-        """`stall_seconds`: None = training waits for all of it."""
+        """`stall_seconds`: None = training waits for the whole save."""
         temporary = self.checkpoints / f".{folders.folder_name(state.step)}.incomplete"
         try:
             self._together(self._require_space, by_writer=True)
@@ -161,7 +161,7 @@ class Saver:
             records = {name: record for share in hashes for name, record in (share or {}).items()}
             self._together(lambda: folders.publish(temporary, records), by_writer=True)
             self._together(lambda: prune(self.checkpoints, self.kept, state.step), by_writer=True)
-        except Exception as error:  # one that a thread does not hand on would look like a checkpoint
+        except Exception as error:  # kept for `wait`: an error lost in a thread would look like a finished save
             self._error = error
             if self._is_writer:
                 folders.abandon(temporary)
@@ -187,19 +187,21 @@ class Saver:
             write(temporary, tensors.files, transfers(own, tensors.form))
 
     def _hash_share(self, temporary: Path) -> dict[str, FileRecord]:
-        """Of every world-size-th file: what the disk gives back, whoever has written it."""
+        """Hash every world-size-th file as read back from the disk, whichever ranks wrote it."""
         own = self.plan.files[dist.get_rank() :: dist.get_world_size()]
         return {file.name: FileRecord(file.size_bytes, file_xxh3(temporary / file.name)) for file in own}
 
     def _together(self, do: Callable[[], T], *, by_writer: bool = False) -> list[T | None]:
-        """One stage on every rank, or on the writing one; over when it is over on all.
+        """Run one stage of a save on every rank, or only on the writing rank; return when all ranks are done.
+
+        Every rank takes part in the collective even if its stage failed, so that no rank waits forever.
 
         Returns:
-            what it gave on each rank
+            the result of each rank
         Raises:
-            CheckpointError, DiskError: it failed on some rank; on every rank alike, but for one with a fault of ours,
-                which raises that.
-            RuntimeError: another rank is gone. Nothing that the user could mend: who it was explains more.
+            CheckpointError, DiskError: the stage failed on some rank; raised on every rank, except that a rank with an
+                unexpected exception raises that one.
+            RuntimeError: another rank has ended. The user cannot fix this here; that rank's own error says more.
         """
         answer: Answer[T] = (None, None)
         fault: Exception | None = None
@@ -211,14 +213,14 @@ class Saver:
                     answer = (None, do())
         except (CheckpointError, DiskError) as error:
             answer = (error, None)
-        except Exception as error:  # ours to mend; the other ranks must not wait for this one
+        except Exception as error:  # a bug of ours; the other ranks must not wait for this one
             text = f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}"
             fault, answer = error, (CheckpointError(text), None)
         answers: list[Answer[T]] = [(None, None)] * dist.get_world_size()
         try:
             dist.all_gather_object(answers, answer, group=self._group)
         except RuntimeError as error:
-            raise RuntimeError(f"a checkpoint was not finished, for another rank has ended ({error})") from error
+            raise RuntimeError(f"a checkpoint was not finished, because another rank has ended ({error})") from error
         if fault is not None:
             raise fault
         errors = [error for error, _ in answers if error is not None]

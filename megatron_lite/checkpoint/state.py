@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides tensors: `training/state.json`, readable without torch."""
+"""The state of a checkpoint besides tensors: `training/state.json`, readable without torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_lite.state_files import Object, decode, read_bytes
 
 FORMAT = 1
 _NAN_LOSS = re.compile(rb'^( "validation_loss": )(NaN|-?Infinity)(?=,$)', re.MULTILINE)
-"""As earlier versions wrote it, in words that JSON does not have."""
+"""A non-finite loss as earlier versions wrote it, which is not valid JSON."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the run that saved was cut up; tells nothing about the files, which are the same for all."""
+    """The parallel layout of the run that saved. The files do not depend on it."""
 
     data_parallel_size: int
     tensor_parallel_size: int
@@ -38,13 +38,13 @@ class Layout:
 @dataclass(frozen=True)
 class OptimizerState:
     name: str  # adamw, sgd, adafactor
-    step: int  # updates made, of which Adam's bias correction depends; fewer than the run's steps if some were skipped
+    step: int  # number of updates, for Adam's bias correction; fewer than the run's steps if some were skipped
     moments: tuple[str, ...]  # exp_avg, exp_avg_sq; momentum_buffer; row, column, square. May be empty
 
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """Of fp16's dynamic loss scale."""
+    """The state of fp16's dynamic loss scale."""
 
     scale: float
     steps_since_change: int  # without overflow
@@ -54,28 +54,28 @@ class LossScaleState:
 @dataclass(frozen=True)
 class CheckpointState:
     step: int  # optimizer steps of the run, counted from 1
-    samples: int  # consumed, without those that the run had left out
+    samples: int  # consumed, not counting skipped ones
     layout: Layout
     precision: str
     optimizer: OptimizerState
     loss_scale: LossScaleState | None
     data_fingerprint: str
     hugging_face: bool
-    """The weights have the names and shapes of transformers, and config.json lies beside them; otherwise ours."""
+    """Whether the weights have transformers' names and shapes (with a config.json) or our own."""
     validation_loss: float | None  # if the run was validated after this very step
     skipped: tuple[tuple[int, int], ...] = ()
-    """Global samples [first, stop) that the run had left out until then, in ascending order."""
+    """Global samples [first, stop) that the run had skipped so far, in ascending order."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The frozen configuration, as plain containers; restores the file in the run folder, should it be damaged."""
+    """The frozen configuration, as plain containers; used to restore a damaged file in the run folder."""
     metrics: LoggedLines | None = None
-    """Of metrics.jsonl up to this step; None in checkpoints of earlier versions."""
+    """The state of metrics.jsonl at this step; None in checkpoints of earlier versions."""
     comparable_from: int = 1
-    """First step whose loss and gradient norm are a measure for those that follow: before it, a setting had a value
-    with which they lay elsewhere."""
+    """First step whose loss and gradient norm can be compared with later ones: before it, a setting had a value that
+    moves them."""
     versions: dict[str, str] = field(default_factory=dict)  # megatron_lite, torch, deepspeed, git commit
 
     def as_text(self) -> str:
-        """A validation loss that is not finite becomes null: JSON has no word for it."""
+        """As JSON. A non-finite validation loss becomes null, because JSON cannot represent it."""
         loss = self.validation_loss
         finite = loss if loss is not None and math.isfinite(loss) else None
         return json.dumps({"format": FORMAT, **asdict(self), "validation_loss": finite}, indent=1)
@@ -84,7 +84,7 @@ class CheckpointState:
 def read_state(folder: Path) -> CheckpointState:
     """
     Raises:
-        CheckpointError: it is missing, damaged, or of a version that this one cannot read.
+        CheckpointError: it is missing, damaged, or from a version that this one cannot read.
     """
     path = folder / STATE_FILE
     try:
@@ -99,15 +99,15 @@ def read_state(folder: Path) -> CheckpointState:
         raise CheckpointError(str(error)) from error
     if unknown:
         raise CheckpointError(
-            f"{path} holds {', '.join(sorted(unknown))}, which this version of megatron_lite does not know; go on with "
-            "the version that wrote it"
+            f"{path} holds {', '.join(sorted(unknown))}, which this version of megatron_lite does not know; use the "
+            "version that wrote it"
         )
     return state
 
 
 @dataclass(frozen=True)
 class Format:
-    """What every file with a version says first."""
+    """The version field that every versioned file has."""
 
     format: int | str | None = None
 
@@ -115,10 +115,10 @@ class Format:
 def require_format(found: int | str | None, known: int, what: str) -> None:
     """
     Raises:
-        ForeignFormatError: it is of another version than the one that we know.
+        ForeignFormatError: it has another format version than the one that we read.
     """
     if found != known:
         raise ForeignFormatError(
-            f"{what} has format {found}, and this version of megatron_lite reads format {known}; "
-            "go on with the version that wrote it"
+            f"{what} has format {found}, but this version of megatron_lite reads format {known}; "
+            "use the version that wrote it"
         )

@@ -1,8 +1,8 @@
-"""safetensors files that many ranks write together, each its own bytes, and read by slice.
+"""safetensors files that many ranks write together and read by slice.
 
-The library writes a file from one process that holds every tensor. The format itself is plain (a length, a JSON header,
-the data in one block: https://github.com/huggingface/safetensors#format), so that with names and shapes known each
-byte's place is known, and every rank writes its own with no word to the others.
+The library can only write a file from one process that holds every tensor. But the format is simple (a length, a JSON
+header, one block of data: https://github.com/huggingface/safetensors#format): names and shapes determine the position
+of every byte, so every rank writes its own bytes without communication.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from megatron_lite.errors import CheckpointError, library_edge
 from megatron_lite.models.stored import Shape, StoredForm
 
 ITEM_BYTES = 4  # fp32: master weights and moments
-LARGEST_FILE_BYTES = 2 * 2**30  # several files, so that several ranks hash them
-WHOLE_COPY = "bring back a whole copy"
-_LENGTH_BYTES = 8  # of the header's length, little-endian
+LARGEST_FILE_BYTES = 2 * 2**30  # limited, so that several ranks can hash the files of a large model
+WHOLE_COPY = "restore an undamaged copy"
+_LENGTH_BYTES = 8  # size of the length field, little-endian
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file of fp32 tensors: where each begins follows from the shapes alone."""
+    """One file of fp32 tensors; the shapes alone determine the position of each tensor."""
 
     name: str
-    """Within the checkpoint's folder."""
+    """Relative to the checkpoint's folder."""
     shapes: Mapping[str, Shape]
 
     @cached_property
@@ -51,12 +51,12 @@ class TensorFile:
             entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)  # the data begins aligned
+        text += b" " * (-len(text) % _LENGTH_BYTES)  # aligns the data
         return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
     @cached_property
     def begins(self) -> dict[str, int]:
-        """Of each tensor, in bytes from the beginning of the file."""
+        """The offset of each tensor, in bytes from the beginning of the file."""
         sizes = (ITEM_BYTES * math.prod(shape) for shape in self.shapes.values())
         return dict(zip(self.shapes, accumulate(sizes, initial=len(self.header)), strict=False))
 
@@ -65,7 +65,7 @@ class TensorFile:
         return len(self.header) + ITEM_BYTES * sum(math.prod(shape) for shape in self.shapes.values())
 
     def create(self, folder: Path) -> None:
-        """The header and all the room that the data needs, taken from the disk now.
+        """Write the header, and reserve the disk space of the data now.
 
         Raises:
             OSError: the disk is full.
@@ -79,7 +79,7 @@ class TensorFile:
 
 
 def split_into_files(stem: str, form: StoredForm, largest_bytes: int = LARGEST_FILE_BYTES) -> list[TensorFile]:
-    """`<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors` and so on where it would be too large."""
+    """`<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors` and so on if it would be too large."""
     groups: list[dict[str, Shape]] = [{}]
     size = 0
     for name, shape in form.shapes.items():
@@ -96,7 +96,7 @@ def split_into_files(stem: str, form: StoredForm, largest_bytes: int = LARGEST_F
 
 
 def index_of(files: Sequence[TensorFile]) -> str | None:
-    """The index.json that transformers expects beside several files; None where there is one."""
+    """The index.json that transformers expects beside several files; None for a single file."""
     if len(files) == 1:
         return None
     total = sum(ITEM_BYTES * math.prod(shape) for file in files for shape in file.shapes.values())
@@ -105,7 +105,7 @@ def index_of(files: Sequence[TensorFile]) -> str | None:
 
 
 def write(folder: Path, files: Sequence[TensorFile], moved: Iterable[Transfer]) -> None:
-    """Put each transfer's values at its place in files that `create` has made, and wait until the disk has them.
+    """Write the values of each transfer to its position in files that `create` has made, and fsync the files.
 
     Raises:
         OSError: the disk is full or the folder is gone.
@@ -133,10 +133,10 @@ def _write_at(descriptor: int, data: memoryview, position: int) -> None:
 
 
 def _runs(transfer: Transfer, shape: Shape, begin: int) -> Iterator[tuple[int, memoryview]]:
-    """Each stretch of the box that is one stretch of the file: (position in bytes, bytes)."""
+    """Split the box into runs that are contiguous in the file: (position in bytes, bytes)."""
     values = np.ascontiguousarray(transfer.view.detach().cpu().numpy())
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    # The dimensions from `split` on are taken whole, so that with the one before they lie in one stretch.
+    # The box spans the dimensions from `split` on completely, so together with the one before they are contiguous.
     split = len(shape)
     while split > 0 and values.shape[split - 1] == shape[split - 1]:
         split -= 1
@@ -149,19 +149,19 @@ def _runs(transfer: Transfer, shape: Shape, begin: int) -> Iterator[tuple[int, m
 
 
 class TensorReader:
-    """Slices of tensors in safetensors files, of any float type. A context manager."""
+    """Reads slices of tensors in safetensors files, of any float dtype. A context manager."""
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
         """
         Args:
-            entries: where each tensor lies, by the name that transfers give it.
+            entries: name used in transfers -> where the tensor is stored.
         Raises:
-            CheckpointError: a file is no whole safetensors file.
+            CheckpointError: a file is not a complete safetensors file.
         """
         self._entries = entries
         self._files: dict[Path, Any] = {}
         for path in {entry.file for entry in entries.values()}:
-            with library_edge(CheckpointError, f"{path} is no whole safetensors file", WHOLE_COPY):
+            with library_edge(CheckpointError, f"{path} is not a complete safetensors file", WHOLE_COPY):
                 self._files[path] = safe_open(path, framework="pt")
 
     def __enter__(self) -> TensorReader:
@@ -178,7 +178,7 @@ class TensorReader:
             return self._files[entry.file].get_tensor(entry.name)
 
     def read(self, moved: Iterable[Transfer]) -> None:
-        """Fill each transfer's memory."""
+        """Fill the memory of each transfer."""
         for transfer in moved:
             entry = self._entries[transfer.target]
             box = tuple(

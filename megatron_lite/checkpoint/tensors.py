@@ -1,4 +1,4 @@
-"""How tensors of safetensors files differ, block by block. Free of torch."""
+"""Compare tensors of safetensors files block by block. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.errors import CheckpointError
 
 BLOCK_ELEMENTS = 2**20
-# By safetensors' names; bf16, which numpy lacks, is read as the upper halves of fp32.
+# safetensors' names -> numpy dtypes; numpy has no bf16, so it is read as the upper half of an fp32.
 DTYPES: Mapping[str, str] = {
     "F64": "<f8",
     "F32": "<f4",
@@ -28,7 +28,7 @@ DTYPES: Mapping[str, str] = {
 
 
 def difference(first: TensorEntry, second: TensorEntry) -> str | None:
-    """How two tensors differ, in words; None where every bit is the same.
+    """How two tensors differ, as text; None if they are bitwise equal.
 
     Raises:
         CheckpointError: a file is shorter than its header says.
@@ -45,12 +45,12 @@ def difference(first: TensorEntry, second: TensorEntry) -> str | None:
             continue
         same = False
         found = _largest(_numbers(one, first.dtype), _numbers(other, second.dtype))
-        largest = float(np.maximum(largest, found))  # which keeps a NaN, as max() does not
+        largest = float(np.maximum(largest, found))  # np.maximum keeps a NaN, max() does not
     return None if same else f"max abs {largest:.3g}{dtypes}"
 
 
 def is_zero(tensor: TensorEntry) -> bool:
-    """Whether every number is 0, of either sign.
+    """Whether every element is 0 (or -0).
 
     Raises:
         CheckpointError: a file is shorter than its header says.
@@ -72,13 +72,13 @@ def _bytes(tensor: TensorEntry, block_bytes: int = BLOCK_ELEMENTS) -> Iterator[b
         while left:
             block = file.read(min(block_bytes, left))
             if not block:
-                raise CheckpointError(f"{tensor.file} is shorter than its header says; bring back a whole copy")
+                raise CheckpointError(f"{tensor.file} is shorter than its header says; restore an undamaged copy")
             left -= len(block)
             yield block
 
 
 def _blocks(tensor: TensorEntry) -> Iterator[npt.NDArray[Any]]:
-    """Consecutive elements, equally many a block for any dtype."""
+    """The elements in blocks; a block has the same number of elements for any dtype."""
     dtype = np.dtype(DTYPES[tensor.dtype])
     return (np.frombuffer(block, dtype) for block in _bytes(tensor, BLOCK_ELEMENTS * dtype.itemsize))
 
@@ -90,6 +90,6 @@ def _numbers(block: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
 
 
 def _largest(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """The largest distance of two numbers; NaN where one of them is NaN alone."""
+    """The largest absolute difference; NaN if an element is NaN in only one of the arrays."""
     unequal = (one != other) & ~(np.isnan(one) & np.isnan(other))
     return float(np.abs(one[unequal] - other[unequal]).max(initial=0.0))

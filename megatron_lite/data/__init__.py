@@ -1,5 +1,5 @@
-"""From a corpus to the samples of a step."""
+"""Data preparation and loading: from a corpus to the samples of a training step."""
 
 FOLDER_VARIABLE = "MEGATRON_LITE_DATA_FOLDER"
-"""Where whoever prepared the data tells the ranks its folder. Its name is a hash over the sources, which all ranks
-would otherwise read again, each for itself."""
+"""Environment variable with the folder of the prepared data, set by the process that prepared it. Without it, every
+rank would read all sources again to compute the hash in the folder's name."""

@@ -1,6 +1,6 @@
 """`python -m megatron_lite.data`: `prepare [overrides]`, `inspect PATH` or `add-tokens SOURCE DESTINATION`.
 
-`trace RUN` is handed on to `python -m launch trace`.
+`trace RUN` is passed on to `python -m launch trace`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROGRAM = "python -m megatron_lite.data"
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
-    if argv[:1] == ["trace"]:  # runs and objectives belong to rooms above this one
+    if argv[:1] == ["trace"]:  # it needs runs and objectives, which belong to rooms above this one
         return subprocess.run([sys.executable, "-m", "launch", *argv], check=False).returncode
     try:
         return run_command(argv)
@@ -55,23 +55,23 @@ def run_command(argv: list[str], program: str = PROGRAM) -> int:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description="Prepare text, and look at it.")
+    parser = argparse.ArgumentParser(prog=program, description="Prepare and inspect training data.")
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare_command = commands.add_parser("prepare", help="make the shards of a configuration, as a run would")
+    prepare_command = commands.add_parser("prepare", help="create the shards of a configuration, as a run would")
     prepare_command.add_argument("--script", default="pretrain_gpt", help="entry script whose configuration is used")
     prepare_command.add_argument("--config", type=Path, help="config-*.yaml of a run folder, instead of overrides")
     prepare_command.add_argument("--conf", type=Path, help="folder of presets of your own; ./conf if not given")
     prepare_command.add_argument(
         "overrides", nargs="*", help="such as data.source=my.txt data.tokenizer_vocab_size=16384"
     )
-    inspect_command = commands.add_parser("inspect", help="show what is in a prepared folder or a .bin/.idx pair")
+    inspect_command = commands.add_parser("inspect", help="show the contents of a prepared folder or a .bin/.idx pair")
     inspect_command.add_argument("path", type=Path, help="a prepared folder, or the prefix of a .bin/.idx pair")
-    inspect_command.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
-    inspect_command.add_argument("--documents", type=int, default=1, help="first documents to show (default 1)")
-    add_command = commands.add_parser("add-tokens", help="copy a tokenizer and add what an objective needs")
+    inspect_command.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
+    inspect_command.add_argument("--documents", type=int, default=1, help="number of documents to show (default 1)")
+    add_command = commands.add_parser("add-tokens", help="copy a tokenizer and add the special tokens of an objective")
     add_command.add_argument("--objective", required=True, choices=list(ObjectiveName), metavar="NAME")
     add_command.add_argument(
-        "--sentinels", type=int, default=TRAINED_SENTINELS, help="sentinels to have (default %(default)s)"
+        "--sentinels", type=int, default=TRAINED_SENTINELS, help="number of sentinels (default %(default)s)"
     )
     add_command.add_argument("source", help="folder or hub name of a tokenizer")
     add_command.add_argument("destination", type=Path, help="new folder for the copy")
@@ -80,7 +80,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 def _prepare(arguments: argparse.Namespace) -> list[str]:
     config = _config_to_prepare(arguments)
-    config = replace(config, launcher=replace(config.launcher, num_processes=None))  # whatever will train on it
+    config = replace(config, launcher=replace(config.launcher, num_processes=None))  # the data does not depend on it
     validate(config)
     prepared = prepare(config, report=print)
     return describe_folder(prepared.folder, verify=False, documents=0)
@@ -91,8 +91,8 @@ def _config_to_prepare(arguments: argparse.Namespace) -> RunConfig:
         return compose(arguments.script, arguments.overrides, find_folders(arguments.conf))
     if arguments.overrides:
         raise ConfigError(
-            f"--config {arguments.config} is a whole configuration, and {arguments.overrides[0]} would change it; "
-            "leave one of them out"
+            f"--config {arguments.config} is a complete configuration, and {arguments.overrides[0]} would change it; "
+            "omit one of them"
         )
     return load_frozen(arguments.config)
 
@@ -108,7 +108,7 @@ def _inspect(arguments: argparse.Namespace) -> list[str]:
 def _add_tokens(arguments: argparse.Namespace) -> list[str]:
     added, copy = add_tokens(arguments.source, arguments.destination, arguments.objective, arguments.sentinels)
     return [
-        f"{arguments.destination}: {copy.vocab_size:,} tokens, of them {len(added)} new: {names_text(added) or 'none'}",
+        f"{arguments.destination}: {copy.vocab_size:,} tokens, {len(added)} of them new: {names_text(added) or 'none'}",
         f"use it with data.tokenizer={arguments.destination}",
     ]
 
@@ -121,13 +121,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
 
 
 def run() -> None:
-    """The console entry."""
+    """The entry point of the console command."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # `trace ... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except BrokenPipeError:  # the reader closed the pipe, as in `trace ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
 
 
 if __name__ == "__main__":

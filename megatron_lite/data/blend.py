@@ -1,19 +1,19 @@
-"""Which source a sample comes from: exact shares of any size, found by arithmetic alone.
+"""Which source each sample comes from: exact shares, computed from the sample number alone, without an index.
 
-The sources form a binary tree. Each split deals the samples that reach it to its two sides: of the first n samples the
-left side gets floor(n x share + phase), with the share as a fraction of whole numbers and a phase in [0, 1) of the
-seed. So nothing is rounded to a grid, any sample is found from its number in one walk from the root, and the number of
-any sample of a source in one walk back.
+The sources form a binary tree. Each split divides the samples that reach it between its two sides: of the first n
+samples, the left side gets floor(n x share + phase). The share is an exact fraction, and the phase in [0, 1) depends on
+the seed. So shares are never rounded, one walk from the root maps a sample number to its source, and one walk back maps
+a sample of a source to its global number.
 
-How near the shares are kept: a split is never one sample or more away from its exact share of what reaches it. What
-reaches it may itself be off by what the splits above leave, scaled by its share of that. No side of two or more sources
-has more than 2/3 of its split, so such a side is less than 1 + 2/3 + (2/3)^2 + ... = 3 samples off. A single source
-with more than 2/3 of its split has at most half of the split above, for the sources ahead of it are no smaller: it is
-less than 1 + 1 + 3/2 off. So after any number of samples
-    - each of two sources has had the floor or the ceiling of its exact share, and
+Error bound: a split is always less than one sample away from its exact share of what reaches it. What reaches it may
+itself be off because of the splits above, scaled by its share. No side of two or more sources has more than 2/3 of its
+split, so such a side is less than 1 + 2/3 + (2/3)^2 + ... = 3 samples off. A single source with more than 2/3 of its
+split has at most half of the split above, because the sources before it are no smaller: it is less than 1 + 1 + 3/2
+off. So after any number of samples
+    - of two sources, each has had the floor or the ceiling of its exact share, and
     - each of any number of sources is less than 3.5 samples away from it.
-Less than 1 for all sources is possible (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980),
-but only a computation from the first sample on is known.
+A bound of 1 for all sources is possible (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980),
+but its known algorithm has to start from the first sample, so it allows no random access.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from megatron_lite.data.sampler import stream_key
 from megatron_lite.errors import ConfigError
 
 ORDER = 2
-"""Raise it when the same shares and seed would give another order of the sources. 1 dealt in blocks of 65,536."""
+"""Version of the order; increase it when the same shares and seed give another order of the sources. Version 1 used
+blocks of 65,536 samples."""
 
 
 def normalised(weights: Sequence[float], num_sources: int) -> tuple[Fraction, ...]:
-    """data.weights as exact shares that sum to 1: 0.1 is the tenth that was typed, not the nearest binary number.
+    """data.weights as exact shares that sum to 1: 0.1 is exactly one tenth, not the nearest binary fraction.
 
     Raises:
-        ConfigError: wrong count, a weight that is negative or no number, or a sum of zero.
+        ConfigError: wrong count, a weight that is negative or not finite, or a sum of zero.
     """
     shown = "[" + ", ".join(f"{weight:g}" for weight in weights) + "]"
     if len(weights) != num_sources:
@@ -44,9 +45,7 @@ def normalised(weights: Sequence[float], num_sources: int) -> tuple[Fraction, ..
             "source"
         )
     if not all(isfinite(weight) and weight >= 0 for weight in weights):
-        raise ConfigError(
-            f"data.weights={shown} must hold numbers that are 0 or more; correct the negative or infinite ones"
-        )
+        raise ConfigError(f"data.weights={shown} must hold numbers >= 0; correct the negative or infinite ones")
     exact = [Fraction(repr(float(weight))) if isinstance(weight, float) else Fraction(weight) for weight in weights]
     if not any(exact):
         raise ConfigError(f"data.weights={shown} sums to 0; give at least one source a positive weight")
@@ -54,7 +53,7 @@ def normalised(weights: Sequence[float], num_sources: int) -> tuple[Fraction, ..
 
 
 def shares_of(sizes: Sequence[Fraction | int]) -> tuple[Fraction, ...]:
-    """Sizes, such as numbers of tokens, as shares that sum to 1. One of them at least is positive."""
+    """Sizes, such as numbers of tokens, as shares that sum to 1. At least one of them must be positive."""
     exact = [Fraction(size) for size in sizes]
     total = sum(exact, Fraction())
     return tuple(size / total for size in exact)
@@ -62,22 +61,22 @@ def shares_of(sizes: Sequence[Fraction | int]) -> tuple[Fraction, ...]:
 
 @dataclass
 class _Split:
-    """Deals `left_size` of `size` samples to the left side."""
+    """Sends `left_size` of every `size` samples to the left side."""
 
     left_size: int
     size: int
     phase: int
     """In range(size): the phase in units of 1 / size."""
     left: int = 0
-    """A split, or ~source."""
+    """Index of a split (>= 0), or ~source for a leaf."""
     right: int = 0
 
     def dealt_left(self, count: int) -> int:
-        """Of the first `count` samples."""
+        """How many of the first `count` samples go to the left side."""
         return (count * self.left_size + self.phase) // self.size
 
     def place_of_left(self, rank: int) -> int:
-        """Number of the sample that is the left side's `rank`-th, from 0: before it `rank` have been dealt left."""
+        """Number of the left side's `rank`-th sample, both from 0: the inverse of `dealt_left`."""
         return -((self.phase - (rank + 1) * self.size) // self.left_size) - 1
 
     def place_of_right(self, rank: int) -> int:
@@ -89,7 +88,7 @@ class Blend:
     """Maps a global sample index to (source, index within the source).
 
     Args:
-        weights: of the sources, in any unit; those of weight 0 are never drawn.
+        weights: of the sources, in any unit; a source of weight 0 is never drawn.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], seed: int) -> None:
@@ -112,13 +111,13 @@ class Blend:
         return ~node, count
 
     def index_of(self, source: int, inner: int) -> int:
-        """The global index of a source's sample: the inverse of a call. The source must have a positive weight."""
+        """The global index of a sample of a source: the inverse of `__call__`. Its weight must be positive."""
         for split, is_left in reversed(self._paths[source]):
             inner = split.place_of_left(inner) if is_left else split.place_of_right(inner)
         return inner
 
     def _build(self, used: list[int], sizes: list[int], seed: int) -> int:
-        """The whole tree, from the root down, the largest sources first; returns the root."""
+        """Build the tree from the root down, the largest sources first; return the root."""
         below: list[tuple[list[int], list[tuple[_Split, bool]]]] = [(used, [])]
         while below:
             group, path = below.pop()
@@ -142,9 +141,9 @@ def _split(sizes: list[int], cut: int, key: int) -> _Split:
 
 
 def _balanced_cut(descending: list[int]) -> int:
-    """How many of the largest make the left side: the fewest that have a third.
+    """How many of the largest sources form the left side: the fewest that have at least a third of the total.
 
-    Either that is one source, or each has less than a third: then neither side has more than two.
+    Either that is one source, or each source has less than a third: then neither side has more than two thirds.
     """
     total = sum(descending)
     return next(cut for cut, size in enumerate(accumulate(descending), start=1) if 3 * size >= total)

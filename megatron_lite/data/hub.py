@@ -1,4 +1,4 @@
-"""Reaching Hugging Face's hub, whose clients talk a lot when they cannot."""
+"""Access to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import logging
 
 
 def quiet_hub() -> None:
-    """Keep the client's log of retries from burying our one error."""
+    """Silence the hub clients' log of retries, which would bury our error message."""
     for name in ("huggingface_hub", "httpx", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Lines about work that takes long, whatever it is busy with: a batch, one huge document, or a library's own loop."""
+"""Progress lines for long work, printed by a thread, so that they also come during one long call of a library."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ REPORT_SECONDS = 10.0
 
 
 class ProgressLines:
-    """Reports a line every ten seconds while the block runs, and the last one at its end.
+    """Reports a line every ten seconds while the block runs, and a final line at its end.
 
     Args:
-        report: receives the lines; called by a thread of its own, but for the last one.
-        line: what to say after so many seconds; of them, and whether the work is done.
+        report: receives the lines; called from a separate thread, except for the final line.
+        line: makes a line from the elapsed seconds and whether the work is done.
     """
 
     def __init__(self, report: Callable[[str], None], line: Callable[[float, bool], str]) -> None:

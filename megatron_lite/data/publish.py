@@ -1,4 +1,4 @@
-"""Make a folder visible only when it is complete, by one process, while others wait for it."""
+"""Build a folder in one process while others wait, and make it visible only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_lite.files import sync
 from megatron_lite.modes import allowed_mode, narrow
 
 LOCKS = ".locks"
-"""Beside the published folders. A lock file stays: removing one that another process waits for would free both."""
+"""Folder of lock files, beside the published folders. A lock file is never removed: if another process waits for it,
+both that process and a later one could hold "the" lock."""
 
 
 def publish_folder(
@@ -28,15 +29,15 @@ def publish_folder(
     marker: str,
     originals: Iterable[Path] = (),
 ) -> None:
-    """Call `build(temporary)` and rename the temporary folder to `folder`; return at once where that is done already.
+    """Call `build(temporary)` and rename the temporary folder to `folder`; return at once if `folder` is complete.
 
-    Any number of processes may call this together: one builds, the others wait. The lock belongs to the kernel and
-    goes with its process, so a killed builder blocks nobody; what it left behind is hidden, and removed here.
+    Any number of processes may call this at the same time: one builds, the others wait. The kernel releases the lock
+    when its process ends, so a killed builder blocks nobody; its hidden temporary folder is removed here.
 
     Args:
         key: the configuration key and value of the parent folder, for messages.
-        marker: a file that every complete folder holds.
-        originals: files whose content the folder repeats: whoever may not read all of them may not read it either.
+        marker: a file that every complete folder contains.
+        originals: files whose content the folder contains: only users who may read all of them may read the folder.
     Raises:
         DataError: the parent folder cannot be written or locked, or the disk is full.
     """
@@ -50,16 +51,16 @@ def publish_folder(
             if not (folder / marker).is_file():
                 _build_and_rename(folder, build, originals)
     except NotImplementedError:
-        raise DataError(f"{key} lies on a file system without file locks; name a folder on another one") from None
+        raise DataError(f"{key} is on a file system without file locks; name a folder on another file system") from None
     except OSError as error:
         raise _unwritable(key, folder.parent, error) from error
 
 
 def require_folder(folder: Path, key: str) -> None:
-    """Make the parent of published folders, with a place for their locks. One that others have made may be read-only.
+    """Create the parent of published folders, and its folder of locks. An existing parent may be read-only.
 
     Raises:
-        DataError: it cannot be made.
+        DataError: it cannot be created.
     """
     try:
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
@@ -71,13 +72,13 @@ def require_folder(folder: Path, key: str) -> None:
 def _unwritable(key: str, folder: Path, error: OSError) -> DataError:
     place = error.filename or folder
     reason = error.strerror or str(error)
-    remedy = remedy_of(error, "name another folder, or make room")
+    remedy = remedy_of(error, "name another folder, or free disk space")
     return DataError(f"{key} cannot be written: {place}: {reason}; {remedy}")
 
 
 @contextmanager
 def locked(lock: FileLock, waiting: str, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock for the length of the block; `waiting` is reported where another process has it."""
+    """Hold a lock during the block; report `waiting` if another process holds it."""
     try:
         lock.acquire(timeout=0.2)
     except Timeout:
@@ -92,13 +93,13 @@ def locked(lock: FileLock, waiting: str, report: Callable[[str], None]) -> Itera
 def _build_and_rename(folder: Path, build: Callable[[Path], None], originals: Iterable[Path]) -> None:
     if folder.exists():
         raise DataError(f"{folder} is incomplete; remove it to prepare it again")
-    for orphan in folder.parent.glob(f".{folder.name}.tmp-*"):  # we hold the lock: its owner is gone
+    for orphan in folder.parent.glob(f".{folder.name}.tmp-*"):  # we hold the lock, so its builder has ended
         shutil.rmtree(orphan)
     temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     usual = stat.S_IMODE(temporary.stat().st_mode)
     try:
-        temporary.chmod(0o700)  # until it is known what of it others may read
+        temporary.chmod(0o700)  # private until we know what others may read
         build(temporary)
         allowed = allowed_mode(originals, temporary.stat().st_gid)
         narrow(temporary, allowed)

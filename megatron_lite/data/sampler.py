@@ -1,8 +1,8 @@
-"""Order without state: every function here gives the same answer for the same (seed, index), always and everywhere.
+"""Stateless randomness: every function here is a pure function of its key, such as (seed, index).
 
-Nothing is drawn from a running generator, so that a resumed run, another data-parallel size or another batch size
-meets the same samples in the same order. Only bits that are fixed by definition are used (SplitMix64, and the raw
-output of Philox, which numpy promises never to change); numpy's distributions may change between its versions.
+No generator carries state from one sample to the next, so a resumed run, another data-parallel size or another batch
+size sees the same samples in the same order. This uses only bits that are fixed by definition: SplitMix64, and the raw
+output of Philox, which numpy promises never to change. numpy's distributions may change between its versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 
 
 def mix64(value: int) -> int:
-    """SplitMix64's finaliser: a bijection of 64-bit integers that scatters neighbours (Steele et al. 2014)."""
+    """SplitMix64's finaliser: a bijection of 64-bit integers that decorrelates neighbours (Steele et al. 2014)."""
     value = (value + GOLDEN) & MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -27,7 +27,7 @@ def mix64(value: int) -> int:
 
 
 def mix64_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """`mix64` of every element; unsigned arithmetic of arrays wraps around by itself."""
+    """`mix64` of every element; unsigned arrays wrap around on overflow, so no mask is needed."""
     values = values + np.uint64(GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -43,22 +43,22 @@ def stream_key(*parts: int) -> int:
 
 
 def raw_bits(count: int, *parts: int) -> npt.NDArray[np.uint64]:
-    """`count` pseudo-random 64-bit integers that belong to the key."""
+    """`count` pseudo-random 64-bit integers, determined by the key `parts`."""
     return np.asarray(bit_stream(*parts).random_raw(count), np.uint64)
 
 
 def bit_stream(*parts: int) -> np.random.Philox:
-    """The pseudo-random 64-bit integers that belong to the key, one after another (Philox, Salmon et al. 2011).
+    """A generator of the pseudo-random 64-bit integers of the key `parts` (Philox, Salmon et al. 2011).
 
-    Only `random_raw` may be used of it.
+    Call only its `random_raw`: the output of numpy's other methods may change.
     """
     key = np.array([stream_key(*parts), stream_key(len(parts), *parts)], np.uint64)
     return np.random.Philox(_Key(key))  # type: ignore[arg-type]  # numpy takes any ISeedSequence
 
 
 class _Key(ISeedSequence):
-    """Gives Philox its key as it is. `Philox(key=...)` does the same, but first asks the system for entropy that it
-    never uses: 10 us instead of 4, which every sample would pay."""
+    """Passes a key to Philox unchanged. `Philox(key=...)` does the same, but first requests entropy from the system
+    that it never uses: 10 us instead of 4 us, for every sample."""
 
     def __init__(self, key: npt.NDArray[np.uint64]) -> None:
         self._key = key
@@ -69,15 +69,15 @@ class _Key(ISeedSequence):
 
 
 def shuffled_order(count: int, *parts: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(count) that belongs to the key, as an array [count]."""
+    """A permutation of range(count), determined by the key `parts`, as an array [count]."""
     return np.argsort(raw_bits(count, *parts), kind="stable")
 
 
 class Permutation:
-    """A permutation of range(size) that needs no table: a Feistel network with cycle walking.
+    """A permutation of range(size) without a table: a Feistel network with cycle walking.
 
-    The network is a bijection of the smallest power of two >= size; a value that falls outside is sent through again
-    until it falls inside, which takes less than two passes on average (Black and Rogaway 2002).
+    The network is a bijection of range(2^k), for the smallest 2^k >= size. A value >= size is sent through again until
+    it is below size, which takes less than two passes on average (Black and Rogaway 2002).
     """
 
     def __init__(self, size: int, *parts: int) -> None:

@@ -1,4 +1,4 @@
-"""JSON files that hold the checksum of their own content, so that no damage goes unseen, whichever byte it hits."""
+"""JSON files that contain a checksum of their own content, so that any damage is detected."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CHECKSUM = "checksum"
 
 
 def sealed(content: dict[str, Any]) -> bytes:
-    """The file: the content and its checksum."""
+    """The bytes of a file with this content and its checksum."""
     text = json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1, ensure_ascii=False)
     return (text + "\n").encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The content of a file of `sealed`; None where there is no such file.
+    """The content of a file that `sealed` made; None if there is no such file.
 
     Raises:
-        DamagedFileError: it is not what was written.
+        DamagedFileError: the content does not match its checksum.
     """
     content = read_object(path, Object)
     if content is None:
         return None
     if content.pop(CHECKSUM, None) != _checksum(content):
-        raise DamagedFileError(f"{path} is damaged: its checksum is that of another content")
+        raise DamagedFileError(f"{path} is damaged: its checksum does not match its content")
     return content
 
 

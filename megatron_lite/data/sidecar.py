@@ -1,4 +1,4 @@
-"""The JSON file beside a pair of shards, which says what made them. It goes with the pair when it is copied."""
+"""The JSON file beside a pair of shards, which records how they were made. Copy it together with the pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REQUIRED = {"tokenizer_hash", "tokenizer_folder", "vocab_size", "eod_id"}
 
 @dataclass(frozen=True)
 class _Sidecar:
-    """Types of what is read of it: `SpecialTokens.from_facts`, the tokenizer, the checksums of the pair."""
+    """The fields that are read, with their types: special tokens, the tokenizer, the checksums of the pair."""
 
     tokenizer_hash: str
     tokenizer_folder: str
@@ -40,10 +40,10 @@ def write_sidecar(prefix: Path, content: dict[str, Any]) -> None:
 
 
 def read_sidecar(prefix: Path) -> dict[str, Any] | None:
-    """What `prepare` recorded beside a pair of shards it made; None for shards from elsewhere.
+    """What `prepare` recorded beside a pair of shards; None for shards that another tool made.
 
     Raises:
-        DataError: the file is there but is damaged.
+        DataError: the file exists but is damaged.
     """
     path = sidecar_path(prefix)
     try:
@@ -52,7 +52,7 @@ def read_sidecar(prefix: Path) -> dict[str, Any] | None:
             return None
         roles = msgspec.convert(content, _Sidecar).special or {}
         if unknown := roles.keys() - {role.name for role in fields(SpecialTokens)}:
-            raise DamagedFileError(f"no token has the role {min(unknown)}")
+            raise DamagedFileError(f"there is no token role {min(unknown)}")
     except (DamagedFileError, msgspec.ValidationError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again, or remove it") from None
     return content

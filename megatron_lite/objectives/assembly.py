@@ -1,4 +1,4 @@
-"""What objectives share in putting a sample together."""
+"""Helpers that objectives share for building a sample."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Weights = npt.NDArray[np.float32]
 
 
 def known(token: int | None) -> int:
-    """A token that the preparation of the data has made sure of."""
+    """A required token; data preparation has checked that it exists."""
     assert token is not None
     return token
 
 
 def filled(length: int, filler: int, *parts: Ids | int) -> tuple[Ids, int]:
-    """The parts (runs of tokens, or single ones) in a row, with `filler` behind them up to `length`.
+    """The concatenated parts (arrays of tokens, or single tokens), padded with `filler` to `length`.
 
     Returns:
         tokens [length], and how many of them are not filler
@@ -32,7 +32,7 @@ def filled(length: int, filler: int, *parts: Ids | int) -> tuple[Ids, int]:
 
 
 def shifted_right(labels: Ids, first: int) -> Ids:
-    """What a decoder reads while it predicts `labels` [d]: `first`, then all labels but the last."""
+    """The decoder's input for predicting `labels` [d]: `first`, then all labels except the last."""
     out = np.empty_like(labels)
     out[0] = first
     out[1:] = labels[:-1]

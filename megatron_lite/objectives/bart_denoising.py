@@ -2,14 +2,14 @@
 
     text            a b c . d e f . [EOD] g h          n = s - 2 tokens
     tokens          [CLS] d [MASK] . a [MASK] c . [EOD] g h [SEP] [PAD] ...       s positions
-    lengths         positions that are no padding
+    lengths         positions that are not padding
     labels          [CLS] a b c . d e f . [EOD] g h [SEP]                         s positions
     decoder_tokens  [SEP] [CLS] a b c . d e f . [EOD] g h                         BART's decoder begins with </s>
 
-Sentences are shuffled within their document; the ends of documents stay where they are. Then `infill_fraction` of the
-tokens, rounded, are covered by spans of Poisson-distributed lengths in random places; the span that would lead over
-that number is shortened. Each span becomes one mask token, a span of no tokens is a mask token between two others.
-Spans of no tokens that the input has no room for are left out (only small Poisson means have that many).
+Sentences are shuffled within their document; the ends of documents keep their positions. Then spans of
+Poisson-distributed lengths at random positions cover `infill_fraction` of the tokens (rounded); the span that would
+exceed that number is shortened. Each span becomes one mask token; an empty span inserts a mask token between two other
+tokens. Empty spans for which the input has no room are dropped (only small Poisson means have that many).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_lite.objectives.assembly import filled, known, shifted_right
 from megatron_lite.objectives.base import Example, Ids, Objective, Text, WindowShape
 from megatron_lite.objectives.draws import Draws, poisson_table
 
-RANK_BITS = 40  # of a sentence in its document; the others number the documents
+RANK_BITS = 40  # bits of a sentence's sort key for its random rank; the upper bits hold its document's number
 LAST_RANK = np.uint64(2**RANK_BITS - 1)
 
 
@@ -59,19 +59,19 @@ class BartDenoising(Objective):
         return Example((tokens, used, decoder_tokens), labels, np.ones(length, np.float32))
 
     def _infilled(self, tokens: Ids, draws: Draws) -> Ids:
-        """The text with a mask token for each span; any arrangement of spans and other tokens is equally likely."""
+        """Replace spans of the text by mask tokens; all arrangements of spans and other tokens are equally likely."""
         lengths = self._span_lengths(draws)
-        count = len(tokens) - self._covered + len(lengths)  # of the result
+        count = len(tokens) - self._covered + len(lengths)  # tokens of the result
         is_span = draws.choose(len(lengths), count)
         widths = np.ones(count, np.int64)
-        widths[is_span] = lengths[draws.order(len(lengths))]  # the shortened one may be anywhere
+        widths[is_span] = lengths[draws.order(len(lengths))]  # shuffled, so that the shortened span may be anywhere
         is_token = ~is_span
         out = np.full(count, self._mask, np.int64)
         out[is_token] = tokens[(np.cumsum(widths) - widths)[is_token]]
         return out
 
     def _span_lengths(self, draws: Draws) -> npt.NDArray[np.int64]:
-        """[spans], with the sum `_covered`."""
+        """Lengths of the spans [spans]; they sum to `_covered`."""
         lengths = np.zeros(0, np.int64)
         ends = lengths
         while len(ends) == 0 or ends[-1] < self._covered:
@@ -82,12 +82,12 @@ class BartDenoising(Objective):
         lengths = lengths[:spans]
         if spans:
             lengths[-1] -= ends[spans - 1] - self._covered
-        surplus = spans - self._covered  # mask tokens beyond the room that the covered ones leave
+        surplus = spans - self._covered  # more mask tokens than covered tokens would not fit
         return lengths if surplus <= 0 else _without_surplus(lengths, surplus)
 
 
 def shuffled_sentences(tokens: Ids, sentence_starts: Ids, eod: int, draws: Draws) -> Ids:
-    """The text with the sentences of each document in random order, and each end-of-document token in its place."""
+    """Shuffle the sentences of each document; end-of-document tokens keep their positions."""
     is_end = tokens == eod
     begins = is_end.copy()
     begins[sentence_starts] = True
@@ -102,5 +102,5 @@ def shuffled_sentences(tokens: Ids, sentence_starts: Ids, eod: int, draws: Draws
 
 
 def _without_surplus(lengths: npt.NDArray[np.int64], surplus: int) -> npt.NDArray[np.int64]:
-    """Without the last `surplus` spans of no tokens."""
+    """Drop the last `surplus` empty spans."""
     return np.delete(lengths, np.flatnonzero(lengths == 0)[-surplus:])

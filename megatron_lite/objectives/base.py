@@ -1,6 +1,6 @@
-"""What an objective is: a pure function from a piece of text and a key to what the model reads and predicts.
+"""The interface of an objective: a pure function from a text and a key to the model's inputs and labels.
 
-Shapes: s positions of the encoder or only stack, d positions whose labels are predicted (the decoder's, or s).
+Shapes: s positions of the encoder or the only stack, d positions whose labels are predicted (the decoder's, or s).
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ __all__ = ["Example", "Ids", "Objective", "PairShape", "SentencePair", "Text", "
 
 
 class Objective(ABC):
-    """Built once for a run by `objectives.build.build_objective`."""
+    """A training objective; `objectives.build.build_objective` builds it once per run."""
 
     inputs: tuple[Field, ...]
-    """What the model reads: fields of `models.activations.Activations`, in the order of `Example.inputs`."""
+    """The model's inputs: fields of `models.activations.Activations`, in the order of `Example.inputs`."""
     label_length: int
     """d: positions whose labels are predicted."""
     shape: WindowShape | PairShape
-    """What it is fed with: `Text` for windows, `SentencePair` for pairs."""
+    """What it is built from: `Text` for windows, `SentencePair` for pairs."""
     has_sequence_label: ClassVar[bool] = False
 
     @abstractmethod
     def example(self, text: Any, key: int) -> Example:
-        """The sample that this text becomes.
+        """Make a training sample from a text.
 
         Args:
             text: `Text` or `SentencePair`, see `shape`.
-            key: of all random choices: `stream_key(seed, global sample index)`. Equal keys give equal samples.
+            key: determines all random choices: `stream_key(seed, global sample index)`. Equal keys give equal samples,
+                on every rank and after every resume.
         """

@@ -1,4 +1,4 @@
-"""The one list of objectives."""
+"""The registry of objectives."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig, DataConfig, Vocabulary], Object
 
 
 def build_objective(objective: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> Objective:
-    """The objective that the configuration names. The configuration is valid and the roles it needs are there.
+    """Build the configured objective. The configuration must be valid, and the vocabulary must have its tokens.
 
     Raises:
-        ConfigError: the vocabulary does not tell words apart, which objective.whole_word needs.
+        ConfigError: objective.whole_word is set, but the vocabulary does not mark where words begin.
     """
     return OBJECTIVES[objective.name](objective, data, vocabulary)

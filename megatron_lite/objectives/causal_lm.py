@@ -30,17 +30,17 @@ class CausalLM(Objective):
 
 
 def next_token_shape(data: DataConfig) -> WindowShape:
-    """Windows share a token, so that each token of the stream is predicted once."""
+    """Neighbouring windows share a token, so that each token of the stream is predicted exactly once."""
     return WindowShape(tokens=data.seq_length + 1, stride=data.seq_length)
 
 
 def weightless_token(data: DataConfig, vocabulary: Vocabulary) -> int | None:
-    """The token behind which nothing is learned: what follows the end of a document is the first of another one."""
+    """The input token whose prediction has no loss: after an end of document comes the start of an unrelated one."""
     return known(vocabulary.special.eod) if data.mask_loss_after_eod else None
 
 
 def next_token_weights(tokens: Ids, weightless: int | None) -> Weights:
-    """[s]: 0 where the input is the token `weightless`, else 1."""
+    """Loss weights [s]: 0 where the input is the token `weightless`, else 1."""
     if weightless is None:
         return np.ones(len(tokens), np.float32)
     return (tokens != weightless).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The random choices of a sample, made from raw bits: numpy's own distributions may change between its versions."""
+"""The random choices of a sample, made from raw bits, because numpy's distributions may change between versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Draws:
-    """Choices one after another; all belong to the key, and each depends on how much was drawn before it."""
+    """A sequence of random choices, determined by the key and by the order of the calls."""
 
     def __init__(self, key: int) -> None:
         self._stream = bit_stream(key)
@@ -24,46 +24,46 @@ class Draws:
         return np.asarray(self._stream.random_raw(count), np.uint64)
 
     def uniform(self) -> float:
-        """In [0, 1), a multiple of 2^-53."""
+        """A uniform number in [0, 1), a multiple of 2^-53."""
         return (int(self._stream.random_raw()) >> 11) * 2.0**-53
 
     def uniforms(self, count: int) -> Floats:
-        """[count], each as `uniform`."""
+        """[count] numbers like those of `uniform`."""
         return np.asarray((self.bits(count) >> np.uint64(11)) * 2.0**-53, np.float64)
 
     def below(self, bound: int) -> int:
-        """In range(bound), equally likely but for 2^-64 x bound."""
+        """An integer in range(bound), uniform up to a bias of 2^-64 x bound."""
         return (int(self._stream.random_raw()) * bound) >> 64
 
     def integers(self, bounds: Ints) -> Ints:
-        """[len(bounds)]: the i-th in range(bounds[i]), equally likely but for 2^-53 x bound."""
-        return (self.uniforms(len(bounds)) * bounds).astype(np.int64)  # a double below 1 x bound rounds below bound
+        """[len(bounds)] integers: the i-th in range(bounds[i]), uniform up to a bias of 2^-53 x bound."""
+        return (self.uniforms(len(bounds)) * bounds).astype(np.int64)  # u < 1, so u x bound never rounds up to bound
 
     def order(self, count: int) -> Ints:
         """A permutation of range(count)."""
         return np.argsort(self.bits(count), kind="stable")
 
     def choose(self, count: int, total: int) -> Flags:
-        """[total] with `count` True; all such choices are equally likely."""
+        """[total] flags, `count` of them True; all such choices are equally likely."""
         is_chosen = np.zeros(total, np.bool_)
         if count:
             is_chosen[np.argpartition(self.bits(total), count - 1)[:count]] = True
         return is_chosen
 
     def segments(self, total: int, count: int) -> Ints:
-        """[count] positive lengths with the sum `total`; all such divisions are equally likely."""
+        """[count] positive lengths that sum to `total`; all such divisions are equally likely."""
         assert 1 <= count <= total
         is_bound = np.ones(total + 1, np.bool_)
         is_bound[1:-1] = self.choose(count - 1, total - 1)
         return np.diff(np.flatnonzero(is_bound))
 
     def from_table(self, cumulative: Floats, count: int) -> Ints:
-        """[count] indices, the i-th with the probability cumulative[i] - cumulative[i - 1]; the last entry is 1."""
+        """[count] indices; i has the probability cumulative[i] - cumulative[i - 1]. The last entry must be 1."""
         return cumulative.searchsorted(self.uniforms(count), side="right")
 
 
 def poisson_table(mean: float) -> Floats:
-    """Cumulative probabilities of 0, 1, 2, ... up to where the rest is lost in double precision."""
+    """Cumulative Poisson probabilities of 0, 1, 2, ..., until the rest is negligible in double precision."""
     assert mean > 0
     values = range(int(mean + 12 * math.sqrt(mean)) + 30)
     chances = [math.exp(value * math.log(mean) - mean - math.lgamma(value + 1)) for value in values]

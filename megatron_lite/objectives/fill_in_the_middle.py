@@ -5,12 +5,12 @@
     SPM              <PRE> <SUF> suffix <MID> prefix middle [EOD]             the paper's variant for joint training
     tokens, labels   the window of s + 1 rearranged tokens, as in causal_lm
 
-Token level: the cuts are uniform over the tokens of the document. Context level: the window is cut into documents
-first, and what it holds of a document is rearranged, so that no part of it can get lost. A document that the window
-cuts off has no [EOD]; one without any token besides [EOD] stays as it is. What every document begins with, such as a
-beginning-of-text token, stays ahead of it.
+Token level: the cuts are uniform over the tokens of the document. Context level: the window is first cut into
+documents, and the part of a document inside the window is rearranged, so that none of it is lost. A document that the
+window truncates has no [EOD]; one that consists only of [EOD] is unchanged. The begin tokens of a document, such as a
+beginning-of-text token, stay in front.
 
-The tokens that are added take the room of the window's last ones, which are dropped before anything is rearranged.
+The added tokens take the place of the window's last tokens, which are dropped before anything is rearranged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_lite.objectives.base import Example, Ids, Objective, Text
 from megatron_lite.objectives.causal_lm import next_token_shape, next_token_weights, weightless_token
 from megatron_lite.objectives.draws import Draws
 
-CHOICES = 4  # of a document: whether it is rearranged, in which order, and two cuts
+CHOICES = 4  # random numbers per document: whether it is rearranged, in which order, and two cuts
 
 
 class FillInTheMiddle(Objective):
@@ -50,7 +50,7 @@ class FillInTheMiddle(Objective):
         return Example((tokens,), window[1:], next_token_weights(tokens, self._weightless))
 
     def _rearranged(self, window: Ids, draws: Draws) -> Ids:
-        """As many of the window's [s + 1] tokens as there is room for, with those that are added: [s + 1]."""
+        """Rearrange the documents of a window [s + 1], and drop its last tokens to make room for the added ones."""
         is_end = window == self._eod
         ends = (np.flatnonzero(is_end) + 1).tolist()
         if not is_end[-1]:
@@ -73,7 +73,7 @@ class FillInTheMiddle(Objective):
         return np.concatenate(parts)
 
     def _moved(self, document: Ids, one: float, other: float, is_spm: bool) -> list[Ids]:
-        """A document in its new order, cut at two places in [0, 1); what every document begins with stays ahead."""
+        """The pieces of a document in their new order, cut at two fractions of it; its begin tokens stay in front."""
         start = len(self._begin) if np.array_equal(document[: len(self._begin)], self._begin) else 0
         text = document[start:]
         content = len(text) - int(document[-1] == self._eod)

@@ -1,4 +1,4 @@
-"""From logits and targets to the loss that is minimised, and to how often the model is right.
+"""Compute the training loss from logits and targets, and count correct predictions.
 
 Shapes: b micro-batch, s positions whose labels are predicted, v vocabulary, t tensor-parallel size.
 """
@@ -19,19 +19,19 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 
 Outputs: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""Logits [b, s, v/t], this rank's slice of the padded vocabulary; and, where the model has a head for the class of a
-whole sample, its logits [b, classes]."""
+"""Logits [b, s, v/t], this rank's slice of the padded vocabulary; and, if the model has a head that classifies whole
+samples, its logits [b, classes]."""
 
 Targets: TypeAlias = tuple[Tensor, ...]
-"""Labels [b, s] and loss weights [b, s]; and, where samples have a class, sequence labels [b] and weights [b]."""
+"""Labels [b, s] and loss weights [b, s]; and, if samples have a class, sequence labels [b] and weights [b]."""
 
 
 @dataclass
 class EvaluationCounts:
     """Weighted sums over the predictions of one rank's share of a batch."""
 
-    tokens: Tensor  # [3] fp64: how many were right, their nats, all
-    sequences: Tensor  # [3] fp64: the same of the samples' classes
+    tokens: Tensor  # [3] fp64: number of correct predictions, loss in nats, number of predictions
+    sequences: Tensor  # [3] fp64: the same for the samples' classes
 
     @classmethod
     def none(cls, device: torch.device) -> EvaluationCounts:
@@ -40,11 +40,11 @@ class EvaluationCounts:
 
 @dataclass
 class TokenLoss:
-    """Weighted sum of the tokens' cross-entropies, and of those of the samples' classes.
+    """Weighted sum of the cross-entropies of tokens and of sample classes.
 
-    The weights carry the denominator (see `engine.loss_weights.normalise`), so that summing over micro-batches and
-    averaging over ranks gives the mean over all tokens of the global batch, however unevenly they are spread, plus the
-    mean over all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
+    The weights carry the denominator (see `engine.loss_weights.scale_loss_weights`), so that summing over micro-batches
+    and averaging over ranks gives the mean over all tokens of the global batch, however unevenly ranks share them, plus
+    the mean over all its samples (BERT, arXiv 1810.04805, A.2: the sum of both means).
     """
 
     context: ParallelContext
@@ -53,15 +53,15 @@ class TokenLoss:
     """Weights of auxiliary losses, which are in the gradients but not in what is returned."""
     _counts: EvaluationCounts | None = field(default=None, init=False)
     sequences: list[Tensor] = field(default_factory=list, compare=False)
-    """[2, b] of each micro-batch since somebody cleared it, of training alone: each sequence's share of the loss, and
-    its tokens' weights. It stays on the device."""
+    """[2, b] for each training micro-batch since `begin_step`: the loss share and the token weight of each sequence.
+    Kept on the device, to avoid a synchronisation."""
     token_shares: list[Tensor] = field(default_factory=list, compare=False)
-    """Of the same micro-batches, the tokens' part of the loss where samples have a class; else it is all of it."""
+    """For the same micro-batches, the part of the loss from tokens if samples have a class; otherwise empty."""
 
     def __call__(self, outputs: Outputs, targets: Targets) -> Tensor:
         """
         Args:
-            outputs: consumed (overwritten) where gradients are wanted.
+            outputs: overwritten if gradients are enabled, to save memory.
         Returns:
             scalar, fp32
         """
@@ -96,7 +96,7 @@ class TokenLoss:
 
     @contextmanager
     def counting(self) -> Iterator[EvaluationCounts]:
-        """Count right predictions, without gradients, until the end of the block."""
+        """Count correct predictions during the block, without gradients."""
         self._counts = EvaluationCounts.none(self.context.device)
         try:
             with torch.no_grad():
@@ -105,7 +105,7 @@ class TokenLoss:
             self._counts = None
 
     def begin_step(self) -> None:
-        """Forget what the last step has left."""
+        """Clear the measurements of the previous step."""
         self.sequences.clear()
         self.token_shares.clear()
 

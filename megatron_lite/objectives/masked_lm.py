@@ -1,9 +1,9 @@
 """Masked language modelling without sentence pairs (RoBERTa, arXiv 1907.11692: packed windows, dynamic masks).
 
-    tokens   [CLS] t0 t1 [MASK] t3 ... t(s-3) [SEP]     documents packed, the end of each inside
-    labels   [CLS] t0 t1   t2   t3 ... t(s-3) [SEP]     with weight at the chosen positions only
+    tokens   [CLS] t0 t1 [MASK] t3 ... t(s-3) [SEP]     packed documents with their end-of-document tokens
+    labels   [CLS] t0 t1   t2   t3 ... t(s-3) [SEP]     loss weight 1 at the chosen positions, else 0
 
-The masks belong to the sample's key, so each epoch has fresh ones.
+The masks are determined by the sample's key, so each epoch has new ones.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Masked language modelling on pairs, and whether the second part follows the first (BERT, arXiv 1810.04805).
+"""Masked language modelling on sentence pairs, with next-sentence prediction (BERT, arXiv 1810.04805).
 
     tokens    [CLS] a0 [MASK] a2 ... [SEP] b0 b1 ... [SEP] [PAD] ...    s positions
     segments    0   0    0    0        0   1  1        1     0   ...
-    lengths   3 + tokens of both parts
-    labels    [CLS] a0   a1   a2 ... [SEP] b0 b1 ... [SEP] [PAD] ...    with weight at the chosen positions only
+    lengths   3 + number of tokens of both parts
+    labels    [CLS] a0   a1   a2 ... [SEP] b0 b1 ... [SEP] [PAD] ...    loss weight 1 at the chosen positions, else 0
 
-The label of the whole sample is 0 where the second part really follows the first, 1 where it is a random one, as in
-BERT's own code and in transformers: their weights mean the same here.
+The label of the whole sample is 0 if the second part follows the first, and 1 if it is a random one, as in BERT's own
+code and in transformers, so that their weights can be used here.
 """
 
 from __future__ import annotations

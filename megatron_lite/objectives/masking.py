@@ -1,4 +1,4 @@
-"""Choosing and hiding the tokens that a masked language model predicts (BERT, arXiv 1810.04805, section 3.1)."""
+"""Choose and mask the tokens that a masked language model predicts (BERT, arXiv 1810.04805, section 3.1)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Flags = npt.NDArray[np.bool_]
 
 
 class Masking:
-    """Hides a fixed share of the ordinary tokens of an input; special ones always stay.
+    """Masks a fixed fraction of the ordinary tokens of an input; special tokens are never masked.
 
-    Of the chosen tokens 80 % become the mask token, 10 % a random ordinary token and 10 % stay (defaults of the
-    config), each on its own.
+    With the default settings, 80 % of the chosen tokens become the mask token, 10 % become a random ordinary token and
+    10 % stay unchanged, independently of each other.
     """
 
     def __init__(self, objective: ObjectiveConfig, vocabulary: Vocabulary) -> None:
@@ -29,7 +29,7 @@ class Masking:
         self._begins_word = vocabulary.begins_word if objective.whole_word else None
         if objective.whole_word and vocabulary.begins_word is None:
             raise ConfigError(
-                "objective.whole_word=true needs a tokenizer that tells which tokens begin a word; name one in "
+                "objective.whole_word=true needs a tokenizer that marks which tokens begin a word; name one in "
                 "data.tokenizer, or set objective.whole_word=false"
             )
         self._mask = known(vocabulary.special.mask)
@@ -42,7 +42,7 @@ class Masking:
         Args:
             tokens: [any length]
         Returns:
-            the tokens with some of them hidden, and which ones are to be predicted
+            the tokens after masking, and flags of those to predict
         """
         chosen = self._choose(tokens, draws)
         places = np.flatnonzero(chosen)
@@ -56,7 +56,7 @@ class Masking:
         return hidden, chosen
 
     def _choose(self, tokens: Ids, draws: Draws) -> Flags:
-        """[len(tokens)]: masked_fraction of the ordinary tokens, rounded, and at least one where there is one."""
+        """Flags [len(tokens)] of masked_fraction of the ordinary tokens (rounded, at least one if there are any)."""
         maskable = ~self._is_special[tokens]
         places = np.flatnonzero(maskable)
         chosen = np.zeros(len(tokens), np.bool_)
@@ -78,7 +78,7 @@ class Masking:
 
 
 def _whole_words(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int64], count: int) -> list[int]:
-    """Words in this order, without those that would lead over `count` tokens; the first is taken in any case."""
+    """Take words in this order, skipping those that would exceed `count` tokens; the first is always taken."""
     taken = []
     total = 0
     for word, length in zip(order.tolist(), lengths[order].tolist(), strict=True):

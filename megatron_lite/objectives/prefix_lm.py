@@ -1,10 +1,10 @@
-"""Prefix language modelling: a prefix is read both ways, the rest is predicted (arXiv 1910.10683; U-PaLM,
+"""Prefix language modelling: bidirectional attention within a prefix, the rest is predicted (arXiv 1910.10683; U-PaLM,
 arXiv 2210.11399).
 
     window          t0 t1 ... t(k-1) | tk ... ts        k uniform in 1 ... s
     tokens          t0 t1 ... t(s-1)
     prefix_lengths  k
-    labels          t1 t2 ... ts                        with weight where the label is tk ... ts
+    labels          t1 t2 ... ts                        loss weight 1 for the labels tk ... ts, else 0
 """
 
 from __future__ import annotations

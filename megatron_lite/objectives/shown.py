@@ -1,4 +1,4 @@
-"""What an objective made of a sample, in words that a person can compare with its text. Needs no torch."""
+"""Show a sample after its objective as readable text, to compare with the original. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Decode = Callable[[Ids], str]
 
 @dataclass(frozen=True)
 class Predicted:
-    """Neighbouring positions whose labels count."""
+    """Consecutive positions whose labels count in the loss."""
 
     position: int
-    """The first of them."""
+    """The first position."""
     text: str
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The same for every objective; a part that an objective does not have is empty or None."""
+    """A sample as text. Parts that an objective does not have are empty or None."""
 
     reads: dict[str, str | int]
-    """By field of the model's input: the text of `tokens` and `decoder_tokens` without padding, special tokens by their
-    name; the numbers of `lengths` and `prefix_lengths`; and of `segments` the position where the second part begins."""
+    """By input field: for `tokens` and `decoder_tokens` the text without padding, with special tokens by name; for
+    `lengths` and `prefix_lengths` the number; for `segments` the position where the second part begins."""
     predicts: list[Predicted]
     predicted: int
-    """Positions whose labels count ..."""
+    """Number of positions whose labels count in the loss."""
     positions: int
-    """... of so many."""
+    """Number of all label positions."""
     is_next: bool | None
-    """Of pairs: whether the second part really follows the first."""
+    """For pairs: whether the second part follows the first in its document."""
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Lines for a terminal."""
         lines = [f"reads {name}: {on_one_line(str(value))}" for name, value in self.reads.items()]
         runs = " | ".join(f"{run.position}: {run.text}" for run in self.predicts)
         lines.append(f"predicts {self.predicted} of {self.positions} positions: {on_one_line(runs)}")
@@ -50,8 +50,8 @@ class Shown:
 def show(objective: Objective, example: Example, decode: Decode) -> Shown:
     """
     Args:
-        example: of this objective.
-        decode: the text of tokens.
+        example: a sample of this objective.
+        decode: converts tokens to text.
     """
     inputs = dict(zip((field.name for field in objective.inputs), example.inputs, strict=True))
     counted = np.flatnonzero(example.loss_weights)
@@ -75,5 +75,5 @@ def show(objective: Objective, example: Example, decode: Decode) -> Shown:
 
 
 def on_one_line(text: str) -> str:
-    """Line ends as `\\n`, so that a text stays on the line of its name."""
+    """Escape line ends as `\\n`, so that a text stays on one line."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,13 +1,13 @@
-"""Span corruption: spans of the text are taken out and predicted one after another (T5, arXiv 1910.10683).
+"""Span corruption: spans of the text are removed and predicted one after another (T5, arXiv 1910.10683).
 
     window          thank you for inviting me to your party last week       n tokens
     tokens          thank you <X> me to your party <Y> week [EOD]           exactly s
     labels          <X> for inviting <Y> last [EOD]                         exactly d
     decoder_tokens  [PAD] <X> for inviting <Y> last
 
-n is chosen so that neither stack is padded (`config.lengths`). Lengths of spans and of the pieces between them are
-random divisions as in T5's `random_spans_noise_mask`; the text begins with a piece that stays and ends with a span.
-The sentinels <X>, <Y>, ... come in the order of `SpecialTokens.sentinels`.
+n is chosen so that neither stack is padded (`config.lengths`). The lengths of the spans and of the pieces between them
+are random divisions as in T5's `random_spans_noise_mask`; the text begins with a kept piece and ends with a span. The
+sentinels <X>, <Y>, ... are used in the order of `SpecialTokens.sentinels`.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ class SpanCorruption(Objective):
 
 
 def sentinels(objective: ObjectiveConfig, data: DataConfig, vocabulary: Vocabulary) -> Ids:
-    """The sentinels of the vocabulary, in order; the preparation of the data has made sure that they are enough."""
+    """The sentinels of the vocabulary, in order; data preparation has checked that there are enough."""
     found = vocabulary.special.sentinels
     assert len(found) >= sentinels_needed(objective, data.seq_length)
     return np.array(found, np.int64)
 
 
 def take_out(tokens: Ids, kept: Lengths, taken: Lengths, sentinels: Ids) -> tuple[Ids, Ids]:
-    """Split a text into what stays and what is taken out, with a sentinel in the place of each missing piece.
+    """Split a text into kept and removed pieces, with a sentinel in the place of each missing piece.
 
     Args:
         tokens: [n]
-        kept, taken: [k]: positive lengths of the pieces in turn, beginning with one that stays; their sum is n.
+        kept, taken: [k] positive lengths of alternating pieces, starting with a kept one; they sum to n.
         sentinels: [at least k]
     Returns:
         the rest: kept piece, sentinel, kept piece, sentinel, ...
-        the spans: sentinel, taken piece, sentinel, taken piece, ...
+        the spans: sentinel, removed piece, sentinel, removed piece, ...
     """
     count = len(kept)
     lengths = np.empty(2 * count, np.int64)
@@ -80,7 +80,7 @@ def take_out(tokens: Ids, kept: Lengths, taken: Lengths, sentinels: Ids) -> tupl
 
 
 def _with_sentinels(tokens: Ids, stays: npt.NDArray[np.bool_], starts: Lengths, sentinels: Ids) -> Ids:
-    """The tokens that stay, and a sentinel where each of the other pieces starts; writes to `stays`."""
+    """The tokens that stay, with a sentinel in place of each other piece; modifies `stays`."""
     marked = tokens.copy()
     marked[starts] = sentinels
     stays[starts] = True

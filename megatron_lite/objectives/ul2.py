@@ -1,20 +1,20 @@
-"""UL2: a mixture of seven denoisers (arXiv 2205.05131, table 1), told apart by a mode token.
+"""UL2: a mixture of seven denoisers (arXiv 2205.05131, table 1), distinguished by a mode token.
 
     tokens          [MODE] a b <X> d e <Y> [EOD] [PAD] ...      s positions
-    lengths         positions that are no padding
-    labels          <X> c <Y> f g [EOD] [PAD] ...               d positions, with weight where no padding
+    lengths         positions that are not padding
+    labels          <X> c <Y> f g [EOD] [PAD] ...               d positions, loss weight 0 for padding
     decoder_tokens  [PAD] <X> c <Y> f g [PAD] ...
 
-R-denoisers ([NLU]) take out short spans at a low rate, X-denoisers ([NLG]) long spans or many, exactly as
-`span_corruption` does. The S-denoiser ([S2S]) takes out one span at the end, beginning at a random place, hence is a
-prefix language model; with a sentinel like the others, as the published UL2 model is prompted.
+R-denoisers ([NLU]) remove short spans at a low rate, X-denoisers ([NLG]) remove long or many spans, exactly as
+`span_corruption` does. The S-denoiser ([S2S]) removes one span from a random position to the end, so it is a prefix
+language model. It uses a sentinel like the others, as in prompts of the published UL2 model.
 
-Each denoiser uses the first n tokens of the window, as many as fit both stacks; n and the lengths are its own
-(`config.lengths.ul2_lengths`), the rest is padding. The window is the largest n.
+Each denoiser uses the first n tokens of the window, as many as fit both stacks. Each has its own n and lengths
+(`config.lengths.ul2_lengths`); the rest is padding. The window is the largest n.
 
-Each weighted denoiser of mean span 3 or 8 must take out a whole span and no two may become the same task, else the
-configuration is refused; spans of 64 are cut to what fits. The reference is the paper's 512 tokens: at 128 the denoiser
-(64, 0.15) takes out one span of 22.
+Each denoiser with a positive weight and mean span 3 or 8 must remove at least one whole span, and no two may become the
+same task; otherwise the configuration is refused. Spans of 64 are shortened to what fits. The reference is the paper's
+512 tokens: at 128, the denoiser (64, 0.15) removes one span of 22.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class UL2(Objective):
         return Example((tokens, used, decoder_tokens), labels, leading(predicted, self.label_length))
 
     def _pieces(self, denoiser: Denoiser, window: int, draws: Draws) -> tuple[Lengths, Lengths]:
-        """Lengths of the pieces that stay and of those that are taken out."""
+        """Lengths of the kept and of the removed pieces."""
         if denoiser.mode == "s":
             shortest, longest = suffix_bounds(window, denoiser.noise_density)
             suffix = shortest + draws.below(longest - shortest + 1)

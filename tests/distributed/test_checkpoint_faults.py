@@ -114,13 +114,13 @@ def test_disk_that_fills_up_during_a_save(asynchronous: bool, jobs: list[Held], 
     assert writer.error == other.error
     assert writer.error is not None
     assert writer.error.startswith(f"DiskError: {checkpoints} cannot be written ([Errno 28] No space left")
-    assert "free some space or mend its permissions: the same command resumes from the last" in writer.error
+    assert "free some space or fix its permissions: the same command resumes from the last" in writer.error
     assert writer.left == ["latest", OLD], "nothing of the failed save"
     assert [writer.before.name, writer.after.name] == [OLD, NEW]
     assert all(found.is_right for rank in (writer, other) for found in (rank.before, rank.after))
     assert writer.too_little == other.too_little
     assert writer.too_little is not None
-    for part in ("DiskError", "KiB for a checkpoint, and its disk has", "make room", "train.keep_last"):
+    for part in ("DiskError", "KiB for a checkpoint, but its disk has", "free some space", "train.keep_last"):
         assert part in writer.too_little
 
 

@@ -102,7 +102,7 @@ def test_killed_at_each_kind_of_change(jobs: list[Held], tmp_path: Path) -> None
         assert any("it was never finished" in line for line in resumed.messages) == unfinished, kill
         assert (resaved.name, resaved.is_right, resaved.messages) == (NEXT, True, []), kill
         assert names_after == ["latest", NEXT], kill
-        expected = "RuntimeError: a checkpoint was not finished, for another rank has ended"
+        expected = "RuntimeError: a checkpoint was not finished, because another rank has ended"
         assert kill.survivor.startswith(expected), kill
     assert set(names[1]) == {OLD}, "published without a rank's part"
     assert names[0] == sorted(names[0]), "old, old, ..., new, new"

@@ -132,7 +132,7 @@ def test_goes_on_under_another_layout_and_another_zero_stage(
     run_warm(tiny("run", *words, "parallel=dp2_tp2_pp2", "train.steps=4")).require_success()
     second = run_warm(tiny("run", *words, "parallel=tp2", "train.steps=8")).require_success()
     assert "weights     resharded  dp2 tp2 pp2 zero1 -> dp1 tp2 pp1 zero1" in second.out
-    assert "data        restored   goes on with sample 32" in second.out
+    assert "data        restored   continues with sample 32" in second.out
     third = ["parallel=dp2", "parallel.zero_stage=3"]
     run_warm(tiny("run", *words, *third)).require_success()
     parts = losses(tmp_path / "run")

@@ -103,7 +103,7 @@ def test_full_disk_ends_the_run_with_one_error_and_it_goes_on_with_more_room(tin
         words = tiny("run", *WORDS, f"train.run_dir={run_dir}", "train.async_save=false")
         finished = run(launch(*words))
         assert finished.code == RunEnd.DISK_ERROR, finished.err
-        for part in ("KiB for a checkpoint, and its disk has", "make room", "train.keep_last", "train.run_dir"):
+        for part in ("KiB for a checkpoint, but its disk has", "free some space", "train.keep_last", "train.run_dir"):
             assert part in finished.err
         assert len(finished.err.splitlines()) == 1, finished.err
         marker = read_marker(run_dir)

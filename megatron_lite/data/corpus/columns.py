@@ -1,7 +1,7 @@
-"""Rows of a column of text, from parquet files and from Hugging Face datasets: batches of Arrow, cell by cell.
+"""Rows of a text column, read from parquet files and Hugging Face datasets in Arrow batches.
 
-Cells are taken as bytes and decoded here, so one that is not UTF-8 is one bad row, and one that is too long is never
-copied. Arrow itself reads a page of a parquet file, or a cell, as a whole.
+Cells are read as bytes and decoded here: a cell that is not UTF-8 costs one row, and a cell that is too long is never
+copied. Arrow itself always reads a whole parquet page, or a whole cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parquet_rows(path: Path, file: int, source: Source, data: DataConfig, progre
     """The rows of one parquet file.
 
     Raises:
-        DataError: it is not readable, or has no column data.text_key that holds text.
+        DataError: the file cannot be read, or has no text column data.text_key.
     """
     with reading(path, source):
         from pyarrow import parquet
@@ -38,7 +38,7 @@ def parquet_rows(path: Path, file: int, source: Source, data: DataConfig, progre
         rows = batch_rows(average_bytes(opened.metadata, data.text_key))
         with reading(path, source):
             batches = opened.iter_batches(batch_size=rows, columns=[data.text_key])
-        # `columns` also takes fields inside a column: `a.b` may bring the column `a` along
+        # `columns` also selects fields inside a column: `a.b` may return the column `a` as well
         columns = ([batch.column(batch.schema.names.index(data.text_key))] for batch in batches)
         yield from column_rows(columns, str(path), file, source, data, progress)
 
@@ -49,8 +49,8 @@ def column_rows(
     """The rows of a column.
 
     Args:
-        batches: of Arrow arrays, read by a library.
-        name: what they are read from, for messages.
+        batches: lists of Arrow arrays, read by a library.
+        name: the file or dataset that they come from, for messages.
     """
     number = 0
     while True:
@@ -68,19 +68,19 @@ def column_rows(
 def require_text(schema: pyarrow.Schema, key: str, name: str, source: Source) -> None:
     """
     Raises:
-        DataError: there is no such column, or it holds something else, with the columns that would do.
+        DataError: there is no such column, or it holds something other than text; names the text columns.
     """
     texts = [field.name for field in schema if _is_text(field.type)]
-    remedy = f"set data.text_key to one of {', '.join(texts)}" if texts else "name a table with a column of text"
+    remedy = f"set data.text_key to one of {', '.join(texts)}" if texts else "name a table with a text column"
     if key not in schema.names:
         raise DataError(f"{name} (of {source}) has no data.text_key={key}; {remedy}")
     kind = schema.field(schema.names.index(key)).type
     if not _is_text(kind):
-        raise DataError(f"{name} (of {source}): data.text_key={key} holds {_named(kind)}, and must hold text; {remedy}")
+        raise DataError(f"{name} (of {source}): data.text_key={key} holds {_named(kind)}, but must hold text; {remedy}")
 
 
 def batch_rows(average_bytes: float) -> int:
-    """Rows to read at a time, so that they take a few MiB."""
+    """Number of rows to read at a time, so that a batch takes a few MiB."""
     return int(min(max(BATCH_BYTES / max(average_bytes, 1), 1), MOST_ROWS))
 
 
@@ -91,7 +91,7 @@ def _row(value: bytes | None, size: int | None, file: int, number: int) -> Row:
 
 
 def _cells(array: pyarrow.Array, limit_bytes: int) -> tuple[list[bytes | None], list[int | None]]:
-    """The cells of an array, those that are too long as None, and the size of each; that of a null is None."""
+    """The cells of an array (None for those that are too long) and their sizes in bytes (None for a null)."""
     import pyarrow
     from pyarrow import compute
 
@@ -122,7 +122,7 @@ def _named(kind: pyarrow.DataType) -> str:
 
 
 def average_bytes(metadata: Any, key: str) -> float:
-    """Unpacked bytes of a cell, in the row group where they are longest on average."""
+    """Average uncompressed bytes of a cell, in the row group where this average is largest."""
     places = [j for j in range(metadata.num_columns) if metadata.schema.column(j).path == key]
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     averages = (group.column(j).total_uncompressed_size / max(group.num_rows, 1) for group in groups for j in places)

@@ -1,10 +1,10 @@
-"""Checksums of the files of a corpus, remembered, so that a start reads only what has changed since the last one.
+"""Cached checksums of the files of a corpus, so that a run reads only files that have changed since the last run.
 
-The memory lies in data.cache_dir. An entry holds as long as the file of that path has the size, the time of change and
-the inode that it had. A file that was changed within the last moments is read again next time: another change within
-the same tick of the file system's clock would show in none of these (git calls this a racy index). Only processes of
-the same node that had begun before it was read, such as the other ranks of a job, take what was found then. One process
-reads, under a lock; others wait for it and take its results. Losing or damaging the memory costs time and nothing else.
+The cache is a file in data.cache_dir. An entry is valid while the file at its path keeps its size, modification time
+and inode. A file that was modified within the last two seconds is read again next time, because another change within
+the same tick of the file system's clock would alter none of these (git calls this a racy index). Only processes on the
+same node that started before the file was read, such as the other ranks of a job, reuse such an entry. One process
+reads under a lock; the others wait and use its results. Losing or damaging the cache costs only time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_lite.data.sealed import read_sealed, sealed
 from megatron_lite.errors import DamagedFileError
 from megatron_lite.files import BLOCK_BYTES, replace_file, size_text
 
-MEMORY_FILE = f"{LOCKS}/digests.json"  # in data.cache_dir, where only prepared folders are to be seen
+MEMORY_FILE = f"{LOCKS}/digests.json"  # in data.cache_dir, hidden so that users see only prepared folders there
 LOCK_FILE = f"{LOCKS}/digests"
-CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # that of /proc
-SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system in use ticks every two seconds
-QUIET_SECONDS = 3.0  # of reading before the first line about it
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the clock of /proc
+SETTLED_NS = 2 * 10**9  # the coarsest file system clock in use (FAT) ticks every two seconds
+QUIET_SECONDS = 3.0  # seconds of reading before the first progress line
 REPORT_SECONDS = 10.0
 
 Identity = list[Any]
@@ -37,23 +37,23 @@ Identity = list[Any]
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """What is remembered of a file."""
+    """Cached facts of one file."""
 
     size: int
     mtime_ns: int
     inode: int
     digest: str
     read_ns: int = 0
-    """For a file that had just been changed: when it was read, since the boot of the node. 0 = it holds for all."""
+    """For a file that had just been modified: when it was read, since the boot of the node. 0 = valid for everybody."""
     boot: str = ""
-    """Which boot of which node that was."""
+    """The boot id of the node that read it."""
 
     def describes(self, stat: os.stat_result) -> bool:
         return (self.size, self.mtime_ns, self.inode) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def boot() -> str:
-    """Which boot of which node this is; empty where the system does not say."""
+    """The boot id of this node; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -61,19 +61,19 @@ def boot() -> str:
 
 
 def process_began_ns() -> int:
-    """When this process began or was forked, since the boot of the node. Asked only where `boot` is known."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
+    """When this process started or was forked, since the boot of the node. Called only if `boot` is known."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # the process name may hold any character
     return int(fields[19]) * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def remembered_digests(cache_dir: Path, report: Callable[[str], None]) -> Iterator[Callable[[Path], Identity]]:
-    """A function from a file to its identity, for the length of the block.
+    """Context manager that gives a function from a file to its identity.
 
-    Where cache_dir cannot be written, nothing new is remembered.
+    If cache_dir cannot be written, nothing new is cached.
 
     Args:
-        report: is told when reading takes time, and of a damaged memory.
+        report: called with a line while reading takes long, and if the cache file is damaged.
     """
     memory = _Memory(cache_dir, report)
     try:
@@ -88,7 +88,7 @@ class _Memory:
         self._path = cache_dir / MEMORY_FILE
         self._report = report
         self._entries = self._read(report)
-        self._locked: ExitStack | None = None  # from the first file that has to be read
+        self._locked: ExitStack | None = None  # taken when the first file has to be read
         self._is_saved = True
         self._bytes_read = 0
         self._next_line = 0.0
@@ -98,7 +98,7 @@ class _Memory:
         entry = self._known(name)
         if entry is None and self._locked is None:
             self._lock()
-            entry = self._known(name)  # by a process that we have waited for
+            entry = self._known(name)  # the process that we waited for may have read it
         if entry is None:
             entry = self._read_file(name)
         return [entry.size, entry.digest]
@@ -117,12 +117,12 @@ class _Memory:
     def _lock(self) -> None:
         self._locked = ExitStack()
         self._next_line = time.monotonic() + QUIET_SECONDS
-        if not self._cache_dir.is_dir():  # whoever only asks where data would lie makes no folders
+        if not self._cache_dir.is_dir():  # a caller that only asks for the path of the data creates no folders
             return
-        with suppress(OSError, NotImplementedError):  # a folder that is not ours, or without locks: read alone
+        with suppress(OSError, NotImplementedError):  # read-only folder, or no file locks: read without a lock
             lock = FileLock(self._cache_dir / LOCK_FILE)
             self._locked.enter_context(locked(lock, "another process reads the corpus; waiting for it", self._report))
-        self._entries = self._read(lambda line: None)  # of damage is said once
+        self._entries = self._read(lambda line: None)  # damage was reported by the first read
 
     def _read_file(self, name: str) -> Entry:
         digest = xxhash.xxh3_128()
@@ -146,20 +146,20 @@ class _Memory:
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + REPORT_SECONDS
             self._report(f"reading what is new in the corpus: {size_text(self._bytes_read)} so far, now {name}")
-            self._save()  # a kill loses no more than the file that is being read
+            self._save()  # a killed process loses only the file that it is reading
 
     def _read(self, report: Callable[[str], None]) -> dict[str, Entry]:
         try:
             content = read_sealed(self._path) or {}
             return msgspec.convert(content, dict[str, Entry])
         except (DamagedFileError, msgspec.ValidationError) as error:
-            report(f"warning: {error}; it only tells which files are unchanged: all are read again")
+            report(f"warning: {error}; it only caches checksums, so all files are read again")
             return {}
 
     def _save(self) -> None:
         if self._is_saved:
             return
         there = {name: entry for name, entry in self._entries.items() if os.path.exists(name)}
-        with suppress(OSError):  # a folder that is not ours, or a full disk: the files are read again next time
+        with suppress(OSError):  # read-only folder, or full disk: the files are read again next time
             replace_file(self._path, sealed(msgspec.to_builtins(there)))
             self._is_saved = True

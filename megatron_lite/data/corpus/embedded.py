@@ -1,6 +1,6 @@
 """The embedded corpus: the running interpreter's own standard library, and Python's reference topics.
 
-It is real text that every machine with Python already has: about 730 modules and 80 chapters, 12 MB. Tests, generated
+This is real text that every machine with Python already has: about 730 modules and 80 topics, 12 MB. Tests, generated
 files and installed packages are left out.
 """
 
@@ -20,7 +20,7 @@ from megatron_lite.errors import DataError
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOPICS_MODULE = "pydoc_data.topics"
-TOPICS_FILE = Path("pydoc_data", "topics.py")  # read as documents, not a second time as source
+TOPICS_FILE = Path("pydoc_data", "topics.py")  # its topics are documents, so it is not read as source as well
 
 
 def embedded_files() -> list[Path]:
@@ -36,7 +36,7 @@ def embedded_files() -> list[Path]:
         files += [Path(folder, name) for name in sorted(names) if name.endswith(".py") and not _is_generated(name)]
     files = [path for path in files if path.relative_to(root) != TOPICS_FILE]
     if not files:
-        raise DataError(f"data.source=embedded finds no .py file under {root}; name a text of your own in data.source")
+        raise DataError(f"data.source=embedded finds no .py file under {root}; name your own text in data.source")
     return files
 
 
@@ -78,7 +78,7 @@ def _is_generated(name: str) -> bool:
 def _topics() -> list[str]:
     try:
         module = importlib.import_module(TOPICS_MODULE)
-    except ImportError:  # some distributions package it apart; the sources alone are a corpus too
+    except ImportError:  # some distributions package it separately; the sources alone are enough
         return []
     return [module.topics[name] for name in sorted(module.topics)]
 

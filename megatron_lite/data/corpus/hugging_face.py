@@ -1,8 +1,8 @@
-"""Hugging Face datasets: what `datasets` says about a folder or a name, and its rows.
+"""Hugging Face datasets: which files of a folder belong to a split, and the rows of a dataset.
 
-A folder of .jsonl, .parquet or .txt files is read by our own readers: `datasets` decides which files make the split.
-So a bad row is one row, files may differ in their other columns, nothing is copied into a cache, and a document's
-origin is its file. The library reads the rest.
+`datasets` decides which files belong to the split, but our own readers read .jsonl, .parquet and .txt files. So a bad
+row costs only one row, files may differ in their other columns, nothing is copied into a cache, and the origin of a
+document is its file. The library reads all other formats.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron_lite.errors import DataError, library_edge
 BUILDERS = {"json": SourceKind.jsonl, "parquet": SourceKind.parquet, "text": SourceKind.text}
 MESSAGE_LINES = 8
 PLAIN_SETTINGS: dict[str, Any] = {"field": None, "encoding": "utf-8", "filters": None, "sample_by": "line"}
-"""Settings of a builder that our readers know nothing of, with the values that make no difference."""
+"""Builder settings that our readers do not support, with the values that have no effect."""
 
 
 def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
-    """A folder of files that we can read as the source of its split's files; any other source as it is.
+    """Replace a folder that our readers can read by the files of its split; return any other source unchanged.
 
     Raises:
-        DataError: `datasets` makes nothing of the folder, or it has no such split.
+        DataError: `datasets` cannot load the folder, or it has no such split.
     """
     if source.kind is not SourceKind.dataset or not source.paths or _is_saved(source.paths[0]):
         return source, data
@@ -57,13 +57,13 @@ def as_files(source: Source, data: DataConfig) -> tuple[Source, DataConfig]:
     found = replace(source, kind=kind, paths=paths)
     if kind is SourceKind.jsonl and any(_is_array(path, found) for path in paths):
         return source, data
-    return found, replace(data, document_separator="\n")  # `datasets` takes a line of text as a row
+    return found, replace(data, document_separator="\n")  # for `datasets`, each line of a text file is a row
 
 
 def _require_all_counted(source: Source, counted: set[str]) -> None:
     """
     Raises:
-        DataError: `datasets` counts some data files of a folder to no split at all, and so would pass over them.
+        DataError: `datasets` assigns some data files of a folder to no split, and would silently ignore them.
     """
     folder = source.paths[0].resolve()
     if tells_its_files(folder):
@@ -72,8 +72,8 @@ def _require_all_counted(source: Source, counted: set[str]) -> None:
     if left:
         pattern = left[0].with_name(f"*{left[0].suffix}")
         raise DataError(
-            f"{source} is a folder of which `datasets` counts {len(left):,} files to no split, {left[0]} first, for "
-            f"their names; name the files by a pattern such as {pattern}, or move these away"
+            f"{source} is a folder in which `datasets` ignores {len(left):,} files (the first is {left[0]}), because "
+            f"their names match no split; name the files by a pattern such as {pattern}, or move them out of the folder"
         )
 
 
@@ -81,7 +81,7 @@ def dataset_rows(source: Source, data: DataConfig, progress: Progress) -> Iterat
     """The rows of a split that `datasets` reads.
 
     Raises:
-        DataError: it cannot be loaded, or has no such split, or no column data.text_key that holds text.
+        DataError: it cannot be loaded, has no such split, or has no text column data.text_key.
     """
     split = _open(source, data)
     with _edge(source):
@@ -95,7 +95,7 @@ def dataset_rows(source: Source, data: DataConfig, progress: Progress) -> Iterat
 
 
 def _open(source: Source, data: DataConfig) -> Any:
-    """The split of a Hugging Face dataset, saved by `save_to_disk` or anything that `load_dataset` takes."""
+    """The split of a Hugging Face dataset: one saved by `save_to_disk`, or anything that `load_dataset` accepts."""
     import datasets
 
     quiet_hub()
@@ -108,7 +108,7 @@ def _open(source: Source, data: DataConfig) -> Any:
 
 
 def _generated(name: str, config: str | None) -> Any:
-    """`load_dataset`, which hides the cause of a failure behind "An error occurred while generating the dataset"."""
+    """Call `load_dataset`, and raise the cause instead of its "An error occurred while generating the dataset"."""
     import datasets
 
     try:
@@ -119,7 +119,7 @@ def _generated(name: str, config: str | None) -> Any:
 
 
 def _folder_name(source: Source) -> str:
-    """With a last part that is a name: `datasets` calls the dataset by it, and makes nothing of `.` and `..`."""
+    """The resolved path: `datasets` names the dataset after its last part, and cannot handle `.` and `..`."""
     return str(source.paths[0].resolve())
 
 
@@ -133,12 +133,12 @@ def _split_of(splits: dict[str, Any], source: Source, data: DataConfig) -> Any:
 
 
 def _edge(source: Source) -> AbstractContextManager[None]:
-    """Of `datasets`, which names configurations and columns in later lines of its messages."""
+    """Turn errors of `datasets` into ours; keep several lines, because later ones list configurations and columns."""
     several = "set data.dataset_config if it has several configurations"
     if source.paths:
         what, remedy = "is a folder that `datasets` cannot load", f"{several}, or name its files instead"
     else:
-        what = "is no local file, and `datasets` cannot load it"
+        what = "is not a local file, and `datasets` cannot load it"
         remedy = f"{several}, correct the name, or download it where there is a network and name its folder"
     return library_edge(DataError, f"{source} {what}", remedy, lines=MESSAGE_LINES)
 
@@ -148,11 +148,11 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_plain(config: Any) -> bool:
-    """Whether the folder's README asks for no way of reading that is the library's own."""
+    """Whether the folder's README sets no builder options that only `datasets` supports."""
     return all(getattr(config, name, value) in (value, None) for name, value in PLAIN_SETTINGS.items())
 
 
 def _is_array(path: Path, source: Source) -> bool:
-    """Whether a file of JSON is one array of rows instead of an object a line."""
+    """Whether a JSON file is one array of rows instead of one object per line."""
     texts = (chunk.lstrip() for chunk in read_chunks(path, source))
     return next(filter(None, texts), b"").startswith(b"[")

@@ -1,7 +1,7 @@
-"""Rows and documents of a source, one at a time, so that a corpus never has to fit into memory.
+"""Rows and documents of a source, streamed, so that a corpus need not fit into memory.
 
-Lines are cut at "\\n" alone: U+2028, U+0085 and form feed are ordinary characters of a document. Documents of nothing
-but white space are left out.
+Only "\\n" ends a line: U+2028, U+0085 and form feed are ordinary characters of a document. Documents of only white
+space are skipped.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SHOWN_FIELDS = 20
 def read_documents(
     source: Source, data: DataConfig, counts: RowCounts | None = None, progress: Progress = ignore_progress
 ) -> Iterator[Document]:
-    """All documents of a text source in their order.
+    """All documents of a text source in order.
 
     Args:
-        counts: is told of every row.
+        counts: counts every row.
     Raises:
-        DataError: a file cannot be read; or, behind the last document, too many rows are bad (data.max_bad_fraction).
+        DataError: a file cannot be read; or, after the last document, too many rows are bad (data.max_bad_fraction).
     """
     source, data = as_files(source, data)
     counts = RowCounts(source.name) if counts is None else counts
@@ -53,17 +53,17 @@ def read_documents(
 
 
 def read_rows(source: Source, data: DataConfig, progress: Progress = ignore_progress) -> Iterator[Row]:
-    """All rows of a text source in their order: documents, and those that give none with the reason.
+    """All rows of a text source in order: documents, and bad rows with the reason.
 
     Args:
-        source: what `as_files` gives.
+        source: as returned by `as_files`.
     Raises:
         DataError: a file cannot be read, or a table has no column data.text_key.
     """
     if source.kind is SourceKind.embedded:
         for text, file, number in embedded_documents():
             progress(len(text))
-            if text.strip():  # some modules are empty: that is no news
+            if text.strip():  # some modules are empty: not worth a report
                 yield row_of_text(text, file, number)
     elif source.kind is SourceKind.dataset:
         yield from dataset_rows(source, data, progress)
@@ -99,7 +99,7 @@ def _jsonl(path: Path, file: int, source: Source, data: DataConfig, progress: Pr
 
 def row_of_line(line: bytes, key: str, file: int, number: int) -> Row:
     """A line of .jsonl: the text of one field of its object."""
-    line = line.removeprefix(BYTE_ORDER_MARK).strip(b" \t\r")  # marks are left where files were joined
+    line = line.removeprefix(BYTE_ORDER_MARK).strip(b" \t\r")  # concatenated files have marks inside
     if not line:
         return BadRow(RowKind.empty, file, number)
     if (place := line.find(b"\0")) >= 0:
@@ -110,7 +110,7 @@ def row_of_line(line: bytes, key: str, file: int, number: int) -> Row:
         return not_utf8(error, file, number)
     except json.JSONDecodeError as error:
         return BadRow(RowKind.not_json, file, number, f"{error.msg} (column {error.colno})")
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
+    except (ValueError, RecursionError) as error:  # an integer with thousands of digits; deep nesting
         return BadRow(RowKind.not_json, file, number, str(error))
     if not isinstance(found, dict):
         return BadRow(RowKind.not_object, file, number, f"it is a {_JSON_NAMES[type(found)]}")

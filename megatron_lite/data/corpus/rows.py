@@ -1,8 +1,8 @@
-"""What reading a source yields, row by row: documents, and rows that give none, each with its place and the reason.
+"""The rows of a source: documents, and rows without a document, each with its location and the reason.
 
-A row is a line of a .jsonl file, a document of a .txt file, or a row of a table. One that cannot be used is counted by
-its kind and left out; too many of them end the preparation (`data.max_bad_fraction`). Null and empty rows are counted
-as well, but are no fault: corpora have them.
+A row is a line of a .jsonl file, a document of a .txt file, or a row of a table. A row that cannot be used is counted
+by kind and skipped; too many of them stop the preparation (`data.max_bad_fraction`). Null and empty rows are counted
+too, but not as bad: they are normal in corpora.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXAMPLE_CHARACTERS = 400
 
 
 class RowKind(StrEnum):
-    """Why a row gave no document."""
+    """Why a row contains no document."""
 
     not_utf8 = "not UTF-8"
     nul = "NUL character"
@@ -41,31 +41,31 @@ class RowKind(StrEnum):
 
 
 class Document(NamedTuple):
-    """A text, and where it was read."""
+    """A text and its location."""
 
     text: str
     file: int
-    """Place of its file in `Source.files`."""
+    """Index of its file in `Source.files`."""
     number: int
-    """Of the row in that file, from 0; every row counts, whether it gives a document or not."""
+    """Row number in that file, from 0; rows without a document count, too."""
 
 
 class BadRow(NamedTuple):
-    """A row that gives no document."""
+    """A row without a document."""
 
     kind: RowKind
     file: int
     number: int
     reason: str = ""
     size_bytes: int = 0
-    """Of one that is too long."""
+    """Size of a row that is too long."""
 
 
 Row = Document | BadRow
 
 
 def row_of_bytes(content: bytes, file: int, number: int) -> Row:
-    """A row that is all text."""
+    """A row that consists of text only."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -98,7 +98,7 @@ def too_long(size_bytes: int, file: int, number: int) -> BadRow:
 
 @dataclass
 class Skipped:
-    """Rows of one kind that gave no document."""
+    """Rows of one kind without a document."""
 
     kind: str
     """The value of a `RowKind`."""
@@ -109,14 +109,14 @@ class Skipped:
 
 @dataclass
 class RowCounts:
-    """What became of the rows of one source: the manifest of prepared data keeps it."""
+    """Counts of the rows of one source, stored in the manifest of the prepared data."""
 
     source: str
     documents: int = 0
     skipped: list[Skipped] = field(default_factory=list)
-    """In the order in which the kinds first occurred."""
+    """In order of first occurrence."""
     longest_bytes: int = 0
-    """The longest of the rows that are too long."""
+    """Size of the longest row among those that are too long."""
 
     def add(self, row: Row, files: tuple[str, ...]) -> None:
         """Args: files: `Source.files`."""
@@ -138,7 +138,7 @@ class RowCounts:
 
     @property
     def faults(self) -> list[Skipped]:
-        """Those that count against data.max_bad_fraction, the most frequent kind first."""
+        """The kinds that count towards data.max_bad_fraction, the most frequent first."""
         return sorted((s for s in self.skipped if RowKind(s.kind).is_fault), key=lambda entry: -entry.count)
 
     @property
@@ -150,11 +150,11 @@ class RowCounts:
         return self.documents + sum(entry.count for entry in self.skipped)
 
     def lines(self) -> list[str]:
-        """What is shown where rows were left out; nothing where none were."""
+        """The report of skipped rows; empty if none were skipped."""
         if not self.skipped:
             return []
         left_out = self.rows - self.documents
-        title = f"{self.source}: {left_out:,} of {self.rows:,} rows give no document; {self.bad:,} are bad"
+        title = f"{self.source}: {left_out:,} of {self.rows:,} rows contain no document; {self.bad:,} are bad"
         return [title, *(f"  {skipped_text(entry)}" for entry in self.skipped)]
 
 
@@ -169,7 +169,7 @@ def require_few_bad(counts: RowCounts, key: str, data: DataConfig) -> None:
     Args:
         key: the source in messages, `str(Source)`.
     Raises:
-        DataError: with the counts, the first rows of each kind, and what mends the most frequent kind.
+        DataError: with the counts, the first rows of each kind, and how to fix the most frequent kind.
     """
     if not counts.bad:
         return
@@ -189,14 +189,14 @@ def require_few_bad(counts: RowCounts, key: str, data: DataConfig) -> None:
 
 
 def no_documents(counts: RowCounts, source: Source) -> DataError:
-    """Of a source whose rows are all empty, or that has none."""
+    """The error for a source without rows, or with only empty ones."""
     empty = "; ".join(map(skipped_text, counts.skipped))
     found = f" in its {counts.rows:,} rows ({empty})" if empty else ""
     return DataError(f"{source} holds no text{found}; name a source with documents in it")
 
 
 def _printable(text: str) -> str:
-    """Of what strangers wrote, so much as a terminal and a page can show."""
+    """Text from the corpus, escaped and shortened for a terminal."""
     plain = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return plain if len(plain) <= EXAMPLE_CHARACTERS else plain[: EXAMPLE_CHARACTERS - 3] + "..."
 
@@ -208,8 +208,8 @@ def _constant(text: str) -> Callable[[RowCounts, DataConfig], str]:
 REMEDIES: dict[RowKind, Callable[[RowCounts, DataConfig], str]] = {
     RowKind.not_utf8: _constant("convert its text to UTF-8, a text file in Latin-1 as with `iconv -f latin1 -t utf-8`"),
     RowKind.nul: _constant("name another file, or remove the NUL characters, from a text file as with `tr -d '\\000'`"),
-    RowKind.not_json: _constant("write one JSON object a line"),
-    RowKind.not_object: _constant("write one JSON object a line"),
+    RowKind.not_json: _constant("write one JSON object per line"),
+    RowKind.not_object: _constant("write one JSON object per line"),
     RowKind.no_text_key: lambda counts, data: f"set data.text_key, now {data.text_key}, to the field with the text",
     RowKind.not_text: lambda counts, data: f"set data.text_key, now {data.text_key}, to a field that holds strings",
     RowKind.surrogate: _constant("write the text in UTF-8, with pairs of surrogates as one character"),

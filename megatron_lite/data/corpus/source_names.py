@@ -1,6 +1,6 @@
-"""What a name in `data.source` means, and what is said about one that means nothing.
+"""Resolve the names in `data.source`, and report names that cannot be resolved.
 
-Only names, kinds of files and sizes are looked at here, so a dry run answers at once.
+This checks only names, file formats and sizes, so a dry run answers at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_lite.errors import ConfigError, DataError, remedy_of
 
 FORMS = (
     "use embedded, a .txt, .jsonl or .parquet file (.txt and .jsonl also as .gz, .bz2, .xz or .zst), the prefix of "
-    "Megatron's .bin/.idx, or a Hugging Face dataset"
+    "a Megatron .bin/.idx pair, or a Hugging Face dataset"
 )
 KINDS = {
     ".txt": SourceKind.text,
@@ -33,9 +33,9 @@ KINDS = {
 }
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 FOLDER_SUFFIXES = (*KINDS, ".csv", ".tsv", ".arrow", ".xml", ".zip", ".tar")
-"""Of files that `datasets` reads in a folder."""
-_FOLDER = "put it into a folder of its own and name that folder, which `datasets` then reads"
-_UNPACK = "unpack it and name what was in it"
+"""Suffixes of files that `datasets` reads in a folder."""
+_FOLDER = "put it into a separate folder and name that folder, which `datasets` then reads"
+_UNPACK = "unpack it and name the files that were in it"
 OTHER_SUFFIXES = {
     **dict.fromkeys((".csv", ".tsv", ".arrow"), _FOLDER),
     **dict.fromkeys((*PACKINGS, ".lz4", ".br", ".lzma", ".zip", ".tar", ".tgz", ".7z", ".rar"), _UNPACK),
@@ -43,10 +43,10 @@ OTHER_SUFFIXES = {
     **dict.fromkeys(
         (".html", ".htm", ".xml", ".pdf", ".docx", ".epub", ".feather", ".orc", ".avro", ".npy", ".npz", ".pkl", ".pt",
          ".safetensors", ".db", ".sqlite", ".yaml", ".yml"),
-        "write its text to a .jsonl file, one object a line",
+        "write its text to a .jsonl file, one object per line",
     ),
 }  # fmt: skip
-"""Of files that are no source by themselves: what to do with one. A name that ends so is no name of the hub."""
+"""Suffix of an unsupported file -> remedy. A name with such a suffix is never taken for a hub name."""
 ABOUT_DATA = (
     "config.json",
     "dataset_info.json",
@@ -55,12 +55,12 @@ ABOUT_DATA = (
     "state.json",
     "dummy_data.zip",
 )
-"""Files within a folder that `datasets` does not count to the data."""
+"""Files of a folder that `datasets` does not read as data."""
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 DOWNLOADS = {"s3": "aws s3 cp", "gs": "gcloud storage cp", "http": "curl -LO", "https": "curl -LO"}
 FIRST_BYTES = 4096
-LISTED_FILES = 10_000  # of a folder: one that begins with more files of other forms is left to `datasets`
+LISTED_FILES = 10_000  # most files of a folder that are checked; `datasets` handles larger folders
 _ACCESS = "correct the path or its permissions"
 
 
@@ -72,10 +72,10 @@ def source_names(value: Any) -> list[str]:
 
 
 def require_sources(data: DataConfig) -> None:
-    """Refuse what names no source, in data.source and data.validation_source together.
+    """Check data.source and data.validation_source together.
 
     Raises:
-        DataError: with every such name.
+        DataError: names cannot be resolved; lists all of them.
         ConfigError: a list is empty.
     """
     problems = []
@@ -92,7 +92,7 @@ def resolve_sources(value: Any, key: str) -> list[Source]:
     """The sources behind `data.source` or `data.validation_source`.
 
     Raises:
-        DataError: names mean nothing; all of them.
+        DataError: names cannot be resolved; lists all of them.
         ConfigError: the list is empty.
     """
     names = source_names(value)
@@ -114,7 +114,7 @@ def resolve_sources(value: Any, key: str) -> list[Source]:
 def resolve_source(name: str, key: str) -> Source:
     """
     Raises:
-        DataError: it names nothing that can be read, with what it is and what to do.
+        DataError: it names nothing that can be read; says what it is and what to do.
     """
     if name == EMBEDDED:
         return Source(key, name, SourceKind.embedded)
@@ -131,7 +131,7 @@ def resolve_source(name: str, key: str) -> Source:
         return Source(key, name, SourceKind.dataset)
     kind = _kind_of_file(path, entry)
     if path.stat().st_size == 0:
-        raise DataError(f"{path} (of {entry}) is empty; name one that holds text")
+        raise DataError(f"{path} (of {entry}) is empty; name a file that holds text")
     return Source(key, name, kind, (path,))
 
 
@@ -151,13 +151,13 @@ def _unpacked(name: str) -> str:
 def _path(name: str, entry: str) -> Path:
     if address := ADDRESS.fullmatch(name):
         way = _way_from(name, *address.groups())
-        raise DataError(f"{entry} is an address, and sources are read from this machine; {way}")
+        raise DataError(f"{entry} is a URL, but sources are read from local files; {way}")
     if not name.strip() or "\0" in name:
         raise DataError(f"{entry} names no file; {FORMS}")
     try:
         path = Path(name).expanduser()
     except RuntimeError:
-        raise DataError(f"{entry}: there is no user of that name; write the path without ~") from None
+        raise DataError(f"{entry}: this user does not exist; write the path without ~") from None
     require_utf8(path)
     return path
 
@@ -174,11 +174,11 @@ def require_utf8(path: Path) -> None:
 
 
 def _way_from(name: str, scheme: str, rest: str) -> str:
-    """How what lies behind an address becomes a source."""
+    """The remedy for a URL: how to turn its target into a source."""
     if scheme == "file":
         return f"use {rest}"
     if scheme == "hf" and rest.startswith("datasets/") and rest.count("/") >= 2:
-        return f"for this dataset of the hub use {'/'.join(rest.split('/')[1:3])}"
+        return f"for this Hugging Face dataset use {'/'.join(rest.split('/')[1:3])}"
     if scheme in DOWNLOADS:
         target = " ." if DOWNLOADS[scheme].endswith("cp") else ""
         return f"download it, as with `{DOWNLOADS[scheme]} {name}{target}`, and name the file"
@@ -186,26 +186,26 @@ def _way_from(name: str, scheme: str, rest: str) -> str:
 
 
 def _pattern(name: str, key: str, path: Path) -> Source:
-    """The files that a pattern matches, as one source."""
+    """One source of all files that a glob pattern matches."""
     entry = f"{key}={name}"
     paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not paths:
         raise DataError(f"{entry} matches no file (looked from {Path.cwd()}); correct the pattern")
     if prefixes := list(dict.fromkeys(str(p.with_suffix("")) for p in paths if p.suffix in (".bin", ".idx"))):
-        raise DataError(f"{entry}: Megatron's shards are named one by one; use {key}=[{','.join(prefixes)}]")
+        raise DataError(f"{entry}: Megatron shards must be named one by one; use {key}=[{','.join(prefixes)}]")
     if folder := next((p for p in paths if p.is_dir()), None):
         raise DataError(f"{entry}: {folder} is a folder; use a pattern of files, such as {name.rstrip('/')}/*.*")
     kinds = {_kind_of_file(p, entry): p for p in paths}
     if len(kinds) > 1:
         found = " and ".join(str(p) for p in kinds.values())
-        raise DataError(f"{entry} matches files of several kinds ({found}); name a pattern for each kind in a list")
+        raise DataError(f"{entry} matches files of several formats ({found}); list one pattern per format")
     if not any(p.stat().st_size for p in paths):
-        raise DataError(f"{entry} matches empty files alone; name files that hold text")
+        raise DataError(f"{entry} matches only empty files; name files that hold text")
     return Source(key, name, next(iter(kinds)), tuple(paths))
 
 
 def shard_prefix(path: Path) -> Path | None:
-    """`corpus` of corpus.bin and corpus.idx, whichever of the three was named."""
+    """`corpus` for the pair corpus.bin and corpus.idx, whether the prefix or one of the files was named."""
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
     return path if any(_halves(path)) and not path.exists() else None
@@ -246,36 +246,38 @@ def _dataset_folder(path: Path, entry: str) -> Path:
 
 
 def _form(file: Path) -> str:
-    """The suffix that tells how to read a file, without that of its packing."""
+    """The suffix that decides the format of a file, without a compression suffix."""
     return os.path.splitext(_unpacked(file.name))[1]
 
 
 def is_data_file(file: Path, folder: Path) -> bool:
-    """Whether `datasets` looks at a file within a folder."""
+    """Whether `datasets` reads this file of a folder as data."""
     inner = file.relative_to(folder).parts
     return _form(file) in FOLDER_SUFFIXES and file.name not in ABOUT_DATA and not any(p.startswith("__") for p in inner)
 
 
 def tells_its_files(folder: Path) -> bool:
-    """Whether README.md tells `datasets` which files of the folder to read: others are then left out on purpose."""
+    """Whether README.md lists the files for `datasets` to read: all others are then left out on purpose."""
     try:
         _, begin, _ = (folder / "README.md").read_text(encoding="utf-8", errors="replace").split("---", 2)
-    except (OSError, ValueError):  # no such file, or none with settings ahead of its text
+    except (OSError, ValueError):  # no README.md, or one without YAML front matter
         return False
     return "data_files" in begin or "data_dir" in begin
 
 
 def _several_forms(folder: Path, entry: str, forms: dict[str, Path]) -> DataError:
     found = " and ".join(str(file) for file in forms.values())
-    remedy = "keep those of one form, and move the others to a folder that you name beside it"
+    remedy = "keep the files of one format, and move the others to a folder that you add to the sources"
     if all(form in KINDS for form in forms):
         key = entry.partition("=")[0].partition("[")[0]
         endings = dict.fromkeys(
             "".join(file.suffixes[-2:] if file.suffix in PACKINGS else [file.suffix]) for file in forms.values()
         )
         patterns = ",".join(str(folder / "**" / f"*{ending}") for ending in endings)
-        remedy = f"name the files of each form, as with {key}='[{patterns}]'"
-    return DataError(f"{entry} is a folder with files of several forms ({found}), and `datasets` reads one; {remedy}")
+        remedy = f"name the files of each format, as with {key}='[{patterns}]'"
+    return DataError(
+        f"{entry} is a folder with files of several formats ({found}), but `datasets` reads only one; {remedy}"
+    )
 
 
 def _is_hub_name(name: str) -> bool:
@@ -284,20 +286,20 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _refuse_slip(name: str, entry: str) -> None:
-    """Of the source that is built in, ahead of asking the hub for it.
+    """Catch a misspelled `embedded` before the hub is asked for it.
 
     Raises:
-        DataError: the name is spelled almost like it.
+        DataError: the name is almost `embedded`.
     """
     if "/" not in name and nearest(name.lower(), [EMBEDDED]):
         raise DataError(
-            f"{entry} is no file, and the source that is built in is spelled {EMBEDDED}; use {EMBEDDED}, or name a "
-            "dataset of the hub with its owner, as OWNER/NAME"
+            f"{entry} does not exist, and the built-in source is spelled {EMBEDDED}; use {EMBEDDED}, or name a "
+            "Hugging Face dataset with its owner, as OWNER/NAME"
         )
 
 
 def _kind_of_file(path: Path, entry: str) -> SourceKind:
-    """The kind of a file that is there, can be read, and is of a form that we read."""
+    """The kind of a file, after checking that it exists, can be read, and has a supported format."""
     require_utf8(path)
     kind = kind_of(path.name)
     try:
@@ -306,12 +308,12 @@ def _kind_of_file(path: Path, entry: str) -> SourceKind:
         raise _missing(path, entry, error, kind) from None
     if not stat.S_ISREG(mode):
         raise DataError(
-            f"{entry}: {path} is a {_kind_of_node(mode)}, and a source is read several times; write what it gives to "
-            "a file and name that"
+            f"{entry}: {path} is a {_kind_of_node(mode)}, but a source is read several times; write its output to a "
+            "file and name that file"
         )
     if kind is None:
         suffix = os.path.splitext(path.name.lower())[1]
-        raise DataError(f"{entry}: {path} is a file of no known form; {OTHER_SUFFIXES.get(suffix, FORMS)}")
+        raise DataError(f"{entry}: {path} has an unknown file format; {OTHER_SUFFIXES.get(suffix, FORMS)}")
     try:
         with path.open("rb") as file:
             begin = file.read(FIRST_BYTES)
@@ -320,7 +322,7 @@ def _kind_of_file(path: Path, entry: str) -> SourceKind:
     if kind in (SourceKind.text, SourceKind.jsonl) and path.suffix.lower() not in PACKINGS:
         require_no_other_mark(begin, path, entry)
     if path.suffix.lower() == ".json" and begin.lstrip().startswith(b"["):
-        raise DataError(f"{entry}: {path} is one JSON array; write an object a line, as with `{_to_lines(path)}`")
+        raise DataError(f"{entry}: {path} is one JSON array; write one object per line, as with `{_to_lines(path)}`")
     return kind
 
 

@@ -1,8 +1,8 @@
-"""A source of documents, and the identity that decides whether a prepared copy of it is still right.
+"""A source of documents, and the identity that decides whether its prepared copy is up to date.
 
-A source is one entry of `data.source`: the embedded corpus, a file (or a pattern of files of one kind), a Hugging Face
-dataset, or ready Megatron shards. Each source gets its own shards, so that several can be blended by weight. Which one
-a name means is told by `source_names`.
+A source is one entry of `data.source`: the embedded corpus, a file (or a pattern of files of one format), a Hugging
+Face dataset, or existing Megatron shards. Each source gets its own shards, so that several can be blended by weight.
+`source_names` resolves names to sources.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.errors import DataError, remedy_of
 
 EMBEDDED = "embedded"
-HALF = "Megatron's shards are a pair of .bin and .idx: copy both from where they came, or name another prefix"
-SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # of what `save_to_disk` of `datasets` writes
+HALF = "Megatron shards are a pair of .bin and .idx files: copy both again from the original, or name another prefix"
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # written by `save_to_disk` of `datasets`
 FileIdentity = Callable[[Path], list[Any]]
 
 
@@ -39,12 +39,12 @@ class Source:
     """One entry of `data.source` or `data.validation_source`."""
 
     key: str
-    """Where it stands in the configuration, for messages: `data.source` or `data.source[1]`."""
+    """Its configuration key, for messages: `data.source` or `data.source[1]`."""
     name: str
     """As the user wrote it."""
     kind: SourceKind
     paths: tuple[Path, ...] = ()
-    """Its files; for shards the one prefix without suffix; for a dataset its local folder, if it is one."""
+    """Its files; for shards, the prefix without suffix; for a dataset, its local folder (empty for one on the hub)."""
 
     @property
     def is_text(self) -> bool:
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of what its documents are read from, in that order: absolute paths, or the dataset of the hub."""
+        """Where its documents are read from, in order: absolute paths, or the name of the hub dataset."""
         if self.kind is SourceKind.embedded:
             return embedded_names()
         return tuple(str(path.absolute()) for path in self.paths) or (self.name,)
@@ -63,13 +63,13 @@ class Source:
 
 
 def identity(source: Source, data: DataConfig, file_identity: FileIdentity) -> dict[str, Any]:
-    """Everything about a source that decides its documents, and not how it is spelled or where it lies.
+    """Everything that determines the documents of a source, but not its spelling or location.
 
-    Equal identities give equal shards. A dataset of the hub is identified by its name: the prepared copy pins what was
-    downloaded first.
+    Equal identities give equal shards. A hub dataset is identified by its name: the prepared copy pins the first
+    download.
 
     Args:
-        file_identity: of `digests`: what a file holds.
+        file_identity: from `digests`; identifies the content of a file.
     Raises:
         DataError: a file cannot be read.
     """
@@ -112,10 +112,10 @@ def _folder_identity(folder: Path, file_identity: FileIdentity) -> list[Any]:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, but for hidden ones.
+    """All files of a folder and its subfolders, except hidden ones.
 
     Raises:
-        DataError: a link leads nowhere, or to a folder, which neither `datasets` nor this follows.
+        DataError: a link is dangling, or leads to a folder (neither `datasets` nor this function follows those).
     """
     for path in folder.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -125,7 +125,7 @@ def visible_files(folder: Path) -> Iterator[Path]:
         if path.is_symlink() and path.is_dir():
             raise DataError(
                 f"{path} is a link to the folder {os.readlink(path)}, and links within the folder of a source are not "
-                "followed; name that folder as a source of its own, and remove the link"
+                "followed; name that folder as a separate source, and remove the link"
             )
         if path.is_file():
             yield path

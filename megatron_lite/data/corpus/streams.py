@@ -1,6 +1,6 @@
-"""Bytes of a file, unpacked and cut into records, so that no line or document is held that is longer than allowed.
+"""Read the bytes of a file, decompress them and split them into records of limited size, in bounded memory.
 
-Records are cut before they are decoded: a byte that is not UTF-8 spoils its own record alone.
+Records are split before they are decoded, so a byte that is not UTF-8 spoils only its own record.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_lite.errors import DataError, library_edge
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 OTHER_MARKS = {
-    b"\xff\xfe\x00\x00": "UTF-32",  # begins as UTF-16's does
+    b"\xff\xfe\x00\x00": "UTF-32",  # must come before UTF-16, whose mark is a prefix of it
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
 
 Progress = Callable[[int], None]
-"""Is told the number of bytes that were read since it was last called, about every MiB."""
+"""Called about every MiB with the number of bytes read since the last call."""
 
 
 def ignore_progress(count: int) -> None: ...
@@ -37,10 +37,10 @@ def ignore_progress(count: int) -> None: ...
 def require_no_other_mark(begin: bytes, path: Path, owner: str) -> None:
     """
     Args:
-        begin: of the unpacked bytes of a file of text.
+        begin: the first unpacked bytes of a text file.
         owner: the setting that names the file.
     Raises:
-        DataError: they are the byte order mark of UTF-16 or UTF-32.
+        DataError: the file begins with the byte order mark of UTF-16 or UTF-32.
     """
     name = next((name for mark, name in OTHER_MARKS.items() if begin.startswith(mark)), None)
     if name is not None:
@@ -49,18 +49,18 @@ def require_no_other_mark(begin: bytes, path: Path, owner: str) -> None:
         if path.suffix.lower() in _PACKED:
             way = f"`iconv -f {name} -t UTF-8` after unpacking"
         raise DataError(
-            f"{path} (of {owner}) is {name}, as its first bytes tell; convert it, as with {way}, and name that"
+            f"{path} (of {owner}) is {name}, by its byte order mark; convert it, as with {way}, and name the result"
         )
 
 
 class Oversized(NamedTuple):
-    """In place of a record that is longer than allowed."""
+    """Takes the place of a record that is longer than allowed."""
 
     size_bytes: int
 
 
 def reading(path: Path | str, source: Source, where: str = "") -> AbstractContextManager[None]:
-    """The edge of every library that reads a file of a source: whatever it raises becomes our error.
+    """Wraps every library call that reads a file of a source: any exception becomes a DataError.
 
     Args:
         where: the place in the file, for the message.
@@ -100,14 +100,14 @@ def read_records(
     universal_newlines: bool = False,
     progress: Progress = ignore_progress,
 ) -> Iterator[bytes | Oversized]:
-    """The records of a file in order. Behind the last separator there is one only if it is not empty.
+    """The records of a file in order; an empty record after the last separator is dropped.
 
     Args:
-        separator: ends a record; None or empty = the file is one.
-        limit_bytes: a longer record is never held.
-        universal_newlines: Windows line ends become "\\n", so that a separator means the same everywhere.
+        separator: ends a record; None or empty = the whole file is one record.
+        limit_bytes: a longer record is never held in memory.
+        universal_newlines: convert Windows line ends to "\\n", so that a separator means the same everywhere.
     Raises:
-        DataError: as `read_chunks` does.
+        DataError: as for `read_chunks`.
     """
     chunks = read_chunks(path, source, progress)
     if universal_newlines:
@@ -117,10 +117,10 @@ def read_records(
 
 
 def split_records(chunks: Iterator[bytes], separator: bytes, limit_bytes: int) -> Iterator[bytes | Oversized]:
-    """What `b"".join(chunks).split(separator)` gives but an empty last one, in one pass and holding one record."""
+    """`b"".join(chunks).split(separator)` without an empty last record, in one pass with one record in memory."""
     overlap = max(len(separator) - 1, 0)
     record = _Record(limit_bytes)
-    carry = b""  # the last bytes, which may begin a separator
+    carry = b""  # the last bytes of a chunk, which may be the start of a separator
     for chunk in chunks:
         joined = carry + chunk
         first, *others = joined.split(separator) if separator else [joined]
@@ -137,7 +137,7 @@ def split_records(chunks: Iterator[bytes], separator: bytes, limit_bytes: int) -
 
 
 class _Record:
-    """The pieces of the record that is being read, as long as it is not too long."""
+    """Collects the pieces of the current record; drops them once it is too long."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -158,7 +158,7 @@ class _Record:
 
 
 def with_newlines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes, with "\\n" for "\\r\\n" and for "\\r"."""
+    """The same bytes, with "\\r\\n" and "\\r" replaced by "\\n"."""
     held = b""  # a "\r" whose "\n" may be in the next chunk
     for chunk in chunks:
         joined = held + chunk
@@ -185,4 +185,4 @@ _PACKED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": _zstandard,
 }
-"""Ways of packing, by the last suffix. None of these readers unpacks more than it is asked for."""
+"""Decompressors by suffix. None of them decompresses more than it is asked for."""

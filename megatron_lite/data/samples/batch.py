@@ -1,4 +1,4 @@
-"""From the global numbers of samples to the tensors of forward passes.
+"""From global sample numbers to the tensors of a forward pass.
 
 Shapes: b micro-batch, d positions whose labels are predicted.
 """
@@ -18,22 +18,22 @@ from megatron_lite.data.samples.sample_types import Example
 
 
 class MicroBatch(NamedTuple):
-    """What the model reads, and what its output is compared with."""
+    """The inputs of the model, and the targets of the loss."""
 
     inputs: tuple[Tensor, ...]
-    """In the order of the objective's `inputs`: [b, length] int64, or [b] for a field without length."""
+    """In the order of the objective's `inputs`: [b, length] int64, or [b] for a field without a length."""
     labels: Tensor
     """[b, d] int64."""
     loss_weights: Tensor
     """[b, d] fp32: 0 where the prediction does not count."""
     sequence_labels: Tensor | None = None
-    """[b] int64: classes of the samples, where they have one."""
+    """[b] int64: the class of each sample; None if samples have no class."""
     sequence_weights: Tensor | None = None
-    """[b] fp32: ones."""
+    """[b] fp32: all ones."""
 
 
 def stack(examples: Sequence[Example]) -> MicroBatch:
-    """Samples of one objective as one micro-batch."""
+    """Stack samples of one objective into a micro-batch."""
     columns = zip(*(example.inputs for example in examples), strict=True)
     inputs = tuple(torch.from_numpy(np.stack(column)) for column in columns)
     labels = torch.from_numpy(np.stack([example.labels for example in examples]))
@@ -50,8 +50,8 @@ def micro_batches(
     """These samples, in this order, as micro-batches.
 
     Args:
-        indices: global numbers of this rank's samples of the step, a multiple of micro_batch_size of them.
-        seed: with the global number, the key of a sample's random choices.
+        indices: global numbers of this rank's samples of the step; their count is a multiple of micro_batch_size.
+        seed: together with the global number, the key of a sample's random choices.
     """
     rows = list(examples(dataset, objective, indices, seed))
     return [stack(rows[first : first + micro_batch_size]) for first in range(0, len(rows), micro_batch_size)]

@@ -1,11 +1,11 @@
-"""Samples by number: any sample of any epoch is found by arithmetic, without an index on disk.
+"""Random access to samples: any sample of any epoch is computed from its number, without an index on disk.
 
-One epoch of a source: its documents in an order that belongs to (seed, epoch), one after another, cut into windows of
-window_tokens tokens that start every stride_tokens tokens. The windows come in an order that belongs to (seed, epoch)
-too. A tail shorter than a window is dropped in that epoch. Then the next epoch follows, for ever.
+In one epoch of a source, its documents are shuffled by (seed, epoch), concatenated, and cut into windows of
+window_tokens tokens that start every stride_tokens tokens. The windows are shuffled by (seed, epoch), too. A tail
+shorter than a window is dropped in that epoch. Epochs follow each other without end.
 
 A source of a blend may be shorter than one window. Its documents are then repeated until they fill one, so that an
-"epoch" of one sample takes several passes over them; its share of the samples is its share of the tokens all the same.
+"epoch" of one sample takes several passes over them. Its share of the samples is still its share of the tokens.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ Sample_co = TypeVar("Sample_co", covariant=True)
 
 
 class Stretch(NamedTuple):
-    """A run of tokens of one document that is a part of a sample."""
+    """Consecutive tokens of one document that are part of a sample."""
 
     shard: Shard
     document: int
     """Its number in the pair of files."""
     first_token: int
-    """Within the document."""
+    """Position of the first token in the document."""
     tokens: int
     """At least 1."""
     place: int
-    """Of its first token in the sample as it is stored; the second part of a pair follows the first."""
+    """Position of the first token in the stored sample; the second part of a pair follows the first."""
 
 
 class SampleDataset(Protocol[Sample_co]):
-    """Anything that gives samples by number."""
+    """A dataset with random access by sample number, without end."""
 
     def sample(self, index: int) -> Sample_co:
-        """The index-th sample; index may be any number from 0 up."""
+        """The index-th sample; index may be any number >= 0."""
         ...
 
     def stretches(self, index: int) -> list[Stretch]:
-        """What the index-th sample consists of, in its order."""
+        """The parts of documents that make up the index-th sample, in order."""
         ...
 
     def samples_in(self, epochs: int) -> int:
-        """Samples before one would come from pass `epochs + 1` over a source."""
+        """Number of samples before the first one that needs pass `epochs + 1` over a source."""
         ...
 
 
@@ -67,10 +67,10 @@ class WindowDataset:
 
     Args:
         window_tokens: length of a sample.
-        stride_tokens: distance of the starts of neighbouring samples.
-        seed: decides the order; also the number of the source, so that sources differ.
-        sentences: say where sentences begin, too. The shard must know it.
-        repeat: fill a window with several passes over the documents where one pass is too short.
+        stride_tokens: distance between the starts of neighbouring samples.
+        seed: decides the order, together with the source's number, so that sources differ.
+        sentences: also return where sentences begin. The shard must have sentence boundaries.
+        repeat: if the documents are shorter than a window, fill it with several passes over them.
     Raises:
         DataError: the files are damaged.
     """
@@ -96,7 +96,7 @@ class WindowDataset:
             self._sentences = read_sentences(shard.sentences, shard.sentences_bytes)
         self.num_tokens = int(self._reader.document_lengths[self._documents].sum())
         self.samples_per_epoch = windows_in(self.num_tokens, window_tokens, stride_tokens)
-        """0 where the shard is shorter than a window and is not repeated: it has no samples."""
+        """0 if the shard is shorter than a window and is not repeated."""
         self.passes_per_epoch = 1
         if repeat and 0 < self.num_tokens < window_tokens:
             self._documents = self._documents[self._reader.document_lengths[self._documents] > 0]
@@ -105,7 +105,7 @@ class WindowDataset:
         self._epoch = lru_cache(maxsize=EPOCHS_IN_MEMORY)(self._build_epoch)
 
     def sample(self, index: int) -> Text:
-        """A window [window_tokens]; with `sentences`, also where sentences begin in it."""
+        """A window [window_tokens]; with `sentences`, also the positions where sentences begin."""
         tokens, starts = self._reader.tokens, self._reader.document_starts
         out = np.empty(self._window, np.int64)
         sentences = None if self._sentences is None else [np.zeros(1, np.int64)]
@@ -126,7 +126,7 @@ class WindowDataset:
     def stretches(self, index: int) -> list[Stretch]:
         epoch, place = divmod(index, self.samples_per_epoch)
         documents, ends, order = self._epoch(epoch)
-        position = order(place) * self._stride  # in the stream of this epoch
+        position = order(place) * self._stride  # in the token stream of this epoch
         at = int(ends.searchsorted(position, side="right"))
         found: list[Stretch] = []
         filled, wanted = 0, self._window
@@ -145,13 +145,13 @@ class WindowDataset:
         return epochs // self.passes_per_epoch * self.samples_per_epoch
 
     def _sentences_in(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Places in the file, from `begin` up to `end`, where sentences begin."""
+        """Positions of sentence starts in the .bin file, in [begin, end)."""
         assert self._sentences is not None
         first, last = self._sentences.searchsorted([begin, end])
         return self._sentences[first:last]
 
     def _build_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Permutation]:
-        """Documents in order, the end of each in the stream of this epoch [documents], and the order of windows."""
+        """The order of documents, the end of each in the epoch's token stream [documents], and the order of windows."""
         documents = self._documents[shuffled_order(len(self._documents), self._key, epoch)]
         if self.passes_per_epoch > 1:
             documents = np.tile(documents, self.passes_per_epoch)
@@ -175,19 +175,21 @@ class BlendedDataset(Generic[Sample]):
         return self.datasets[source].stretches(inner)
 
     def samples_in(self, epochs: int) -> int:
-        """Where the first source of the blend is used up."""
+        """Number of samples until the first source of the blend is used up."""
         return min(self._blend.index_of(i, dataset.samples_in(epochs)) for i, dataset in enumerate(self.datasets))
 
 
 def checked_ids(tokens: npt.NDArray[np.int64], shard: Shard) -> npt.NDArray[np.int64]:
-    """The tokens of a sample, which are ids that the shard had when it was made: files too large to verify at every
-    start may have been damaged since, and an id beyond the vocabulary would end a GPU's kernel without a word of why.
+    """Check the token ids of a sample against the largest id recorded for the shard, and return them.
+
+    Files too large to verify at every start may be damaged. A GPU kernel that reads an embedding row beyond the
+    vocabulary fails without naming the cause, so we check here.
     """
     if tokens.min() < 0 or tokens.max() > shard.max_token_id:
         raise DataError(
-            f"{bin_path(shard.prefix)} is damaged: it holds token ids beyond {shard.max_token_id:,}, the largest when "
-            f"it was written; `python -m megatron_lite.data inspect --verify {shard.prefix.parent}` tells more; remove "
-            "the folder to prepare it again, or copy the pair again from where it came"
+            f"{bin_path(shard.prefix)} is damaged: it holds token ids larger than {shard.max_token_id:,}, the largest "
+            f"when it was written; for details run `python -m megatron_lite.data inspect --verify "
+            f"{shard.prefix.parent}`; remove the folder to prepare it again, or copy the pair again from the original"
         )
     return tokens
 
@@ -195,13 +197,13 @@ def checked_ids(tokens: npt.NDArray[np.int64], shard: Shard) -> npt.NDArray[np.i
 def damaged_sentences(shard: Shard) -> DataError:
     assert shard.sentences is not None
     return DataError(
-        f"{shard.sentences} is damaged: sentences do not follow each other; remove {shard.sentences.parent} to prepare "
-        "it again"
+        f"{shard.sentences} is damaged: sentence positions are not in ascending order; remove "
+        f"{shard.sentences.parent} to prepare it again"
     )
 
 
 class ChainedDataset(Generic[Sample]):
-    """The first so many samples of each of several datasets, one dataset after another, and then all of them again."""
+    """The first counts[i] samples of each dataset, one dataset after another, repeated without end."""
 
     def __init__(self, datasets: Sequence[SampleDataset[Sample]], counts: Sequence[int]) -> None:
         self.datasets = datasets
@@ -225,10 +227,10 @@ class ChainedDataset(Generic[Sample]):
 
 
 def windows_in(num_tokens: int, window_tokens: int, stride_tokens: int) -> int:
-    """Whole windows of a stream that start every `stride_tokens` tokens."""
+    """Number of whole windows of a stream that start every `stride_tokens` tokens."""
     return 0 if num_tokens < window_tokens else (num_tokens - window_tokens) // stride_tokens + 1
 
 
 def blended(datasets: Sequence[SampleDataset[Sample]], weights: Sequence[Fraction], seed: int) -> SampleDataset[Sample]:
-    """One dataset of several; a single one is returned as it is."""
+    """Blend several datasets; a single one is returned unchanged."""
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights, seed)

@@ -1,4 +1,4 @@
-"""From a global sample index to the sample that a model reads; `batch` makes tensors of it. Needs no torch."""
+"""From a global sample index to the sample that a model reads; `batch` converts it to tensors. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Dataset = SampleDataset[Text] | SampleDataset[SentencePair]
 
 
 class ExampleMaker(Protocol):
-    """`objectives.base.Objective`, as far as batches go."""
+    """The part of `objectives.base.Objective` that batches need."""
 
     def example(self, text: Any, key: int) -> Example: ...
 
 
 def training_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) -> Dataset:
-    """The training samples of a run, in the order that train.seed decides.
+    """The training samples of a run, in the order given by train.seed.
 
-    A source too small for a window is repeated within one, as long as all sources together fill one.
+    A source smaller than a window is repeated within one, if all sources together fill a window.
 
     Raises:
-        DataError: a source has not one sample, or does not know its sentences.
+        DataError: a source is too small for a single sample, or lacks required sentence boundaries.
     """
     used = [(shard, weight) for shard, weight in zip(prepared.train, prepared.weights, strict=True) if weight > 0]
     repeat = sum(shard.tokens for shard, _ in used) >= shape.tokens
@@ -47,10 +47,10 @@ def training_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) ->
 
 
 def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) -> Dataset:
-    """The validation samples; sample i is the same at every validation. Sources too small for one sample stay out.
+    """The validation samples; sample i is the same at every validation. Sources too small for one sample are skipped.
 
     Raises:
-        DataError: no source holds out enough for one sample, or one does not know its sentences.
+        DataError: no source holds out enough for one sample, or one lacks required sentence boundaries.
     """
     used = held_out_datasets(prepared, config, shape)
     weights = [weight for shard, weight in _weighted(prepared) if any(one.shard is shard for one in used)]
@@ -58,10 +58,10 @@ def validation_dataset(prepared: PreparedData, config: RunConfig, shape: Shape) 
 
 
 def held_out_datasets(prepared: PreparedData, config: RunConfig, shape: Shape) -> list[WindowDataset | PairDataset]:
-    """The same, each source by itself, in the order of the configuration.
+    """One validation dataset per source, in the order of the configuration.
 
     Raises:
-        DataError: no source holds out enough for one sample, or one does not know its sentences.
+        DataError: no source holds out enough for one sample, or one lacks required sentence boundaries.
     """
     built = [_dataset(shard, shape, prepared, VALIDATION_SEED) for shard, _ in _weighted(prepared)]
     used = [dataset for dataset in built if dataset.samples_per_epoch > 0]
@@ -74,13 +74,13 @@ def held_out_datasets(prepared: PreparedData, config: RunConfig, shape: Shape) -
 
 
 def _weighted(prepared: PreparedData) -> list[tuple[Shard, Fraction]]:
-    """The validation shards that have a share of the samples."""
+    """The validation shards with a positive weight."""
     pairs = zip(prepared.validation, prepared.validation_weights, strict=True)
     return [(shard, weight) for shard, weight in pairs if weight > 0]
 
 
 def one_pass_over(datasets: Sequence[WindowDataset | PairDataset]) -> tuple[Dataset, int]:
-    """All samples of one pass over each dataset, one dataset after another, and how many they are."""
+    """All samples of one pass over each dataset, one dataset after another, and their number."""
     counts = [dataset.samples_per_epoch for dataset in datasets]
     together: Dataset = datasets[0] if len(datasets) == 1 else ChainedDataset(datasets, counts)  # type: ignore[assignment]
     return together, sum(counts)
@@ -89,7 +89,7 @@ def one_pass_over(datasets: Sequence[WindowDataset | PairDataset]) -> tuple[Data
 def examples(
     dataset: SampleDataset[Any], objective: ExampleMaker, indices: Iterable[int], seed: int
 ) -> Iterator[Example]:
-    """What the objective makes of the samples of these global indices; each has a key of its own."""
+    """The objective's examples for these global indices. Each sample has its own random key."""
     for index in indices:
         yield objective.example(dataset.sample(index), stream_key(seed, index))
 

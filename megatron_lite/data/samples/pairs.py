@@ -1,8 +1,8 @@
-"""Pairs of sentences for next-sentence prediction (BERT, arXiv 1810.04805), by number.
+"""Pairs of sentences for next-sentence prediction (BERT, arXiv 1810.04805), with random access by number.
 
-The documents are cut into chunks: runs of two or more whole sentences that reach the wanted length, the last of a
-document excepted. Each epoch is a permutation of all chunks by (seed, epoch). A sample cuts its chunk in two at a
-random sentence; with probability 1 - next_fraction the second half gives way to a run of sentences of another document.
+The documents are cut into chunks: two or more whole sentences that reach the target length (the last chunk of a
+document may be shorter). Each epoch is a permutation of all chunks by (seed, epoch). A sample cuts its chunk in two at
+a random sentence; with probability 1 - next_fraction, sentences of another document replace the second part.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from megatron_lite.data.shards.indexed import IndexedReader
 from megatron_lite.data.shards.prepared import Shard, documents_of_part
 from megatron_lite.data.shards.sentences import read_sentences
 
-BLOCK_SENTENCES = 2**21  # indexed at a time: about 100 bytes a sentence of memory
+BLOCK_SENTENCES = 2**21  # sentences indexed at a time: about 100 bytes of memory per sentence
 FEW_DOCUMENTS = 64
-SHORT, SHORT_LENGTH, SPLIT, IS_NEXT, OTHER_DOCUMENT, OTHER_SENTENCE, CUT = range(7)  # what a random number decides
+SHORT, SHORT_LENGTH, SPLIT, IS_NEXT, OTHER_DOCUMENT, OTHER_SENTENCE, CUT = range(
+    7
+)  # streams: what a random number decides
 
 Range = tuple[int, int]
 Places = npt.NDArray[np.int64]
@@ -33,15 +35,15 @@ class PairDataset:
     """Pairs of one shard.
 
     Args:
-        seed: decides the order and the pairs; also the number of the source, so that sources differ.
-        eod_id: the end-of-document token: left out of pairs, as it would tell where a document ends.
+        seed: decides the order and the pairs, together with the source's number, so that sources differ.
+        eod_id: the end-of-document token; left out of pairs, because it would reveal where a document ends.
     Raises:
         DataError: the files are damaged.
     Attributes:
-        samples_per_epoch: chunks; 0 where no document has two sentences, or, as pairs of different documents are
-            wanted, only one has.
-        skipped_documents: those with fewer than two sentences. They are in no pair: as second parts alone they would
-            tell that a pair is none.
+        samples_per_epoch: number of chunks; 0 if no document has two sentences, or if pairs of different documents are
+            needed and only one document has.
+        skipped_documents: number of documents with fewer than two sentences. They are in no pair: they could only be
+            second parts, and so reveal that the second part does not follow the first.
     """
 
     def __init__(self, shard: Shard, shape: PairShape, seed: int, eod_id: int | None = None) -> None:
@@ -67,17 +69,17 @@ class PairDataset:
         self._order = lru_cache(maxsize=EPOCHS_IN_MEMORY)(self._build_order)
 
     def sample(self, index: int) -> SentencePair:
-        """A pair of together at most shape.tokens tokens, none of them empty."""
+        """A pair with at most shape.tokens tokens in total; neither part is empty."""
         first, second, is_next = self._parts(index)
         return SentencePair(self._read(first), self._read(second), is_next)
 
     def stretches(self, index: int) -> list[Stretch]:
-        """Two: the first part and the second."""
+        """Two stretches: the first and the second part."""
         first, second, _ = self._parts(index)
         return [self._stretch(first, 0), self._stretch(second, first[1] - first[0])]
 
     def _parts(self, index: int) -> tuple[Range, Range, bool]:
-        """Both parts, and whether the second follows the first."""
+        """The token ranges of both parts, and whether the second follows the first."""
         epoch, place = divmod(index, self.samples_per_epoch)
         chunk = self._order(epoch)(place)
         key = stream_key(self._key, index)
@@ -96,7 +98,7 @@ class PairDataset:
         return epochs * self.samples_per_epoch
 
     def _of_another(self, sentence: int, wanted: int, key: int) -> Range:
-        """Sentences of another document than that of `sentence`, up to `wanted` tokens, at least one."""
+        """Sentences of a random document other than that of `sentence`: about `wanted` tokens, at least a sentence."""
         own = int(self._first.searchsorted(sentence, side="right")) - 1
         document = _below(len(self._first) - 1, key, OTHER_DOCUMENT)
         document += document >= own
@@ -105,11 +107,11 @@ class PairDataset:
         return self._tokens_of(begin, self._run(begin, last, max(wanted, 1)))
 
     def _run(self, begin: int, end: int, tokens: int) -> int:
-        """Where a run of sentences from `begin` on reaches so many tokens; `end` if it does not."""
+        """The first sentence after `tokens` tokens from sentence `begin` on; `end` if there are fewer."""
         return begin + int(self._sentences[begin:end].searchsorted(self._sentences[begin] + tokens))
 
     def _tokens_of(self, begin: int, end: int) -> Range:
-        """Sentences as a range of tokens, without the end-of-document token."""
+        """The token range of the sentences [begin, end), without the end-of-document token."""
         stop = int(self._sentences[end]) if end < len(self._sentences) else self._reader.num_tokens
         start = int(self._sentences[begin])
         if stop - start > 1 and self._reader.tokens[stop - 1] == self._eod_id:
@@ -129,7 +131,7 @@ class PairDataset:
 
 
 def _check_sentences(sentences: Places, num_tokens: int, shard: Shard) -> None:
-    """They are all read here anyway, so that it shows at once where one is not ahead of the next."""
+    """Check that sentence positions ascend. They are all read for the chunks anyway, so this costs little."""
     places = range(0, len(sentences), BLOCK_SENTENCES)
     ascend = all(np.all(np.diff(sentences[place : place + BLOCK_SENTENCES + 1]) > 0) for place in places)
     if len(sentences) and not (ascend and sentences[0] >= 0 and sentences[-1] < num_tokens):
@@ -139,13 +141,13 @@ def _check_sentences(sentences: Places, num_tokens: int, shard: Shard) -> None:
 def chunks_of(sentences: Places, first: Places, last: Places, tokens: int) -> tuple[Places, Places]:
     """Cut documents into chunks: each the shortest run of two or more sentences that has `tokens` tokens.
 
-    What is left at the end of a document is a chunk too; a single sentence left there joins the chunk ahead of it.
+    The rest at the end of a document is a chunk, too; a single remaining sentence joins the chunk before it.
 
     Args:
-        sentences: first token of each sentence of the file.
-        first, last: the document has the sentences [first, last) [documents], two or more.
+        sentences: position of the first token of each sentence of the file.
+        first, last: each document has the sentences [first, last) [documents]; at least two.
     Returns:
-        the sentences of each chunk are [first, last) [chunks]
+        first, last: each chunk has the sentences [first, last) [chunks]
     """
     bounds = np.searchsorted(np.cumsum(last - first), np.arange(0, int((last - first).sum()), BLOCK_SENTENCES))
     blocks = np.unique([*bounds.tolist(), len(first)]).tolist()
@@ -156,9 +158,9 @@ def chunks_of(sentences: Places, first: Places, last: Places, tokens: int) -> tu
 
 
 def _chunks_of_block(sentences: Places, first: Places, last: Places, tokens: int) -> tuple[Places, Places]:
-    """As `chunks_of`. First how long a chunk from each sentence on would be, then a walk through all documents at once.
+    """`chunks_of` for a few documents: compute the chunk length from every sentence, then walk all documents at once.
 
-    The few documents that are left after many steps are walked one by one.
+    The few documents that still remain after many steps are walked one by one.
     """
     sizes = last - first
     ends = np.cumsum(sizes)  # of documents, among the sentences of this block
@@ -186,10 +188,10 @@ def _walk(place: int, end: int, steps: Places) -> Iterator[int]:
 
 
 def truncated(first: Range, second: Range, most: int, key: int) -> tuple[Range, Range]:
-    """Both ranges with together at most `most` tokens.
+    """Shorten both ranges to at most `most` tokens in total.
 
-    As BERT does: token after token goes from the longer one (from the second where they are equal), each from its front
-    or its back at random.
+    As in BERT: remove one token at a time from the longer range (from the second if they are equal), at random from
+    its front or its back. This computes the result of all removals at once.
     """
     lengths = first[1] - first[0], second[1] - second[0]
     excess = sum(lengths) - most
@@ -207,10 +209,10 @@ def truncated(first: Range, second: Range, most: int, key: int) -> tuple[Range, 
 
 
 def _uniform(key: int, decision: int) -> float:
-    """In [0, 1)."""
+    """A uniform number in [0, 1), determined by (key, decision)."""
     return (stream_key(key, decision) >> 11) * 2.0**-53
 
 
 def _below(count: int, key: int, decision: int) -> int:
-    """In range(count)."""
+    """A uniform integer in range(count), determined by (key, decision)."""
     return (stream_key(key, decision) * count) >> 64

@@ -1,7 +1,7 @@
-"""From a sample back to the documents it was made of, and to its text: computed from the seed, with nothing logged.
+"""Trace a sample back to its documents and its text: computed from the seed, without any logs.
 
-The datasets say which stretches of which documents of a pair of files a sample consists of, in the same functions that
-read it; the file of origins beside the pair says where each document was read. Needs no torch.
+The same dataset functions that read a sample also say which parts of which documents it consists of; the origins file
+beside the pair says where each document was read. Needs no torch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from megatron_lite.errors import DataError
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """A run of tokens of one document that is a part of a sample."""
+    """Consecutive tokens of one document that are part of a sample."""
 
     source: str
-    """As the user named it in data.source."""
+    """The name in data.source."""
     file: str
-    """What the document was read from: a file, the prefix of a ready pair, or a dataset of the hub."""
+    """Where the document was read: a file, the prefix of an existing pair, or a hub dataset."""
     document: int
-    """Number of its row, line or document in that file, from 0; empty ones count."""
+    """Number of its row, line or document in that file, from 0, counting empty ones."""
     first_token: int
-    """Within the document."""
+    """Position of the first token in the document."""
     tokens: int
     place: int
-    """Of the first token in the sample; the second part of a pair follows the first."""
+    """Position of the first token in the sample; the second part of a pair follows the first."""
 
 
 class Provenance:
-    """What training samples are made of, by their global number (that of `ShardSource`; those left out have one too).
+    """The documents and text of training samples, by global number (as in `ShardSource`; skipped samples count, too).
 
     Args:
         dataset: the training samples of the run.
@@ -56,31 +56,28 @@ class Provenance:
 
     @classmethod
     def of(cls, prepared: PreparedData, config: RunConfig, shape: Shape) -> Provenance:
-        """Opens the data anew; `shape` is the objective's.
+        """Open the data of a run; `shape` is that of its objective.
 
         Raises:
-            DataError: the shards hold no full sample, or are damaged.
+            DataError: the shards are too small for a single sample, or damaged.
         """
         return cls(training_dataset(prepared, config, shape), prepared)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """None for ready shards that came without one."""
+        """None for existing shards that came without a tokenizer."""
         return self.prepared.open_tokenizer()
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """The parts of a sample in its order. Both parts of a pair may come from one document."""
+        """The parts of a sample, in order. Both parts of a pair may come from the same document."""
         return [self._part(stretch) for stretch in self.dataset.stretches(index)]
 
     def text(self, index: int) -> str:
-        """The tokens of a sample as they are stored, decoded; of a pair both parts, each on lines of its own.
-
-        Ids where there is no tokenizer.
-        """
+        """The stored tokens of a sample, decoded (ids without a tokenizer); the parts of a pair on separate lines."""
         return "\n".join(self.decode(part) for part in tokens_of(self.dataset.sample(index)))
 
     def decode(self, tokens: Ids) -> str:
-        """Text of tokens, special ones by their name; without a tokenizer their ids."""
+        """Text of tokens, with special tokens by name; without a tokenizer, their ids."""
         ids = tokens.tolist()
         return self.tokenizer.decode(ids) if self.tokenizer else " ".join(map(str, ids))
 
@@ -105,13 +102,13 @@ def tokens_of(sample: Text | SentencePair) -> tuple[Ids, ...]:
 
 
 def merged(parts: Mapping[int, Sequence[DocumentPart]]) -> list[dict[str, Any]]:
-    """Every document of many samples once, in the order in which they come, as JSON holds it.
+    """Each document of many samples once, in order of appearance, as JSON objects.
 
     Args:
-        parts: by the global number of each sample.
+        parts: global sample number -> the parts of the sample.
     Returns:
-        objects of source, file and document; first_token and tokens, the shortest stretch of the document with all that
-        the samples have of it; and samples, the numbers of those that have any.
+        objects with source, file and document; first_token and tokens, the smallest range of the document that covers
+        its tokens in all these samples; and samples, the numbers of the samples that contain some of it.
     """
     found: dict[tuple[str, str, int], list[tuple[int, DocumentPart]]] = {}
     for index, of_sample in parts.items():
@@ -121,7 +118,7 @@ def merged(parts: Mapping[int, Sequence[DocumentPart]]) -> list[dict[str, Any]]:
 
 
 def _document(uses: list[tuple[int, DocumentPart]]) -> dict[str, Any]:
-    """One entry of `merged`, from the parts of one document, each with the number of its sample."""
+    """One entry of `merged`, from all (sample number, part) of one document."""
     _, one = uses[0]
     first = min(part.first_token for _, part in uses)
     stop = max(part.first_token + part.tokens for _, part in uses)

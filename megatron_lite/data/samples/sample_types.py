@@ -1,4 +1,4 @@
-"""What datasets give and objectives take: windows of text, pairs of sentences, and what they become.
+"""The types between datasets and objectives: windows of text, pairs of sentences, and the examples made of them.
 
 Shapes: d positions whose labels are predicted.
 """
@@ -15,16 +15,16 @@ Ids = npt.NDArray[np.int64]
 
 
 class Text(NamedTuple):
-    """A window of a corpus: documents one after another, an end-of-document token behind each that ends here."""
+    """A window of a corpus: concatenated documents, with an end-of-document token after each that ends here."""
 
     tokens: Ids  # [window]
     sentence_starts: Ids | None = None
-    """Ascending places in `tokens` where a sentence or a document begins, 0 included; for objectives that ask for
-    sentences, else None."""
+    """Ascending positions in `tokens` where a sentence or a document begins, including 0; None for objectives that do
+    not need sentences."""
 
 
 class SentencePair(NamedTuple):
-    """Two runs of whole sentences."""
+    """Two parts, each of whole sentences."""
 
     first: Ids  # [any length]
     second: Ids  # [any length]
@@ -33,33 +33,33 @@ class SentencePair(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One sample as the model sees it. All arrays of an objective have fixed shapes."""
+    """One sample as the model reads it. All arrays of an objective have fixed shapes."""
 
     inputs: tuple[npt.NDArray[np.int64] | int, ...]
-    """In the order of `Objective.inputs`: an array [length], or a number where the field has no length."""
+    """In the order of `Objective.inputs`: an array [length], or a number for a field without a length."""
     labels: Ids  # [d]
     loss_weights: npt.NDArray[np.float32]  # [d]: 0 where the prediction does not count
     sequence_label: int | None = None
-    """Class of the whole sample, where there is one: 0 = the second part follows the first, 1 = it does not."""
+    """Class of the whole sample: 0 = the second part follows the first, 1 = it does not; None = no class."""
 
 
 @dataclass(frozen=True)
 class WindowShape:
-    """Which pieces of the stream of documents are samples."""
+    """Samples are windows of the stream of documents."""
 
     tokens: int
     """Length of a window."""
     stride: int
-    """Distance of the starts of neighbouring windows."""
+    """Distance between the starts of neighbouring windows."""
     sentences: bool = False
-    """Whether `Text.sentence_starts` is wanted."""
+    """Whether the objective needs `Text.sentence_starts`."""
 
 
 @dataclass(frozen=True)
 class PairShape:
-    """Samples are pairs of runs of sentences."""
+    """Samples are pairs of parts of whole sentences."""
 
     tokens: int
-    """Largest length of both together."""
+    """Largest total length of both parts."""
     next_fraction: float
     short_fraction: float

@@ -1,4 +1,4 @@
-"""Flat files of numbers beside a pair of shards: written one stretch after another, mapped into memory when read."""
+"""Flat array files beside a pair of shards: appended block by block, memory-mapped when read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class ArrayWriter:
-    """Appends to one file; holds nothing in memory but the checksum."""
+    """Appends arrays to one file; keeps only the checksum in memory."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self.path = path
@@ -30,14 +30,14 @@ class ArrayWriter:
         self._file = path.open("wb")
 
     def add(self, values: npt.NDArray[Any]) -> None:
-        """The next ones [any number], of the file's dtype or one that it holds."""
+        """Append values [any number], of the file's dtype or one that converts to it."""
         data = np.ascontiguousarray(values, self._dtype).view(np.uint8).data
         self._file.write(data)
         self._digest.update(data)
         self.count += len(values)
 
     def finish(self, name: str) -> dict[str, Any]:
-        """Close the file; the three fields of a `Shard` that tell of it, which begin with `name`."""
+        """Close the file and return its three `Shard` fields: `name`, `name`_bytes and `name`_xxh3."""
         self._file.close()
         size = self.count * self._dtype.itemsize
         return {name: self.path, f"{name}_bytes": size, f"{name}_xxh3": self._digest.hexdigest()}
@@ -47,9 +47,9 @@ def map_array(path: Path, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
     """Memory-map what `ArrayWriter` wrote.
 
     Args:
-        size: bytes that were written.
+        size: number of bytes that were written.
     Raises:
-        DataError: the file is missing, or of another size.
+        DataError: the file is missing, or has another size.
     """
     again = "remove its folder to prepare it again"
     try:
@@ -62,10 +62,10 @@ def map_array(path: Path, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
 
 
 def map_file(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """All of a file, read-only and paged in on use. No descriptor stays open, so any number of files may be mapped.
+    """Memory-map a whole file read-only. No file descriptor stays open, so the number of mapped files is unlimited.
 
-    Python's own maps keep a descriptor each (until `trackfd` of 3.13), and a blend of sources maps several files of
-    each for the whole run.
+    Python's own mmap keeps one descriptor open per map (before `trackfd` in 3.13), and a blend of sources maps several
+    files of each source during the whole run.
 
     Raises:
         OSError: it cannot be opened or mapped.
@@ -79,8 +79,8 @@ def map_file(path: Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
     memory = (ctypes.c_ubyte * size).from_address(address)
-    unmap = weakref.finalize(memory, _libc().munmap, address, size)  # with the last array that looks at it
-    unmap.atexit = False  # at the end of the process other threads may still read
+    unmap = weakref.finalize(memory, _libc().munmap, address, size)  # when the last array that views it is freed
+    unmap.atexit = False  # other threads may still read while the process exits
     values = np.frombuffer(memoryview(memory).cast("B"), dtype)
     values.flags.writeable = False
     return values

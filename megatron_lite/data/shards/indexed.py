@@ -4,7 +4,7 @@ Layout of the .idx file, little-endian and without padding (megatron/core/datase
     magic b"MMIDIDX\\0\\0", version u64 = 1, dtype code u8, number of sequences u64, number of document bounds u64,
     length of each sequence in tokens i32[], byte offset of each sequence in the .bin i64[],
     document bounds i64[]: document k holds the sequences [bounds[k], bounds[k + 1]).
-The .bin file is the tokens alone.
+The .bin file contains only the tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lite.errors import DataError, remedy_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-OTHERS = "copy the pair again from where it came, or make the shards anew"
+OTHERS = "copy the pair again from the original, or create the shards again"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     1: np.uint8,
@@ -37,7 +37,7 @@ DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
-LARGEST_UINT16_VOCAB = 65_500  # Megatron's own bound: below it ids are stored in two bytes
+LARGEST_UINT16_VOCAB = 65_500  # Megatron's bound: ids of smaller vocabularies are stored in two bytes
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -55,7 +55,7 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Sizes and checksums of a written pair, as its sidecar holds them."""
+    """Sizes and checksums of a written pair, as recorded in its sidecar."""
 
     documents: int
     tokens: int
@@ -69,7 +69,7 @@ class ShardFacts:
 class IndexedWriter:
     """Writes one pair of files; each document is one sequence.
 
-    Only the lengths are held in memory (4 bytes a document). Both files are on disk, fsynced, when `finish` returns.
+    Only the lengths are kept in memory (4 bytes per document). Both files are fsynced when `finish` returns.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
@@ -80,7 +80,7 @@ class IndexedWriter:
         self._bin = bin_path(prefix).open("wb")
 
     def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Append documents: their tokens one after another [sum(lengths)], and the length of each [documents]."""
+        """Append documents: their concatenated tokens [sum(lengths)], and the length of each [documents]."""
         assert int(lengths.sum()) == len(tokens)
         data = np.ascontiguousarray(tokens, dtype=self._dtype).view(np.uint8).data
         self._bin.write(data)
@@ -106,13 +106,13 @@ class IndexedWriter:
         )
 
     def remove(self) -> None:
-        """Take both files away again."""
+        """Delete both files."""
         bin_path(self._prefix).unlink()
         idx_path(self._prefix).unlink()
 
 
 def pack_index(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
-    """The .idx file of documents of one sequence each."""
+    """The .idx file for documents with one sequence each."""
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
     pointers *= dtype.itemsize
@@ -128,17 +128,17 @@ def _sync_and_close(file: Any) -> None:
 
 
 class IndexedReader:
-    """A pair of files, checked and memory-mapped. Also reads Megatron's documents of several sequences.
+    """A validated, memory-mapped pair of files. Also reads Megatron's documents with several sequences.
 
     Attributes:
-        tokens: every token of the file in its stored dtype [total tokens], read-only, paged in on use.
+        tokens: every token of the file in its stored dtype [total tokens], read-only and memory-mapped.
         document_starts: first token of each document, int64 [documents].
         document_lengths: tokens of each document, int64 [documents].
-        sequence_starts: first token of each sequence, int64 [sequences]; Megatron writes a sentence as one where it
-            splits documents into sentences.
+        sequence_starts: first token of each sequence, int64 [sequences]. If Megatron splits documents into sentences,
+            each sentence is a sequence.
 
     Raises:
-        DataError: a file is missing, is no such file, or its size is not what the index expects.
+        DataError: a file is missing or has the wrong format, or its size does not match the index.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -152,7 +152,7 @@ class IndexedReader:
         starts = ends - lengths
         self.sequence_starts: npt.NDArray[np.int64] = starts
         if not np.array_equal(pointers, starts * self.dtype.itemsize):
-            raise _damaged(idx_path(prefix), "its sequences do not follow each other without a gap")
+            raise _damaged(idx_path(prefix), "there are gaps between its sequences, or they overlap")
         edges = np.concatenate([starts, [total]])[document_bounds]
         self.document_starts: npt.NDArray[np.int64] = edges[:-1]
         self.document_lengths: npt.NDArray[np.int64] = np.diff(edges)
@@ -181,22 +181,20 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse_header(index: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
     if index[: len(MAGIC)] != MAGIC:
-        raise DataError(
-            f"{path} begins with {index[: len(MAGIC)]!r}; an index of Megatron begins with {MAGIC!r}; {OTHERS}"
-        )
+        raise DataError(f"{path} begins with {index[: len(MAGIC)]!r}; a Megatron index begins with {MAGIC!r}; {OTHERS}")
     if len(index) < HEADER.size:
         raise _size_error(path, len(index), HEADER.size, "an index header")
     _, version, code, sequences, bounds = HEADER.unpack_from(index)
     if version != VERSION:
         raise DataError(f"{path} has layout version {version}; only version {VERSION} can be read; {OTHERS}")
     if code not in DTYPE_OF_CODE or not np.issubdtype(DTYPE_OF_CODE[code], np.integer):
-        raise _damaged(path, f"its dtype code {code} is no integer type of Megatron")
+        raise _damaged(path, f"its dtype code {code} is not one of Megatron's integer types")
     return np.dtype(DTYPE_OF_CODE[code]), sequences, bounds
 
 
 def _parse_arrays(index: bytes, sequences: int, bounds: int, path: Path) -> tuple[npt.NDArray[Any], ...]:
     expected = HEADER.size + 12 * sequences + 8 * bounds
-    if len(index) not in (expected, expected + sequences):  # multimodal writers append one mode byte a sequence
+    if len(index) not in (expected, expected + sequences):  # multimodal writers append one mode byte per sequence
         raise _size_error(path, len(index), expected, "its header")
     lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
     pointers = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
@@ -209,7 +207,7 @@ def _parse_arrays(index: bytes, sequences: int, bounds: int, path: Path) -> tupl
         or document_bounds[-1] != sequences
         or np.any(np.diff(document_bounds) < 0)
     ):
-        raise _damaged(path, f"its document bounds do not rise from 0 to the {sequences:,} sequences")
+        raise _damaged(path, f"its document bounds do not increase from 0 to the {sequences:,} sequences")
     return lengths, pointers, document_bounds
 
 
@@ -230,7 +228,7 @@ def _map_tokens(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    remedy = remedy_of(error, "shards are a pair of .bin and .idx: copy both again from where they came")
+    remedy = remedy_of(error, "shards are a pair of .bin and .idx files: copy both again from the original")
     return DataError(f"{path} cannot be read: {error.strerror}; {remedy}")
 
 

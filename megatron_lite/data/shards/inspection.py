@@ -1,4 +1,4 @@
-"""Lines of text about prepared data: for `python -m megatron_lite.data inspect`."""
+"""Describe prepared data in lines of text, for `python -m megatron_lite.data inspect`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHOWN_TOKENS = 60
 
 
 def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
-    """A prepared folder: its tokenizer, its shards, and the beginning of some documents.
+    """Describe a prepared folder: its tokenizer, its shards, and the beginning of some documents.
 
     Args:
         verify: read every file and compare its checksum.
         documents: how many documents of each shard to show.
     Raises:
-        DataError: a file is missing or is not what was written.
+        DataError: a file is missing or damaged.
     """
     manifest = read_manifest(folder)
     check_files(manifest, folder)
@@ -35,13 +35,13 @@ def describe_folder(folder: Path, *, verify: bool, documents: int) -> list[str]:
     for name in ("train", "validation"):
         for shard in shards_of(manifest, name, folder):
             check_shard(shard, folder, largest_read=inf if verify else 0)
-            lines.append(_shard_line(name, shard) + (", checksums agree" if verify else ""))
+            lines.append(_shard_line(name, shard) + (", checksums match" if verify else ""))
             lines += _document_lines(shard.prefix, documents, tokenizer)
     return lines
 
 
 def describe_pair(prefix: Path, *, verify: bool, documents: int) -> list[str]:
-    """A .bin/.idx pair of any origin.
+    """Describe a .bin/.idx pair of any origin.
 
     Raises:
         DataError: the pair is damaged, or differs from its sidecar.
@@ -51,11 +51,11 @@ def describe_pair(prefix: Path, *, verify: bool, documents: int) -> list[str]:
     largest = f", ids up to {int(np.max(reader.tokens)):,}" if reader.num_tokens else ""
     lines = [f"{prefix}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens, {reader.dtype}{largest}"]
     if sidecar is None:
-        lines.append("no sidecar: made elsewhere, its tokenizer is unknown" + (", no checksum" if verify else ""))
+        lines.append("no sidecar: made by another tool, its tokenizer is unknown" + (", no checksum" if verify else ""))
         return lines + _document_lines(prefix, documents, None)
     if verify:
         _verify_pair(prefix, sidecar)
-        lines.append("checksums agree")
+        lines.append("checksums match")
     lines.append(_tokenizer_line(sidecar))
     return lines + _document_lines(prefix, documents, _tokenizer_of(sidecar, prefix.parent))
 

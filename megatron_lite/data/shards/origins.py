@@ -1,8 +1,8 @@
-"""Where each document of a shard came from: the file beside the pair that says so.
+"""The origins file beside a pair of shards, which records where each document came from.
 
-The number of a document in its shard tells little: documents are split into a training and a validation set, empty
-ones are left out, and one source may join many files. So preparation writes, for each document of a pair, which file
-it was read from and its number there. Ready shards need none: each is its own origin.
+The number of a document in its shard is not enough to find it: documents are split into a training and a validation
+set, empty ones are skipped, and one source may consist of many files. So preparation records the file of each document
+and its number in that file. Existing Megatron shards have no origins file: they are their own origin.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megatron_lite.data.shards.arrays import ArrayWriter, map_array
 
 ORIGIN_DTYPE = np.dtype([("file", "<u4"), ("number", "<u8")])
-"""`file` counts in `Shard.files`; `number` is that of the row, line or document of it, from 0, empty ones included."""
+"""`file` is an index into `Shard.files`; `number` is the row, line or document in it, from 0, counting empty ones."""
 
 
 def origins_path(prefix: Path) -> Path:
@@ -23,14 +23,14 @@ def origins_path(prefix: Path) -> Path:
 
 
 def origins_writer(prefix: Path) -> ArrayWriter:
-    """12 bytes a document, in the order of the pair."""
+    """A writer of 12 bytes per document, in the order of the pair."""
     return ArrayWriter(origins_path(prefix), ORIGIN_DTYPE)
 
 
 def read_origins(path: Path, size: int) -> npt.NDArray[np.void]:
-    """[documents of the pair] of ORIGIN_DTYPE.
+    """[documents of the pair], ORIGIN_DTYPE.
 
     Raises:
-        DataError: the file is missing, or not of the `size` bytes that were written.
+        DataError: the file is missing, or does not have `size` bytes.
     """
     return map_array(path, ORIGIN_DTYPE, size)

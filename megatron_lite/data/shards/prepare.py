@@ -1,8 +1,8 @@
-"""Corpus to shards: split documents, train or open the tokenizer, tokenise, write, publish.
+"""From a corpus to shards: split off validation documents, train or open the tokenizer, tokenise, write, publish.
 
-`prepare` may be called by any number of processes and any number of times: the folder is named by a hash of
-everything that decides its content, one process builds it, and it becomes visible only when it is complete.
-This module and all it imports need no torch.
+Any number of processes may call `prepare` any number of times: the folder's name contains a hash of everything that
+determines its content, one process builds it, and it becomes visible only when it is complete. This module and its
+imports do not need torch.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ from megatron_lite.modes import allowed_mode, masked, narrow
 
 __all__ = ["PreparedData", "load_prepared", "planned_vocab_size", "prepare", "prepared_folder"]
 
-PIPELINE = 3  # raise it when the same text would become other tokens
+PIPELINE = 3  # increase it when the same text would become other tokens
 
 
 @dataclass(frozen=True)
 class PreparationPlan:
-    """What is to be prepared, and the hash that names it."""
+    """What to prepare, and the hash in the name of its folder."""
 
     train: list[Source]
     validation: list[Source]
     """Empty when documents of `train` are held out."""
     trained_vocab_size: int | None
-    """Size asked for of a tokenizer that is trained here, None for others."""
+    """Requested size of a tokenizer that is trained here; None for existing tokenizers."""
     key: dict[str, Any]
 
     @property
@@ -88,13 +88,13 @@ class PreparationPlan:
 
     @property
     def forms(self) -> list[tuple[SourceKind, list[str]]]:
-        """How each source is stored: the same documents may be stored in several ways."""
+        """The file format of each source: the same documents may be stored in several formats."""
         return [(source.kind, [path.suffix for path in source.paths]) for source in (*self.train, *self.validation)]
 
     def folder_in(self, cache_dir: Path) -> Path:
-        """Where its shards are, or will be: a label for people, and the digest.
+        """The folder of its shards (existing or not): a readable label and the digest.
 
-        The label comes from the spelling of the first source; a folder that was made under another one is found, too.
+        The label comes from the name of the first source; an existing folder with another label is found, too.
         """
         label = "embedded" if self.train[0].name == "embedded" else Path(self.train[0].name).name.split(".")[0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)[:40]
@@ -104,26 +104,26 @@ class PreparationPlan:
 
 
 def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunConfig | None = None) -> PreparedData:
-    """Make the shards of a configuration, or find them made already.
+    """Create the shards of a configuration, or open existing ones.
 
     Args:
-        report: receives a line for each stage that takes time; nothing when the data is already there.
-        earlier: what the run that goes on was last trained with.
+        report: receives a line for each stage that takes time; not called if the data already exists.
+        earlier: the configuration that a resumed run was last trained with.
     Raises:
-        DataError: a source is missing, empty, binary, malformed or cut off, or cache_dir cannot be written.
-        ConfigError: data.* or model.vocab_size do not fit each other, or other data is to be prepared than that of
-            `earlier`, which is still there.
+        DataError: a source is missing, empty, binary, malformed or truncated, or cache_dir cannot be written.
+        ConfigError: data.* or model.vocab_size contradict each other, or this would prepare other data than that of
+            `earlier`.
     """
     raise_open_file_limit()
     cache_dir, key = Path(config.data.cache_dir).expanduser(), f"data.cache_dir={config.data.cache_dir}"
-    resolved_sources(config)  # what is wrong with them is said before a folder is made
+    resolved_sources(config)  # report wrong sources before any folder is created
     require_folder(cache_dir, key)
     plan = make_plan(config, report)
     folder = plan.folder_in(cache_dir)
     if earlier is not None and not (folder / MANIFEST).is_file():
         refuse_other_data(plan, config, earlier, report)
     originals = list(_originals(plan, config.data))
-    with masked(originals, folder):  # also of what libraries keep of them in caches of their own
+    with masked(originals, folder):  # covers the caches of libraries, too
         publish_folder(
             folder,
             lambda temporary: _build(plan, config, temporary, report),
@@ -135,13 +135,13 @@ def prepare(config: RunConfig, *, report: Callable[[str], None], earlier: RunCon
     _keep_private(folder, originals, report)
     prepared = load_prepared(folder, config)
     texts = [source for source in (*plan.train, *plan.validation) if source.is_text]
-    for source, counts in zip(texts, prepared.rows, strict=True):  # made by another data.max_bad_fraction
+    for source, counts in zip(texts, prepared.rows, strict=True):  # data.max_bad_fraction may have changed since
         require_few_bad(counts, str(source), config.data)
     return prepared
 
 
 def _originals(plan: PreparationPlan, data: DataConfig) -> Iterator[Path]:
-    """The files whose content prepared data repeats: the sources, and those of a tokenizer."""
+    """The files whose content is copied into the prepared data: those of the sources and of the tokenizer."""
     for source in (*plan.train, *plan.validation):
         for path in source.paths:
             if not source.is_text:
@@ -154,15 +154,16 @@ def _originals(plan: PreparationPlan, data: DataConfig) -> Iterator[Path]:
 
 
 def _keep_private(folder: Path, originals: list[Path], report: Callable[[str], None]) -> None:
-    """Narrow a folder that is wider readable than its sources: of an earlier version, or made when they were wider."""
+    """Restrict a folder that more users can read than its sources: an earlier version made it, or the modes of the
+    sources have changed since."""
     allowed = allowed_mode(originals, folder.stat().st_gid)
     try:
         if narrow(folder, allowed):
-            report(f"{folder} could be read by more users than its sources and tokenizer: its mode is narrowed")
+            report(f"{folder} was readable by more users than its sources and tokenizer; its mode is now restricted")
     except OSError:
         report(
-            f"warning: {folder} can be read by more users than its sources and tokenizer, and belongs to somebody "
-            f"else; ask its owner for `chmod -R u=rwX,g={_letters(allowed >> 3)},o={_letters(allowed)} {folder}`"
+            f"warning: {folder} is readable by more users than its sources and tokenizer, but belongs to another "
+            f"user; ask its owner for `chmod -R u=rwX,g={_letters(allowed >> 3)},o={_letters(allowed)} {folder}`"
         )
 
 
@@ -173,10 +174,10 @@ def _letters(mode: int) -> str:
 def refuse_other_data(
     plan: PreparationPlan, config: RunConfig, earlier: RunConfig, report: Callable[[str], None]
 ) -> None:
-    """Spare a preparation whose tokens the run could not go on with, where that can be told from the sources.
+    """Refuse, before any work, to prepare data that the run cannot resume with, if the sources already show that.
 
-    Where the earlier ones are gone, or of another form (compressed, say), it shows when the tokens are there: a run
-    goes on by their fingerprint.
+    If the earlier sources are gone, or in another format (say, compressed), only the prepared tokens can show it: a
+    resume compares their fingerprints.
     """
     changed = [change for change in grade_changes(earlier, config) if change.key in DATA_KEYS]
     if not changed:
@@ -190,7 +191,7 @@ def refuse_other_data(
 
 
 def prepared_folder(config: RunConfig) -> Path:
-    """Where `prepare` puts, or has put, the shards of this configuration."""
+    """The folder of the shards that `prepare` creates for this configuration, existing or not."""
     return make_plan(config).folder_in(Path(config.data.cache_dir).expanduser())
 
 
@@ -198,13 +199,13 @@ def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: No
     """Resolve and check everything that can be known before the first document is read.
 
     Args:
-        report: receives a line now and then where files of the sources have to be read to learn what they hold.
+        report: receives progress lines while source files are read for their checksums.
     """
     data = config.data
     train, validation = resolved_sources(config)
     trained_size = _check_tokenizer(config, [*train, *validation])
     is_text = all(source.is_text for source in (*train, *validation))
-    ends = planned_ends(config) if is_text else None  # ready shards have their own
+    ends = planned_ends(config) if is_text else None  # existing shards have their own
     with remembered_digests(Path(data.cache_dir).expanduser(), report) as file_identity:
         identities = [[identity(source, data, file_identity) for source in sources] for sources in (train, validation)]
     key = {
@@ -218,11 +219,11 @@ def make_plan(config: RunConfig, report: Callable[[str], None] = lambda line: No
 
 
 def resolved_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
-    """Sources of training and of validation; no file of them is read.
+    """The training and validation sources, without reading their content.
 
     Raises:
-        DataError: one does not exist, or is of no known form.
-        ConfigError: data.weights or data.validation_fraction do not fit.
+        DataError: a source does not exist, or has an unknown format.
+        ConfigError: data.weights or data.validation_fraction are wrong.
     """
     data = config.data
     train = resolve_sources(data.source, "data.source")
@@ -233,18 +234,18 @@ def resolved_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
         normalised(data.weights, len(train))
     if not validation and not 0 < data.validation_fraction < 1:
         raise ConfigError(
-            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; use 0.02, or give a "
+            f"data.validation_fraction={data.validation_fraction} must be between 0 and 1; use 0.02, or set "
             "data.validation_source"
         )
     return train, validation
 
 
 def _check_tokenizer(config: RunConfig, sources: list[Source]) -> int | None:
-    """The size of a vocabulary that has to be trained, None where none has to be."""
+    """The size of the vocabulary to train; None if no tokenizer has to be trained."""
     ready = [source for source in sources if not source.is_text]
     if config.data.tokenizer == TRAIN and 0 < len(ready) < len(sources):
         raise ConfigError(
-            f"data.tokenizer=train cannot fit {ready[0]}, whose tokens another tokenizer made; name the folder of "
+            f"data.tokenizer=train cannot be used with {ready[0]}, which another tokenizer encoded; name the folder of "
             "that tokenizer in data.tokenizer"
         )
     return trained_vocab_size(config.data) if config.data.tokenizer == TRAIN and not ready else None
@@ -254,7 +255,7 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
     started = time.monotonic()
     limit_threads(config.data.num_workers)
     held_out = None if plan.validation else config.data.validation_fraction
-    if held_out:  # what is wrong is said before a tokenizer is trained, and before anything is tokenised
+    if held_out:  # report problems before a tokenizer is trained and before anything is tokenised
         _check_held_out(plan.train, config.data)
     job = _make_job(plan, config, folder, report)
     for source in [*plan.train, *plan.validation]:
@@ -265,11 +266,11 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
         (source.name, str(key)): found for source, key, found in zip(plan.train, plan.key["train"], sets, strict=True)
     }
     for i, (source, key) in enumerate(zip(plan.validation, plan.key["validation"], strict=True)):
-        same = known.get((source.name, str(key)))  # as where a checkpoint is evaluated: there is one text
+        same = known.get((source.name, str(key)))  # as when a checkpoint is evaluated: both are the same text
         sets.append(_ingest(job, source, i, Part.validation, None) if same is None else _for_validation(same, i))
     train = [found.train for found in sets if found.train is not None]
     validation = [found.validation for found in sets if found.validation is not None]
-    if not validation:  # ready shards whose held-out documents have no tokens
+    if not validation:  # existing shards whose held-out documents have no tokens
         documents = sum(counted.shard.documents for counted in train)
         raise _nothing_held_out(config.data, documents, min(found.lowest_hash for found in sets))
     rows = [found.rows for found in sets if found.rows is not None]
@@ -278,15 +279,15 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
         for line in counts.lines():
             report(line)
     shards = (counted.shard for counted in [*train, *validation])
-    tokens = sum({(shard.prefix, shard.part): shard.tokens for shard in shards}.values())  # of which some are in both
+    tokens = sum({(shard.prefix, shard.part): shard.tokens for shard in shards}.values())  # a shard may be in both sets
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 
 def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
-    """Make or open the tokenizer, and put it into the folder. What speaks against it is said before a text is read.
+    """Train or open the tokenizer, and save it to the folder. It is checked before any text is read.
 
     Raises:
-        ConfigError: the vocabulary does not fit the model, or lacks what the run needs.
+        ConfigError: the vocabulary does not fit the model, or lacks tokens that the run needs.
     """
     data = config.data
     target = home = folder / TOKENIZER_FOLDER
@@ -340,17 +341,17 @@ def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | 
 
 
 def _for_validation(trained: SourceSets, index: int) -> SourceSets:
-    """The tokens of a training source as those of a validation source with the same documents."""
+    """Reuse the tokens of a training source for a validation source with the same documents."""
     assert trained.train is not None
     shard = replace(trained.train.shard, source_index=index)
     return replace(trained, train=None, validation=replace(trained.train, shard=shard))
 
 
 def _check_held_out(sources: list[Source], data: DataConfig) -> None:
-    """Whether each source keeps a document, and one at least is held out; reads no further than it takes to know.
+    """Check that each source keeps a document and that at least one is held out; reads no more than it needs.
 
     Raises:
-        DataError: one of them is not so, and what would help.
+        DataError: one of these conditions fails; says how to fix it.
     """
     threshold = validation_threshold(data.validation_fraction)
     documents, lowest, is_held_out = 0, 2**64, False
@@ -370,7 +371,7 @@ def _check_held_out(sources: list[Source], data: DataConfig) -> None:
 
 
 def _document_hashes(source: Source, data: DataConfig) -> Iterator[int]:
-    """What decides to which set each document of a source belongs."""
+    """The hashes that decide to which set each document of a source belongs."""
     if source.is_text:
         return (document_hash(document.text) for document in read_documents(source, data))
     return iter(hashes_of_documents(source).tolist())
@@ -378,8 +379,8 @@ def _document_hashes(source: Source, data: DataConfig) -> Iterator[int]:
 
 def _one_document() -> DataError:
     return DataError(
-        "data.source has 1 document; holding out a validation set takes 2 or more: set data.document_separator, or "
-        "name a data.validation_source"
+        "data.source has 1 document, but holding out a validation set takes 2 or more; set data.document_separator, "
+        "or set data.validation_source"
     )
 
 

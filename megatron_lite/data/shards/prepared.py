@@ -1,15 +1,15 @@
-"""Prepared data: what `prepare` leaves in its folder, and how it is opened again.
+"""Prepared data: the content of the folder that `prepare` writes, and how a run opens it.
 
-A prepared folder holds
+A prepared folder contains
     prepared.json           the manifest: identity, tokenizer, train and validation shards with sizes and checksums
     tokenizer/              a Hugging Face tokenizer folder
-    train-<i>.bin .idx      shards of source i, beside them train-<i>.json, the sidecar that goes with a copied pair
+    train-<i>.bin .idx      shards of source i, with train-<i>.json, the sidecar to copy along with the pair
     validation-<i>.bin .idx
-    <pair>.sentences        where sentences begin in a pair; also for ready shards whose tokenizer is known
+    <pair>.sentences        where sentences begin in a pair; also for existing shards whose tokenizer is known
     <pair>.origins          for each document of a pair made here, where it was read
-    unigram_counts.npz      how often each token occurs, for each source
-Ready Megatron shards stay where they are; the manifest then names them by the path that they had, and the configuration
-says where they lie now. The manifest holds the checksum of every other file, and its own.
+    unigram_counts.npz      how often each token occurs, per source
+Existing Megatron shards stay where they are: the manifest records the path that they had, and the configuration names
+their current path. The manifest contains the checksum of every other file, and its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from megatron_lite.state_files import Object, read_object
 MANIFEST = "prepared.json"
 COUNTS = "unigram_counts.npz"
 FORMAT = 4
-CHEAP_CHECKSUM_BYTES = 64 * 2**20  # of a file whose checksum is verified at every opening; sizes always are
+CHEAP_CHECKSUM_BYTES = 64 * 2**20  # checksums of files up to this size are verified at every start; sizes always
 
 
 class Part(StrEnum):
@@ -64,17 +64,17 @@ class Shard:
     """One source's share of the training or validation set."""
 
     source: str
-    """As the user named it."""
+    """The name in the configuration."""
     source_index: int
-    """Its place in data.source, or in data.validation_source where that is given."""
+    """Its index in data.source, or in data.validation_source if that is set."""
     prefix: Path
     """The pair is prefix.bin and prefix.idx."""
     part: Part
     validation_fraction: float
     documents: int
-    """Of this part."""
+    """Number of documents in this part."""
     tokens: int
-    """Of this part."""
+    """Number of tokens in this part."""
     max_token_id: int
     bin_bytes: int
     idx_bytes: int
@@ -85,9 +85,9 @@ class Shard:
     sentences_bytes: int = 0
     sentences_xxh3: str | None = None
     files: tuple[str, ...] = ()
-    """What its documents were read from (`Source.files`), where they were prepared; empty = the pair is a ready one."""
+    """The files that its documents were read from (`Source.files`); empty for existing shards."""
     origins: Path | None = None
-    """Where each document of the pair was read (`origins.read_origins`); None = in the pair itself."""
+    """Where each document of the pair was read (`origins.read_origins`); None for existing shards."""
     origins_bytes: int = 0
     origins_xxh3: str | None = None
 
@@ -103,20 +103,20 @@ class PreparedData:
     """Share of training samples from each shard of `train`; they sum to 1."""
     validation_weights: tuple[Fraction, ...]
     tokenizer_dir: Path | None
-    """None for ready shards that came without a tokenizer."""
+    """None for existing shards that came without a tokenizer."""
     tokenizer_hash: str | None
     vocab_size: int
-    """True vocabulary of the model; every token id is below it."""
+    """True vocabulary size of the model; every token id is below it."""
     special: SpecialTokens
     fingerprint: str
-    """Names exactly these tokens in this order: equal fingerprints, equal samples for a seed and a length.
+    """Identifies exactly these tokens in this order: equal fingerprints give equal samples for a seed and a length.
 
-    Of several sources it ends in `.` and what decides how they take turns (`blend_name`).
+    With several sources, `.` and a hash of how they are blended (`blend_name`) are appended.
     """
     unigram_entropy_nats: float
     """Loss of the validation tokens under the training corpus' unigram distribution, nats per token."""
     rows: tuple[RowCounts, ...] = ()
-    """What became of the rows of each source of text, those of validation sources last."""
+    """Row counts of each text source; those of validation sources come last."""
 
     @property
     def train_tokens(self) -> int:
@@ -140,32 +140,32 @@ class PreparedData:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What objectives know of the tokens. Its tables stay None for ready shards that came without a tokenizer."""
+        """What objectives know about the tokens. Its tables are None for existing shards without a tokenizer."""
         tokenizer = self.open_tokenizer()
         if tokenizer is None:
             return Vocabulary(self.vocab_size, self.special)
         return replace(tokenizer.vocabulary(), special=self.special).enlarged(self.vocab_size)
 
     def tokenizer_files(self, config: RunConfig) -> dict[str, bytes]:
-        """Name -> content of the files that make any folder one from which AutoTokenizer reads this tokenizer.
+        """Name -> content of the files from which AutoTokenizer reads this tokenizer.
 
-        It does to a text what training with this configuration did, see `saved_tokenizer`.
+        It adds the special tokens that training with this configuration added, see `saved_tokenizer`.
         """
         if self.tokenizer_dir is None:
             return {}
         return saved_files(self.tokenizer_dir, config, self.special)
 
     def open_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens, None where there is none."""
+        """The tokenizer that made the tokens; None for existing shards without a tokenizer."""
         return open_tokenizer(str(self.tokenizer_dir)) if self.tokenizer_dir else None
 
 
 def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
-    """Open a prepared folder for a run. Checks sizes always, checksums where that takes no time.
+    """Open a prepared folder for a run. Checks all sizes, and the checksums of small files.
 
     Raises:
-        DataError: the folder is incomplete, or a shard is not what was written.
-        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks what the run needs.
+        DataError: the folder is incomplete, or a shard is damaged.
+        ConfigError: weights or vocabulary of the configuration do not fit it, or it lacks something that the run needs.
     """
     manifest = read_manifest(folder)
     train, validation = _shards_of_run(manifest, folder, config)
@@ -200,19 +200,19 @@ def load_prepared(folder: Path, config: RunConfig) -> PreparedData:
 
 
 def blend_name(weights: tuple[Fraction, ...]) -> str:
-    """Names how sources take turns: their exact shares, and the rule."""
+    """Identifies how sources are blended: their exact shares, and the version of the order."""
     return xxhash.xxh3_64_hexdigest(f"{ORDER} {' '.join(map(str, weights))}".encode())
 
 
 def tokens_of(fingerprint: str) -> str:
-    """The part of a fingerprint that names the tokens, without the order in which sources take turns."""
+    """The part of a fingerprint that identifies the tokens, without the order in which sources are blended."""
     return fingerprint.partition(".")[0]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """
     Raises:
-        DataError: it is missing, damaged, or of another format.
+        DataError: it is missing, damaged, or has another format version.
     """
     path = folder / MANIFEST
     remedy = f"remove {folder} to prepare it again"
@@ -229,7 +229,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], shards: list[Shard]) -> None:
-    """Write the manifest, with size and checksum of every file of the folder that belongs to no shard."""
+    """Write the manifest, adding the size and checksum of every file of the folder that belongs to no shard."""
     of_shards = {path for shard in shards for path, *_ in _recorded(shard)}
     others = sorted(path for path in folder.rglob("*") if path.is_file() and path not in of_shards)
     files = {path.relative_to(folder).as_posix(): [path.stat().st_size, file_xxh3(path)] for path in others}
@@ -237,7 +237,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], shards: list[Shard]) 
 
 
 def shard_entry(shard: Shard, folder: Path) -> dict[str, Any]:
-    """A shard as the manifest holds it: own files by name, so that the folder can be moved."""
+    """The manifest entry of a shard; files inside the folder are stored by name, so that the folder can be moved."""
     inside = shard.prefix.parent == folder
     own = {name: path and path.name for name, path in (("sentences", shard.sentences), ("origins", shard.origins))}
     return {**asdict(shard), "prefix": shard.prefix.name if inside else str(shard.prefix), **own}
@@ -257,7 +257,7 @@ def _shard_of(entry: dict[str, Any], folder: Path) -> Shard:
 def _shards_of_run(
     manifest: dict[str, Any], folder: Path, config: RunConfig
 ) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
-    """The training and the validation shards, ready pairs where the configuration has them: they may have moved."""
+    """The training and validation shards; existing pairs at their configured paths, because they may have moved."""
     sources = source_names(config.data.source)
     held_out = source_names(config.data.validation_source) if manifest["separate_validation"] else sources
     train, validation = (shards_of(manifest, name, folder) for name in ("train", "validation"))
@@ -275,7 +275,7 @@ def _where_it_lies(shard: Shard, folder: Path, sources: list[str]) -> Shard:
 
 
 Recorded = tuple[Path, int, str | None, str]
-"""A file, its bytes, its checksum, and the name of the file that tells its size."""
+"""A file, its size in bytes, its checksum, and the name of the file that records its size."""
 
 
 def _recorded(shard: Shard) -> Iterator[Recorded]:
@@ -289,22 +289,22 @@ def _recorded(shard: Shard) -> Iterator[Recorded]:
 
 
 def check_shard(shard: Shard, folder: Path, largest_read: float) -> None:
-    """Compare the files of a shard of a prepared folder with what was recorded when they were made.
+    """Compare the files of a shard with the sizes and checksums recorded when they were written.
 
     Args:
-        largest_read: bytes of the largest file that is read for its checksum.
+        largest_read: files of up to this many bytes are read to verify their checksums.
     Raises:
-        DataError: a file is missing, longer or shorter, or, where it is read, has other bytes.
+        DataError: a file is missing, or has another size or (if it is read) another checksum.
     """
     for recorded in _recorded(shard):
         _check_file(recorded, folder, largest_read)
 
 
 def check_files(manifest: dict[str, Any], folder: Path) -> None:
-    """The same for the files that belong to no shard: tokenizer, sidecars, counts. All of them are small.
+    """As `check_shard`, for files that belong to no shard: tokenizer, sidecars, counts. All of them are small.
 
     Raises:
-        DataError: a file is missing, or has other bytes.
+        DataError: a file is missing or damaged.
     """
     for name, (size, digest) in manifest["files"].items():
         _check_file((folder / name, size, digest, MANIFEST), folder, largest_read=inf)
@@ -329,7 +329,7 @@ def _check_file(recorded: Recorded, folder: Path, largest_read: float) -> None:
 def _remedy(path: Path, folder: Path) -> str:
     if path.is_relative_to(folder):
         return f"remove {folder} to prepare it again"
-    return "copy it again from where it came"
+    return "copy it again from the original"
 
 
 def _tokenizer_dir(tokenizer: dict[str, Any], folder: Path) -> Path | None:
@@ -341,9 +341,9 @@ def _vocab_size(config: RunConfig, manifest: dict[str, Any], shards: list[Shard]
     for shard in shards:
         if shard.max_token_id >= vocab_size:
             raise DataError(
-                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}; the vocabulary ends at "
-                f"{vocab_size - 1:,}: it was made with another tokenizer; name that one in data.tokenizer, or set "
-                "model.vocab_size"
+                f"{bin_path(shard.prefix)} holds token id {shard.max_token_id:,}, but the vocabulary ends at "
+                f"{vocab_size - 1:,}: it was made with another tokenizer; name that tokenizer in data.tokenizer, or "
+                "set model.vocab_size"
             )
     return int(vocab_size)
 
@@ -356,11 +356,11 @@ def _weights(config: RunConfig, train: tuple[Shard, ...]) -> tuple[Fraction, ...
 def _validation_weights(
     manifest: dict[str, Any], weights: tuple[Fraction, ...], validation: tuple[Shard, ...]
 ) -> tuple[Fraction, ...]:
-    """Held-out documents are mixed as the training set is; separate validation sources by their size."""
+    """Held-out documents are blended like the training set; separate validation sources by their size."""
     if manifest["separate_validation"]:
         return shares_of([shard.tokens for shard in validation])
     chosen = [weights[shard.source_index] for shard in validation]
-    if sum(chosen) == 0:  # all weight lies on sources too small to hold out a document
+    if sum(chosen) == 0:  # all sources with a positive weight are too small to hold out a document
         chosen = [Fraction(1)] * len(chosen)
     return shares_of(chosen)
 
@@ -380,7 +380,7 @@ def validation_threshold(fraction: float) -> int:
 
 
 def documents_of_part(reader: IndexedReader, part: Part, fraction: float) -> npt.NDArray[np.int64]:
-    """Numbers of the documents of a ready shard that belong to a part, by a stable hash of their number."""
+    """Numbers of the documents of an existing shard that belong to a part, decided by a hash of their number."""
     numbers = np.arange(reader.num_documents, dtype=np.int64)
     if part is Part.everything:
         return numbers

@@ -1,4 +1,4 @@
-"""Ready Megatron shards: used where they lie, read through once to learn what is in them."""
+"""Existing Megatron shards: used in place, and read once to count their tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_lite.data.tokenizer.needs import no_sentences
 from megatron_lite.errors import DataError
 from megatron_lite.files import file_xxh3
 
-CHUNK_TOKENS = 2**22  # counted at a time: 8 bytes a token of memory
+CHUNK_TOKENS = 2**22  # tokens counted at a time: 8 bytes of memory per token
 NO_TOKENIZER: dict[str, Any] = {
     "tokenizer_folder": None,
     "tokenizer_hash": None,
@@ -29,14 +29,14 @@ NO_TOKENIZER: dict[str, Any] = {
     "eod_id": None,
     "special": {},
 }
-LARGEST_VOCABULARY = 2**24  # far above any in use: an id beyond it means that the file holds no token ids
+LARGEST_VOCABULARY = 2**24  # far above any in use: a file with a larger id does not contain token ids
 
 
 def check_ready(job: Job, source: Source, needs_sentences: bool) -> None:
-    """Refuse a ready pair for what shows without reading its tokens.
+    """Check everything about an existing pair that needs no reading of its tokens.
 
     Raises:
-        DataError: it is damaged or empty, was made with another tokenizer, or does not tell the sentences that the
+        DataError: it is damaged or empty, was made with another tokenizer, or lacks the sentence boundaries that the
             objective needs.
     """
     prefix = source.paths[0].resolve()
@@ -49,16 +49,16 @@ def check_ready(job: Job, source: Source, needs_sentences: bool) -> None:
 
 
 def hashes_of_documents(source: Source) -> npt.NDArray[np.uint64]:
-    """By which documents of a ready pair are held out [documents]."""
+    """The hashes that decide which documents of an existing pair are held out [documents]."""
     documents = IndexedReader(source.paths[0].resolve()).num_documents
     return mix64_array(np.arange(documents, dtype=np.uint64))
 
 
 def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
-    """Count the tokens of a ready pair that `check_ready` has passed.
+    """Count the tokens of an existing pair that has passed `check_ready`.
 
     Raises:
-        DataError: an id is no token, or every document is held out.
+        DataError: an id is not a token id, or every document is held out.
     """
     prefix = source.paths[0].resolve()
     reader = IndexedReader(prefix)
@@ -88,9 +88,9 @@ def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float
 
 
 def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]]:
-    """The tokenizer folder beside shards of our own making, and what their sidecars say about it.
+    """The tokenizer folder beside shards that `prepare` made, and the facts about it in their sidecars.
 
-    The folder is None where the shards were copied without it; everything is None for shards from elsewhere.
+    The folder is None if the shards were copied without it; all facts are None for shards that another tool made.
 
     Raises:
         DataError: two sources were made with different tokenizers.
@@ -104,7 +104,7 @@ def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found.values())
         raise DataError(
-            f"data.source names shards of different tokenizers ({folders}); prepare them with one tokenizer"
+            f"data.source names shards that different tokenizers made ({folders}); prepare them with one tokenizer"
         )
     for folder, facts in found.values():
         return (folder if folder.is_dir() else None), facts
@@ -112,10 +112,10 @@ def shared_tokenizer(sources: list[Source]) -> tuple[Path | None, dict[str, Any]
 
 
 class _SentenceFile:
-    """Where sentences begin in a ready pair; written into the prepared folder, as the pair stays where it lies.
+    """Records where sentences begin in an existing pair; written to the prepared folder, because the pair is not ours.
 
-    A pair whose documents consist of several sequences was split into sentences by Megatron, and those are taken.
-    Otherwise the tokenizer decides; without one nothing is written.
+    If documents consist of several sequences, Megatron has split them into sentences, and those are used. Otherwise
+    the sentences are found from the tokens; without a tokenizer nothing is written.
     """
 
     def __init__(self, job: Job, reader: IndexedReader, name: str) -> None:
@@ -160,10 +160,10 @@ def count_tokens(
     """How often each token occurs in the documents that are not chosen, and in the chosen ones.
 
     Args:
-        chosen: one flag a document [documents].
-        visit: is shown all documents in order, some at a time: their tokens, and the length of each.
+        chosen: one flag per document [documents].
+        visit: called with all documents in order, a batch at a time: their tokens, and the length of each.
     Raises:
-        DataError: an id is negative, or beyond any vocabulary.
+        DataError: an id is negative, or larger than any vocabulary.
     """
     counts = [np.zeros(0, np.int64), np.zeros(0, np.int64)]
     ends = reader.document_starts + reader.document_lengths
@@ -183,9 +183,7 @@ def count_tokens(
 def _check_ids(tokens: npt.NDArray[Any], prefix: Path) -> None:
     for extreme in (int(tokens.min()), int(tokens.max())):
         if not 0 <= extreme < LARGEST_VOCABULARY:
-            raise DataError(
-                f"{bin_path(prefix)} holds the token id {extreme:,}, which is none; name shards of Megatron"
-            )
+            raise DataError(f"{bin_path(prefix)} holds {extreme:,}, which cannot be a token id; name Megatron shards")
 
 
 def _counted(

@@ -1,22 +1,22 @@
-"""Where sentences begin, decided on token ids, and the file beside a pair of shards that says so.
+"""Find sentence boundaries in token ids, and the file beside a pair of shards that stores them.
 
 The rule, for languages with spaces and for Chinese and Japanese:
     - A document begins a sentence.
-    - Behind `.`, `!`, `?`, `…` and closing quotes or brackets, whitespace and then a capital letter, a digit, an
-      opening quote or bracket, or a letter of a script without cases begins one. Behind the full stop, exclamation
-      mark and question mark of Chinese no whitespace is needed.
+    - A sentence begins after `.`, `!`, `?`, `…` and closing quotes or brackets, then whitespace, at a capital letter,
+      a digit, an opening quote or bracket, or a letter of a script without case. After the Chinese full stop,
+      exclamation mark and question mark no whitespace is needed.
     - A blank line always ends a sentence: headings, list entries, paragraphs and blocks of source code.
-    - A sentence of more than LONG_SENTENCE tokens is cut at line ends, about every LONG_SENTENCE tokens: source code,
-      tables and verse. Without line ends it stays whole.
-    - Whitespace and the end-of-document token belong to the sentence ahead of them, but for the space that is part of
-      the next word's token. A token that reaches over a boundary, such as `.` with the line ends behind it, or a
-      Chinese full stop with an opening quote, belongs to the sentence it begins in.
+    - A sentence of more than LONG_SENTENCE tokens is cut at line ends, about every LONG_SENTENCE tokens (source code,
+      tables and verse). Without line ends it stays whole.
+    - Whitespace and the end-of-document token belong to the preceding sentence, except a space that is part of the
+      next word's token. A token that crosses a boundary, such as `.` with the line ends after it, or a Chinese full
+      stop with an opening quote, belongs to the sentence in which it begins.
 
-Limits. A point behind one letter or one of ABBREVIATIONS (`J.`, `e.g.`, `Dr.` where it is one token) ends no sentence;
-longer lists of abbreviations belong to one language, so `Inc. The` does end one. A vocabulary without capitals lets
-small letters begin sentences. WordPiece drops whitespace: there punctuation decides alone, blank lines and line ends
-are not seen, a digit begins no sentence (`3.14`), and a quote stays with the sentence ahead. A final sign that is cut
-into several byte tokens is not seen.
+Limits. A period after one letter or one of ABBREVIATIONS (`J.`, `e.g.`, `Dr.` if it is one token) ends no sentence;
+longer lists of abbreviations depend on the language, so `Inc. The` does end one. In a vocabulary without capitals,
+lower-case letters begin sentences. WordPiece drops whitespace, so only punctuation decides: blank lines and line ends
+are invisible, a digit begins no sentence (`3.14`), and a quote stays with the preceding sentence. A final punctuation
+mark that is split into several byte tokens is missed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CLOSING_SIGNS = "\"'”’»)]}」』】）》"  # noqa: RUF001
 OPENING_SIGNS = "\"'“‘«„([{`*#<•¿¡「『【（《"  # noqa: RUF001
 ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "vs", "cf", "fig", "e.g", "i.e"])
 
-# What matters of a token: a table of 16-bit numbers by id.
+# The properties of a token that the rule needs, as 16-bit flags in a table by token id.
 VISIBLE, FINAL, WIDE_FINAL, CLOSES, OPENS, SPACE_BEFORE, SPACE_AFTER, SHORT, LETTER, POINT = (1 << i for i in range(10))
-BREAKS_BEFORE, BREAKS_AFTER = 10, 12  # places of two bits each: line ends ahead of the visible letters, and behind them
+BREAKS_BEFORE, BREAKS_AFTER = 10, 12  # bit offsets of two-bit counts: line ends before and after the visible characters
 MOST_BREAKS = 3
 
 Kinds = npt.NDArray[np.uint16]
@@ -47,7 +47,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 def sentence_kinds(pieces: Pieces) -> Kinds:
-    """What matters of each token of a vocabulary [size]."""
+    """The flags of each token of a vocabulary [size]."""
     cased = any(letter.isupper() for text in pieces.texts for letter in text)
     keeps_spaces = pieces.style is Style.spaces
     kinds = [
@@ -58,7 +58,7 @@ def sentence_kinds(pieces: Pieces) -> Kinds:
 
 
 def _spaced(text: str, inside_word: bool, keeps_spaces: bool) -> bool:
-    """Whether whitespace stands ahead of a piece, or may have stood there where it is lost."""
+    """Whether there is whitespace before a piece, or may have been if the vocabulary drops it."""
     if keeps_spaces:
         return text[:1].isspace()
     return not inside_word and (text[:1].isalnum() or text[:1] in "([{")
@@ -101,11 +101,11 @@ def sentence_starts(tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], ki
     """Which tokens begin a sentence, by the rule of this module.
 
     Args:
-        tokens: documents one after another [n].
-        lengths: tokens of each [documents].
-        kinds: of `sentence_kinds`; ids beyond it count as its last.
+        tokens: concatenated documents [n].
+        lengths: number of tokens of each document [documents].
+        kinds: from `sentence_kinds`; larger ids are treated as its last.
     Returns:
-        [n]; the first token of every document is one.
+        flags [n]; True for the first token of every document.
     """
     starts = np.zeros(len(tokens), np.bool_)
     firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
@@ -117,7 +117,7 @@ def sentence_starts(tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], ki
     opens, begins_line = _judge(kind, shown)
     first_shown = np.searchsorted(shown, firsts)
     first_shown = first_shown[first_shown < len(shown)]
-    opens[first_shown] = begins_line[first_shown] = False  # the sentence there began with its document
+    opens[first_shown] = begins_line[first_shown] = False  # that sentence began with its document
     starts[shown[opens]] = True
     _cut_long(starts, shown[begins_line])
     return starts
@@ -132,10 +132,10 @@ def _judge(kind: Kinds, shown: npt.NDArray[np.intp]) -> tuple[Flags, Flags]:
     ended = here & (FINAL | WIDE_FINAL)
     point = (this & POINT != 0) & ~spaced
     short = last & SHORT != 0
-    short[2:] |= (last[2:] & LETTER != 0) & point[:-2]  # the g of e.g.
+    short[2:] |= (last[2:] & LETTER != 0) & point[:-2]  # the g in e.g.
     ended[1:][point & short] = 0
     closes = (this & CLOSES != 0) & ~spaced
-    for _ in range(2):  # a quote and a bracket
+    for _ in range(2):  # up to two closing signs, such as a quote and a bracket
         ended[1:] |= ended[:-1] * closes
     breaks = _line_breaks(kind, shown, here)
     done = (ended[:-1] & WIDE_FINAL != 0) | ((ended[:-1] & FINAL != 0) & spaced)
@@ -146,12 +146,14 @@ def _judge(kind: Kinds, shown: npt.NDArray[np.intp]) -> tuple[Flags, Flags]:
 def _line_breaks(kind: Kinds, shown: npt.NDArray[np.intp], here: Kinds) -> npt.NDArray[np.int32]:
     """Line ends between each visible token and the next [shown - 1]."""
     every = ((kind >> BREAKS_BEFORE) & 3) + ((kind >> BREAKS_AFTER) & 3)
-    up_to = np.cumsum(every, dtype=np.int32)[shown] - ((here >> BREAKS_AFTER) & 3)  # last visible letter of each
+    up_to = np.cumsum(every, dtype=np.int32)[shown] - (
+        (here >> BREAKS_AFTER) & 3
+    )  # up to the last visible character of each
     return np.diff(up_to)
 
 
 def _cut_long(starts: Flags, lines: npt.NDArray[np.intp]) -> None:
-    """Begin a sentence at the first line of every further LONG_SENTENCE tokens of a long one."""
+    """Split each long sentence at the first line start in every further LONG_SENTENCE tokens."""
     begins = np.flatnonzero(starts)
     long = np.diff(begins, append=len(starts)) > LONG_SENTENCE
     if not long.any() or len(lines) == 0:
@@ -171,7 +173,7 @@ def sentences_path(prefix: Path) -> Path:
 
 
 class SentenceWriter:
-    """Writes the places of all sentence starts of a pair of shards, in tokens from its beginning, int64 each."""
+    """Writes the positions of all sentence starts of a pair of shards, int64, in tokens from the start of the .bin."""
 
     def __init__(self, path: Path, kinds: Kinds | None) -> None:
         self._kinds = kinds
@@ -183,24 +185,24 @@ class SentenceWriter:
         return self._array.path
 
     def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
-        """The next documents: their tokens one after another [sum(lengths)], and the length of each [documents]."""
+        """Append documents: their concatenated tokens [sum(lengths)], and the length of each [documents]."""
         assert self._kinds is not None
         self.add_places(np.flatnonzero(sentence_starts(tokens, lengths, self._kinds)) + self._tokens)
         self._tokens += len(tokens)
 
     def add_places(self, places: npt.NDArray[np.int64]) -> None:
-        """Places that are known already, ascending [any number]."""
+        """Append known positions, in ascending order [any number]."""
         self._array.add(places)
 
     def finish(self) -> dict[str, Any]:
-        """Close the file; the fields of a `Shard` that name it."""
+        """Close the file and return its `Shard` fields."""
         return self._array.finish("sentences")
 
 
 def read_sentences(path: Path, size: int) -> npt.NDArray[np.int64]:
-    """Memory-map what `SentenceWriter` wrote: ascending places in the .bin, in tokens.
+    """Memory-map what `SentenceWriter` wrote: ascending positions in the .bin, in tokens.
 
     Raises:
-        DataError: the file is missing, or not of the `size` bytes that were written.
+        DataError: the file is missing, or does not have `size` bytes.
     """
     return map_array(path, SENTENCE_DTYPE, size)

@@ -1,4 +1,4 @@
-"""What documents of ready shards begin and end with: the tokenizer that is saved with a model has to do the same."""
+"""Detect what documents of existing shards begin and end with: a saved model's tokenizer has to do the same."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from megatron_lite.data.shards.indexed import IndexedReader
 from megatron_lite.data.tokenizer.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
 
-LOOKED_AT = 100  # documents of each pair
+LOOKED_AT = 100  # documents of each pair that are examined
 
 
 def as_in_shards(data: DataConfig, sources: list[Source], tokenizer: Tokenizer, *, is_decoder: bool) -> DataConfig:
-    """The settings with data.add_bos and data.eod_token as ready shards have it, where they are null.
+    """Replace data.add_bos and data.eod_token, if they are null, by what existing shards use.
 
     Args:
         tokenizer: opened with these settings.
     Raises:
-        DataError: the documents of one source begin otherwise than those of another, or than data.add_bos says.
+        DataError: documents of different sources begin differently, or contradict data.add_bos.
     """
     readers = {str(source): IndexedReader(source.paths[0].resolve()) for source in sources if not source.is_text}
     special = tokenizer.special
@@ -40,7 +40,7 @@ def _adds_bos(data: DataConfig, readers: dict[str, IndexedReader], begin: list[i
         return wanted
     does, others = ("with", "without") if found[other] else ("without", "with")
     raise DataError(
-        f"{other}: its documents begin {does} a beginning-of-text token, and those of others {others} it "
+        f"{other}: its documents begin {does} a beginning-of-text token, but those of others {others} it "
         f"(data.add_bos={data.add_bos}); set data.add_bos={str(found[other]).lower()}, and name only sources that agree"
     )
 
@@ -51,7 +51,7 @@ def _all_begin_with(reader: IndexedReader, begin: list[int]) -> bool:
 
 
 def _last_token(reader: IndexedReader) -> int | None:
-    """What all documents that are looked at end with; None where they differ."""
+    """The token that all examined documents end with; None if they differ."""
     documents = (reader.document(i) for i in range(min(reader.num_documents, LOOKED_AT)))
     ends = {int(document[-1]) for document in documents if len(document)}
     return ends.pop() if len(ends) == 1 else None

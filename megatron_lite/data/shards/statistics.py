@@ -1,4 +1,4 @@
-"""What a model that knows nothing but token frequencies would reach: the bar that a training run must clear."""
+"""The loss of a unigram model, which knows only token frequencies: a baseline that training must beat."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def unigram_cross_entropy_nats(
 ) -> float:
     """Loss per token, in nats, of the validation tokens under the training tokens' unigram distribution.
 
-    Add-one smoothing: p(token) = (count + 1) / (total + vocab_size). Several sources are mixed by their weights, as the
-    training blend mixes them. One count array [largest id + 1] for each source.
+    Add-one smoothing: p(token) = (count + 1) / (total + vocab_size). Sources are mixed by their weights, as in the
+    training blend. Each source has one array of counts [largest id + 1].
     """
     train = _mixture([(_fit(counts, vocab_size) + 1.0) for counts in train_counts], train_weights)
     validation = _mixture([_fit(counts, vocab_size) for counts in validation_counts], validation_weights)

@@ -1,6 +1,6 @@
-"""One text source to its shards: documents in batches through the tokenizer, straight to the files.
+"""Tokenise one text source into its shards, in batches that go straight to the files.
 
-Memory is bounded by a few batches, whatever the size of the corpus.
+At most a few batches are in memory, whatever the size of the corpus.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from megatron_lite.files import size_text
 
 BATCH_CHARACTERS = 2**20
 BATCHES_IN_FLIGHT = 3  # the next ones are encoded while one is written
-TRAINING_TEXT_CHARACTERS = 256 * 2**20  # a vocabulary does not change for more, and training holds all words in memory
+TRAINING_TEXT_CHARACTERS = 256 * 2**20  # more hardly changes the vocabulary, and training keeps all words in memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every source of one preparation shares."""
+    """Settings and results shared by all sources of one preparation."""
 
     data: DataConfig
     folder: Path
     tokenizer: Tokenizer | None
-    """None for ready shards that came without one."""
+    """None for existing shards that came without a tokenizer."""
     tokenizer_facts: dict[str, Any]
-    """What manifest and sidecars say about it: tokenizer_folder, tokenizer_hash, vocab_size, eod_id, special."""
+    """Facts for manifest and sidecars: tokenizer_folder, tokenizer_hash, vocab_size, eod_id, special."""
     sentence_kinds: Kinds | None
-    """What of its tokens decides where sentences begin, see `sentences`."""
+    """The flags of its tokens that decide where sentences begin, see `sentences`."""
     report: Callable[[str], None]
 
 
@@ -62,18 +62,18 @@ class Counted:
 
 @dataclass(frozen=True)
 class SourceSets:
-    """What one source gave to the training and the validation set."""
+    """The shards of one source for the training and the validation set."""
 
     train: Counted | None
     validation: Counted | None
     lowest_hash: int
-    """Smallest hash of its documents: the first that a larger validation_fraction would hold out."""
+    """Smallest hash of its documents: the first document that a larger validation_fraction would hold out."""
     rows: RowCounts | None = None
-    """What became of the rows of a source of text."""
+    """Row counts of a text source."""
 
 
 def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float | None) -> Iterator[str]:
-    """The first training documents of each source, an equal share of 256 million characters together."""
+    """The first training documents of each source: equal shares of a total of 256 Mi characters."""
     sources = list(sources)
     threshold = validation_threshold(held_out) if held_out else 0
     for source in sources:
@@ -87,18 +87,18 @@ def training_texts(sources: Iterable[Source], data: DataConfig, held_out: float 
 
 
 def document_hash(text: str) -> int:
-    """A hash of the text itself: equal documents fall into the same set, in whatever order or file they come."""
+    """A hash of the text itself, so that equal documents go to the same set, whatever their order or file."""
     return xxhash.xxh3_64_intdigest(text.encode("utf-8"))
 
 
 def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
-    """Tokenise all documents of a source, an end-of-document token behind each.
+    """Tokenise all documents of a source, and append an end-of-document token to each.
 
     Args:
-        into: the set that takes the documents.
-        held_out: share of documents that go to the validation set instead.
+        into: the set that gets the documents.
+        held_out: fraction of the documents that go to the validation set instead.
     Raises:
-        DataError: the source is unreadable, or holds no document, or none that is not held out.
+        DataError: the source is unreadable, has no documents, or all of them are held out.
     """
     assert job.tokenizer is not None
     source, data = as_files(source, job.data)
@@ -137,7 +137,7 @@ def all_held_out(source: Source, fraction: float | None) -> DataError:
 
 
 class _Output:
-    """One pair of files with its token counts and its sidecar."""
+    """Writes one pair of files with its token counts and its sidecar."""
 
     def __init__(self, job: Job, source: Source, index: int, part: Part) -> None:
         assert job.tokenizer is not None
@@ -159,7 +159,7 @@ class _Output:
         origins: npt.NDArray[np.void],
         chosen: npt.NDArray[np.bool_],
     ) -> None:
-        """Write the chosen ones of a batch of documents: tokens [sum(lengths)], the others [documents]."""
+        """Write the chosen documents of a batch: tokens [sum(lengths)], the other arrays [documents]."""
         if not chosen.any():
             return
         if not chosen.all():
@@ -171,7 +171,7 @@ class _Output:
         self.documents += len(lengths)
 
     def finish(self) -> Counted | None:
-        """Close the files; None, and no files, where no document came."""
+        """Close the files; if there were no documents, delete them and return None."""
         facts = self._writer.finish()
         beside = self._sentences.finish() | self._origins.finish("origins")
         if self.documents == 0:
@@ -240,7 +240,7 @@ def batched_by_size(documents: Iterator[Document], size: int) -> Iterator[list[D
 
 @dataclass
 class _Amount:
-    """What of a source is tokenised so far."""
+    """Progress of tokenising a source."""
 
     source: str
     characters: int = 0
@@ -248,7 +248,7 @@ class _Amount:
     bytes: int = 0
 
     def read(self, count: int) -> None:
-        """Bytes that were read: rows may give no document for a long time."""
+        """Count bytes read, as a sign of progress even if many rows have no document."""
         self.bytes += count
 
     def line(self, seconds: float, is_done: bool) -> str:

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE, in time that is linear in the text whatever the text is."""
+"""Train a byte-level BPE, in time linear in the size of any text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.data.tokenizer.tokenizer import Tokenizer, open_tokenizer
 from megatron_lite.data.tokenizer.tokenizer_files import NAMING_KEYS, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encoded
 from megatron_lite.errors import DataError, library_edge
 
-LONGEST_WORD = 1024  # characters: a merge takes the trainer time in proportion to the length of the word it is made in
+LONGEST_WORD = 1024  # characters: each merge costs the trainer time proportional to the length of its word
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
 
 
@@ -29,12 +29,12 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE (Radford et al. 2019, GPT-2) and save it as a Hugging Face tokenizer folder.
 
-    It has the special tokens of every objective, so that one set of shards serves them all. A small text may hold fewer
-    words than `vocab_size` asks for; the vocabulary is then smaller.
+    It has the special tokens of every objective, so that one set of shards serves all of them. A small text may not
+    have enough words for `vocab_size` tokens; the vocabulary is then smaller.
 
     Args:
-        data: says what documents begin and end with, see `open_tokenizer`.
-        report: receives a line now and then.
+        data: decides what documents begin and end with, see `open_tokenizer`.
+        report: receives progress lines.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -51,7 +51,9 @@ def train_bpe(
     amount = _Amount()
     with (
         ProgressLines(report, amount.line),
-        library_edge(DataError, "a tokenizer cannot be trained on data.source", "name one in data.tokenizer"),
+        library_edge(
+            DataError, "a tokenizer cannot be trained on data.source", "name an existing tokenizer in data.tokenizer"
+        ),
     ):
         backend.train_from_iterator(in_short_words(amount.counted(texts)), trainer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def train_bpe(
 
 @dataclass
 class _Amount:
-    """How far the training is: the library reads all texts, and then merges pairs without a word."""
+    """Progress of the training: the library reads all texts, and then merges pairs without any report."""
 
     characters: int = 0
     is_read: bool = False
@@ -84,10 +86,10 @@ class _Amount:
 
 
 def in_short_words(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts, cut so that no word of them is longer than LONGEST_WORD characters.
+    """The same texts, cut so that no word is longer than LONGEST_WORD characters.
 
-    The trainer takes time in proportion to the square of the length of a word, so one line of one letter would take
-    days. A piece of a vocabulary is never that long, so what is learned stays the same but for the pairs at the cuts.
+    The trainer takes time proportional to the square of the length of a word, so one long line of a single letter
+    would take days. No token is that long, so only the pairs at the cuts are lost for training.
     """
     for text in texts:
         begin = 0

@@ -1,9 +1,8 @@
-"""Text to ids: names of special tokens stay text, and long documents are cut only where that changes no id.
+"""Encode text to ids: names of special tokens stay text, and long documents are split only where no id changes.
 
-A document is cut so that one of them uses all threads. That is right only ahead of a space between two letters, and
-only for tokenizers whose parts all work inside words that end there (`may_cut`). Any other document is encoded whole,
-which takes the same time in one thread: all models of the `tokenizers` library are linear in the length of a word, or
-nearly.
+Splitting lets a single document use all threads. It is correct only before a space between two letters, and only for
+tokenizers that never look across such a space (`may_cut`). Any other document is encoded as a whole in one thread, at
+the same total cost: all models of the `tokenizers` library are (nearly) linear in the length of a word.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from megatron_lite.errors import DataError, library_edge
 if TYPE_CHECKING:
     pass
 
-PIECE_CHARACTERS = 2**18  # a longer document is encoded in pieces
+PIECE_CHARACTERS = 2**18  # longer documents are encoded in pieces of about this size
 PROBE_TEXTS = 24
 PROBE_CHARACTERS = 160
 PROBE_ALPHABETS = (
@@ -39,7 +38,7 @@ PROBE_ALPHABETS = (
 _LETTER = r"[^\W\d_]"
 _SAFE_CUT = re.compile(rf"(?<={_LETTER}) (?={_LETTER})")
 
-# Splitting patterns after which a word never reaches from one letter over a space to the next.
+# Splitting patterns that never put two letters with a space between them into one word.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -57,18 +56,18 @@ KNOWN_PATTERNS = frozenset(
     }
 )
 LOCAL_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer"})
-LOCAL_SPLITTERS = frozenset({"Digits", "Punctuation"})  # look at one character, and leave spaces alone
+LOCAL_SPLITTERS = frozenset({"Digits", "Punctuation"})  # look at single characters, and ignore spaces
 WORD_SPLITTERS = frozenset({"Whitespace", "WhitespaceSplit", "BertPreTokenizer"})
 WORD_MODELS = frozenset({"BPE", "WordPiece", "Unigram", "WordLevel"})
 
 
 class Encoder:
-    """Encodes text as text.
+    """Encodes text without ever producing special tokens.
 
     Args:
         spec: content of a tokenizer.json, as the library writes it.
-        roles: text of the tokens that no text may give, by id.
-        eod_id: the one of them that ends documents.
+        roles: id -> text of the tokens that no text may encode to.
+        eod_id: the one among them that ends documents.
         name: data.tokenizer, for messages.
     """
 
@@ -78,7 +77,7 @@ class Encoder:
         self._name = name
         self._roles = roles
         self._eod_id = eod_id
-        what = f"data.tokenizer={name} cannot be made to take names of special tokens as text"
+        what = f"data.tokenizer={name} cannot be configured to encode the names of special tokens as text"
         with library_edge(DataError, what, "name another tokenizer"):
             self._backend = Backend.from_str(json.dumps(text_only(spec, roles.values())))
             self._backend.no_truncation()
@@ -89,10 +88,10 @@ class Encoder:
         self.may_cut = cuts_are_local(spec) and self._cuts_change_nothing()
 
     def encode(self, documents: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of all documents one after another [sum of lengths], and the length of each [documents].
+        """Concatenated ids of all documents [sum of lengths], and the length of each [documents].
 
         Raises:
-            DataError: the library cannot encode a document, or its ids hold a token with a role.
+            DataError: the library cannot encode a document, or a text encodes to a token of `roles`.
         """
         pieces: list[str] = []
         counts: list[int] = []
@@ -114,7 +113,7 @@ class Encoder:
             DataError,
             f"data.tokenizer={self._name} cannot encode a text of up to {len(longest):,} characters, "
             f"{longest[:40]!r}...",
-            "split or leave out the document, or name another tokenizer",
+            "split or remove the document, or name another tokenizer",
         ):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -127,20 +126,20 @@ class Encoder:
         text = pieces[int(np.searchsorted(np.cumsum(piece_lengths), found[0], side="right"))]
         token = int(tokens[found[0]])
         raise DataError(
-            f"the text {text[:40]!r}... gives the {'end-of-document' if token == self._eod_id else 'special'} token "
-            f"{self._roles[token]!r} itself; name another data.tokenizer, or other special tokens in its "
+            f"the text {text[:40]!r}... encodes to the {'end-of-document' if token == self._eod_id else 'special'} "
+            f"token {self._roles[token]!r} itself; name another data.tokenizer, or other special tokens in its "
             "tokenizer_config.json"
         )
 
     def _cuts_change_nothing(self) -> bool:
-        """Whether random texts give the same ids whole and in pieces."""
+        """Whether random texts get the same ids as a whole and in pieces."""
         generator = random.Random(0)
         texts = [_probe_text(generator) for _ in range(PROBE_TEXTS)]
         parts = [split_at(text, [match.start() for match in _SAFE_CUT.finditer(text)]) for text in texts]
         try:
             whole = self._encode(texts)
             return whole == [list(chain.from_iterable(self._encode(pieces))) for pieces in parts]
-        except DataError:  # a vocabulary without a token for unknown letters
+        except DataError:  # a vocabulary without a token for unknown characters
             return False
 
 
@@ -154,11 +153,11 @@ def _probe_text(generator: random.Random) -> str:
 
 
 def text_only(spec: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """A tokenizer.json that gives no special token for any text, with the same ids for all other text.
+    """A tokenizer.json that never encodes text to a special token, with unchanged ids for all other text.
 
-    Vocabularies that hold the name of a special token as an ordinary piece too (`</s>` in Unigram and SentencePiece)
-    would find it in a text. Here such pieces have names that no text contains. A name of one character stays: text is
-    made of it, and `Encoder` refuses that.
+    Some vocabularies also contain the name of a special token as an ordinary piece (`</s>` in Unigram and
+    SentencePiece), and would find it in a text. Here such pieces are renamed to strings that no text contains. A name
+    of a single character is kept, because ordinary text uses it; `Encoder` then refuses the text.
     """
     special = dict.fromkeys([*names, *(entry["content"] for entry in spec["added_tokens"] if entry.get("special"))])
     hidden = {name: f"\U0010fffe{i}\U0010ffff" for i, name in enumerate(special) if len(name) > 1}
@@ -188,10 +187,10 @@ def _pieces_of(merge: str | list[str]) -> set[str]:
 
 
 def cuts_are_local(spec: dict[str, Any]) -> bool:
-    """Whether all parts of a tokenizer.json work inside words that a space between two letters ends.
+    """Whether no part of a tokenizer.json looks across a space between two letters.
 
-    What is not known here counts as no: normalizers that look at the beginning of a text, patterns of one's own, texts
-    that are one word.
+    False for everything that is not known to be safe: normalizers that look at the beginning of a text, custom
+    patterns, tokenizers that do not split texts into words.
     """
     model = spec["model"]
     if model.get("type") not in WORD_MODELS or model.get("dropout"):
@@ -205,7 +204,7 @@ def cuts_are_local(spec: dict[str, Any]) -> bool:
 
 
 def _reaches_over_spaces(entry: dict[str, Any]) -> bool:
-    """Whether an added token that is found inside text may hold a space, or take the one behind it."""
+    """Whether an added token that is matched inside text contains a space, or absorbs the space after it."""
     return not entry.get("special") and (entry.get("rstrip", False) or any(map(str.isspace, entry["content"])))
 
 
@@ -226,7 +225,7 @@ def _is_local_normalizer(part: dict[str, Any]) -> bool:
 
 
 def _splits(part: dict[str, Any]) -> bool | None:
-    """Whether a pre-tokenizer ends words at a space between two letters; None = it may join what others split."""
+    """Whether a pre-tokenizer splits at a space between two letters; None = it may not be safe to cut there."""
     kind = part["type"]
     if kind == "ByteLevel":
         return bool(part.get("use_regex", True))
@@ -246,7 +245,7 @@ def _is_words(part: dict[str, Any]) -> bool:
 
 
 def split_long(text: str, size: int) -> list[str]:
-    """Cut a text of more than `size` characters ahead of single spaces between letters, about every `size`."""
+    """Cut a text before single spaces between letters, about every `size` characters."""
     cuts: list[int] = []
     begin = 0
     while len(text) - begin > size:

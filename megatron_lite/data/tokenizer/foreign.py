@@ -1,4 +1,4 @@
-"""Tokenizers without a tokenizer.json, which transformers reads, and why one cannot be opened."""
+"""Tokenizers without a tokenizer.json: open them through transformers, and explain why one cannot be opened."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_lite.data.tokenizer.tokenizer_files import (
 )
 from megatron_lite.errors import ConfigError, library_edge
 
-KIND_FILES = ("tokenizer_config.json", "config.json")  # one of them tells transformers the class
+KIND_FILES = ("tokenizer_config.json", "config.json")  # transformers takes the tokenizer class from one of them
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 
 def read_through_transformers(name: str) -> TokenizerFiles:
-    """The tokenizer.json that transformers makes of a folder or hub name, its settings, and the folder's files.
+    """The tokenizer.json that transformers creates for a folder or hub name, its settings, and the folder's files.
 
     Raises:
         ConfigError: it cannot be opened.
@@ -33,7 +33,7 @@ def read_through_transformers(name: str) -> TokenizerFiles:
     own = read_settings(folder, name) if folder.is_dir() else {}
     from transformers import AutoTokenizer
 
-    quiet_hub()  # after the import, which sets its own level
+    quiet_hub()  # after the import, which sets its own log level
     try:
         with library_edge(ConfigError, name):
             opened = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
@@ -47,19 +47,19 @@ def read_through_transformers(name: str) -> TokenizerFiles:
             opened.save_pretrained(saved)
         found = read_folder(Path(saved), name)
     if found is None:
-        raise cannot_open(name, "transformers saves no tokenizer.json of it; save one there yourself")
+        raise cannot_open(name, "transformers cannot convert it to a tokenizer.json; save one there yourself")
     others = found.others | (carried(folder, name) if folder.is_dir() else {})
     return replace(found, settings=own | found.settings, others=others)
 
 
 def _reason(folder: Path, error: ConfigError) -> str:
-    """Of a failure of transformers, whose own words are about the last of all readers that it tried."""
+    """Why transformers failed; its own message is only about the last of the readers that it tried."""
     if folder.is_dir() and not _any_file(folder, KIND_FILES):
         for file_name, kind in (("vocab.txt", "BertTokenizer"), ("merges.txt", "GPT2Tokenizer"), *_SENTENCEPIECE_KINDS):
             if (folder / file_name).is_file():
                 return (
-                    f"nothing tells which kind its {file_name} is of; write the kind into {KIND_FILES[0]} beside it, "
-                    f'such as {{"tokenizer_class": "{kind}"}}'
+                    f"the tokenizer class of its {file_name} is unknown; write the class into {KIND_FILES[0]} beside "
+                    f'it, such as {{"tokenizer_class": "{kind}"}}'
                 )
     if _any_file(folder, SENTENCEPIECE_FILES) and find_spec("sentencepiece") is None:
         return "SentencePiece files need two more packages; run `pip install sentencepiece protobuf`"

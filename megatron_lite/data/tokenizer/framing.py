@@ -1,9 +1,9 @@
-"""What stands around a text: what a tokenizer adds to it, and what a document in the shards begins and ends with.
+"""The special tokens around a text: those that a tokenizer adds, and those around each document in the shards.
 
-A tokenizer.json says in its post-processor which special tokens go around a text or a pair of texts (Llama 3 puts its
-beginning-of-text token ahead, BERT [CLS] and [SEP] around, T5 </s> behind, GPT-2 and Qwen nothing). A decoder is
-trained on a stream of documents, so the shards hold what the tokenizer puts ahead of each; what encoders read is put
-around a window by their objective. Needs neither torch nor the `tokenizers` library: a plan shows it.
+The post-processor of a tokenizer.json says which special tokens it adds to a text or a pair of texts (Llama 3 puts its
+beginning-of-text token first, BERT adds [CLS] and [SEP], T5 appends </s>, GPT-2 and Qwen add nothing). A decoder is
+trained on a stream of documents, so the shards contain the tokens that the tokenizer puts before each document; for
+encoders, the objective adds the tokens around a window. Plans show this, so it needs neither torch nor `tokenizers`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from megatron_lite.errors import ConfigError
 
 FIRST, SECOND = "$A", "$B"
 END_OF_DOCUMENT_KEY = "end_of_document"
-"""Of our tokenizer_config.json: the token that documents end with, where that is not the eos_token."""
+"""Key of our tokenizer_config.json: the token that ends documents, if it is not the eos_token."""
 SHOWN_NAMES = 12
 
 Template = tuple[tuple[str, int], ...]
-"""Tokens by name, and the texts $A and $B, each with its type id (segment)."""
+"""Token names and the texts $A and $B, each with its type id (segment)."""
 
 
 @dataclass(frozen=True)
 class Templates:
-    """What a tokenizer makes of a text, and of a pair."""
+    """What a tokenizer adds to a text, and to a pair of texts."""
 
     single: Template = ((FIRST, 0),)
     pair: Template = ((FIRST, 0), (SECOND, 1))
 
     def ahead(self) -> tuple[str, ...]:
-        """Tokens ahead of a text."""
+        """Tokens before a single text."""
         names = [name for name, _ in self.single]
         return tuple(names[: names.index(FIRST)]) if FIRST in names else ()
 
@@ -60,12 +60,12 @@ class DocumentEnds:
     """Tokens around each document in the shards, by name."""
 
     begin: tuple[str, ...]
-    """Nothing where documents begin with their text."""
+    """Empty if documents begin with their text."""
     eod: str
 
 
 def templates_of(post: PostProcessor | None) -> Templates | None:
-    """None for one that is not understood: several templates, one inside the other."""
+    """None if it is not supported: several templates, one inside the other."""
     if post is None:
         return Templates()
     if post.type == "Sequence":
@@ -89,7 +89,7 @@ def _of_encoder(cls: str, sep: str, *, doubled: bool) -> Templates:
 
 
 def _items(items: list[TemplateItem] | str, post: PostProcessor) -> Template:
-    if isinstance(items, str):  # "[CLS] $A:0 [SEP]", as people write it
+    if isinstance(items, str):  # the short form "[CLS] $A:0 [SEP]"
         words = [word.rpartition(":") if word[-2:-1] == ":" else (word, "", "0") for word in items.split()]
         return tuple((FIRST if name == "$" else name, int(kind)) for name, _, kind in words if kind.isdigit())
     found: list[tuple[str, int]] = []
@@ -106,10 +106,10 @@ def _items(items: list[TemplateItem] | str, post: PostProcessor) -> Template:
 def document_ends(
     spec: TokenizerJson, settings: dict[str, Any], data: DataConfig, *, is_decoder: bool, name: str
 ) -> DocumentEnds:
-    """What documents begin and end with: as data.add_bos and data.eod_token say, else as the tokenizer does.
+    """What documents begin and end with: from data.add_bos and data.eod_token, else from the tokenizer.
 
     Args:
-        settings: of its tokenizer_config.json.
+        settings: content of its tokenizer_config.json.
         is_decoder: the model reads a stream of documents.
     Raises:
         ConfigError: the tokenizer lacks such a token.
@@ -119,10 +119,10 @@ def document_ends(
 
 
 def trained_ends(data: DataConfig) -> DocumentEnds:
-    """Of a tokenizer that is trained here.
+    """The document ends for a tokenizer that is trained here.
 
     Raises:
-        ConfigError: data.eod_token is none of its special tokens.
+        ConfigError: data.eod_token is not one of its special tokens.
     """
     eod = data.eod_token or END_OF_TEXT
     if eod not in trained_names():
@@ -143,7 +143,7 @@ def _begin(
     bos = known_name(settings, "bos_token", ids) if wanted else None
     if add_bos and bos is None:
         raise ConfigError(
-            "data.add_bos=true needs a beginning-of-text token, and the tokenizer names none; name one as bos_token in "
+            "data.add_bos=true needs a beginning-of-text token, but the tokenizer has none; name one as bos_token in "
             "its tokenizer_config.json, or set data.add_bos=false"
         )
     return (bos,) if bos is not None else ()
@@ -158,7 +158,9 @@ def _eod(spec: TokenizerJson, settings: dict[str, Any], ids: dict[str, int], dat
     named = next(named_tokens(settings, (END_OF_DOCUMENT_KEY, "eos_token", "sep_token")), None)
     if named is not None:
         if named not in ids:
-            raise cannot_open(name, f"its tokenizer_config.json names the end token {named!r}, which it does not have")
+            raise cannot_open(
+                name, f"its tokenizer_config.json names the end token {named!r}, which its vocabulary lacks"
+            )
         return _not_of_a_turn(named, special, spec.model.unknown()) if END_OF_DOCUMENT_KEY not in settings else named
     usual = next((candidate for candidate in EOD_NAMES if candidate in ids), None)
     if usual is None:
@@ -170,7 +172,7 @@ def _eod(spec: TokenizerJson, settings: dict[str, Any], ids: dict[str, int], dat
 
 
 def _not_of_a_turn(eos: str, special: list[str], unknown: str | None) -> str:
-    """The token of documents where `eos` ends a turn of a chat, and the vocabulary has both."""
+    """The end-of-document token to use instead of `eos`, if `eos` ends a chat turn and the vocabulary has both."""
     if eos not in CHAT_ENDS:
         return eos
     return next((token for token in DOCUMENT_ENDS if token in special and token != unknown), eos)
@@ -179,18 +181,18 @@ def _not_of_a_turn(eos: str, special: list[str], unknown: str | None) -> str:
 def _unknown_eod(eod: str, name: str, special: list[str]) -> ConfigError:
     shown = ", ".join(special[:SHOWN_NAMES]) + (" ..." if len(special) > SHOWN_NAMES else "")
     return ConfigError(
-        f"data.eod_token={eod} is no token that can end documents of data.tokenizer={name}; "
+        f"data.eod_token={eod} is not a token of data.tokenizer={name} that can end documents; "
         + (f"use one of its special tokens: {shown}" if special else "add it to the tokenizer")
     )
 
 
 def reads_documents(config: RunConfig) -> bool:
-    """Whether the model reads the stream of documents as it is, from left to right."""
+    """Whether the model is trained on the stream of documents itself, from left to right (a decoder)."""
     return config.model.architecture is Architecture.decoder
 
 
 def planned_ends(config: RunConfig) -> DocumentEnds | None:
-    """What documents will begin and end with, without opening the tokenizer; None where its files do not tell yet.
+    """What documents will begin and end with, without opening the tokenizer; None if its files do not say.
 
     Raises:
         ConfigError: data.add_bos or data.eod_token do not fit the tokenizer, or a file of it is damaged.
@@ -207,7 +209,7 @@ def planned_ends(config: RunConfig) -> DocumentEnds | None:
 
 
 def described_ends(config: RunConfig) -> str:
-    """For the plan."""
+    """One line about the document ends, for the plan."""
     ends = planned_ends(config)
     if ends is None:
         wanted = {"data.add_bos": config.data.add_bos, "data.eod_token": config.data.eod_token}

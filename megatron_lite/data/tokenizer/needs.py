@@ -1,4 +1,4 @@
-"""Which special tokens an objective needs, and a tokenizer that has them."""
+"""The special tokens that each objective needs, checked for a tokenizer or added to it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ NEEDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.span_corruption: ("eod", "pad"),
     ObjectiveName.ul2: ("eod", "pad"),
 }
-"""Roles. Sentinels and UL2's modes come to them, and the end of documents where data.mask_loss_after_eod is set."""
+"""Objective -> roles. In addition: sentinels, UL2's modes, and end of document if data.mask_loss_after_eod is set."""
 NAMES = {**STANDARD_NAMES, "eod": END_OF_TEXT}
 NEED_SENTINELS = frozenset({ObjectiveName.span_corruption, ObjectiveName.ul2})
 NEED_TOKENIZER = frozenset({ObjectiveName.masked_lm, ObjectiveName.masked_lm_nsp})
-"""Read `Vocabulary.is_special`, which the tokenizer itself tells: what they hide and draw are ordinary tokens."""
+"""Objectives that read `Vocabulary.is_special`, because they mask and draw only ordinary tokens. Only the tokenizer
+itself knows which tokens are special."""
 
 
 def needs_sentences(objective: ObjectiveConfig) -> bool:
-    """Whether the samples of an objective follow the sentences of a text."""
+    """Whether an objective needs to know where sentences begin."""
     if objective.name is ObjectiveName.bart_denoising:
         return objective.permute_sentences
     return objective.name is ObjectiveName.masked_lm_nsp
@@ -40,8 +41,8 @@ def needs_sentences(objective: ObjectiveConfig) -> bool:
 
 def no_sentences(source: str) -> DataError:
     return DataError(
-        f"{source} tells no sentences, which this objective needs: these shards came without a tokenizer; name its "
-        "folder in data.tokenizer"
+        f"{source} has no sentence boundaries, which this objective needs: these shards came without a tokenizer; "
+        "name its folder in data.tokenizer"
     )
 
 
@@ -59,13 +60,13 @@ def require_tokens_of_run(config: RunConfig, special: SpecialTokens, folder: Pat
     """Refuse data that lacks a special token which the run needs, or the tokenizer itself.
 
     Args:
-        folder: of the tokenizer; None = the shards came without it.
+        folder: folder of the tokenizer; None = the shards came without it.
     Raises:
         ConfigError: naming data.tokenizer, what asks for it, and the remedy.
     """
     if config.data.mask_loss_after_eod and special.eod is None:
         raise ConfigError(
-            "data.mask_loss_after_eod=true needs the end-of-document token, and the shards came without a tokenizer; "
+            "data.mask_loss_after_eod=true needs the end-of-document token, but the shards came without a tokenizer; "
             "name its folder in data.tokenizer"
         )
     objective = config.objective
@@ -91,12 +92,12 @@ def require_tokens(
     """Refuse data that lacks a special token that the objective needs, or the tokenizer itself where that is needed.
 
     Args:
-        special: the tokens that have a role; a sidecar tells them, too.
+        special: the tokens that have a role; known from a sidecar, too.
         objective: objective.name.
         tokenizer: data.tokenizer.
-        folder: that holds the tokenizer, which the command extends where data.tokenizer=train; None = the shards came
-            without it.
-        num_sentinels: most spans of a sample, each of which has its own sentinel.
+        folder: folder of the tokenizer, which the suggested command extends if data.tokenizer=train; None = the shards
+            came without it.
+        num_sentinels: largest number of spans in a sample; each span needs its own sentinel.
         mode_tokens: objective.ul2_mode_tokens.
     Raises:
         ConfigError: names data.tokenizer, the objective, what is missing, and the remedy: the command that adds tokens.
@@ -106,8 +107,8 @@ def require_tokens(
     if not missing:
         if folder is None and name in NEED_TOKENIZER:
             raise ConfigError(
-                f"data.tokenizer={tokenizer} gives no tokenizer, which objective.name={name} needs to hide ordinary "
-                "tokens only: the shards came without theirs; name its folder in data.tokenizer"
+                f"data.tokenizer={tokenizer} provides no tokenizer, which objective.name={name} needs to mask only "
+                "ordinary tokens: the shards came without theirs; name its folder in data.tokenizer"
             )
         return
     lacks = f"data.tokenizer={tokenizer} lacks {names_text(missing)}, which objective.name={name} needs"
@@ -124,7 +125,7 @@ def add_tokens(
 ) -> tuple[list[str], Tokenizer]:
     """Write a copy of a tokenizer with the special tokens that an objective needs appended to its vocabulary.
 
-    The ids that it has stay as they are, so shards that were made with it can be used with the copy.
+    Existing ids do not change, so shards that were made with the original can be used with the copy.
 
     Returns:
         the tokens that were added, and the copy
@@ -132,10 +133,10 @@ def add_tokens(
         ConfigError: the source cannot be opened, or the destination is not empty.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConfigError(f"{destination} exists and is not overwritten; name a new folder")
+        raise ConfigError(f"{destination} exists and will not be overwritten; name a new folder")
     if source == TRAIN:
         raise ConfigError(
-            f"data.tokenizer={TRAIN} is no tokenizer yet; name a folder, such as `tokenizer` in prepared data"
+            f"data.tokenizer={TRAIN} is not an existing tokenizer; name a folder, such as `tokenizer` in prepared data"
         )
     opened = open_tokenizer(source)
     missing = missing_tokens(opened.special, ObjectiveName(objective), num_sentinels)
@@ -143,7 +144,7 @@ def add_tokens(
 
 
 def names_text(names: list[str]) -> str:
-    """Names; of a long row the ends."""
+    """Names for a message; a long list is shortened in the middle."""
     if len(names) <= 8:
         return ", ".join(names)
     return f"{', '.join(names[:6])} ... {names[-1]} ({len(names)} tokens)"

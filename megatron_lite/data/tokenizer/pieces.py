@@ -1,4 +1,4 @@
-"""The text behind every token id: where words begin, and which ids no text is made of."""
+"""The text of every token id: where words begin, and which ids never encode text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SPACE_SIGN = "▁"  # SentencePiece's
-RESERVED = re.compile(r"\[unused\d+\]")  # of BERT: rows that no text uses
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # of SentencePiece: a byte of a character that it does not know
+SPACE_SIGN = "▁"  # SentencePiece writes a space as this
+RESERVED = re.compile(r"\[unused\d+\]")  # BERT's reserved tokens, which no text uses
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's byte fallback for unknown characters
 
 INCOMPLETE = "\ufffd"  # stands for bytes that are part of a character
 
 
 class Style(Enum):
-    """How a vocabulary tells where a word begins."""
+    """How a vocabulary marks where a word begins."""
 
-    spaces = auto()  # a piece holds the whitespace ahead of it: byte-level BPE, SentencePiece
+    spaces = auto()  # a piece contains the whitespace before it: byte-level BPE, SentencePiece
     continuations = auto()  # pieces inside a word are marked, whitespace is lost: WordPiece
     endings = auto()  # pieces that end a word are marked: the BPE of GPT-1 and CLIP
     words = auto()  # every piece is a word
@@ -33,19 +33,19 @@ class Pieces:
     """Texts of a vocabulary."""
 
     texts: list[str]
-    """[size]: with the whitespace that belongs to it, without marks; empty for special tokens and ids without one."""
+    """[size]: text including its whitespace, without markers; empty for special tokens and ids without a token."""
     continues: npt.NDArray[np.bool_]
-    """[size]: marked as the inside of a word."""
+    """[size]: marked as a continuation of a word."""
     is_special: npt.NDArray[np.bool_]
-    """[size]: tokens that no text is made of, and ids without a token."""
+    """[size]: tokens that never encode text, and ids without a token."""
     style: Style
 
     def begins_word(self) -> npt.NDArray[np.bool_] | None:
-        """[size]: the token begins a word; None = these tokens do not tell.
+        """[size]: whether the token begins a word; None = this vocabulary does not mark it.
 
-        A word begins at whitespace or at punctuation, so that `, he'll` is `,`, ` he`, `'ll`. Of line ends and
-        indentation the word that follows is part: in `\\n`, `def` the line end begins the word. A Chinese character or
-        a kana is a word. Words of WordPiece begin at every piece without `##`. A special token stands for itself.
+        A word begins at whitespace or at punctuation, so that `, he'll` is `,`, ` he`, `'ll`. Line ends and
+        indentation belong to the word that follows: in `\\n`, `def` the line end begins the word. A Chinese character
+        or a kana is a word. Words of WordPiece begin at every piece without `##`. A special token is a word.
         """
         if self.style is Style.endings:
             return None
@@ -68,7 +68,7 @@ def read_pieces(spec: dict[str, Any], size: int, roles: Collection[int]) -> Piec
     Args:
         spec: its content.
         size: one above the largest id.
-        roles: ids that are special whatever the file says of them.
+        roles: ids that are special even if the file does not mark them.
     """
     model = spec["model"]
     vocab = model["vocab"]
@@ -94,7 +94,7 @@ def read_pieces(spec: dict[str, Any], size: int, roles: Collection[int]) -> Piec
 
 
 def _style_of(spec: dict[str, Any], by_text: dict[str, int]) -> tuple[Style, bool]:
-    """Style of the vocabulary, and whether its pieces are written in GPT-2's alphabet of bytes."""
+    """Style of the vocabulary, and whether its pieces use GPT-2's byte alphabet."""
     model = spec["model"]
     if model.get("type") == "WordPiece":
         return Style.continuations, False
@@ -125,7 +125,7 @@ def _begins_word(text: str) -> bool:
 
 
 def is_ideograph(letter: str) -> bool:
-    """Of a script that has no spaces between words: Chinese and Japanese (Korean has them)."""
+    """Whether a letter belongs to a script without spaces between words: Chinese and Japanese, but not Korean."""
     return unicodedata.east_asian_width(letter) in "WF" and not "가" <= letter <= "힣"
 
 

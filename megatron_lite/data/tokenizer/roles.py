@@ -1,4 +1,4 @@
-"""Names of special tokens: those that a tokenizer trained here gets, and those that other tokenizers use."""
+"""Names of special tokens: those of a tokenizer that is trained here, and those that other tokenizers use."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from megatron_lite.config.lengths import TRAINED_SENTINELS
 
 END_OF_TEXT = "<|endoftext|>"
-EOD_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # tried where the folder names no eos_token
-CHAT_ENDS = (  # end a turn of a chat: the eos_token of chat models, which their pretraining did not end documents with
+EOD_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # tried if the folder names no eos_token
+CHAT_ENDS = (  # end a chat turn: the eos_token of chat models, but not the end-of-document token of their pretraining
     "<|im_end|>",
     "<|eot_id|>",
     "<|eot|>",
@@ -23,7 +23,7 @@ CHAT_ENDS = (  # end a turn of a chat: the eos_token of chat models, which their
     "<|return|>",
 )
 DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|eos|>", "<EOS_TOKEN>", "</s>")
-"""End documents where the eos_token is one of CHAT_ENDS: of Qwen and Phi, Llama 3, Gemma, Cohere, Mistral."""
+"""End documents if the eos_token is one of CHAT_ENDS: in Qwen and Phi, Llama 3, Gemma, Cohere, Mistral."""
 
 STANDARD_NAMES = {
     "cls": "[CLS]",
@@ -37,8 +37,7 @@ STANDARD_NAMES = {
     "fim_suffix": "<fim_suffix>",
     "fim_middle": "<fim_middle>",
 }
-"""What a role's token is called where we add it."""
-
+"""Role -> name of a token that we add."""
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "cls": ("<cls>", "<s>"),
@@ -49,9 +48,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "fim_suffix": ("<fim-suffix>", "<|fim_suffix|>", "▁<SUF>", "<\uff5cfim▁hole\uff5c>"),
     "fim_middle": ("<fim-middle>", "<|fim_middle|>", "▁<MID>", "<\uff5cfim▁end\uff5c>"),
 }
-"""Of RoBERTa, BART and T5, and of SantaCoder, Qwen, CodeLlama and DeepSeek."""
+"""Role -> names in RoBERTa, BART and T5, and in SantaCoder, Qwen, CodeLlama and DeepSeek."""
 SETTING_OF_ROLE = {role: f"{role}_token" for role in ("cls", "sep", "mask", "pad")}
-"""Keys of a tokenizer_config.json that name a role's token."""
+"""Role -> key of a tokenizer_config.json that names its token."""
 
 
 def sentinel_name(number: int) -> str:
@@ -73,9 +72,9 @@ def named_tokens(settings: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator
 
 
 def resolve_names(known: set[str], settings: Mapping[str, Any], unknown: str | None) -> dict[str, str]:
-    """The token of each role but eod and sentinels: as the settings name it, else by the usual names.
+    """The token of each role except eod and sentinels: from the settings, else by the usual names.
 
-    A token that stands for unknown text has no role, whatever the settings say: text is made of it.
+    The token for unknown text gets no role, even if the settings name it, because text encodes to it.
     """
     found = {}
     for role, standard in STANDARD_NAMES.items():
@@ -88,7 +87,7 @@ def resolve_names(known: set[str], settings: Mapping[str, Any], unknown: str | N
 
 
 def sentinel_names(known: set[str]) -> list[str]:
-    """Sentinels from number 0 up to the first that is missing; in SentencePiece they may begin with a space."""
+    """Sentinels from number 0 to the last before a gap; in SentencePiece they may begin with a space."""
     spellings = ((sentinel_name(number), "▁" + sentinel_name(number)) for number in count())
     found = (next((name for name in names if name in known), "") for names in spellings)
     return list(takewhile(bool, found))

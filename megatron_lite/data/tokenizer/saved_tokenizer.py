@@ -1,10 +1,10 @@
-"""The tokenizer beside the weights of a checkpoint: it does to a text, or a pair, what training did.
+"""The tokenizer saved with a checkpoint: it adds the same special tokens to a text, or a pair, as training did.
 
-Shards hold text, so one set of them serves every objective; what a model reads besides follows from the run: a decoder
-the beginning of documents, an encoder [CLS] and [SEP], T5 the end of its text. Here the tokenizer.json of the prepared
-data gets the post-processor that does the same, its masks and sentinels take the space ahead of them as they did in
-training, and tokenizer_config.json names the tokens whose ids stand in config.json. What is right already stays as it
-is, byte for byte.
+Shards contain only text, so one set of them serves every objective. Which special tokens a model reads depends on the
+run: a decoder reads the begin tokens of documents, an encoder [CLS] and [SEP], T5 the end of its text. Here the
+tokenizer.json of the prepared data gets a post-processor that does the same, its mask and sentinel tokens absorb the
+space before them as in training, and tokenizer_config.json names the tokens whose ids are in config.json. Files that
+are already right stay unchanged, byte for byte.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ WITH_SENTINELS = (ObjectiveName.span_corruption, ObjectiveName.ul2)
 
 
 def exported_tokens(special: SpecialTokens, config: RunConfig) -> SpecialTokens:
-    """With the `bos` and `eos` that the model was trained with: of an encoder-decoder they are what its decoder learned
-    to begin and to end with, else what the tokenizer says."""
+    """Replace `bos` and `eos` by those that the model was trained with: for an encoder-decoder, the tokens that its
+    decoder learned to begin and end with; otherwise those of the tokenizer."""
     if config.model.architecture is not Architecture.encoder_decoder:
         return special
     if config.objective.name is ObjectiveName.bart_denoising:
@@ -108,17 +108,17 @@ def saved_files(folder: Path, config: RunConfig, special: SpecialTokens) -> dict
 
 @dataclass(frozen=True)
 class Frame:
-    """What training put around a text, and around a pair."""
+    """The special tokens that training put around a text, and around a pair."""
 
     templates: Templates
     is_exact: bool = False
-    """Training made pairs itself, so theirs is decided too; otherwise one of the tokenizer's own may stay."""
+    """Training used pairs, so the pair template must match; otherwise the tokenizer's own pair template may stay."""
     ends: tuple[str, ...] = ()
-    """May stand behind a text too: documents in the shards have it there."""
+    """Tokens that the tokenizer may also append to a text, because documents in the shards end with them."""
 
 
 def _frame(config: RunConfig, special: SpecialTokens, names: dict[int, str]) -> Frame | None:
-    """None where the vocabulary lacks the tokens: then the tokenizer stays as it is."""
+    """None if the vocabulary lacks the tokens: then the tokenizer stays unchanged."""
     is_decoder = config.model.architecture is Architecture.decoder
     ends = () if special.eod is None else (names[special.eod],)
     if is_decoder:
@@ -139,7 +139,7 @@ def _frame(config: RunConfig, special: SpecialTokens, names: dict[int, str]) -> 
 def _post_processor(
     files: TokenizerFiles, spec: dict[str, Any], frame: Frame | None, ids: dict[str, int]
 ) -> dict[str, Any] | None:
-    """The tokenizer's own, if it does what training did."""
+    """The tokenizer's own post-processor if it does what training did, else a new one."""
     own = spec.get("post_processor")
     if frame is None or _does(templates_of(files.spec.post_processor), frame):
         return own
@@ -186,7 +186,7 @@ def _items(template: Template) -> list[dict[str, Any]]:
 
 
 def _byte_level(own: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The part of a post-processor that trims offsets: ids do not depend on it, places in a text do."""
+    """The ByteLevel part of a post-processor; it changes offsets into the text, but no ids."""
     if own is None:
         return None
     parts = own["processors"] if own["type"] == "Sequence" else [own]
@@ -194,14 +194,14 @@ def _byte_level(own: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _placed_in_text(config: RunConfig, special: SpecialTokens) -> tuple[int, ...]:
-    """Tokens that stand for parts of a text in what the model reads."""
+    """Special tokens that replace parts of a text in the model's input: the mask token or the sentinels."""
     if config.objective.name in MASKING and special.mask is not None:
         return (special.mask,)
     return special.sentinels if config.objective.name in WITH_SENTINELS else ()
 
 
 def _without_stray_spaces(spec: dict[str, Any], tokens: Sequence[int], names: dict[int, str]) -> list[dict[str, Any]]:
-    """The added tokens, those in a text such that they replace a word together with the space ahead of it."""
+    """The added tokens, with flags such that those in `tokens` replace a word together with the space before it."""
     entries = {entry["id"]: dict(entry) for entry in spec.get("added_tokens", [])}
     for i in tokens:
         plain = {"content": names[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -215,7 +215,7 @@ def _without_stray_spaces(spec: dict[str, Any], tokens: Sequence[int], names: di
 
 
 def _fitting_flags(spec: dict[str, Any], name: str, own: tuple[bool, bool]) -> tuple[bool, bool]:
-    """(lstrip, rstrip) with which `a <mask> c` gives the tokens of `a b c`, the mask in the place of ` b`."""
+    """(lstrip, rstrip) such that `a <mask> c` has the tokens of `a b c`, with the mask in the place of ` b`."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
@@ -231,7 +231,7 @@ def _fitting_flags(spec: dict[str, Any], name: str, own: tuple[bool, bool]) -> t
 
 
 def _replaces_a_word(backend: Backend, name: str) -> bool:
-    """Also true where the tokens of words depend on those ahead, so that nothing can be told."""
+    """Also true if the tokens of a word depend on the words before it, so that this test cannot decide."""
     texts = ("a", "a b", "a b c", f"a {name} c")
     one, two, whole, found = (backend.encode(text, add_special_tokens=False).ids for text in texts)
     if whole[: len(two)] != two or two[: len(one)] != one:
@@ -242,7 +242,7 @@ def _replaces_a_word(backend: Backend, name: str) -> bool:
 def _settings(
     files: TokenizerFiles, config: RunConfig, special: SpecialTokens, names: dict[int, str], is_same: bool
 ) -> dict[str, Any]:
-    """The tokenizer_config.json: transformers reads tokenizer.json as it stands, and names the tokens of training."""
+    """The tokenizer_config.json: makes transformers use tokenizer.json unchanged, and names the tokens of training."""
     ids = files.spec.ids()
     dropped = (*LOADER_KEYS, *LIST_KEYS, *NAMING_KEYS, END_OF_DOCUMENT_KEY)
     settings = {
@@ -258,25 +258,25 @@ def _settings(
     settings |= {key: names[i] for key, i in roles.items() if i is not None}
     if special.eod is not None and settings["eos_token"] != names[special.eod]:
         settings[END_OF_DOCUMENT_KEY] = names[special.eod]
-    if not is_same:  # all ids stay, so shards of the original fit
+    if not is_same:  # ids do not change, so shards of the original tokenizer still fit
         digest = xxhash.xxh3_128_hexdigest(files.content)
         settings[DIGESTS_KEY] = [*(found for found in files.settings.get(DIGESTS_KEY, []) if found != digest), digest]
     return settings
 
 
 def _is_known(key: str, value: Any, ids: dict[str, int]) -> bool:
-    """False for a setting of a model's own that names a token which is not there: it would become a new one."""
+    """False for a model-specific setting that names an unknown token: it would be added as a new one."""
     return not (key.endswith("_token") and isinstance(value, str)) or value in ids
 
 
 def _inputs(config: RunConfig) -> list[str]:
-    """What the model reads: GPT-2 would add an embedding of segments, which it was never trained with."""
+    """The inputs of the model. With token_type_ids, GPT-2 would add a segment embedding that was never trained."""
     has_segments = config.model.architecture is Architecture.encoder and config.model.num_segments >= 2
     return ["input_ids", *(["token_type_ids"] if has_segments else []), "attention_mask"]
 
 
 def _known(tokens: Any, ids: dict[str, int]) -> Any:
-    """Those tokens of a list, or of a mapping by name, that the vocabulary has."""
+    """The tokens of a list, or of a mapping by name, that are in the vocabulary."""
     if isinstance(tokens, dict):
         return {key: token for key, token in tokens.items() if _content(token) in ids}
     return [token for token in tokens if _content(token) in ids] if isinstance(tokens, list) else []
@@ -287,7 +287,7 @@ def _content(token: Any) -> Any:
 
 
 def _consistent(files: TokenizerFiles, settings: dict[str, Any], ids: dict[str, int]) -> dict[str, bytes]:
-    """The other files; those that name tokens say what tokenizer_config.json says, as transformers reads them too."""
+    """The other files; those that name tokens must agree with tokenizer_config.json: transformers reads both."""
     others = dict(files.others)
     if TOKENS_MAP_FILE in others:
         others[TOKENS_MAP_FILE] = encoded(_those(settings, (*NAMING_KEYS, "additional_special_tokens")))

@@ -1,7 +1,7 @@
-"""Tokenizers: any Hugging Face tokenizer opened, copied and extended.
+"""Open, copy and extend any Hugging Face tokenizer.
 
-Every tokenizer used here is one `tokenizers.Tokenizer`. Text is encoded as text: a document that contains the name of
-a special token, such as `<|endoftext|>` or `[MASK]`, gets the pieces of that string and never the token itself.
+Every tokenizer is a `tokenizers.Tokenizer`. Text never encodes to special tokens: a document that contains the name of
+a special token, such as `<|endoftext|>` or `[MASK]`, gets the pieces of that string, not the token itself.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from megatron_lite.errors import ConfigError, library_edge
 if TYPE_CHECKING:
     import tokenizers
 
-DIGESTS_KEY = "extends"  # of our tokenizer_config.json
+DIGESTS_KEY = "extends"  # key of our tokenizer_config.json
 
 
 class RoleNames(NamedTuple):
-    """Texts of the tokens that have a role."""
+    """Names (texts) of the tokens that have a role."""
 
     begin: tuple[str, ...]
-    """Ahead of every document; empty = none."""
+    """Before every document; empty = none."""
     eod: str
     roles: dict[str, str]
-    """By role, such as {"mask": "[MASK]"}."""
+    """Role -> name, such as {"mask": "[MASK]"}."""
     sentinels: list[str]
 
     def all(self) -> list[str]:
@@ -65,8 +65,8 @@ class Tokenizer:
     Args:
         backend: the tokenizer; its truncation and padding are switched off.
         names: its tokens that have a role.
-        files: what it was read from.
-        digest: xxh3-128 of the tokenizer.json; shards remember it.
+        files: the files that it was read from.
+        digest: xxh3-128 of the tokenizer.json; recorded in the sidecars of shards.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, names: RoleNames, files: TokenizerFiles, digest: str) -> None:
@@ -79,7 +79,7 @@ class Tokenizer:
         self.digest = digest
         extends = files.settings.get(DIGESTS_KEY)
         self.extends = tuple(map(str, extends)) if isinstance(extends, list) else ()
-        """Digests of the tokenizers that this one has all ids of."""
+        """Digests of the tokenizers that this one extends: it has all their ids."""
         ids = backend.get_vocab(with_added_tokens=True)
         self.special = _special_tokens(ids, names, files.settings)
         self.eod_id = ids[names.eod]
@@ -104,20 +104,22 @@ class Tokenizer:
         return [int(token) for token in self._encoder.encode([text])[0]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids that are no token of this vocabulary (padded rows) are left out."""
+        """Text of ids; ids outside this vocabulary (padded rows) are skipped."""
         return str(self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False))
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of all documents one after another [sum of lengths], and the length of each [documents].
+        """Concatenated ids of all documents [sum of lengths], and the length of each [documents].
 
-        Each has the tokens that documents begin with ahead of its text, and the end-of-document token behind it. They
-        are encoded in parallel by the threads of the `tokenizers` library.
+        Each document gets its begin tokens and its end-of-document token. The threads of the `tokenizers` library
+        encode the documents in parallel.
         """
         tokens, lengths = self._encoder.encode(documents)
         around = np.array([self.eod_id, *self.special.begin], np.int32)  # between two documents
         stops = np.cumsum(lengths)
         tokens = np.insert(tokens, np.repeat(stops, len(around)), np.tile(around, len(stops)))
-        return np.roll(tokens, len(around) - 1), lengths + len(around)  # what would begin another one begins the first
+        return np.roll(tokens, len(around) - 1), lengths + len(
+            around
+        )  # moves the begin tokens after the last document to the front of the first
 
 
 def _special_tokens(ids: Mapping[str, int], names: RoleNames, settings: Mapping[str, Any]) -> SpecialTokens:
@@ -143,7 +145,7 @@ def open_tokenizer(name: str, data: DataConfig | None = None, *, is_decoder: boo
     names of the hub go through transformers' AutoTokenizer.
 
     Args:
-        data: says what documents begin and end with (add_bos, eod_token); None = as the tokenizer does.
+        data: decides what documents begin and end with (add_bos, eod_token); None = as the tokenizer does.
         is_decoder: the model reads a stream of documents, see `framing`.
     Raises:
         ConfigError: it cannot be opened, or has no end-of-document token.
@@ -170,18 +172,18 @@ def _opened(files: TokenizerFiles, data: DataConfig, is_decoder: bool) -> Tokeni
     spec = {"added_tokens": [], **parsed(files.content, dict[str, Any], TOKENIZER_FILE, files.name)}
     for entry in spec["added_tokens"]:
         if entry["content"] in names.all():
-            entry["special"] = True  # else it would be found inside documents
+            entry["special"] = True  # otherwise text inside documents would match it
     remedy = "use `train`, or the folder or hub name of a tokenizer"
-    what = f"data.tokenizer={files.name} cannot be opened: its {TOKENIZER_FILE} is no tokenizer"
+    what = f"data.tokenizer={files.name} cannot be opened: its {TOKENIZER_FILE} is not a valid tokenizer"
     with library_edge(ConfigError, what, remedy):
         backend = Backend.from_str(json.dumps(spec))
     return Tokenizer(backend, names, files, xxhash.xxh3_128_hexdigest(files.content))
 
 
 def save_tokenizer(name: str, folder: Path, data: DataConfig | None = None, *, is_decoder: bool = False) -> Tokenizer:
-    """Copy what `open_tokenizer` opens into `folder`, so that prepared data never depends on another place.
+    """Copy a tokenizer with all its files into `folder`, so that prepared data does not depend on other folders.
 
-    All files of the tokenizer come along. The copy is opened with the same settings.
+    Returns the copy, opened with the same settings.
     """
     opened = open_tokenizer(name, data, is_decoder=is_decoder)
     write_files(folder, {**opened.files.others, TOKENIZER_FILE: opened.files.content})
@@ -197,7 +199,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], names: RoleNames) -> None:
-    """The tokenizer_config.json of a copy: what the original says, and which tokens have a role here."""
+    """Write the tokenizer_config.json of a copy: the original settings, and the tokens that have a role here."""
     named = {key: names.roles[role] for role, key in SETTING_OF_ROLE.items() if role in names.roles}
     written = {"eos_token": names.eod, **settings, **named}
     if next(named_tokens(written, ("eos_token",)), None) != names.eod:
@@ -206,10 +208,10 @@ def write_settings(folder: Path, settings: Mapping[str, Any], names: RoleNames) 
 
 
 def save_extended(opened: Tokenizer, added: list[str], folder: Path) -> Tokenizer:
-    """A copy of a tokenizer with special tokens appended. The roles of the copy are those that the names have.
+    """Save a copy of a tokenizer with special tokens appended. Their names decide their roles in the copy.
 
     Raises:
-        ConfigError: its ids have gaps, into which the new tokens do not fit.
+        ConfigError: its ids have gaps, so that the new tokens would get wrong ids.
     """
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
@@ -219,28 +221,28 @@ def save_extended(opened: Tokenizer, added: list[str], folder: Path) -> Tokenize
     ids = list(backend.get_vocab(with_added_tokens=True).values())
     if len(set(ids)) < len(ids):
         raise ConfigError(
-            f"the ids of {opened.vocab_size:,} tokens have gaps, into which {len(added)} new ones do not fit; add them "
-            f"to the tokenizer by hand, from id {opened.vocab_size} on"
+            f"the ids of {opened.vocab_size:,} tokens have gaps, so {len(added)} new ones cannot be appended; add them "
+            f"to the tokenizer by hand, starting at id {opened.vocab_size}"
         )
     write_files(folder, {**opened.files.others, TOKENIZER_FILE: backend.to_str(pretty=True).encode()})
     settings = opened.files.settings | {DIGESTS_KEY: [*opened.extends, opened.digest]}
     write_settings(folder, settings, opened.names)
-    write_settings(folder, settings, open_tokenizer(str(folder)).names)  # now the new roles too
+    write_settings(folder, settings, open_tokenizer(str(folder)).names)  # again, now with the new roles
     return open_tokenizer(str(folder))
 
 
 def tokenizer_identity(data: DataConfig, ends: DocumentEnds | None, is_decoder: bool) -> Any:
-    """What decides the ids of documents: the tokenizer (a size, a folder's files, or a hub name), and their ends.
+    """Everything that determines the ids of documents: the tokenizer (size, files, or hub name) and the document ends.
 
     Args:
-        ends: as far as they are known before it is opened.
+        ends: the document ends, if they are known before the tokenizer is opened.
     """
     facts: dict[str, Any]
     folder = Path(data.tokenizer).expanduser()
     if data.tokenizer == TRAIN:
         facts = {"train": data.tokenizer_vocab_size}
     elif not folder.is_dir():
-        facts = {"name": data.tokenizer}  # what was downloaded first stays in the prepared folder
+        facts = {"name": data.tokenizer}  # the prepared folder keeps the first download
     else:
         contents = {name: read_file(folder / name, data.tokenizer) for name in DECISIVE_FILES}
         facts = {name: xxhash.xxh3_128_hexdigest(content) for name, content in contents.items() if content is not None}
@@ -250,6 +252,6 @@ def tokenizer_identity(data: DataConfig, ends: DocumentEnds | None, is_decoder: 
 
 
 def limit_threads(count: int | None) -> None:
-    """Threads of the `tokenizers` library; works only before its first use in this process."""
+    """Set the number of threads of the `tokenizers` library; works only before its first use in this process."""
     if count is not None:
         os.environ["RAYON_NUM_THREADS"] = str(count)

@@ -1,6 +1,6 @@
-"""The files of a tokenizer: read with distrust, checked against the fields that this project reads, and carried along.
+"""Read the files of a tokenizer, validate the fields that this project uses, and collect the files to copy along.
 
-Needs neither torch nor the `tokenizers` library: a plan reads them too.
+Plans read these files too, so this module needs neither torch nor the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENS_MAP_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
-DECISIVE_FILES = (  # all that may decide the ids of a folder, and the templates that checkpoints get
+DECISIVE_FILES = (  # all files that may affect ids, and the chat templates that checkpoints get
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENS_MAP_FILE,
@@ -41,7 +41,7 @@ DECISIVE_FILES = (  # all that may decide the ids of a folder, and the templates
 VOCABULARY_SUFFIXES = (".model", ".tiktoken", ".vocab", ".codes", ".bpe")
 TEXT_FILES = ("merges.txt", "vocab.txt", "dict.txt")  # other .txt files of a folder are text, not a vocabulary
 CARRIED_SUFFIXES = ("", ".json", ".jinja", ".md", *VOCABULARY_SUFFIXES)
-NOT_CARRIED = ("config.json", "manifest.json", "prepared.json")  # of a model, a checkpoint
+NOT_CARRIED = ("config.json", "manifest.json", "prepared.json")  # belong to a model, a checkpoint, prepared data
 LARGEST_CARRIED_BYTES = 64 * 2**20
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Model:
         return {text: i for i, (text, _) in enumerate(self.vocab)}
 
     def unknown(self) -> str | None:
-        """The token that stands for text outside the vocabulary."""
+        """The token for text outside the vocabulary."""
         if self.unk_id is not None and isinstance(self.vocab, list) and 0 <= self.unk_id < len(self.vocab):
             return self.vocab[self.unk_id][0]
         return self.unk_token
@@ -96,7 +96,7 @@ class TemplateToken:
 
 @dataclass(frozen=True)
 class PostProcessor:
-    """What puts special tokens around a text: TemplateProcessing, BertProcessing, RobertaProcessing, or a Sequence."""
+    """Adds special tokens to a text: TemplateProcessing, BertProcessing, RobertaProcessing, or a Sequence."""
 
     type: str
     single: list[TemplateItem] | str = field(default_factory=list)
@@ -121,21 +121,21 @@ class TokenizerJson:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a folder or a name of the hub holds of a tokenizer."""
+    """The tokenizer of a folder or hub name."""
 
     name: str
-    """As data.tokenizer names it."""
+    """The value of data.tokenizer."""
     content: bytes
-    """Of its tokenizer.json."""
+    """Its tokenizer.json."""
     spec: TokenizerJson
     settings: dict[str, Any]
-    """What special_tokens_map.json and tokenizer_config.json say, the latter first."""
+    """special_tokens_map.json and tokenizer_config.json merged; the latter takes precedence."""
     others: dict[str, bytes]
     """Every other file of the folder that belongs to the tokenizer, by name."""
 
 
 def read_folder(folder: Path, name: str) -> TokenizerFiles | None:
-    """The tokenizer of a folder; None where it has no tokenizer.json.
+    """The tokenizer of a folder; None if it has no tokenizer.json.
 
     Raises:
         ConfigError: a file is damaged.
@@ -148,13 +148,13 @@ def read_folder(folder: Path, name: str) -> TokenizerFiles | None:
 
 
 def require_some_file(folder: Path, name: str) -> None:
-    """Refuse a folder in which transformers can find no tokenizer either, and a slip that only the hub would notice.
+    """Refuse a folder without any tokenizer file, and a misspelled `train` before the hub is asked for it.
 
     Raises:
-        ConfigError: it holds no file of one.
+        ConfigError: the folder has no tokenizer file, or the name is almost `train`.
     """
     if not os.path.lexists(folder) and "/" not in name and nearest(name.lower(), ["train"]):
-        raise cannot_open(name, "there is no such folder, and a tokenizer that is to be trained is spelled `train`")
+        raise cannot_open(name, "there is no such folder, and the setting that trains a tokenizer is spelled `train`")
     if not folder.is_dir():
         return
     known = (*DECISIVE_FILES, *TEXT_FILES)
@@ -167,11 +167,11 @@ def require_some_file(folder: Path, name: str) -> None:
     prepared = folder / TOKENIZER_FOLDER
     if (prepared / TOKENIZER_FILE).is_file():
         raise cannot_open(name, f"it is a folder of prepared data; its tokenizer is {prepared}")
-    raise cannot_open(name, f"there is no {TOKENIZER_FILE} in it, nor another file of a tokenizer")
+    raise cannot_open(name, f"there is no {TOKENIZER_FILE} in it, nor any other tokenizer file")
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """What the folder's own files say about its special tokens."""
+    """The settings in the folder's own files, such as its special tokens."""
     settings: dict[str, Any] = {}
     for file_name in (TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE):
         content = read_file(folder / file_name, name)
@@ -180,12 +180,14 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             settings |= {key: value for key, value in found.items() if value not in (None, "", {})}
     wrong = next((key for key, value in settings.items() if _is_malformed(key, value)), None)
     if wrong is not None:
-        raise cannot_open(name, f"{wrong} in {folder / TOKENIZER_CONFIG_FILE} names no token: {settings[wrong]!r:.60}")
+        raise cannot_open(
+            name, f"{wrong} in {folder / TOKENIZER_CONFIG_FILE} does not name a token: {settings[wrong]!r:.60}"
+        )
     return settings
 
 
 def _is_malformed(key: str, value: Any) -> bool:
-    """Whether a setting that names a token holds something else."""
+    """Whether a setting that must name a token has another type."""
     if key not in NAMING_KEYS:
         return False
     content = value.get("content") if isinstance(value, dict) else value
@@ -199,7 +201,7 @@ NAMING_KEYS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pa
 def parsed(content: bytes, kind: type[T], where: str, name: str) -> T:
     """
     Raises:
-        ConfigError: `content` is no JSON, or its fields have other types.
+        ConfigError: `content` is not JSON, or its fields have other types.
     """
     try:
         return decode(content, kind, where)
@@ -215,7 +217,7 @@ def read_file(path: Path, name: str) -> bytes | None:
 
 
 def carried(folder: Path, name: str) -> dict[str, bytes]:
-    """Files of a folder that go wherever its tokenizer goes, but for tokenizer.json and tokenizer_config.json."""
+    """Files of a folder that are copied with its tokenizer, except tokenizer.json and tokenizer_config.json."""
     found = {}
     for path in sorted(_candidates(folder)):
         content = read_file(path, name)
@@ -243,7 +245,7 @@ def _is_carried(path: Path) -> bool:
 
 
 def known_name(settings: Mapping[str, Any], key: str, known: Mapping[str, int]) -> str | None:
-    """The token that a setting names, if the vocabulary has it: another name would become a new token."""
+    """The token that a setting names, if the vocabulary has it (transformers would add any other name as new)."""
     name = next(named_tokens(settings, (key,)), None)
     return name if name in known else None
 
@@ -255,5 +257,5 @@ def cannot_open(name: str, reason: str) -> ConfigError:
 
 
 def encoded(content: Any) -> bytes:
-    """JSON for people, in UTF-8."""
+    """Indented JSON in UTF-8."""
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"

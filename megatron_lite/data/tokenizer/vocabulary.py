@@ -1,4 +1,4 @@
-"""The size of the vocabulary before there is any data: what a plan needs, in milliseconds and without torch."""
+"""The vocabulary size before any data is prepared: plans need it within milliseconds and without torch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ SMALLEST_BPE = 256 + len(trained_names())  # every byte, and the special tokens
 
 
 def planned_vocab_size(config: RunConfig) -> int:
-    """`known_vocab_size`, where it has to be known.
+    """`known_vocab_size`, but an unknown size is an error.
 
     Raises:
-        ConfigError: nothing tells it, too.
+        ConfigError: the size is unknown, or as for `known_vocab_size`.
     """
     size = known_vocab_size(config)
     if size is None:
         raise ConfigError(
-            f"model.vocab_size=null cannot be derived from data.tokenizer={config.data.tokenizer}: the size stands in "
-            "no file at hand; set model.vocab_size, or name a tokenizer folder that holds a tokenizer.json"
+            f"model.vocab_size=null cannot be derived from data.tokenizer={config.data.tokenizer}: no local file has "
+            "the size; set model.vocab_size, or name a tokenizer folder that holds a tokenizer.json"
         )
     return size
 
 
 def known_vocab_size(config: RunConfig) -> int | None:
-    """True vocabulary of the model, before padding; None where only opening the data would tell it.
+    """True vocabulary size of the model, before padding; None if it is known only after the data is opened.
 
     From model.vocab_size; else data.tokenizer_vocab_size for a tokenizer that will be trained; else the tokenizer
     folder; else the sidecar of ready shards.
@@ -57,7 +57,7 @@ def model_vocab_size(config: RunConfig, known: int | None, needed: int | None) -
     """model.vocab_size, or what is known without it.
 
     Args:
-        needed: size of the tokenizer, None without one.
+        needed: size of the tokenizer; None without a tokenizer.
     Raises:
         ConfigError: neither is known, or it cannot hold the tokenizer's tokens.
     """
@@ -98,7 +98,7 @@ def _size_of_folder(name: str) -> int | None:
     if (folder / TOKENIZER_FILE).is_file():
         return _size_in_json(folder / TOKENIZER_FILE, name)
     ids: set[int] = set()
-    if (folder / "vocab.txt").is_file():  # BERT's WordPiece: one token a line
+    if (folder / "vocab.txt").is_file():  # BERT's WordPiece: one token per line
         ids.add(len((folder / "vocab.txt").read_bytes().removesuffix(b"\n").split(b"\n")) - 1)
     for file_name in ("vocab.json", "added_tokens.json"):
         if (folder / file_name).is_file():
@@ -116,7 +116,7 @@ def _read(path: Path, kind: type[T], name: str) -> T:
 
 
 def _cached_hub_file(name: str) -> Path | None:
-    """The tokenizer.json of a hub name, if it was downloaded before. Never touches the network."""
+    """The tokenizer.json of a hub name, if it is in the local cache. Never uses the network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

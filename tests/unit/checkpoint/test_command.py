@@ -65,7 +65,7 @@ def test_inspect_takes_the_newest_complete_one(run_folder: Path, command: Comman
         0,
         [
             f"checkpoint      {run_folder}/checkpoints/step_00000200",
-            "state           complete, as far as sizes tell",
+            "state           complete, judging by file sizes",
             "step            200, after 6,400 samples",
             "saved by        dp2 tp2 pp2 zero1, fp32",
             "optimizer       adamw after 100 updates: exp_avg, exp_avg_sq",
@@ -128,7 +128,7 @@ def test_verify_tells_all_that_is_wrong(run_folder: Path, command: Command) -> N
         f"step_00000200  complete: 6 files, {size / 1024:.3g} KiB",
         "step_00000100  damaged",
         "  it has no manifest.json, so it was never finished",
-        ".step_00000400.incomplete  a save or a removal that is at work, or was killed: the next save removes it",
+        ".step_00000400.incomplete  a save or removal that is in progress or was killed: the next save removes it",
     ]
     code, lines, _ = command("verify", checkpoints / "step_00000200")
     assert (code, len(lines)) == (0, 1)
@@ -196,14 +196,14 @@ def test_prune_says_what_goes(run_folder: Path, command: Command) -> None:
         f"Skipping step_00000300: {SHARD} is 80 bytes; the manifest says 88",
         f"{checkpoints}/latest names 'step_00000300', which is skipped; the newest complete one is step_00000200",
     ]
-    stays = ["stays  step_00000300", "stays  step_00000200"]
-    assert (code, lines[:-1]) == (0, [*skipped, *stays, "goes  step_00000100"])
+    stays = ["keep    step_00000300", "keep    step_00000200"]
+    assert (code, lines[:-1]) == (0, [*skipped, *stays, "remove  step_00000100"])
     assert lines[-1].startswith("would free ")
     assert names(checkpoints) == ["step_00000100", "step_00000200", "step_00000300"]
-    assert command("prune", run_folder, "--keep-last", 1, "--keep-best", 1)[1][4] == "stays  step_00000100"
-    assert command("prune", run_folder, "--keep-last", 1, "--keep-every", 50)[1][4] == "stays  step_00000100"
+    assert command("prune", run_folder, "--keep-last", 1, "--keep-best", 1)[1][4] == "keep    step_00000100"
+    assert command("prune", run_folder, "--keep-last", 1, "--keep-every", 50)[1][4] == "keep    step_00000100"
     code, lines, _ = command("prune", checkpoints, "--keep-last", 1)
-    assert (code, lines[:-1]) == (0, [*skipped, *stays, "goes  step_00000100"])
+    assert (code, lines[:-1]) == (0, [*skipped, *stays, "remove  step_00000100"])
     assert lines[-1].startswith("freed ")
     assert names(checkpoints) == ["step_00000200", "step_00000300"]
 
@@ -216,7 +216,7 @@ def test_prune_without_a_complete_one_removes_nothing(run_folder: Path, command:
     code, _, errors = command("prune", run_folder, "--keep-last", 1)
     assert (code, errors) == (
         2,
-        [f"error: {checkpoints} holds no complete checkpoint, so nothing is removed; see `verify`"],
+        [f"error: {checkpoints} holds no complete checkpoint, so nothing is removed; run `verify` for the reasons"],
     )
     assert len(names(checkpoints)) == 3
 

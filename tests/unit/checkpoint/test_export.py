@@ -123,7 +123,7 @@ def test_a_query_in_the_key_s_place_is_refused(
     monkeypatch.setattr(parity, "stored_form", swapped)
     error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
     assert "LlamaForCausalLM of transformers" in error
-    assert "reads logits from it that differ from ours by " in error
+    assert "computes logits from it that differ from ours by " in error
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_a_tensor_that_transformers_misses_is_named(
     save_model(tmp_path / "checkpoints", CASES["gpt2"])
     plant(monkeypatch, lambda tensors: tensors.pop("transformer.ln_f.bias"))
     error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
-    assert " what it wants (missing keys: transformer.ln_f.bias)" in error
+    assert " have different tensors (missing keys: transformer.ln_f.bias)" in error
 
 
 @obeys("megatron_lite/checkpoint/export.py:_rounded")
 def test_a_number_too_large_for_the_type_is_named() -> None:
     with pytest.raises(
-        CheckpointError, match=r"^head holds 1e\+06, and float16 ends at 6.55e\+04; use --dtype bfloat16"
+        CheckpointError, match=r"^head holds 1e\+06, but the largest float16 is 6.55e\+04; use --dtype bfloat16"
     ):
         export_module._rounded(torch.tensor([1.0, -1e6]), torch.float16, "head")
     assert export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()  # as told
@@ -184,7 +184,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, command: Command) -> Non
     (tmp_path / "out").mkdir()
     code, _, error = command(tmp_path, tmp_path / "out")
     assert code == 2
-    assert error.startswith(f"error: OUT={tmp_path}/out exists, and export overwrites nothing; remove it")
+    assert error.startswith(f"error: OUT={tmp_path}/out exists, and export never overwrites; remove it")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_refused_and_in_a_run_skipped(tmp_path: Path, co
     code, printed, error = command(tmp_path, tmp_path / "out")
     assert code == 2
     assert f"Skipping step_00000100: {fault}" in printed
-    assert f"error: {tmp_path} holds no complete checkpoint; `verify` tells" in error
+    assert f"error: {tmp_path} holds no complete checkpoint; run `verify` to see" in error
 
 
 def test_a_model_without_a_counterpart_is_refused_with_the_reason(tmp_path: Path, command: Command) -> None:
@@ -219,7 +219,7 @@ def test_without_transformers(tmp_path: Path, command: Command, monkeypatch: pyt
 
 def test_no_checkpoint(tmp_path: Path, command: Command) -> None:
     error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
-    assert error.startswith(f"error: {tmp_path} holds no checkpoint; give one, a run folder")
+    assert error.startswith(f"error: {tmp_path} holds no checkpoint; give a checkpoint, a run folder")
 
 
 def test_the_types_of_the_command_are_those_of_the_module() -> None:

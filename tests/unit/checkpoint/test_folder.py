@@ -92,12 +92,12 @@ FAULTS = {
     "flipped": f"{SHARD} has other content than the manifest says",
     "unfinished": "it has no manifest.json, so it was never finished",
     "manifest cut": "manifest.json is damaged: ",
-    "manifest of another version": "manifest.json has format None, and this version of megatron_lite reads format 1",
+    "manifest of another version": "manifest.json has format None, but this version of megatron_lite reads format 1",
     "manifest of something else": "manifest.json is damaged: Object missing required field `xxh3`",
     "manifest of words": "manifest.json is damaged: Expected `int`, got `str` - at `$.files[...].bytes`",
-    "state of another version": "FOLDER has format 2, and this version of megatron_lite reads format 1; go on with the",
+    "state of another version": "FOLDER has format 2, but this version of megatron_lite reads format 1; use the",
     "state of a later one": f"FOLDER/{STATE_FILE} holds ",
-    "renamed": "it holds step 200, and not what its name says",
+    "renamed": "it holds step 200, but its name says otherwise",
 }
 
 
@@ -127,7 +127,7 @@ def test_a_manifest_names_only_files_of_its_folder(name: str, tmp_path: Path) ->
     records["files"][name] = {"bytes": 6, "xxh3": file_xxh3(tmp_path / "x")}
     (folder / "manifest.json").write_text(json.dumps(records))
     assert problem(folder) == (
-        f"manifest.json is damaged: it names {name!r} of 6 bytes, and names only files below its own folder"
+        f"manifest.json is damaged: it names {name!r} of 6 bytes, which is not a file in its folder"
     )
 
 
@@ -233,8 +233,8 @@ def test_no_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch
     with pytest.raises(DiskError) as caught:
         require_space(checkpoints, 21 * 2**28)
     assert str(caught.value) == (
-        f"{checkpoints} needs 5.25 GiB for a checkpoint, and its disk has 3 GiB free; make room, keep fewer with "
-        "train.keep_last (`python -m megatron_lite.checkpoint prune` drops them now), or move the run folder to "
+        f"{checkpoints} needs 5.25 GiB for a checkpoint, but its disk has 3 GiB free; free some space, keep fewer with "
+        "train.keep_last (`python -m megatron_lite.checkpoint prune` removes them now), or move the run folder to "
         "another disk and name it in train.run_dir"
     )
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def test_nothing_has_changed() -> None:
         "  schedule    restored   step 101 has learning rate 0.0002395",
         "  loss scale  restored   fp32 has none",
         "  randomness  restored   seed 1234; masks follow from (seed, sample, layer), nothing is stored",
-        "  data        restored   goes on with sample 3,200",
+        "  data        restored   continues with sample 3,200",
     ]
 
 
@@ -98,7 +98,7 @@ def test_everything_has_changed() -> None:
         "  loss scale  restored   bf16 has none",
         "  randomness  reset      seed 1234; parallel.tensor_parallel_size: other masks of model.attention_dropout "
         "from here on",
-        "  data        restored   goes on with sample 3,200, in batches of 64",
+        "  data        restored   continues with sample 3,200, in batches of 64",
         "  spikes      reset      new model.hidden_dropout, train.global_batch_size, train.precision: earlier losses "
         "and gradient norms are no measure of later ones",
         "changed settings",
@@ -204,7 +204,7 @@ def test_ramp_is_told() -> None:
     ramp = ["train.batch_ramp.start=8", "train.batch_ramp.increment=8", "train.batch_ramp.samples=9999"]
     assert fate_of(report_of(state_of(), *ramp), "data") == (
         Fate.restored,
-        "goes on with sample 3,200, in batches of 32 at the end of the ramp",
+        "continues with sample 3,200, in batches of 32 at the end of the ramp",
     )
 
 
@@ -224,9 +224,9 @@ def test_other_data_is_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
         report_of(state_of(), fingerprint="a0a0")
     assert str(caught.value) == (
-        f"data.source holds other tokens (fingerprint a0a0) than those that {FOLDER} was trained on (b5c1): which of "
-        "them are left to train on is unknown; bring back the earlier files and tokenizer, or begin another run in a "
-        f"new train.run_dir with model.init_from={FOLDER}"
+        f"data.source holds other tokens (fingerprint a0a0) than those that {FOLDER} was trained on (b5c1), so "
+        "it is unknown which of them are left to train on; restore the earlier files and tokenizer, or start another "
+        f"run in a new train.run_dir with model.init_from={FOLDER}"
     )
 
 
@@ -240,13 +240,15 @@ def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
     report = report_of(state_of(samples=655_360), fingerprint=f"{STATE.data_fingerprint}.f00d")
     assert fate_of(report, "data") == (
         Fate.reset,
-        "goes on with sample 655,360; this version lets the sources take turns in another order: of each, up to about "
-        "14 samples come twice or not at all",
+        "continues with sample 655,360; this version blends the sources in another order: of each source, up to "
+        "about 14 samples are repeated or skipped",
     )
     with pytest.raises(CheckpointError, match=r"data\.weights=\[1\.0,3\.0\] cannot go on from \[1\.0,2\.0\]"):
         report_of(state_of("data.weights=[1,2]"), "data.weights=[1,3]", fingerprint=f"{STATE.data_fingerprint}.f00d")
 
 
 def test_configuration_of_another_version() -> None:
-    with pytest.raises(CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*go on with the ver"):
+    with pytest.raises(
+        CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*continue with the ver"
+    ):
         report_of(state_of(config={**state_of().config, "train": {"flavour": 1}}))

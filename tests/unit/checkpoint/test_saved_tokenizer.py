@@ -290,7 +290,7 @@ def test_ready_shards_say_themselves_what_documents_begin_and_end_with(
     assert again.tokenizer_files(config) == made.prepared.tokenizer_files(made.config)
     config.data.add_bos = not made.prepared.special.begin
     if family == "llama3":
-        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, and those of"):
+        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, but those of"):
             prepare(config, report=lambda line: None)
 
 
@@ -354,8 +354,8 @@ def test_the_plan_says_what_documents_begin_and_end_with(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as error:
         described_ends(config)
     assert str(error.value) == (
-        f"data.eod_token=</s> is no token that can end documents of data.tokenizer={config.data.tokenizer}; use one of "
-        "its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
+        f"data.eod_token=</s> is not a token of data.tokenizer={config.data.tokenizer} that can end documents; use one "
+        "of its special tokens: <|begin_of_text|>, <|end_of_text|>, <|eot_id|>"
     )
     config.data.eod_token = "<|end_of_text|>"  # obeyed
     assert described_ends(config).endswith("end with <|end_of_text|>")

@@ -178,7 +178,7 @@ def test_a_config_that_contradicts_the_tensors_or_us(
         ("llama_multi_head", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_norm.weight [8] is"),
         ("llama_multi_head", "model.layers.2.mlp.up_proj.weight", "(config.json: num_hidden_layers=2)"),
         ("gpt2", "score.weight", "score.weight [8] is left over"),
-        ("bart", "final_logits_bias", "final_logits_bias is not zero, and our model has no such parameter"),
+        ("bart", "final_logits_bias", "final_logits_bias is not zero, but our model has no such parameter"),
         ("t5", "encoder.block.0.layer.0.SelfAttention.q.bias", "SelfAttention.q.bias [8] is left over"),
     ],
 )

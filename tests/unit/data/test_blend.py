@@ -158,7 +158,7 @@ def test_any_weights_make_a_blend(weights: list[float]) -> None:
     ("weights", "message"),
     [
         ([1.0], r"data\.weights=\[1\] has 1 entries for 2 sources; give one weight for each source"),
-        ([1.0, -0.5], r"data\.weights=\[1, -0\.5\] must hold numbers that are 0 or more"),
+        ([1.0, -0.5], r"data\.weights=\[1, -0\.5\] must hold numbers >= 0"),
         ([1.0, float("nan")], r"data\.weights=\[1, nan\] must hold numbers"),
         ([0.0, 0.0], r"data\.weights=\[0, 0\] sums to 0; give at least one source a positive weight"),
     ],

@@ -23,7 +23,7 @@ def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.Captu
     assert main(["inspect", found[1], "--verify", "--documents", "2"]) == 0
     output = capsys.readouterr().out
     assert found[2] in output
-    assert output.count("checksums agree") == 2
+    assert output.count("checksums match") == 2
     assert "document 0, " in output
     assert re.search(r"document \d+: (alpha|beta)|'document \d+", output)
 
@@ -33,7 +33,7 @@ def test_inspect_a_pair(prepared_corpus: tuple[PreparedData, RunConfig], capsys:
     assert main(["inspect", f"{prepared.train[0].prefix}.idx", "--verify"]) == 0
     output = capsys.readouterr().out
     assert f"{prepared.train_documents:,} documents, {prepared.train_tokens:,} tokens, uint16" in output
-    assert "checksums agree" in output
+    assert "checksums match" in output
     assert f"hash {prepared.tokenizer_hash}" in output
 
 
@@ -43,7 +43,7 @@ def test_inspect_foreign_pair(
     prepared, _ = prepared_corpus
     prepared.train[0].prefix.with_name("train-0.json").unlink()
     assert main(["inspect", str(prepared.train[0].prefix), "--verify"]) == 0
-    assert "no sidecar: made elsewhere, its tokenizer is unknown, no checksum" in capsys.readouterr().out
+    assert "no sidecar: made by another tool, its tokenizer is unknown, no checksum" in capsys.readouterr().out
 
 
 def test_verify_finds_a_changed_byte(

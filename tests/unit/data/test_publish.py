@@ -151,7 +151,7 @@ def test_prepared_text_that_is_wider_readable_than_its_source_is_narrowed(
         said.clear()
         prepare(config_for(corpus), report=said.append)
     (warning,) = said
-    assert warning.startswith(f"warning: {made} can be read by more users than its sources and tokenizer, and belongs")
+    assert warning.startswith(f"warning: {made} is readable by more users than its sources and tokenizer, but belongs")
     command = re.findall(r"`(chmod .*)`", warning)[0]
     assert command == f"chmod -R u=rwX,g=rX,o= {made}"
     subprocess.run(command, shell=True, check=True)
@@ -160,7 +160,7 @@ def test_prepared_text_that_is_wider_readable_than_its_source_is_narrowed(
     assert said == []
     corpus.chmod(0o600)
     prepare(config_for(corpus), report=said.append)
-    assert said == [f"{made} could be read by more users than its sources and tokenizer: its mode is narrowed"]
+    assert said == [f"{made} was readable by more users than its sources and tokenizer; its mode is now restricted"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in [made, *made.rglob("*")])
 
 
@@ -197,7 +197,7 @@ def test_cache_that_cannot_be_written(
     with pytest.raises(DataError) as error:
         prepare(config_for(corpus, cache_dir=cache), report=silent)
     assert str(error.value).startswith(f"data.cache_dir={cache} cannot be written: ")
-    assert str(error.value).endswith("name another folder, or make room")
+    assert str(error.value).endswith("name another folder, or free disk space")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="must be root to become somebody else")

@@ -141,7 +141,7 @@ def test_dry_run_refuses_what_names_no_source(capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "data.source[0]=x.jsonl.zst: x.jsonl.zst is not a file (looked from " in captured.err
-    assert "data.validation_source=s3://b/y.jsonl is an address" in captured.err
+    assert "data.validation_source=s3://b/y.jsonl is a URL" in captured.err
     (elsewhere / "x.jsonl.zst").write_text("x")
     assert main(["pretrain_gpt", words[0], "launcher.device=cpu", "--dry-run"]) == 0
 

@@ -139,7 +139,7 @@ def test_every_problem_of_every_run_before_any_starts(capsys: pytest.CaptureFixt
     ("word", "problem"),
     [
         ("data.source=embedded,none.txt", "data.source=none.txt: data.source=none.txt: none.txt is not a file"),
-        ("data.eod_token=<|endoftext|>,<none>", "data.eod_token=<none>: data.eod_token=<none> is no token"),
+        ("data.eod_token=<|endoftext|>,<none>", "data.eod_token=<none>: data.eod_token=<none> is not a token"),
     ],
 )
 def test_texts_of_every_run_before_any_starts(capsys: pytest.CaptureFixture[str], word: str, problem: str) -> None:

@@ -82,7 +82,7 @@ def test_unreachable_name(config_for: ConfigFor, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DataError) as error:
         read(config_for("nobody/no_such_dataset"))
     message = str(error.value)
-    assert message.startswith("data.source=nobody/no_such_dataset is no local file, and `datasets` cannot load it: ")
+    assert message.startswith("data.source=nobody/no_such_dataset is not a local file, and `datasets` cannot load it: ")
     assert message.endswith("correct the name, or download it where there is a network and name its folder")
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_belongs_to_no_split(folder: Path, config_for: ConfigFor) ->
     """Beside files that are named after splits `datasets` passes over all others."""
     for name in ("train", "extra", "test"):
         write_lines(folder / f"{name}.jsonl", [{"text": name}])
-    with pytest.raises(DataError, match=r"counts 1 files to no split, .*extra\.jsonl first, for their names") as error:
+    with pytest.raises(DataError, match=r"ignores 1 files \(the first is .*extra\.jsonl\), because") as error:
         read(config_for(folder))
     pattern = str(error.value).partition("a pattern such as ")[2].partition(",")[0]
     assert sorted(read(config_for(pattern))) == ["extra", "test", "train"]
@@ -187,7 +187,7 @@ def test_bad_cells_of_a_saved_dataset(tmp_path: Path, config_for: ConfigFor) -> 
         f"  1 too long: {tmp_path}/saved:4: 100 bytes",
     ]
     with pytest.raises(
-        DataError, match=r"data\.text_key=id holds int64, and must hold text; set data.text_key to one of text"
+        DataError, match=r"data\.text_key=id holds int64, but must hold text; set data.text_key to one of text"
     ):
         read(config_for(tmp_path / "saved", text_key="id"))
 

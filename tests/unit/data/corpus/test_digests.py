@@ -214,7 +214,7 @@ def test_a_damaged_memory_costs_a_warning_and_the_reading(files: list[Path], rea
     assert len(read) == len(files)
     (line,) = said
     assert line.startswith(f"warning: {path}")
-    assert line.endswith("all are read again")
+    assert line.endswith("all files are read again")
 
 
 def test_asking_where_data_would_lie_makes_no_folder(corpus: Path, config_for: ConfigFor) -> None:

@@ -217,7 +217,7 @@ def test_bad_documents_of_a_text_file(tmp_path: Path, config_for: ConfigFor, mon
             config = config_for(path, max_bad_fraction=0.6, max_document_bytes=40)
             assert documents_of(config) == ["one", "two", "größe"]
             assert counts_of(config).lines() == [
-                f"{path}: 5 of 8 rows give no document; 4 are bad",
+                f"{path}: 5 of 8 rows contain no document; 4 are bad",
                 f"  2 not UTF-8: {path}:2: byte 0xe9 at offset 3; {path}:6: byte 0xe2 at offset 4",
                 f"  1 NUL character: {path}:4: character 4 is U+0000",
                 f"  1 empty: {path}:5",
@@ -290,7 +290,7 @@ def test_remedies_of_sources_that_are_all_bad(tmp_path: Path, config_for: Config
 
     pretty = tmp_path / "pretty.jsonl"
     pretty.write_text(json.dumps({"text": "one"}, indent=1))
-    assert failure_of(config_for(pretty)).endswith("; write one JSON object a line")
+    assert failure_of(config_for(pretty)).endswith("; write one JSON object per line")
     pretty.write_text(json.dumps(json.loads(pretty.read_text())))
     assert documents_of(config_for(pretty)) == ["one"]
 
@@ -401,7 +401,7 @@ def test_columns_of_other_types(tmp_path: Path, config_for: ConfigFor) -> None:
     for name, kind in (("number", "int64"), ("nested", "struct<text: string>"), ("list", "list<")):
         message = failure_of(config_for(path, text_key=name))
         assert message.startswith(f"{path} (of data.source={path}): data.text_key={name} holds {kind}")
-        assert message.endswith(", and must hold text; set data.text_key to one of text, dictionary, nothing")
+        assert message.endswith(", but must hold text; set data.text_key to one of text, dictionary, nothing")
 
 
 def test_batches_of_large_cells_are_small(tmp_path: Path) -> None:

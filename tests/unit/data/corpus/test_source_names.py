@@ -84,12 +84,12 @@ def test_kinds_are_told_by_names(folder: Path) -> None:
         ("https://host/x.txt", "download it, as with `curl -LO https://host/x.txt`, and name the file"),
         ("HTTP://host/x.txt", "download it and name the file"),
         ("ftp://host/x.txt", "download it and name the file"),
-        ("hf://datasets/owner/name/x.jsonl", "for this dataset of the hub use owner/name"),
+        ("hf://datasets/owner/name/x.jsonl", "for this Hugging Face dataset use owner/name"),
         ("hf://owner/name", "download it and name the file"),
     ],
 )
 def test_addresses(name: str, remedy: str) -> None:
-    assert refusal(name) == f"data.source={name} is an address, and sources are read from this machine; {remedy}"
+    assert refusal(name) == f"data.source={name} is a URL, but sources are read from local files; {remedy}"
     if " use " in remedy:
         assert resolve_source(remedy.rsplit(" ", 1)[1], "data.source").kind is SourceKind.dataset
 
@@ -128,7 +128,7 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
 @pytest.mark.parametrize("name", ["Embedded", "EMBEDDED", "embeded", "embbeded", "embedded_"])
 @obeys("megatron_lite/data/corpus/source_names.py:_refuse_slip")
 def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
-    assert "the source that is built in is spelled embedded; use embedded, or name" in refusal(name)
+    assert "the built-in source is spelled embedded; use embedded, or name" in refusal(name)
     assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
     assert resolve_source(f"owner/{name}", "data.source").kind is SourceKind.dataset
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_a_name_of_the_hub(name: str) -> None:
 
 
 def test_names_that_no_file_has(folder: Path) -> None:
-    assert "there is no user of that name; write the path without ~" in refusal("~nobody_of_this_name/x.txt")
+    assert "this user does not exist; write the path without ~" in refusal("~nobody_of_this_name/x.txt")
     assert " names no file; use embedded" in refusal("")
     assert " names no file; use embedded" in refusal("a\0.txt")
     assert "File name too long; correct the path" in refusal("x" * 300 + ".txt")
@@ -193,22 +193,22 @@ def test_what_is_no_file(folder: Path, config_for: ConfigFor) -> None:
     os.mkfifo("pipe.jsonl")
     message = refusal("pipe.jsonl")
     assert message.endswith(
-        "is a pipe, and a source is read several times; write what it gives to a file and name that"
+        "is a pipe, but a source is read several times; write its output to a file and name that file"
     )
-    assert "is a device, and" in refusal("/dev/null")
+    assert "is a device, but" in refusal("/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s.txt")
-        assert "is a socket, and" in refusal("s.txt")
+        assert "is a socket, but" in refusal("s.txt")
 
 
 def test_files_of_other_forms(folder: Path) -> None:
     for suffix, remedy in OTHER_SUFFIXES.items():
         (folder / f"a{suffix}").write_text("x")
-        assert refusal(f"a{suffix}").endswith(f"a{suffix} is a file of no known form; {remedy}")
+        assert refusal(f"a{suffix}").endswith(f"a{suffix} has an unknown file format; {remedy}")
     (folder / "a.parquet.gz").write_text("x")
-    assert "unpack it and name what was in it" in refusal("a.parquet.gz")
+    assert "unpack it and name the files that were in it" in refusal("a.parquet.gz")
     (folder / "a.xyz").write_text("x")
-    assert "a.xyz is a file of no known form; use embedded, a .txt" in refusal("a.xyz")
+    assert "a.xyz has an unknown file format; use embedded, a .txt" in refusal("a.xyz")
 
 
 @obeys("megatron_lite/data/corpus/source_names.py:_kind_of_file")
@@ -217,7 +217,7 @@ def test_what_is_done_to_files_of_other_forms(folder: Path, config_for: ConfigFo
     (folder / "x.txt").write_text("packed")
     with zipfile.ZipFile("a.zip", "w") as packed:
         packed.write("x.txt", "from_zip.txt")
-    assert "unpack it and name what was in it" in refusal("a.zip")
+    assert "unpack it and name the files that were in it" in refusal("a.zip")
     zipfile.ZipFile("a.zip").extractall()
     assert texts("from_zip.txt", config_for) == ["packed"]
     (folder / "a.md").write_text("# plain")
@@ -239,7 +239,7 @@ def test_a_table_in_a_folder_of_its_own(
         shutil.copy(next((folder / "saved").glob("*.arrow")), folder / "a.arrow")
     else:
         table.to_csv(f"a{suffix}", sep="," if suffix == ".csv" else "\t")
-    assert "put it into a folder of its own and name that folder" in refusal(f"a{suffix}")
+    assert "put it into a separate folder and name that folder" in refusal(f"a{suffix}")
     (folder / "own").mkdir()
     os.rename(f"a{suffix}", f"own/a{suffix}")
     assert texts("own", config_for) == ["one", "two"]
@@ -249,7 +249,7 @@ def test_a_table_in_a_folder_of_its_own(
 def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
     (folder / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
     message = refusal("a.json")
-    assert "a.json is one JSON array; write an object a line, as with `python -c " in message
+    assert "a.json is one JSON array; write one object per line, as with `python -c " in message
     command = message.split("`")[1].replace("python", "python3", 1)
     subprocess.run(command, shell=True, check=True)
     assert texts("a.jsonl", config_for) == ["one", "two"]
@@ -259,8 +259,8 @@ def test_one_json_array(folder: Path, config_for: ConfigFor) -> None:
 def test_empty_files(folder: Path) -> None:
     for name in ("a.txt", "a.jsonl.gz", "a.parquet"):
         (folder / name).touch()
-        assert refusal(name) == f"{name} (of data.source={name}) is empty; name one that holds text"
-    assert "matches empty files alone; name files that hold text" in refusal("*.txt")
+        assert refusal(name) == f"{name} (of data.source={name}) is empty; name a file that holds text"
+    assert "matches only empty files; name files that hold text" in refusal("*.txt")
     (folder / "b.txt").write_text("text")
     for name in ("b.txt", "*.txt"):
         assert resolve_source(name, "data.source").kind is SourceKind.text
@@ -274,7 +274,7 @@ def test_patterns(folder: Path, config_for: ConfigFor) -> None:
     (folder / "deep" / "b.jsonl.gz").touch()
     assert texts("deep/**/a*", config_for) == ["one"]
     (folder / "deep" / "c.txt").write_text("two")
-    assert "matches files of several kinds (" in refusal("deep/*.*")
+    assert "matches files of several formats (" in refusal("deep/*.*")
     assert [s.kind for s in resolve_sources(["deep/**/*.jsonl", "deep/*.txt"], "data.source")] == ["jsonl", "text"]
     message = refusal("de*")
     assert message.endswith("deep is a folder; use a pattern of files, such as de*/*.*")
@@ -287,7 +287,7 @@ def test_patterns_of_shards_and_halves_of_pairs(folder: Path) -> None:
     for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
         (folder / name).touch()
     message = refusal("*.bin")
-    assert message.endswith("Megatron's shards are named one by one; use data.source=[a,b]")
+    assert message.endswith("Megatron shards must be named one by one; use data.source=[a,b]")
     names = message.split("[")[1].rstrip("]").split(",")
     assert [source.kind for source in resolve_sources(names, "data.source")] == ["shards", "shards"]
     (folder / "a.idx").unlink()
@@ -344,7 +344,7 @@ def test_a_folder_with_files_of_several_forms(folder: Path, config_for: ConfigFo
         (folder / name).write_text(content)
     (folder / "mixed" / "dataset_infos.json").write_text("{}")
     message = refusal("mixed")
-    assert "mixed is a folder with files of several forms (" in message
+    assert "mixed is a folder with files of several formats (" in message
     remedy = re.findall(r"data\.source='\[(.*)\]'", message)[0].split(",")
     assert {Path(pattern).name for pattern in remedy} == {"*.jsonl", "*.txt"}
     assert sorted(text for pattern in remedy for text in texts(pattern, config_for)) == ["one", "two"]
@@ -354,7 +354,7 @@ def test_a_folder_with_files_of_several_forms(folder: Path, config_for: ConfigFo
     assert texts("mixed", config_for) == ["one"]
     (folder / "mixed" / "README.md").write_text("data_files\n")
     (folder / "mixed" / "d.csv").write_text("text\nthree\n")
-    assert "move the others to a folder that you name beside it" in refusal("mixed")
+    assert "move the others to a folder that you add to the sources" in refusal("mixed")
 
 
 @obeys("megatron_lite/data/corpus/sources.py:dangling")
@@ -381,9 +381,7 @@ def test_text_that_says_that_it_is_not_utf8(folder: Path, encoding: str, packed:
     with pytest.raises(DataError) as error:
         texts(path.name, config_for)
     name = "UTF-16" if "16" in encoding else "UTF-32"
-    assert f"{path.name} (of data.source={path.name}) is {name}, as its first bytes tell; convert it" in str(
-        error.value
-    )
+    assert f"{path.name} (of data.source={path.name}) is {name}, by its byte order mark; convert it" in str(error.value)
     command = re.findall("`(.*)`", str(error.value))[0]
     if packed:
         command = f"""gzip -dc "it's.txt.gz" | {command} > OUT.txt"""

@@ -320,6 +320,6 @@ def test_shards_without_sentences(tmp_path: Path, config_for: ConfigFor) -> None
     with pytest.raises(DataError) as error:
         training_dataset(prepared, config, SHAPE)
     assert str(error.value) == (
-        f"{tmp_path / 'x'} tells no sentences, which this objective needs: these shards came without a tokenizer; name "
-        "its folder in data.tokenizer"
+        f"{tmp_path / 'x'} has no sentence boundaries, which this objective needs: these shards came without a "
+        "tokenizer; name its folder in data.tokenizer"
     )

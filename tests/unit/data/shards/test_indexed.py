@@ -145,15 +145,15 @@ def test_missing_half(tmp_path: Path, path_of: object) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"TNTIDX\x00\x00\x00" + bytes(40), r"begins with b'TNTIDX.*; an index of Megatron begins with b'MMIDIDX"),
+        (b"TNTIDX\x00\x00\x00" + bytes(40), r"begins with b'TNTIDX.*; a Megatron index begins with b'MMIDIDX"),
         (packed_index([1], [0], [0, 1], version=2), "has layout version 2; only version 1"),
-        (packed_index([1], [0], [0, 1], code=7), "dtype code 7 is no integer type"),
-        (packed_index([1], [0], [0, 1], code=99), "dtype code 99 is no integer type"),
+        (packed_index([1], [0], [0, 1], code=7), "dtype code 7 is not one of"),
+        (packed_index([1], [0], [0, 1], code=99), "dtype code 99 is not one of"),
         (packed_index([-1], [0], [0, 1]), "a sequence has a negative length"),
-        (packed_index([1], [0], [0, 2]), "document bounds do not rise from 0 to the 1 sequences"),
-        (packed_index([1, 1], [0, 2], [0, 2, 1, 2]), "document bounds do not rise"),
-        (packed_index([1], [0], []), "document bounds do not rise"),
-        (packed_index([2, 1], [0, 2], [0, 1, 2]), "do not follow each other without a gap"),
+        (packed_index([1], [0], [0, 2]), "document bounds do not increase from 0 to the 1 sequences"),
+        (packed_index([1, 1], [0, 2], [0, 2, 1, 2]), "document bounds do not increase"),
+        (packed_index([1], [0], []), "document bounds do not increase"),
+        (packed_index([2, 1], [0, 2], [0, 1, 2]), "there are gaps between its sequences"),
     ],
 )
 def test_damaged_index(tmp_path: Path, index: bytes, message: str) -> None:

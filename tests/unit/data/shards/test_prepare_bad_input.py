@@ -76,7 +76,7 @@ def test_corpus_without_text(tmp_path: Path, config_for: ConfigFor, silent: Sile
 def test_one_document_cannot_be_split(corpus: Path, config_for: ConfigFor) -> None:
     """Said at once: the vocabulary of a large text takes minutes."""
     message = (
-        r"has 1 document; holding out .* 2 or more: set data\.document_separator, or name a data\.validation_source"
+        r"has 1 document, but holding out .* 2 or more; set data\.document_separator, or set data\.validation_source"
     )
     config = config_for(corpus, document_separator=None, validation_fraction=1e-9)
     reported: list[str] = []
@@ -105,7 +105,7 @@ def test_everything_held_out(corpus: Path, config_for: ConfigFor, silent: Silent
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
 def test_fraction_out_of_range(corpus: Path, config_for: ConfigFor, silent: Silent, fraction: float) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.validation_fraction={fraction} must lie between 0 and 1"):
+    with pytest.raises(ConfigError, match=rf"data\.validation_fraction={fraction} must be between 0 and 1"):
         prepare(config_for(corpus, validation_fraction=fraction), report=silent)
 
 

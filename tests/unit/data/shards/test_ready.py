@@ -126,7 +126,7 @@ def test_shards_of_different_tokenizers(
     made, _ = prepared_corpus
     (tmp_path / "x.txt").write_text("\n\n".join(f"other text {i * i}" for i in range(50)))
     other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
-    with pytest.raises(DataError, match=r"data\.source names shards of different tokenizers \(.* and .*\)"):
+    with pytest.raises(DataError, match=r"data\.source names shards that different tokenizers made \(.* and .*\)"):
         prepare(config_for([made.train[0].prefix, other.train[0].prefix]), report=silent)
 
 
@@ -134,8 +134,8 @@ def test_ids_beyond_the_vocabulary(foreign: Path, config_for: ConfigFor, silent:
     with pytest.raises(DataError) as error:
         prepare(config_for(foreign, vocab_size=89), report=silent)
     assert str(error.value) == (
-        f"{foreign}.bin holds token id 89; the vocabulary ends at 88: it was made with another tokenizer; name that "
-        "one in data.tokenizer, or set model.vocab_size"
+        f"{foreign}.bin holds token id 89, but the vocabulary ends at 88: it was made with another tokenizer; name "
+        "that tokenizer in data.tokenizer, or set model.vocab_size"
     )
     assert prepare(config_for(foreign, vocab_size=90), report=silent).vocab_size == 90
 
@@ -154,7 +154,7 @@ def test_text_beside_ready_shards_needs_a_named_tokenizer(
 ) -> None:
     made, _ = prepared_corpus
     with pytest.raises(
-        ConfigError, match=r"data\.tokenizer=train cannot fit data\.source\[1\]=.*foreign, whose tokens"
+        ConfigError, match=r"data\.tokenizer=train cannot be used with data\.source\[1\]=.*foreign, which another"
     ):
         prepare(config_for([corpus, foreign]), report=silent)
     config = config_for([corpus, made.train[0].prefix], tokenizer=str(made.tokenizer_dir), weights=[1.0, 1.0])
@@ -178,7 +178,7 @@ def test_scan_is_done_once(foreign: Path, config_for: ConfigFor) -> None:
 def test_missing_half(foreign: Path, config_for: ConfigFor, silent: Silent, suffix: str) -> None:
     foreign.with_name(f"foreign{suffix}").unlink()
     with pytest.raises(
-        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron's shards are"
+        DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron shards are"
     ):
         prepare(config_for(foreign, vocab_size=90), report=silent)
 
@@ -206,7 +206,7 @@ def test_file_that_holds_no_ids(tmp_path: Path, config_for: ConfigFor, silent: S
     writer.add(np.array([1, 2, -3, 4]), np.array([2, 2]))
     writer.finish()
     config = config_for(tmp_path / "x", vocab_size=9, validation_source=str(tmp_path / "x"))
-    with pytest.raises(DataError, match=r"x\.bin holds the token id -3, which is none; name shards"):
+    with pytest.raises(DataError, match=r"x\.bin holds -3, which cannot be a token id; name Megatron"):
         prepare(config, report=silent)
 
 

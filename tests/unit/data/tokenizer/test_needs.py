@@ -135,8 +135,8 @@ def test_masking_needs_the_tokenizer_itself(
     alone, named = config_for(source), config_for(source, tokenizer=str(made.tokenizer_dir))
     alone.objective.name = named.objective.name = ObjectiveName(objective)
     expected = (
-        f"data.tokenizer=train gives no tokenizer, which objective.name={objective} needs to hide ordinary tokens "
-        "only: the shards came without theirs; name its folder in data.tokenizer"
+        f"data.tokenizer=train provides no tokenizer, which objective.name={objective} needs to mask only "
+        "ordinary tokens: the shards came without theirs; name its folder in data.tokenizer"
     )
     said: list[str] = []
     with pytest.raises(ConfigError) as error:
@@ -170,11 +170,11 @@ def test_sentences_that_nothing_tells_are_missed_before_a_token_is_read(
     alone, named = config_for(source), config_for(source, tokenizer=str(made.tokenizer_dir))
     alone.objective.name = named.objective.name = ObjectiveName.bart_denoising
     said: list[str] = []
-    with pytest.raises(DataError, match=r"copy tells no sentences, .*; name its folder in data\.tokenizer"):
+    with pytest.raises(DataError, match=r"copy has no sentence boundaries, .*; name its folder in data\.tokenizer"):
         prepare(alone, report=said.append)
     assert said == []
     folder = prepare(config_for(source), report=said.append).folder  # shards that another objective made ready
-    with pytest.raises(DataError, match="copy tells no sentences"):
+    with pytest.raises(DataError, match="copy has no sentence boundaries"):
         load_prepared(folder, alone)
     assert prepare(named, report=said.append).train[0].sentences is not None
 
@@ -256,11 +256,14 @@ def test_destination_is_never_overwritten(
         target.mkdir()
     (target / "x" if what == "full" else target).write_text("mine")
     assert main(["add-tokens", "--objective", "masked_lm", str(bare), str(target)]) == 2
-    assert capsys.readouterr().err == f"{target} exists and is not overwritten; name a new folder\n"
+    assert capsys.readouterr().err == f"{target} exists and will not be overwritten; name a new folder\n"
 
 
 def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for source, message in (("train", "is no tokenizer yet; name a folder"), ("/nowhere/x", "cannot be opened")):
+    for source, message in (
+        ("train", "is not an existing tokenizer; name a folder"),
+        ("/nowhere/x", "cannot be opened"),
+    ):
         assert main(["add-tokens", "--objective", "masked_lm", source, str(tmp_path / "new")]) == 2
         assert f"data.tokenizer={source} {message}" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -270,5 +273,5 @@ def test_gaps_that_new_tokens_do_not_fit_into(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 5}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(ConfigError, match=r"have gaps, into which 104 new ones do not fit; add them .* from id 6 on"):
+    with pytest.raises(ConfigError, match=r"have gaps, so 104 new ones cannot be appended; .* starting at id 6"):
         add_tokens(str(tmp_path), tmp_path / "new", "ul2")

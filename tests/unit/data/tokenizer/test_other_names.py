@@ -204,5 +204,5 @@ def test_a_pair_that_is_gone_is_named(
     config = config_for(tmp_path / "pair", vocab_size=510)
     folder = prepare(config, report=silent).folder
     (tmp_path / "pair.bin").unlink()
-    with pytest.raises(DataError, match=r"pair\.bin is missing; copy it again from where it came"):
+    with pytest.raises(DataError, match=r"pair\.bin is missing; copy it again from the original"):
         load_prepared(folder, config)

@@ -90,7 +90,7 @@ def test_role_that_cannot_be_told_from_text(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         opened.encode("a banana")
     assert str(error.value) == (
-        "the text 'a banana'... gives the special token 'a' itself; name another data.tokenizer, or other special "
+        "the text 'a banana'... encodes to the special token 'a' itself; name another data.tokenizer, or other special "
         "tokens in its tokenizer_config.json"
     )
 

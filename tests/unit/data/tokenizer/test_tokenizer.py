@@ -193,7 +193,9 @@ def test_eod_that_is_an_ordinary_piece_of_the_vocabulary(tmp_path: Path) -> None
 
 def test_eod_that_cannot_be_told_from_text(tmp_path: Path) -> None:
     folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1}, eos_token="[UNK]")
-    with pytest.raises(DataError, match=r"the text 'strange'\.\.\. gives the end-of-document token '\[UNK\]' itself"):
+    with pytest.raises(
+        DataError, match=r"the text 'strange'\.\.\. encodes to the end-of-document token '\[UNK\]' itself"
+    ):
         open_tokenizer(str(folder)).encode("strange")
 
 
@@ -227,8 +229,11 @@ def test_eod_is_the_one_that_the_folder_names(tmp_path: Path) -> None:
     for content, fault in (
         ("{", r".*tokenizer_config\.json is damaged: Input data was truncated"),
         ("[]", r".*tokenizer_config\.json is damaged: Expected `object`, got `array`"),
-        ('{"eos_token": 7}', r"eos_token in .*tokenizer_config\.json names no token: 7"),
-        ('{"eos_token": "other"}', r"its tokenizer_config\.json names the end token 'other', which it does not have"),
+        ('{"eos_token": 7}', r"eos_token in .*tokenizer_config\.json does not name a token: 7"),
+        (
+            '{"eos_token": "other"}',
+            r"its tokenizer_config\.json names the end token 'other', which its vocabulary lacks",
+        ),
     ):
         config.write_text(content)
         with pytest.raises(ConfigError, match=rf"cannot be opened: {fault}"):
@@ -248,7 +253,7 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
     ):
         open_tokenizer(str(tmp_path / "missing"))
     (tmp_path / "config.json").write_text("{}")
-    said = rf"data\.tokenizer={tmp_path} cannot be opened: there is no tokenizer\.json in it, nor another file"
+    said = rf"data\.tokenizer={tmp_path} cannot be opened: there is no tokenizer\.json in it, nor any other"
     with pytest.raises(ConfigError, match=said):
         open_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=said):  # the dry run knows it, too
@@ -268,8 +273,9 @@ def test_files_of_an_unknown_kind(tmp_path: Path, kind: str, file_name: str) -> 
         open_tokenizer(str(tmp_path))
     remedy = f'{{"tokenizer_class": "{kind}"}}'
     assert str(error.value) == (
-        f"data.tokenizer={tmp_path} cannot be opened: nothing tells which kind its {file_name} is of; write the kind "
-        f"into tokenizer_config.json beside it, such as {remedy}; use `train`, or the folder or hub name of a tokenizer"
+        f"data.tokenizer={tmp_path} cannot be opened: the tokenizer class of its {file_name} is unknown; write the "
+        f"class into tokenizer_config.json beside it, such as {remedy}; use `train`, or the folder or hub name of a "
+        "tokenizer"
     )
     (tmp_path / "tokenizer_config.json").write_text(remedy)
     opened = open_tokenizer(str(tmp_path))
