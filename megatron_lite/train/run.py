@@ -253,7 +253,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
     trackers.event(ROWS_EVENT, first_step, {"sources": [asdict(counts) for counts in run.prepared.rows]})
-    trackers.tell_losses(first_step)
+    trackers.report_missing_lines(first_step)
     terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
     trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)

@@ -77,8 +77,8 @@ class RollbackRecord:
         problem: DiskError | None = None
         if self._is_waiting:
             problem = DiskError(
-                f"{self._path} cannot be written, and a checkpoint after a rollback needs it; free space on its disk and "
-                "run the same command: it resumes from the last checkpoint, reaches the spike and rolls back again"
+                f"{self._path} cannot be written, and a checkpoint after a rollback needs it; free space on its disk, "
+                "then run the same command: it resumes from the last checkpoint, reaches the spike and rolls back again"
             )
         problem = agreed(problem)
         if problem is not None:

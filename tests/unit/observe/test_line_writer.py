@@ -188,7 +188,7 @@ def test_a_rollback_on_a_full_disk_takes_back_what_it_has_to_once_there_is_room(
             assert [entry["step"] for entry in read_metrics(path)] == list(range(1, 262))
         else:
             writer.close()
-            assert f"warning: 20 lines of {path} could not be written and will come again" in told
+            assert f"warning: 20 lines of {path} could not be written; a resume repeats them" in told
             steps = [entry["step"] for entry in read_metrics(path)]
             assert steps == list(range(1, len(steps) + 1))
             assert len(steps) >= 200
