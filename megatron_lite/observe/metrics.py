@@ -344,7 +344,7 @@ def with_branches(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[
 
 
 def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
-    """Copy lines after `last_step` of branches that rollbacks have left to `rolled_back.jsonl`; on disk when it returns.
+    """Copy lines after `last_step` of abandoned branches to `rolled_back.jsonl`; on disk when it returns.
 
     After a kill before metrics.jsonl is shortened, this runs again; lines that are there already are not copied twice.
 
