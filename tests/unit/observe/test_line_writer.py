@@ -80,7 +80,7 @@ def test_memory_is_bounded_and_the_oldest_are_lost(tmp_path: Path, monkeypatch: 
     disk.room = None
     writer.write("the last\n")
     assert (tmp_path / "file").read_text() == "line 7\nline 8\nline 9\nthe last\n"
-    assert told[1].endswith("3 lines have waited in memory; 7 lines ahead of them are lost")
+    assert told[1].endswith("3 lines have waited in memory; 7 lines before them are lost")
 
 
 def test_end_on_a_full_disk_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
