@@ -1,7 +1,7 @@
-"""The errors that a user can cause, and the exit code that each ends a process with.
+"""Errors that a user can cause, and the exit code of each.
 
-Every message names the dotted key (or the file), its value, the rule it breaks and the remedy. `assert` is for
-invariants of our own; anything that a wrong config, file or machine can trigger raises one of these instead.
+Every message names the dotted key (or the file), its value, the rule it breaks and the remedy. `assert` is for our own
+invariants; anything that a wrong config, file or machine can trigger raises one of these errors instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from enum import IntEnum
 from typing import ClassVar
 
 EXIT_OK = 0
-EXIT_FAILURE = 1  # an exception that is ours to fix: printed with its traceback
+EXIT_FAILURE = 1  # a bug of ours: printed with its traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_USER_ERROR = 2  # a MegatronLiteError: printed as its message, without a traceback unless --debug
 
 
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS})
-"""What systems say of a disk or a quota that is full, and of one that fails or is away; none of it is a setting's."""
+"""Error codes of a full disk or quota, and of a disk that fails or is not reachable; no setting is wrong."""
 
 
 class RunEnd(IntEnum):
@@ -37,7 +37,7 @@ class RunEnd(IntEnum):
 
 
 class MegatronLiteError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base class of all errors that the user can fix."""
 
     end: ClassVar[RunEnd] = RunEnd.CONFIG_ERROR
 
@@ -54,7 +54,7 @@ class ConfigError(MegatronLiteError):
 
 
 class DataError(MegatronLiteError):
-    """A corpus, tokenizer or shard cannot be used as it is."""
+    """A corpus, tokenizer or shard that cannot be used as it is."""
 
 
 class OutOfDataError(DataError):
@@ -68,17 +68,17 @@ class CheckpointError(MegatronLiteError):
 
 
 class DiskError(MegatronLiteError):
-    """A disk is full, or fails, and what has to be written or read cannot wait."""
+    """A disk is full or fails, and a necessary read or write cannot be postponed."""
 
     end = RunEnd.DISK_ERROR
 
 
 class ForeignFormatError(CheckpointError):
-    """A checkpoint of another version of megatron_lite: it may be whole, but this version cannot tell."""
+    """A checkpoint of another version of megatron_lite: it may be intact, but this version cannot read it."""
 
 
 class DamagedFileError(MegatronLiteError):
-    """A file that a run left for later is not what was written: torn, zeroed, changed, or of another program."""
+    """A state file is not what a run wrote: truncated, zeroed, changed, or from another program."""
 
 
 class LaunchError(MegatronLiteError):
@@ -90,7 +90,7 @@ class RunFolderInUseError(LaunchError):
 
 
 class RunFolderLostError(LaunchError):
-    """Somebody has taken over the lock of the run folder: what this process would write is no longer wanted."""
+    """Another process has taken over the lock of the run folder, so this one must not write to it any more."""
 
 
 class TrainingError(MegatronLiteError):
@@ -102,23 +102,23 @@ class TrackingError(MegatronLiteError):
 
 
 class DivergedError(TrainingError):
-    """The loss is no number any more."""
+    """Loss became NaN or Inf, or spikes did not end."""
 
     end = RunEnd.DIVERGED
 
 
 class DeviceMemoryError(MegatronLiteError):
-    """A rank got no memory for its part of the model."""
+    """A rank ran out of memory."""
 
     end = RunEnd.OUT_OF_MEMORY
 
 
 class VerificationError(MegatronLiteError):
-    """A layout does not compute what one rank computes."""
+    """A parallel layout does not compute the same as a single rank."""
 
 
 def end_of(error: BaseException) -> RunEnd:
-    """How an attempt ends by an error. Whatever the error says, a disk that is full or fails may be its cause."""
+    """How an attempt ends with an error. A disk error anywhere in the chain of causes decides."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, DiskError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
@@ -128,13 +128,13 @@ def end_of(error: BaseException) -> RunEnd:
 
 
 def disk_error(error: OSError) -> DiskError | None:
-    """The error for the user where the disk is at fault; None where it is not."""
+    """The error to show if the disk is the cause; None if it is not."""
     if error.errno not in DISK_ERRNOS:
         return None
     where = f"{error.filename}: " if error.filename else ""
     return DiskError(
-        f"the disk does not do what it has to ({where}{error.strerror}); make room on it, or see to it: the same "
-        "command then goes on from the newest complete checkpoint"
+        f"the disk is full or fails ({where}{error.strerror}); free space on it or repair it: the same command then "
+        "resumes from the newest complete checkpoint"
     )
 
 
@@ -142,10 +142,10 @@ def disk_error(error: OSError) -> DiskError | None:
 def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "", lines: int = 1) -> Iterator[None]:
     """Turn any exception of a library into `error`: "<what>: <the library's first lines>; <remedy>".
 
-    Libraries do not promise which exceptions they raise, so a list of types is always too short. Put nothing but calls
-    of the library into the block: an exception of our own code is a bug, and has to keep its traceback. Errors of ours
-    (raised by a callback, say) pass unchanged; so does running out of memory. A panic of a library in Rust is an error
-    of it too, though Python knows it as no Exception.
+    Libraries do not document all exceptions that they raise, so a list of types is always incomplete. Put only calls of
+    the library into the block: an exception in our own code is a bug, and must keep its traceback. Our own errors
+    (raised by a callback, say) pass unchanged; so does running out of memory. A panic of a Rust library counts as its
+    error, too, although PyO3 derives it from BaseException.
     """
     try:
         yield
@@ -161,9 +161,9 @@ def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "", li
 
 
 def remedy_of(problem: BaseException, otherwise: str) -> str:
-    """What helps where the machine has run out of something, whatever the library was doing; else `otherwise`."""
+    """The remedy if the machine has run out of a resource, whatever the library was doing; else `otherwise`."""
     cause: BaseException | None = problem
-    seen: set[int] = set()  # a library may raise a cause again, so that it leads back to itself
+    seen: set[int] = set()  # a library may re-raise a cause, which makes the chain a cycle
     while cause is not None and id(cause) not in seen:
         if isinstance(cause, OSError) and cause.errno in _REMEDIES:
             return _REMEDIES[cause.errno]
@@ -173,7 +173,7 @@ def remedy_of(problem: BaseException, otherwise: str) -> str:
 
 
 _REMEDIES = {
-    errno.EMFILE: "a process may not open more files here; raise the limit, as with `ulimit -n 4096`",
-    errno.ENFILE: "this machine has no room for more open files; end other programs, or raise fs.file-max",
+    errno.EMFILE: "the process has reached its limit of open files; raise it, for example with `ulimit -n 4096`",
+    errno.ENFILE: "this machine has reached its limit of open files; end other programs, or raise fs.file-max",
     errno.ENOMEM: "no memory is left, or too many files are mapped (vm.max_map_count); end other programs or raise it",
 }

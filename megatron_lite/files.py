@@ -1,5 +1,5 @@
-"""What everything that publishes files needs: a checksum, the certainty that it is on the disk, and a single writer;
-how many files a process may open; and sizes in words."""
+"""Helpers for writing files: checksums, atomic and fsynced writes, a single first writer; the limit of open files; and
+sizes as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file_xxh3(path: Path) -> str:
 
 
 def bytes_below(folder: Path) -> int:
-    """Of all files in a folder and its subfolders."""
+    """Total size of all files in a folder and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -41,35 +41,35 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file whole, in place of what is there; a kill leaves one or the other. On the disk when it returns.
+    """Replace a file atomically: after a kill the old or the new content is there. On disk when it returns.
 
     Args:
-        content: or its pieces, where it is too large for the memory.
+        content: the bytes, or an iterable of pieces if they do not fit in memory.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            with suppress(FileNotFoundError):  # no wider readable than what it takes the place of
+            with suppress(FileNotFoundError):  # not more widely readable than the file that it replaces
                 os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode & path.stat().st_mode))
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # what a full disk took of it is room for others
+        with suppress(OSError):  # free the space on a full disk
             temporary.unlink()
         raise
     sync(path.parent)
 
 
 def leave_only(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
-    """Leave nothing in a file but these parts of what it holds, in their order; on the disk when it returns.
+    """Keep only these parts of a file's content, in their order; on disk when it returns.
 
-    A kill leaves one or the other. On a full disk the parts move up within the file, which needs no space; a kill then
-    leaves some of them twice, and one line cut short where they meet.
+    After a kill the old or the new content is there. On a full disk the parts are moved up within the file, which needs
+    no space; a kill then leaves some of them twice, with one truncated line in between.
 
     Args:
-        parts: may read the file piece by piece as they are written, and are asked for again on a full disk.
+        parts: may read the file lazily while the parts are written; called again on a full disk.
     """
     try:
         replace_file(path, parts())
@@ -83,10 +83,10 @@ def leave_only(path: Path, parts: Callable[[], Iterable[bytes]]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it. What has its name and is none is moved out of the way, not removed.
+    """Create a folder and its parents. A file of the same name is renamed, not removed.
 
     Raises:
-        OSError: the system does not let us.
+        OSError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -96,24 +96,24 @@ def make_folder(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Give a file or folder that is not what it should be another name, under which people can look at it."""
+    """Rename an unexpected file or folder, so that people can inspect it later."""
     path.rename(path.with_name(f".{path.name}.damaged-{time.time_ns()}"))
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file that may be there; something else of its name is set aside."""
+    """Remove a file if it exists; a folder of the same name is set aside."""
     try:
         path.unlink(missing_ok=True)
     except IsADirectoryError:
         set_aside(path)
-    except PermissionError:  # macOS's word for the same
+    except PermissionError:  # what macOS raises for a folder
         if not path.is_dir():
             raise
         set_aside(path)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, on the disk when it returns. A line before it that was cut short does not swallow it."""
+    """Append a line to a file, on disk when it returns. If the last line was truncated, a newline is added first."""
     set_aside_others(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -128,7 +128,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def modified_ns(path: Path) -> int:
-    """When a file was last written; 0 where nobody can tell."""
+    """When a file was last written; 0 if unknown."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -136,7 +136,7 @@ def modified_ns(path: Path) -> int:
 
 
 def set_aside_others(path: Path) -> None:
-    """Make way for a file of ours where something else has its name: a folder, a pipe, a link to itself."""
+    """Set aside anything but a regular file (a folder, a pipe, a link to itself) with the name of one of our files."""
     try:
         is_other = not stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
@@ -148,9 +148,10 @@ def set_aside_others(path: Path) -> None:
 
 
 def publish_first(path: Path, text: str) -> bool:
-    """Write a file whole or not at all, unless it is there already; whether we were the first, of all nodes.
+    """Write a file atomically unless it exists. On disk when it returns.
 
-    On the disk when it returns.
+    Returns:
+        whether this process was the first of all on all nodes
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
@@ -158,8 +159,8 @@ def publish_first(path: Path, text: str) -> bool:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # before it has its name: a crash must not leave an empty file under it
-        os.link(temporary, path)  # atomic on shared filesystems as well, where O_EXCL has not always been
+            os.fsync(file.fileno())  # before the link: a crash must not leave an empty file under the final name
+        os.link(temporary, path)  # atomic on shared filesystems, too, where O_EXCL has not always been
         sync(path.parent)
     except FileExistsError:
         return False
@@ -169,15 +170,15 @@ def publish_first(path: Path, text: str) -> bool:
 
 
 def raise_open_file_limit() -> None:
-    """Let this process open as many files as it may without asking: the soft limit is often 1,024 or less."""
+    """Raise the soft limit of open files to the hard limit: the soft limit is often 1,024 or less."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(OSError, ValueError):  # macOS grants less than it says; then what there was has to do
+        with suppress(OSError, ValueError):  # macOS allows less than the hard limit that it reports; keep the old one
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def size_text(count: float) -> str:
-    """Bytes as a person reads them."""
+    """A number of bytes as readable text, e.g. `5.25 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{_three_digits(count)} {unit}"
@@ -186,4 +187,4 @@ def size_text(count: float) -> str:
 
 
 def _three_digits(number: float) -> str:
-    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"  # which %g would write with an exponent
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"  # %g would write an exponent

@@ -1,4 +1,4 @@
-"""Who may read what: a file that repeats the content of others is no wider readable than each of them."""
+"""File permissions: a file that repeats content of other files must not be more widely readable than any of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ OWNER, GROUP, OTHERS = 0o700, 0o070, 0o007
 
 
 def allowed_mode(originals: Iterable[Path], group: int) -> int:
-    """The widest mode of a file that repeats what is in the originals: whoever may not read all may not read it.
+    """The widest mode of a file that repeats content of the originals: only users who may read all of them may read it.
 
     Args:
-        group: of that file. Of originals of another group it counts what everybody may do.
+        group: the group of that file. For originals of another group, the permissions of others count.
     """
     allowed = OWNER | GROUP | OTHERS
     for path in originals:
-        with suppress(OSError):  # gone since
+        with suppress(OSError):  # removed meanwhile
             found = path.stat()
             if not found.st_mode & stat.S_IROTH:
                 allowed &= ~OTHERS
@@ -31,14 +31,16 @@ def allowed_mode(originals: Iterable[Path], group: int) -> int:
 
 
 def narrow(root: Path, allowed: int) -> bool:
-    """Take what goes beyond a mode from a file, or a folder and all that is in it; whether anything did.
+    """Remove permissions beyond a mode from a file, or from a folder and everything in it.
 
+    Returns:
+        whether any permission was removed
     Raises:
-        PermissionError: it is somebody else's.
+        PermissionError: the file belongs to another user.
     """
     was_wider = False
     for path in [root, *root.rglob("*")]:
-        with suppress(FileNotFoundError):  # of another process: gone since
+        with suppress(FileNotFoundError):  # another process has removed it meanwhile
             mode = path.lstat().st_mode
             if not stat.S_ISLNK(mode) and mode & (GROUP | OTHERS) & ~allowed:
                 path.chmod(stat.S_IMODE(mode) & ~((GROUP | OTHERS) & ~allowed))
@@ -47,7 +49,7 @@ def narrow(root: Path, allowed: int) -> bool:
 
 
 def mask(allowed: int) -> int:
-    """Let no file that this process, or one that it starts, makes from now on be wider; the umask that was before."""
+    """Limit the mode of all files that this process and its children create from now on; returns the umask before."""
     before = os.umask(GROUP | OTHERS)
     os.umask(before | (GROUP | OTHERS) & ~allowed)
     return before
@@ -55,7 +57,7 @@ def mask(allowed: int) -> int:
 
 @contextmanager
 def masked(originals: Iterable[Path], folder: Path) -> Iterator[None]:
-    """For the length of the block, no file that this process makes in a folder is wider readable than the originals."""
+    """Within the block, files that this process creates in a folder are not more widely readable than the originals."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     before = mask(allowed_mode(originals, parent.stat().st_gid))
     try:
@@ -65,13 +67,13 @@ def masked(originals: Iterable[Path], folder: Path) -> Iterator[None]:
 
 
 def keep_private(run_dir: Path, data: Path, log: Path | None, *, is_writer: bool) -> None:
-    """Let a run's files be no wider readable than its data: logs, dossiers, report and tokenizer repeat parts of it.
+    """Make a run's files no more widely readable than its data: logs, spike reports, report and tokenizer repeat it.
 
-    Holds for all that this process writes from now on, and its log; the writing rank narrows what else is there.
+    Applies to its log and all files that this process writes from now on; the writing rank also fixes existing files.
     """
     allowed = allowed_mode([data], run_dir.stat().st_gid)
     mask(allowed)
     for path in (log, run_dir if is_writer else None):
         if path is not None:
-            with suppress(OSError):  # somebody else's folder, or a file system without modes
+            with suppress(OSError):  # another user's folder, or a filesystem without modes
                 narrow(path, allowed)

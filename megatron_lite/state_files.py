@@ -1,8 +1,8 @@
-"""Small files that a run leaves for later: read with distrust, whoever wrote them and whatever happened since.
+"""Strict reading of the small state files that a run writes.
 
-Each such file has a dataclass. What does not decode into it is damaged: torn, zeroed, of another program, or with one
-byte flipped. Every reader of JSON in this project goes through here, so a damaged file is one kind of error everywhere,
-and who reads decides: stop with its message, or warn and take the safe choice.
+Each such file has a dataclass. Content that does not decode into it is damaged: truncated, zeroed, from another
+program, or with a flipped byte. All JSON in this project is read through this module, so a damaged file is the same
+error everywhere, and the caller decides: stop with its message, or warn and take the safe choice.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 def decode(content: bytes | str, kind: type[T], where: str) -> T:
-    """JSON text as an instance of `kind`: a dataclass, or `dict[str, Any]` for what has no fixed fields.
+    """Decode JSON text as an instance of `kind`: a dataclass, or `dict[str, Any]` if there are no fixed fields.
 
-    Types are checked strictly and fields that `kind` lacks are ignored. Numbers have to fit Python's and are finite.
+    Types are checked strictly, and fields that `kind` lacks are ignored. Numbers must be finite.
 
     Args:
-        where: the file, and the line where there are several, for the message.
+        where: the file, and the line number if it has several, for the message.
     Raises:
         DamagedFileError: it is not UTF-8, not JSON, nested too deeply, lacks a field, or a value has another type.
     """
@@ -39,7 +39,7 @@ def decode(content: bytes | str, kind: type[T], where: str) -> T:
 
 
 def fits(value: object, kind: type) -> bool:
-    """Whether JSON that is decoded already has the fields and types of a dataclass."""
+    """Whether already decoded JSON has the fields and types of a dataclass."""
     try:
         msgspec.convert(value, kind)
     except (msgspec.MsgspecError, ValueError, RecursionError, TypeError, OverflowError):
@@ -48,23 +48,23 @@ def fits(value: object, kind: type) -> bool:
 
 
 def read_object(path: Path, kind: type[T]) -> T | None:
-    """The content of a JSON file as an instance of `kind`; None where there is no such file.
+    """The content of a JSON file as an instance of `kind`; None if the file does not exist.
 
     Raises:
-        DamagedFileError: it cannot be read, or `decode` refuses it.
+        DamagedFileError: it cannot be read or decoded.
     """
     content = read_bytes(path)
     return None if content is None else decode(content, kind, str(path))
 
 
 def read_bytes(path: Path) -> bytes | None:
-    """The content of a file; None where there is none.
+    """The content of a file; None if it does not exist.
 
     Raises:
-        DamagedFileError: it exists and cannot be read (a folder, a lost disk, no permission).
+        DamagedFileError: it exists but cannot be read (a folder, a lost disk, no permission).
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block forever
             raise DamagedFileError(f"{path} cannot be read: it is not a regular file")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -74,9 +74,9 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def open_lines(path: Path) -> BinaryIO | None:
-    """Open a file of lines for reading, however long it is; None where there is none.
+    """Open a file of lines, of any length, for reading; None if it does not exist.
 
-    What cannot be read counts as missing, with a warning: a folder, or a pipe, whose opening would wait for ever.
+    A file that cannot be read (a folder, or a pipe, which would block forever) counts as missing, with a warning.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -93,14 +93,14 @@ def open_lines(path: Path) -> BinaryIO | None:
 
 
 def read_text(path: Path) -> str | None:
-    """The same as text for people: bytes that are not UTF-8 are shown as U+FFFD."""
+    """The content as text for people: bytes that are not UTF-8 are shown as U+FFFD; None if it does not exist."""
     content = read_bytes(path)
     return None if content is None else content.decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
 class DamagedLine:
-    """A line of a JSONL file that is not what was written there."""
+    """A damaged line of a JSONL file."""
 
     number: int
     """1 = the first line of the file."""
@@ -108,12 +108,12 @@ class DamagedLine:
 
 
 def warn(problem: object) -> None:
-    """Tell people of a damaged file that nothing has to stop for."""
+    """Print a warning about a damaged file that does not have to stop anything."""
     print(f"warning: {problem}", file=sys.stderr, flush=True)
 
 
 def sound_lines(path: Path, kind: type[T]) -> list[T]:
-    """All lines of a JSONL file that are what was written, with a warning of the others; a missing file has none."""
+    """All intact lines of a JSONL file, with a warning about each damaged one; a missing file has none."""
     try:
         content = read_bytes(path)
     except DamagedFileError as error:
@@ -122,16 +122,16 @@ def sound_lines(path: Path, kind: type[T]) -> list[T]:
     sound = []
     for line in lines_of(content or b"", kind, str(path)):
         if isinstance(line, DamagedLine):
-            warn(f"{line.reason}; it is passed over")
+            warn(f"{line.reason}; it is skipped")
         else:
             sound.append(line)
     return sound
 
 
 def lines_of(content: bytes, kind: type[T], where: str) -> Iterator[T | DamagedLine]:
-    """The lines of a JSONL file in order, each decoded or named as damaged; what has no newline behind it is damaged.
+    """The lines of a JSONL file in order, each decoded or as a DamagedLine; a last line without a newline is damaged.
 
-    Splits at newlines alone: JSON text may hold other characters that `splitlines` would split at.
+    Splits only at newlines: JSON text may contain other characters at which `splitlines` would split.
     """
     *complete, torn = content.split(b"\n")
     for number, line in enumerate(complete, start=1):
@@ -140,7 +140,7 @@ def lines_of(content: bytes, kind: type[T], where: str) -> Iterator[T | DamagedL
         except DamagedFileError as error:
             yield DamagedLine(number, str(error))
     if torn:
-        yield DamagedLine(len(complete) + 1, f"{where}, line {len(complete) + 1} is damaged: it was cut short")
+        yield DamagedLine(len(complete) + 1, f"{where}, line {len(complete) + 1} is damaged: it is truncated")
 
 
 def _reason(content: bytes | str, error: Exception) -> str:

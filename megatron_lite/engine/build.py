@@ -1,4 +1,4 @@
-"""Which of the two engines a configuration needs."""
+"""Choose between the two engines, by the configuration."""
 
 from __future__ import annotations
 

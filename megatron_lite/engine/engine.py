@@ -64,30 +64,30 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; equal on every rank."""
+    """The result of one optimizer step; equal on every rank."""
 
     loss: float  # of the objective, mean over the whole global batch: nats per token, plus nats per sample with a class
-    token_loss: float  # nats per token alone
+    token_loss: float  # nats per token, without the samples' classes
     grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # no update was made: the gradient was not finite, or a hook dropped it
-    loss_scale: float  # that the next step begins with; 1 unless fp16
-    measures: Mapping[str, float]  # by the names of `observe.step_measures.STEP_MEASURES`, those that this run has
+    skipped: bool  # no update: the gradient was not finite, or a hook skipped it
+    loss_scale: float  # of the next step; 1 unless fp16
+    measures: Mapping[str, float]  # those of `observe.step_measures.STEP_MEASURES` that this run computes, by name
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well the model predicts held-out samples; equal on every rank. Fractions are over what the loss counts."""
+    """The result of an evaluation on held-out samples; equal on every rank. Fractions are over counted tokens."""
 
-    loss: float  # what is minimised: nats per token, plus nats per sample where samples have a class
-    token_loss: float  # nats per token alone
+    loss: float  # the training loss: nats per token, plus nats per sample if samples have a class
+    token_loss: float  # nats per token, without the samples' classes
     accuracy: float  # fraction of tokens whose label has the largest logit
     sequence_accuracy: float | None = None  # of the samples' classes; None = they have none
-    tokens: float = 0.0  # all that count, by their weights
+    tokens: float = 0.0  # sum of the loss weights of all tokens
     sequences: float = 0.0  # samples that have a class
 
 
 class Engine(ABC):
-    """A model under training."""
+    """A model in training, on top of DeepSpeed."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Engine(ABC):
         heartbeat: Heartbeat,
         hooks: EngineHooks,
     ) -> None:
-        """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
+        """A collective of all ranks. `global_batch_size`: that of the first step, in sequences."""
         self.config = config
         self.context = context
         self.loss = task.loss
@@ -110,7 +110,7 @@ class Engine(ABC):
         self._global_batch_size = global_batch_size
         self._grad_norm = self._clipped_by = torch.zeros(())  # of the newest step: not scaled; times fp16's loss scale
         require_right_deepspeed(deepspeed.__version__)
-        if not deepspeed.comm.is_initialized():  # let it adopt the process group that is already there
+        if not deepspeed.comm.is_initialized():  # DeepSpeed then uses the process group that already exists
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
         self.module, grid = self._wrap(self.specs)
         self.deepspeed_engine = self._initialize(grid)
@@ -122,7 +122,7 @@ class Engine(ABC):
     def train_step(
         self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
     ) -> StepResult:
-        """One optimizer step over one global batch: all that happens, in the order in which it happens.
+        """One optimizer step over one global batch: every operation of it, in order.
 
         Gradients are zero when it begins, for the update before has cleared them.
 
@@ -161,7 +161,7 @@ class Engine(ABC):
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
-        """Over the micro-batches of all data-parallel ranks. A collective of all ranks."""
+        """Evaluate the micro-batches of all data-parallel ranks. A collective of all ranks."""
         weights = _weights_of(batches).to(self.context.device)
         self.module.eval()
         with self.loss.counting() as counts:
@@ -187,7 +187,7 @@ class Engine(ABC):
         # Dropout masks are keyed by the sample's number in the run, so that no layout changes them.
         own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
         self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
-        # DeepSpeed scales the loss of each micro-batch so in its backward pass; auxiliary losses have to match.
+        # DeepSpeed scales each micro-batch's loss by this factor in its backward pass; auxiliary losses have to match.
         self.context.auxiliary.begin_step(self.loss_scale / num_micro_batches)
         self.module.train()
         self.loss.begin_step()
@@ -197,19 +197,19 @@ class Engine(ABC):
         return scale_loss_weights(batches, self.context) if self.context.is_last_stage else batches
 
     def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
-        """The instructions of a schedule, each when it is about to be executed."""
+        """The instructions of a schedule, each yielded just before it is executed."""
         evaluating = not torch.is_grad_enabled()
         for tick in schedule:
             self._hooks.between_micro_batches()
             for instruction in tick:
                 self._phases.instruction(instruction, evaluating=evaluating)
-                self.context.auxiliary.record(instruction.action is Action.FORWARD)  # not what is recomputed
+                self.context.auxiliary.record(instruction.action is Action.FORWARD)  # not during recomputation
                 yield instruction
 
     def _is_dropped(self, loss: torch.Tensor) -> bool:
         if self._hooks.before_update is None:
             return False
-        # These two conversions wait for the device.
+        # These two conversions to Python numbers synchronize with the device.
         return self._hooks.before_update(PendingUpdate(float(loss), float(self._grad_norm), self.loss_scale))
 
     def _update(self, measure: bool) -> None:
@@ -223,10 +223,10 @@ class Engine(ABC):
         self.meter.after_update()
 
     def _drop_update(self) -> None:
-        if self.config.parallel.zero_stage == 0:  # torch's own optimizer looks at no norm
+        if self.config.parallel.zero_stage == 0:  # torch's own optimizer does not check the norm
             self.deepspeed_engine.zero_grad()
             return
-        self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed drops an update with such a norm
+        self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed skips the update if the norm is NaN
         self._step_optimizer()
 
     def _change_loss_scale(self, dropped: bool) -> None:
@@ -250,28 +250,28 @@ class Engine(ABC):
         return [float(mean) for mean in means.tolist()]
 
     def _token_loss_sum(self) -> torch.Tensor:
-        """The part of `_loss_sum` that is of tokens."""
+        """The part of `_loss_sum` that comes from tokens."""
         shares = self.loss.token_shares
         return torch.stack(shares).sum() if shares else self._loss_sum()
 
-    # What the two engines do differently.
+    # Implemented differently by the two engines.
 
     @abstractmethod
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        """The layers as DeepSpeed wants them, and the grid where it cannot find it in the module."""
+        """The layers in DeepSpeed's form, and its process grid if the module does not contain it."""
 
     @abstractmethod
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
-        """Make ready for a schedule over these micro-batches."""
+        """Prepare for a schedule over these micro-batches."""
 
     @property
     @abstractmethod
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
-        """What does each instruction, by the number of its buffer."""
+        """The function that executes each instruction; it takes the number of the buffer."""
 
     @abstractmethod
     def _loss_sum(self) -> torch.Tensor:
-        """Scalar, fp32: of the micro-batches of the schedule that has been run; 0 on all stages but the last."""
+        """Scalar, fp32: loss summed over the micro-batches of the last schedule; 0 on all stages but the last."""
 
     @abstractmethod
     def _reduce_tied_weights(self) -> None: ...
@@ -291,11 +291,11 @@ class Engine(ABC):
     def input_boundary(self) -> StageBoundary:
         """How this stage's input is packed: the batch on the first stage."""
 
-    # What others ask for.
+    # For other packages.
 
     @property
     def loss_scale(self) -> float:
-        """That the next step begins with; 1 unless fp16."""
+        """The loss scale of the next step; 1 unless fp16."""
         return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
@@ -303,7 +303,7 @@ class Engine(ABC):
         return full_tensors(self.module, self.context, self._gradient)
 
     def gradient_differences(self) -> dict[str, float]:
-        """By global name, how far the tensor ranks' gradients of what each holds whole differ; as `full_gradients`."""
+        """Largest differences between the tensor ranks' gradients of replicated parameters; as `full_gradients`."""
         return replica_differences(self.module, self.context, self._gradient)
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -320,14 +320,14 @@ class Engine(ABC):
         return num_training_buffers(*self._stage_of_stages, num_micro_batches)
 
     def _loss_part(self) -> torch.Tensor:
-        """Scalar: what this rank adds to the loss of the step under way; 0 where no hook asks for it."""
+        """Scalar: this rank's part of the current step's loss; 0 if no hook needs it."""
         if self._hooks.before_update is None or not self.context.is_last_stage or self.context.tensor_rank > 0:
             return torch.zeros((), device=self.context.device)
         parts = [sequences[0].sum() for sequences in self.loss.sequences]
         return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
 
     def _of_job(self, sums: torch.Tensor) -> torch.Tensor:
-        """What the last stage has, summed over all data-parallel ranks."""
+        """The last stage's values, summed over all data-parallel ranks."""
         if self.context.data_group is not None:
             dist.all_reduce(sums, group=self.context.data_group)
         dist.broadcast(sums, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))

@@ -34,7 +34,7 @@ class FlatEngine(Engine):
 
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
-        """One stage sends and receives nothing, and needs no more than one buffer."""
+        """A single stage does not send or receive, and needs only one buffer."""
         return {Action.LOAD: self._to_device, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
 
     def _to_device(self, _: int) -> None:
@@ -55,10 +55,10 @@ class FlatEngine(Engine):
         return self._total
 
     def _reduce_tied_weights(self) -> None:
-        """One stage holds them all."""
+        """Nothing to do: the single stage holds all tied weights."""
 
     def _reduce_over_data_parallel(self) -> None:
-        """The backward pass of the last micro-batch has finished it."""
+        """Nothing to do: each backward pass has reduced its gradients already."""
 
     def _step_optimizer(self) -> None:
         self.deepspeed_engine.step()

@@ -1,4 +1,4 @@
-"""Full tensors by global name, of weights and gradients that lie in slices."""
+"""Gather full tensors, by global name, from sliced weights and gradients."""
 
 from __future__ import annotations
 

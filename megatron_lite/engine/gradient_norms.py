@@ -1,4 +1,4 @@
-"""The gradient's norm, what a step did to each layer, and what each sequence cost.
+"""The gradient norm, per-layer gradient norms and update ratios, and the loss of each sequence.
 
 The gradient is read once a step, each element on one rank, and one all-reduce adds up all that is wanted of it: the
 norm that every optimizer clips by, the norms of the layers, the loss that a step is judged by. No wait for the device.
@@ -19,14 +19,14 @@ from torch import Tensor
 from megatron_lite.engine.shards import Shards
 from megatron_lite.parallel.context import ParallelContext
 
-STEPS_BEFORE = 4  # whose figures are still there when a step turns out to be a spike
+STEPS_BEFORE = 4  # earlier steps whose figures are kept for the report of a spike
 ROW = 512  # elements
 LAYER = re.compile(r"(?:(?:encoder|decoder)\.)?layers\.\d+")
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """Of the whole model, each parameter counted once; by layer, in the model's order."""
+    """Figures of each layer of the whole model, in the model's order; each parameter is counted once."""
 
     grad_norm: Mapping[str, float]  # before clipping
     update_ratio: Mapping[str, float]  # norm of the update / norm of the weight
@@ -66,7 +66,7 @@ class LayerMeter:
         return sums[0], sums[1].sqrt().float()
 
     def before_update(self) -> None:
-        """Keep the weights that the update is measured against; only in steps for which `figures` are wanted."""
+        """Copy the weights before the update; only in steps for which `figures` are needed."""
         self._before = [weight.clone() for weight in self._shards.owned_weights()]
 
     def after_update(self) -> None:
@@ -77,7 +77,7 @@ class LayerMeter:
             self._before = []
 
     def figures(self) -> LayerFigures:
-        """Of the newest step. A collective of all ranks."""
+        """The figures of the newest step. A collective of all ranks."""
         gradient = self._named(self._squares[-1])
         if self._update is None:
             return LayerFigures(gradient, {})
@@ -95,7 +95,7 @@ class LayerMeter:
         return {first + place: self._named(squares) for place, squares in enumerate(self._squares)}
 
     def forget(self) -> None:
-        """The steps so far: the run goes back."""
+        """Forget the steps so far: the run is rolled back."""
         self._squares.clear()
         self._update = None
 
@@ -135,13 +135,13 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter counts to: `layers.3.mlp.up.weight` -> `layers.3`, `head_bias.bias` -> `head_bias`."""
+    """The layer of a parameter: `layers.3.mlp.up.weight` -> `layers.3`, `head_bias.bias` -> `head_bias`."""
     found = LAYER.match(name)
     return found[0] if found else name.rpartition(".")[0]
 
 
 def stage_memory_bytes(context: ParallelContext) -> list[int]:
-    """Of each stage, what its fullest rank has used at most, of a GPU or as a process. A collective of all ranks."""
+    """Peak memory (GPU, or process on a CPU) of the fullest rank of each stage. A collective of all ranks."""
     if context.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(context.device)
     else:

@@ -1,4 +1,4 @@
-"""Where others come into a train step: handed to the engine's constructor, once."""
+"""Hooks into a train step, passed to the engine's constructor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PendingUpdate:
-    """A step whose gradients are complete and whose update has not been made; equal on every rank."""
+    """A step with complete gradients, before its update; equal on every rank."""
 
     loss: float  # nats per token, mean over the global batch
     grad_norm: float  # of the whole model, before clipping, not scaled
-    loss_scale: float  # that the gradients were computed with; 1 unless fp16
+    loss_scale: float  # with which the gradients were computed; 1 unless fp16
 
 
 def _nothing(*_: object) -> None:
@@ -25,7 +25,7 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True)
 class EngineHooks:
-    """Each is called on every rank alike, so a hook may be a collective of all ranks."""
+    """Every hook is called on all ranks, so it may be a collective of all ranks."""
 
     between_micro_batches: Callable[[], None] = _nothing
     """Between two ticks of a schedule, of training and of evaluation, equally often on every rank. It may raise:
@@ -34,4 +34,4 @@ class EngineHooks:
     after_reduction: Callable[[Engine], None] = _nothing
     """After the last reduction of a step and before its norm is measured: `Engine.full_gradients` works here alone."""
     before_update: Callable[[PendingUpdate], bool] | None = None
-    """True drops the update. None = every update is made, and nothing waits for the device before it."""
+    """Returns True to skip the update. None = no update is skipped, and no step waits for the device before it."""

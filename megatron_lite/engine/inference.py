@@ -43,7 +43,7 @@ def forward_through_stages(engine: Engine, inputs: Sequence[Tensor]) -> Outputs 
 
 
 def agree(values: Tensor | None, shape: Sequence[int], context: ParallelContext) -> Tensor:
-    """What the last stage has found, on every rank: [*shape] int64 on the CPU.
+    """Send the last stage's result to every rank: [*shape] int64 on the CPU.
 
     Replicas whose logits differ in the last bit must not part, or one would wait for the other.
     """

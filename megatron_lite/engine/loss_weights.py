@@ -1,4 +1,5 @@
-"""The global token denominator: one batch is one sum over tokens, whatever ranks and micro-batches it is cut into."""
+"""The global token denominator: the loss is a mean over all tokens of a batch, however it is split over ranks and
+micro-batches."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) 
     totals = totals.to(context.device)  # [1 or 2]
     if context.data_group is not None:
         dist.all_reduce(totals, group=context.data_group)
-    # A batch without any counted token has loss 0 and no gradient, rather than a division by zero.
+    # A batch without any counted token has loss 0 and no gradient, instead of a division by zero.
     scales = (len(batches) * context.data_size / totals.clamp(min=1e-20)).cpu()
     return [_scaled(batch, scales) for batch in batches]
 
@@ -37,6 +38,6 @@ def _scaled(batch: MicroBatch, scales: torch.Tensor) -> MicroBatch:
 
 
 def targets_of(batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-    """What the loss compares the model's output with."""
+    """The labels and weights with which the loss compares the model's output."""
     targets = (batch.labels, batch.loss_weights, batch.sequence_labels, batch.sequence_weights)
     return tuple(tensor for tensor in targets if tensor is not None)

@@ -22,7 +22,7 @@ from megatron_lite.objectives.loss import Outputs
 
 
 class PipelinedEngine(Engine):
-    """DeepSpeed's PipelineEngine does each instruction; which, and in what order, `Engine.train_step` says."""
+    """DeepSpeed's PipelineEngine executes each instruction; `Engine.train_step` decides which, and in what order."""
 
     module: StagedModule
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's optimizers hold on this rank, as fragments that know their place in the full tensors.
+"""The optimizer shards of this rank (master weights and state), as fragments with their places in the full tensors.
 
 One class for each way in which DeepSpeed keeps master weights and moments. All of them give views into its memory, so
 that saving copies nothing and loading writes where training reads.
@@ -33,7 +33,7 @@ class Shards:
     context: ParallelContext
 
     def fragments(self) -> list[Fragment]:
-        """Of every weight and every moment, in a fixed order."""
+        """The fragments of every weight and every moment, in a fixed order."""
         self._prepare()
         return [
             fragment
@@ -63,7 +63,7 @@ class Shards:
         return [self._gradient(parameter)[part] for parameter, part in self.owned]
 
     def _local(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """All that this rank holds of it, flat."""
+        """This rank's part of the parameter, flat."""
         return next(iter(self._of(parameter, kind))).values
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
@@ -86,7 +86,7 @@ class Shards:
 
     @property
     def updates(self) -> int:
-        """How many the optimizer has made: what Adam's bias correction counts."""
+        """Number of updates that the optimizer has made, as used by Adam's bias correction."""
         return max((int(state["step"]) for state in self._torch_state.values() if "step" in state), default=0)
 
     @updates.setter
@@ -97,7 +97,7 @@ class Shards:
 
     @property
     def loss_scale(self) -> LossScaleState | None:
-        """Of fp16."""
+        """The loss scale of fp16."""
         scaler = self._scaler
         if scaler is None:
             return None
@@ -252,6 +252,6 @@ class ParameterShards(Shards):
 def shards_of(
     module: nn.Module, optimizer: Any, zero_stage: int, config: OptimizerConfig, context: ParallelContext
 ) -> Shards:
-    """What this ZeRO stage's optimizer holds."""
+    """The shards of the optimizer of this ZeRO stage."""
     kinds = {0: Shards, 1: PartitionedShards, 2: PartitionedShards, 3: ParameterShards}
     return kinds[zero_stage](module, optimizer, config, context)

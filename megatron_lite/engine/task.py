@@ -1,4 +1,4 @@
-"""Model, objective and loss as a configuration asks for them: one place for runs, certificates and tests."""
+"""Build model, objective and loss from a configuration, for runs, the equivalence check and tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lite.parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and for what."""
+    """A model with its objective and loss."""
 
     objective: Objective
     specs: list[LayerSpec]

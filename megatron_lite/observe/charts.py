@@ -1,4 +1,4 @@
-"""A run's figures as plotly charts: what `panels.PANELS` lists, with at most MOST_POINTS points a curve."""
+"""A run's figures as plotly charts: the panels of `panels.PANELS`, with at most MOST_POINTS points per curve."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from megatron_lite.observe.metrics import ROLLBACK_EVENT, SPIKE_EVENT
 from megatron_lite.observe.panels import WHOLE_GROUP, Panel
 from megatron_lite.observe.run_folder import Entry, RunFolder
 
-MOST_LINES = 100  # of resumes in a chart
+MOST_LINES = 100  # vertical lines of resumes, or gaps, in a chart
 # Each is legible on white and on near-black.
 COLOURS = ("#3b82c4", "#d1495b", "#2f9e7a", "#d08a1d", "#8b6fc9", "#4fa3b5", "#b0639c", "#7d8b3a")
 GREY = "#8a949e"
 SPIKE, ROLLBACK = "#e8482f", "#d08a1d"
-LAYER_SCALE, FROM, TO = "Viridis", 0.15, 0.85  # its ends vanish on black or on white
+LAYER_SCALE, FROM, TO = "Viridis", 0.15, 0.85  # the ends of the scale are invisible on black or on white
 
 Figure = Any  # plotly.graph_objects.Figure, which is imported late
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; what is no number is None, which leaves a gap."""
+    """One curve; None (for NaN and Inf) leaves a gap."""
 
     name: str
     steps: list[int]
@@ -39,7 +39,7 @@ class Series:
 
 
 def thinned(series: Series, most: int = MOST_POINTS) -> Series:
-    """At most so many points, in the order of steps: what an Envelope keeps, so that a spike of one step survives."""
+    """Reduce a curve to at most `most` points, in the order of steps, by an Envelope: a spike of one step survives."""
     if len(series.steps) <= most:
         return series
     order = np.argsort(series.steps, kind="stable")
@@ -49,7 +49,7 @@ def thinned(series: Series, most: int = MOST_POINTS) -> Series:
 
 
 def series_of(run: RunFolder, panel: Panel) -> list[Series]:
-    """The panel's curves, without those that the run has not recorded."""
+    """The panel's curves, except those that the run has not logged."""
     found: list[Series] = []
     for key in panel.all_keys:
         kind, _, name = key.partition("/")
@@ -86,7 +86,7 @@ def _curve(name: str, points: Iterable[tuple[int, Any]], factor: float) -> Serie
 
 
 def from_plotly(module: str) -> Any:
-    """A module of plotly, which is imported late: most commands draw nothing.
+    """A module of plotly, imported lazily: most commands draw nothing.
 
     Raises:
         TrackingError: it is missing or broken.
@@ -96,7 +96,7 @@ def from_plotly(module: str) -> Any:
 
 
 def chart(run: RunFolder, panel: Panel) -> Figure | None:
-    """The panel of one run; None where the run has recorded none of its figures."""
+    """The chart of a panel for one run; None if the run has logged none of its figures."""
     curves = series_of(run, panel)
     if not curves:
         return None
@@ -114,7 +114,7 @@ def chart(run: RunFolder, panel: Panel) -> Figure | None:
 
 
 def _layout(panel: Panel, curves: Sequence[Series], last_step: int) -> dict[str, Any]:
-    """Without colours of text and background: the page gives them, light or dark."""
+    """The layout, without text and background colours: the page sets them, light or dark."""
     several = any(key.endswith(WHOLE_GROUP) for key in panel.keys)
     return {
         "margin": {"l": 60, "r": 12, "t": 8, "b": 36},
@@ -134,14 +134,14 @@ def _layout(panel: Panel, curves: Sequence[Series], last_step: int) -> dict[str,
 
 
 def _log_ticks(curves: Sequence[Series]) -> dict[str, Any]:
-    """Each digit, 1, 2 and 5, or powers of ten alone: as many as there is room for."""
+    """Ticks at each digit, at 1, 2 and 5, or at powers of ten, depending on the range of values."""
     values = [value for series in curves for value in series.values if value is not None and value > 0]
     decades = math.log10(max(values) / min(values)) if values else 0.0
     return {"tickformat": ".3~g", "dtick": "D1" if 0 < decades < 0.7 else "D2" if 0 < decades < 2.5 else 1}
 
 
 def _colours(curves: Sequence[Series], panel: Panel) -> list[str]:
-    """A scale over the depth of layers, else colours of their own."""
+    """A colour scale over the depth of layers, else distinct colours."""
     if not panel.keys[0].endswith(WHOLE_GROUP) or len(curves) < 2:
         palette = (COLOURS[1], COLOURS[0], *COLOURS[2:]) if panel.stacked else COLOURS  # red is for waiting
         return [palette[index % len(palette)] for index in range(len(curves))]
@@ -170,7 +170,7 @@ def _add_branches(figure: Figure, run: RunFolder, panel: Panel) -> None:
     name = panel.keys[0].partition("/")[2]
     for place, points in enumerate(run.taken_back.branches(name).values()):
         series = _scaled(name, points, panel.factor)
-        trace = {"name": "taken back", "legendgroup": "taken back", "showlegend": place == 0}
+        trace = {"name": "rolled back", "legendgroup": "rolled back", "showlegend": place == 0}
         trace |= {"x": series.steps, "y": series.values, "mode": "lines", "line": {"color": GREY, "width": 1}}
         figure.add_trace(go.Scatter(trace))
 
@@ -196,7 +196,7 @@ def _add_marks(figure: Figure, run: RunFolder, panel: Panel) -> None:
 
 
 def _add_gaps(figure: Figure, gaps: Sequence[Gap]) -> None:
-    """Where lines are missing, the ground is grey."""
+    """Grey areas where lines of metrics.jsonl are missing."""
     for number, gap in enumerate(gaps[:MOST_LINES]):
         figure.add_shape(
             type="rect",
@@ -216,7 +216,7 @@ def _add_gaps(figure: Figure, gaps: Sequence[Gap]) -> None:
 
 
 def _add_lines(figure: Figure, name: str, steps: Sequence[int], colour: str, dash: str) -> None:
-    """Upright lines with one entry in the legend."""
+    """Vertical lines with one entry in the legend."""
     for number, step in enumerate(sorted(set(steps))[-MOST_LINES:]):
         figure.add_shape(
             type="line",
@@ -233,7 +233,7 @@ def _add_lines(figure: Figure, name: str, steps: Sequence[int], colour: str, das
 
 
 def _height(spike: Mapping[str, Any], name: str) -> float | None:
-    """Where a spike is marked: at its figure, or at the usual one where that is no number."""
+    """The y-value at which a spike is marked: its figure, or the usual one if that is NaN or Inf."""
     for key in (name, f"usual_{name}"):
         value = spike.get(key)
         if isinstance(value, int | float) and math.isfinite(value):

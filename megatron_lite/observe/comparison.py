@@ -1,4 +1,4 @@
-"""Figures of two runs, step by step: where they part, and how far. Read in one pass and in bounded memory."""
+"""Compare the figures of two runs step by step: where they diverge, and how far. One pass, in bounded memory."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ NAMES = (*FIGURES, *SAMPLES)
 
 @dataclass
 class Parting:
-    """What becomes of one figure in two runs, over the steps that both have logged."""
+    """Where one figure of two runs diverges, over the steps that both have logged."""
 
     tolerance: float
     """Relative to the larger value."""
     steps: int = 0
-    """In common."""
+    """Number of common steps."""
     first_step: int = 0
     last_step: int = 0
     last_values: tuple[float, float] = (math.nan, math.nan)
     first_different: int | None = None
-    """The first step at which the values are not the same bit for bit; None = there is none."""
+    """The first step at which the values are not bitwise equal; None = there is none."""
     steps_before: int = 0
-    """In common, ahead of `first_different`."""
+    """Number of common steps before `first_different`."""
     first_beyond: int | None = None
     """The first step at which they differ by more than the tolerance."""
     beyond_values: tuple[float, float] = (math.nan, math.nan)
-    """There."""
+    """The values at that step."""
     largest_gap: float = -1.0
-    """Absolute; infinite where one is a number and the other is none."""
+    """Absolute difference; infinite if only one of the values is finite."""
     largest_gap_step: int = 0
 
     @classmethod
     def of(cls, first: Curve, second: Curve, tolerance: float) -> Parting | None:
-        """None where there is no step in common."""
+        """Compare two curves; None if they have no step in common."""
         common = sorted(first.keys() & second.keys())
         values = [np.array([curve[step] for step in common], dtype=float) for curve in (first, second)]
         parting = cls(tolerance)
@@ -59,7 +59,7 @@ class Parting:
         return parting if common else None
 
     def add(self, steps: Array, first: Array, second: Array) -> None:
-        """Further steps, in their order."""
+        """Add further steps, in ascending order."""
         if not len(steps):
             return
         gaps = abs_gap(first, second)
@@ -82,7 +82,7 @@ class Parting:
 
 
 def abs_gap(first: Any, second: Any) -> Any:
-    """0 for two NaN or the same infinity, infinite where only one is a finite number; of numbers or of arrays."""
+    """Absolute difference of numbers or arrays: 0 for two NaN or the same infinity, infinite if only one is finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(np.subtract(first, second))
     same = np.equal(first, second) | (np.isnan(first) & np.isnan(second))
@@ -98,17 +98,17 @@ def relative_gap(first: Any, second: Any) -> Any:
 
 @dataclass
 class Side:
-    """What one of two runs has logged."""
+    """The logged figures of one of the two runs."""
 
     count: int = 0
-    """Lines."""
+    """Number of lines."""
     before_parting: int = 0
-    """Lines ahead of the first step with another loss; of all where there is none."""
+    """Number of lines before the first step with a different loss; all if there is none."""
     gaps: list[Gap] = field(default_factory=list)
     curves: dict[str, Envelope] = field(default_factory=lambda: {name: Envelope() for name in FIGURES})
 
     def watched(self, source: Iterator[Block], run: RunFolder) -> Iterator[Table]:
-        """NAMES of all lines, several blocks together."""
+        """The columns NAMES of all lines, several blocks at once."""
         missing, waiting = MissingSteps(run.known_losses(), run.logged), list[Table]()
         for block in source:
             missing.see(block)
@@ -135,12 +135,12 @@ class Comparison:
 
     sides: tuple[Side, Side]
     partings: dict[str, Parting]
-    """Of FIGURES; one without a step where both have it not in common."""
+    """One for each of FIGURES; with 0 steps if the runs have no step with this figure in common."""
     differences: dict[str, Envelope]
-    """Relative."""
+    """Relative differences of FIGURES."""
     common_steps: int = 0
     beyond: list[dict[str, float]] | None = None
-    """NAMES of both, where the losses differ by more than the tolerance."""
+    """NAMES of both runs at the first step where the losses differ by more than the tolerance."""
 
     @classmethod
     def of(cls, first: RunFolder, second: RunFolder, tolerance: float) -> Comparison:
@@ -178,16 +178,16 @@ class Comparison:
 
 
 def curve_of(entries: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    """Of lines of metrics.jsonl, or of events."""
+    """The curve of a figure from lines of metrics.jsonl or events."""
     return {entry["step"]: float(entry[name]) for entry in entries if isinstance(entry.get(name), int | float)}
 
 
 def write_chart(path: Path, names: tuple[str, str], comparison: Comparison) -> None:
-    """A page that opens from disk: of each figure both curves, and below them their relative difference.
+    """Write a self-contained page with both curves of each figure and their relative difference below.
 
     Raises:
         TrackingError: plotly is missing or broken.
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     titles = [title for name in FIGURES for title in (name, f"{name}: relative difference")]
     make_subplots = from_plotly("subplots").make_subplots

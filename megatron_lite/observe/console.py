@@ -1,8 +1,8 @@
 """One terminal for the whole job, one log file for each rank.
 
 Libraries print from Python, from C++ and from child processes, once per rank. So the redirection happens at the level
-of file descriptors: 1 and 2 of every rank go to `<run>/logs/rank-N.log`, and what is meant for the user goes through a
-`Console`, which holds duplicates of the descriptors that the process started with.
+of file descriptors: 1 and 2 of every rank go to `<run>/logs/rank-N.log`, and output for the user goes through a
+`Console`, which holds duplicates of the original descriptors.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _STDOUT, _STDERR = 1, 2
 
 
 class Forgiving(io.TextIOBase):
-    """A text file over a descriptor, of which no failed write ends the process.
+    """A text file over a descriptor whose failed writes raise no error.
 
-    A closed SSH session or `| head` must not end a run of days, nor a disk that is full for a while: what cannot be
-    written is lost, and so, where the reader is gone, is all that follows.
+    Neither a closed SSH session or `| head` nor a full disk may end a run of days: output that cannot be written is
+    lost, and if the reader is gone, so is all later output.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -66,12 +66,12 @@ class Forgiving(io.TextIOBase):
 
 
 class Console:
-    """Where one rank speaks to the user: `print` on rank 0 only, `error` on every rank.
+    """Output of one rank for the user: `print` on rank 0 only, `error` on every rank.
 
     Args:
         output: where `print` writes; None = nowhere.
         errors: where `error` writes.
-        label: put before errors, to tell which rank speaks; empty = nothing.
+        label: prefix of errors that names the rank; may be empty.
     """
 
     def __init__(self, output: TextIO | None, errors: TextIO, label: str = "", log_path: Path | None = None) -> None:
@@ -82,11 +82,11 @@ class Console:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether `print` ends on a screen, where a progress bar can move."""
+        """Whether `print` writes to a terminal that can show a progress bar."""
         return self.rich is not None and self.rich.is_terminal and not self.rich.is_dumb_terminal
 
     def print(self, message: RenderableType = "") -> None:
-        """Show a line or a rich renderable to the user; nothing on ranks other than 0."""
+        """Show a line or a rich renderable to the user; does nothing on ranks other than 0."""
         if self.rich is not None:
             _show(self.rich, message)
 
@@ -94,7 +94,7 @@ class Console:
         """Show an error on the original stderr, from any rank, and keep it in the rank's log.
 
         Args:
-            own: it is about this rank, which is named; else it speaks for the whole job.
+            own: the error is about this rank, which is named; else it is about the whole job.
         """
         if isinstance(message, str) and self._label and own:
             message = f"{self._label}: {message}"
@@ -103,12 +103,12 @@ class Console:
             print(message, file=sys.stderr, flush=True)
 
     def release(self) -> None:
-        """Give a terminal back, from any thread, when the process is about to end without another word."""
+        """Restore the terminal, from any thread, before the process exits without cleanup."""
         if self.rich is not None and self.is_terminal:
-            self.rich.show_cursor()  # which a moving bar has hidden
+            self.rich.show_cursor()  # a progress bar has hidden it
 
     def restore(self) -> None:
-        """Undo `redirect_output`; nothing to undo for a console made by hand."""
+        """Undo `redirect_output`; does nothing for other consoles."""
 
 
 class _RedirectedConsole(Console):
@@ -137,9 +137,9 @@ class _RedirectedConsole(Console):
 
 
 def redirect_output(run_dir: Path, rank: int) -> Console:
-    """Send everything that this process prints from now on to `<run_dir>/logs/rank-<rank>.log`, appending.
+    """Append everything that this process prints from now on to `<run_dir>/logs/rank-<rank>.log`.
 
-    Call it before importing what is noisy. Child processes inherit the redirection.
+    Call it before importing libraries that print. Child processes inherit the redirection.
 
     Returns:
         The console over the original stdout (rank 0) and stderr (all ranks); its `restore` undoes the redirection.
@@ -164,16 +164,16 @@ def redirect_output(run_dir: Path, rank: int) -> Console:
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # for whoever has kept it
+            stream.reconfigure(line_buffering=True)  # libraries may hold a reference to it
     forgive_output()
     print(f"--- {datetime.now().isoformat(timespec='seconds')} rank {rank} starts, process {os.getpid()} ---")
     return _RedirectedConsole(saved_stdout, saved_stderr, log_path, rank, streams)
 
 
 def forgive_output() -> None:
-    """Let no `print` of this process fail, whatever becomes of its terminal or of the disk of its log.
+    """Make `print` of this process never fail, even if its terminal is closed or the disk of its log is full.
 
-    Nothing is buffered, so a killed process does not take its last words with it.
+    Nothing is buffered, so the last output of a killed process is not lost.
     """
     _flush()
     sys.stdout, sys.stderr = cast(TextIO, Forgiving(_STDOUT)), cast(TextIO, Forgiving(_STDERR))
@@ -192,7 +192,7 @@ def _rich(file: TextIO) -> RichConsole:
 
 
 def _hidden_width(file: TextIO) -> int | None:
-    """Columns of a terminal that rich cannot ask: it looks at descriptors 0 to 2, of which 1 and 2 now are the log."""
+    """Width of a terminal that rich cannot detect: it checks descriptors 0 to 2, but 1 and 2 are the log now."""
     with contextlib.suppress(OSError, ValueError):
         if not os.isatty(0) and os.isatty(file.fileno()):
             return os.get_terminal_size(file.fileno()).columns or None  # some containers' terminals have size 0

@@ -1,4 +1,4 @@
-"""What looks like a credential: never sent to a tracker, and never written into a run folder."""
+"""Detect and redact credentials: they are never sent to a tracker or written into a run folder."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ SECRET_KEY = re.compile(
     r"(?<![a-z])(?<!eod_)(token|pass|pwd)$",
     re.IGNORECASE,
 )
-"""Of names of settings and variables; data.eod_token is a token of text."""
+"""Names of settings and variables that hold credentials; data.eod_token is a text token."""
 _VARIABLE = re.compile(
     r"(?<![a-z])(tokens?|pass|pwd|pw|keys?|auth|login|otp|bearer|cookie|jwt|pat|sas|dsn|webhook|netrc|"
     r"conn(ection)?_?str(ing)?)(?![a-z])(?!_id$)",
     re.IGNORECASE,
 )
-"""Of names of variables alone: settings such as data.text_key are none."""
+"""Further names, of variables only: settings such as data.text_key are not credentials."""
 _URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
 _PASSWORD = re.compile(r"\w+://[^/@\s:]*:([^/@\s]+)@")
 _URL_SECRET = re.compile(r"\w+://?[^/@\s:]*:[^/@\s]+@|https?://?[^/@\s]+@", re.IGNORECASE)
-"""A login with a password; on the web a name alone may be a token. Where a path was made of an address, one slash is
-left."""
+"""A login with a password; in http(s) URLs a user name alone may be a token. A URL that was turned into a path has only
+one slash left."""
 _ISSUED = re.compile(
     r"(?<![\w-])(?:hf_|api_org_|sk-|[sr]k_live_|gh[opsur]_|github_pat_|glpat-|xox[abeprs]-|AKIA|ASIA|AIza|ya29\.|npm_|"
     r"pypi-|wandb_v\d_|nvapi-|gsk_|SG\.|dop_v1_)[\w.-]{8,}|(?<![\w.-])eyJ[\w-]+\.[\w-]+\.[\w-]*|"
     r"BEGIN[A-Z ]* PRIVATE KEY|hooks\.slack\.com/services/\w"
 )
-"""Beginnings by which those who issue keys mark them: Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google, ..."""
+"""Prefixes of keys: Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google, ..."""
 _DIGEST = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})", re.IGNORECASE)
-"""The form of keys of wandb and of many services."""
+"""The format of keys of wandb and many other services."""
 RANDOM_LENGTH = 20
-SHORTEST = 8  # of a value of the environment that is looked for in texts: shorter ones are words as well
+SHORTEST = 8  # of an environment value that is redacted in texts: shorter values may be ordinary words
 _LITERAL = r"['\"]?([^\s,;'\"$`|&<>][^\s'\"|&;]*)"
-"""A value that stands there in full; what begins with $ or ` the shell looks up when it runs the line."""
+"""A literal value; one that starts with $ or ` is expanded by the shell when it runs the line."""
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w-]*)=(?=['\"]?([^\s,;'\"]))")
-"""Of a variable in a line of a shell, or in an option such as --export=NAME=value."""
+"""Assignment of a variable in a shell line, or in an option such as --export=NAME=value."""
 _OPTION = re.compile(rf"(?<!\S)--?([A-Za-z][\w-]*)\s+(?!-){_LITERAL}")
 _HEADER = re.compile(r"\b((?:proxy-)?authorization|x-[\w-]*(?:key|token|auth)[\w-]*)\s*:\s*(?:\w+\s+)?[^\s$`'\"]", re.I)
 _LOGIN = re.compile(r"(?<![-./\w])login\b([^|&;#]*)", re.IGNORECASE)
@@ -49,7 +49,7 @@ _LOGIN_WORD = re.compile(r"(?<=\s)(?!-)['\"]?([^\s'\"$`.:/=]+)['\"]?(?=\s|$)")
 _SHORT_PASSWORD = re.compile(r"\bsshpass\s+-p|(?<!\S)(?:-u|--user)[ =]*['\"]?[^\s'\"$:=]+:[^\s'\"$]")
 _NETRC = re.compile(rf"\b(?:password|passwd)\s+{_LITERAL}", re.IGNORECASE)
 _PIPED = re.compile(r"\b(?:echo|printf)\s+['\"]?[^\s'\"$`-].*\|.*(?:stdin|login|netrc)", re.IGNORECASE)
-_COMPUTED = "$`"  # values that the shell looks up when it runs the line
+_COMPUTED = "$`"  # first characters of values that the shell expands
 
 
 def names_secret(variable: str) -> bool:
@@ -58,7 +58,7 @@ def names_secret(variable: str) -> bool:
 
 
 def looks_secret(value: str) -> bool:
-    """Whether a value looks like a credential, whatever it is called."""
+    """Whether a value looks like a credential, whatever its name."""
     return bool(
         has_url_secret(value)
         or _ISSUED.search(value)
@@ -68,24 +68,24 @@ def looks_secret(value: str) -> bool:
 
 
 def _looks_random(word: str) -> bool:
-    """Long, and of small and large letters and digits, without the marks of a path or a version."""
+    """Whether a word is long and mixes lower case, upper case and digits, without characters of a path or version."""
     counts = [sum(map(test, word)) for test in (str.islower, str.isupper, str.isdigit)]
     return len(word) >= RANDOM_LENGTH and min(counts) >= 2 and re.fullmatch(r"[A-Za-z0-9+_=-]+", word) is not None
 
 
 def has_url_secret(text: str) -> bool:
-    """Whether an address in the text has a password or a token in it."""
+    """Whether a URL in the text contains a password or a token."""
     return _URL_SECRET.search(text) is not None
 
 
 def without_logins(text: str) -> str:
-    """The text with the logins of its addresses replaced by `***`."""
+    """The text with the logins of its URLs replaced by `***`."""
     return _URL_LOGIN.sub(r"\1***@", text)
 
 
 def redacted(text: str) -> str:
-    """A text of anybody's, such as the message of an exception, without the credentials that are known by their form or
-    as values of this process's environment."""
+    """A text, such as an exception's message, without credentials that are recognizable by their format or are values
+    of this process's environment."""
     text = _ISSUED.sub("***", without_logins(text))
     for value in _own_secrets():
         text = text.replace(value, "***")
@@ -94,7 +94,7 @@ def redacted(text: str) -> str:
 
 @cache
 def _own_secrets() -> tuple[str, ...]:
-    """Values of variables that are named like credentials, and passwords of addresses in others; the longest first."""
+    """Values of variables that are named like credentials, and passwords in URLs of others; the longest first."""
     named = {value for name, value in os.environ.items() if names_secret(name)}
     logins = {login for value in os.environ.values() for login in _PASSWORD.findall(value)}
     found = (value for value in named | logins if len(value) >= SHORTEST and not os.path.exists(value))
@@ -102,14 +102,14 @@ def _own_secrets() -> tuple[str, ...]:
 
 
 def assigned_secrets(line: str) -> Iterator[str]:
-    """Names of variables like credentials that a line gives a value which stands there in full."""
+    """Names of credential variables to which a shell line assigns a literal value."""
     for name, first in _ASSIGNMENT.findall(line):
         if names_secret(name) and first not in _COMPUTED:
             yield name
 
 
 def secrets_in_line(line: str) -> Iterator[str]:
-    """What of a shell line holds a credential that stands there in full, in words without its value."""
+    """Descriptions, without the values, of literal credentials in a shell line."""
     for name in assigned_secrets(line):
         yield f"gives a value to {name}, which is named like a credential"
     for name, _ in _OPTION.findall(line):
@@ -144,9 +144,9 @@ TRACKED_OF_LAUNCHER = ("name", "num_processes", "threads_per_process", "device",
 
 
 def tracked_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's configuration what trackers may show: what decides the training, and nothing of how jobs are started.
+    """The part of a run's configuration that trackers may show: what determines training, not how jobs are started.
 
-    A list of what may be seen, not of what may not: a setting that is new stays unseen until it is named here.
+    It is an allowlist: a new setting stays hidden until it is added here.
     """
     groups = {group: config[group] for group in TRACKED_GROUPS if group in config}
     launcher = config.get("launcher")

@@ -1,5 +1,5 @@
-"""A curve of any length as a few hundred to a few thousand points that look the same: of each stretch of steps the
-lowest, the highest and a gap, so that a spike of a single step survives."""
+"""Downsample a curve of any length to a few thousand points that look the same: the minimum, the maximum and a gap of
+each range of steps, so that a spike of a single step survives."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Array = np.ndarray[Any, Any]
 
 
 class Envelope:
-    """Takes the points of a curve as they come and holds at most `most` of them.
+    """Receives the points of a curve one after the other and keeps at most `most` of them.
 
-    Stretches are equally wide, a power of two of steps, and aligned to step 0: a wider one consists of whole narrower
-    ones, so what is kept follows from the curve alone and not from the blocks in which it came.
+    The ranges of steps have equal widths, a power of two, and are aligned to step 0: a wider range consists of whole
+    narrower ones, so the result depends only on the curve and not on the blocks in which it was added.
     """
 
     def __init__(self, most: int = MOST_POINTS) -> None:
@@ -29,7 +29,7 @@ class Envelope:
         self._num_new = 0
 
     def add(self, steps: Array, values: Array) -> None:
-        """Points behind those before, in the order of steps; what is not finite is a gap."""
+        """Append points in the order of steps; values that are not finite are gaps."""
         if not len(steps):
             return
         values = np.where(np.isfinite(values), values, np.nan)
@@ -41,7 +41,7 @@ class Envelope:
             self._take_new()
 
     def _take_new(self) -> None:
-        """Many points together: the work is by call rather than by point."""
+        """Reduce many new points at once: the cost is per call, not per point."""
         if not self._new:
             return
         steps, values = (np.concatenate(parts) for parts in zip(*self._new, strict=True))
@@ -51,7 +51,7 @@ class Envelope:
         self._shrink(self._most)
 
     def add_gap(self, step: int) -> None:
-        """A point without a value, wherever it belongs."""
+        """Insert a point without a value at its place."""
         self._take_new()
         place = np.searchsorted(self._steps, step)
         self._steps = np.insert(self._steps, place, step)
@@ -80,7 +80,7 @@ class Envelope:
 
 
 class Means:
-    """The mean of a curve over equally wide stretches of steps, at most `most` of them."""
+    """The mean of a curve over ranges of steps of equal width, at most `most` of them."""
 
     def __init__(self, most: int = MOST_POINTS) -> None:
         self._width = 1
@@ -104,7 +104,7 @@ class Means:
         self._steps += np.bincount(places, steps, most)
 
     def points(self) -> tuple[list[int], list[float]]:
-        """The middle step of each stretch that has values, and their mean."""
+        """The mean step and the mean value of each range that has values."""
         there = self._counts > 0
         counts = self._counts[there]
         return np.rint(self._steps[there] / counts).astype(int).tolist(), (self._sums[there] / counts).tolist()
@@ -128,7 +128,7 @@ def _reduced(steps: Array, values: Array, width: int) -> tuple[Array, Array]:
 
 
 def _first_of_each(places: Array, number: Array) -> Array:
-    """Of ascending places the first in each stretch."""
+    """The first of the ascending places in each range."""
     if not len(places):
         return places
     stretches = number[places]

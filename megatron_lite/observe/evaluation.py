@@ -1,4 +1,4 @@
-"""What an evaluation found, from the ranks that compute it to whoever reads it."""
+"""The report of an evaluation: a file that the ranks write and the command shows."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Losses in nats, shares from 0 to 1; None = there is none, or it is no finite number."""
+    """Losses in nats, accuracies from 0 to 1; None = does not exist, or is not finite."""
 
     checkpoint: str
     step: int | None
-    """Of the run that saved it."""
+    """The step of the run at which the checkpoint was saved."""
     text: str
-    """What was evaluated on."""
+    """Name of the evaluated text."""
     layout: str
     samples: int
     tokens: float
-    """All that count in the loss, by their weights."""
+    """Sum of the loss weights of all tokens."""
     loss: float | None
-    """What training minimises: nats per token, plus nats per sample where samples have a class."""
+    """The training loss: nats per token, plus nats per sample if samples have a class."""
     token_loss: float | None
     perplexity: float | None
     """exp(token_loss)"""
     accuracy: float | None
-    """Of the counted tokens, those whose label has the largest logit."""
+    """Share of the counted tokens whose label has the largest logit."""
     sequence_accuracy: float | None
-    """The same of the samples' classes."""
+    """The same for the samples' classes."""
 
     def write(self, folder: Path) -> None:
-        """Whole or not at all."""
+        """Write the file atomically."""
         replace_file(folder / EVALUATION_FILE, self.as_json().encode() + b"\n")
 
     def as_json(self) -> str:

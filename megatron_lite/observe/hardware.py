@@ -1,4 +1,4 @@
-"""What this machine can do: cores, matrix-product speed, and the fastest float32 that still is float32."""
+"""Properties of this machine: cores, matmul speed, and the fastest float32 matmul that is still true float32."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _TRUE_FLOAT32_ERROR = 2e-6  # see enable_fast_float32_matmul
 class Float32Matmul:
     """What `enable_fast_float32_matmul` decided.
 
-    `relative_error` is that of a product under `medium` against float64 (None where it was not tried),
-    `highest_error` that of torch's default; `reason` is one plain sentence for the log.
+    `relative_error` is that of a product under `medium` against float64 (None if it was not tried),
+    `highest_error` that of torch's default; `reason` is one sentence for the log.
     """
 
     precision: str
@@ -56,7 +56,7 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def measure_gemm_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Dense matrix-product speed in FLOP/s: of one thread on a CPU, of the whole device on CUDA.
+    """Dense matmul speed in FLOP/s: of one thread on a CPU, of the whole device on CUDA.
 
     The best of a few products within about 0.2 s. On a CPU the thread's own CPU time counts, so that other processes on
     the same cores do not lower the result. The current float32 matmul precision applies.
@@ -87,12 +87,12 @@ def _seconds_of_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> 
 
 
 def enable_fast_float32_matmul(device: torch.device | str = "cpu") -> Float32Matmul:
-    """Let float32 products on a CPU go through oneDNN where that keeps them float32.
+    """Use oneDNN for float32 matmuls on a CPU if they stay true float32.
 
-    `torch.set_float32_matmul_precision("medium")` permits bf16 inside float32 products. On a CPU without AMX it only
-    swaps MKL for oneDNN, which on AMD is about twice as fast and as exact; with AMX it may really round to bf16
-    (2^-9, an error of about 2e-3). So it is tried, and kept only while the error against float64 stays below 2e-6,
-    what summing in float32 costs at this size. On CUDA nothing is changed: TF32 is for the user to choose.
+    `torch.set_float32_matmul_precision("medium")` permits bf16 inside float32 matmuls. On a CPU without AMX it only
+    replaces MKL by oneDNN, which on AMD is about twice as fast and as exact; with AMX it may really round to bf16
+    (2^-9, an error of about 2e-3). So it is tried, and kept only if the error against float64 stays below 2e-6, the
+    rounding error of float32 sums of this size. On CUDA nothing changes: TF32 is the user's choice.
     """
     if torch.device(device).type != "cpu":
         return Float32Matmul(torch.get_float32_matmul_precision(), None, None, "TF32 on CUDA is left as it was")
@@ -121,15 +121,15 @@ def _matmul_error() -> float:
 
 
 def reuse_freed_memory() -> bool:
-    """Let this process keep large blocks of host memory that it frees, for the next step to take again.
+    """Keep large freed blocks of host memory in this process, so that the next step can reuse them.
 
-    glibc maps each block beyond a threshold (32 MB at most) anew and returns it to the system when it is freed, so
-    every step pays page faults for its logits, its flat gradients and its activations: 5 % of a CPU step in a plain
-    loop, 8 % under ZeRO, which flattens. Afterwards blocks come from the heap, which grows for about five steps and is
-    given back only beyond 2 GB of free space at its end. It has gaps: resident memory grew by 17 % under ZeRO-1.
+    glibc maps each block above a threshold (32 MB at most) anew and returns it to the system when it is freed, so every
+    step pays page faults for its logits, flat gradients and activations: 5 % of a CPU step in a plain loop, 8 % under
+    ZeRO, which flattens. With these settings blocks come from the heap, which grows for about five steps and is given
+    back only above 2 GB of free space at its end. The heap fragments: resident memory grew by 17 % under ZeRO-1.
 
     Returns:
-        Whether the C library obeyed; False where it is not glibc.
+        whether the C library accepted the settings; False if it is not glibc
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -141,7 +141,7 @@ def reuse_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch's CPU kernels on the calling thread alone."""
+    """Run torch's CPU kernels on the calling thread only."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

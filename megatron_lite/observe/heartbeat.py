@@ -1,11 +1,11 @@
-"""What every rank is doing, for all the others to read: one small file a rank in the run folder.
+"""Heartbeats: what every rank is doing, in one small file per rank in the run folder that all ranks can read.
 
-The training thread says which phase it enters, and no more: one tuple is replaced, which the watchdog's thread reads
-and publishes once an interval. Entering a phase takes 0.2 to 0.3 us (`python -m benchmarks.heartbeat`), and a step of
-the demo (DP2 x TP2 x PP2, 4 micro-batches) enters 22: 6 us of its 1.2 s on two cores, 0.0005 %. A publication takes 50
-us in the other thread, at most four times a second.
+The training thread only records the phase that it enters: it replaces one tuple, which the watchdog thread reads and
+publishes once per interval. Entering a phase takes 0.2 to 0.3 us (`python -m benchmarks.heartbeat`), and a step of the
+demo (DP2 x TP2 x PP2, 4 micro-batches) enters 22: 6 us of its 1.2 s on two cores, 0.0005 %. Publishing takes 50 us in
+the other thread, at most four times a second.
 
-Nobody compares the clocks of two nodes more closely than half of train.timeout_seconds.
+The clocks of two nodes are compared only with a tolerance of half of train.timeout_seconds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ WAITING_CALLS = ("wait", "synchronize")  # of an asynchronous collective's handl
 
 
 class Phase(StrEnum):
-    """What a rank can be busy with."""
+    """What a rank can be doing."""
 
     START = "start"
-    MEET = "meet"  # the other ranks, to make process groups
+    MEET = "meet"  # connecting to the other ranks and creating process groups
     BUILD = "build"
     LOAD = "load"
     DATA = "data"
@@ -58,15 +58,15 @@ AFTER_STEP = frozenset({Phase.REPORT, Phase.EVALUATE, Phase.SAVE, Phase.SAMPLE, 
 
 
 class Activity(NamedTuple):
-    """What the training thread does now."""
+    """What the training thread is doing now."""
 
     phase: Phase
     micro_batch: int | None
     """Counts from 1 within a step or an evaluation; None = the phase is not about one."""
     step: int
-    """The step under way, counts from 1; 0 = before the first."""
+    """The current step, counts from 1; 0 = before the first."""
     position: int
-    """Phases entered since the step began: ranks of one stage enter the same ones in the same order."""
+    """Number of phases entered since the step began: ranks of one stage enter the same phases in the same order."""
     since: float
     """time.monotonic()"""
 
@@ -81,7 +81,7 @@ class Heartbeat:
         self._spent = dict.fromkeys(Phase, 0.0)
 
     def begin_step(self, step: int) -> None:
-        """Of the steps counted from 1; the first thing is its data."""
+        """Start a step (counted from 1) with its data phase."""
         self._now = (Phase.DATA, None, step, 0, time.monotonic())
         self._spent = dict.fromkeys(Phase, 0.0)
 
@@ -93,7 +93,7 @@ class Heartbeat:
 
     @property
     def spent(self) -> dict[Phase, float]:
-        """Seconds in each phase since the step began, the present one not counted."""
+        """Seconds in each phase since the step began, without the current phase."""
         return dict(self._spent)
 
     @property
@@ -102,13 +102,13 @@ class Heartbeat:
 
     @property
     def seconds(self) -> float:
-        """How long the present phase has lasted."""
+        """How long the current phase has lasted."""
         return time.monotonic() - self.now.since
 
 
 @dataclass(frozen=True)
 class Place:
-    """Who a rank is and where it runs."""
+    """A rank, its place in the layout and where it runs."""
 
     rank: int
     node: str
@@ -120,7 +120,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Beat(Place):
-    """A rank's sign of life, as others read it."""
+    """A published heartbeat of a rank, as other ranks read it."""
 
     phase: str
     micro_batch: int | None
@@ -158,7 +158,7 @@ class Beat(Place):
 
     @property
     def finished_step(self) -> int:
-        """The last one that the rank has made."""
+        """The last step that the rank has finished."""
         return self.step if self.phase in AFTER_STEP else max(self.step - 1, 0)
 
     def seconds_at(self, now: float) -> float:
@@ -167,16 +167,16 @@ class Beat(Place):
 
 
 def node_name() -> str:
-    """This machine as the scheduler knows it, which may be another name than its own."""
+    """The scheduler's name of this machine, which may differ from its host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def publish(folder: Path, beat: Beat) -> None:
     """Replace the rank's line.
 
-    Written in place and closed, which is what shared filesystems promise to show to the next that opens the file; a new
-    file for each would cost their metadata server three requests more. What is left of a longer line before counts for
-    nothing: a reader reads to the first end of a line.
+    It is written in place and closed, because shared filesystems guarantee that the next process to open the file sees
+    it (close-to-open consistency); a new file each time would cost the metadata server three more requests. The rest of
+    a longer line before is ignored: readers read only to the first newline.
     """
     line = json.dumps(asdict(beat)) + "\n"
     descriptor = os.open(_path(folder, beat.rank), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -187,10 +187,10 @@ def publish(folder: Path, beat: Beat) -> None:
 
 
 def read_beats(folder: Path, world_size: int) -> dict[int, Beat]:
-    """Of the ranks that have given one, in this attempt at the run or in an earlier one."""
+    """The heartbeats of all ranks that have sent one, in this attempt at the run or in an earlier one."""
     beats = {}
     for rank in range(world_size):
-        with suppress(DamagedFileError):  # caught half written, for one: no sign of life
+        with suppress(DamagedFileError):  # for example read while half written: counts as no heartbeat
             content = read_bytes(_path(folder, rank))
             if content is not None:
                 beats[rank] = decode(content.partition(b"\n")[0], Beat, f"the heartbeat of rank {rank}")
@@ -202,12 +202,12 @@ def _path(folder: Path, rank: int) -> Path:
 
 
 def _main_thread() -> tuple[str | None, str]:
-    """(collective or wait that it is in, place in our code) of the training thread, by its stack."""
+    """From the training thread's stack: the collective or wait that it is in, and its place in our code."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     call, where = None, ""
     for depth, (code, line) in enumerate(_innermost_first(frame)):
         if code.co_filename.endswith(COLLECTIVES) or (depth == 0 and _is_wait(code)):
-            call = code.co_name  # the outermost one is what was called, the others are its parts
+            call = code.co_name  # the outermost frame is the collective that our code called
         if not where and code.co_filename.startswith(PACKAGE):
             where = f"{code.co_filename.removeprefix(PACKAGE)}:{line} {code.co_name}"
     return call, where

@@ -1,5 +1,5 @@
-"""The figures of a run over its steps, read from metrics.jsonl in one pass and in bounded memory: what the report, the
-loss curve and the summary show, and what `compare` holds side by side."""
+"""The figures of a run over its steps, read from metrics.jsonl in one pass and in bounded memory, for the report, the
+loss curve, the summary and `compare`."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from megatron_lite.observe.panels import PANELS, WHOLE_GROUP
 
 SPEED = ("step_seconds", "tokens_per_second", "data_seconds")
 MOST_SPEEDS = 8192
-MOST_GROUP_POINTS = 20_000  # of all curves of a panel together
+MOST_GROUP_POINTS = 20_000  # over all curves of a panel
 Points = tuple[list[int], list[float | None]]
 """Steps and values; None is a gap."""
 
 
 @dataclass
 class History:
-    """What is kept of a metrics.jsonl."""
+    """A summary of a metrics.jsonl in bounded memory."""
 
     count: int = 0
-    """Lines."""
+    """Number of lines."""
     first: dict[str, Any] = field(default_factory=dict)
-    """The first line; empty where there is none."""
+    """The first line; empty if there is none."""
     last: dict[str, Any] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
-    """Where lines are missing that had been written."""
+    """Steps whose lines were written and are missing."""
     damaged: int = 0
-    """Lines that cannot be read."""
+    """Number of lines that cannot be read."""
     dropped: int = 0
-    """Values of the others that are no numbers."""
+    """Number of values in the other lines that are not numbers."""
     _curves: dict[str, Envelope] = field(default_factory=dict)
     _groups: dict[str, GroupCurves] = field(default_factory=dict)
     loss: Means = field(default_factory=Means)
@@ -52,8 +52,8 @@ class History:
     def read(cls, path: Path, lost: Iterable[Gap] = (), logged: LoggedLines | None = None) -> History:
         """
         Args:
-            lost: what earlier resumes have found missing; steps that were trained again since are not.
-            logged: what a checkpoint knows of the file.
+            lost: steps that earlier resumes have found missing; those trained again since are not missing any more.
+            logged: what a checkpoint records about the file.
         """
         names, groups = wanted()
         found = cls(_groups={name: GroupCurves() for name in groups})
@@ -66,7 +66,7 @@ class History:
                 found._count(block.steps)
                 waiting.append(Table.of(block, names))
                 _add_groups(found._groups, block.lines)
-            if sum(map(len, waiting)) > MOST_NEW:  # most of the work is by call rather than by line
+            if sum(map(len, waiting)) > MOST_NEW:  # the cost is per call, not per line
                 found._add(Table.joined(waiting), names)
                 waiting = []
         if waiting:
@@ -91,7 +91,7 @@ class History:
         return {inner: curve.points(most) for inner, curve in found.items()}
 
     def steady(self) -> dict[str, Array]:
-        """SPEED of the second half of all steps, past the warm-up of caches and allocators; of very many a sample."""
+        """SPEED of the second half of all steps, after the warm-up of caches and allocators; a subset of very many."""
         rows = self._speeds.rows
         rows = rows[len(rows) // 2 :]
         rows = rows[np.isfinite(rows).all(axis=1)]
@@ -154,11 +154,11 @@ def _add_groups(curves: Mapping[str, GroupCurves], lines: Sequence[Line]) -> Non
 
 @dataclass
 class TakenBack:
-    """What rollbacks have taken back, of the figures whose charts show it."""
+    """Rolled-back steps: the figures whose charts show them."""
 
     last_step: int = 0
     curves: dict[int, dict[str, tuple[array[int], array[float]]]] = field(default_factory=dict)
-    """By the rollbacks that a branch came after: of each figure steps and values."""
+    """Branch (the number of rollbacks before it) -> figure -> steps and values."""
 
     @classmethod
     def read(cls, path: Path) -> TakenBack:
@@ -177,7 +177,7 @@ class TakenBack:
     def branches(self, name: str) -> dict[int, Points]:
         """One figure of each branch, in the order of steps.
 
-        Of one branch a later rollback may have taken back earlier steps than the one before it.
+        Steps of a branch need not be sorted: a later rollback may have undone earlier steps than the one before it.
         """
         found = {}
         for branch, curves in sorted(self.curves.items()):
@@ -202,7 +202,7 @@ class Table:
 
     steps: Array
     values: Array
-    """NaN where there is none."""
+    """NaN if the line lacks the figure."""
     there: Array
     """Whether the line has the figure."""
 
@@ -239,7 +239,7 @@ class Table:
 
 
 def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
-    """A row for each line; None where not each has a number for each name, as in most blocks it has."""
+    """A row for each line; None unless every line has a number for every name, which most blocks have."""
     if len(names) < 2:
         return None
     pack = Struct(f"{len(names)}d").pack
@@ -251,12 +251,12 @@ def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:
 
 
 def _line_of(found: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
-    """The first one of this step; empty where the run has taken it back in the meantime."""
+    """The first line of this step; empty if the run has been rolled back meanwhile."""
     return next((entry for entry in found if entry["step"] == step), {})
 
 
 class Thinned:
-    """Rows of numbers; of more than MOST_SPEEDS every second, fourth, ... one."""
+    """Rows of numbers; above MOST_SPEEDS only every second, fourth, ... row is kept."""
 
     def __init__(self, columns: int) -> None:
         self.rows = np.empty((0, columns))
@@ -271,9 +271,9 @@ class Thinned:
 
 
 class MissingSteps:
-    """Finds the steps whose lines are gone while the blocks of a file go by.
+    """Finds the steps whose lines are missing while the blocks of a file are read.
 
-    Steps that are trained again since, after a rollback to an earlier one, are not gone.
+    Steps that were trained again since, after a rollback, are not missing.
     """
 
     def __init__(self, lost: Iterable[Gap] = (), logged: LoggedLines | None = None) -> None:
@@ -300,13 +300,13 @@ class MissingSteps:
         known = [Gap(gap.first, last) for gap, last in self._known.items() if last >= gap.first]
         steps = np.concatenate([np.empty(0, np.int64), *self._steps])
         missing = self._logged.missing(steps) if self._logged is not None else []
-        if len(steps) and not self._damaged:  # the run may have gone back to an older checkpoint, and be on its way
+        if len(steps) and not self._damaged:  # the run may have resumed from an older checkpoint and not caught up yet
             missing = [gap for gap in missing if gap.first < steps[-1]]
         return merged([*self._found, *known, *missing])
 
 
 def merged(gaps: Iterable[Gap]) -> list[Gap]:
-    """Those that overlap as one, in the order of steps."""
+    """Merge overlapping gaps, in the order of steps."""
     found: list[Gap] = []
     for gap in sorted(gaps, key=lambda gap: (gap.first, gap.last)):
         if found and gap.first <= found[-1].last:
@@ -323,11 +323,11 @@ class Pairs:
     first: Table
     second: Table
     all_steps: tuple[Array, Array]
-    """Of both, in common or not, from the end of the pairs before on."""
+    """All steps of both runs, common or not, since the previous pairs."""
 
 
 def paired(first: Iterator[Table], second: Iterator[Table]) -> Iterator[Pairs]:
-    """The lines whose steps both runs have. Reads both to their ends, a table of each at a time."""
+    """The lines of the steps that both runs have. Reads both to the end, one table of each at a time."""
     sides = [_Side(first), _Side(second)]
     while all(side.fill() for side in sides):
         until = min(int(side.table.steps[-1]) for side in sides)
@@ -345,7 +345,7 @@ class _Side:
         self.table = Table(np.empty(0, np.int64), np.empty((0, 0)), np.empty((0, 0), bool))
 
     def fill(self) -> bool:
-        """Whether there is a line left."""
+        """Read the next table if needed; returns whether any line is left."""
         while not len(self.table):
             table = next(self._source, None)
             if table is None:
@@ -354,7 +354,7 @@ class _Side:
         return True
 
     def take(self, until: int) -> Table:
-        """What is left up to this step."""
+        """Remove and return the lines up to this step."""
         place = int(np.searchsorted(self.table.steps, until, side="right"))
         taken, self.table = self.table.rows(slice(place)), self.table.rows(slice(place, None))
         return taken

@@ -1,4 +1,4 @@
-"""Lines that a run appends to a file: whole, in order and once each, and kept in memory while the disk takes none."""
+"""Append lines to a file: whole, in order and once each; kept in memory while the disk rejects writes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from megatron_lite.observe.phrasing import counted
 
 MOST_BYTES = 64 * 2**20
-"""That wait in memory: at 600 bytes a step 100,000 steps. Beyond that the oldest lines are lost."""
+"""Limit of waiting lines in memory: 100,000 steps of 600 bytes. Above it the oldest lines are lost."""
 
 
 class LineWriter:
-    """Appends to one file, which it alone writes.
+    """Appends to one file, of which it is the only writer.
 
-    Training must not end because a disk is full, a quota is used up or a file server is away for a while. The file
-    holds whole lines at any moment: what was written of one that did not fit is cut off again, which needs no space.
+    Training must not end because a disk or quota is full or a file server is not reachable for a while. The file always
+    holds whole lines: a partly written line is truncated again, which needs no space.
 
     Args:
-        report: is told once when lines begin to wait, and when they are written after all.
+        report: called with a line when lines begin to wait, and when they have been written.
     Raises:
-        OSError: the file cannot be opened now, at the beginning.
+        OSError: the file cannot be opened at the start.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None] = lambda line: None) -> None:
@@ -47,7 +47,7 @@ class LineWriter:
         self.flush()
 
     def flush(self) -> bool:
-        """Write what waits, as far as the disk takes it; whether nothing waits any more."""
+        """Write the waiting lines, as far as the disk accepts them; returns whether none waits any more."""
         late = len(self._waiting) - 1
         try:
             self._file = self._open() if self._file is None else self._file
@@ -60,13 +60,13 @@ class LineWriter:
         if self._is_failing:
             self._is_failing = False
             waited = f"{counted(late, 'line')} {'has' if late == 1 else 'have'} waited in memory"
-            lost = f"; {counted(self._lost, 'line')} ahead of them {_is_are(self._lost)} lost" if self._lost else ""
+            lost = f"; {counted(self._lost, 'line')} before them {_is_are(self._lost)} lost" if self._lost else ""
             self._report(f"{self._path} can be written again: {waited}{lost}")
             self._lost = 0
         return True
 
     def close(self) -> None:
-        """Nothing is written after it. What the disk still does not take is lost."""
+        """Close the file. Lines that the disk still rejects are lost."""
         if self._waiting and not self.flush():
             lost = len(self._waiting) + self._lost
             self._report(
@@ -78,7 +78,7 @@ class LineWriter:
             self._file = None
 
     def _open(self) -> int:
-        """Open the file, and cut off what follows the last whole line."""
+        """Open the file, and truncate it after the last whole line."""
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self._file).st_size
         if self._size is not None and size > self._size:
@@ -108,8 +108,8 @@ class LineWriter:
         if not self._is_failing:
             self._is_failing = True
             self._report(
-                f"warning: {self._path} cannot be written ({error.strerror or error}); training goes on, and what "
-                f"belongs there waits in memory, up to {MOST_BYTES >> 20} MiB of it"
+                f"warning: {self._path} cannot be written ({error.strerror or error}); training goes on, and its lines "
+                f"wait in memory, up to {MOST_BYTES >> 20} MiB"
             )
 
 

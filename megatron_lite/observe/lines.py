@@ -1,8 +1,8 @@
-"""The lines of metrics.jsonl as a stream of typed blocks: only the wanted keys are decoded, and memory stays bounded
-however long the file is. What is damaged is left out, and counted, with the steps between which it stood.
+"""The lines of metrics.jsonl as a stream of typed blocks: only the requested keys are decoded, in bounded memory for
+files of any length. Damaged lines are left out and counted, with the steps between which they were.
 
-One rule for every reader: a line counts when its step is one, and of such a line only the values are left out that are
-no figures.
+All readers follow one rule: a line is valid if its step is a number, and only those of its values that are not numbers
+are left out.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_lite.observe.phrasing import counted
 from megatron_lite.state_files import Object, decode, open_lines, warn
 
 BLOCK_BYTES = 2**18
-"""Fits into the processor's cache with what is decoded from it; blocks of 4 MiB take twice the time."""
+"""Fits into the CPU cache together with the decoded lines; blocks of 4 MiB take twice the time."""
 LONGEST_LINE_BYTES = 2**24
-"""A line that is longer is damage, such as zeros over what were many lines."""
+"""A longer line is damage, such as zeros that overwrote many lines."""
 MOST_STEPS = 2**53
-"""A larger number of a step is damage."""
+"""A larger step number is damage."""
 MOST_INTEGER = 2**63
 MOST_NESTED = 100
 COUNTS = ("rollbacks", "samples", "global_batch_size")
@@ -37,7 +37,7 @@ _BAD = object()
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)]
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
-"""JSON has no numbers for them."""
+"""Strings for numbers that JSON lacks."""
 NON_FINITE = {name: float(name) for name in get_args(NonFinite)}
 Figure = float | NonFinite | None
 Group = dict[str, Figure] | list[Figure] | None
@@ -51,7 +51,7 @@ class Line(msgspec.Struct, gc=False):
 
 
 def line_type(numbers: Sequence[str], groups: Sequence[str] = ()) -> type[Line]:
-    """A Line with these keys, each None where a line lacks it.
+    """A Line type with these keys, each None if a line lacks it.
 
     Args:
         numbers: single figures.
@@ -65,14 +65,14 @@ def line_type(numbers: Sequence[str], groups: Sequence[str] = ()) -> type[Line]:
 
 @dataclass(frozen=True)
 class Gap:
-    """Steps whose lines are missing: from `first` to `last`, as far as they were to be logged."""
+    """A range of steps, `first` to `last`, whose logged lines are missing."""
 
     first: int
     last: int
 
     @classmethod
     def read(cls, text: Any) -> Gap | None:
-        """Of `as_text`; None where it is something else."""
+        """Parse the output of `as_text`; None if it is something else."""
         first, _, last = str(text).partition("-")
         return cls(int(first), int(last)) if first.isdecimal() and last.isdecimal() else None
 
@@ -87,19 +87,19 @@ class Gap:
 @dataclass
 class Block:
     lines: list[Any]
-    """Instances of the kind that was asked for; their steps ascend, from block to block as well."""
+    """Instances of the requested kind; their steps ascend, across blocks as well."""
     steps: Array
-    """Of the lines."""
+    """The steps of the lines."""
     gaps: list[Gap] = field(default_factory=list)
-    """What is damaged between two lines that are not."""
+    """Steps of damaged lines between two intact ones."""
     damaged: int = 0
-    """Lines that are left out; a last line that a kill or a writer at work leaves without a newline is none of them."""
+    """Number of lines that are left out, not counting an incomplete last line (after a kill, or during a write)."""
     dropped: int = 0
-    """Values that are left out."""
+    """Number of values that are left out."""
 
 
 def blocks(path: Path, kind: type[Line]) -> Iterator[Block]:
-    """All lines of a file in order; nothing where there is no file. Warns of values that it leaves out."""
+    """All lines of a file in order; none if the file does not exist. Warns of values that are left out."""
     decoder, dropped = _LineDecoder(kind), 0
     for block in _in_order(map(decoder.lines, whole_lines(path))):
         block.dropped = decoder.dropped - dropped
@@ -125,20 +125,20 @@ class RawLine(msgspec.Struct, gc=False):
 
 
 def raw_blocks(path: Path, *, is_suspect: bool) -> Iterator[Block]:
-    """The same with the text of each line: RawLines.
+    """The same lines with their texts: RawLines.
 
     Args:
-        is_suspect: the file is known to be changed, so every byte of a line is checked, not only the wanted keys.
+        is_suspect: the file is known to be changed, so every byte of a line is checked, not only the requested keys.
     """
     decoder = _LineDecoder(Line)
     return _in_order(_raw_lines(piece, decoder, is_suspect) for piece in whole_lines(path))
 
 
 def lines_beyond(piece: bytes, step: int) -> bytes:
-    """The lines of a later step; finding them costs a fraction of decoding them whole.
+    """The lines of later steps; finding them costs a fraction of decoding them completely.
 
     Args:
-        piece: as `whole_lines` gives them.
+        piece: from `whole_lines`.
     """
     return b"".join(line.text for line in _raw_lines(piece, _LineDecoder(Line)) if line and line.step > step)
 
@@ -146,7 +146,7 @@ def lines_beyond(piece: bytes, step: int) -> bytes:
 def _raw_lines(piece: bytes, decoder: _LineDecoder, is_suspect: bool = False) -> list[Any]:
     texts = piece[:-1].split(b"\n")
     found = [] if is_suspect and not _is_sound_text(piece) else decoder.lines(piece)
-    if len(found) != len(texts):  # blank lines are none to the decoder
+    if len(found) != len(texts):  # the decoder ignores blank lines
         found = [decoder.lenient(text) for text in texts]
     return [None if line is None else RawLine(line.step, text + b"\n") for line, text in zip(found, texts, strict=True)]
 
@@ -164,22 +164,22 @@ _OBJECTS = msgspec.json.Decoder(Object)
 
 
 def _in_order(pieces: Iterable[list[Any]]) -> Iterator[Block]:
-    """Without what is damaged, which is None, or stands out of its place."""
+    """Blocks without damaged lines (None) and lines that are out of order."""
     last, broken = 0, False
     held: list[Any] = []
     for piece in pieces:
         found = [*held, *piece]
-        held = [found.pop()] if found else []  # whether a line is in its place only the one behind it tells
+        held = [found.pop()] if found else []  # only the next line shows whether a line is in order
         block, last, broken = _ascending(found, held[0] if held else None, last, broken)
         yield block
     yield _ascending(held, None, last, broken)[0]
 
 
 def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
-    """The text of a file in pieces that end with a newline; what is too long for a line is one damaged one.
+    """The text of a file in pieces that end with a newline; a line that is too long becomes one damaged line.
 
     Args:
-        begin: byte of the file at which a line begins.
+        begin: byte offset of the beginning of a line.
     """
     file = open_lines(path)
     if file is None:
@@ -197,12 +197,12 @@ def whole_lines(path: Path, begin: int = 0) -> Iterator[bytes]:
                 while (end := file.readline(LONGEST_LINE_BYTES)) and end[-1:] != b"\n":
                     pass
             elif (torn + end)[:1] in (b"{", b""):
-                continue  # a kill, or a writer at work, has left it
+                continue  # an incomplete last line: after a kill, or still being written
             yield b"\0\n"
 
 
 def _ascending(found: list[Any], following: Any, last: int, broken: bool) -> tuple[Block, int, bool]:
-    """The lines whose steps ascend, behind a line of step `last`; `broken`: something damaged stood there."""
+    """The lines in ascending order of steps after step `last`; `broken`: a damaged line was just before."""
     if not broken and (block := _all_in_place(found, following, last)) is not None:
         return block, int(block.steps[-1]) if found else last, False
     lines, gaps, damaged = list[Any](), list[Gap](), 0
@@ -220,10 +220,10 @@ def _ascending(found: list[Any], following: Any, last: int, broken: bool) -> tup
 
 
 def _all_in_place(found: list[Any], following: Any, last: int) -> Block | None:
-    """What nearly all blocks of nearly all files are; None where anything is damaged."""
+    """Fast path for blocks without damage, which nearly all are; None if anything is damaged."""
     try:
         steps = _steps(found)
-    except AttributeError:  # of a damaged line, which is None
+    except AttributeError:  # a damaged line is None
         return None
     after = [] if following is None else [following.step]
     in_place = (np.diff(np.concatenate([[last], steps, after])) > 0).all()
@@ -235,14 +235,14 @@ def _steps(lines: list[Any]) -> Array:
 
 
 class _LineDecoder:
-    """Text -> instances of a kind of line."""
+    """Decodes text into instances of a type of line."""
 
     def __init__(self, kind: type[Line]) -> None:
         self._kind = kind
         self._decoder = msgspec.json.Decoder(kind)
         self._groups = {field.name for field in msgspec.structs.fields(kind) if field.type == Group}
         self.dropped = 0
-        """Values so far that are left out."""
+        """Number of values left out so far."""
 
     def lines(self, text: bytes) -> list[Any]:
         """An instance for each line; None for a damaged one."""
@@ -252,7 +252,7 @@ class _LineDecoder:
             return [self._one(line) for line in text[:-1].split(b"\n")]
 
     def lenient(self, line: bytes) -> Any:
-        """Without the values of it that are no figures, as of a line of another version."""
+        """Decode a line without the values that are not numbers, e.g. a line of another version."""
         entry = sound_object(line)
         if entry is None:
             return None
@@ -272,8 +272,8 @@ class _LineDecoder:
 
 
 def sound_object(line: bytes) -> dict[str, Any] | None:
-    """A line whose step is one, as it was decoded; None for a damaged one."""
-    for text in (line, line.decode("utf-8", errors="replace")):  # a name may be damaged
+    """A line with a valid step, decoded; None for a damaged one."""
+    for text in (line, line.decode("utf-8", errors="replace")):  # a key may contain invalid UTF-8
         with suppress(DamagedFileError):
             entry = decode(text, Object, "")
             return entry if _is_count(entry.get("step")) else None
@@ -281,10 +281,10 @@ def sound_object(line: bytes) -> dict[str, Any] | None:
 
 
 def sound_figures(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """The values of a decoded line that are figures, however nested, and how many are left out.
+    """The numeric values of a decoded line, nested ones too, and how many values are left out.
 
-    NaN and infinities stay the strings that they are in JSON. In a list what is left out is None, so the others keep
-    their places.
+    NaN and infinities stay strings, as in JSON. In a list a left-out value becomes None, so the others keep their
+    places.
     """
     found: dict[str, Any] = {}
     dropped = 0
@@ -295,7 +295,7 @@ def sound_figures(entry: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def _sound(name: str, value: Any, depth: int) -> tuple[Any, int]:
-    """A value as sound_figures has it, or _BAD; `depth`: how deeply it may be nested."""
+    """A value as in sound_figures, or _BAD; `depth`: how deeply it may be nested."""
     if name in COUNTS:
         return (value, 0) if value is None or _is_count(value) else (_BAD, 1)
     if isinstance(value, dict | list) and depth > 0:
@@ -317,7 +317,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _figure(value: Any) -> Any:
-    """The same, but for whole numbers of more than 64 bits: floats, as those of a typed line."""
+    """The value itself, but integers of more than 64 bits become floats, as in a typed line."""
     if not isinstance(value, int) or abs(value) < MOST_INTEGER:
         return value
     try:

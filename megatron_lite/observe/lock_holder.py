@@ -1,4 +1,4 @@
-"""Who holds the lock of a run folder, as the lock's file says (`run_lock.py`), and whether that process is alive."""
+"""The holder of the lock of a run folder, as recorded in the lock file (`run_lock.py`), and whether it is alive."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ LAST_DATE = 2.0**37
 class Role(StrEnum):
     """What the holder does in the folder."""
 
-    launcher = "launcher"  # makes it ready, and hands the lock on to rank 0
+    launcher = "launcher"  # prepares it, and passes the lock on to rank 0
     rank = "rank 0"
     command = "command"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock, as the file says."""
+    """The content of the lock file."""
 
     role: str
     host: str
     machine: str
-    """Boot and process namespace: within one, a process number means one process."""
+    """Boot id and PID namespace, within which a PID is unique at any time."""
     pid: int
     started: int
-    """When the process started, in ticks since the boot: numbers of processes are used again."""
+    """When the process started, in ticks since the boot, because PIDs are reused."""
     job: int | None
-    """Of Slurm."""
+    """Slurm job id."""
     restart: int
-    """Of the Slurm job."""
+    """Restart count of the Slurm job."""
     attempt: str
-    """What all ranks of the attempt have in common."""
+    """Id that all ranks of the attempt share."""
     since: Annotated[float, msgspec.Meta(ge=0, le=LAST_DATE)]
     """Seconds since the epoch."""
     folder: int
@@ -74,7 +74,7 @@ def this_process(role: Role, attempt: str, folder: Path) -> Holder:
 
 
 def machine() -> str:
-    """Where the number of a process means one process: a boot of a machine, and within it a namespace."""
+    """Identifies the boot of a machine and the PID namespace in it, within which PIDs are unique."""
     try:
         return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
@@ -90,7 +90,7 @@ def is_running(holder: Holder) -> bool:
 
 
 def state_of(pid: int) -> tuple[str, int]:
-    """Linux's letter for what a process does (Z = it has ended), and when it started, in ticks since the boot.
+    """Linux's state letter of a process (Z = zombie), and when it started, in ticks since the boot.
 
     Raises:
         OSError: there is no such process.
@@ -98,5 +98,7 @@ def state_of(pid: int) -> tuple[str, int]:
     if sys.platform != "linux":
         os.kill(pid, 0)
         return "R", 0
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()  # behind its name, which may be any
+    fields = (
+        Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    )  # after the process name, which may contain anything
     return fields[0].decode(), int(fields[19])

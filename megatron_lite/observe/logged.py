@@ -1,4 +1,4 @@
-"""What a checkpoint knows of metrics.jsonl, so that a resume can tell whether the file is still what was written."""
+"""What a checkpoint records about metrics.jsonl, so that a resume can detect whether the file was changed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class LoggedLines:
     xxh3: str
     """xxh3-128 of these bytes, in hexadecimal digits."""
     steps: tuple[tuple[int, int, int], ...]
-    """Of these lines, as first step, last step and interval of each stretch with one interval."""
+    """Steps of these lines as ranges with a constant interval: first step, last step, interval."""
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the stretches hold as many steps as there are lines; what does not is damaged."""
+        """Whether the ranges contain as many steps as there are lines; otherwise the record is damaged."""
         ascend = all(0 <= first <= last and every >= 0 for first, last, every in self.steps)
         return ascend and self.lines == sum((last - first) // (every or 1) + 1 for first, last, every in self.steps)
 
@@ -33,7 +33,7 @@ class LoggedLines:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def missing(self, found: Array) -> list[Gap]:
-        """The steps that were logged and are not among these, neighbours together."""
+        """The logged steps that are not among these, with neighbouring steps merged into ranges."""
         logged = self.all_steps()
         lost = np.flatnonzero(~np.isin(logged, found))
         if not len(lost):
@@ -44,7 +44,7 @@ class LoggedLines:
 
 @dataclass
 class Log:
-    """The lines so far, as they are written."""
+    """Running record of the lines while they are written."""
 
     lines: int = 0
     num_bytes: int = 0

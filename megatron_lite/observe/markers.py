@@ -26,8 +26,8 @@ RESERVE_BYTES = 2**14
 ATTEMPTS_FILE = "attempts.jsonl"
 """When the attempts of a job began and ended: launch/slurm/records.py."""
 ERROR_FILE = "MEGATRON_LITE_ERROR_FILE"
-"""The variable by which a launcher names the file whose text it shows: the first rank with an error leaves it there."""
-# Where several ranks leave different ones: what explains the others comes first, FAILED last.
+"""Environment variable with the path of the error file: the first failing rank writes it, the launcher shows it."""
+# If several ranks leave different markers: the cause comes before its consequences, FAILED last.
 TELLING = (
     RunEnd.DONE,
     RunEnd.CONFIG_ERROR,
@@ -43,21 +43,21 @@ TELLING = (
 
 @dataclass(frozen=True)
 class Marker:
-    """What an attempt says of its end."""
+    """How an attempt ended."""
 
     end: RunEnd
     step: int | None
-    """The last finished step; None = not known to whoever left it."""
+    """The last finished step; None = not known."""
     message: str
     time: float
     """Seconds since the epoch."""
 
 
 def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = None) -> None:
-    """Write the marker, whole or not at all; the first rank with the same end wins.
+    """Write the marker atomically; of several ranks with the same end the first one wins.
 
     Raises:
-        OSError: the disk does not take it, not even in the place of what `reserve_space` has kept free.
+        OSError: the disk is full, even after the space of `reserve_space` was freed.
     """
     text = json.dumps(asdict(Marker(end, step, redacted(message), time.time()))) + "\n"
     try:
@@ -70,11 +70,11 @@ def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = No
 
 
 def reserve_space(run_dir: Path) -> None:
-    """Keep free what word of the end will need, should the disk be full by then."""
-    with suppress(OSError):  # it is full already
+    """Reserve disk space for the marker, in case the disk is full when the attempt ends."""
+    with suppress(OSError):  # the disk is full already
         descriptor = os.open(run_dir / RESERVE_FILE, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, bytes(RESERVE_BYTES))  # written, not only promised: some filesystems do not keep that
+            os.write(descriptor, bytes(RESERVE_BYTES))  # written, because some filesystems do not honour fallocate
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -86,15 +86,15 @@ def free_reserve(run_dir: Path) -> None:
 
 
 def read_marker(run_dir: Path) -> Marker | None:
-    """The most telling marker of a run folder; None = no attempt has ended (or it was killed).
+    """The most informative marker of a run folder; None = no attempt has ended (or it was killed).
 
-    One that is damaged tells nothing: the run then counts as killed, and goes on where it may.
+    A damaged marker counts as missing: the run then counts as killed, and may be resumed.
     """
     for end in TELLING:
         try:
             found = read_object(run_dir / end.name, Marker)
             if found is not None and found.end is not end:
-                raise DamagedFileError(f"{run_dir / end.name} is damaged: it tells of {found.end.name}")
+                raise DamagedFileError(f"{run_dir / end.name} is damaged: it contains {found.end.name}")
         except DamagedFileError as error:
             warn(f"{error}; it counts as missing")
             continue
@@ -104,18 +104,18 @@ def read_marker(run_dir: Path) -> Marker | None:
 
 
 def clear_markers(run_dir: Path) -> None:
-    """Begin a new attempt: nothing is known of its end, and nobody has asked it to stop."""
+    """Remove the markers and stop request of the attempt before, when a new attempt begins."""
     for name in (STOP_FILE, HANG_FILE, *(end.name for end in RunEnd)):
         remove_file(run_dir / name)
 
 
 def ask_to_stop(run_dir: Path, reason: str = "") -> None:
-    """Let the ranks of the run save and end; they look for the file between micro-batches, and tell the reason."""
+    """Ask the ranks of a run to save and stop; they look for the file between micro-batches and report the reason."""
     (run_dir / STOP_FILE).write_text(reason + "\n")
 
 
 def asked_because(run_dir: Path) -> str:
-    """The reason in the STOP file; anybody may have made it, with nothing in it."""
+    """The reason in the STOP file, which may have been created by hand and be empty."""
     try:
         text = (read_text(run_dir / STOP_FILE) or "").strip()
     except DamagedFileError:

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`, one object a step, and `events.jsonl`, one object for each thing that happened: the truth of a run.
+"""`metrics.jsonl`, one object per step, and `events.jsonl`, one object per event: the record of a run.
 
-Both are valid JSON on every line: NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and
-"-Infinity", and `read_metrics` turns them back.
+Every line of both is valid JSON: NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and
+"-Infinity", and `read_metrics` converts them back.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from megatron_lite.observe.phrasing import counted
 from megatron_lite.state_files import DamagedLine, Object, lines_of, open_lines, read_bytes
 
 TAIL_BYTES = 2**16
-MOST_GAPS_TOLD = 4
+MOST_GAPS_SHOWN = 4
 
 METRICS_FILE = "metrics.jsonl"
 ROLLED_BACK_FILE = "rolled_back.jsonl"
-"""Lines of metrics.jsonl that a rollback took back; `rollbacks` says which branch of the run they are of."""
+"""Lines of metrics.jsonl that a rollback undid; `rollbacks` is the branch of the run that they belong to."""
 EVENTS_FILE = "events.jsonl"
 LOSS_EVENT = "metrics_lost"
-"""Steps that were logged and whose lines are gone: `ranges` as texts of first and last step, `text`."""
+"""Logged steps whose lines are missing: `ranges` as texts of first and last step, `text`."""
 SKIPS_FILE = "skipped_samples.json"
-"""What rollbacks leave out: data/samples/skips.py."""
+"""The samples that rollbacks leave out: data/samples/skips.py."""
 BEGINNINGS = ("start", "resume")
-"""Events of which each attempt begins with one."""
+"""Each attempt begins with one of these events."""
 SPIKE_EVENT = "spike"
-"""Its `title` and `text` are what is alerted."""
+"""Its `title` and `text` are sent as an alert."""
 ROLLBACK_EVENT = "rollback"
 NUMBERS = (
     "loss", "grad_norm", "validation_loss", "validation_token_loss", "validation_accuracy",
     "validation_sequence_accuracy", "rollbacks", "to_step", "first_sample", "stop_sample", "entropy_nats", "accuracy",
 )  # fmt: skip
-"""What of an event is a number, or not there."""
+"""Fields of an event that must be numbers if present."""
 MOST = 2**63
-"""Larger numbers are none of ours."""
+"""A larger number is damage."""
 ROWS_EVENT = "rows"
-"""What became of the rows of each source of the data: `sources` are objects as data.rows.RowCounts."""
+"""How many rows of each data source were used or skipped: `sources` are objects as data.rows.RowCounts."""
 ROLLBACKS = "rollbacks"
-"""The figure that counts the rollbacks so far, and so names a branch; absent = 0."""
+"""The number of rollbacks so far, which identifies a branch; absent = 0."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Loss:
     """What a resume has found missing in metrics.jsonl."""
 
     gaps: list[Gap]
-    """Steps that were logged up to the checkpoint, and whose lines are gone."""
+    """Steps up to the checkpoint that were logged, and whose lines are missing."""
     text: str
 
 
@@ -78,30 +78,30 @@ class Loss:
 class _Rewind:
     step: int
     rollbacks: int
-    is_told: bool = False
-    """That it has to wait."""
+    is_reported: bool = False
+    """Whether the user has been told that it has to wait."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A line of a step."""
+    """The line of one step."""
 
     step: int
     text: str
 
 
 class MetricsWriter:
-    """Appends one line a step.
+    """Appends one line per step.
 
-    A run that resumes after step k repeats the steps that it had logged beyond k; their old lines, and a last line that
-    a kill tore, are dropped before the first new one is written, so each step stands in the file once. Those of a
-    branch that the run has left by a rollback are moved to `rolled_back.jsonl` instead: nothing will repeat them.
+    A run that resumes after step k repeats the steps that it had logged after k; their old lines, and a truncated last
+    line, are removed before the first new one is written, so each step is in the file once. Lines of a branch that a
+    rollback has left are moved to `rolled_back.jsonl` instead: they will not be repeated.
 
     Args:
-        resume_step: the last step that counts; 0 = a fresh start.
-        rollbacks: of the run so far.
-        logged: what the checkpoint of that step knows of the lines up to it; None = nothing, as of an earlier version.
-        report: is told when the disk takes no lines, and when it does again.
+        resume_step: the last step to keep; 0 = a fresh start.
+        rollbacks: number in the run so far.
+        logged: what the checkpoint of that step records about the lines up to it; None = nothing (an earlier version).
+        report: called with a line when the disk rejects lines, and when it accepts them again.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class MetricsWriter:
         self.loss: Loss | None = None
         """What was found missing when the file was opened; None = nothing."""
         self._postponed: list[_Rewind | _Written] = []
-        """In order, a rewind first."""
+        """In order; the first is always a rewind."""
         self._begin(resume_step, rollbacks, logged)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -130,17 +130,17 @@ class MetricsWriter:
             self._put(line)
 
     def logged(self, step: int) -> LoggedLines | None:
-        """What the checkpoint of this step, the last one, has to know; None where the disk has no room for a rewind."""
+        """What the checkpoint of this step, the last one, has to record; None if the disk is too full for a rewind."""
         if not self._catch_up():
             return None
         self._logged_at[step] = self._log.so_far()
         return self._logged_at[step]
 
     def rewind(self, step: int, rollbacks: int) -> None:
-        """Go on after `step`, in the branch that so many rollbacks have led to.
+        """Continue after `step`, in the branch with this number of rollbacks.
 
-        On a full disk that is done later: the lines that are written after it wait in memory, until the next
-        checkpoint at the longest, for that needs room as well.
+        On a full disk this is postponed: the following lines wait in memory, at most until the next checkpoint, which
+        needs space as well.
         """
         self._postponed.append(_Rewind(step, rollbacks))
         self._catch_up()
@@ -148,7 +148,9 @@ class MetricsWriter:
     def close(self) -> None:
         if not self._catch_up():
             lost = sum(isinstance(one, _Written) for one in self._postponed)
-            self._report(f"warning: {counted(lost, 'line')} of {self._path} could not be written and will come again")
+            self._report(
+                f"warning: {counted(lost, 'line')} of {self._path} could not be written; a resume repeats them"
+            )
         self._file.close()
 
     def _put(self, line: _Written) -> None:
@@ -156,7 +158,7 @@ class MetricsWriter:
         self._file.write(line.text)
 
     def _catch_up(self) -> bool:
-        """Do what is postponed, as far as the disk lets us; whether that is all of it."""
+        """Do what was postponed, as far as the disk has space; returns whether everything is done."""
         while self._postponed:
             first = self._postponed[0]
             if isinstance(first, _Written):
@@ -168,23 +170,23 @@ class MetricsWriter:
 
     def _rewound(self, rewind: _Rewind) -> bool:
         file = self._file
-        if not file.flush():  # lines that count may be among those that wait
+        if not file.flush():  # waiting lines may be ones to keep
             return False
         try:
             self._begin(rewind.step, rewind.rollbacks, self._logged_at.get(rewind.step))
         except OSError as error:
             if error.errno not in DISK_ERRNOS:
                 raise
-            if not rewind.is_told:
-                rewind.is_told = True
+            if not rewind.is_reported:
+                rewind.is_reported = True
                 self._report(
                     f"warning: {self._path.with_name(ROLLED_BACK_FILE)} cannot be written ({error.strerror or error}); "
-                    "training goes on, and the lines of its steps wait in memory"
+                    "training goes on, and its lines wait in memory"
                 )
             return False
         file.close()
-        if rewind.is_told:
-            self._report(f"{self._path.with_name(ROLLED_BACK_FILE)} is written; nothing of it is lost")
+        if rewind.is_reported:
+            self._report(f"{self._path.with_name(ROLLED_BACK_FILE)} is written; no line is lost")
         return True
 
     def _begin(self, last_step: int, rollbacks: int, logged: LoggedLines | None) -> None:
@@ -202,16 +204,16 @@ class MetricsWriter:
 
 
 class EventWriter:
-    """Appends one line for each event, over all attempts: starts, resumes, saves, evaluations.
+    """Appends one line for each event of all attempts: starts, resumes, saves, evaluations.
 
-    Nothing is dropped on a resume: the file is a history, and a repeated evaluation is a part of it.
+    A resume removes nothing: the file is a history, and a repeated evaluation is part of it.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None] = lambda line: None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         set_aside_others(path)
         self.damaged = _drop_damaged(path)
-        """Lines that could not be read and are left out."""
+        """Number of lines that could not be read and were left out."""
         self._file = LineWriter(path, report)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -224,16 +226,16 @@ class EventWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All sound lines of a JSONL file in order; a missing file is an empty list."""
+    """All intact lines of a JSONL file in order; a missing file is an empty list."""
     return list(entries(path))
 
 
 def entries(path: Path, begin: int = 0, beyond: int | None = None) -> Iterator[dict[str, Any]]:
-    """The same one by one, for files that may be long. Warns of values of steps that it leaves out.
+    """The same lines one by one, for long files. Warns of values that are left out because they are not numbers.
 
     Args:
-        begin: byte of the file at which a line begins.
-        beyond: only the lines of later steps.
+        begin: byte offset of the beginning of a line.
+        beyond: return only the lines of later steps.
     """
     dropped = 0
     for piece in whole_lines(path, begin):
@@ -245,7 +247,7 @@ def entries(path: Path, begin: int = 0, beyond: int | None = None) -> Iterator[d
 
 
 def newest_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The same from the end on: reads no more of the file than is asked for, and warns of nothing."""
+    """The same lines in reverse order; reads only as much of the file as is consumed, and does not warn."""
     rest = b""
     for piece in _pieces_backwards(path):
         first, newline, whole = (piece + rest).partition(b"\n")
@@ -258,7 +260,7 @@ def newest_entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _sound_entries(text: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines that end with a newline, each with the number of values that are left out of it."""
+    """Intact lines that end with a newline, each with the number of values that are left out of it."""
     for line in text.split(b"\n")[:-1]:
         entry = sound_object(line)
         if entry is None:
@@ -288,7 +290,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """The same as JSON can hold it."""
+    """Convert a value to types that JSON can represent."""
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -301,7 +303,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """A value that JSON has brought back, its strings for NaN and infinities turned into numbers."""
+    """Convert the strings for NaN and infinities in a decoded JSON value to numbers."""
     if isinstance(value, dict):
         return {key: from_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -310,11 +312,11 @@ def from_json(value: Any) -> Any:
 
 
 def _is_sound_event(entry: Mapping[str, Any]) -> bool:
-    """Whether what every reader counts on has its type: one flipped bit can make another key, or another value."""
+    """Whether the fields that readers rely on have their types: one flipped bit can change a key or a value."""
     if not all(_is_number(entry[name]) for name in NUMBERS if name in entry):
         return False
-    told = isinstance(entry["event"], str) and ("time" not in entry or _is_time(entry["time"]))
-    return told and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
+    has_kind_and_time = isinstance(entry["event"], str) and ("time" not in entry or _is_time(entry["time"]))
+    return has_kind_and_time and (entry["event"] != ROLLBACK_EVENT or type(entry.get("to_step")) is int)
 
 
 def _is_number(value: Any) -> bool:
@@ -329,12 +331,12 @@ def _is_time(value: Any) -> bool:
 
 
 def branch_of(entry: Mapping[str, Any]) -> int:
-    """How many rollbacks a line comes after."""
+    """The branch of a line: the number of rollbacks before it."""
     return int(entry.get(ROLLBACKS) or 0)
 
 
 def with_branches(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of events.jsonl, each with the number of rollbacks that it comes after; a rollback counts itself."""
+    """The lines of events.jsonl, each with the number of rollbacks up to it; a rollback counts itself."""
     branch = 0
     for entry in events:
         branch = branch_of(entry) if entry.get("event") == ROLLBACK_EVENT else branch
@@ -342,12 +344,12 @@ def with_branches(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[
 
 
 def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
-    """Copy what lies beyond `last_step` in branches that are left to `rolled_back.jsonl`, on the disk when it returns.
+    """Copy lines after `last_step` of abandoned branches to `rolled_back.jsonl`; on disk when it returns.
 
-    A kill before metrics.jsonl is shortened has this done again, so what is there already is not copied twice.
+    After a kill before metrics.jsonl is shortened, this runs again; lines that are there already are not copied twice.
 
     Args:
-        begin: byte of the file ahead of which no line is beyond `last_step`.
+        begin: byte offset of a line; no line before it is after `last_step`.
     """
     if rollbacks == 0:
         return
@@ -365,7 +367,7 @@ def _set_aside(path: Path, begin: int, last_step: int, rollbacks: int) -> None:
 
 
 def _as_written(path: Path, logged: LoggedLines) -> Log | None:
-    """The log of a file that begins with the very lines that were logged; None where it does not."""
+    """The log of a file that begins with exactly the logged lines; None if it does not."""
     log = Log(logged.lines, steps=[list(stretch) for stretch in logged.steps])
     try:
         with path.open("rb") as file:
@@ -377,10 +379,10 @@ def _as_written(path: Path, logged: LoggedLines) -> Log | None:
 
 
 def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, list[Gap]]:
-    """Leave in the file what is whole, in its place and not beyond `last_step`.
+    """Keep the lines of the file that are intact, in order and not after `last_step`.
 
     Returns:
-        the log of what is left, and the steps that are lost between others
+        the log of the kept lines, and the missing steps between them
     """
     log, gaps, skipped = Log(), list[Gap](), 0
     for block in raw_blocks(path, is_suspect=is_suspect) if last_step > 0 else ():
@@ -389,7 +391,7 @@ def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, l
         skipped += block.damaged if kept or not block.lines else 0
         for line in kept:
             log.add(line.step, line.text)
-    if skipped:  # maybe between lines that are kept
+    if skipped:  # damaged lines may be between lines that are kept
         leave_only(
             path,
             lambda: (
@@ -405,23 +407,21 @@ def _keep_lines(path: Path, last_step: int, *, is_suspect: bool) -> tuple[Log, l
 
 
 def _loss(path: Path, last_step: int, logged: LoggedLines | None, log: Log, gaps: list[Gap]) -> Loss | None:
-    """What a file lacks of the lines up to this step."""
+    """The lines up to this step that a file lacks."""
     if logged is not None:
         gaps = logged.missing(log.so_far().all_steps())
     if gaps:
-        what = f"has lost the lines of {', '.join(map(str, gaps[:MOST_GAPS_TOLD]))}"
-        what += f" and of {len(gaps) - MOST_GAPS_TOLD} more stretches" if len(gaps) > MOST_GAPS_TOLD else ""
+        what = f"has lost the lines of {', '.join(map(str, gaps[:MOST_GAPS_SHOWN]))}"
+        what += f" and of {len(gaps) - MOST_GAPS_SHOWN} more ranges" if len(gaps) > MOST_GAPS_SHOWN else ""
     elif logged is not None:
-        what = "was changed since it was written, though no line is missing: a figure in it may be wrong"
+        what = "was changed since it was written, but no line is missing: a figure in it may be wrong"
     else:
         return None
-    return Loss(
-        gaps, f"{path} {what} (up to step {last_step:,}, from which the run goes on); training is not affected by it"
-    )
+    return Loss(gaps, f"{path} {what} (up to step {last_step:,}, where the run resumes); training is not affected")
 
 
 def _drop_damaged(path: Path) -> int:
-    """Rewrite a JSONL file without its damaged lines; how many there were, besides a last one that a kill tore."""
+    """Rewrite a JSONL file without its damaged lines; returns their number, not counting a truncated last line."""
     content = read_bytes(path)
     if content is None:
         return 0
@@ -434,7 +434,7 @@ def _drop_damaged(path: Path) -> int:
 
 
 def shorten(path: Path, size: int) -> None:
-    """Cut a file off behind so many bytes, where it has more; on the disk when it returns."""
+    """Truncate a file to a size if it is longer; on disk when it returns."""
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
         sync(path)

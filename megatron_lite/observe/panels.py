@@ -1,6 +1,6 @@
-"""The charts of a run, as one list: report.html, the wandb workspace and TensorBoard's Custom Scalars are made of it.
+"""The charts of a run as one list, used by report.html, the wandb workspace and TensorBoard's Custom Scalars.
 
-Keys are names of figures as the trackers log them: `train/loss` is `loss` of metrics.jsonl, `evaluation/...` stands in
+Keys are names of figures as the trackers log them: `train/loss` is `loss` of metrics.jsonl, `evaluation/...` is in
 events of that kind, and `train/layer_grad_norm/*` is every entry of a nested figure.
 """
 
@@ -23,19 +23,19 @@ class Panel:
     section: str
     keys: tuple[str, ...]
     explanation: str
-    """One line for people who have not seen such a chart."""
+    """One line for readers who do not know such a chart."""
     unit: str = ""
     factor: float = 1.0
-    """From the figure to the unit; for report.html, the only one of the three that computes."""
+    """Multiplies the figure to get the unit; only report.html applies it."""
     log_axis: bool = False
     stacked: bool = False
     """The keys are parts of a whole."""
     reference: str | None = None
-    """A key that is drawn dashed over the others: what one of them is held against."""
+    """A key that is drawn as a dashed line over the others, for comparison."""
     points: bool = False
-    """Events, each a point of its own, rather than a curve."""
+    """Draw each event as a point instead of a curve."""
     branches: bool = False
-    """Show what rollbacks have taken back, spikes and resumes."""
+    """Show rolled-back steps, spikes and resumes."""
 
     @property
     def all_keys(self) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ PANELS = (
         "Loss",
         "Learning",
         ("train/loss", "evaluation/validation_loss"),
-        "Training loss of every step, and validation loss; spikes are marked, steps that were taken back are grey.",
+        "Training loss of every step, and validation loss; spikes are marked, rolled-back steps are grey.",
         unit="nats per token",
         branches=True,
     ),
@@ -55,7 +55,7 @@ PANELS = (
         "Gradient norm",
         "Learning",
         ("train/grad_norm",),
-        "L2 norm of the whole gradient before clipping; a jump here often comes a step ahead of one in the loss.",
+        "L2 norm of the whole gradient before clipping; a jump here often comes one step before a jump in the loss.",
         log_axis=True,
         branches=True,
     ),
@@ -67,7 +67,7 @@ PANELS = (
         "Learning rate",
         "Learning",
         ("train/learning_rate",),
-        "The rate that each update was made with.",
+        "The learning rate of each update.",
     ),
     Panel(
         "Loss scale",
@@ -95,7 +95,7 @@ PANELS = (
         "Speed",
         "Speed",
         ("train/tokens_per_second",),
-        "Tokens that all ranks together have trained on in a second, waiting for data included.",
+        "Tokens per second of all ranks together, including waits for data.",
         unit="tokens/s",
     ),
     Panel(
@@ -110,8 +110,8 @@ PANELS = (
         "Where a step's time goes",
         "Speed",
         tuple(f"train/share_{part}" for part in ("pipeline", "compute", "reduce", "optimizer", "data")),
-        "Shares of a step on rank 0. Pipeline is waiting for other stages; below the dashed line, the schedule cannot "
-        "avoid it.",
+        "Shares of a step on rank 0. Pipeline is the wait for other stages; the part below the dashed line is the "
+        "pipeline bubble of the schedule.",
         unit="% of a step",
         factor=100.0,
         stacked=True,
@@ -121,7 +121,7 @@ PANELS = (
         "Memory by stage",
         "Speed",
         ("train/stage_memory_bytes/*",),
-        "Highest memory of the fullest rank of each pipeline stage.",
+        "Peak memory of the fullest rank of each pipeline stage.",
         unit="GiB",
         factor=2.0**-30,
     ),
@@ -136,7 +136,7 @@ PANELS = (
         "Skipped samples",
         "Data",
         ("rollback/first_sample", "rollback/stop_sample"),
-        "First sample that each rollback left out, and the first behind them that was trained on again.",
+        "First sample that each rollback left out, and the first sample after them that was trained on again.",
         unit="global sample number",
         points=True,
     ),
@@ -144,7 +144,7 @@ PANELS = (
         "Restarts",
         "Data",
         ("start/world_size", "resume/world_size"),
-        "Where attempts began, and on how many ranks.",
+        "The steps at which attempts started, and their numbers of ranks.",
         unit="ranks",
         points=True,
     ),

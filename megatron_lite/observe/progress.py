@@ -1,4 +1,4 @@
-"""The one line of a run that moves."""
+"""The progress bar of a run, or progress lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class _Eta:
         if self._known_seconds is None:  # the first step pays for warming up: measure from its end
             self._known_seconds = (now - newest_time) / max(step - newest, 1)
             self._times.clear()
-        elif step <= newest:  # the run has gone back
+        elif step <= newest:  # the run was rolled back
             self._known_seconds = self._seconds_per_step()
             self._times.clear()
         self._times.append((step, now))

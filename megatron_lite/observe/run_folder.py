@@ -1,4 +1,4 @@
-"""Everything that a run folder tells of its run, read for people to look at: running, ended or killed in between."""
+"""Read everything in a run folder for reports, whether the run is still running, has ended or was killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at the run, from the event that begins it."""
+    """One attempt at the run, from its first event."""
 
     kind: str
     """start or resume."""
@@ -47,7 +47,7 @@ class Attempt:
     step: int
     world_size: int | None
     end: str
-    """What is known of its end; empty = nothing."""
+    """How it ended; empty = not known."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class RunFolder:
             if found is None or not all(step.isdecimal() and len(step) < 19 for step in found.layer_grad_norm):
                 return None
         except DamagedFileError as error:
-            warn(f"{error}; the page does without it")
+            warn(f"{error}; the page is written without it")
             return None
         known = {name: value for name, value in asdict(found).items() if value is not None}
         return cast(Entry, from_json(known))

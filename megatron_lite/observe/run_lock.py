@@ -1,13 +1,13 @@
-"""The lock of a run folder: one process at a time writes in it, whoever started it and on whatever node.
+"""The lock of a run folder: only one process at a time writes to it, on whatever node it runs.
 
-`<run>/lock/` holds one small file for each time that the lock changed hands, named by a number that only grows; the
-file with the highest number says who holds the lock. Taking it over means publishing the next number, which the
-filesystem gives to exactly one of several that try (`os.link`), so two that find the same stale lock cannot both have
-it. The file's modification time is the heartbeat, set by a thread of the holder; 0 means that the lock is released.
-All times compared are the file server's own, so clocks of nodes need not agree.
+`<run>/lock/` contains one small file for each acquisition of the lock, named by an increasing number; the file with the
+highest number names the holder. To take over the lock, a process publishes the next number by `os.link`, which succeeds
+for exactly one of several processes, so two that find the same stale lock cannot both get it. The file's modification
+time is the heartbeat, set by a thread of the holder; 0 means that the lock is released. All compared times come from
+the file server, so the clocks of the nodes need not agree.
 
-A lock is stale when its process is gone (on the same machine), when its heartbeat is older than STALE_SECONDS
-(elsewhere), or when it is of an earlier attempt of the same Slurm job, which Slurm has ended before it began this one.
+A lock is stale if its process has ended (on the same machine), if its heartbeat is older than STALE_SECONDS (on other
+machines), or if it belongs to an earlier attempt of the same Slurm job, which Slurm has ended before this one.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from megatron_lite.state_files import read_object
 LOCK_FOLDER = "lock"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-"""Of a holder on another machine: twelve heartbeats that have not come."""
+"""For a holder on another machine: twelve missing heartbeats."""
 POLL_SECONDS = 0.2
 ATTEMPT = "MEGATRON_LITE_ATTEMPT"
-"""The variable by which a launcher tells its ranks what they have in common, and no other attempt has."""
+"""The environment variable in which a launcher gives all its ranks the unique id of the attempt."""
 FILE_NAME = re.compile(r"(\d{8,15})\.json")
 DERIVED_FROM = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-JOIN_SECONDS = 5.0  # that a rank waits to see the lock with its own rank 0, which may be slower to start
-REFUSAL_SECONDS = 10.0  # that it waits while another run holds the lock, for rank 0 to be refused first
+JOIN_SECONDS = 5.0  # how long a rank waits for its rank 0, which may start later, to hold the lock
+REFUSAL_SECONDS = 10.0  # how long it waits while another run holds the lock, so that rank 0 reports the error first
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class _Entry:
 
 
 class Claim(Protocol):
-    """What a rank knows of the lock of its run folder."""
+    """A rank's view of the lock of its run folder."""
 
     def is_ours(self) -> bool:
-        """Whether the lock is this attempt's; asks the filesystem."""
+        """Whether this attempt holds the lock; asks the filesystem."""
 
     def confirm(self) -> None:
-        """Ahead of whatever must not be written into another attempt's folder.
+        """Call it before writing anything that must not get into another attempt's folder.
 
         Raises:
-            RunFolderLostError: somebody has taken the lock over.
+            RunFolderLostError: another process has taken over the lock.
         """
 
 
@@ -92,7 +92,7 @@ class RunLock:
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # a disk that does not answer tells nothing of others
+            return True  # a disk that does not answer does not mean that the lock is lost
         return True
 
     def confirm(self) -> None:
@@ -100,18 +100,18 @@ class RunLock:
             raise RunFolderLostError(self._lost_text())
 
     def beat(self) -> None:
-        """Give a sign of life, if it is time for one."""
+        """Update the heartbeat if it is due."""
         if time.monotonic() - self._beaten < HEARTBEAT_SECONDS:
             return
         self._beaten = time.monotonic()
-        with suppress(OSError):  # of a disk that is away for a while, or of a lock that is lost
+        with suppress(OSError):  # the disk is not reachable for a while, or the lock is lost
             os.utime(self._path)
 
     def keep(self, on_loss: Callable[[str], None]) -> None:
-        """Beat in a thread of its own from now on, whatever the process computes or waits for.
+        """Update the heartbeat from a separate thread from now on, whatever the process computes or waits for.
 
         Args:
-            on_loss: called by that thread with what to tell, once somebody has taken the lock over.
+            on_loss: called by that thread with a message once another process has taken over the lock.
         """
         self._thread = threading.Thread(target=self._keep, args=(on_loss,), name="run lock", daemon=True)
         self._thread.start()
@@ -125,24 +125,24 @@ class RunLock:
                 os.utime(self._path)
 
     def release(self) -> None:
-        """Let the next one have it. Needs no space on the disk. Nothing happens where the lock is another's by now."""
+        """Release the lock. Needs no disk space. Does nothing if another process holds the lock by now."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(OSError):  # what cannot be released is stale once this process is gone
+        with suppress(OSError):  # if it cannot be released, it is stale once this process has ended
             os.utime(self._path, (0, 0))
 
     def _lost_text(self) -> str:
         entry = _newest(self._path.parent)
         return (
-            f"train.run_dir={self.run_dir} was taken over by {entry or 'somebody'}: process {self._me.pid} on "
-            f"{self._me.host} had given no sign of life for {STALE_SECONDS:g} s, as if it had been suspended; it ends "
-            "now and writes nothing more"
+            f"train.run_dir={self.run_dir} was taken over by {entry or 'another process'}: process {self._me.pid} on "
+            f"{self._me.host} had sent no heartbeat for {STALE_SECONDS:g} s, as if it had been suspended; it ends now "
+            "and writes nothing more"
         )
 
 
 class SharedLock:
-    """The same lock as the ranks see it that do not hold it, but whose rank 0 does. Get it from `join`."""
+    """The lock as seen by the other ranks, whose rank 0 holds it. Get it from `join`."""
 
     def __init__(self, run_dir: Path, attempt: str) -> None:
         self._run_dir, self._attempt = run_dir, attempt
@@ -154,7 +154,7 @@ class SharedLock:
     def confirm(self) -> None:
         if not self.is_ours():
             raise RunFolderLostError(
-                f"train.run_dir={self._run_dir} belongs to another attempt at the run by now; that one goes on"
+                f"train.run_dir={self._run_dir} now belongs to another attempt at the run; that one continues"
             )
 
 
@@ -166,14 +166,14 @@ def take(
     report: Callable[[str], None] = lambda line: None,
     give_up: Callable[[], bool] = lambda: False,
 ) -> RunLock:
-    """Take the lock: a free one, a stale one, or for rank 0 that of its own launcher.
+    """Acquire the lock: a free one, a stale one, or for rank 0 that of its own launcher.
 
-    A holder on another machine whose heartbeat is not old yet is watched until it beats or is stale.
+    If the holder is on another machine and its heartbeat is recent, wait until it beats again or is stale.
 
     Args:
         attempt: see `own_attempt`.
-        report: is told of whom the lock is taken over, and of a wait.
-        give_up: whether to stop waiting.
+        report: called with a line when the lock is taken over, and when it has to wait.
+        give_up: returns whether to stop waiting.
     Raises:
         RunFolderInUseError: another process holds it.
         OSError: the folder cannot be written.
@@ -187,7 +187,7 @@ def take(
         if entry is not None and reason is None:
             reason = _watch(folder, entry, me, report, give_up)
             if reason is None:
-                continue  # it has changed hands
+                continue  # the lock has another holder now
         lock = _publish(folder, 1 if entry is None else entry.number + 1, me)
         if lock is not None:
             if reason:
@@ -196,13 +196,13 @@ def take(
 
 
 def join(run_dir: Path, attempt: str) -> SharedLock:
-    """Wait, not for long, until rank 0 of this attempt holds the lock.
+    """Wait a short time until rank 0 of this attempt holds the lock.
 
-    Where rank 0 is slow to start, or sees another folder than this node, the ranks meet all the same, and rank 0 joins
-    them only with the lock.
+    If rank 0 starts late, or sees another folder than this node, this rank proceeds: rank 0 connects to the others only
+    after it has the lock.
 
     Raises:
-        RunFolderInUseError: another run holds it, and goes on holding it.
+        RunFolderInUseError: another run holds it, and keeps holding it.
     """
     began = time.monotonic()
     while True:
@@ -220,7 +220,7 @@ def join(run_dir: Path, attempt: str) -> SharedLock:
 
 
 def holder_of(run_dir: Path) -> Holder | None:
-    """Who holds the lock and is alive, as far as can be told without waiting; None = nobody, or the file is damaged."""
+    """The live holder of the lock, as far as is known without waiting; None = nobody, or the file is damaged."""
     entry = _newest(run_dir / LOCK_FOLDER)
     return entry.holder if entry is not None and _is_held(entry, run_dir / LOCK_FOLDER) else None
 
@@ -245,11 +245,11 @@ def own_attempt(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _publish(folder: Path, number: int, me: Holder) -> RunLock | None:
-    """Make this number ours; None where somebody else was first."""
+    """Publish this number as ours; None if another process was first."""
     path = folder / f"{number:08d}.json"
     if not publish_first(path, json.dumps(asdict(me)) + "\n"):
         return None
-    if max(_numbers(folder), default=0) != number:  # it had been given to somebody before, and taken over since
+    if max(_numbers(folder), default=0) != number:  # the number was used before, and a later holder exists
         path.unlink(missing_ok=True)
         return None
     for older in _numbers(folder):
@@ -260,35 +260,35 @@ def _publish(folder: Path, number: int, me: Holder) -> RunLock | None:
 
 
 def _reason_to_take(entry: _Entry, me: Holder) -> str | None:
-    """Why the lock may be taken at once; empty = nothing to tell anybody; None = it may be held."""
+    """Why the lock may be taken at once; empty = nothing worth reporting; None = it may be held."""
     holder = entry.holder
     if entry.is_released:
         return ""
     if holder is None:
         return None
     if holder.folder != me.folder:
-        return "the run folder is a copy, and the lock is that of the original"
+        return "the run folder is a copy, and the lock belongs to the original"
     if holder.role == Role.launcher and me.role == Role.rank and holder.attempt == me.attempt:
         return ""
     if holder.job is not None and holder.job == me.job and holder.restart < me.restart:
-        return "it is of an earlier attempt of this Slurm job"
+        return "it belongs to an earlier attempt of this Slurm job"
     return "that process has ended" if holder.machine == me.machine and not is_running(holder) else None
 
 
 def _watch(
     folder: Path, entry: _Entry, me: Holder, report: Callable[[str], None], give_up: Callable[[], bool]
 ) -> str | None:
-    """Until a holder on another machine is known to be dead; None = the lock has changed hands.
+    """Wait until a holder on another machine is known to be dead; None = the lock has another holder now.
 
     Raises:
-        RunFolderInUseError: it is alive.
+        RunFolderInUseError: the holder is alive.
     """
     if _is_here(entry):
         raise _in_use(folder.parent, entry)
     left = min(max(STALE_SECONDS - (_server_time(folder, me) - entry.beat), 0.0), STALE_SECONDS)
     if left > 0:
         report(
-            f"the lock of {folder.parent} is held by {entry}, which cannot be asked from here; waiting up to "
+            f"the lock of {folder.parent} is held by {entry}, which runs on another machine; waiting up to "
             f"{left:.0f} s for its heartbeat"
         )
     deadline = time.monotonic() + left
@@ -299,7 +299,7 @@ def _watch(
             return None
         if now.beat != entry.beat or give_up():
             raise _in_use(folder.parent, entry)
-    return f"it has given no heartbeat for {STALE_SECONDS:g} s"
+    return f"it has sent no heartbeat for {STALE_SECONDS:g} s"
 
 
 def _in_use(run_dir: Path, entry: _Entry) -> RunFolderInUseError:
@@ -310,7 +310,7 @@ def _in_use(run_dir: Path, entry: _Entry) -> RunFolderInUseError:
 
 
 def _is_held(entry: _Entry, folder: Path) -> bool:
-    """Whether the holder is alive, without writing a file: its clock and ours may differ a little."""
+    """Whether the holder is alive, without writing a file; compares two clocks, which may differ a little."""
     holder = entry.holder
     if entry.is_released or holder is None or holder.folder != folder.stat().st_ino:
         return False
@@ -352,7 +352,7 @@ def _newest(folder: Path) -> _Entry | None:
 
 
 def _server_time(folder: Path, me: Holder) -> float:
-    """What the clock says by which the heartbeats are dated."""
+    """The current time of the file server, which also dates the heartbeats."""
     probe = folder / f".now.{me.host}.{me.pid}"
     try:
         probe.touch()

@@ -1,12 +1,14 @@
-"""When a step is a spike: a pure function of the steps before it, so every rank and every replay finds the same.
+"""Spike detection: a pure function of the steps before, so every rank and every replay gets the same result.
 
-A loss falls, fast at first. So what is judged is not the loss but its departure from the median of the few steps just
-before, measured in robust deviations of such departures over a longer window: 1.4826 x the median absolute deviation,
-which is the standard deviation where they are normal (Hampel 1974; the window of 128 steps is OLMo-core's, which takes
-6 standard deviations of the loss itself). The gradient norm is judged the same way by its logarithm.
+The loss falls, fast at first. So the detector does not judge the loss but its deviation from the median of the few
+steps just before, in units of the robust standard deviation of such deviations over a longer window: 1.4826 x the
+median absolute deviation, which equals the standard deviation of a normal distribution (Hampel 1974; the window of 128
+steps is OLMo-core's, which uses 6 standard deviations of the loss itself). The gradient norm is judged in the same way
+by its logarithm.
 
-One step with a gradient fifty times the usual one is no spike: small batches of clean text have them, clipping makes
-them harmless, and the loss takes no notice. It is one where the loss rises too, or where the next step has it as well.
+A single step with a gradient norm fifty times the usual one is not a spike: small batches of clean text have them,
+clipping makes them harmless, and the loss does not react. It is a spike if the loss rises too, or if the next step has
+such a gradient as well.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ NORMAL = 1.4826  # standard deviations in a median absolute deviation of the nor
 class SpikeKind(StrEnum):
     """In which way a step is a spike."""
 
-    not_finite = "not_finite"  # loss or gradient is no number
+    not_finite = "not_finite"  # loss or gradient norm is NaN or Inf
     loss = "loss"
     grad_norm = "grad_norm"
-    loss_scale = "loss_scale"  # fp16's has collapsed
+    loss_scale = "loss_scale"  # the loss scale of fp16 has collapsed
 
 
 class Limits(Protocol):
@@ -47,7 +49,7 @@ class Limits(Protocol):
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step is judged by."""
+    """The figures of a step by which it is judged."""
 
     step: int
     loss: float

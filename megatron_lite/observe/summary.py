@@ -1,4 +1,4 @@
-"""What a run says when it ends."""
+"""The summary that a run prints when it ends."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunSummary:
     validation_accuracy: float | None = None
     sequence_accuracy: float | None = None  # of the samples' classes, such as next sentence or not
     unigram_label: str = "unigram entropy"
-    unigram_entropy_nats: float | None = None  # loss of the labels by their frequencies alone
-    unigram_accuracy: float | None = None  # of always saying the most frequent label
+    unigram_entropy_nats: float | None = None  # loss of predicting the labels' frequencies
+    unigram_accuracy: float | None = None  # of always predicting the most frequent label
     tokens: int | None = None
     seconds: float | None = None  # of this attempt
     tokens_per_second: float | None = None
@@ -164,7 +164,7 @@ def _shown_sample(summary: RunSummary) -> str:
 
 
 def _printable(text: str) -> str:
-    """A model may write control characters, which a terminal would obey."""
+    """Replace control characters, which a model may generate and a terminal would execute."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
 
 

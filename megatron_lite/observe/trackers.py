@@ -1,6 +1,6 @@
-"""Where figures go: one small interface, and the trackers of a run behind it.
+"""Trackers of a run's metrics: one small interface, with JSONL files, wandb and TensorBoard behind it.
 
-Only the rank that writes builds real ones; `metrics.jsonl` is the truth, wandb and TensorBoard are views of it.
+Only the writing rank has any; `metrics.jsonl` is the record, wandb and TensorBoard are views of it.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from megatron_lite.observe.metrics import (
 )
 from megatron_lite.observe.phrasing import counted
 
-MOST_RANGES = 1000  # of lost steps that an event names
+MOST_RANGES = 1000  # ranges of missing steps that an event lists
 
 
 class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Figures of one training step."""
+        """Log the figures of one training step."""
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Something that happened at a step: an attempt's start, a resume, a save, an evaluation."""
+        """Log an event at a step: the start of an attempt, a resume, a save, an evaluation."""
 
     def alert(self, title: str, text: str) -> None:
-        """Tell the people who watch the run, where the tracker has a way to."""
+        """Notify the people who watch the run, if the tracker supports it."""
 
     def rewind(self, step: int, rollbacks: int) -> None:
-        """A rollback, the run's `rollbacks`-th, has taken back all steps beyond `step`: they come again, with other
-        samples. Its event is logged before."""
+        """The run's `rollbacks`-th rollback has undone all steps after `step`: they are trained again, with other
+        samples. Its event is logged before this call."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run's last figures; nothing is logged after it."""
+        """Log the run's summary and close; nothing is logged afterwards."""
 
 
 class TrackingSettings(Protocol):
-    """The part of `config.schema.TrackingConfig` that trackers read (rooms side by side do not import each other)."""
+    """The part of `config.schema.TrackingConfig` that trackers read (`observe` may not import `config`)."""
 
     @property
     def wandb(self) -> str: ...
@@ -83,17 +83,17 @@ class JsonlTracker:
         self._events = EventWriter(run_dir / EVENTS_FILE, report)
 
     def logged(self, step: int) -> LoggedLines | None:
-        """The lines of metrics.jsonl up to this step, the last one; None where they wait for room on the disk."""
+        """The lines of metrics.jsonl up to this step, the last one; None if they wait for space on the disk."""
         return self._metrics.logged(step)
 
     @property
     def loss(self) -> Loss | None:
-        """What has been found missing."""
+        """The lines of metrics.jsonl that were found missing."""
         return self._metrics.loss
 
     @property
     def damaged_events(self) -> int:
-        """Lines of events.jsonl that could not be read and are left out."""
+        """Number of lines of events.jsonl that could not be read and were left out."""
         return self._events.damaged
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -103,7 +103,7 @@ class JsonlTracker:
         self._events.write(kind, step, values)
 
     def alert(self, title: str, text: str) -> None:
-        """Nothing: whoever alerts has logged the event."""
+        """Does nothing: an alert comes with an event, which is logged."""
 
     def rewind(self, step: int, rollbacks: int) -> None:
         self._metrics.rewind(step, rollbacks)
@@ -116,8 +116,8 @@ class JsonlTracker:
 class Trackers:
     """Several trackers as one.
 
-    The first failure of a view (a network, a full quota) is reported and ends that view, never the training; the
-    truth waits in memory while the disk takes none of it (`lines.py`).
+    The first failure of a view (network, full quota) is reported and turns that view off, but never ends the training;
+    lines of the record wait in memory while the disk rejects them (`line_writer.py`).
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class Trackers:
         self._each(lambda tracker: tracker.event(kind, step, values))
 
     def logged(self, step: int) -> LoggedLines | None:
-        """What the checkpoint of this step, the last one, has to know of metrics.jsonl; None on ranks that do not
+        """What the checkpoint of this step, the last one, has to record about metrics.jsonl; None on ranks that do not
         write it."""
         return self._files.logged(step) if self._files is not None else None
 
-    def tell_losses(self, step: int) -> None:
-        """Warn of what the files of earlier attempts have lost, and keep it as an event of this one."""
+    def report_missing_lines(self, step: int) -> None:
+        """Warn of missing lines of earlier attempts, and log them as an event of this one."""
         if self._files is None:
             return
         if (loss := self._files.loss) is not None:
@@ -189,15 +189,15 @@ def build_trackers(
     report: Callable[[str], None] = lambda line: None,
     guard: Callable[[], None] = lambda: None,
 ) -> Trackers:
-    """The trackers that the configuration asks for; none at all unless `is_writer`.
+    """The trackers that are configured; none unless `is_writer`.
 
     Args:
         config: a `RunConfig`; its fields are also shown in wandb.
-        resume_step: the step of the checkpoint that the run goes on from; later figures are about to be repeated.
-        rollbacks: of the run so far; later figures of branches that it has left are kept apart.
-        logged: what that checkpoint knows of metrics.jsonl.
+        resume_step: the step of the checkpoint that the run resumes from; later figures are about to be repeated.
+        rollbacks: number in the run so far; later figures of branches that it has left are kept apart.
+        logged: what that checkpoint records about metrics.jsonl.
         report: shows one line to the user.
-        guard: called ahead of whatever is written; raises where this process may not write any more.
+        guard: called before each write; raises if this process has lost the run folder.
     Raises:
         ConfigError: tracking.wandb=online without an API key.
     """
@@ -214,13 +214,13 @@ def build_trackers(
 
 
 def _view(name: str, build: Callable[[], Tracker], report: Callable[[str], None]) -> list[Tracker]:
-    """The tracker, or none where its library cannot start: training does not end for a view of its figures.
+    """The tracker, or none if its library cannot start: a missing view must not end the training.
 
     Raises:
-        ConfigError: of settings that the user has to mend.
+        ConfigError: settings that the user has to fix.
     """
     try:
-        with library_edge(TrackingError, f"{name} cannot start", "the run goes on without it"):
+        with library_edge(TrackingError, f"{name} cannot start", "the run continues without it"):
             return [build()]
     except TrackingError as error:
         report(str(error))
@@ -252,7 +252,7 @@ def _tensorboard(run_dir: Path, resume_step: int) -> Tracker:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that a chart can show; those of nested ones by names such as `layer_grad_norm/layers.0`."""
+    """The numeric entries, which a chart can show; nested ones get names such as `layer_grad_norm/layers.0`."""
     found: dict[str, float] = {}
     for name, value in values.items():
         plain = value.item() if hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""One answer for all ranks."""
+"""Broadcast one rank's answer to all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def agreed(answer: T) -> T:
-    """What the writing rank says, on every rank; a collective of all ranks."""
+    """The writing rank's value, on every rank; a collective of all ranks."""
     answers = [answer]
     dist.broadcast_object_list(answers)
     return answers[0]

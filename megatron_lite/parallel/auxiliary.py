@@ -1,4 +1,4 @@
-"""What a layer or the loss hands out in a step besides activations: auxiliary losses, and measurements.
+"""What a layer or the loss outputs in a step besides activations: auxiliary losses and measurements.
 
 Neither crosses a stage boundary. An auxiliary loss enters in the backward pass, through a function that hands its input
 on unchanged and gives the loss its gradient, as in Megatron's experts; a measurement stays on its rank until one

@@ -1,4 +1,4 @@
-"""One object that says who this rank is, whom it talks to, and where its random numbers come from.
+"""The parallel context: this rank's place in the layout, its process groups and its random states.
 
 It is built once per process and handed down through constructors: nothing looks a process group up globally.
 """
@@ -98,7 +98,7 @@ class ParallelContext:
 
     @property
     def is_writer(self) -> bool:
-        """True on the one rank of the job that writes what is written once."""
+        """True on the one rank of the job that writes the files that only one rank may write."""
         return self.rank == 0
 
 

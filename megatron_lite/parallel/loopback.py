@@ -1,4 +1,4 @@
-"""Sockets of a job: they listen only where its processes connect. Free of torch."""
+"""Sockets of a job: they listen only on the address to which its processes connect. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address leads back to the machine that uses it; no name is looked up."""
+    """Whether an address is a loopback address; no name is resolved."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -35,7 +35,7 @@ def listening_address(host: str) -> str | None:
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A socket that listens at this address alone; torch's stores would listen at all addresses.
+    """A socket that listens only on this address; torch's stores would listen on all addresses.
 
     Raises:
         OSError: another process listens there, or this machine has no such address.

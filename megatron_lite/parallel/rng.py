@@ -19,7 +19,7 @@ import torch
 
 
 class DropoutKey(NamedTuple):
-    """What one forward pass of one layer draws its masks for."""
+    """The key of the dropout masks of one forward pass of one layer."""
 
     layer_name: str
     first_sample: int
@@ -49,14 +49,14 @@ class RngStates:
         self._forwards.clear()
 
     def next_key(self, layer_name: str) -> DropoutKey:
-        """The key of this layer's next micro-batch. Take it outside of whatever recomputation may run again."""
+        """The key of this layer's next micro-batch. Call it outside of recomputed code, which runs twice."""
         micro_batch = self._forwards[layer_name]
         self._forwards[layer_name] += 1
         return DropoutKey(layer_name, self._first_sample + micro_batch * self._micro_batch_size)
 
     @contextmanager
     def replicated(self, key: DropoutKey, site: str) -> Iterator[None]:
-        """Draw alike on all ranks of the tensor-parallel group. `site` tells the masks of one layer apart."""
+        """Draw the same on all ranks of the tensor-parallel group. `site` distinguishes the masks of one layer."""
         with self._seeded(stable_hash(self._seed, *key, site)):
             yield
 

@@ -1,4 +1,4 @@
-"""How a parameter is cut over the tensor-parallel group, and how it is put together again.
+"""How a parameter is split over the tensor-parallel group, and how its slices are joined again.
 
 Each parameter carries a `ShardSpec`. Initialisation, checkpoints and the import of other models' weights all speak of
 full tensors under global names ("layers.3.mlp.down.weight"), which no layout changes; only this file cuts them.

@@ -1,8 +1,8 @@
-"""How well a model would do that knew nothing but how often each label occurs: what a real one must beat.
+"""The unigram baseline: the loss of a model that knows only how often each label occurs. A trained model must beat it.
 
-Special tokens among the labels (sentinels, the end) are a matter of counting, not of language, and a model has learned
-them in its first steps. So the baseline gets them for nothing: else a T5, a quarter of whose labels they are, would
-seem to have learned a nat before it knows a word.
+Special tokens among the labels (sentinels, end of document) follow fixed patterns that a model learns in its first
+steps. So the baseline predicts them for free: otherwise a T5, a quarter of whose labels are special, would seem to have
+learned a nat before it knows a word.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from megatron_lite.objectives.base import Example
 
 @dataclass(frozen=True)
 class Baseline:
-    """Of the labels that count in the loss."""
+    """Figures over the labels that count in the loss."""
 
     entropy_nats: float  # loss of the held-out labels by the training labels' frequencies, nats per label
     accuracy: float  # share of the held-out labels that are special, or the most frequent training label
-    loss: float  # entropy_nats, and that of the samples' classes where they have one
+    loss: float  # entropy_nats, plus the entropy of the samples' classes if they have one
 
 
 def label_baseline(training: Iterable[Example], held_out: Iterable[Example], vocabulary: Vocabulary) -> Baseline:
-    """From samples of both sets. A label that no training sample has counts as if it had been seen once."""
+    """The baseline from samples of both sets. A label without any training sample counts as if seen once."""
     seen, classes = _counts(training, vocabulary.size)
     asked, _ = _counts(held_out, vocabulary.size)
     total = max(asked.sum(), 1.0)
@@ -45,7 +45,7 @@ def label_baseline(training: Iterable[Example], held_out: Iterable[Example], voc
 
 
 def _counts(examples: Iterable[Example], vocab_size: int) -> tuple[npt.NDArray[np.float64], Counter[int]]:
-    """How often each label counts [vocab_size], and each class of a whole sample; no sample is kept."""
+    """How often each label [vocab_size] and each class of a whole sample occurs; streams through the samples."""
     labels, classes = np.zeros(vocab_size), Counter[int]()
     for example in examples:
         labels += np.bincount(example.labels, weights=example.loss_weights, minlength=vocab_size)
@@ -55,6 +55,6 @@ def _counts(examples: Iterable[Example], vocab_size: int) -> tuple[npt.NDArray[n
 
 
 def _class_entropy(classes: Counter[int]) -> float:
-    """Of the samples' classes, nats; 0 where they have none."""
+    """Entropy of the samples' classes, nats; 0 if they have none."""
     shares = [count / classes.total() for count in classes.values()]
     return -sum(share * math.log(share) for share in shares)

@@ -1,4 +1,4 @@
-"""What a run does besides stepping: report, watch for divergence, validate, save."""
+"""What a run does besides training steps: report, watch for divergence, validate, save."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EVALUATION_EVENT = "evaluation"
 
 @dataclass
 class Report(Callback):
-    """Step figures to metrics.jsonl and the other trackers, and to the progress bar."""
+    """Logs the figures of each step to metrics.jsonl and the other trackers, and updates the progress bar."""
 
     trackers: Trackers
     progress: Progress
     flops_per_token: float
-    peak_flops: float  # dense, of all devices of the job together
+    peak_flops: float  # dense FLOP/s of all devices of the job together
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         trainer.heartbeat.enter(Phase.REPORT)
@@ -65,7 +65,7 @@ class Report(Callback):
 
 @dataclass
 class Validate(Callback):
-    """Loss, perplexity and accuracy at intervals and at the end."""
+    """Measures validation loss, perplexity and accuracy at intervals and at the end."""
 
     trackers: Trackers
     progress: Progress
@@ -77,11 +77,11 @@ class Validate(Callback):
             trainer.evaluate(record.step)
 
     def found_finite(self, step: int) -> bool:
-        """Whether the weights were validated after this very step, and are numbers."""
+        """Whether the model was validated after exactly this step, and its loss was finite."""
         return self.newest is not None and self.newest[0] == step and math.isfinite(self.newest[1])
 
     def forget_after(self, step: int) -> None:
-        """The run goes back to this step."""
+        """Forget a validation after this step, to which the run is rolled back."""
         if self.newest and self.newest[0] > step:
             self.newest = None
 
@@ -107,8 +107,8 @@ class Validate(Callback):
 
 @dataclass
 class Guard(Callback):
-    """Ends a run whose loss is no number any more, before it spends a night on it; behind the validation, which tells
-    the weights of a last step whose update was dropped."""
+    """Ends a run whose loss stays NaN or Inf, before it wastes a night. Comes after `Validate`: if the update of the
+    last step was skipped, only the validation can show that the weights are finite."""
 
     validate: Validate
     non_finite_steps: int = 0  # in a row
@@ -121,7 +121,7 @@ class Guard(Callback):
             first = record.step - self.non_finite_steps + 1
             raise DivergedError(
                 f"diverged: loss {record.result.loss:g} and gradient norm {record.result.grad_norm:g} at step "
-                f"{record.step}, and no numbers since step {first} (train.max_non_finite_steps={limit}); the last "
+                f"{record.step}, NaN or Inf since step {first} (train.max_non_finite_steps={limit}); the last "
                 "checkpoint is from before: use a lower optimizer.learning_rate, more optimizer.warmup_steps or "
                 "train.precision=fp32 in a new train.run_dir"
             )
@@ -129,23 +129,23 @@ class Guard(Callback):
 
 @dataclass
 class Save(Callback):
-    """Checkpoints at intervals and at the end, never of weights that are no numbers."""
+    """Saves checkpoints at intervals and at the end, never of weights that may be NaN or Inf."""
 
     trackers: Trackers
     checkpoints: Checkpoints
     validate: Validate
     rollbacks: RollbackRecord
-    is_sound: bool = True
-    """Whether the weights are: after a step without a loss they may be no numbers."""
+    is_finite: bool = True
+    """Whether the weights are known to be finite: after a step with a NaN or Inf loss they may not be."""
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         self.report()
-        self.is_sound = record.is_finite or self.validate.found_finite(record.step)
-        if self.is_sound and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
+        self.is_finite = record.is_finite or self.validate.found_finite(record.step)
+        if self.is_finite and is_due(record.step, trainer.config.train.save_interval, trainer.last_step):
             self.at(trainer, record.step)
 
     def at(self, trainer: Trainer, step: int) -> None:
-        """Now, as the checkpoint of this step."""
+        """Save now, as the checkpoint of this step."""
         trainer.heartbeat.enter(Phase.SAVE)
         self.rollbacks.require_written()
         validated = self.validate.newest
@@ -158,13 +158,13 @@ class Save(Callback):
         self.wait(trainer)
 
     def wait(self, trainer: Trainer) -> None:
-        """Until the last checkpoint is complete."""
+        """Wait until the last checkpoint is complete."""
         trainer.heartbeat.enter(Phase.SAVE)
         self.checkpoints.saver.wait()
         self.report()
 
     def report(self) -> None:
-        """Record the saves that have become complete."""
+        """Log the saves that have completed since the last call."""
         while self.checkpoints.saver.reports:
             done = self.checkpoints.saver.reports.pop(0)
             self.trackers.event(
@@ -180,5 +180,5 @@ class Save(Callback):
 
 
 def is_due(step: int, interval: int, last_step: int) -> bool:
-    """Whether what happens every `interval` steps (0 = never) and at the end happens after this one."""
+    """Whether something that happens every `interval` steps (0 = never) and at the end is due after this step."""
     return step == last_step or (interval > 0 and step % interval == 0)

@@ -1,7 +1,7 @@
-"""`model.check_init`: whether the weights that a run begins with compute here what they compute in transformers.
+"""`model.check_init`: whether the initial weights give the same logits here as in transformers.
 
-Tensors and settings can fit each other and still be another model's: a config.json that was renamed to another family
-leaves nothing over and computes something else. Only logits tell.
+Tensors and settings can match in every name and shape and still belong to another model: with a config.json that was
+renamed to another family, everything loads but computes something else. Only comparing logits shows it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from megatron_lite.files import size_text
 from megatron_lite.parallel.agreement import agreed
 
 MEMORY_SHARE = 0.5
-"""Of the memory that is free, which a model in fp32 may take for `auto`: the ranks need theirs, too."""
+"""Share of the free memory that the fp32 model may take under `auto`: the ranks need memory, too."""
 LARGEST_PARAMETERS = 8 * 10**9
-"""For `auto`: the other ranks wait, and train.timeout_seconds ends what waits too long."""
+"""Limit for `auto`: the other ranks wait meanwhile, and train.timeout_seconds ends a wait that is too long."""
 NAMED_ZEROS = 3
 
 
 def check_start(config: ResolvedConfig, report: Callable[[str], None]) -> None:
-    """Refuse weights that the run cannot begin with; one rank looks, and all end. A collective of all ranks.
+    """Reject initial weights that do not fit. Rank 0 checks; an error is raised on all. A collective of all ranks.
 
     Args:
-        report: is told what was compared, or why nothing was.
+        report: called with a line about what was compared, or why nothing was.
     Raises:
         ConfigError, CheckpointError: on every rank alike.
     """
@@ -53,7 +53,7 @@ def check_start(config: ResolvedConfig, report: Callable[[str], None]) -> None:
 
 def _check(config: ResolvedConfig) -> str:
     """What was found, for the console."""
-    weights = require_fit(config)  # again: on the machine that trains, maybe days after the launcher looked
+    weights = require_fit(config)  # the launcher has checked it, but maybe days ago and on another machine
     name, wanted = config.model.init_from, config.model.check_init
     reason = _reason_against(config, weights)
     if wanted is CheckInit.always and weights.has_hf_names:
@@ -62,18 +62,18 @@ def _check(config: ResolvedConfig) -> str:
         signs = _warnings([*foreign_tokenizers(weights), *_of_gates(weights, config)])
         return f"model.init_from={name}: logits are not compared with those of transformers: {reason}{signs}"
     found = compare_start(weights.folder, config)
-    if not found.difference <= found.allowed:  # NaN is no agreement
+    if not found.difference <= found.allowed:  # so that NaN fails as well
         raise CheckpointError(
-            f"model.init_from={name} computes other {found.outputs} here than {found.reader} reads from it (largest "
-            f"difference {found.difference:.3g}, and {found.allowed:.3g} is allowed): its config.json describes "
-            "another model than its tensors are of, or transformers computes by other rules; give the folder with the "
-            "config.json that was saved with it, or set model.check_init=never to begin with what is computed here"
+            f"model.init_from={name} gives other {found.outputs} here than with {found.reader} (largest "
+            f"difference {found.difference:.3g}, {found.allowed:.3g} is allowed): its config.json describes another "
+            "model than its tensors belong to, or transformers computes it differently; give the folder with the "
+            "config.json that was saved with it, or set model.check_init=never to start from these weights anyway"
         )
     unproven = [*_of_logits(found), *foreign_tokenizers(weights)]
     if unproven and wanted is CheckInit.always:
         raise CheckpointError(
-            f"model.init_from={name} cannot be checked, as model.check_init=always wants: {'; '.join(unproven)}; give "
-            "the folder as it was saved, or set model.check_init=auto to begin with what is computed here"
+            f"model.init_from={name} cannot be checked, as model.check_init=always requires: {'; '.join(unproven)}; "
+            "give the folder as it was saved, or set model.check_init=auto to start from these weights anyway"
         )
     notes = _warnings([*unproven, *_of_zeros(found), *_of_gates(weights, config)])
     return (
@@ -88,7 +88,7 @@ def _warnings(notes: Sequence[str]) -> str:
 def _of_logits(found: Parity) -> Iterator[str]:
     if not found.tells_something:
         yield (
-            f"its logits hardly depend on what is read (they differ by {found.spread:.2g} at most), so equal ones "
+            f"its logits hardly depend on the input (they differ by {found.spread:.2g} at most), so equal logits "
             "prove nothing"
         )
 
@@ -97,15 +97,15 @@ def _of_zeros(found: Parity) -> Iterator[str]:
     if found.zeros and found.tells_something:
         more = len(found.zeros) - NAMED_ZEROS
         named = ", ".join(found.zeros[:NAMED_ZEROS]) + (f" and {more} more" if more > 0 else "")
-        yield f"all zero, so that equal logits prove nothing of what they do: {named}"
+        yield f"all zero, so equal logits prove nothing about these tensors: {named}"
 
 
 def _of_gates(weights: Weights, config: RunConfig) -> Iterator[str]:
-    """Our own models may have them as well."""
+    """A GELU gate under a LLaMA config.json, unless this project wrote it: our own models may have one."""
     if weights.kind == LLAMA.architecture and config.model.activation is Activation.geglu and not weights.is_own:
         yield (
-            "no LLaMA of transformers has a gate of GELU, as Gemma has, which computes something else from the same "
-            "tensors; if config.json was changed to model_type=llama, begin with another folder"
+            "no LLaMA model in transformers has a GELU gate; Gemma has one, and computes something else from the same "
+            "tensors; if config.json was changed to model_type=llama, start from another folder"
         )
 
 
@@ -114,15 +114,15 @@ def _reason_against(config: ResolvedConfig, weights: Weights) -> str | None:
     if config.model.check_init is CheckInit.never:
         return "model.check_init=never"
     if not weights.has_hf_names:
-        return "it has no such model"
+        return "it does not have this model"
     if importlib.util.find_spec("transformers") is None:
         return "it is not installed"
     vocab_size = weights.settings["vocab_size"]
     count = parameter_counts(config.model, vocab_size, next_sentence=has_next_sentence_head(config)).total
     if count > LARGEST_PARAMETERS:
-        return f"{count:,} parameters take too long; model.check_init=always compares them all the same"
+        return f"{count:,} parameters take too long; model.check_init=always compares them anyway"
     free = psutil.virtual_memory().available
     if 4 * count > MEMORY_SHARE * free:
-        needed = f"{size_text(4 * count)} of {size_text(free)} free memory are more than half of it"
-        return f"{needed}; model.check_init=always compares all the same"
+        needed = f"it needs {size_text(4 * count)}, more than half of the {size_text(free)} of free memory"
+        return f"{needed}; model.check_init=always compares anyway"
     return None

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what lies in them, and how training begins from one."""
+"""The checkpoints of one run: what they contain, and how training starts from one."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from megatron_lite.train.startup import versions
 
 @dataclass(frozen=True)
 class Start:
-    """Where an attempt at a run begins: at a checkpoint of it, or before the first step."""
+    """Where an attempt starts: from a checkpoint of the run, or before the first step."""
 
     folder: Path | None = None
     report: ResumeReport | None = None
-    """With every `folder`."""
+    """Set whenever `folder` is."""
     state: CheckpointState | None = None
-    """With every `folder`."""
+    """Set whenever `folder` is."""
 
     @classmethod
     def find(
@@ -54,9 +54,9 @@ class Start:
         """The newest complete checkpoint, if there is one. A collective of all ranks.
 
         Args:
-            reason_against: why the run cannot go on from one.
+            reason_against: returns why the run cannot resume from a checkpoint, or None.
         Raises:
-            CheckpointError: it is of another run than this configuration's; on every rank alike.
+            CheckpointError: it belongs to a run with another configuration; on every rank alike.
         """
         found = newest_complete(checkpoints, console.print, reason_against)
         if found is None:
@@ -75,14 +75,14 @@ class Start:
 
 @dataclass
 class Checkpoints:
-    """Built once the engine is; everything here is called on every rank alike."""
+    """Saves and loads checkpoints of an engine. Every method must be called on all ranks."""
 
     engine: Engine
     data_fingerprint: str
     shapes: Shapes
     saver: Saver
     newest_step: int = 0
-    """Of the checkpoint that this attempt began from or has saved, or has begun to."""
+    """Step of the newest checkpoint that this attempt has loaded, saved or started to save."""
     comparable_from: int = 1
     """As of `CheckpointState`."""
 
@@ -99,9 +99,9 @@ class Checkpoints:
         """A collective of all ranks.
 
         Args:
-            report: is told where a checkpoint will be no model folder of transformers.
+            report: called with a line if transformers will not be able to load the checkpoints.
             on_failure: called on each rank, by another thread, as soon as a save has failed.
-            guard: called ahead of each change to the folder; raises where this process may not write any more.
+            guard: called before each change to the folder; raises if this process has lost the run folder.
         """
         config, shapes = engine.config, shapes_of_all_ranks(engine.shards.shapes())
         carried = prepared.tokenizer_files(config)
@@ -127,10 +127,10 @@ class Checkpoints:
         return cls(engine, prepared.fingerprint, shapes, saver)
 
     def begin(self, start: Start) -> None:
-        """Give the model what the checkpoint has, or in a new run the weights of model.init_from.
+        """Load the checkpoint, or in a new run the weights of model.init_from.
 
         Raises:
-            CheckpointError: the files hold other tensors than the model has.
+            CheckpointError: the tensors in the files do not match the model.
         """
         if start.report is not None and start.state is not None and start.folder is not None:
             self._restore(start.folder, start.state, start.report)
@@ -139,11 +139,11 @@ class Checkpoints:
 
     @property
     def folder(self) -> Path:
-        """All of them lie here."""
+        """The folder that contains all checkpoints of the run."""
         return self.saver.checkpoints
 
-    def go_back(self, folder: Path, state: CheckpointState) -> None:
-        """Take what this run has saved earlier, maybe with other settings; nothing may be being written."""
+    def restore_earlier(self, folder: Path, state: CheckpointState) -> None:
+        """Load an earlier checkpoint of this run, maybe saved with other settings; no save may be in progress."""
         config, layout = self.engine.config, layout_of(self.engine.config, self.engine.context)
         report = describe(state, config, layout, self.data_fingerprint, folder)
         self._restore(folder, state, report)
@@ -173,14 +173,16 @@ class Checkpoints:
         validation_loss: float | None,
         logged: LoggedLines | None = None,
     ) -> Path:
-        """Write a checkpoint, or begin to; the folder that it will be.
+        """Write a checkpoint, or start to write one in the background.
 
         Args:
             step: finished optimizer steps.
-            samples: consumed in them.
-            skips: what the run leaves out.
-            validation_loss: where the run was validated after this very step.
-            logged: up to it, on the writing rank.
+            samples: number of samples consumed in these steps.
+            skips: the samples that the run leaves out.
+            validation_loss: None unless the model was validated after exactly this step.
+            logged: the lines that were logged up to this step, on the writing rank.
+        Returns:
+            the folder of the checkpoint, which may not be complete yet
         """
         config, shards = self.engine.config, self.engine.shards
         state = CheckpointState(
@@ -205,10 +207,10 @@ class Checkpoints:
 
 
 def take_weights(engine: Engine, folder: Path, state: CheckpointState) -> None:
-    """Give the model the weights of a checkpoint, and nothing else of it. A collective of all ranks.
+    """Load only the weights of a checkpoint into the model. A collective of all ranks.
 
     Raises:
-        CheckpointError: the files hold other tensors than the model has.
+        CheckpointError: the tensors in the files do not match the model.
     """
     plan = _plan(engine, shapes_of_all_ranks(engine.shards.shapes()), state.hugging_face)
     load(folder, plan, _fragments(engine, WEIGHT), [WEIGHT])
@@ -216,10 +218,10 @@ def take_weights(engine: Engine, folder: Path, state: CheckpointState) -> None:
 
 
 def take_initial_weights(engine: Engine, shapes: Shapes) -> None:
-    """Give the model the weights that model.init_from names.
+    """Load the weights that model.init_from names into the model.
 
     Raises:
-        CheckpointError: the files hold other tensors than the model has.
+        CheckpointError: the tensors in the files do not match the model.
     """
     model = engine.config.model
     weights = weights_of(engine.config)

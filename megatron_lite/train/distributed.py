@@ -1,4 +1,4 @@
-"""Bring one process into the job: its device, its process groups, its time limits."""
+"""Set up one process of the job: its device, its process groups, its timeouts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.stores import tcp_store
 from megatron_lite.train.startup import require_same_program
 
-COLLECTIVES_PATIENCE = 1.5  # x train.timeout_seconds
+COLLECTIVES_TIMEOUT = 1.5  # x train.timeout_seconds
 NOT_MET = (
-    "the logs of the other ranks say whether they have started; if they have, give an address that every node reaches "
-    "in launcher.master_address and a free port in launcher.master_port, or raise train.timeout_seconds"
+    "the logs of the other ranks show whether they have started; if they have, give an address that every node can "
+    "reach in launcher.master_address and a free port in launcher.master_port, or raise train.timeout_seconds"
 )
 
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
-    """What a launcher tells each process (the torchrun convention)."""
+    """What a launcher passes to each process in environment variables (the torchrun convention)."""
 
     rank: int
     local_rank: int
@@ -33,7 +33,7 @@ class ProcessEnvironment:
 
     @classmethod
     def read(cls) -> ProcessEnvironment:
-        """From the environment; a script started by hand is a world of one."""
+        """Read the environment variables; a script started by hand has a world size of 1."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(os.environ.get("RANK", "0")),
@@ -44,7 +44,7 @@ class ProcessEnvironment:
 
 
 def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
-    """The device of this rank: the CPU, or the GPU of its place on this node.
+    """The device of this rank: the CPU, or the GPU whose index is its local rank.
 
     Args:
         setting: launcher.device, resolved: `cpu` or `cuda`.
@@ -56,39 +56,39 @@ def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
     if torch.cuda.device_count() < environment.local_world_size:
         raise LaunchError(
             f"launcher.device=cuda needs {environment.local_world_size} GPUs on this node, "
-            f"it has {torch.cuda.device_count()}; start fewer processes or use launcher.device=cpu"
+            f"but torch sees {torch.cuda.device_count()}; start fewer processes or use launcher.device=cpu"
         )
     torch.cuda.set_device(environment.local_rank)
     return torch.device("cuda", environment.local_rank)
 
 
 def start_process_group(device: torch.device, environment: ProcessEnvironment, timeout_seconds: float) -> None:
-    """Join the job's default process group, and bound every later group's wait.
+    """Join the job's default process group, and set the timeout of every later group.
 
     Args:
-        timeout_seconds: train.timeout_seconds, after which the watchdog names who hangs. Collectives wait half as long
-            again: they know only that they have waited.
+        timeout_seconds: train.timeout_seconds, after which the watchdog names the rank that hangs. Collectives time out
+            at 1.5 times that: their error would not name the cause.
     Raises:
-        LaunchError: not all ranks came within that.
+        LaunchError: not all ranks joined within that time.
     """
-    timeout = timedelta(seconds=COLLECTIVES_PATIENCE * timeout_seconds)
+    timeout = timedelta(seconds=COLLECTIVES_TIMEOUT * timeout_seconds)
     # Groups that are created without a timeout, as DeepSpeed does, take these defaults of 30 and 10 minutes.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if dist.is_initialized():  # a test's harness has done it
         return
-    # DeepSpeed insists on these even for one process.
+    # DeepSpeed requires these variables even for one process.
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     what = (
-        f"rank {environment.rank} could not meet the other {environment.world_size - 1} ranks at {address}:{port} "
-        f"within {timeout.total_seconds():g} s = {COLLECTIVES_PATIENCE} x train.timeout_seconds"
+        f"rank {environment.rank} could not connect to the other {environment.world_size - 1} ranks at "
+        f"{address}:{port} within {timeout.total_seconds():g} s = {COLLECTIVES_TIMEOUT} x train.timeout_seconds"
     )
     with library_edge(LaunchError, what, NOT_MET):
         if address and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            # torch's own way would listen at all addresses of this machine.
+            # torch's env:// rendezvous would listen on all addresses of this machine.
             rank, world_size = environment.rank, environment.world_size
             store = tcp_store(address, int(port), world_size, rank == 0, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -101,12 +101,12 @@ def start_process_group(device: torch.device, environment: ProcessEnvironment, t
 def join(
     config: ResolvedConfig, device: torch.device, environment: ProcessEnvironment
 ) -> tuple[ParallelContext, list[str]]:
-    """Meet the other ranks and take this one's place in the layout.
+    """Connect to the other ranks and build this rank's place in the layout.
 
     Returns:
         this rank's context, and the node of each rank
     Raises:
-        LaunchError: not all ranks appeared, or not all run the same program. (That their number fits the layout was
+        LaunchError: not all ranks joined, or not all run the same program. (Whether the world size fits the layout was
             validated with the configuration.)
     """
     start_process_group(device, environment, config.train.timeout_seconds)
@@ -118,6 +118,6 @@ def join(
 
 
 def leave() -> None:
-    """End the job in order: no rank closes its connections while another still needs them."""
+    """Shut down cleanly: the barrier keeps every rank from closing its connections while another still needs them."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""`python -m launch evaluate`: the weights of a checkpoint under any layout, and how well they predict; no training."""
+"""`python -m launch evaluate`: load the weights of a checkpoint under any layout and evaluate them; no training."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from megatron_lite.train.stopping import StopAgreement, StopRequested
 
 
 def evaluate_checkpoint(config: ResolvedConfig, claim: Claim, folder: Path, *, one_pass: bool) -> RunEnd:
-    """In every rank; the writing one leaves an `EvaluationReport` in train.run_dir, which is not that of the run.
+    """Run it in every rank; the writing rank leaves an `EvaluationReport` in train.run_dir, which is not the run's own.
 
     Args:
-        config: resolved, and its data prepared. Its optimizer is one without moments: the engine has to have one.
+        config: resolved, with its data prepared. The engine needs an optimizer, so it has one without moments.
         folder: one of our checkpoints, or the folder that model.init_from names.
         one_pass: evaluate on each held-out sample once, instead of train.eval_batches global batches.
     Returns:
-        DONE, or PREEMPTED where the ranks were asked to stop.
+        DONE, or PREEMPTED if the ranks were asked to stop.
     Raises:
-        MegatronLiteError: anything that the user can mend.
+        MegatronLiteError: anything that the user can fix.
     """
     with started_rank(config, claim) as rank:
         rank.heartbeat.enter(Phase.MEET)

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out samples: the same for a run's validation and for `python -m launch evaluate`."""
+"""Evaluation on held-out samples, both for the validation of a run and for `python -m launch evaluate`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from megatron_lite.objectives.base import Objective
 from megatron_lite.parallel.agreement import agreed
 from megatron_lite.parallel.context import ParallelContext
 
-ROUND_MICRO_BATCHES = 256  # that a rank holds at once
+ROUND_MICRO_BATCHES = 256  # that a rank holds in memory at once
 
 
 class Loader(Protocol):
     """Samples to evaluate on."""
 
     def rounds(self) -> Iterator[tuple[list[MicroBatch], int]]:
-        """This rank's micro-batches in parts, and how many of them a part has on every rank that reads. The same at
-        every call; equally many parts on all ranks, empty ones on stages that do not read."""
+        """This rank's micro-batches in rounds, each with its number of micro-batches on every rank that reads. The same
+        at every call; all ranks get the same number of rounds, stages that do not read get empty ones."""
 
 
 class HeldOut:
-    """Held-out samples 0 .. num_samples - 1, of which rank d of D takes the d-th contiguous part.
+    """Held-out samples 0 .. num_samples - 1, of which data-parallel rank d of D takes the d-th contiguous part.
 
-    Where they do not divide evenly, the last ranks get samples without weight to fill their micro-batches.
+    If they do not divide evenly, the last ranks fill their micro-batches with samples of zero weight.
 
     Args:
-        dataset: None on stages that do not read.
+        dataset: None on stages that do not read data.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class HeldOut:
     def of_run(
         cls, prepared: PreparedData, config: ResolvedConfig, objective: Objective, context: ParallelContext
     ) -> HeldOut:
-        """What the run validates on: train.eval_batches global batches.
+        """The samples that the run validates on: train.eval_batches global batches.
 
         Raises:
-            DataError: there is not one sample.
+            DataError: there is no sample at all.
         """
         dataset = validation_dataset(prepared, config, objective.shape) if _reads(context) else None
         count = config.train.eval_batches * config.train.global_batch_size
@@ -76,7 +76,7 @@ class HeldOut:
         """Each held-out sample once. A collective of all ranks.
 
         Raises:
-            DataError: there is not one sample.
+            DataError: there is no sample at all.
         """
         dataset, count = None, 0
         if _reads(context):
@@ -91,7 +91,7 @@ class HeldOut:
             yield self._micro_batches(part), len(part) // self._micro_batch_size
 
     def _own_part(self) -> range:
-        """Samples of this rank; those from num_samples on have no weight."""
+        """Indices of this rank's samples; those from num_samples on are padding with zero weight."""
         together = self._context.data_size * self._micro_batch_size
         own = -(-self.num_samples // together) * self._micro_batch_size
         first = self._context.data_rank * own
@@ -115,7 +115,7 @@ def evaluate(engine: Engine, loader: Loader) -> Evaluation:
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation over the samples of all parts together."""
+    """Combine the evaluations of several parts into one over all their samples."""
     if len(parts) == 1:
         return parts[0]
     tokens = sum(part.tokens for part in parts)
@@ -138,7 +138,7 @@ def _reads(context: ParallelContext) -> bool:
 
 
 def _without(batch: MicroBatch, counted: int) -> MicroBatch:
-    """The micro-batch with weight on its first samples alone; on none where `counted` is below 1."""
+    """The micro-batch with loss weights of 0 for all but its first `counted` samples; for all if `counted` < 1."""
     counts = torch.arange(len(batch.labels)) < counted
     batch = batch._replace(loss_weights=batch.loss_weights * counts[:, None])
     if batch.sequence_weights is None:

@@ -1,4 +1,4 @@
-"""The end of a run as its user sees it: the loss curve, the summary, and how to go on."""
+"""What the user sees at the end of a run: the loss curve, the summary, and how to continue."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_lite.observe.summary import RunSummary, show_summary
 
 BASELINE_EVENT = "baseline"
 ALL_TRAINED = "all steps are trained"
-"""What the marker DONE says, and the report that is written ahead of it."""
+"""The text of the marker DONE, and of the report that is written before it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the summary cannot read from the run folder."""
+    """What the summary needs besides the run folder."""
 
     checkpoint: Path
     started: float  # time.monotonic() of this attempt's start
@@ -83,7 +83,8 @@ def show_outcome(config: ResolvedConfig, run_dir: Path, console: Console, outcom
 
 
 def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Path | None:
-    """A run that has trained to its end is no failure because a page cannot be drawn: the command can draw it later."""
+    """Draw a page; any failure is only reported, because a run that has trained to its end has not failed if a plot
+    cannot be drawn, and the command can draw it later."""
     try:
         return draw()
     except Exception as error:
@@ -93,7 +94,7 @@ def _drawn(path: Path, draw: Callable[[], Path | None], console: Console) -> Pat
 
 
 def _command(config: ResolvedConfig, run_dir: Path) -> str:
-    """Resumes the run, or says that it is done; the frozen file stands for whatever words led to it."""
+    """The command that resumes the run, or reports that it is done; the frozen file replaces all overrides."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())

@@ -1,4 +1,4 @@
-"""Continue a text with the model as it lies: sliced over tensor ranks, staged over pipeline ranks.
+"""Generate text with the model as it is distributed: sliced over tensor ranks, split into pipeline stages.
 
 Shapes: b = 1, s sequence, v vocabulary, t tensor-parallel size.
 """
@@ -30,20 +30,20 @@ def generate(
 ) -> list[int]:
     """Sample a continuation from a decoder; a collective of all ranks, the same result on each.
 
-    Every token costs a whole forward pass over seq_length positions (there is no cache of keys and values): right for
-    a short sample at the end of a run, not for serving.
+    Every token costs a whole forward pass over seq_length positions (there is no KV cache): good enough for a short
+    sample at the end of a run, not for serving.
 
     Args:
         prompt: token ids, at least one; only the last seq_length - 1 are used.
-        stop_id: ends the text early (the end-of-document token).
+        stop_id: the end-of-document token, which ends the text early.
     Returns:
-        the prompt and what follows it
+        the prompt and its continuation
     """
     generator = torch.Generator().manual_seed(engine.context.seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
         window = tokens[-max(seq_length - 1, 1) :]
-        prefix = max(len(prompt) - (len(tokens) - len(window)), 1)  # what the window still holds of the prompt
+        prefix = max(len(prompt) - (len(tokens) - len(window)), 1)  # tokens of the prompt still in the window
         logits = _next_logits(engine, window, prefix, seq_length, vocab_size)
         choice = None if logits is None else torch.tensor(_sample(logits, temperature, top_k, generator))
         token = int(agree(choice, (), engine.context))
@@ -56,7 +56,7 @@ def generate(
 def _next_logits(
     engine: Engine, window: Sequence[int], prefix: int, seq_length: int, vocab_size: int
 ) -> torch.Tensor | None:
-    """[v] of the token behind `window` on the last stage, None on the others."""
+    """Logits [v] of the token after `window` on the last stage, None on the others."""
     padded = torch.zeros(1, seq_length, dtype=torch.int64)
     padded[0, : len(window)] = torch.tensor(window)
     inputs = [padded]
@@ -76,7 +76,7 @@ def _next_logits(
 
 
 def _sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if not logits.isfinite().all():  # a run that has diverged
+    if not logits.isfinite().all():  # the run has diverged; multinomial would raise
         return _NOTHING
     values, indices = logits.topk(min(top_k, logits.numel()))
     choice = torch.multinomial(torch.softmax(values / temperature, dim=0), 1, generator=generator)

@@ -35,12 +35,12 @@ class BatchSource(Protocol):
         """This data-parallel rank's part of one global batch."""
 
     def leave_out(self, skips: Skips) -> None:
-        """These samples from now on."""
+        """Leave out these samples from now on."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step; equal on every rank but for the times."""
+    """One finished step; equal on every rank except for the times."""
 
     step: int  # counts from 1
     batch: BatchStep
@@ -51,22 +51,22 @@ class StepRecord:
 
     @property
     def is_finite(self) -> bool:
-        """The loss is, and so is what was added to the weights."""
+        """Whether the loss and the update were finite; a skipped update has added nothing to the weights."""
         return math.isfinite(self.result.loss) and (math.isfinite(self.result.grad_norm) or self.result.skipped)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found out about a finished step, for its line in metrics.jsonl and for the callbacks."""
+    """What the observer found about a finished step, for its line in metrics.jsonl and for the callbacks."""
 
     spike: bool
-    ideal_bubble: float  # share of the step that the schedule alone leaves idle
-    shares: Mapping[str, float]  # of the step's time, by what it went into
-    rollbacks: int = 0  # of the run so far
+    ideal_bubble: float  # pipeline bubble of the schedule, as a share of the step
+    shares: Mapping[str, float]  # shares of the step's time by kind of work
+    rollbacks: int = 0  # in the run so far
     layers: Mapping[str, Any] | None = None  # figures of each layer and stage; None = not measured in this step
 
     def figures(self) -> dict[str, Any]:
-        """By their names in metrics.jsonl."""
+        """The figures under their names in metrics.jsonl."""
         found: dict[str, Any] = {"spike": self.spike, **self.shares, "ideal_bubble": self.ideal_bubble}
         if self.rollbacks:
             found[ROLLBACKS] = self.rollbacks
@@ -74,23 +74,23 @@ class Findings:
 
 
 class Observer(Protocol):
-    """Looks at each finished step before the callbacks do."""
+    """Called with each finished step before the callbacks."""
 
     def observe(self, record: StepRecord) -> Findings:
         """May be a collective of all ranks."""
 
 
 class Callback:
-    """What a run does besides stepping: each method is a moment, called on every rank, in the order of the list."""
+    """What a run does besides training steps. Each method is called on every rank, in the order of the callbacks."""
 
     def before_step(self, trainer: Trainer, step: int) -> None:
         """`step` counts from 1."""
 
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
-        """One that takes the run back calls `trainer.rewind`; those behind it are then not called: there is no step."""
+        """A callback may call `trainer.rewind`; the callbacks after it are then not called, as the step is undone."""
 
     def after_evaluation(self, trainer: Trainer, step: int, found: Evaluation) -> None:
-        """On the held-out samples, by the weights of this step."""
+        """Called after an evaluation of this step's weights on the held-out samples."""
 
     def at_end(self, trainer: Trainer) -> None:
         """After the last step."""
@@ -116,7 +116,7 @@ class Trainer:
 
         Args:
             first_step: 0 unless resumed.
-            find_last_step: train.steps, or less where the data ends before; a collective of all ranks.
+            find_last_step: returns train.steps, or less if the data ends before; a collective of all ranks.
         """
         self.config, self.engine, self.source, self.heartbeat = config, engine, source, heartbeat
         self._agreement, self._observer, self._callbacks = agreement, observer, callbacks
@@ -177,19 +177,19 @@ class Trainer:
         )
 
     def evaluate(self, step: int) -> None:
-        """By the weights of this step, on the held-out samples, for all callbacks; a collective of all ranks."""
+        """Evaluate this step's weights on the held-out samples and call all callbacks; a collective of all ranks."""
         self.heartbeat.enter(Phase.EVALUATE)
         found = evaluate(self.engine, self.source.held_out)
         for callback in self._callbacks:
             callback.after_evaluation(self, step, found)
 
     def rewind(self, step: int, samples: int, find_skips: Callable[[], Skips]) -> None:
-        """Go on from this step, whose weights and optimizer the engine has again. A collective of all ranks.
+        """Continue from this step, whose weights and optimizer state are loaded again. A collective of all ranks.
 
         Args:
-            samples: that had been consumed by then.
-            find_skips: what is left out from then on, found while the trainer still counts as before; a stop request
-                within it finds this step as the finished one.
+            samples: number of samples consumed up to this step.
+            find_skips: returns the samples to leave out from now on; called with the old schedule still in place, but
+                with this step already as the finished one, so that a stop request within it stops there.
         """
         self._finished_step = step
         self.source.leave_out(find_skips())

@@ -1,4 +1,4 @@
-"""Running out of memory, told so that it can be mended: which rank, which stage, and what had been planned for it."""
+"""Explain out-of-memory errors: which rank, which stage, what was planned for it, and which settings need less."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.planning.sizes import stage_lines
 from megatron_lite.train.distributed import ProcessEnvironment
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # all that tells its RuntimeError from others
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # only this text distinguishes its RuntimeError from others
 
 
 @contextlib.contextmanager
 def memory_errors_explained(config: ResolvedConfig, environment: ProcessEnvironment) -> Iterator[None]:
-    """Turn what torch and Python raise when memory is short into an error that a user can act on.
+    """Turn out-of-memory errors of torch and Python into an error that the user can act on.
 
     Raises:
-        DeviceMemoryError: in place of them.
+        DeviceMemoryError: instead of them.
     """
     try:
         yield

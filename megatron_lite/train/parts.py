@@ -1,4 +1,4 @@
-"""What an attempt at a run is made of, besides its engine."""
+"""The parts of an attempt at a run besides its engine: callbacks, rollbacks so far, last step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_lite.train.callbacks import Guard, Report, Save, Validate
 from megatron_lite.train.checkpoints import Checkpoints
 from megatron_lite.train.loop import Callback
 from megatron_lite.train.shard_source import ShardSource
-from megatron_lite.train.stability.rollback import GoBack
+from megatron_lite.train.stability.rollback import RollbackCallback
 from megatron_lite.train.stability.rollback_record import RollbackRecord
 from megatron_lite.train.stability.spike_report import SpikeReports
 from megatron_lite.train.stability.watch import UpdateJudge, Watch, logged_statistics
@@ -33,14 +33,14 @@ from megatron_lite.train.startup import Links
 
 @dataclass(frozen=True)
 class Run:
-    """What every part of one attempt needs."""
+    """What every part of an attempt needs."""
 
     config: ResolvedConfig
     context: ParallelContext
     prepared: PreparedData
     console: Console
     folder: Path
-    peak_flops: float  # dense, of the whole job; on the writing rank
+    peak_flops: float  # dense FLOP/s of the whole job; NaN on all but the writing rank
     started: float  # time.monotonic()
     heartbeat: Heartbeat
     links: Links
@@ -52,7 +52,7 @@ class Run:
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Of training, without recomputation."""
+        """FLOPs of training per token, without recomputation."""
         return flops_of_run(self.config, self.prepared.vocab_size).training
 
 
@@ -60,14 +60,14 @@ class Run:
 class Callbacks:
     watch: Watch
     report: Report
-    go_back: GoBack
+    rollback: RollbackCallback
     validate: Validate
     guard: Guard
     save: Save
 
     @property
     def in_order(self) -> list[Callback]:
-        return [self.report, self.go_back, self.validate, self.guard, self.save]
+        return [self.report, self.rollback, self.validate, self.guard, self.save]
 
 
 def build_callbacks(
@@ -79,15 +79,15 @@ def build_callbacks(
     source: ShardSource,
     judge: UpdateJudge,
 ) -> Callbacks:
-    """Once the run's weights are there. A collective of all ranks."""
+    """Build them after the run's weights are loaded. A collective of all ranks."""
     config = run.config
     validate = Validate(trackers, progress)
     record = RollbackRecord(run.folder, run.context.is_writer, run.console.print, rollbacks)
     save = Save(trackers, checkpoints, validate, record)
     spike_reports = _spike_reports(run, trackers, source)
     watch = Watch(config, checkpoints.engine, judge, source, run.heartbeat, spike_reports, rollbacks)
-    watch.remember(_earlier_steps(run, checkpoints))
-    go_back = GoBack(
+    watch.replay(_earlier_steps(run, checkpoints))
+    rollback = RollbackCallback(
         config.stability,
         run.folder,
         run.context.is_writer,
@@ -100,7 +100,12 @@ def build_callbacks(
         record,
     )
     return Callbacks(
-        watch, Report(trackers, progress, run.flops_per_token, run.peak_flops), go_back, validate, Guard(validate), save
+        watch,
+        Report(trackers, progress, run.flops_per_token, run.peak_flops),
+        rollback,
+        validate,
+        Guard(validate),
+        save,
     )
 
 
@@ -111,10 +116,10 @@ def _spike_reports(run: Run, trackers: Trackers, source: ShardSource) -> SpikeRe
 
 
 def agreed_rollbacks(run: Run) -> list[Rollback]:
-    """What the run has left out so far. A collective of all ranks.
+    """The rollbacks of the run so far. A collective of all ranks.
 
     Raises:
-        DataError: the file that tells is damaged; on every rank alike.
+        DataError: the file that lists them is damaged; on every rank alike.
     """
     found, problem = list[Rollback](), None
     try:
@@ -128,7 +133,7 @@ def agreed_rollbacks(run: Run) -> list[Rollback]:
 
 
 def _earlier_steps(run: Run, checkpoints: Checkpoints) -> list[StepStatistics]:
-    """Statistics of the steps of earlier attempts, so that this one judges as they would have.
+    """Statistics of the steps of earlier attempts, so that this attempt detects the spikes that they would have.
 
     Steps from before a setting changed that moves losses or gradient norms are left out: else the steps after the
     change would be taken for spikes.
@@ -138,7 +143,7 @@ def _earlier_steps(run: Run, checkpoints: Checkpoints) -> list[StepStatistics]:
 
 
 def last_step(run: Run, source: ShardSource, schedule: BatchSchedule) -> int:
-    """train.steps, or fewer where data.max_epochs passes hold no more; a collective of all ranks."""
+    """train.steps, or fewer if data.max_epochs passes over the data end before; a collective of all ranks."""
     steps, epochs = run.config.train.steps, run.config.data.max_epochs
     if epochs is None:
         return steps

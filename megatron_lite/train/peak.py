@@ -1,4 +1,4 @@
-"""The denominator of MFU."""
+"""The peak FLOP/s of the job: the denominator of MFU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_lite.planning.flops import dense_peak_flops
 def job_peak_flops(config: ResolvedConfig, device: torch.device, world_size: int) -> float:
     """Dense FLOP/s that all ranks together could reach.
 
-    A GPU's figure is that of its data sheet, or measured where it is in no table of ours. A CPU core's is measured, and
-    ranks are taken to share one machine: eight ranks on two cores have the peak of two cores.
+    For a GPU it is the figure of the data sheet, or measured if the GPU is not in our table. For CPUs one core is
+    measured, and all ranks are assumed to share one machine: eight ranks on two cores have the peak of two cores.
     """
     dtype = DTYPES[config.train.precision]
     if device.type == "cuda":

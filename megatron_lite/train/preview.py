@@ -1,4 +1,4 @@
-"""What the model makes of one held-out sample of an objective that corrupts text: the end of a run, for a person.
+"""A sample of the model's predictions at the end of a run, for objectives that corrupt text: one held-out sample.
 
 Shapes: s positions of the model's input, d positions whose labels are predicted.
 """
@@ -19,7 +19,7 @@ SHOWN_TOKENS = 60
 
 
 def preview(engine: Engine, example: Example, tokenizer: Tokenizer) -> str:
-    """Input, wanted and predicted tokens; the prediction of each position sees the wanted ones before it in a decoder.
+    """Input, target and predicted tokens as text. A decoder predicts with teacher forcing.
 
     A collective of all ranks, the same text on each.
     """
@@ -28,12 +28,12 @@ def preview(engine: Engine, example: Example, tokenizer: Tokenizer) -> str:
     counted = batch.loss_weights[0] > 0
     read = inputs_of(engine.specs, batch.inputs)
     assert read.tokens is not None
-    length = read.tokens.shape[1] if read.lengths is None else int(read.lengths[0])  # padding tells nothing
+    length = read.tokens.shape[1] if read.lengths is None else int(read.lengths[0])  # without padding
     return "\n".join(
         f"{title:<9} {_shown(tokens, tokenizer)}"
         for title, tokens in (
             ("input", read.tokens[0, :length]),
-            ("wanted", batch.labels[0][counted]),
+            ("target", batch.labels[0][counted]),
             ("predicted", found[counted]),
         )
     )

@@ -1,4 +1,4 @@
-"""How each rank begins, whatever it does afterwards: its output, its watchdog, its data and its device."""
+"""The setup that every rank needs, whatever it does afterwards: its output, its watchdog, its data and its device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_lite.train.stopping import StopRequest
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank has before it meets the others."""
+    """What a rank has before it connects to the others."""
 
     folder: Path
     """train.run_dir."""
@@ -41,10 +41,10 @@ class Rank:
 
 @contextmanager
 def started_rank(config: ResolvedConfig, claim: Claim) -> Iterator[Rank]:
-    """Watched for hangs, listening for signals, and with its memory errors explained, until the end of the block.
+    """Set up this rank. Until the end of the block it is watched for hangs, handles signals and explains memory errors.
 
     Raises:
-        MegatronLiteError: the data is damaged or gone, or the device is not there.
+        MegatronLiteError: the data is damaged or missing, or the device does not exist.
     """
     folder = config.run_dir
     environment = ProcessEnvironment.read()

@@ -1,4 +1,4 @@
-"""One run, from its configuration to its summary: wires the rooms together and owns nothing itself."""
+"""One run, from its configuration to its summary: connects the packages and holds no logic of its own."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ from megatron_lite.train.startup import measure_links, versions
 from megatron_lite.train.stopping import Reason, StopAgreement, StopRequested
 
 T = TypeVar("T")
-BASELINE_SAMPLES = 10_000  # of the training set; a tenth of it of the held-out one
+BASELINE_SAMPLES = 10_000  # of the training set; a tenth as many of the held-out set
 
 
 def train(config: ResolvedConfig, claim: Claim) -> RunEnd:
     """Train one run in this rank, from the newest checkpoint in its folder if there is one.
 
     Args:
-        config: resolved, and its data prepared.
-        claim: on the lock of the run folder.
+        config: resolved, with its data prepared.
+        claim: the lock of the run folder.
     Returns:
-        DONE, or PREEMPTED where the ranks were asked to stop and saved what they had.
+        DONE, or PREEMPTED if the ranks were asked to stop and have saved the last finished step.
     Raises:
-        MegatronLiteError: anything that the user can mend.
+        MegatronLiteError: anything that the user can fix.
     """
     started = time.monotonic()
     with started_rank(config, claim) as rank:
         if rank.device.type == "cpu":
             reuse_freed_memory()
-        # Before the ranks meet: those that wait for rank 0 leave it the core that it measures.
+        # Before the ranks connect: while the others wait, rank 0 has a core to itself for the measurement.
         world_size = rank.environment.world_size
         peak_flops = job_peak_flops(config, rank.device, world_size) if rank.environment.rank == 0 else math.nan
         rank.heartbeat.enter(Phase.MEET)
@@ -85,7 +85,7 @@ def train(config: ResolvedConfig, claim: Claim) -> RunEnd:
 
 
 def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
-    """From the newest checkpoint, or from nothing, to the last step or to a request to stop."""
+    """Train from the newest checkpoint, or from step 0, to the last step or to a request to stop."""
     run.heartbeat.enter(Phase.LOAD)
     rollbacks = agreed_rollbacks(run)
     skips = skips_of(rollbacks)
@@ -145,7 +145,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
 def _build(
     run: Run, start: Start, schedule: BatchSchedule, agreement: StopAgreement, skips: Skips, judge: UpdateJudge
 ) -> tuple[Engine, ShardSource, Checkpoints]:
-    """The model under training, with the weights that it begins with, and its data. A collective of all ranks."""
+    """Build the engine with its initial or restored weights, and its data. A collective of all ranks."""
     if start.folder is None:
         check_start(run.config, run.console.print)
     run.heartbeat.enter(Phase.BUILD)
@@ -160,7 +160,7 @@ def _build(
         hooks=EngineHooks(between_micro_batches=agreement.at_boundary, before_update=judge.hook),
     )
     run.heartbeat.enter(Phase.LOAD)
-    # A run that cannot save must not go on for hours: all ranks stop, and `_stop` tells why.
+    # A run that cannot save must not go on for hours: all ranks stop, and `_stop` reports why.
     give_up = partial(agreement.request, Reason.save)
     checkpoints = Checkpoints.of(
         run.checkpoints, engine, run.prepared, run.console.print, give_up, guard=run.claim.confirm
@@ -173,7 +173,7 @@ def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSourc
     """What follows the last step.
 
     Raises:
-        OutOfDataError: it came before train.steps.
+        OutOfDataError: the data ended before train.steps.
     """
     _require_data(run, trainer.last_step)
     run.heartbeat.enter(Phase.SAMPLE)
@@ -185,13 +185,13 @@ def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSourc
 
 
 def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
-    """Save what is finished and not saved yet; a collective of all ranks.
+    """Save the last finished step unless it is saved already; a collective of all ranks.
 
-    A folder of that step that we have not written is one that the resume has passed over.
+    If a folder of that step exists that this attempt did not write, the resume has skipped it as unusable.
     """
     step = trainer.finished_step
     save.wait(trainer)
-    if step > save.checkpoints.newest_step and save.is_sound:
+    if step > save.checkpoints.newest_step and save.is_finite:
         save.at(trainer, step)
         save.wait(trainer)
     trackers.event("stop", step, {"reason": str(request)})
@@ -201,8 +201,8 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
         newest = save.checkpoints.newest_step
         kept = f"saved in {run.checkpoints / folder_name(newest)}" if newest else "nothing to save yet"
         if newest < step:
-            kept = f"not saved, for it was no sound one; the newest checkpoint is of step {newest}"
-        run.console.print(f"stopped by {request} after step {step}: {kept}; the same command goes on")
+            kept = f"not saved, because its loss was NaN or Inf; the newest checkpoint is of step {newest}"
+        run.console.print(f"stopped by {request} after step {step}: {kept}; the same command continues the run")
     return RunEnd.PREEMPTED
 
 
@@ -217,7 +217,7 @@ def _conclude(run: Run, outcome: Outcome) -> None:
 def _require_data(run: Run, last_step: int) -> None:
     if last_step < run.config.train.steps:
         raise OutOfDataError(
-            f"data.max_epochs={run.config.data.max_epochs} is used up after step {last_step:,} of train.steps="
+            f"data.max_epochs={run.config.data.max_epochs} ends after step {last_step:,} of train.steps="
             f"{run.config.train.steps:,}, which is trained and saved; raise data.max_epochs, add text in a new "
             f"train.run_dir, or set train.steps={last_step}"
         )
@@ -243,7 +243,7 @@ def _is_evaluated(run: Run, step: int) -> bool:
         if event.get("event") == EVALUATION_EVENT and event["step"] == step:
             evaluated = True
         elif event.get("event") == ROLLBACK_EVENT and event["to_step"] < step:
-            evaluated = False  # it was with other weights
+            evaluated = False  # the step is trained again after the rollback, with other weights
     return evaluated
 
 
@@ -254,7 +254,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
     frozen = frozen_path(run.config, run.folder).name
     trackers.event(kind, first_step, figures | {"config": frozen, "versions": versions()})
     trackers.event(ROWS_EVENT, first_step, {"sources": [asdict(counts) for counts in run.prepared.rows]})
-    trackers.tell_losses(first_step)
+    trackers.report_missing_lines(first_step)
     terms = {"flops_per_token": run.flops_per_token, "peak_flops": run.peak_flops}
     trackers.event("speed_terms", first_step, terms)
     trackers.event("links", first_step, run.links.figures)
@@ -270,7 +270,7 @@ def _announce(run: Run, trackers: Trackers, source: ShardSource, start: Start) -
 
 
 def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
-    """Prompt and what the model makes of it; empty without a tokenizer. A collective of all ranks."""
+    """The prompt and the text that the model generates; empty without a tokenizer. A collective of all ranks."""
     train = run.config.train
     tokenizer = run.prepared.open_tokenizer()
     if tokenizer is None or train.generate_tokens == 0:
@@ -290,7 +290,7 @@ def _sample(run: Run, engine: Engine, source: ShardSource) -> tuple[str, str]:
 
 
 def _agreed_example(run: Run, source: ShardSource) -> Example:
-    """The first held-out sample, from the writing rank: not every stage reads."""
+    """The first held-out sample, read by the writing rank and sent to all: not every stage reads data."""
     own = next(source.examples(training=False, count=1)) if run.context.is_writer else None
     example = agreed(own)
     assert example is not None
@@ -298,7 +298,7 @@ def _agreed_example(run: Run, source: ShardSource) -> Example:
 
 
 def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:
-    """What the labels' frequencies alone are worth; on the writing rank, which is on the first stage and so reads."""
+    """Log the unigram baseline; on the writing rank, which is on the first stage and so reads data."""
     if not run.context.is_writer:
         return
     found = label_baseline(
@@ -306,6 +306,6 @@ def _record_baseline(run: Run, trackers: Trackers, source: ShardSource) -> None:
         source.examples(training=False, count=BASELINE_SAMPLES // 10),
         run.prepared.vocabulary,
     )
-    if run.config.objective.name is ObjectiveName.causal_lm:  # known exactly, of all tokens
+    if run.config.objective.name is ObjectiveName.causal_lm:  # known exactly, over all tokens
         found = replace(found, entropy_nats=run.prepared.unigram_entropy_nats, loss=run.prepared.unigram_entropy_nats)
     trackers.event(BASELINE_EVENT, run.config.train.steps, asdict(found))

@@ -21,14 +21,14 @@ NOTHING_SKIPPED = Skips()
 class ShardSource:
     """Micro-batches of prepared shards for one data-parallel rank.
 
-    Rank d of D takes the d-th contiguous part of each global batch, so that the samples of a batch depend on no layout.
-    Stages between the first, which reads the model's inputs, and the last, which reads labels, open no file.
+    Rank d of D takes the d-th contiguous part of each global batch, so the samples of a batch do not depend on the
+    layout. The first stage reads the model's inputs and the last one the labels; the stages between them open no file.
 
     Attributes:
         skips: which samples are left out; a rollback replaces it, on all ranks together.
-        held_out: what the run validates on.
+        held_out: the samples that the run validates on.
     Raises:
-        DataError: the shards hold no full sample, or are damaged.
+        DataError: the shards do not hold a full sample, or are damaged.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class ShardSource:
         return self._skips
 
     def leave_out(self, skips: Skips) -> None:
-        """These samples from now on."""
+        """Leave out these samples from now on."""
         self._skips = skips
 
     @property
     def skipped_documents(self) -> int:
-        """Training documents that give no sample, since they have a single sentence; 0 on ranks that do not read."""
+        """Training documents of a single sentence, which make no sentence pair; 0 on ranks that do not read."""
         parts = getattr(self._training, "datasets", [self._training])
         return sum(getattr(part, "skipped_documents", 0) for part in parts)
 
     def notes(self) -> Iterator[str]:
-        """What is unusual about the training data, in words; nothing on ranks that do not read."""
+        """Lines about what is unusual in the training data; none on ranks that do not read."""
         if self.skipped_documents:
-            yield f"{self.skipped_documents:,} documents of a single sentence are skipped: they make no pair"
+            yield f"{self.skipped_documents:,} documents of a single sentence are skipped: they make no sentence pair"
         for part in getattr(self._training, "datasets", ()):
             if getattr(part, "passes_per_epoch", 1) > 1:
                 yield (
@@ -76,19 +76,19 @@ class ShardSource:
                 )
 
     def provenance(self) -> Provenance:
-        """What the training samples are made of, on ranks that read."""
+        """Which documents the training samples come from, on ranks that read."""
         assert self._training is not None
         return Provenance(self._training, self._prepared)
 
     def samples_in(self, epochs: int) -> int:
-        """Training samples that a run consumes in so many passes over the data, on ranks that read."""
+        """The number of training samples in so many passes over the data, on ranks that read."""
         assert self._training is not None
         return self.skips.count(self._training.samples_in(epochs))
 
     def training(self, batch: BatchStep) -> list[MicroBatch]:
-        """This rank's part of a step, whose `first_sample` counts samples consumed: those left out are none of them.
+        """This rank's part of a step. Its `first_sample` counts consumed samples, which excludes those left out.
 
-        Each sample keeps its global number, to which its random choices belong.
+        Each sample keeps its global number, which seeds its random choices.
         """
         own = self._own_part(batch.global_batch_size)
         indices = self.skips.indices(batch.first_sample + own.start, len(own))
@@ -105,7 +105,7 @@ class ShardSource:
         return examples(dataset, self._objective, range(count), seed)
 
     def _own_part(self, num_samples: int) -> range:
-        """Places of this rank's samples in a global batch."""
+        """Positions of this rank's samples in a global batch."""
         own = num_samples // self._context.data_size
         first = self._context.data_rank * own
         return range(first, first + own)

@@ -1,6 +1,7 @@
-"""Before the first step: do all ranks run the same program, and how fast do their groups talk?
+"""Checks before the first step: do all ranks run the same program, and how fast are the links of their groups?
 
-A node with another version, another configuration or a bad cable else shows as a hang or as a wrong curve, hours later.
+Otherwise a node with another version, another configuration or a bad cable shows up as a hang or as a wrong loss curve,
+hours later.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ from megatron_lite.errors import LaunchError
 from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.hang.diagnosis import spell_ranks
+from megatron_lite.train.hang.diagnosis import ranks_text
 
 MESSAGE_ELEMENTS = 2**18  # float32: 1 MiB
 REPEATS = 3
-SLOW_RATIO = 5.0  # to the median of the groups of its kind
-SLOW_SECONDS = 0.02  # what a busy machine can add to an all-reduce
+SLOW_RATIO = 5.0  # of a group's time to the median of the groups of its kind
+SLOW_SECONDS = 0.02  # a busy machine can add that much to an all-reduce
 
 REMEDIES = {
     "python": "start all ranks with the same interpreter",
     "torch": "install the same version on all nodes",
     "deepspeed": "install the same version on all nodes",
-    "code of megatron_lite": "bring all nodes to the same commit, without changes of their own",
-    "configuration": "start all ranks with the same words, or with one --config file",
-    "device": "take nodes of one kind",
+    "code of megatron_lite": "check out the same commit on all nodes, without local changes",
+    "configuration": "start all ranks with the same overrides, or with one --config file",
+    "device": "use nodes with the same kind of device",
 }
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One rank, as far as it has to be like the others."""
+    """What is compared between the ranks."""
 
     node: str
     same: Mapping[str, str | None]
-    """What must agree, by the names of REMEDIES; None = another rank of this node answers."""
+    """What must be equal on all ranks, by the names of REMEDIES; None = another rank of this node reports it."""
     gpu: str | None
-    """The device's own number: two ranks must not share it. None = a CPU."""
+    """UUID of the GPU, which two ranks must not share; None = a CPU."""
 
     @classmethod
     def here(cls, config: ResolvedConfig, device: torch.device, local_rank: int) -> Identity:
@@ -68,7 +69,7 @@ class Identity:
 
 
 def code_fingerprint() -> str:
-    """Of this package's sources: it tells a copy with a change from the commit that it claims to be."""
+    """Hash of this package's sources: it detects local changes that a version number would not show."""
     package = Path(__file__).parents[1]
     digest = xxhash.xxh3_64()
     for path in sorted(package.rglob("*.py")):
@@ -79,7 +80,7 @@ def code_fingerprint() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """What decides, beside configuration and data, what a run computes."""
+    """The versions that, besides configuration and data, determine what a run computes."""
     return {
         "megatron_lite": code_fingerprint(),
         "torch": torch.__version__,
@@ -89,12 +90,12 @@ def versions() -> dict[str, str]:
 
 
 def require_same_program(config: ResolvedConfig, device: torch.device, local_rank: int) -> list[str]:
-    """Compare all ranks, before they make groups that one of them might see otherwise. A collective of all ranks.
+    """Compare all ranks before they create process groups, which would hang if they differ. A collective of all ranks.
 
     Returns:
         the node of each rank
     Raises:
-        LaunchError: they differ; the same on every rank.
+        LaunchError: they differ; the same error on every rank.
     """
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, Identity.here(config, device, local_rank))
@@ -105,7 +106,7 @@ def require_same_program(config: ResolvedConfig, device: torch.device, local_ran
 
 
 def differences(identities: Sequence[Identity]) -> list[str]:
-    """What is not the same on all ranks, one sentence each."""
+    """One sentence for each difference between the ranks."""
     nodes = [identity.node for identity in identities]
     problems = []
     for name, remedy in REMEDIES.items():
@@ -121,7 +122,7 @@ def differences(identities: Sequence[Identity]) -> list[str]:
         if identity.gpu is not None:
             sharers[identity.gpu].append(rank)
     problems += [
-        f"{_spell(ranks, nodes)} use the same GPU; set CUDA_VISIBLE_DEVICES alike for all ranks of a node"
+        f"{_spell(ranks, nodes)} use the same GPU; set the same CUDA_VISIBLE_DEVICES on all ranks of a node"
         for ranks in sharers.values()
         if len(ranks) > 1
     ]
@@ -130,7 +131,7 @@ def differences(identities: Sequence[Identity]) -> list[str]:
 
 def _spell(ranks: Sequence[int], nodes: Sequence[str]) -> str:
     names = list(dict.fromkeys(nodes[rank] for rank in ranks))
-    return f"{spell_ranks(ranks)} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names)})"
+    return f"{ranks_text(ranks)} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names)})"
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,9 @@ class Links:
     """How long an all-reduce of 1 MiB takes in each group of each kind."""
 
     nodes: list[str]
-    """Of each rank."""
+    """The node of each rank."""
     seconds: dict[str, dict[tuple[int, ...], float]]
-    """Kind of group -> its ranks -> time of the slowest of them."""
+    """Kind of group -> its ranks -> time of the slowest rank."""
 
     @property
     def medians(self) -> dict[str, float]:
@@ -148,7 +149,7 @@ class Links:
 
     @property
     def line(self) -> str:
-        """What the user reads."""
+        """The line for the console."""
         count, nodes = len(self.nodes), len(set(self.nodes))
         who = f"{count} rank{'s' if count > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}"
         if not self.seconds:
@@ -170,7 +171,7 @@ class Links:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What events.jsonl keeps."""
+        """The figures for events.jsonl."""
         return {
             "nodes": list(dict.fromkeys(self.nodes)),
             "all_reduce_milliseconds": {
@@ -182,7 +183,7 @@ class Links:
 
 
 def measure_links(context: ParallelContext, nodes: list[str]) -> Links:
-    """Time each kind of group on its own, all its groups at once, as in training. A collective of all ranks."""
+    """Time each kind of group in turn, all its groups at once, as in training. A collective of all ranks."""
     groups = {"tensor": context.tensor_group, "data": context.data_group, "pipeline": context.pipeline_group}
     own = {kind: _all_reduce_seconds(group, context.device) for kind, group in groups.items() if group is not None}
     everyone: list[Any] = [None] * len(nodes)
@@ -191,7 +192,7 @@ def measure_links(context: ParallelContext, nodes: list[str]) -> Links:
 
 
 def collect(measured: Sequence[Mapping[str, float]], topology: Topology, nodes: list[str]) -> Links:
-    """Each rank's own times, by kind, as times of groups."""
+    """Combine each rank's own times into times of groups."""
     groups = {
         "tensor": topology.tensor_groups(),
         "data": topology.data_groups(),
@@ -208,7 +209,7 @@ def collect(measured: Sequence[Mapping[str, float]], topology: Topology, nodes: 
 
 
 def _all_reduce_seconds(group: dist.ProcessGroup, device: torch.device) -> float:
-    """The best of some, after one that connects."""
+    """The shortest of a few all-reduces, after a first one that sets up the connections."""
     message = torch.zeros(MESSAGE_ELEMENTS, device=device)
     times = []
     for _ in range(1 + REPEATS):

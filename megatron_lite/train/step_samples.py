@@ -1,4 +1,4 @@
-"""Which samples a step of a run read, from what its folder holds. Needs no torch."""
+"""Which samples a step of a run was trained on, from the files in its folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """What one version of a step read."""
+    """The samples of one version of a step."""
 
     indices: list[int]
     """Global numbers, in the order of the batch."""
     rollback: int | None
-    """Which rollback took this version back, from 1; None = the run kept it."""
+    """Number of the rollback that undid this version, from 1; None = the run kept it."""
 
 
 def samples_of_step(run_dir: Path, config: RunConfig, step: int) -> StepSamples:
-    """Of the version of a step that the run kept. Windows of rollbacks lie behind what earlier steps read.
+    """The samples of the version of a step that the run kept.
 
-    A batch size that changed at a resume is known from the next line of metrics.jsonl on.
+    The windows that rollbacks left out always lie after the samples of earlier steps, so all of them can be applied. A
+    batch size that changed at a resume is known only from the next line of metrics.jsonl on.
 
     Args:
         step: counts from 1.
     Raises:
-        DataError: the step is not trained yet, or there is none of this number.
+        DataError: the step is not trained yet, or the run has no such step.
     """
     check_number(step, config)
     rollbacks = read_rollbacks(run_dir)
@@ -55,31 +56,34 @@ def samples_of_step(run_dir: Path, config: RunConfig, step: int) -> StepSamples:
                 before = line if line.step <= step else before
     batch = _batch(before, config, step)
     indices = skips_of(rollbacks).indices(batch.first_sample, batch.global_batch_size)
-    if step >= last + config.train.log_interval:  # steps between two lines leave no trace
+    if step >= last + config.train.log_interval:  # steps between two logged lines may have been trained
         raise DataError(
             f"step {step} of {run_dir} is not trained yet: {METRICS_FILE} ends with step {last}; give an earlier one"
-            f"{_taken_back(run_dir, step)}, or --sample {indices[0]} for the first sample that it will read"
+            f"{_undone(run_dir, step)}, or --sample {indices[0]} for the first sample that it will read"
         )
     return StepSamples(indices, None)
 
 
 def rolled_back_samples(run_dir: Path, config: RunConfig, step: int, rollback: int | None) -> StepSamples:
-    """Of a version of a step that a rollback took back, with what was left out at that time.
+    """The samples of a version of a step that a rollback undid, with the samples that were left out at that time.
 
     Args:
-        rollback: which one, from 1; None = the latest that took this step back.
+        rollback: its number, from 1; None = the latest one that undid this step.
     Raises:
         DataError: there is no such version.
     """
     check_number(step, config)
     rollbacks = read_rollbacks(run_dir)
     lines = entries(run_dir / ROLLED_BACK_FILE)
-    versions = {_taken_back_by(line, rollbacks): line for line in lines if line["step"] == step and _has_batch(line)}
+    versions = {_undone_by(line, rollbacks): line for line in lines if line["step"] == step and _has_batch(line)}
     chosen = max(versions, default=0) if rollback is None else rollback
     if chosen not in versions:
         known = f"it was by {_listed('rollback', sorted(versions))}" if versions else _rolled_back_steps(run_dir)
         by = "" if rollback is None else f" by rollback {rollback}"
-        raise DataError(f"step {step} of {run_dir} was not taken back{by}: {known}; name another, or no --rolled-back")
+        raise DataError(
+            f"step {step} of {run_dir} was not rolled back{by}: {known}; give another step or rollback, or omit "
+            "--rolled-back"
+        )
     batch = batch_of_line(versions[chosen]["samples"], versions[chosen]["global_batch_size"])
     skips = skips_of(rollbacks[: branch_of(versions[chosen])])
     return StepSamples(skips.indices(batch.first_sample, batch.global_batch_size), chosen)
@@ -91,36 +95,36 @@ def check_number(step: int, config: RunConfig) -> None:
         DataError: there is no step of this number.
     """
     if not 1 <= step <= config.train.steps:
-        raise DataError(f"--step {step} is no step of the run; give one of 1 to train.steps={config.train.steps}")
+        raise DataError(f"--step {step} is not a step of the run; give one from 1 to train.steps={config.train.steps}")
 
 
 def config_of(run_dir: Path, step: int | None) -> Path:
-    """The frozen configuration of the last attempt from which a step was trained; without a step, the newest one.
+    """The frozen configuration of the last attempt that trained a step; without a step, the newest one.
 
     Raises:
-        DataError: the folder is none of a run.
+        DataError: the folder is not a run folder.
     """
     there = list(run_dir.glob("config-*.yaml"))
     if not there:
-        raise DataError(f"{run_dir} holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run")
+        raise DataError(f"{run_dir} has no config-*.yaml (looked from {Path.cwd()}); give the folder of a run")
     attempts = [event for event in read_metrics(run_dir / EVENTS_FILE) if _is_attempt(event)]
     named = [run_dir / str(event.get("config")) for event in attempts if step is None or event["step"] < step]
     return named[-1] if named and named[-1] in there else max(there, key=modified_ns)
 
 
 def read_config(run_dir: Path, step: int | None) -> tuple[Path, RunConfig]:
-    """`config_of`, and what it holds."""
+    """The path that `config_of` finds, and the configuration in it."""
     path = config_of(run_dir, step)
     return path, load_frozen(path)
 
 
 def trained_on(run_dir: Path) -> str | None:
-    """The fingerprint of the data that the latest attempt read; None where no attempt got so far."""
+    """The fingerprint of the data that the latest attempt read; None if no attempt has read any."""
     return (_latest_attempt(run_dir) or {}).get("data_fingerprint")
 
 
 def trained_with(run_dir: Path) -> Trained | None:
-    """What the latest attempt that read data had; None where there is none, or its configuration is gone.
+    """Configuration and data of the latest attempt; None if there is none, or its configuration is missing.
 
     Raises:
         ConfigError: this version cannot read the configuration.
@@ -141,7 +145,7 @@ def _is_attempt(event: dict[str, Any]) -> bool:
 
 
 def _batch(before: Any, config: RunConfig, step: int) -> BatchStep:
-    """As the step's own line says, else counted on from the line before it."""
+    """The step's batch: from its own line, or computed from the line before it."""
     if before is None:
         return BatchSchedule(config.train, BEGINNING).at(step - 1)
     if before.step == step:
@@ -150,7 +154,7 @@ def _batch(before: Any, config: RunConfig, step: int) -> BatchStep:
 
 
 def batch_of_line(samples: int, global_batch_size: int) -> BatchStep:
-    """A line tells the samples that are consumed when its step is done."""
+    """A line of metrics.jsonl holds the samples that are consumed after its step."""
     return BatchStep(samples - global_batch_size, global_batch_size)
 
 
@@ -158,16 +162,16 @@ def _has_batch(line: dict[str, Any]) -> bool:
     return all(line.get(name) is not None for name in ("samples", "global_batch_size"))
 
 
-def _taken_back_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:
-    """The number of the rollback: the first of those behind the line's branch that led to an earlier step."""
+def _undone_by(line: dict[str, Any], rollbacks: list[Rollback]) -> int:
+    """The number of the rollback: the first one after the line's branch that returned to an earlier step."""
     first = branch_of(line)
     later = (number for number, one in enumerate(rollbacks[first:], first + 1) if one.to_step < line["step"])
     return next(later, first + 1)
 
 
-def _taken_back(run_dir: Path, step: int) -> str:
-    taken_back = any(line["step"] == step for line in entries(run_dir / ROLLED_BACK_FILE))
-    return ", or --rolled-back for the version that a rollback took back" if taken_back else ""
+def _undone(run_dir: Path, step: int) -> str:
+    undone = any(line["step"] == step for line in entries(run_dir / ROLLED_BACK_FILE))
+    return ", or --rolled-back for the version that a rollback undid" if undone else ""
 
 
 def _rolled_back_steps(run_dir: Path) -> str:

@@ -1,8 +1,8 @@
-"""Stopping in time: a signal or a STOP file reaches one rank; all ranks agree at a boundary between micro-batches.
+"""Stop requests: a signal or a STOP file reaches one rank; all ranks agree to stop at a micro-batch boundary.
 
-A scheduler gives seconds to minutes between its warning and the end, and a step of a large model may take as long. So
-the ranks look between micro-batches, not only between steps. What they break off costs nothing but time: weights and
-optimizer are those of the last finished step, and every random choice belongs to a sample's number.
+A scheduler gives seconds to minutes between its warning and the kill, and a step of a large model may take as long. So
+the ranks check between micro-batches, not only between steps. An interrupted step loses nothing but time: weights and
+optimizer state are those of the last finished step, and all randomness is derived from the numbers of samples.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch.distributed as dist
 from megatron_lite.observe.markers import STOP_FILE, asked_because
 from megatron_lite.parallel.context import ParallelContext
 
-CHECK_SECONDS = 1.0  # between two agreements: an all-reduce of two numbers on the CPU each
-MOST_BOUNDARIES = 64  # between two agreements, should a run slow down all of a sudden
+CHECK_SECONDS = 1.0  # between two checks, each an all-reduce of two numbers on the CPU
+MOST_BOUNDARIES = 64  # between two checks, in case a run suddenly slows down
 
 
 class Reason(IntEnum):
-    """Why a run stops early; of several, the largest is told."""
+    """Why a run stops early; of several reasons the largest is reported."""
 
     none = 0
     file = 1
@@ -37,7 +37,7 @@ class Reason(IntEnum):
     save = 4
 
 
-class StopRequested(Exception):  # noqa: N818  # nothing is wrong
+class StopRequested(Exception):  # noqa: N818  # not an error
     """All ranks have agreed to stop; raised on every one of them at the same boundary."""
 
     def __init__(self, reason: Reason, text: str) -> None:
@@ -46,12 +46,12 @@ class StopRequested(Exception):  # noqa: N818  # nothing is wrong
 
 
 class StopRequest:
-    """What this rank has been asked.
+    """The stop requests that this rank has received.
 
     Args:
         run_dir: where a STOP file may appear; None = another rank looks for it.
-        grace_seconds: a rank that was sent SIGTERM and is still here after this time ends at once, with 143: the others
-            may be gone, and a collective would wait for them.
+        grace_seconds: a rank that still runs this long after SIGTERM exits at once, with 143: the others may be gone,
+            and a collective would wait for them.
     """
 
     def __init__(self, run_dir: Path | None, grace_seconds: float) -> None:
@@ -79,7 +79,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def ask(self, reason: Reason) -> None:
-        """From within the program, by any of its threads."""
+        """Request a stop from within the program; any thread may call it."""
         self._heard = max(self._heard, reason)
 
     @property
@@ -88,8 +88,8 @@ class StopRequest:
             return Reason.file
         return self._heard
 
-    def told(self, reason: Reason) -> str:
-        """Why the job stops, as far as this rank knows."""
+    def describe(self, reason: Reason) -> str:
+        """The reason as text, as far as this rank knows it."""
         if reason is Reason.file and self._run_dir is not None:
             return asked_because(self._run_dir)
         return {
@@ -101,13 +101,14 @@ class StopRequest:
 
 
 class StopAgreement:
-    """Asks all ranks, about every CHECK_SECONDS, whether one of them has been asked to stop.
+    """Checks with all ranks, about every CHECK_SECONDS, whether one of them has been asked to stop.
 
-    Every rank passes the same boundaries, so counting them tells all ranks alike when to ask next; how many fit into
-    CHECK_SECONDS follows from the slowest rank's time, which travels with the question.
+    Every rank passes the same micro-batch boundaries, so by counting them all ranks agree when to check next (their
+    clocks would not agree). How many fit into CHECK_SECONDS follows from the slowest rank's time, which is part of the
+    all-reduce.
 
     Args:
-        group: of all ranks, on the CPU: asking must not wait for a GPU's queue. None = the default group.
+        group: all ranks, on the CPU, so that the check does not wait for queued GPU work. None = the default group.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class StopAgreement:
         self._clock = clock
         self._asked = clock()
         self._passed = 0
-        self._wait = 1  # boundaries from one question to the next
+        self._wait = 1  # boundaries from one check to the next
 
     @classmethod
     def of_job(cls, request: StopRequest, context: ParallelContext) -> StopAgreement:
@@ -142,7 +143,7 @@ class StopAgreement:
             self.ask()
 
     def ask(self) -> None:
-        """At once; a collective of all ranks.
+        """Check now; a collective of all ranks.
 
         Raises:
             StopRequested: a rank has been asked to stop.
@@ -152,7 +153,7 @@ class StopAgreement:
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
         reason, slowest = Reason(int(answer[0])), float(answer[1])
         if reason is not Reason.none:
-            raise StopRequested(reason, self._request.told(reason))
+            raise StopRequested(reason, self._request.describe(reason))
         fitting = int(CHECK_SECONDS / max(slowest, 1e-9))
         self._wait = max(1, min(fitting, 2 * self._wait, MOST_BOUNDARIES))
         self._asked, self._passed = self._clock(), 0

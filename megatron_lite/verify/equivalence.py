@@ -1,4 +1,4 @@
-"""The equivalence certificate: a layout against a bare one-rank torch loop, per parameter, before clipping.
+"""The equivalence check: a layout against a plain one-rank torch loop, per parameter, before gradient clipping.
 
 Both train on the same synthetic samples with uneven loss weights. The twin uses no DeepSpeed, no process group and no
 sharding, so whatever a layout drops, doubles or averages wrongly shows up as a difference. Its loss, denominator,
@@ -49,14 +49,14 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Trace:
-    """What a run did, for comparison."""
+    """What a run computed, for comparison."""
 
-    losses: list[float] = field(default_factory=list)  # one a step
-    grad_norms: list[float] = field(default_factory=list)  # one a step, before clipping
+    losses: list[float] = field(default_factory=list)  # one per step
+    grad_norms: list[float] = field(default_factory=list)  # one per step, before clipping
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the first step, full, by global name
-    measures: list[dict[str, float]] = field(default_factory=list)  # one a step, of `observe.step_measures`
-    unequal: dict[str, float] = field(default_factory=dict)  # of the first step: between tensor ranks, by global name
-    updates: dict[str, torch.Tensor] = field(default_factory=dict)  # of all steps together, where they are asked for
+    measures: list[dict[str, float]] = field(default_factory=list)  # one per step, of `observe.step_measures`
+    unequal: dict[str, float] = field(default_factory=dict)  # differences between tensor ranks in the first step
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)  # sum over all steps, if recorded
 
 
 SYNTHETIC_ROLES = (
@@ -75,25 +75,25 @@ SYNTHETIC_ROLES = (
 
 
 def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
-    """Tokens without text: the first ids have the special roles, of the rest a tenth are sentinels, or more if needed.
+    """A vocabulary without text: the first ids are special tokens, a tenth of the rest sentinels, or more if needed.
 
     Args:
-        num_sentinels: that the objective needs.
+        num_sentinels: how many the objective needs.
     Raises:
-        ConfigError: there is no room for them.
+        ConfigError: the vocabulary is too small for them.
     """
     roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
 
     def ordinary_of(size: int) -> int:
-        """The first id of text."""
+        """The first id of an ordinary token."""
         return len(roles) + max(min(100, size // 10), num_sentinels)
 
     ordinary = ordinary_of(size)
     if ordinary >= size:
         least = next(larger for larger in count(size + 1) if ordinary_of(larger) < larger)
         raise ConfigError(
-            f"model.vocab_size={size} has no room for {len(roles)} special tokens, {num_sentinels} sentinels and text; "
-            f"use {least} or more"
+            f"model.vocab_size={size} is too small for {len(roles)} special tokens, {num_sentinels} sentinels and "
+            f"text; use {least} or more"
         )
     is_special = np.arange(size) < ordinary
     special = SpecialTokens(**roles, begin=(), sentinels=tuple(range(len(roles), ordinary)))
@@ -112,7 +112,7 @@ class SyntheticSamples:
         self._seed = seed
 
     def example(self, index: int) -> Example:
-        """Sample `index`, of whose tokens a share that differs by sample has no weight."""
+        """Sample `index`; a share of its tokens, which differs between samples, has zero weight."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
         example = self._objective.example(self._text(generator), stream_key(self._seed, index))
         keep = torch.rand(len(example.labels), generator=generator) < (index % 5 + 2) / 7
@@ -155,8 +155,8 @@ def trace_layout(
     """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks.
 
     Args:
-        full_weights: of this rank's stage; None = updates of the weights are not recorded. They say little under Adam,
-            whose updates forget the size of a gradient.
+        full_weights: of this rank's stage; None = updates of the weights are not recorded. Under Adam they show little,
+            as its updates do not depend on the gradient's scale.
     """
     vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
@@ -170,7 +170,7 @@ def trace_layout(
         batch = schedule.at(step)
         num_micro_batches = config.num_micro_batches(batch.global_batch_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
-        reads = context.is_first_stage or context.is_last_stage  # the stages between get nothing, as in a run
+        reads = context.is_first_stage or context.is_last_stage  # the stages between get no data, as in a run
         micro_batches = (
             synthetic_batches(task.objective, vocabulary, own_first, num_micro_batches, config) if reads else []
         )
@@ -251,12 +251,12 @@ def _accumulate(
     z_loss_weight: float,
     auxiliary: Callable[[int, Outputs], torch.Tensor] | None,
 ) -> tuple[float, float]:
-    """Gradients of the mean over all counted tokens of a global batch, plus that over its samples' classes.
+    """Accumulate gradients of the mean loss over all counted tokens of a global batch, plus the mean class loss.
 
     Args:
         auxiliary: from `_auxiliary_losses`.
     Returns:
-        This loss, and the z-loss, which is in the gradients as well.
+        this loss, and the z-loss, which is in the gradients as well
     """
     tokens = max(float(sum(batch.loss_weights.sum() for batch in batches)), 1e-20)
     samples = sum(len(batch.labels) for batch in batches)
@@ -280,16 +280,16 @@ def _accumulate(
 
 
 def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> torch.Tensor:
-    """Weighted sum by torch's own cross-entropy over the vocabulary without its padding; logits [b, s, v]."""
+    """Weighted sum of torch's own cross-entropy over the vocabulary without padding; logits [b, s, v]."""
     counted = batch.loss_weights > 0
     losses = F.cross_entropy(logits[..., :vocab_size][counted].float(), batch.labels[counted], reduction="none")
     return (losses * batch.loss_weights[counted]).sum()
 
 
 class PlainOptimizer:
-    """torch's own Adam and SGD with decoupled weight decay of matrices alone.
+    """torch's own Adam and SGD with decoupled weight decay of matrices only.
 
-    Adafactor is ours: torch's would count the padding of the vocabulary among a matrix's rows.
+    Adafactor is ours: torch's would include the padding of the vocabulary in a matrix's rows.
     """
 
     def __init__(self, model: FlatModel, config: OptimizerConfig) -> None:
@@ -318,10 +318,11 @@ class PlainOptimizer:
 
 
 def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
-    """Relative differences by what differs, the largest first; of all ranks' traces the worst.
+    """Relative differences by name, the largest first; the maximum over all ranks' traces.
 
-    A parameter's is ‖layout - twin‖ / ‖twin‖ over the whole tensor; a step's |layout - twin| / |twin|. Every rank's
-    copy of a tied or replicated parameter is compared. One that no rank has, or that the twin lacks, differs by inf.
+    For a parameter it is ‖layout - twin‖ / ‖twin‖ over the whole tensor, for a step |layout - twin| / |twin|. Every
+    rank's copy of a tied or replicated parameter is compared. A parameter that no rank or not the twin has differs by
+    inf.
     """
     found: dict[str, float] = {}
     for trace in traces:
@@ -354,11 +355,11 @@ def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float
 
 
 def comparable(config: ResolvedConfig) -> ResolvedConfig:
-    """The configuration without the randomness that a layout cannot share.
+    """The configuration without the dropout that a layout cannot reproduce.
 
-    Dropout masks agree over data, pipeline and ZeRO, and inside the MLP everywhere. Attention heads, and under sequence
-    parallelism hidden states, are different slices on different tensor ranks, and so draw different masks than one rank
-    would.
+    Dropout masks agree across data parallelism, pipeline parallelism and ZeRO, and inside the MLP everywhere. Attention
+    heads, and hidden states under sequence parallelism, are split between tensor ranks, which therefore draw other
+    masks than one rank would.
     """
     if config.parallel.tensor_parallel_size == 1:
         return config
@@ -369,9 +370,10 @@ def comparable(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def gather_traces(trace: Trace, context: ParallelContext) -> list[Trace]:
-    """All ranks' traces on the writing rank, nothing on the others.
+    """All ranks' traces on the writing rank, an empty list on the others.
 
-    Only the first replica sends its gradients: the others' were joined over the data ranks, and so are the same.
+    Only the first data-parallel replica sends its gradients: they are already reduced over the data ranks, so the
+    others have the same.
     """
     if context.data_rank > 0:
         trace = replace(trace, gradients={})

@@ -1,4 +1,4 @@
-"""`python -m launch verify`: the equivalence certificate of a user's own model and layout on this machine."""
+"""`python -m launch verify`: the equivalence check of a user's own model and layout on this machine."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SHOWN = 8
 
 
 def check_layout(config: ResolvedConfig) -> None:
-    """Train a few steps on synthetic samples in this layout and in one process; compare; print. In every rank.
+    """Train a few steps on synthetic samples in this layout and in one process; compare and print. Called on all ranks.
 
-    Precision is set to fp32: half precision differs by its rounding, in every layout. The batch is two sequences
-    on each data-parallel rank, in two micro-batches: one process computes it all again while the others wait.
+    Precision is set to fp32: in half precision every layout rounds differently. The batch is two sequences on each
+    data-parallel rank, in two micro-batches: one process computes everything again while the others wait.
 
     Raises:
         VerificationError: something differs by more than the tolerance.
@@ -85,7 +85,7 @@ def _require_equal(found: dict[str, float]) -> None:
     ]
     if unequal:
         raise VerificationError(
-            f"tensor ranks have different gradients of {', '.join(unequal)}, which each of them holds whole; if each "
+            f"tensor ranks have different gradients of {', '.join(unequal)}, which is replicated on them; if each "
             'rank computes a part of it, declare which in its ShardSpec (partial_gradient="heads" or "sequence") and '
             "use the parameter through sum_gradients (megatron_lite/parallel/collectives.py)"
         )

@@ -53,7 +53,7 @@ def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
     assert second[1] == []
     if planted:
         assert first[0].startswith("2: model.init_from=")
-        assert "computes other logits here than LlamaForCausalLM of transformers" in first[0]
+        assert "gives other logits here than with LlamaForCausalLM of transformers" in first[0]
         assert "set model.check_init=never" in first[0]
         assert run_ranks(start_rank, 2, _with(config, CheckInit.never), planted)[0][0] is None  # the remedy works
     else:
@@ -79,7 +79,7 @@ def test_auto_says_why_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.M
     assert "computes the same logits" in check_init._check(config)
     assert check_init._check(_with(config, CheckInit.never)).endswith(": model.check_init=never")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=150_000))
-    assert "model.check_init=always compares all the same" in check_init._check(config)
+    assert "model.check_init=always compares anyway" in check_init._check(config)
     assert "computes the same logits" in check_init._check(_with(config, CheckInit.always))
 
 
@@ -114,8 +114,8 @@ def _zero(*names: str) -> Callable[[dict[str, Tensor]], None]:
 )
 def test_equal_logits_that_depend_on_nothing_prove_nothing(name: str, zeros: tuple[str, ...], tmp_path: Path) -> None:
     config = begin(write_start(tmp_path / "m", name, _zero(*zeros)), name)
-    assert "warning: its logits hardly depend on what is read (they differ by 0 at most)" in check_init._check(config)
-    with pytest.raises(CheckpointError, match=r"check_init=always wants: its logits hardly .*check_init=auto to begin"):
+    assert "warning: its logits hardly depend on the input (they differ by 0 at most)" in check_init._check(config)
+    with pytest.raises(CheckpointError, match=r"check_init=always requires: its logits hardly .*check_init=auto"):
         check_init._check(_with(config, CheckInit.always))
 
 
@@ -127,14 +127,14 @@ def test_a_constant_is_no_agreement(tmp_path: Path) -> None:
         tensors.update({name: torch.full_like(tensors[name], value) for name, value in head.items()})
 
     config = begin(write_start(tmp_path / "m", "bert_without_pairs", change), "bert_without_pairs")
-    assert "hardly depend on what is read" in check_init._check(config)
+    assert "hardly depend on the input" in check_init._check(config)
 
 
 def test_matrices_of_zeros_are_told_beside_logits_that_agree(tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", "gpt2", _zero("transformer.h.1.mlp.c_proj.weight"))
     found = check_init._check(begin(folder, "gpt2", "model.check_init=always"))
-    assert found.count("warning: all zero, so that equal logits prove nothing of what they do: ") == 1
-    assert "mlp" in found.rpartition("they do: ")[2]
+    assert found.count("warning: all zero, so equal logits prove nothing about these tensors: ") == 1
+    assert "mlp" in found.rpartition("these tensors: ")[2]
 
 
 def test_a_fresh_gemma_under_the_name_of_llama_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_fresh_gemma_under_the_name_of_llama_is_not_taken_for_one(tmp_path: Pa
     file.write_text(json.dumps(config))
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizerFast"}')
     found = check_init._check(begin(tmp_path / "m", "llama_geglu"))
-    signs = ("hardly depend", "tokenizer_class=GemmaTokenizerFast in", "no LLaMA of transformers has a gate of GELU")
+    signs = ("hardly depend", "tokenizer_class=GemmaTokenizerFast in", "no LLaMA model in transformers has a GELU gate")
     assert [sign for sign in signs if sign not in found] == []
 
 

@@ -69,7 +69,7 @@ def test_a_rank_that_sleeps_in_its_loader(tiny: Callable[..., list[str]], tmp_pa
 def test_a_rank_that_is_stopped(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     words = tiny("run", LAYOUT, f"train.timeout_seconds={LIMIT_SECONDS}")
     finished = _run(launch(*words), "stop 2 5", tmp_path)
-    message = r"rank 2 \(node \S+, tp0 pp1 dp0\) has given no sign of life for \d+ s; 3 others wait in step 5"
+    message = r"rank 2 \(node \S+, tp0 pp1 dp0\) has sent no heartbeat for \d+ s; 3 others wait in step 5"
     report = json.loads((tmp_path / "run" / HANG_FILE).read_text())
     _require_report(finished, tmp_path / "run", message, 2, report["phase"])
     assert finished.code == RunEnd.HUNG

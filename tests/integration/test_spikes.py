@@ -297,7 +297,10 @@ def test_without_looking_ahead_windows_grow(planted: Planted, never_saw: Path, t
 def test_no_checkpoint_to_go_back_to(planted: Planted, tmp_path: Path) -> None:
     words = [*ALONE, "stability=rollback", "train.save_interval=40"]
     finished = spiked(planted, tmp_path, *words).require_success()
-    assert "no checkpoint is older than the samples that led in: the update of step 37 is dropped" in finished.out
+    assert (
+        "no checkpoint is older than the samples that led to the spike: only the update of step 37 is skipped"
+        in finished.out
+    )
     assert next(step for step, row in metrics(tmp_path).items() if row["skipped"]) == FIRST
 
 

@@ -149,7 +149,7 @@ def test_a_vocabulary_for_the_layout_check() -> None:
 def test_a_step_of_a_run() -> None:
     config = config_of("train.steps=7", "optimizer.warmup_steps=2")
     for step in (0, 8):
-        with pytest.raises(DataError, match=r"give one of 1 to train\.steps=7"):
+        with pytest.raises(DataError, match=r"give one from 1 to train\.steps=7"):
             check_number(step, config)
     check_number(1, config)
     check_number(7, config)

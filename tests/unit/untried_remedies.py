@@ -111,7 +111,7 @@ UNTRIED = (
     "megatron_lite/verify/layout_check.py:_require_equal",
     "megatron_lite/train/distributed.py:own_device",
     "megatron_lite/train/distributed.py:start_process_group",
-    "megatron_lite/train/stability/rollback.py:_from",
+    "megatron_lite/train/stability/rollback.py:_roll_back",
     "megatron_lite/train/stability/rollback_record.py:add",
     "megatron_lite/train/run.py:_require_data",
     "megatron_lite/train/step_samples.py:config_of",

@@ -1,13 +1,15 @@
-"""Which rank keeps the others waiting: a pure function of all ranks' heartbeats.
+"""Find the rank that causes a hang: a pure function of all ranks' heartbeats.
 
-In a hang everybody stands still, but only one of them for a reason of its own. In this order it is
+In a hang all ranks stop, but usually only one of them is the cause. In this order it is
 
-1. who gives no sign of life: its process is stopped or its node is dead;
-2. who has been long at something that asks nobody else (data, save, a computation) while others wait;
-3. who is furthest behind: in the earliest step, then, among ranks that enter the same phases in the same order, after
-   the fewest of them. A stage that waits to send or receive is passed over: another one lets it wait.
+1. a rank without a recent heartbeat: its process is stopped or its node is down;
+2. a rank that has been for a long time in a phase that needs no other rank (data, save, a computation) while others
+   wait;
+3. the rank that is furthest behind: in the earliest step, then, among ranks that enter the same phases in the same
+   order, the one that has entered the fewest. A stage that waits to send or receive is not blamed: another stage keeps
+   it waiting.
 
-Where nothing of this tells the ranks apart they wait for each other, and the finding says so.
+If none of this tells the ranks apart, they wait for each other, and the finding says so.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from enum import StrEnum
 from megatron_lite.observe.heartbeat import Beat, Phase
 
 WAITS = frozenset({Phase.MEET, Phase.SEND, Phase.RECEIVE, Phase.REDUCE})
-# A GPU's collectives leave no trace on the stack: there a rank in one of these may well wait.
+# A GPU's collectives are asynchronous and not on the Python stack: a rank in one of these phases may be waiting, too.
 MAY_WAIT = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.EVALUATE, Phase.SAMPLE})
 BETWEEN_STAGES = frozenset({Phase.SEND, Phase.RECEIVE})
 
 
 class HangKind(StrEnum):
-    """Why a rank is held to be the cause."""
+    """Why a rank is reported as the cause."""
 
     SILENT = "silent"
     BUSY = "busy"
@@ -39,15 +41,15 @@ class Finding:
 
     kind: HangKind
     ranks: list[int]
-    """The first is the one that the figures below are about."""
+    """The figures below are those of the first."""
     node: str | None
-    """The node to do without; None = more than one, not known, or its ranks only wait."""
+    """The node to exclude; None = several nodes, an unknown one, or its ranks only wait."""
     phase: str | None
-    """None = the rank has given no sign of life in this attempt."""
+    """None = the rank has sent no heartbeat in this attempt."""
     seconds: float
-    """In the phase, or without a sign of life."""
+    """Time in the phase, or since the last heartbeat."""
     step: int
-    """That the waiting ranks are in; 0 = before the first."""
+    """The step of the waiting ranks; 0 = before the first step."""
     message: str
 
 
@@ -56,8 +58,8 @@ def find_culprit(
 ) -> Finding:
     """
     Args:
-        beats: the latest ones; those of ranks that have given none are missing.
-        now, started: seconds since the epoch; what is older than `started` belongs to an earlier attempt.
+        beats: the latest heartbeat of each rank that has sent one.
+        now, started: seconds since the epoch; a heartbeat older than `started` belongs to an earlier attempt.
         limit_seconds: train.timeout_seconds, which some rank's phase has exceeded.
     """
     heard = {rank: beat for rank, beat in beats.items() if beat.time >= started}
@@ -67,10 +69,10 @@ def find_culprit(
     ended = [rank for rank, beat in heard.items() if _ended(beat)]
     job = _Job(heard, seconds, world_size)
     if unheard:
-        return job.finding(HangKind.SILENT, unheard, "{has} given no sign of life in this attempt", now - started)
+        return job.finding(HangKind.SILENT, unheard, "{has} sent no heartbeat in this attempt", now - started)
     if silent:
         longest = max(now - heard[rank].time for rank in silent)
-        return job.finding(HangKind.SILENT, silent, f"{{has}} given no sign of life for {longest:.0f} s", longest)
+        return job.finding(HangKind.SILENT, silent, f"{{has}} sent no heartbeat for {longest:.0f} s", longest)
     if ended:
         longest = max(now - heard[rank].time for rank in ended)
         return job.finding(HangKind.SILENT, ended, "{has} ended", longest)
@@ -88,7 +90,7 @@ def _ended(beat: Beat) -> bool:
 
 
 def _busy(heard: Mapping[int, Beat], seconds: Mapping[int, float], limit_seconds: float) -> list[int]:
-    """Ranks that work at something for too long, the longest first; of those only who does the same as the first."""
+    """Ranks that compute for too long, the longest first; only those in the same phase as the first."""
     working = [
         rank
         for rank, beat in heard.items()
@@ -101,7 +103,7 @@ def _busy(heard: Mapping[int, Beat], seconds: Mapping[int, float], limit_seconds
 
 
 def _behind(heard: Mapping[int, Beat]) -> list[int]:
-    """Of ranks that all wait: those that the others wait for, or all."""
+    """If all ranks wait: those that the others wait for, or all if that is unknown."""
     first_step = min(beat.step for beat in heard.values())
     found = [rank for rank, beat in heard.items() if beat.step == first_step]
     found = [rank for rank in found if heard[rank].phase not in BETWEEN_STAGES] or found
@@ -113,7 +115,7 @@ def _behind(heard: Mapping[int, Beat]) -> list[int]:
 
 
 def _wait(ranks: Collection[int], heard: Mapping[int, Beat], seconds: float, world_size: int) -> str:
-    """What ranks do that all wait: the predicate of a message."""
+    """The predicate of a message about ranks that all wait."""
     beats = [heard[rank] for rank in ranks]
     steps = sorted({beat.step for beat in beats})
     phases = Counter(f"'{beat.what}'" + (f" ({beat.call})" if beat.call else "") for beat in beats)
@@ -126,7 +128,7 @@ def _wait(ranks: Collection[int], heard: Mapping[int, Beat], seconds: float, wor
 
 @dataclass(frozen=True)
 class _Job:
-    """All ranks, to speak of some of them."""
+    """All ranks' heartbeats, from which messages about some ranks are written."""
 
     heard: Mapping[int, Beat]
     seconds: Mapping[int, float]
@@ -152,7 +154,7 @@ class _Job:
         beat = self.heard.get(ranks[0])
         if len(ranks) == 1 and beat:
             where += f", tp{beat.tensor} pp{beat.pipeline} dp{beat.data}"
-        who = f"all {len(ranks)} ranks" if 1 < len(ranks) == self.world_size else spell_ranks(ranks)
+        who = f"all {len(ranks)} ranks" if 1 < len(ranks) == self.world_size else ranks_text(ranks)
         return f"{who} ({where})" if where else who
 
     def _others(self, ranks: list[int]) -> str:
@@ -164,7 +166,7 @@ class _Job:
         return f"; {who} " + (f"in step {step}" if step else "before the first step")
 
     def _step(self, ranks: list[int]) -> int:
-        """That most of the other ranks are in."""
+        """The step that most of the other ranks are in."""
         others = [beat.step for rank, beat in self.heard.items() if rank not in ranks]
         steps = others or [beat.step for beat in self.heard.values()] or [0]
         return Counter(steps).most_common(1)[0][0]
@@ -173,7 +175,7 @@ class _Job:
         return list(dict.fromkeys(self.heard[rank].node for rank in ranks if rank in self.heard))
 
 
-def spell_ranks(ranks: Collection[int]) -> str:
+def ranks_text(ranks: Collection[int]) -> str:
     """`rank 5`, or `ranks 0-3, 7`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

@@ -1,11 +1,11 @@
-"""The thread of each rank that publishes its heartbeat and ends the rank when some rank hangs.
+"""A thread in each rank that publishes its heartbeat and ends the process when any rank hangs.
 
-A rank that has been in one phase for longer than train.timeout_seconds knows that something is wrong, not what. It
+A rank that has been in one phase for longer than train.timeout_seconds knows that something is wrong, but not what. It
 then reads all heartbeats, finds the cause and reports it; every rank that sees the report dumps the stacks of its
-threads and ends. Collectives give up later than that (`train/distributed.py`), for they know no cause.
+threads and exits. Collectives time out later than that (`train/distributed.py`), because they cannot name the cause.
 
-At first only rank 0 reads, after two intervals the first rank of each node, after two more all: reading is for the
-filesystem what all ranks' heartbeats of a minute are, and a thousand ranks notice a hang at the same time.
+At first only rank 0 reads the heartbeats, after two intervals the first rank of each node, after two more all ranks:
+a thousand ranks notice a hang at the same time, and if all of them read all files at once, the filesystem suffers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from megatron_lite.train.hang.diagnosis import Finding, HangKind, find_culprit
 if TYPE_CHECKING:  # it imports DeepSpeed
     from megatron_lite.train.distributed import ProcessEnvironment
 
-TURN_INTERVALS = 2  # between those who read first, second and last
-FAREWELL_INTERVALS = 2  # from seeing the report to the end: the others must see it before our connections close
+TURN_INTERVALS = 2  # between the ranks that read first, second and last
+EXIT_DELAY_INTERVALS = 2  # from seeing the report to exiting: the others must see it before our connections close
 
 
 def interval_seconds(limit_seconds: float) -> float:
@@ -45,14 +45,14 @@ def interval_seconds(limit_seconds: float) -> float:
 
 
 class Watchdog:
-    """Use it as a context manager around all that a rank does.
+    """Use it as a context manager around everything that a rank does.
 
     Args:
-        folder: of the run, on a filesystem that all nodes see.
-        local_rank: of this rank on its node.
+        folder: the run folder, on a filesystem that all nodes share.
+        local_rank: this rank's number on its node.
         limit_seconds: train.timeout_seconds.
-        console: shows the report to the user where no launcher waits to show it.
-        claim: on the run folder; ranks that have lost it find hangs of their own, which must end no other attempt.
+        console: shows the report to the user if no launcher does.
+        claim: the lock of the run folder; ranks that have lost it must not end another attempt at the run.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and self._is_reported():  # it has lost its connection to a rank that has ended before it
-            self._thread.join()  # which ends the process
+        if error is not None and self._is_reported():  # the error: a connection to a rank that has already exited
+            self._thread.join()  # the watchdog thread exits the process with the code for a hang
         self._stop.set()
         self._thread.join()
         self._heartbeat.enter(Phase.ENDED)
@@ -110,22 +110,22 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             self._publish()
             if not self._is_reported() and self._heartbeat.seconds > self._patience:
-                with suppress(OSError):  # nobody can be told: the collectives' own limit ends the job
+                with suppress(OSError):  # the report cannot be written: the timeout of the collectives ends the job
                     self._find_and_report()
             if self._is_reported():
                 self._end()
 
     def _publish(self) -> None:
-        with suppress(OSError):  # a full disk is no reason to end; whoever must write will say so
+        with suppress(OSError):  # a full disk must not end the run here; what has to be written raises its own error
             publish(self._beats, Beat.of(self._place, self._heartbeat))
-        # Should the training thread never let go of Python's lock, this thread cannot dump anything; a C thread can.
+        # If the training thread never releases the GIL, this thread cannot dump any stack; faulthandler's C thread can.
         faulthandler.dump_traceback_later(self._limit / 2, file=self._stacks_file)
 
     def _is_reported(self) -> bool:
         return self._identity() not in (None, self._earlier_report)
 
     def _identity(self) -> tuple[int, int] | None:
-        """Tells the report of this attempt from that of an earlier one."""
+        """Distinguishes the report of this attempt from that of an earlier one."""
         with suppress(OSError):
             status = self._report.stat()
             return status.st_ino, status.st_mtime_ns
@@ -133,17 +133,17 @@ class Watchdog:
 
     def _find_and_report(self) -> None:
         if not self._claim.is_ours():
-            self._console.error(f"error: {self._folder} belongs to another attempt at the run by now", own=False)
+            self._console.error(f"error: {self._folder} now belongs to another attempt at the run", own=False)
             os._exit(RunEnd.CONFIG_ERROR)
         beats = read_beats(self._beats, self._world_size)
         finding = find_culprit(
             beats, self._world_size, now=time.time(), limit_seconds=self._limit, started=self._started
         )
         if self._identity() == self._earlier_report is not None:
-            self._report.unlink(missing_ok=True)  # rank 0, who should have done it, has not come
+            self._report.unlink(missing_ok=True)  # rank 0, which should have done it, has not started
         if not publish_first(self._report, json.dumps(_as_dict(finding, beats), indent=1) + "\n"):
             return
-        # Steps end together: what one rank has finished, all have. A stopped rank's own word may be some steps old.
+        # All ranks finish a step together, so the maximum holds for all. A stopped rank's own figure may be old.
         step = max((beat.finished_step for beat in beats.values() if beat.time >= self._started), default=None)
         leave_marker(self._folder, RunEnd.HUNG, finding.message, step)
         text = f"{finding.message}\n  {self._remedy(finding, beats)}"
@@ -154,7 +154,7 @@ class Watchdog:
             self._console.error(f"error: {text}", own=False)
 
     def _remedy(self, finding: Finding, beats: Mapping[int, Beat]) -> str:
-        stacks = f"the stacks of all ranks lie in {self._stacks.parent}"
+        stacks = f"the stacks of all ranks are in {self._stacks.parent}"
         if finding.kind is not HangKind.BUSY:
             return stacks
         return (
@@ -166,7 +166,7 @@ class Watchdog:
         """Dump all threads' stacks and end the process, whatever its other threads are doing."""
         faulthandler.dump_traceback(self._stacks_file)
         self._console.release()
-        time.sleep(FAREWELL_INTERVALS * self._interval)
+        time.sleep(EXIT_DELAY_INTERVALS * self._interval)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -174,13 +174,13 @@ class Watchdog:
 
 
 def place_of(rank: int, topology: Topology) -> Place:
-    """This process, as others will read of it."""
+    """This process, as its heartbeats describe it."""
     at = topology.coordinates(rank)
     return Place(rank, node_name(), os.getpid(), at.pipeline, at.data, at.tensor)
 
 
 def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
-    """What hang.json holds: the finding, and what it was found by."""
+    """The content of hang.json: the finding, and the heartbeats behind it."""
     rank = finding.ranks[0]
     return {"rank": rank, **asdict(finding), "time": time.time(), "beats": [asdict(beat) for beat in beats.values()]}
 
@@ -188,7 +188,7 @@ def _as_dict(finding: Finding, beats: Mapping[int, Beat]) -> dict[str, object]:
 def watchdog_of(
     config: ResolvedConfig, environment: ProcessEnvironment, heartbeat: Heartbeat, console: Console, claim: Claim
 ) -> Watchdog:
-    """Of this rank in a job of this configuration."""
+    """The watchdog of this rank."""
     return Watchdog(
         config.run_dir,
         place_of(environment.rank, config.topology),

@@ -1,9 +1,9 @@
-"""The way back: to a checkpoint before a spike, and past the samples that led in.
+"""Rollbacks: return to a checkpoint before a spike and skip the samples that led to it.
 
-What makes it survive a kill at any moment is one file. Once `skipped_samples.json` is on the disk, a checkpoint that
-was trained on what it leaves out is passed over by every resume, and every attempt reads past the window. What follows,
-this process does or the next: weights, records of the trackers, checkpoints that go. Where the disk is full, the file
-waits (`rollback_record.py`): a kill before it is written has the next attempt go back once more.
+One file makes a rollback survive a kill at any moment: `skipped_samples.json`. Once it is on disk, every resume skips
+checkpoints that were trained on the samples that it lists, and every attempt leaves these samples out. Everything else
+(weights, tracker records, removal of later checkpoints) can be done by this process or by the next attempt. If the disk
+is full, the file is written later (`rollback_record.py`): after a kill before that, the next attempt rolls back again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_lite.train.stability.watch import Spike, Watch
 
 
 def unsuited(skips: Skips, state: CheckpointState) -> str | None:
-    """Why a run that leaves these samples out cannot go on from a checkpoint; None = it can."""
+    """Why a run that leaves these samples out cannot resume from a checkpoint; None = it can."""
     made_with = Skips(Window(*window) for window in state.skipped)
     reached = made_with.index(state.samples)
     if skips.before(reached) == made_with.before(reached):
@@ -40,14 +40,14 @@ def unsuited(skips: Skips, state: CheckpointState) -> str | None:
 
 
 def next_window(rollbacks: Sequence[Rollback], led_in: Window, batch: int, lead_in_steps: int) -> tuple[Window, int]:
-    """What to leave out now, and how many rollbacks in a row have not been enough.
+    """The samples to leave out now, and how many earlier rollbacks in a row were not enough.
 
-    A spike soon after the place that was jumped over comes from more of the same: each further rollback there leaves
-    out twice as many samples beyond it.
+    A spike soon after samples that were left out has the same cause: each further rollback there leaves out twice as
+    many samples beyond them.
 
     Args:
-        led_in: the global samples of the spike's step and of those that led in.
-        batch: sequences of a step.
+        led_in: the global samples of the spike's step and of the steps that led to it.
+        batch: sequences per step.
     """
     in_a_row, first = 0, led_in.first
     near = (lead_in_steps + 2) * batch
@@ -61,8 +61,8 @@ def next_window(rollbacks: Sequence[Rollback], led_in: Window, batch: int, lead_
 
 
 @dataclass
-class GoBack(Callback):
-    """Behind the report, ahead of everything that takes a step for made."""
+class RollbackCallback(Callback):
+    """Rolls the run back after a spike. Comes after `Report` and before every callback that relies on the step."""
 
     settings: StabilityConfig
     run_dir: Path
@@ -82,9 +82,9 @@ class GoBack(Callback):
     def after_step(self, trainer: Trainer, record: StepRecord, findings: Findings) -> None:
         self.record.try_again()
         if self.settings.on_spike is OnSpike.rollback and self.watch.spike is not None:
-            self._from(trainer, self.watch.spike)
+            self._roll_back(trainer, self.watch.spike)
 
-    def _from(self, trainer: Trainer, spike: Spike) -> None:
+    def _roll_back(self, trainer: Trainer, spike: Spike) -> None:
         """A collective of all ranks."""
         record = spike.record
         if len(self.rollbacks) >= self.settings.max_rollbacks:
@@ -100,18 +100,18 @@ class GoBack(Callback):
         found = self._checkpoint(skips, led_in.first, self._next_window(record, led_in)[1])
         if found is None:
             self.console.print(
-                f"no checkpoint is older than the samples that led in: the update of step {record.step} is dropped, "
-                "and nothing else; train.save_interval decides how often there is one, train.keep_last how many stay"
+                f"no checkpoint is older than the samples that led to the spike: only the update of step {record.step} "
+                "is skipped; train.save_interval sets how often one is saved, train.keep_last how many are kept"
             )
             return
         folder, state = found
-        self.checkpoints.go_back(folder, state)
+        self.checkpoints.restore_earlier(folder, state)
         trainer.rewind(state.step, state.samples, lambda: self._leave_out(trainer, spike, state, led_in))
-        self._tell(record, state)
+        self._report(record, state)
 
     def _leave_out(self, trainer: Trainer, spike: Spike, state: CheckpointState, led_in: Window) -> Skips:
-        """What the run leaves out from here on, made to last. A collective of all ranks."""
-        self.watch.go_back(state.step)
+        """Record the samples to leave out from here on, on disk as well. A collective of all ranks."""
+        self.watch.rewind(state.step)
         self.validate.forget_after(state.step)
         window = self._with_what_follows(trainer, spike.record, led_in)
         reason = f"{', '.join(spike.judgement.kinds)} at step {spike.record.step}"
@@ -119,7 +119,7 @@ class GoBack(Callback):
         self._drop_later(state)
         return self.record.skips
 
-    def _tell(self, record: StepRecord, state: CheckpointState) -> None:
+    def _report(self, record: StepRecord, state: CheckpointState) -> None:
         window = self.rollbacks[-1].window
         text = (
             f"rollback {len(self.rollbacks)} of {self.settings.max_rollbacks}: back to step {state.step}, without "
@@ -141,11 +141,12 @@ class GoBack(Callback):
         self.console.print(text)
 
     def _led_in(self, trainer: Trainer, record: StepRecord) -> Window:
-        """The samples of the spike's step and of those before it, of an earlier attempt as well."""
+        """The samples of the spike's step and of those that led to it, including steps of earlier attempts."""
         skips, schedule, batch = trainer.source.skips, trainer.schedule, record.batch
         wanted = record.step - 1 - self.settings.lead_in_steps
         known = schedule.at(max(wanted, schedule.first_step))
-        unknown = max(schedule.first_step - wanted, 0) * known.global_batch_size  # samples ahead of what it knows
+        # The schedule starts at the resumed step; for steps before it, assume the same batch size.
+        unknown = max(schedule.first_step - wanted, 0) * known.global_batch_size
         first = max(known.first_sample - unknown, 0)
         return Window(skips.index(first), skips.index(batch.first_sample + batch.global_batch_size - 1) + 1)
 
@@ -153,34 +154,35 @@ class GoBack(Callback):
         return next_window(self.rollbacks, led_in, record.batch.global_batch_size, self.settings.lead_in_steps)
 
     def _with_what_follows(self, trainer: Trainer, record: StepRecord, led_in: Window) -> Window:
-        """With the steps behind the spike that would be one, by the weights gone back to. A collective of all ranks.
+        """Add the following steps whose loss, under the restored weights, would be a spike. A collective of all ranks.
 
-        So a long stretch of bad samples costs a rollback and a few forward passes, not a rollback for each step. By
-        the weights that the spike came from they would all be bad, if it is those that it has come from.
+        So a long run of bad samples costs one rollback and a few forward passes, not a rollback for each step. The
+        weights of the spike itself may be the cause of it; every batch could look bad under them.
         """
         skips, stop = trainer.source.skips, led_in.stop
         for step in range(record.step, record.step + self.settings.look_ahead_steps):
             batch = trainer.schedule.at(step)
             micro_batches = trainer.config.num_micro_batches(batch.global_batch_size)
             found = trainer.engine.evaluate(trainer.source.training(batch), micro_batches)
-            if not agreed(self.watch.predicts_badly(found.loss)):
+            if not agreed(self.watch.would_be_spike(found.loss)):
                 break
             stop = skips.index(batch.first_sample + batch.global_batch_size - 1) + 1
         return self._next_window(record, Window(led_in.first, stop))[0]
 
     def _checkpoint(self, skips: Skips, first: int, in_a_row: int) -> tuple[Path, CheckpointState] | None:
-        """The newest that has read nothing from this sample on; after several rollbacks in vain, one further back."""
+        """The newest checkpoint that was trained only on samples before this one; after several failed rollbacks, an
+        earlier one."""
         consumed = skips.count(first)
         passed_over = in_a_row // 2
 
         def reason_against(state: CheckpointState) -> str | None:
             nonlocal passed_over
             if state.samples > consumed:
-                return "it is from after the samples that led in"
+                return "it is from after the samples that led to the spike"
             if (found := unsuited(skips, state)) is not None:
                 return found
             passed_over -= 1
-            return "what followed it was a spike again and again" if passed_over >= 0 else None
+            return "several rollbacks to it were followed by a spike" if passed_over >= 0 else None
 
         found = newest_complete(self.checkpoints.folder, _say_nothing, reason_against, required=False)
         if found is None and in_a_row >= 2:  # none is older
@@ -188,13 +190,13 @@ class GoBack(Callback):
         return found
 
     def _drop_later(self, state: CheckpointState) -> None:
-        """Checkpoints from behind the one gone back to."""
+        """Remove the checkpoints after the restored one."""
         if self.is_writer:
             prune(self.checkpoints.folder, self.checkpoints.saver.kept, state.step)
 
 
 def _say_nothing(line: str) -> None:
-    """Of checkpoints that are passed over: the line about the rollback says enough."""
+    """No line for each skipped checkpoint: the line about the rollback says enough."""
 
 
 def _listed(skips: Skips) -> str:

@@ -1,4 +1,4 @@
-"""The rollbacks of a run and their file, `skipped_samples.json`, on a disk that may be full for a while."""
+"""The rollbacks of a run and their file, `skipped_samples.json`, even if the disk is full for a while."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megatron_lite.parallel.agreement import agreed
 
 @dataclass
 class RollbackRecord:
-    """Every rollback of a run, by which every later attempt leaves the same samples out.
+    """Every rollback of a run; later attempts read it and leave the same samples out.
 
-    A full disk does not end training: the record waits in memory. Should the process die meanwhile, the next attempt
-    begins from the checkpoint that this one went back to, comes to the spike and goes back again. So no checkpoint may
-    be saved before the record is written: the next attempt would not know why it leaves samples out, and pass over it.
+    A full disk does not end training: the record stays in memory until it can be written. If the process dies before
+    that, the next attempt resumes from the checkpoint that this one rolled back to, reaches the spike and rolls back
+    again. So no checkpoint may be saved before the record is written: it would have been trained without samples that,
+    as far as the next attempt knows, are not left out, and so be skipped.
     """
 
     run_dir: Path
@@ -48,15 +49,15 @@ class RollbackRecord:
                     self._wait(error)
                 else:
                     problem = TrainingError(
-                        f"{self._path} cannot be written ({error}), and a rollback needs it; mend its permissions: "
-                        "the same command comes to the spike again"
+                        f"{self._path} cannot be written ({error}), and a rollback needs it; fix its permissions and "
+                        "run the same command again: it reaches the spike and rolls back again"
                     )
         problem = agreed(problem)
         if problem is not None:
             raise problem
 
     def try_again(self) -> None:
-        """Write what waits, if there is room by now; on the writing rank, and no collective."""
+        """Write an unwritten record, if there is space now; on the writing rank only, not a collective."""
         if self._is_waiting:
             try:
                 self._write()
@@ -65,10 +66,10 @@ class RollbackRecord:
             self.report(f"{self._path} is written; checkpoints can be saved again")
 
     def require_written(self) -> None:
-        """Ahead of a checkpoint. A collective of all ranks.
+        """Call it before saving a checkpoint. A collective of all ranks.
 
         Raises:
-            DiskError: there is still no room; on every rank alike.
+            DiskError: the disk is still full; on every rank alike.
         """
         if not self.rollbacks:
             return
@@ -76,8 +77,8 @@ class RollbackRecord:
         problem: DiskError | None = None
         if self._is_waiting:
             problem = DiskError(
-                f"{self._path} cannot be written, and a checkpoint after a rollback needs it; make room on its disk: "
-                "the same command goes on from the checkpoint before, comes to the spike and goes back again"
+                f"{self._path} cannot be written, and a checkpoint after a rollback needs it; free space on its disk, "
+                "then run the same command: it resumes from the last checkpoint, reaches the spike and rolls back again"
             )
         problem = agreed(problem)
         if problem is not None:

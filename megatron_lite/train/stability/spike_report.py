@@ -1,4 +1,4 @@
-"""What a spike was made of, as a file for people and for the report; written by the writing rank alone."""
+"""The samples and figures behind a spike, as a file for people and for the report; only the writing rank writes it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ NAMED_DOCUMENTS = 3  # on the console
 
 @dataclass
 class SpikeReport:
-    """What all ranks know of a spike."""
+    """What all ranks know about a spike."""
 
     record: StepRecord
     judgement: Judgement
     action: str
     rollbacks: int
-    """Of the run so far: a step that comes again may be a spike again."""
+    """Number in the run so far: a step that is trained again after a rollback may be a spike again."""
     samples: list[int]
-    """Global numbers, of the whole batch."""
+    """Global numbers of the samples of the whole batch."""
     losses: list[float]
-    """Nats per token of each of them."""
+    """Loss of each sample, nats per token."""
     layer_grad_norm: dict[int, dict[str, float]]
     """Step -> layer -> norm before clipping: of the steps before, of this one, and later of those after."""
 
@@ -51,7 +51,7 @@ class SpikeReport:
         return f"{FOLDER}/step_{self.step:08d}{branch}.json"
 
     def worst(self, count: int) -> list[tuple[int, float]]:
-        """Sample and loss of the sequences that the model predicts worst, those without a number first."""
+        """Sample and loss of the sequences with the highest losses, NaN first."""
         ranked = sorted(
             zip(self.samples, self.losses, strict=True), key=lambda one: math.inf if one[1] != one[1] else one[1]
         )
@@ -59,7 +59,7 @@ class SpikeReport:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Those that the event has, too."""
+        """The figures that the event in events.jsonl has as well."""
         result, judgement = self.record.result, self.judgement
         return {
             "kinds": [str(kind) for kind in judgement.kinds],
@@ -76,10 +76,12 @@ class SpikeReport:
 
 @dataclass
 class SpikeReports:
-    """Writes spike reports, and tells of them in every place at once. One that cannot be written ends no run.
+    """Writes spike reports and announces them on the console and in all trackers.
+
+    A report that cannot be written does not end the run.
 
     Args:
-        worst_sequences: whose text is shown.
+        worst_sequences: how many sequences are shown with their text.
     """
 
     run_dir: Path
@@ -89,8 +91,8 @@ class SpikeReports:
     worst_sequences: int
 
     def open(self, spike_report: SpikeReport) -> None:
-        """Of a step that has just turned out to be a spike."""
-        text = in_words(spike_report, self.write(spike_report))
+        """Write and announce the report of a step that has just turned out to be a spike."""
+        text = summary_line(spike_report, self.write(spike_report))
         alert = {"title": f"Spike at step {spike_report.step}", "text": text}
         self.trackers.event(
             SPIKE_EVENT, spike_report.step, {**spike_report.figures, "spike_report": spike_report.name, **alert}
@@ -99,14 +101,14 @@ class SpikeReports:
         self.console.print(f"{text}; {self.run_dir / spike_report.name}")
 
     def write(self, spike_report: SpikeReport) -> list[dict[str, Any]]:
-        """The file anew; returns the sequences in it."""
+        """Write or rewrite the file; returns the sequences in it."""
         path = self.run_dir / spike_report.name
         try:
             document = self._document(spike_report)
             path.parent.mkdir(exist_ok=True)
             replace_file(path, (json.dumps(to_json(document), indent=1, ensure_ascii=False) + "\n").encode())
         except (OSError, DataError) as error:
-            self.console.print(f"{path} cannot be written ({error}); the run goes on without it")
+            self.console.print(f"{path} cannot be written ({error}); the run continues without it")
             return []
         sequences: list[dict[str, Any]] = document["sequences"]
         return sequences
@@ -124,7 +126,7 @@ class SpikeReports:
         }
 
     def _checkpoint_before(self, step: int) -> str | None:
-        """The newest one that is whole, as far as sizes tell."""
+        """The newest one that is complete, judging by file sizes."""
         earlier = (folder for folder in candidates(self.run_dir / "checkpoints") if step_of(folder) < step)
         return next((folder.name for folder in earlier if quick_problem(folder) is None), None)
 
@@ -137,11 +139,11 @@ class SpikeReports:
         }
 
 
-def in_words(spike_report: SpikeReport, sequences: Sequence[dict[str, Any]]) -> str:
-    """One line, without the place of the file.
+def summary_line(spike_report: SpikeReport, sequences: Sequence[dict[str, Any]]) -> str:
+    """One line about a spike, without the path of the file.
 
     Args:
-        sequences: as the file has them, worst first.
+        sequences: as in the file, worst first.
     """
     result, judgement = spike_report.record.result, spike_report.judgement
     facts = []

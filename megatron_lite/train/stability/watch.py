@@ -1,4 +1,4 @@
-"""Judges every step, and writes down what a spike was made of while it can still be known."""
+"""Checks every step for spikes, and writes a spike report while the samples and gradients are still at hand."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from megatron_lite.parallel.topology import bubble_share
 from megatron_lite.train.loop import BatchSource, Findings, StepRecord
 from megatron_lite.train.stability.spike_report import SpikeReport, SpikeReports
 
-NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # of a line
-STEPS_AFTER = 2  # whose figures are added to a spike report
+NEEDED = {"step", "loss", "grad_norm", "loss_scale", "skipped"}  # fields of a line of metrics.jsonl
+STEPS_AFTER = 2  # steps after a spike whose figures are added to its report
 SHARES = {
     "share_data": (Phase.DATA,),
     "share_compute": (Phase.FORWARD, Phase.BACKWARD),
@@ -37,16 +37,16 @@ SHARES = {
 
 @dataclass(frozen=True)
 class Spike:
-    """The step that was one, and what was found."""
+    """The record of a spike's step, and why it is a spike."""
 
     record: StepRecord
     judgement: Judgement
 
 
 class UpdateJudge:
-    """Judges a step before its update, where `stability.on_spike` acts on spikes: the engine's `before_update` hook.
+    """Judges a step before its update if `stability.on_spike` acts on spikes: the engine's `before_update` hook.
 
-    Every rank must decide the same, so it goes by figures that all ranks have added up together.
+    All ranks must decide the same, or their collectives no longer match; so the decision uses all-reduced figures only.
     """
 
     def __init__(self, config: ResolvedConfig) -> None:
@@ -57,32 +57,32 @@ class UpdateJudge:
 
     @property
     def hook(self) -> Callable[[PendingUpdate], bool] | None:
-        """For `EngineHooks.before_update`; None where spikes are only reported: then no step waits for a judgement."""
+        """For `EngineHooks.before_update`; None if spikes are only reported: then no step waits for a judgement."""
         return self.judge if self._acts else None
 
     def judge(self, update: PendingUpdate) -> bool:
-        """Whether to drop the update of the step under way."""
+        """Whether to skip the update of the current step."""
         overflowed = self._is_fp16 and not math.isfinite(update.grad_norm)
         statistics = StepStatistics(0, update.loss, update.grad_norm, update.loss_scale, overflowed)
         self._judged = statistics, self.detector.judge(statistics)
         return self._judged[1].is_spike
 
     def take(self) -> tuple[StepStatistics, Judgement] | None:
-        """What was judged in the step that has just been made; None = nothing, for no spike would have dropped it."""
+        """The judgement of the step that has just ended, and forget it; None = the hook was not called."""
         judged, self._judged = self._judged, None
         return judged
 
 
 class Watch:
-    """The observer of the steps: what it finds is in the step's line, and the callbacks go by it.
+    """The observer of the steps: its findings are logged in the step's line, and the callbacks act on them.
 
-    A step that its judge has not judged before the update is judged after it, by what the step returns anyway.
+    A step that was not judged before its update is judged after it, by the step's result.
 
     Args:
-        judge: whose hook the engine was built with.
-        source: of the training samples.
-        spike reports: of the writing rank; the others have none.
-        rollbacks: of the run so far; whoever takes it back adds to the list.
+        judge: its hook is the one that the engine was built with.
+        source: the training samples.
+        spike_reports: None on all but the writing rank.
+        rollbacks: of the run so far; `RollbackCallback` appends to the same list.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Watch:
         self.detector = judge.detector
         self._rollbacks = rollbacks
         self.spike: Spike | None = None
-        """Of the step that has just been made; None = it was none."""
-        self._open: list[SpikeReport] = []  # those that wait for steps after the spike
-        self._history: deque[StepStatistics] = deque(maxlen=steps_remembered(config))
+        """The last step, if it was a spike."""
+        self._open: list[SpikeReport] = []  # reports that wait for the figures of the steps after the spike
+        self._history: deque[StepStatistics] = deque(maxlen=steps_kept(config))
 
     def observe(self, record: StepRecord) -> Findings:
         """A collective of all ranks."""
@@ -112,12 +112,12 @@ class Watch:
         before, self.spike = self.spike, Spike(record, judgement) if judgement.is_spike else None
         self.detector.add(statistics, judgement)
         self._history.append(statistics)
-        step_shares = shares(self._heartbeat, record)  # before the phase changes
+        step_shares = shares(self._heartbeat, record)  # before the phase changes, which would add to them
         self._heartbeat.enter(Phase.REPORT)
         layers = self._layer_figures() if self._settings.measures_layers(record.step) else None
         if self._open and record.step == self._open[0].step + STEPS_AFTER:
             self._add_steps_after(self._open.pop(0))
-        if self.spike and is_news(self.spike, before):
+        if self.spike and needs_report(self.spike, before):
             self._open.append(self._write_down(self.spike))
         micro_batches = self._config.num_micro_batches(record.batch.global_batch_size)
         return Findings(
@@ -128,23 +128,23 @@ class Watch:
             layers=layers,
         )
 
-    def predicts_badly(self, loss: float) -> bool:
-        """Whether a batch with this loss would be a spike, ahead of any update."""
+    def would_be_spike(self, loss: float) -> bool:
+        """Whether a batch with this loss, before any update, would be a spike."""
         judgement = self.detector.judge(StepStatistics(0, loss, 0.0))
         return SpikeKind.loss in judgement.kinds or SpikeKind.not_finite in judgement.kinds
 
-    def remember(self, history: Iterable[StepStatistics]) -> None:
-        """Begin with the steps of an earlier attempt."""
+    def replay(self, history: Iterable[StepStatistics]) -> None:
+        """Feed the detector the steps of an earlier attempt, so that it knows what is usual."""
         self._history.extend(history)
         self.detector.replay(self._history)
 
-    def go_back(self, step: int) -> None:
-        """Judge the steps that follow this one anew."""
+    def rewind(self, step: int) -> None:
+        """Forget the steps after this one: they are trained again."""
         self.spike = None
         self._open.clear()
         kept = [statistics for statistics in self._history if statistics.step <= step]
         self._history.clear()
-        self.remember(kept)
+        self.replay(kept)
         self._engine.meter.forget()
 
     def _judgement(self, record: StepRecord) -> tuple[StepStatistics, Judgement]:
@@ -191,40 +191,43 @@ class Watch:
             self._spike_reports.write(spike_report)
 
 
-def is_news(spike: Spike, before: Spike | None) -> bool:
-    """Of spikes in a row the first is told, and the first that is no number: the others go on with what it began.
+def needs_report(spike: Spike, before: Spike | None) -> bool:
+    """Of consecutive spikes, only the first is reported, and the first whose loss or gradient norm is NaN or Inf: the
+    others are consequences of it.
 
     Args:
-        before: the step just before, where that was a spike.
+        before: the step just before, if it was a spike.
     """
     return before is None or SpikeKind.not_finite in set(spike.judgement.kinds) - set(before.judgement.kinds)
 
 
 def shares(heartbeat: Heartbeat, record: StepRecord) -> dict[str, float]:
-    """Of a step's time on this rank, by its training thread's clock: on a GPU, that of queueing and of waiting."""
+    """Shares of a step's time on this rank, as its training thread sees it: on a GPU, the time to launch kernels and to
+    wait for them."""
     spent: Mapping[Phase, float] = heartbeat.spent
     return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
 
 
-def steps_remembered(config: ResolvedConfig) -> int:
-    """How many steps back what is usual is known: behind the last checkpoint, to which the run may go back."""
+def steps_kept(config: ResolvedConfig) -> int:
+    """How many steps of statistics to keep: enough for a full window before the last checkpoint, where a rollback may
+    return to."""
     return 2 * (config.stability.window + config.train.save_interval)
 
 
 def logged_statistics(config: ResolvedConfig, run_dir: Path, step: int, first: int = 1) -> list[StepStatistics]:
-    """Of the latest steps up to this one, as far as metrics.jsonl has them.
+    """Statistics of the latest steps up to this one, as far as metrics.jsonl has them.
 
     Args:
         first: the earliest step that is comparable with the steps to come.
     """
     earlier = (row for row in newest_entries(run_dir / METRICS_FILE) if row.keys() >= NEEDED and row["step"] <= step)
     comparable = takewhile(lambda row: row["step"] >= first, earlier)
-    rows = list(islice(comparable, steps_remembered(config)))
+    rows = list(islice(comparable, steps_kept(config)))
     return [_statistics_of(row, config.train.precision) for row in reversed(rows)]
 
 
 def _statistics_of(row: dict[str, Any], precision: Precision) -> StepStatistics:
-    """Of a line of metrics.jsonl; it may be of an attempt with another precision."""
+    """Statistics from a line of metrics.jsonl; it may be from an attempt with another precision."""
     is_fp16 = precision is Precision.fp16
     overflowed = is_fp16 and row["skipped"] and not row.get("spike")
     return StepStatistics(row["step"], row["loss"], row["grad_norm"], row["loss_scale"] if is_fp16 else 1.0, overflowed)

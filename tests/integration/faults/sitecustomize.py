@@ -69,20 +69,20 @@ def _raise_learning_rate() -> None:
     loop.learning_rate_at = raised
 
 
-ROLLBACK_PLACES = {  # the method of GoBack or RollbackRecord, and whether to die behind it rather than ahead of it
+ROLLBACK_PLACES = {  # the method of RollbackCallback or RollbackRecord, and whether to die after it, not before it
     "ahead of the file": ("add", False),
     "behind the file": ("add", True),
     "in the checkpoints": ("_drop_later", True),
-    "behind everything": ("_from", True),
+    "behind everything": ("_roll_back", True),
 }
 
 
 def _kill_in_rollback(rank: str, place: str) -> None:
-    from megatron_lite.train.stability.rollback import GoBack
+    from megatron_lite.train.stability.rollback import RollbackCallback
     from megatron_lite.train.stability.rollback_record import RollbackRecord
 
     name, behind = ROLLBACK_PLACES[place]
-    owner = RollbackRecord if name == "add" else GoBack
+    owner = RollbackRecord if name == "add" else RollbackCallback
     method = getattr(owner, name)
 
     def killed(self: Any, *arguments: Any) -> Any:
@@ -98,7 +98,7 @@ def _kill_in_rollback(rank: str, place: str) -> None:
 
 
 def _refuse_record(times: int) -> None:
-    from megatron_lite.train import rollback_record
+    from megatron_lite.train.stability import rollback_record
 
     write, calls = rollback_record.write_rollbacks, 0
 

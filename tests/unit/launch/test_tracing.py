@@ -265,14 +265,14 @@ def test_version_whose_line_lacks_its_samples(rolled_back: Path, capsys: Capture
     assert main(["trace", str(rolled_back), "--step", "9", "--rolled-back"]) == 2
     *warnings, error = capsys.readouterr().err.splitlines()
     assert set(warnings) == {f"warning: 8 values of {path} are not numbers and are left out"}
-    assert f"step 9 of {rolled_back} was not taken back: " in error
+    assert f"step 9 of {rolled_back} was not rolled back: " in error
 
 
 def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None:
     message = refusal(capsys, rolled_back, "--step", 9, "--rolled-back", 3)
     assert message == (
-        f"step 9 of {rolled_back} was not taken back by rollback 3: it was by rollback 1 and 2; name another, or no "
-        "--rolled-back"
+        f"step 9 of {rolled_back} was not rolled back by rollback 3: it was by rollback 1 and 2; give another step or "
+        "rollback, or omit --rolled-back"
     )
     assert "rolled_back.jsonl holds steps 7 to 12" in refusal(capsys, rolled_back, "--step", 3, "--rolled-back")
     assert "--rolled-back asks for a version of a step" in refusal(capsys, rolled_back, "--sample", 3, "--rolled-back")
@@ -283,15 +283,18 @@ def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--step", "0"], "--step 0 is no step of the run; give one of 1 to train.steps=40"),
-        (["--step", "41"], "--step 41 is no step of the run; give one of 1 to train.steps=40"),
+        (["--step", "0"], "--step 0 is not a step of the run; give one from 1 to train.steps=40"),
+        (["--step", "41"], "--step 41 is not a step of the run; give one from 1 to train.steps=40"),
         (
             ["--step", "11"],
             "metrics.jsonl ends with step 10; give an earlier one, or --sample 80 for the first sample",
         ),
         (["--sample", "-1"], "--sample -1 is no number of a sample; give 0 or more"),
         (["--step", "1", "--samples", "-1"], "--samples -1 is no number of samples to show; give 0 or more"),
-        (["--step", "1", "--rolled-back"], "the run has not rolled back; name another, or no --rolled-back"),
+        (
+            ["--step", "1", "--rolled-back"],
+            "the run has not rolled back; give another step or rollback, or omit",
+        ),
         (["--step", "1", "--data", "/nowhere"], "/nowhere holds no prepared data of"),
     ],
 )
@@ -302,7 +305,7 @@ def test_errors(sources: Path, tmp_path: Path, capsys: Capture, words: list[str]
 
 def test_no_run_folder(tmp_path: Path, capsys: Capture) -> None:
     message = refusal(capsys, tmp_path / "none", "--step", 1)
-    assert message == f"{tmp_path}/none holds no config-*.yaml (looked from {Path.cwd()}); name the folder of a run"
+    assert message == f"{tmp_path}/none has no config-*.yaml (looked from {Path.cwd()}); give the folder of a run"
 
 
 def test_data_that_is_gone_is_made_again_by_the_named_command(sources: Path, tmp_path: Path, capsys: Capture) -> None:

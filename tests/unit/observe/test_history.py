@@ -85,7 +85,7 @@ def test_damage_is_told_named_and_drawn(tmp_path: Path) -> None:
     told: list[str] = []
     trackers = build_trackers(run.config, tmp_path, True, resume_step=20, logged=known, report=told.append)
     trackers.event("resume", 20, {})
-    trackers.tell_losses(20)
+    trackers.report_missing_lines(20)
     for step in range(21, 31):
         trackers.log(step, {"loss": 1.0})
     trackers.finish({})

@@ -80,7 +80,7 @@ def test_memory_is_bounded_and_the_oldest_are_lost(tmp_path: Path, monkeypatch: 
     disk.room = None
     writer.write("the last\n")
     assert (tmp_path / "file").read_text() == "line 7\nline 8\nline 9\nthe last\n"
-    assert told[1].endswith("3 lines have waited in memory; 7 lines ahead of them are lost")
+    assert told[1].endswith("3 lines have waited in memory; 7 lines before them are lost")
 
 
 def test_end_on_a_full_disk_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_a_rollback_on_a_full_disk_takes_back_what_it_has_to_once_there_is_room(
             assert [entry["step"] for entry in read_metrics(path)] == list(range(1, 262))
         else:
             writer.close()
-            assert f"warning: 20 lines of {path} could not be written and will come again" in told
+            assert f"warning: 20 lines of {path} could not be written; a resume repeats them" in told
             steps = [entry["step"] for entry in read_metrics(path)]
             assert steps == list(range(1, len(steps) + 1))
             assert len(steps) >= 200

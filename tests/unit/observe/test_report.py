@@ -121,8 +121,8 @@ def test_what_a_rollback_took_back_is_no_part_of_the_curve(eventful: Path) -> No
     figure = chart(RunFolder.read(eventful), PANELS[0])
     traces = {trace.name: trace for trace in figure.data}
     assert max(traces["loss"].y[200:]) < 4
-    assert traces["taken back"].x == tuple(range(201, 234))
-    assert max(traces["taken back"].y) > 7
+    assert traces["rolled back"].x == tuple(range(201, 234))
+    assert max(traces["rolled back"].y) > 7
     assert list(traces["spike"].x) == [90, 233]
     assert [(shape.name, shape.x0) for shape in figure.layout.shapes] == [("rollback", 200), ("resume", 100)]
 

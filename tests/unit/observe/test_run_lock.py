@@ -191,7 +191,7 @@ def test_earlier_attempt_of_the_same_slurm_job_is_stale_at_once(
     told: list[str] = []
     take(tmp_path, Role.rank, own_attempt(), report=told.append)
     assert "Slurm job 7" in told[0]
-    assert told[0].endswith("it is of an earlier attempt of this Slurm job")
+    assert told[0].endswith("it belongs to an earlier attempt of this Slurm job")
 
 
 def test_copy_of_a_run_folder_is_free(tmp_path: Path) -> None:

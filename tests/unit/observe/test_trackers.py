@@ -368,7 +368,7 @@ def test_a_view_that_cannot_start_is_told_and_left_out(
     trackers = build_trackers(config, tmp_path, True, report=told.append)
     trackers.log(1, {"loss": 2.0})
     trackers.finish({})
-    assert told == [f"{name} cannot start: RecursionError: deep; the run goes on without it"]
+    assert told == [f"{name} cannot start: RecursionError: deep; the run continues without it"]
     assert (tmp_path / "metrics.jsonl").read_text()
 
 

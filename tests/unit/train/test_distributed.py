@@ -37,6 +37,8 @@ def test_a_rank_that_meets_nobody_says_what_to_do(
         with pytest.raises(LaunchError) as error:
             start_process_group(CPU, environment, 0.2)
     message = str(error.value)
-    assert message.startswith(f"rank {rank} could not meet the other 1 ranks at 127.0.0.1:{port} within 0.3 s = 1.5 x ")
+    assert message.startswith(
+        f"rank {rank} could not connect to the other 1 ranks at 127.0.0.1:{port} within 0.3 s = 1.5 x "
+    )
     assert message.endswith("a free port in launcher.master_port, or raise train.timeout_seconds")
     assert not dist.is_initialized()

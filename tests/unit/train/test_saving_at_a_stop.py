@@ -16,15 +16,15 @@ from megatron_lite.train.run import _is_evaluated, _stop
 
 
 @pytest.mark.parametrize(
-    ("newest_step", "is_sound", "is_saved"),
+    ("newest_step", "is_finite", "is_saved"),
     [(10, True, True), (17, True, False), (10, False, False)],
-    ids=["resumed from 10: the folder of step 17 is damaged", "saved, or resumed from", "weights may be no numbers"],
+    ids=["resumed from 10: the folder of step 17 is damaged", "saved, or resumed from", "weights may be NaN"],
 )
-def test_stop_saves_what_is_sound_and_not_saved(
-    newest_step: int, is_sound: bool, is_saved: bool, tmp_path: Path
+def test_stop_saves_finite_weights_that_are_not_saved(
+    newest_step: int, is_finite: bool, is_saved: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "step_00000017").mkdir()
-    save = Mock(checkpoints=SimpleNamespace(newest_step=newest_step), is_sound=is_sound)
+    save = Mock(checkpoints=SimpleNamespace(newest_step=newest_step), is_finite=is_finite)
     run = SimpleNamespace(checkpoints=tmp_path, context=SimpleNamespace(is_writer=False))
     trainer = SimpleNamespace(finished_step=17)
     assert _stop(run, Mock(), trainer, save, Mock()) is RunEnd.PREEMPTED

@@ -48,8 +48,8 @@ def test_code_is_compared_between_nodes() -> None:
     identities = ranks()
     identities[4] = replace(identities[4], same={**identities[4].same, "code of megatron_lite": "abd"})
     assert differences(identities) == [
-        "the ranks differ in their code of megatron_lite: abc on rank 0 (node n1), abd on rank 4 (node n2); bring all "
-        "nodes to the same commit, without changes of their own"
+        "the ranks differ in their code of megatron_lite: abc on rank 0 (node n1), abd on rank 4 (node n2); check "
+        "out the same commit on all nodes, without local changes"
     ]
 
 
@@ -71,7 +71,7 @@ def test_a_gpu_that_two_ranks_use() -> None:
     identities = ranks()
     identities[5] = replace(identities[5], gpu="GPU-4")
     (problem,) = differences(identities)
-    assert problem.startswith("ranks 4-5 (node n2) use the same GPU; set CUDA_VISIBLE_DEVICES")
+    assert problem.startswith("ranks 4-5 (node n2) use the same GPU; set the same CUDA_VISIBLE_DEVICES")
 
 
 def test_ranks_on_cpus_share_nothing() -> None:

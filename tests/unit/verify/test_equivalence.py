@@ -16,5 +16,5 @@ def test_synthetic_vocabulary_has_the_sentinels_that_are_needed() -> None:
     with pytest.raises(ConfigError) as error:
         synthetic_vocabulary(75, 64)
     assert str(error.value) == (
-        "model.vocab_size=75 has no room for 11 special tokens, 64 sentinels and text; use 76 or more"
+        "model.vocab_size=75 is too small for 11 special tokens, 64 sentinels and text; use 76 or more"
     )

@@ -113,7 +113,7 @@ def test_running_out_of_files_says_how_to_get_more(
     import pyarrow as pa
     from pyarrow import parquet
 
-    remedy = "; a process may not open more files here; raise the limit, as with `ulimit -n 4096`"
+    remedy = "; the process has reached its limit of open files; raise it, for example with `ulimit -n 4096`"
     path = tmp_path / name
     parquet.write_table(pa.table({"text": ["one"]}), path)
     config = config_for(path)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.observe.heartbeat import Beat, Phase
 from megatron_lite.parallel.topology import Topology
-from megatron_lite.train.hang.diagnosis import Finding, HangKind, find_culprit, spell_ranks
+from megatron_lite.train.hang.diagnosis import Finding, HangKind, find_culprit, ranks_text
 
 NOW = 10_000.0
 LIMIT = 90.0
@@ -83,15 +83,13 @@ def test_a_barrier_that_all_wait_at_has_no_culprit() -> None:
 
 def test_a_stopped_rank_comes_before_one_that_works() -> None:
     found = find(job(beat(5, Phase.DATA, call=None), beat(9, Phase.REDUCE, time=NOW - 92)))
-    assert found.message == (
-        "rank 9 (node n2, tp1 pp1 dp0) has given no sign of life for 92 s; 15 others wait in step 418"
-    )
+    assert found.message == ("rank 9 (node n2, tp1 pp1 dp0) has sent no heartbeat for 92 s; 15 others wait in step 418")
     assert (found.kind, found.node) == (HangKind.SILENT, "n2")
 
 
 def test_a_dead_node_is_named_once() -> None:
     found = find(job(*(beat(rank, Phase.FORWARD, time=NOW - 120) for rank in range(8, 16))))
-    assert found.message == "ranks 8-15 (node n2) have given no sign of life for 120 s; 8 others wait in step 418"
+    assert found.message == "ranks 8-15 (node n2) have sent no heartbeat for 120 s; 8 others wait in step 418"
     assert found.node == "n2"
 
 
@@ -107,13 +105,13 @@ def test_a_rank_that_never_started() -> None:
     beats = job(phase=Phase.MEET, call="init_process_group")
     beats = {rank: replace(each, step=0) for rank, each in beats.items() if rank != 6}
     found = find(beats)
-    assert found.message == "rank 6 has given no sign of life in this attempt; 15 others wait before the first step"
+    assert found.message == "rank 6 has sent no heartbeat in this attempt; 15 others wait before the first step"
     assert (found.node, found.phase, found.step) == (None, None, 0)
 
 
 def test_heartbeats_of_an_earlier_attempt_do_not_count() -> None:
     old = beat(6, Phase.DATA, call=None, time=NOW - 5001)
-    assert find(job(old)).message.startswith("rank 6 has given no sign of life in this attempt")
+    assert find(job(old)).message.startswith("rank 6 has sent no heartbeat in this attempt")
 
 
 def test_a_rank_that_has_ended_is_waited_for() -> None:
@@ -206,11 +204,11 @@ def test_one_other_waits() -> None:
 
 def test_nobody_has_given_a_sign_of_life() -> None:
     found = find_culprit({}, 2, now=NOW, limit_seconds=LIMIT, started=NOW - 91)
-    assert found.message == "all 2 ranks have given no sign of life in this attempt"
+    assert found.message == "all 2 ranks have sent no heartbeat in this attempt"
 
 
 @pytest.mark.parametrize(
     ("ranks", "text"), [([5], "rank 5"), ([0, 1, 2, 3, 7], "ranks 0-3, 7"), ([4, 2, 3], "ranks 2-4")]
 )
 def test_spelled(ranks: list[int], text: str) -> None:
-    assert spell_ranks(ranks) == text
+    assert ranks_text(ranks) == text

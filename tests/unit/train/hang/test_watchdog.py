@@ -142,7 +142,7 @@ def test_a_report_of_an_earlier_attempt_gives_way(
     wait_for(lambda: process.poll() is not None)
     assert process.returncode == RunEnd.HUNG
     other = 1 - number
-    assert json.loads((tmp_path / HANG_FILE).read_text())["message"].startswith(f"rank {other} has given no sign")
+    assert json.loads((tmp_path / HANG_FILE).read_text())["message"].startswith(f"rank {other} has sent no heartbeat")
 
 
 def test_an_error_that_follows_from_a_hang_is_not_the_rank_s_own(

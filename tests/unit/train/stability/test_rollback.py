@@ -18,7 +18,7 @@ from megatron_lite.errors import DISK_ERRNOS, DiskError, TrainingError
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
 from megatron_lite.train.callbacks import Save
 from megatron_lite.train.stability import rollback_record as module
-from megatron_lite.train.stability.rollback import GoBack, next_window, unsuited
+from megatron_lite.train.stability.rollback import RollbackCallback, next_window, unsuited
 from megatron_lite.train.stability.rollback_record import RollbackRecord
 from tests.unit.remedies import obeys
 
@@ -99,9 +99,9 @@ def test_a_window_that_grows_behind_a_checkpoint_leaves_it_alone() -> None:
     assert unsuited(skips, state(81, (80, 96))) is not None
 
 
-def go_back(run_dir: Path) -> GoBack:
+def rollback_callback(run_dir: Path) -> RollbackCallback:
     parts = [Mock() for _ in range(6)]
-    return GoBack(StabilityConfig(lead_in_steps=2), run_dir, True, *parts, record=Mock(rollbacks=[]))
+    return RollbackCallback(StabilityConfig(lead_in_steps=2), run_dir, True, *parts, record=Mock(rollbacks=[]))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_led_in_may_be_of_an_earlier_attempt(origin: Origin, step: int, win
     schedule = BatchSchedule(TrainConfig(global_batch_size=BATCH), origin)
     trainer = SimpleNamespace(schedule=schedule, source=SimpleNamespace(skips=Skips()))
     record = SimpleNamespace(step=step, batch=schedule.at(step - 1))
-    assert go_back(tmp_path)._led_in(trainer, record) == window
+    assert rollback_callback(tmp_path)._led_in(trainer, record) == window
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_no_checkpoint_is_saved_before_the_rollback_is_on_the_disk(
     with monkeypatch.context() as patch:
         refuse(patch, errno.ENOSPC)
         record.add(rollback(80, 96))
-        with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written.*make room"):
+        with pytest.raises(DiskError, match=r"skipped_samples.json cannot be written.*free space"):
             save.at(trainer, 25)
         checkpoints.save.assert_not_called()
     save.at(trainer, 25)

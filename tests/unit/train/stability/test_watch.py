@@ -19,7 +19,7 @@ from megatron_lite.errors import DataError
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.spikes import Judgement, SpikeKind
 from megatron_lite.train.stability.spike_report import SpikeReport, SpikeReports
-from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, is_news, logged_statistics, steps_remembered
+from megatron_lite.train.stability.watch import Spike, UpdateJudge, Watch, logged_statistics, needs_report, steps_kept
 
 HIGH = 2.0**16
 
@@ -39,7 +39,7 @@ def write_metrics(run_dir: Path, count: int, **figures: Any) -> None:
 def resumed(config: ResolvedConfig, run_dir: Path, step: int, first: int = 1) -> tuple[Watch, UpdateJudge]:
     judge = UpdateJudge(config)
     watch = Watch(config, SimpleNamespace(meter=Mock()), judge, Mock(), Mock(), None, [])
-    watch.remember(logged_statistics(config, run_dir, step, first))
+    watch.replay(logged_statistics(config, run_dir, step, first))
     return watch, judge
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_went_back_goes_by_the_scale_of_the_checkpoint(tmp_path: Path
     write_metrics(tmp_path, 30)
     watch, judge = resumed(config_of(Precision.fp16), tmp_path, 30)
     assert judge.judge(usual_update(HIGH / 64))
-    watch.go_back(20)
+    watch.rewind(20)
     assert not judge.judge(usual_update(HIGH))
 
 
@@ -91,11 +91,11 @@ def test_ranks_are_sent_no_more_than_is_remembered(tmp_path: Path) -> None:
     config = config_of(Precision.fp32)
     write_metrics(tmp_path, 1000)
     found = logged_statistics(config, tmp_path, 900)
-    assert [statistics.step for statistics in found] == list(range(901 - steps_remembered(config), 901))
+    assert [statistics.step for statistics in found] == list(range(901 - steps_kept(config), 901))
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told"),
+    ("before", "now", "reported"),
     [
         (None, [SpikeKind.loss], True),
         ([SpikeKind.loss], [SpikeKind.loss, SpikeKind.grad_norm], False),
@@ -104,10 +104,12 @@ def test_ranks_are_sent_no_more_than_is_remembered(tmp_path: Path) -> None:
         ([SpikeKind.not_finite], [SpikeKind.loss], False),
     ],
 )
-def test_what_is_told_of_spikes_in_a_row(before: list[SpikeKind] | None, now: list[SpikeKind], told: bool) -> None:
+def test_which_of_consecutive_spikes_is_reported(
+    before: list[SpikeKind] | None, now: list[SpikeKind], reported: bool
+) -> None:
     record = Mock()
     earlier = None if before is None else Spike(record, Judgement(tuple(before)))
-    assert is_news(Spike(record, Judgement(tuple(now))), earlier) is told
+    assert needs_report(Spike(record, Judgement(tuple(now))), earlier) is reported
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DataError("an index is damaged")])
@@ -121,7 +123,7 @@ def test_a_spike_report_that_cannot_be_written_ends_no_run(error: Exception, tmp
     provenance.documents.side_effect = error
     SpikeReports(tmp_path, provenance, trackers, console, 4).open(spike_report)
     lines = [call.args[0] for call in console.print.call_args_list]
-    assert lines[0].endswith("the run goes on without it")
+    assert lines[0].endswith("the run continues without it")
     assert lines[1].startswith("spike at step 7: loss 9.000, usually 3.000 (12 deviations); ")
     assert trackers.event.call_args.args[:2] == ("spike", 7)
     assert trackers.alert.call_count == 1
