@@ -16,7 +16,7 @@ import pytest
 from megatron_lite.checkpoint.folder import read_manifest
 from megatron_lite.config.schema import RunConfig
 from tests.distributed.checkpoint_ranks import Link, copy_rank, link_rank
-from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config, world_size
+from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 
 SEED = 20261125
@@ -83,7 +83,7 @@ def run_chain(
     for index, config in enumerate(configs):
         copy = folder / f"copy{index}"
         arguments = (config, VOCAB_SIZE, folder / "run", copy, steps, mutation)
-        ranks = run_ranks(link_rank, world_size(config), *arguments)
+        ranks = run_ranks(link_rank, config.topology.world_size, *arguments)
         link = ranks[0]
         assert sum(rank.written for rank in ranks) == link.elements, "each element is written once, by one rank"
         assert link.loaded_step == index * steps[0]

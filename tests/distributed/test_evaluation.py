@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.distributed.equivalence_cases import LAYOUTS, VOCAB_SIZE, run_config, world_size
+from tests.distributed.equivalence_cases import LAYOUTS, VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import (
     argmax_rank,
@@ -33,7 +33,7 @@ def test_layout_evaluates_as_one_rank(model: str, layout: str) -> None:
     assert (expected.sequence_accuracy is not None) == (model == "bert")
     assert math.isclose(expected.loss, expected.token_loss, rel_tol=1e-6) == (model != "bert")
     config = run_config(model, **LAYOUTS[layout])
-    for found in run_ranks(evaluate_rank, world_size(config), config, VOCAB_SIZE):
+    for found in run_ranks(evaluate_rank, config.topology.world_size, config, VOCAB_SIZE):
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.token_loss == pytest.approx(expected.token_loss, rel=1e-5)
         assert found.accuracy == pytest.approx(expected.accuracy, abs=1e-9)
@@ -69,4 +69,5 @@ def test_layout_predicts_what_one_rank_predicts(model: str, layout: str) -> None
     (expected,) = run_ranks(argmax_rank, 1, run_config(model), VOCAB_SIZE)
     assert len(set(expected)) > 1, "a constant answer would prove nothing"
     config = run_config(model, **LAYOUTS[layout])
-    assert run_ranks(argmax_rank, world_size(config), config, VOCAB_SIZE) == [expected] * world_size(config)
+    ranks = config.topology.world_size
+    assert run_ranks(argmax_rank, ranks, config, VOCAB_SIZE) == [expected] * ranks
