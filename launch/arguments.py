@@ -96,7 +96,7 @@ def parse(argv: list[str], *, names_script: bool = False) -> Arguments:
     """Split a command line.
 
     Args:
-        names_script: the first word that is no option and has no `=` is the script's name.
+        names_script: the first argument that is not an option and has no `=` is the script's name.
     Raises:
         ConfigError: an unknown option, or one without its value.
     """

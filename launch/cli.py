@@ -183,7 +183,7 @@ def _run_script(argv: list[str]) -> int:
 def _require_script(word: str) -> None:
     """
     Raises:
-        ConfigError: it is no script, and most likely a verb.
+        ConfigError: it is not a script, and most likely a mistyped verb.
     """
     if word.removesuffix(".py") in PresetFolders().scripts():
         return

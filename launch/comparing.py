@@ -103,7 +103,7 @@ def _lines(first: RunFolder, second: RunFolder, names: tuple[str, str], found: C
         if side.gaps:
             yield (
                 "lines missing",
-                f"the {label} has lost {_gaps_text(side.gaps)} of {METRICS_FILE}, which is no part of this",
+                f"the {label} has lost {_gaps_text(side.gaps)} of {METRICS_FILE}, which is not part of this",
             )
     for name, parting in found.partings.items():
         yield name.replace("_", " "), _parting_text(parting)
@@ -153,7 +153,7 @@ def _validation_text(first: RunFolder, second: RunFolder) -> str:
 
 
 def _origins(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
-    """Data and programs, as the latest attempts have told them."""
+    """Data and programs, as the latest attempts logged them."""
     begins = [run.newest("resume") or run.newest("start") for run in (first, second)]
     yield "data", _same_or_both(*(begin.get("data_fingerprint") for begin in begins))
     versions = [begin.get("versions") or {} for begin in begins]

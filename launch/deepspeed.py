@@ -148,7 +148,7 @@ def private_file(ours: str, config: ResolvedConfig) -> str:
 
 
 def _own_variables() -> list[str]:
-    """Lines of the user's own files of variables, which DeepSpeed would read if it were not told of ours."""
+    """Lines of the user's own files of variables, which DeepSpeed would read if it did not get ours."""
     name = os.environ.get(ENV_FILE_VARIABLE, ".deepspeed_env")
     files = [folder / name for folder in (Path.home(), Path.cwd())]
     return [line for file in files if file.is_file() for line in file.read_text().splitlines() if "=" in line]

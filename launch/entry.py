@@ -68,7 +68,7 @@ def run_script(
 
     Args:
         script: name of the entry script, without `.py`: it has a configuration of the same name.
-        argv: words of the command line; None = those of this process.
+        argv: arguments of the command line; None = those of this process.
     """
     words = sys.argv[1:] if argv is None else argv
     if "LOCAL_SIZE" in os.environ:  # deepspeed's name for it
@@ -131,7 +131,7 @@ def _certify(config: ResolvedConfig) -> None:
 
 
 def _rank() -> int:
-    """Of this process; 0 where the environment holds no number, which `require_numbers` has refused."""
+    """Of this process; 0 where the environment variable is not a number, which `require_numbers` has refused."""
     value = os.environ.get("RANK", "0")
     return int(value) if is_count(value) else 0
 

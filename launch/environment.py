@@ -1,4 +1,4 @@
-"""The environment that every rank needs, whoever starts it."""
+"""The environment that every rank needs, whatever starts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.errors import ConfigError, LaunchError
 from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # every launcher sets it, any rank may fill it
 
 COUNTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "MASTER_PORT")
-QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could mend
+QUIET = (FutureWarning, UserWarning)  # of libraries about their own future: nothing that a user could fix
 
 
 def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
@@ -86,7 +86,7 @@ def require_numbers(environment: Mapping[str, str]) -> None:
     """Check the variables by which torchrun, deepspeed and srun number the processes.
 
     Raises:
-        LaunchError: with every one that holds no number.
+        LaunchError: with every one that is not a number.
     """
     given = {name: environment[name] for name in COUNTS if name in environment}
     wrong = [f"{name}={value!r}" for name, value in given.items() if not is_count(value)]

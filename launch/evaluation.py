@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one command line, the word `evaluate` left out; returns the exit code.
 
     Raises:
-        MegatronLiteError: anything that the user can mend, as far as it is known before the ranks start.
+        MegatronLiteError: anything that the user can fix, as far as it is known before the ranks start.
     """
     arguments = _parser().parse_intermixed_args(argv)
     overrides = arguments.settings
@@ -131,14 +131,14 @@ def find_subject(path: str) -> Subject:
     """What a path means.
 
     Raises:
-        ConfigError: it is no folder, or one without weights.
+        ConfigError: it is not a folder, or one without weights.
         CheckpointError: the checkpoint is damaged.
     """
     folder = Path(os.path.expanduser(path))
     if not os.path.isdir(folder):  # unlike Path's, it says so of a name that is too long, too
         raise ConfigError(
-            f"{shown(path)} is no folder (looked from {Path.cwd()}); give a run folder, the folder of a step such as "
-            "RUN/checkpoints/step_00000100, or a Hugging Face model folder"
+            f"{shown(path)} is not a folder (looked from {Path.cwd()}); give a run folder, the folder of a step such "
+            "as RUN/checkpoints/step_00000100, or a Hugging Face model folder"
         )
     if not is_checkpoint(folder):
         saved = candidates(checkpoints_of(folder))
@@ -206,7 +206,7 @@ def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = N
 
 
 def _for_this_machine(config: RunConfig) -> RunConfig:
-    """Whatever machines the run itself was for: the words may say otherwise."""
+    """Whatever machines the run itself was for: the overrides may say otherwise."""
     launcher = LauncherConfig(threads_per_process=config.launcher.threads_per_process)
     return replace(config, launcher=launcher)
 
@@ -217,7 +217,7 @@ def _check_keys(subject: Subject, keys: set[str]) -> None:
         fixed += [key for key in OF_WEIGHTS if key in keys]
     problems = [f"{key} is decided by the weights of {subject.folder}; leave it out" for key in fixed]
     if subject.fingerprint is None and keys.isdisjoint(TEXT):
-        problems.append(f"{subject.folder} is no checkpoint of a run and has no held-out text; add data.source=FILE")
+        problems.append(f"{subject.folder} is not a checkpoint of a run and has no held-out text; add data.source=FILE")
     if problems:
         raise ConfigError(problems)
 

@@ -30,7 +30,7 @@ POLL_SECONDS = 1.0
 IN_WORDS = {
     RunEnd.DONE: "done",
     RunEnd.FAILED: "failed",
-    RunEnd.CONFIG_ERROR: "ended by an error that a setting, a file or the machine has to mend",
+    RunEnd.CONFIG_ERROR: "ended by an error that a setting, a file or the machine has to fix",
     RunEnd.PREEMPTED: "asked to stop; it has saved and can go on",
     RunEnd.DIVERGED: "diverged",
     RunEnd.OUT_OF_DATA: "out of data",
@@ -41,7 +41,7 @@ IN_WORDS = {
 
 
 def main(argv: list[str]) -> int:
-    """One of COMMANDS and its words; returns the exit code.
+    """One of COMMANDS and its arguments; returns the exit code.
 
     Raises:
         ConfigError: no run folder, or another word that has no meaning here.
@@ -71,7 +71,7 @@ def run_folder(word: str) -> Path:
     """
     path = Path(word)
     if not os.path.isdir(path):  # unlike Path's, it says so of a name that is too long, too
-        raise ConfigError(f"{shown(word)} is no folder; give the run folder that the launcher has named")
+        raise ConfigError(f"{shown(word)} is not a folder; give the run folder that the launcher has named")
     if not any(path.glob("config-*.yaml")):
         raise ConfigError(f"{word} holds no run: there is no config-*.yaml in it; give a run folder")
     return path.absolute()

@@ -16,7 +16,7 @@ from megatron_lite.errors import ConfigError
 LINE = re.compile(r"([\w.:-]+)\s+slots=(\d+)", re.ASCII)
 MOST_DIGITS = 9
 MOST_SLOTS = int(RANGES["launcher.processes_per_node"].most)
-MOST_BYTES = 2**24  # some hundred thousand lines: what is longer is no hostfile
+MOST_BYTES = 2**24  # some hundred thousand lines: anything longer is not a hostfile
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _lines(path: Path) -> list[str]:
 def _problem(line: str, host: Host | None, above: list[Host], named: set[str]) -> str | None:
     """What is wrong with a line, by itself or beside those above it."""
     if host is None or host.slots == 0:
-        return f"{shown(line)!r} is not `HOST slots=N` with N of at least 1; write it like `node1 slots=8`"
+        return f"{shown(line)!r} is not `HOST slots=N` with N >= 1; write it like `node1 slots=8`"
     if host.slots > MOST_SLOTS:
         return (
             f"{shown(line)!r} has more slots than {MOST_SLOTS}, the most that a machine runs; use at most {MOST_SLOTS}"

@@ -50,7 +50,7 @@ def launch(arguments: Arguments) -> int:
     """Run one command line; returns the exit code.
 
     Raises:
-        MegatronLiteError: anything that the user can mend, as far as it is known before the ranks start.
+        MegatronLiteError: anything that the user can fix, as far as it is known before the ranks start.
     """
     points = sweep.expand(arguments.overrides)
     if arguments.show_config:

@@ -11,7 +11,7 @@ from megatron_lite.parallel.loopback import is_loopback as is_loopback
 NODE_RANK_VARIABLES = ("NODE_RANK", "GROUP_RANK")
 """Where schedulers (Kubernetes' PyTorchJob, cloud services) say which of its nodes a job's process is on."""
 NODES_PORT = 29500
-"""Where several nodes meet unless told otherwise: a free port of one machine is not known to the others."""
+"""Where several nodes meet unless configured otherwise: a free port of one machine is not known to the others."""
 
 
 def own_node_rank(asked: int | None, nodes: int, environment: Mapping[str, str] = os.environ) -> int:

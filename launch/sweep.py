@@ -35,9 +35,9 @@ class Point:
     """One run of a sweep."""
 
     overrides: tuple[str, ...]
-    """Its whole command line: of the varied words one value each."""
+    """Its whole command line: one value of each varied override."""
     varied: tuple[tuple[str, str], ...] = ()
-    """(key, value) of the varied words; empty = the command line is no sweep."""
+    """(key, value) of the varied overrides; empty = no sweep."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ def expand(command_line: Sequence[str]) -> list[Point]:
 
 
 def _values(word: str) -> list[str] | None:
-    """The word once for each of its values; None where it is no sweep.
+    """The override once for each of its values; None if it is not a sweep.
 
     Raises:
         ConfigError: its values cannot be counted, or there are none.
@@ -98,7 +98,7 @@ def _sweep(word: str) -> Override | None:
     try:
         override = overrides.parse(word)
     except ConfigError:
-        return None  # whoever reads the word for its value says what is wrong
+        return None  # the reader of the value says what is wrong
     return override if override.is_sweep_override() else None
 
 

@@ -16,7 +16,7 @@ DEFAULT_TOLERANCE = 1e-6
 
 
 def main(argv: Sequence[str]) -> int:
-    """One of COMMANDS and its words; returns the exit code.
+    """One of COMMANDS and its arguments; returns the exit code.
 
     Raises:
         ConfigError: no run folder, a word that has no meaning here, or a file that cannot be written.
@@ -68,7 +68,7 @@ def _tolerance(word: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
+        raise argparse.ArgumentTypeError(f"{word!r} must be a number >= 0")
     return value
 
 

@@ -223,7 +223,7 @@ def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], 
 def _spikes(moved: Sequence[str]) -> Iterator[Subsystem]:
     """Where steps are no longer judged by those before. `moved`: settings with which losses or gradient norms jump."""
     if moved:
-        reason = f"new {', '.join(moved)}: earlier losses and gradient norms are no measure of later ones"
+        reason = f"new {', '.join(moved)}: earlier losses and gradient norms are not comparable with later ones"
         yield Subsystem("spikes", Fate.reset, reason)
 
 

@@ -42,7 +42,7 @@ class Reset:
     consequence: Consequence
     part: Part | None = None
     moves_losses: bool = False
-    """Whether losses or gradient norms jump with it, so that those of the steps before are no measure of a spike."""
+    """Whether losses or gradient norms jump with it, so that those of the steps before are not comparable."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran wit
 
 
 def render(config: RunConfig) -> str:
-    """The configuration as YAML: the same text for the same settings, whatever presets and words led to them."""
+    """The configuration as YAML: the same text for the same settings, whatever presets and overrides led to them."""
     return OmegaConf.to_yaml(as_node(config))
 
 
@@ -124,7 +124,7 @@ def load_frozen(path: Path | str) -> RunConfig:
         raise ConfigError(f"--config {path}: No such file or directory; {GIVE_FROZEN}")
     if FROZEN_NAME.fullmatch(path.name) and path.name != _name_of(content):
         content = _restored(path, content)
-    with library_edge(ConfigError, f"--config {path} is no frozen configuration", GIVE_FROZEN):
+    with library_edge(ConfigError, f"--config {path} is not a frozen configuration", GIVE_FROZEN):
         _refuse_aliases(content)
         return _typed(OmegaConf.load(io.BytesIO(content)))
 
@@ -161,8 +161,8 @@ def _restored(path: Path, damaged: bytes) -> bytes:
         return content
     raise DamagedConfigError(
         f"{path} is damaged: its content is not what the hash in its name tells, and no checkpoint of its run has a "
-        "copy of it; repeat the settings of the run instead of --config (the same words write the file anew), bring "
-        "the file back from a backup, or, if it was edited by hand, give it another name"
+        "copy of it; repeat the settings of the run instead of --config (the same overrides write the file again), "
+        "bring the file back from a backup, or, if it was edited by hand, give it another name"
     )
 
 

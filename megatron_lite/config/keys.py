@@ -235,7 +235,7 @@ def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
     (`hidden_size`), so both the whole key and its last part are compared; the whole decides between equals.
 
     Args:
-        also: further right words, such as the names of configuration groups.
+        also: further valid words, such as the names of configuration groups.
     """
     name = key.rpartition(".")[2]
     if name in ALIASES:

@@ -180,7 +180,7 @@ def unescaped(text: str) -> str:
             return SIMPLE_ESCAPES[simple]
         code = next((code for code in codes if code), None)
         if code is None or int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) < 0xE000:
-            raise _UnclearError(rf"holds {found[0]}, which is no escape; use \n, \t, \uXXXX, or \\ for a backslash")
+            raise _UnclearError(rf"holds {found[0]}, which is not an escape; use \n, \t, \uXXXX, or \\ for a backslash")
         return chr(int(code, 16))
 
     return ESCAPE.sub(replaced, text)

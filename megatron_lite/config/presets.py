@@ -37,7 +37,7 @@ def check_preset(path: Path, group: str = "") -> None:
     with library_edge(ConfigError, f"{where} is not YAML", "correct it"):
         content = path.read_text(encoding="utf-8")
         if len(content) > LARGEST_BYTES:
-            raise ConfigError(f"{where} has more than {LARGEST_BYTES} characters, and is no preset; shorten it")
+            raise ConfigError(f"{where} has more than {LARGEST_BYTES} characters, and is not a preset; shorten it")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
             raise ConfigError(f"{where} has aliases (*NAME), which presets may not; write the values out")
         node = yaml.compose(content, Loader=yaml.SafeLoader)

@@ -152,7 +152,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Of position_embedding=rotary: base of the wavelengths (theta)."""
     relative_buckets: int = 32
-    """Of relative positions: distances that are told apart; half of them for each direction in an encoder."""
+    """Of relative positions: distances that are distinguished; half of them for each direction in an encoder."""
     relative_max_distance: int = 128
     """Of relative positions: all distances from here on share a bucket."""
     num_segments: int = 0
@@ -403,7 +403,7 @@ class TrainConfig:
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>. The same folder resumes, under any layout."""
     max_non_finite_steps: int = 3
-    """Steps in a row with a loss or an update that is no number, after which the run ends as diverged."""
+    """Steps in a row with a loss or an update that is NaN or Inf, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
     """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
 
@@ -413,7 +413,7 @@ class TrackingConfig:
     """What of a run is shown, drawn and reported."""
 
     progress: bool = True
-    """Show the progress bar (a plain line per log_interval where the output is no terminal)."""
+    """Show the progress bar (a plain line per log_interval where the output is not a terminal)."""
     wandb: WandbMode = WandbMode.disabled
     """Report to Weights & Biases."""
     wandb_project: str = "megatron_lite"

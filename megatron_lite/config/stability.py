@@ -14,15 +14,15 @@ class OnSpike(StrEnum):
 
 @dataclass
 class StabilityConfig:
-    """What is usual is told by the median and the median absolute deviation of the latest usual steps: a spike that has
-    come in moves neither, where it would move a mean and widen a standard deviation."""
+    """What is usual is measured by the median and the median absolute deviation of the latest usual steps: a spike
+    among them moves neither, but would move a mean and widen a standard deviation."""
 
     on_spike: OnSpike = OnSpike.warn
     """What is done about a spike."""
     window: int = 128
     """Latest usual steps that are looked at: as many as in OLMo-core."""
     min_steps: int = 16
-    """Usual steps before loss and gradient norm are judged; what is no number is a spike from the first step on."""
+    """Usual steps before loss and gradient norm are judged; NaN and Inf are spikes from the first step on."""
     loss_deviations: float = 8.0
     """A loss is a spike that lies so many robust deviations (1.4826 x the median absolute one) above the median ..."""
     min_loss_rise: float = 0.05

@@ -23,7 +23,7 @@ class Activations:
     tokens: Tensor | None = None  # [b, s] int64
     segments: Tensor | None = None  # [b, s] int64: which part of a pair a token belongs to
     decoder_tokens: Tensor | None = None  # [b, s] int64
-    lengths: Tensor | None = None  # [b] int64: positions of the (encoder's) input that are no padding
+    lengths: Tensor | None = None  # [b] int64: positions of the (encoder's) input that are not padding
     prefix_lengths: Tensor | None = None  # [b] int64: leading positions that see each other both ways
     hidden: Tensor | None = None  # [b, s, h], or [b, s/t, h] under sequence parallelism
     memory: Tensor | None = None  # [b, e, h], or [b, e/t, h]: the encoder's output, for cross-attention

@@ -37,7 +37,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, lengths: Tensor | None, key: DropoutKey | None) -> Tensor:
         """
         Args:
-            lengths: [b] positions of memory that are no padding, at least 1; None = all.
+            lengths: [b] positions of memory that are not padding, at least 1; None = all.
             key: of the dropout masks; None = no dropout.
         """
         query, key_value = self.query(x), self.key_value(memory)  # [b, s, n d], [b, e, 2 g d]

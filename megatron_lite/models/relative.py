@@ -37,7 +37,7 @@ class RelativeBias(nn.Module):
         In fp32 up to the rows: the backward pass sums up to s entries for each distance.
 
         Args:
-            lengths: [b] keys of an encoder that are no padding; None = all. In a causal stack padding needs no mask.
+            lengths: [b] keys of an encoder that are not padding; None = all. In a causal stack padding needs no mask.
         """
         distances = torch.arange(1 - length, length, device=self.weight.device)  # of key from query
         buckets = relative_buckets(

@@ -175,7 +175,7 @@ class SpikeDetector:
 
 
 def _exceeds(deviations: float | None, limit: float) -> bool:
-    """NaN does not: it is no number, which is a kind of its own."""
+    """NaN does not: it is not a number, which is a kind of its own."""
     return deviations is not None and deviations >= limit
 
 

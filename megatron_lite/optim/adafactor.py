@@ -38,7 +38,7 @@ class Adafactor(torch.optim.Optimizer):
         tensor_group: the ranks that hold the other slices; every one of them must call `step`.
     Raises:
         ConfigError: parameters that are not fp32; in `step`, parameters other than those it was built with (ZeRO
-            replaces them by flat shards, of which no rows and columns can be told).
+            replaces them by flat shards, which have no rows and columns).
     """
 
     def __init__(

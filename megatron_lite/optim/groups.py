@@ -21,7 +21,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     vectors: dict[int, nn.Parameter] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            # A stacked bias, as of SwiGLU's gate and up, has two dimensions and is no matrix for that.
+            # A stacked bias, as of SwiGLU's gate and up, has two dimensions and is still not a matrix.
             is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
             (matrices if is_matrix else vectors)[id(parameter)] = parameter
     groups: list[dict[str, Any]] = [

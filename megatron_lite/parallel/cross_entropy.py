@@ -75,7 +75,7 @@ def without_padding(logits: Tensor, context: ParallelContext, vocab_size: int) -
 
 
 def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) -> tuple[int, int]:
-    """Global token of this rank's first column, and how many of its columns are no padding."""
+    """Global token of this rank's first column, and how many of its columns are not padding."""
     columns = logits.shape[-1]
     start = context.tensor_rank * columns
     return start, min(max(vocab_size - start, 0), columns)

@@ -48,7 +48,7 @@ KINDS = (
         "fsync new/training/exp_avg.safetensors",
     },
 )
-"""Of changes, by rank: the first one writes what is no tensor, publishes and prunes."""
+"""Of changes, by rank: the first one writes what is not a tensor, publishes and prunes."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
 
 
 def poisoned_rank(config: RunConfig, vocab_size: int) -> list[tuple[bool, bool, bool]]:
-    """Of a step in which one element of one rank's gradient is no number, and of the next: whether the norm was a
+    """Of a step in which one element of one rank's gradient is not a number, and of the next: whether the norm was a
     number, whether the update was dropped, and whether weights and moments stayed bitwise what they were."""
     found: list[tuple[bool, bool, bool]] = []
 

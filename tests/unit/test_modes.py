@@ -1,4 +1,4 @@
-"""What repeats the content of files is no wider readable than they are."""
+"""What repeats the content of files is not a wider readable than they are."""
 
 from __future__ import annotations
 

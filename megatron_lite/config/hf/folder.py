@@ -139,7 +139,7 @@ def local_folder(name: str) -> Path:
         return folder
     if exists or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
-            f"model.init_from={name} is no folder (looked from {Path.cwd()}); give a Hugging Face folder, or "
+            f"model.init_from={name} is not a folder (looked from {Path.cwd()}); give a Hugging Face folder, or "
             f"{CHECKPOINT}"
         )
     from huggingface_hub import snapshot_download
@@ -149,8 +149,8 @@ def local_folder(name: str) -> Path:
     except Exception as error:  # of names, of access and of networks: errors of many kinds
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ConfigError(
-            f"model.init_from={name} is no folder here, and the hub does not give it ({reason}); correct the name, or "
-            f"run `hf download {name} --local-dir FOLDER` where there is a network and give FOLDER"
+            f"model.init_from={name} is not a folder here, and the hub does not give it ({reason}); correct the name, "
+            f"or run `hf download {name} --local-dir FOLDER` where there is a network and give FOLDER"
         ) from error
 
 

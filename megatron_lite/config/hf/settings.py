@@ -128,9 +128,9 @@ class _Reader:
         if isinstance(default, bool):
             kinds, wanted = (bool,), "true or false"
         elif isinstance(default, float):
-            kinds, wanted = (int, float), "a number of at least 0"
+            kinds, wanted = (int, float), "a number >= 0"
         else:
-            kinds, wanted = (int,), f"an integer of at least {least}"
+            kinds, wanted = (int,), f"an integer >= {least}"
         right = isinstance(found, kinds) and isinstance(found, bool) is isinstance(default, bool)
         if not right or (not isinstance(default, bool) and not (0 if isinstance(default, float) else least) <= found):
             self.refuse(key, found, wanted)

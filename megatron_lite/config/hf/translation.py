@@ -146,7 +146,7 @@ _CLASSIFIERS = frozenset(
     }
 )
 _CAUSAL: dict[str, tuple[Any, ...]] = {**_EVERYWHERE, "is_causal": (True,)}
-_PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and both stacks, are what they are without being told
+_PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and both stacks, need no such key
 
 _NO_DECODER: dict[str, tuple[Any, ...]] = {"is_decoder": (False,), "add_cross_attention": (False,)}
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"sliding_window": (None,), "use_sliding_window": (False,)}

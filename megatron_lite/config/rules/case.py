@@ -1,4 +1,4 @@
-"""What a rule sees, and the words that rules share."""
+"""What a rule sees, and the texts that rules share."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def time_is_slurms(case: Case) -> Iterator[str]:
     seconds = job_seconds(time)
     if not seconds:
         yield (
-            f"launcher.time={_shown(time)} is no time limit; use minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
+            f"launcher.time={_shown(time)} is not a time limit; use minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
             "D-HH:MM:SS, such as 24:00:00"
         )
     elif seconds > LONGEST_JOB_SECONDS:
@@ -164,8 +164,8 @@ def _options(launcher: LauncherConfig, key: str, example: str) -> Iterator[str]:
         name = re.split(r"[=\s]", option, maxsplit=1)[0]
         if not option.startswith("--") or not _is_line(option):
             yield (
-                f"launcher.{key} holds {_shown(option)}, which is no option of one line that begins with `--`; write "
-                f"it like {example}"
+                f"launcher.{key} holds {_shown(option)}, which is not an option of one line that begins with `--`; "
+                f"write it like {example}"
             )
         elif key == "sbatch_options" and name in OWN_OPTIONS:
             setting = OWN_OPTIONS[name]
@@ -177,7 +177,8 @@ def environment_has_names(case: Case) -> Iterator[str]:
     for name in case.config.launcher.environment:
         if not VARIABLE.fullmatch(name):
             yield (
-                f"launcher.environment holds {_shown(name)}, which is no name of a variable; use letters, digits and _"
+                f"launcher.environment holds {_shown(name)}, which is not a name of a variable; use letters, digits "
+                "and _"
             )
 
 
@@ -211,7 +212,7 @@ def mounts_are_pairs(case: Case) -> Iterator[str]:
     for mount in launcher.container_mounts:
         if not mount.startswith("/") or ":/" not in mount or "," in mount:
             yield (
-                f"launcher.container_mounts holds {_shown(mount)}, which is no pair of folders; write it like "
+                f"launcher.container_mounts holds {_shown(mount)}, which is not a pair of folders; write it like "
                 "/host/folder:/container/folder, one entry a mount"
             )
 

@@ -251,7 +251,7 @@ def _has_lengths(case: Case) -> bool:
 
 
 def _decoder_length(case: Case) -> int | None:
-    """As far as it can be told, and is not simply data.seq_length, of which other rules speak."""
+    """As far as it can be known, and is not simply data.seq_length, of which other rules speak."""
     if not _has_lengths(case) or not may_choose_decoder(case):
         return None
     length = decoder_length(case.config.objective, case.config.data.seq_length)

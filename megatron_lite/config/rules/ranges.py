@@ -1,7 +1,7 @@
 """The range of every number of the schema: what its use can stand, whatever the other settings are.
 
 `tests/unit/config/test_ranges.py` holds that each number of the schema has an entry, so that a new one cannot be
-forgotten. Upper bounds are no advice: they lie far above what is useful, and below what int32 or int64, fp32, a
+forgotten. Upper bounds are not advice: they lie far above what is useful, and below what int32 or int64, fp32, a
 system call or the time for a loop over them can stand.
 """
 
@@ -66,11 +66,11 @@ def _count(most: int, why_most: str) -> Range:
 
 
 def _from_0(most: float, why_most: str) -> Range:
-    return Range(0, most, lambda value: value >= 0, "must be a number of at least 0; use 0 or more", why_most=why_most)
+    return Range(0, most, lambda value: value >= 0, "must be a number >= 0; use 0 or more", why_most=why_most)
 
 
 def _from_1(most: float, why_most: str) -> Range:
-    return Range(1, most, lambda value: value >= 1, "must be a number of at least 1; use 1 or more", why_most=why_most)
+    return Range(1, most, lambda value: value >= 1, "must be a number >= 1; use 1 or more", why_most=why_most)
 
 
 def _positive(most: float, why_most: str, least: float = FP32_SMALLEST, why_least: str = "") -> Range:
@@ -103,10 +103,10 @@ PART = Range(
 ANY_NUMBER = Range(-1e30, 1e30, lambda value: abs(value) < math.inf, "must be a number; give a finite one")
 ZERO_STAGE = Range(0, 3, lambda value: value in (0, 1, 2, 3), "is not known; use 0, 1, 2 or 3")
 LOSS_SCALE_POWER = Range(
-    0, 32, lambda value: value >= 0, "must be a number of at least 0; use 16",
+    0, 32, lambda value: value >= 0, "must be a number >= 0; use 16",
     why_most="where the scale overflows any fp16 gradient",
 )  # fmt: skip
-PORT = Range(1, 65535, lambda value: 1 <= value <= 65535, "is no port; use 1 to 65535, or null for a free one")
+PORT = Range(1, 65535, lambda value: 1 <= value <= 65535, "is not a port; use 1 to 65535, or null for a free one")
 
 LAYERS = _count(10_000, "which a plan can list")
 WIDTH = _count(2**24, "whose matrices int64 can count")

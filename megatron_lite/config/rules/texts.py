@@ -90,14 +90,14 @@ def project(text: str) -> str | None:
     if problem := line(text):
         return problem
     if NO_PROJECT.search(text) or len(text) > LONGEST_PROJECT:
-        return rf"is no project of wandb; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
+        return rf"is not a project of wandb; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
     return None
 
 
 def host(text: str) -> str | None:
     """A host name or an IP address."""
     problem = line(text)
-    return problem or ("is no address; give a host name or an IP address" if re.search(r"\s", text) else None)
+    return problem or ("is not an address; give a host name or an IP address" if re.search(r"\s", text) else None)
 
 
 def device(text: str) -> str | None:
@@ -147,7 +147,7 @@ def out_of_form(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key, check in TEXTS.items():
         for name, text in _entries(key, get_value(config, key)):
             if not isinstance(text, str):
-                yield key, f"{name}={shown(str(text))} is no text; quote it: {name}='{shown(str(text))}'"
+                yield key, f"{name}={shown(str(text))} is not a text; quote it: {name}='{shown(str(text))}'"
             elif problem := check(text):
                 yield key, f"{name}={shown(text) or repr(text)} {problem}"
 

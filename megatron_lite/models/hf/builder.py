@@ -12,7 +12,7 @@ from megatron_lite.models.stored import Piece, Shape, StoredForm, whole
 
 
 class FormBuilder:
-    """Collects stored tensors and their pieces, in the order in which they are told.
+    """Collects stored tensors and their pieces, in the order in which they are added.
 
     Methods that take a module move its weight and, where ours has one, its bias.
     """

@@ -57,7 +57,7 @@ def test_pickles_beside_a_checkpoint_are_passed_over(
     assert found is not None
     assert main(["verify", str(folder)]) == 0
     for command in (["inspect", str(folder)], ["diff", str(folder), str(folder), "--only-tensors"]):
-        assert main(command) == 2  # says which file is no safetensors: a person looks
+        assert main(command) == 2  # says which file is not a safetensors: a person looks
         assert f"{PLANTED[-1]} is" in capsys.readouterr().err
     (folder / PLANTED[-1]).unlink()
     for command in (["inspect", str(folder)], ["diff", str(folder), str(folder), "--only-tensors"]):

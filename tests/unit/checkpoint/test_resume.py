@@ -100,7 +100,7 @@ def test_everything_has_changed() -> None:
         "from here on",
         "  data        restored   continues with sample 3,200, in batches of 64",
         "  spikes      reset      new model.hidden_dropout, train.global_batch_size, train.precision: earlier losses "
-        "and gradient norms are no measure of later ones",
+        "and gradient norms are not comparable with later ones",
         "changed settings",
         "  resets     model.hidden_dropout: 0.1 -> 0.2; this dropout has the new rate from here on",
         "  resets     parallel.tensor_parallel_size: 2 -> 1; other masks of model.attention_dropout from here on",

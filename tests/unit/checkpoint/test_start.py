@@ -139,7 +139,7 @@ def test_what_follows_from_the_settings_may_be_there(name: str, tmp_path: Path) 
         ("bert", {"type_vocab_size": 3}, "(config.json: type_vocab_size=3)"),
         ("bert", {"type_vocab_size": 0}, "a segment table for type_vocab_size=0"),
         ("gpt2", {"n_head": 3}, "heads of n_embd=32 / n_head=3 channels"),
-        ("gpt2", {"n_head": 0}, "n_head=0 is not supported; supported: an integer of at least 1"),
+        ("gpt2", {"n_head": 0}, "n_head=0 is not supported; supported: an integer >= 1"),
         ("gpt2", {"n_layer": 10**12}, "n_layer=1000000000000 is not supported; supported: no more layers than"),
         ("gpt2", {"num_attention_heads": 2}, "num_attention_heads=2 is not supported; supported: what n_head=4 says"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not supported"),

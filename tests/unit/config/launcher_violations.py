@@ -40,7 +40,7 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no time": (
         [*SLURM, "launcher.time=24h"],
-        "launcher.time=24h is no time limit; use minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, such as "
+        "launcher.time=24h is not a time limit; use minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, such as "
         "24:00:00",
     ),
     "time that YAML has read": (
@@ -77,13 +77,13 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "option without dashes": (
         [*SLURM, "launcher.sbatch_options=['constraint=h100']"],
-        "launcher.sbatch_options holds constraint=h100, which is no option of one line that begins with `--`; write it "
-        "like --constraint=h100",
+        "launcher.sbatch_options holds constraint=h100, which is not an option of one line that begins with `--`; "
+        "write it like --constraint=h100",
     ),
     "argument of two lines": (
         [*SLURM, "launcher.srun_arguments=['--label\n--overlap']"],
-        r"launcher.srun_arguments holds '--label\n--overlap', which is no option of one line that begins with `--`; "
-        "write it like --cpu-bind=none",
+        r"launcher.srun_arguments holds '--label\n--overlap', which is not an option of one line that begins with `--`"
+        "; write it like --cpu-bind=none",
     ),
     "option with a setting": (
         [*SLURM, "launcher.sbatch_options=['--time=3']"],
@@ -96,7 +96,7 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no variable": (
         [*SLURM, "launcher.environment={A-B:c}"],
-        "launcher.environment holds A-B, which is no name of a variable; use letters, digits and _",
+        "launcher.environment holds A-B, which is not a name of a variable; use letters, digits and _",
     ),
     "value with a name that is to be passed": (
         ["launcher.pass_environment=['HF_TOKEN=hunter2']"],
@@ -122,8 +122,8 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no mount": (
         [*SLURM, "launcher.container=x", "launcher.container_mounts=['/a']"],
-        "launcher.container_mounts holds /a, which is no pair of folders; write it like /host/folder:/container/folder"
-        ", one entry a mount",
+        "launcher.container_mounts holds /a, which is not a pair of folders; write it like "
+        "/host/folder:/container/folder, one entry a mount",
     ),
     "no node": (["launcher.nodes=0"], "launcher.nodes=0 must be at least 1; use 1 or more"),
     "no grace": (
@@ -132,11 +132,11 @@ LAUNCHER_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "less than no requeue": (
         ["launcher.max_requeues=-1"],
-        "launcher.max_requeues=-1 must be a number of at least 0; use 0 or more",
+        "launcher.max_requeues=-1 must be a number >= 0; use 0 or more",
     ),
     "port": (
         ["launcher.master_port=70000"],
-        "launcher.master_port=70000 is no port; use 1 to 65535, or null for a free one",
+        "launcher.master_port=70000 is not a port; use 1 to 65535, or null for a free one",
     ),
     "layout that nodes do not have": (
         ["parallel=dp2_tp2", "launcher=torchrun", "launcher.nodes=2", "launcher.processes_per_node=4",

@@ -90,7 +90,7 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "position offset": (
         [BERT, "model.position_offset=-1"],
-        "model.position_offset=-1 must be a number of at least 0; use 0 or more",
+        "model.position_offset=-1 must be a number >= 0; use 0 or more",
     ),
     # ---------------------------------------------------------------------------------------------- rates
     "masked fraction": (
@@ -120,7 +120,7 @@ OBJECTIVE_VIOLATIONS: dict[str, tuple[list[str], str]] = {
     ),
     "mean span": (
         [T5, "objective.mean_span_length=0.5"],
-        "objective.mean_span_length=0.5 must be a number of at least 1; use 1 or more",
+        "objective.mean_span_length=0.5 must be a number >= 1; use 1 or more",
     ),
     "span length of BART": (
         [T5, "objective.infill_span_length=0"],

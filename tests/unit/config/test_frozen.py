@@ -89,7 +89,7 @@ def test_load_is_strict(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_frozen(path)
-    assert str(caught.value).startswith(f"--config {path} is no frozen configuration: ")
+    assert str(caught.value).startswith(f"--config {path} is not a frozen configuration: ")
     assert message in str(caught.value)
 
 

@@ -123,7 +123,7 @@ def test_a_tokenizer_with_more_tokens_than_the_weights_is_refused(tmp_path: Path
 
 
 def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
-    assert "is no folder" in problems_of(tmp_path / "nowhere")[0]
+    assert "is not a folder" in problems_of(tmp_path / "nowhere")[0]
     assert "holds no config.json" in problems_of(tmp_path)[0]
     folder = write_folder(tmp_path / "gpt2", GPT2)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")

@@ -127,7 +127,7 @@ def test_escapes_in_separators(typed: str, separator: str | None, tmp_path: Path
 
 @pytest.mark.parametrize("typed", ["\\q", "\\", "\\u12", "\\ud800", "\\x4"])
 def test_what_is_no_escape(typed: str) -> None:
-    with pytest.raises(ConfigError, match=r"which is no escape; use \\n, \\t, \\uXXXX, or \\\\ for a backslash"):
+    with pytest.raises(ConfigError, match=r"which is not an escape; use \\n, \\t, \\uXXXX, or \\\\ for a backslash"):
         compose("pretrain_gpt", [f"data.document_separator={typed}"])
 
 

@@ -10,7 +10,7 @@ from tests.unit.config.test_validate import VIOLATIONS, problems_of
 
 # What a person makes of remedies that name no value, or hold more than one step.
 BY_HAND: dict[str, list[list[str]]] = {
-    "world size is no multiple": [["launcher.num_processes=8"], ["launcher.num_processes=16"],
+    "world size is not an multiple": [["launcher.num_processes=8"], ["launcher.num_processes=16"],
                                   ["parallel=dp2_tp2_pp3"]],
     "world size is not the layout's": [["launcher.num_processes=8"], ["parallel=dp2_tp2_pp1"]],
     "processes that no plan can list": [["parallel=dp8_tp2_pp2"]],
@@ -27,7 +27,7 @@ BY_HAND: dict[str, list[list[str]]] = {
     "dropout": [["model.hidden_dropout=0.1"]],
     "beta": [["optimizer.beta2=0.1"]],
     "rate": [["optimizer.learning_rate=1e-6"]],
-    "weight that is no number": [["data.weights=[1]"]],
+    "weight that is not a number": [["data.weights=[1]"]],
     "path that a shell left empty": [["train.run_dir=runs/x"], ["train.run_dir=null"]],
     "name that leaves its folder": [["model.name=x"]],
     "name longer than file systems take": [["train.run_dir=runs/x"]],

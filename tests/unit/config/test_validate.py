@@ -39,7 +39,7 @@ def problems_of(*words: str, world_size: int | None = None, device: str = "cpu")
 
 VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_VIOLATIONS | {
     # ------------------------------------------------------------------------------------------ processes
-    "world size is no multiple": (
+    "world size is not an multiple": (
         ["parallel=tp2", "parallel.pipeline_parallel_size=4", "parallel.data_parallel_size=null",
          "launcher.num_processes=12"],
         "launcher.num_processes=12 must be a multiple of tensor x pipeline = 2 x 4 = 8; use 8 processes (dp=1), or 16 "
@@ -213,7 +213,7 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         ["train.timeout_seconds=1e30"],
         "train.timeout_seconds=1e+30 is more than 1e+07, 115 days; use at most 1e+07",
     ),
-    "weight that is no number": (
+    "weight that is not a number": (
         ["data.weights=[nan]"],
         "data.weights[0]=nan must be a number; give a finite one",
     ),
@@ -277,13 +277,13 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
     ),
     "not a number": (
         ["optimizer.weight_decay=nan"],
-        "optimizer.weight_decay=nan must be a number of at least 0; use 0 or more",
+        "optimizer.weight_decay=nan must be a number >= 0; use 0 or more",
     ),
     "steps": (["train.steps=0"], "train.steps=0 must be at least 1; use 1 or more"),
-    "interval": (["train.save_interval=-1"], "train.save_interval=-1 must be a number of at least 0; use 0 or more"),
+    "interval": (["train.save_interval=-1"], "train.save_interval=-1 must be a number >= 0; use 0 or more"),
     "clipping": (
         ["optimizer.clip_grad_norm=-1"],
-        "optimizer.clip_grad_norm=-1 must be a number of at least 0; use 0 or more",
+        "optimizer.clip_grad_norm=-1 must be a number >= 0; use 0 or more",
     ),
     "tensor size": (
         ["parallel.tensor_parallel_size=0"],
@@ -326,7 +326,7 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
     # ---------------------------------------------------------------------------------------- checkpoints
     "negative multiple": (
         ["train.keep_every=-1"],
-        "train.keep_every=-1 must be a number of at least 0; use 0 or more",
+        "train.keep_every=-1 must be a number >= 0; use 0 or more",
     ),
     "multiple of all": (
         ["train.keep_last=0", "train.keep_every=200"],

@@ -154,9 +154,9 @@ def test_damaged_checkpoint(
 
 def test_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert "nowhere is no folder" in refused(capsys, "nowhere")
-    assert "is no folder" in refused(capsys, 5000 * "x")
-    assert "~nobody-of-this-name/run is no folder" in refused(capsys, "~nobody-of-this-name/run")
+    assert "nowhere is not a folder" in refused(capsys, "nowhere")
+    assert "is not a folder" in refused(capsys, 5000 * "x")
+    assert "~nobody-of-this-name/run is not a folder" in refused(capsys, "~nobody-of-this-name/run")
     assert "empty holds no checkpoint" in refused(capsys, "empty")
     assert "the following arguments are required: CHECKPOINT; see" in refused(capsys)
 

@@ -132,7 +132,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_dir
     } == {
         "error: `python -m launch status` needs one run folder, not 0; write runs/NAME\n",
         "error: `python -m launch status` needs one run folder, not 2; write runs/NAME\n",
-        f"error: {tmp_path}/none is no folder; give the run folder that the launcher has named\n",
+        f"error: {tmp_path}/none is not a folder; give the run folder that the launcher has named\n",
         f"error: {empty} holds no run: there is no config-*.yaml in it; give a run folder\n",
         "error: --follow belongs to `python -m launch logs`; leave it out\n",
         "error: --all is not an option of `python -m launch status`; leave it out\n",

@@ -31,16 +31,15 @@ def test_hosts_in_the_order_of_their_ranks() -> None:
 def test_every_wrong_line_is_named() -> None:
     text = "node1 slots=4\nnode2 slot=4\nnode1 slots=4\nnode3 slots=8\nnode4 slots=0\nnode$(id) slots=4\nnode5\n"
     assert problems_of(text) == [
-        "launcher.hostfile=hosts line 2: 'node2 slot=4' is not `HOST slots=N` with N of at least 1; write it like "
+        "launcher.hostfile=hosts line 2: 'node2 slot=4' is not `HOST slots=N` with N >= 1; write it like "
         "`node1 slots=8`",
         "launcher.hostfile=hosts line 3: node1 stands above already; give each host one line, with all its slots",
         "launcher.hostfile=hosts line 4: node3 has slots=8, node1 has slots=4; give every host the same number",
-        "launcher.hostfile=hosts line 5: 'node4 slots=0' is not `HOST slots=N` with N of at least 1; write it like "
+        "launcher.hostfile=hosts line 5: 'node4 slots=0' is not `HOST slots=N` with N >= 1; write it like "
         "`node1 slots=8`",
-        "launcher.hostfile=hosts line 6: 'node$(id) slots=4' is not `HOST slots=N` with N of at least 1; write it like "
+        "launcher.hostfile=hosts line 6: 'node$(id) slots=4' is not `HOST slots=N` with N >= 1; write it like "
         "`node1 slots=8`",
-        "launcher.hostfile=hosts line 7: 'node5' is not `HOST slots=N` with N of at least 1; write it like "
-        "`node1 slots=8`",
+        "launcher.hostfile=hosts line 7: 'node5' is not `HOST slots=N` with N >= 1; write it like `node1 slots=8`",
     ]
 
 

@@ -289,8 +289,8 @@ def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None
             ["--step", "11"],
             "metrics.jsonl ends with step 10; give an earlier one, or --sample 80 for the first sample",
         ),
-        (["--sample", "-1"], "--sample -1 is no number of a sample; give 0 or more"),
-        (["--step", "1", "--samples", "-1"], "--samples -1 is no number of samples to show; give 0 or more"),
+        (["--sample", "-1"], "--sample -1 must be >= 0; give the number of a sample"),
+        (["--step", "1", "--samples", "-1"], "--samples -1 must be >= 0"),
         (
             ["--step", "1", "--rolled-back"],
             "the run has not rolled back; give another step or rollback, or omit",

@@ -74,12 +74,12 @@ def test_broken_plotly_is_one_line(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["report", "none"], "error: none is no folder; give the run folder that the launcher has named"),
+        (["report", "none"], "error: none is not a folder; give the run folder that the launcher has named"),
         (["report"], "error: the following arguments are required: RUN_FOLDER; see `python -m launch report --help`"),
         (["report", "none", "--open"], "error: unrecognized arguments: --open; see `python -m launch report --help`"),
-        (["compare", "run", "none"], "error: none is no folder; give the run folder that the launcher has named"),
-        (["compare", "run", "run", "--tolerance", "-1"], "error: argument --tolerance: '-1' is no number of at least "
-         "0; see `python -m launch compare --help`"),
+        (["compare", "run", "none"], "error: none is not a folder; give the run folder that the launcher has named"),
+        (["compare", "run", "run", "--tolerance", "-1"], "error: argument --tolerance: '-1' must be a number >= 0; "
+         "see `python -m launch compare --help`"),
         (["report", "run", "--out", "none/page.html"], "error: none/page.html cannot be written (No such file or "
          "directory); name a file in a folder that you may write to"),
         (["compare", "run", "run", "--html", "none/page.html"], "error: none/page.html cannot be written (No such file "
@@ -205,7 +205,7 @@ def test_nan_in_both_is_no_difference_and_lost_lines_are_told(
     text[6] = "\0" * len(text[6])
     Path("b/metrics.jsonl").write_text("\n".join(text) + "\n")
     lines = outputs(capsys, "compare", "a", "b")
-    assert "lines missing     the second has lost step 7 of metrics.jsonl, which is no part of this" in lines
+    assert "lines missing     the second has lost step 7 of metrics.jsonl, which is not part of this" in lines
     assert lines[-1] == "the same loss bit for bit over 9 common steps; the first has logged 1 step more"
 
 

@@ -80,7 +80,7 @@ def test_t5_rates_and_spans() -> None:
     assert spans.mean() == 3
     for column in spans.T:
         assert fits(np.bincount(column, minlength=8)[1:], division_chances(9, 3))
-    pieces = segment_lengths(np.roll(tokens, 1, axis=1))  # the end comes first, and is no piece
+    pieces = segment_lengths(np.roll(tokens, 1, axis=1))  # the end comes first, and is not a piece
     assert (pieces.sum(1) == 51).all()
     assert (np.abs(pieces.mean(0) - 17) < 5 * pieces.std(0) / math.sqrt(SAMPLES)).all()
 

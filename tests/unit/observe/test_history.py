@@ -192,7 +192,7 @@ def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tupl
 def test_values_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "two"}\n{"step": 3, "loss": 1.0, "lo\u00e4": 7}\n')
-    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xff"))  # a damaged name is no damaged line
+    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xff"))  # a damaged name is not a damaged line
     assert [entry["step"] for entry in read_metrics(path)] == [1, 2, 3]
     told = f"warning: 1 value of {path} is not a number and is left out\n"
     assert capsys.readouterr().err == told

@@ -325,7 +325,7 @@ def test_packed_files_that_are_cut_off_or_damaged(tmp_path: Path, config_for: Co
     path = write(tmp_path / name, content)
     packed = path.read_bytes()
     zeroed = packed[: len(packed) // 2] + bytes(40) + packed[len(packed) // 2 + 40 :]
-    for damaged in (packed[: len(packed) // 2], packed[:-1], b"this is no packed file", zeroed):
+    for damaged in (packed[: len(packed) // 2], packed[:-1], b"this is not a packed file", zeroed):
         path.write_bytes(damaged)
         message = failure_of(config_for(path))
         assert message.startswith(f"{path} (of data.source={path}) cannot be read beyond ")

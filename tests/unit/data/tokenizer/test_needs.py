@@ -230,7 +230,7 @@ def test_shards_of_the_original_go_with_the_copy(
 def test_remedy_for_ready_shards_with_their_tokenizer(
     tmp_path: Path, bare: Path, corpus: Path, config_for: ConfigFor
 ) -> None:
-    """It names the tokenizer beside the shards, which is no word of the command line."""
+    """It names the tokenizer beside the shards, which is not a word of the command line."""
     config = config_for(corpus, tokenizer=str(bare), cache_dir=str(tmp_path / "my data"))
     made = prepare(config, report=lambda line: None)
     config = config_for(made.train[0].prefix)
