@@ -109,12 +109,12 @@ def state(run_dir: Path) -> str:
     return _state(run_dir, holder_of(run_dir), _known_jobs(run_dir))
 
 
-def _state(run_dir: Path, holder: Holder | None, jobs: list[scheduler.Job] | None) -> str:
+def _state(run_dir: Path, holder: Holder | None, jobs: list[scheduler.SlurmJob] | None) -> str:
     running = holder is not None or any(job.state == "RUNNING" for job in jobs or [])
     return "running" if running else _end_in_words(run_dir)
 
 
-def _known_jobs(run_dir: Path) -> list[scheduler.Job] | None:
+def _known_jobs(run_dir: Path) -> list[scheduler.SlurmJob] | None:
     """Of the latest submission; None = nobody here to ask."""
     submissions = records.submissions(run_dir)
     if not submissions:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.environment import is_count
 from launch.slurm import records, scheduler
-from launch.slurm.verdict import FINAL, NOTHING_LEFT, Limits, Outcome, decide, suspects, to_exclude
+from launch.slurm.verdict import FINAL, NOTHING_LEFT, AttemptOutcome, RequeueLimits, decide, suspects, to_exclude
 from megatron_lite.errors import EXIT_OK, DamagedFileError, LaunchError, RunEnd
 from megatron_lite.files import remove_file
 from megatron_lite.observe.console import forgive_output
@@ -80,12 +80,12 @@ def _earlier_end(run_dir: Path, job: int) -> int:
     return int(marker.end)
 
 
-def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) -> int:
+def end(run_dir: Path, job: int, code: int, terminated: bool, limits: RequeueLimits) -> int:
     """Decide what follows an attempt, say it and do it; returns the job's exit code."""
     marker = read_marker(run_dir)
     begins, nodes = records.attempts(run_dir, records.BEGIN, job), _nodes_of_job()
     earlier = [entry for entry in records.attempts(run_dir, records.END, job) if entry.requeued]
-    outcome = Outcome(
+    outcome = AttemptOutcome(
         marker=marker,
         code=code,
         terminated=terminated,
@@ -118,7 +118,7 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: Limits) ->
     return verdict.exit_code
 
 
-def _has_advanced(run_dir: Path, begun: records.Attempt | None) -> bool:
+def _has_advanced(run_dir: Path, begun: records.JobAttempt | None) -> bool:
     """Whether the newest checkpoint is another than at the begin; an older one is what a rollback leaves.
 
     Where the record of the begin is lost, that of whichever attempt was the last before it has to do.
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
         job = _job_number()
         if words.command == "begin":
             return begin(words.run_dir, job)
-        limits = Limits(requeues=words.max_requeues, stalled=words.max_stalled)
+        limits = RequeueLimits(requeues=words.max_requeues, stalled=words.max_stalled)
         return end(words.run_dir, job, words.code, bool(words.terminated), limits)
     except LaunchError as error:
         _say(job, f"error: {error}; `python -m launch requeue {words.run_dir}` submits it again")

@@ -103,7 +103,7 @@ def refuse_second_job(run_dir: Path) -> None:
         )
 
 
-def live_jobs(run_dir: Path) -> list[scheduler.Job]:
+def live_jobs(run_dir: Path) -> list[scheduler.SlurmJob]:
     """The jobs of a run folder that wait or run."""
     numbers = [number for jobs in records.submissions(run_dir) for number in jobs]
     return [job for job in scheduler.jobs(numbers) if job.is_live]

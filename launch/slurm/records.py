@@ -31,7 +31,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class JobAttempt:
     """The begin or the end of one attempt of a job."""
 
     event: str
@@ -63,7 +63,9 @@ def submissions(run_dir: Path) -> list[list[int]]:
 def record_begin(run_dir: Path, *, job: int, restart: int, nodes: Sequence[str]) -> None:
     """Args: restart: times that Slurm has started this job before."""
     checkpoint = newest_checkpoint(run_dir)
-    _append(run_dir / ATTEMPTS_FILE, Attempt(BEGIN, job, time.time(), checkpoint, restart=restart, nodes=list(nodes)))
+    _append(
+        run_dir / ATTEMPTS_FILE, JobAttempt(BEGIN, job, time.time(), checkpoint, restart=restart, nodes=list(nodes))
+    )
 
 
 def record_end(run_dir: Path, *, job: int, end: str | None, requeued: bool, advanced: bool, reason: str) -> None:
@@ -71,13 +73,13 @@ def record_end(run_dir: Path, *, job: int, end: str | None, requeued: bool, adva
     checkpoint = newest_checkpoint(run_dir)
     _append(
         run_dir / ATTEMPTS_FILE,
-        Attempt(END, job, time.time(), checkpoint, end=end, requeued=requeued, advanced=advanced, reason=reason),
+        JobAttempt(END, job, time.time(), checkpoint, end=end, requeued=requeued, advanced=advanced, reason=reason),
     )
 
 
-def attempts(run_dir: Path, event: str, job: int | None = None) -> list[Attempt]:
+def attempts(run_dir: Path, event: str, job: int | None = None) -> list[JobAttempt]:
     """The records of one kind, oldest first, of one job or of all."""
-    entries = sound_lines(run_dir / ATTEMPTS_FILE, Attempt)
+    entries = sound_lines(run_dir / ATTEMPTS_FILE, JobAttempt)
     return [entry for entry in entries if entry.event == event and job in (None, entry.job)]
 
 
@@ -91,7 +93,7 @@ def newest_checkpoint(run_dir: Path) -> int | None:
     return max((int(found[1]) for found in map(CHECKPOINT.fullmatch, names) if found), default=None)
 
 
-def _append(path: Path, entry: Submission | Attempt) -> None:
+def _append(path: Path, entry: Submission | JobAttempt) -> None:
     try:
         append_line(path, json.dumps(asdict(entry)))
     except OSError as error:

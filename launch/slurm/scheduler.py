@@ -21,7 +21,7 @@ PENDING_OR_RUNNING = frozenset(
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     number: int
     state: str
     """In Slurm's words: PENDING, RUNNING, COMPLETED, ..."""
@@ -65,7 +65,7 @@ def rehearse(text: str) -> str:
     return words
 
 
-def jobs(numbers: Sequence[int]) -> list[Job]:
+def jobs(numbers: Sequence[int]) -> list[SlurmJob]:
     """Those of the jobs that Slurm still knows: it forgets a job some minutes after its end."""
     if not numbers:
         return []
@@ -77,7 +77,7 @@ def jobs(numbers: Sequence[int]) -> list[Job]:
     ):  # its word for a single one that it has forgotten
         raise _refused("squeue", finished.stderr)
     found = [line.split("|") for line in finished.stdout.splitlines()]
-    return [Job(int(number), state, reason, nodes) for number, state, reason, nodes in found]
+    return [SlurmJob(int(number), state, reason, nodes) for number, state, reason, nodes in found]
 
 
 def requeue(job: int) -> None:

@@ -15,7 +15,7 @@ FINAL = frozenset({RunEnd.CONFIG_ERROR, RunEnd.DIVERGED, RunEnd.OUT_OF_DATA, Run
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequeueLimits:
     requeues: int
     """launcher.max_requeues."""
     stalled: int
@@ -23,7 +23,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """How an attempt ended, and what the job has done before."""
 
     marker: Marker | None
@@ -51,7 +51,7 @@ class Verdict:
     """In one line."""
 
 
-def decide(outcome: Outcome, limits: Limits) -> Verdict:
+def decide(outcome: AttemptOutcome, limits: RequeueLimits) -> Verdict:
     """Whether the job goes back into the queue."""
     marker = outcome.marker
     what, code = _told(marker, outcome.code)

@@ -40,7 +40,7 @@ SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorKind:
     """The files with tensors of one kind: weights, or one of the optimizer's moments."""
 
     name: str
@@ -64,7 +64,7 @@ class Inspection:
 
     folder: Path
     state: CheckpointState
-    kinds: tuple[Kind, ...]
+    kinds: tuple[TensorKind, ...]
     other_files: tuple[str, ...]
     problem: str | None  # judged by file sizes only
 
@@ -224,12 +224,12 @@ def _kind_of(name: str) -> str:
     return file.removesuffix(SUFFIX).partition("-")[0] if folder == TRAINING else WEIGHTS
 
 
-def _kind(folder: Path, name: str, files: Sequence[str]) -> Kind:
+def _kind(folder: Path, name: str, files: Sequence[str]) -> TensorKind:
     tensors = {tensor: entry for file in files for tensor, entry in entries_of(folder / file).items()}
-    return Kind(name, tuple(files), sum((folder / file).stat().st_size for file in files), tensors)
+    return TensorKind(name, tuple(files), sum((folder / file).stat().st_size for file in files), tensors)
 
 
-def _kind_as_json(kind: Kind, tensors: bool) -> dict[str, Any]:
+def _kind_as_json(kind: TensorKind, tensors: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"files": list(kind.files), "bytes": kind.bytes}
     if tensors:
         content["tensors"] = {
@@ -239,6 +239,6 @@ def _kind_as_json(kind: Kind, tensors: bool) -> dict[str, Any]:
     return content
 
 
-def _by_name(kinds: Sequence[Kind]) -> dict[str, TensorEntry]:
+def _by_name(kinds: Sequence[TensorKind]) -> dict[str, TensorEntry]:
     """Tensors by `kind: name`: moments have the names of their parameters."""
     return {f"{kind.name}: {name}": tensor for kind in kinds for name, tensor in kind.tensors.items()}

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from megatron_lite.checkpoint.state import CheckpointState, Layout
-from megatron_lite.config.changes import DATA_KEYS, Change, Grade, Part, grade_changes, refusals, table
+from megatron_lite.config.changes import DATA_KEYS, Change, Grade, RunPart, grade_changes, refusals, table
 from megatron_lite.config.frozen import from_containers
 from megatron_lite.config.schema import OptimizerConfig, Precision, RunConfig
 from megatron_lite.data.shards.prepared import tokens_of
@@ -178,7 +178,7 @@ def _optimizer(state: CheckpointState, optimizer: OptimizerConfig, layout: Layou
 def _schedule(state: CheckpointState, config: RunConfig, changes: Sequence[Change]) -> Subsystem:
     step = state.step + 1
     rate = f"step {step:,} has learning rate {learning_rate_at(step, config.optimizer, config.train.steps):.4g}"
-    new = [change.key for change in _resetting(changes) if change.part is Part.schedule]
+    new = [change.key for change in _resetting(changes) if change.part is RunPart.schedule]
     if new:
         return Subsystem("schedule", Fate.reset, f"new {', '.join(new)}: {rate}")
     return Subsystem("schedule", Fate.restored, rate)
@@ -197,7 +197,7 @@ def _loss_scale(state: CheckpointState, config: RunConfig) -> Subsystem:
 
 
 def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
-    other = [f"{change.key}: {change.consequence}" for change in _resetting(changes) if change.part is Part.masks]
+    other = [f"{change.key}: {change.consequence}" for change in _resetting(changes) if change.part is RunPart.masks]
     seed = f"seed {config.train.seed}"
     if other:
         return Subsystem("randomness", Fate.reset, f"{seed}; {'; '.join(other)}")
@@ -207,7 +207,7 @@ def _randomness(config: RunConfig, changes: Sequence[Change]) -> Subsystem:
 def _data(state: CheckpointState, config: RunConfig, changes: Sequence[Change], is_reordered: bool) -> Subsystem:
     """`is_reordered`: an earlier version blended the sources in another order, with shares rounded to 1/65,536."""
     position = f"continues with sample {state.samples:,}"
-    if any(change.part is Part.batches for change in _resetting(changes)):
+    if any(change.part is RunPart.batches for change in _resetting(changes)):
         ramp = " at the end of the ramp" if config.train.batch_ramp.start else ""
         position += f", in batches of {config.train.global_batch_size}{ramp}"
     if not is_reordered:

@@ -27,7 +27,7 @@ class Grade(StrEnum):
     forbidden = "forbidden"
 
 
-class Part(StrEnum):
+class RunPart(StrEnum):
     """What of a run goes on with new values; a resume has a line for each."""
 
     schedule = "schedule"
@@ -40,7 +40,7 @@ class Reset:
     """What another value of a setting does to a run that goes on."""
 
     consequence: Consequence
-    part: Part | None = None
+    part: RunPart | None = None
     moves_losses: bool = False
     """Whether losses or gradient norms jump with it, so that those of the steps before are not comparable."""
 
@@ -57,7 +57,7 @@ class Change:
     """What follows; of a forbidden one the rule it breaks. Empty where there is nothing to say."""
     remedy: str = ""
     """The way round; of forbidden ones only."""
-    part: Part | None = None
+    part: RunPart | None = None
     """Of those that reset something."""
     moves_losses: bool = False
     """As of `Reset`."""
@@ -243,18 +243,18 @@ def _batch(before: RunConfig, after: RunConfig) -> str:
 
 
 RESETS: dict[str, Reset] = {
-    "parallel.tensor_parallel_size": Reset(_tensor_size, Part.masks),
-    "parallel.sequence_parallel": Reset(_masks(*_OF_POSITIONS), Part.masks),
+    "parallel.tensor_parallel_size": Reset(_tensor_size, RunPart.masks),
+    "parallel.sequence_parallel": Reset(_masks(*_OF_POSITIONS), RunPart.masks),
     # Each kind of device draws in its own way.
-    "launcher.device": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), Part.masks),
+    "launcher.device": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), RunPart.masks),
     "model.embedding_dropout": Reset(_always(_RATE), moves_losses=True),
     "model.attention_dropout": Reset(_always(_RATE), moves_losses=True),
     "model.hidden_dropout": Reset(_always(_RATE), moves_losses=True),
     "model.ffn_dropout": Reset(_always(_RATE), moves_losses=True),
     "model.final_dropout": Reset(_always(_RATE), moves_losses=True),
     "optimizer.name": Reset(_always("moments start from zero")),
-    **{f"optimizer.{name}": Reset(_of_schedule(name), Part.schedule) for name in settings_of_schedules()},
-    "optimizer.decay_steps": Reset(_decay_steps, Part.schedule),
+    **{f"optimizer.{name}": Reset(_of_schedule(name), RunPart.schedule) for name in settings_of_schedules()},
+    "optimizer.decay_steps": Reset(_decay_steps, RunPart.schedule),
     "optimizer.beta1": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
     "optimizer.beta2": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
     "optimizer.epsilon": Reset(_of_optimizer(OptimizerName.adamw, _UPDATES)),
@@ -262,12 +262,12 @@ RESETS: dict[str, Reset] = {
     "optimizer.weight_decay": Reset(_always(_UPDATES)),
     "optimizer.z_loss_weight": Reset(_always(_UPDATES), moves_losses=True),
     "optimizer.clip_grad_norm": Reset(_always(_UPDATES)),
-    "train.steps": Reset(_steps, Part.schedule),
-    "train.micro_batch_size": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), Part.masks),
-    "train.global_batch_size": Reset(_batch, Part.batches, moves_losses=True),
-    "train.batch_ramp.start": Reset(_always(_BATCH), Part.batches, moves_losses=True),
-    "train.batch_ramp.increment": Reset(_always(_BATCH), Part.batches, moves_losses=True),
-    "train.batch_ramp.samples": Reset(_always(_BATCH), Part.batches, moves_losses=True),
+    "train.steps": Reset(_steps, RunPart.schedule),
+    "train.micro_batch_size": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), RunPart.masks),
+    "train.global_batch_size": Reset(_batch, RunPart.batches, moves_losses=True),
+    "train.batch_ramp.start": Reset(_always(_BATCH), RunPart.batches, moves_losses=True),
+    "train.batch_ramp.increment": Reset(_always(_BATCH), RunPart.batches, moves_losses=True),
+    "train.batch_ramp.samples": Reset(_always(_BATCH), RunPart.batches, moves_losses=True),
     "train.eval_batches": Reset(_validation),
     "train.precision": Reset(_precision, moves_losses=True),
     "train.loss_scale.window": Reset(_loss_scale("the loss scale keeps its value and follows the new rule")),

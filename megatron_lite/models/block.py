@@ -14,7 +14,7 @@ from megatron_lite.models.cross_attention import CrossAttention
 from megatron_lite.models.dropout import activation_dropout
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import Visibility
-from megatron_lite.models.mlp import build_mlp
+from megatron_lite.models.mlp import MLP
 from megatron_lite.models.norms import build_norm
 from megatron_lite.models.positions import RotaryTable
 from megatron_lite.parallel.context import ParallelContext
@@ -55,7 +55,7 @@ class TransformerBlock(nn.Module):
             self.cross_attention_norm = build_norm(model, context)
             self.cross_attention = CrossAttention(model, context, init, recompute=selective)
         self.mlp_norm = build_norm(model, context)
-        self.mlp = build_mlp(model, context, init)
+        self.mlp = MLP(model, context, init)
 
     def next_key(self) -> DropoutKey | None:
         """Of the masks of one micro-batch; None where nothing is dropped.

@@ -34,46 +34,30 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 
 class MLP(nn.Module):
-    """down(dropout(activation(up(x)))): [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism)."""
+    """The feed-forward part of a block: [b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism).
+
+    down(dropout(activation(up(x)))), or if the activation is gated down(dropout(activation(gate(x)) * up(x)))
+    (arXiv 2002.05202), with gate and up in one parameter [2, f, h].
+    """
 
     def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
         super().__init__()
+        hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.mlp_bias
         self.context = context
         self.dropout = model.ffn_dropout
         self.activation = activation_function(model.activation)
-        self.up = ColumnParallelLinear(
-            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense
-        )
-        self.down = _down(model, context, init)
+        self.is_gated = model.activation.is_gated
+        if self.is_gated:
+            self.gate_up = ColumnParallelLinear(hidden, inner, context, bias=bias, init=init.dense, stacked=2)
+        else:
+            self.up = ColumnParallelLinear(hidden, inner, context, bias=bias, init=init.dense)
+        self.down = RowParallelLinear(inner, hidden, context, bias=bias, init=init.down)
 
     def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
         """`key`: of the dropout mask; None = no dropout."""
-        return self.down(inner_dropout(self.activation(self.up(x)), self.dropout, key, self.context))
-
-
-class GatedMLP(nn.Module):
-    """down(dropout(activation(gate(x)) * up(x))) (arXiv 2002.05202), gate and up in one parameter [2, f, h]."""
-
-    def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
-        super().__init__()
-        self.context = context
-        self.dropout = model.ffn_dropout
-        self.activation = activation_function(model.activation)
-        self.gate_up = ColumnParallelLinear(
-            model.hidden_size, model.ffn_hidden_size, context, bias=model.mlp_bias, init=init.dense, stacked=2
-        )
-        self.down = _down(model, context, init)
-
-    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
-        """`key`: of the dropout mask; None = no dropout."""
-        gate, up = self.gate_up(x).chunk(2, -1)  # [b, s, f/t] each
-        return self.down(inner_dropout(self.activation(gate) * up, self.dropout, key, self.context))
-
-
-def _down(model: ResolvedModel, context: ParallelContext, init: StackInit) -> RowParallelLinear:
-    return RowParallelLinear(model.ffn_hidden_size, model.hidden_size, context, bias=model.mlp_bias, init=init.down)
-
-
-def build_mlp(model: ResolvedModel, context: ParallelContext, init: StackInit) -> nn.Module:
-    """The feed-forward part that the configuration asks for."""
-    return (GatedMLP if model.activation.is_gated else MLP)(model, context, init)
+        if self.is_gated:
+            gate, up = self.gate_up(x).chunk(2, -1)  # [b, s, f/t] each
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.up(x))
+        return self.down(inner_dropout(inner, self.dropout, key, self.context))

@@ -35,7 +35,7 @@ class SpikeKind(StrEnum):
     loss_scale = "loss_scale"  # the loss scale of fp16 has collapsed
 
 
-class Limits(Protocol):
+class SpikeLimits(Protocol):
     """The settings `stability.*` (config/stability.py), which say why they are what they are."""
 
     window: int
@@ -101,7 +101,7 @@ class _Series:
 class SpikeDetector:
     """Judges the steps of a run in their order."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: SpikeLimits) -> None:
         self.limits = limits
         self._forget()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_lite.observe.numeric import numbers
 from megatron_lite.observe.panels import tensorboard_layout
-from megatron_lite.observe.trackers import numbers
 
 
 class TensorBoardTracker:

@@ -251,20 +251,6 @@ def _tensorboard(run_dir: Path, resume_step: int) -> Tracker:
     return TensorBoardTracker(run_dir, resume_step)
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric entries, which a chart can show; nested ones get names such as `layer_grad_norm/layers.0`."""
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        plain = value.item() if hasattr(value, "item") else value
-        if isinstance(plain, list | tuple):
-            plain = {str(index): entry for index, entry in enumerate(plain)}
-        if isinstance(plain, Mapping):
-            found |= {f"{name}/{inner}": entry for inner, entry in numbers(plain).items()}
-        elif isinstance(plain, int | float) and not isinstance(plain, bool):
-            found[name] = plain
-    return found
-
-
 def _as_dict(config: RunSettings) -> dict[str, Any]:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return tracked_settings(dataclasses.asdict(config))

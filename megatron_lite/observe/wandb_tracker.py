@@ -17,7 +17,7 @@ from megatron_lite.errors import ConfigError, DamagedFileError
 from megatron_lite.files import make_folder, replace_file, set_aside_others
 from megatron_lite.observe.credentials import without_secrets
 from megatron_lite.observe.metrics import BEGINNINGS, ROLLBACK_EVENT, ROLLBACKS, SPIKE_EVENT, branch_of, with_branches
-from megatron_lite.observe.trackers import numbers
+from megatron_lite.observe.numeric import numbers
 from megatron_lite.observe.wandb_record import alerts, history
 from megatron_lite.state_files import read_text, warn
 

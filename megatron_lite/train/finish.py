@@ -25,7 +25,7 @@ ALL_TRAINED = "all steps are trained"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What the summary needs besides the run folder."""
 
     checkpoint: Path
@@ -35,7 +35,7 @@ class Outcome:
     done: bool = False  # nothing was left to train
 
 
-def show_outcome(config: ResolvedConfig, run_dir: Path, console: Console, outcome: Outcome) -> None:
+def show_outcome(config: ResolvedConfig, run_dir: Path, console: Console, outcome: RunOutcome) -> None:
     """Draw the loss curve, write the report and print the summary; on the writing rank only."""
     run = RunFolder.read(run_dir)
     evaluation, baseline = run.newest("evaluation"), run.newest(BASELINE_EVENT)

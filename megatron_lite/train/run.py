@@ -35,7 +35,7 @@ from megatron_lite.train.baseline import label_baseline
 from megatron_lite.train.callbacks import EVALUATION_EVENT, Save, is_due
 from megatron_lite.train.check_init import check_start
 from megatron_lite.train.checkpoints import Checkpoints, Start
-from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, Outcome, show_outcome
+from megatron_lite.train.finish import ALL_TRAINED, BASELINE_EVENT, RunOutcome, show_outcome
 from megatron_lite.train.generate import generate
 from megatron_lite.train.loop import Trainer
 from megatron_lite.train.parts import Callbacks, Run, agreed_rollbacks, build_callbacks, last_step
@@ -93,7 +93,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
     start = Start.find(run.checkpoints, run.config, run.context, run.prepared, run.console, reason_against)
     evaluated = start.folder is None or agreed(run.context.is_writer and _is_evaluated(run, start.step))
     if start.folder and start.step >= run.config.train.steps and evaluated:
-        _conclude(run, Outcome(start.folder, run.started, done=True))
+        _conclude(run, RunOutcome(start.folder, run.started, done=True))
         return RunEnd.DONE
     schedule = BatchSchedule(run.config.train, start.origin)
     judge = UpdateJudge(run.config)
@@ -169,7 +169,7 @@ def _build(
     return engine, source, checkpoints
 
 
-def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSource) -> Outcome:
+def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSource) -> RunOutcome:
     """What follows the last step.
 
     Raises:
@@ -181,7 +181,7 @@ def _complete(run: Run, trackers: Trackers, trainer: Trainer, source: ShardSourc
     run.heartbeat.enter(Phase.FINISH)
     _record_baseline(run, trackers, source)
     trackers.event("finish", run.config.train.steps, {"seconds": time.monotonic() - run.started})
-    return Outcome(run.checkpoints / folder_name(run.config.train.steps), run.started, prompt, sample)
+    return RunOutcome(run.checkpoints / folder_name(run.config.train.steps), run.started, prompt, sample)
 
 
 def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: StopRequested) -> RunEnd:
@@ -206,7 +206,7 @@ def _stop(run: Run, trackers: Trackers, trainer: Trainer, save: Save, request: S
     return RunEnd.PREEMPTED
 
 
-def _conclude(run: Run, outcome: Outcome) -> None:
+def _conclude(run: Run, outcome: RunOutcome) -> None:
     run.heartbeat.enter(Phase.FINISH)
     if run.context.is_writer:
         run.claim.confirm()

@@ -42,8 +42,8 @@ from megatron_lite.data.shards.sentences import sentence_kinds
 from megatron_lite.data.shards.shard_ends import as_in_shards
 from megatron_lite.data.shards.tokenise import (
     Counted,
-    Job,
     SourceSets,
+    TokenisationJob,
     all_held_out,
     document_hash,
     tokenise_source,
@@ -283,7 +283,7 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
     report(f"prepared {tokens:,} tokens in {time.monotonic() - started:.1f} s")
 
 
-def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> Job:
+def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Callable[[str], None]) -> TokenisationJob:
     """Train or open the tokenizer, and save it to the folder. It is checked before any text is read.
 
     Raises:
@@ -301,7 +301,7 @@ def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Ca
         if found is None:
             model_vocab_size(config, facts["vocab_size"], facts["vocab_size"])
             require_tokens_of_run(config, SpecialTokens.from_facts(facts), None)
-            return Job(data, folder, None, facts, None, report)
+            return TokenisationJob(data, folder, None, facts, None, report)
         home, tokenizer = found, _copied_tokenizer(str(found), target, config, sources)
     model_vocab_size(config, tokenizer.vocab_size, tokenizer.vocab_size)
     if plan.trained_vocab_size is None:
@@ -312,7 +312,7 @@ def _make_job(plan: PreparationPlan, config: RunConfig, folder: Path, report: Ca
         "vocab_size": tokenizer.vocab_size,
         **tokenizer.special.to_facts(),
     }
-    return Job(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
+    return TokenisationJob(data, folder, tokenizer, facts, sentence_kinds(tokenizer.pieces()), report)
 
 
 def _copied_tokenizer(name: str, target: Path, config: RunConfig, sources: list[Source]) -> Tokenizer:
@@ -333,7 +333,7 @@ def _train_tokenizer(plan: PreparationPlan, data: DataConfig, target: Path, repo
     return tokenizer
 
 
-def _ingest(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+def _ingest(job: TokenisationJob, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
     if source.is_text:
         assert job.tokenizer is not None
         return tokenise_source(job, source, index, into, held_out)
@@ -397,7 +397,7 @@ def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> Dat
 
 
 def _write(
-    plan: PreparationPlan, job: Job, train: list[Counted], validation: list[Counted], rows: list[RowCounts]
+    plan: PreparationPlan, job: TokenisationJob, train: list[Counted], validation: list[Counted], rows: list[RowCounts]
 ) -> None:
     counts: dict[str, Any] = {f"train_{i}": counted.counts for i, counted in enumerate(train)}
     counts |= {f"validation_{i}": counted.counts for i, counted in enumerate(validation)}

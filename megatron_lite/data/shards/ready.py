@@ -15,7 +15,7 @@ from megatron_lite.data.sampler import mix64_array
 from megatron_lite.data.shards.indexed import IndexedReader, bin_path, idx_path
 from megatron_lite.data.shards.prepared import Part, Shard, validation_threshold
 from megatron_lite.data.shards.sentences import SentenceWriter, sentences_path
-from megatron_lite.data.shards.tokenise import Counted, Job, SourceSets, all_held_out
+from megatron_lite.data.shards.tokenise import Counted, SourceSets, TokenisationJob, all_held_out
 from megatron_lite.data.sidecar import read_sidecar
 from megatron_lite.data.tokenizer.needs import no_sentences
 from megatron_lite.errors import DataError
@@ -32,7 +32,7 @@ NO_TOKENIZER: dict[str, Any] = {
 LARGEST_VOCABULARY = 2**24  # far above any in use: a file with a larger id does not contain token ids
 
 
-def check_ready(job: Job, source: Source, needs_sentences: bool) -> None:
+def check_ready(job: TokenisationJob, source: Source, needs_sentences: bool) -> None:
     """Check everything about an existing pair that needs no reading of its tokens.
 
     Raises:
@@ -54,7 +54,7 @@ def hashes_of_documents(source: Source) -> npt.NDArray[np.uint64]:
     return mix64_array(np.arange(documents, dtype=np.uint64))
 
 
-def scan_ready(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+def scan_ready(job: TokenisationJob, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
     """Count the tokens of an existing pair that has passed `check_ready`.
 
     Raises:
@@ -118,7 +118,7 @@ class _SentenceFile:
     the sentences are found from the tokens; without a tokenizer nothing is written.
     """
 
-    def __init__(self, job: Job, reader: IndexedReader, name: str) -> None:
+    def __init__(self, job: TokenisationJob, reader: IndexedReader, name: str) -> None:
         self._is_split = _is_split(reader)
         self._writer: SentenceWriter | None = None
         if self._is_split or job.sentence_kinds is not None:
@@ -139,7 +139,7 @@ def _is_split(reader: IndexedReader) -> bool:
     return len(reader.sequence_starts) > reader.num_documents
 
 
-def _check_tokenizer(job: Job, source: Source, prefix: Path) -> None:
+def _check_tokenizer(job: TokenisationJob, source: Source, prefix: Path) -> None:
     sidecar = read_sidecar(prefix)
     if sidecar is None or job.tokenizer is None:
         return

@@ -38,7 +38,7 @@ TRAINING_TEXT_CHARACTERS = 256 * 2**20  # more hardly changes the vocabulary, an
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenisationJob:
     """Settings and results shared by all sources of one preparation."""
 
     data: DataConfig
@@ -91,7 +91,7 @@ def document_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8"))
 
 
-def tokenise_source(job: Job, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
+def tokenise_source(job: TokenisationJob, source: Source, index: int, into: Part, held_out: float | None) -> SourceSets:
     """Tokenise all documents of a source, and append an end-of-document token to each.
 
     Args:
@@ -139,7 +139,7 @@ def all_held_out(source: Source, fraction: float | None) -> DataError:
 class _Output:
     """Writes one pair of files with its token counts and its sidecar."""
 
-    def __init__(self, job: Job, source: Source, index: int, part: Part) -> None:
+    def __init__(self, job: TokenisationJob, source: Source, index: int, part: Part) -> None:
         assert job.tokenizer is not None
         self._job = job
         self._source = source

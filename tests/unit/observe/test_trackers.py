@@ -16,8 +16,9 @@ import wandb
 from megatron_lite.config.schema import RunConfig, WandbMode
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.metrics import read_metrics
+from megatron_lite.observe.numeric import numbers
 from megatron_lite.observe.panels import PANELS
-from megatron_lite.observe.trackers import Trackers, build_trackers, numbers
+from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.observe.wandb_record import Alert, alerts, history
 from megatron_lite.observe.wandb_tracker import WandbTracker, has_api_key, resolve_mode, run_id
 

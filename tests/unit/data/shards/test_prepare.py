@@ -22,7 +22,7 @@ from megatron_lite.data.shards.indexed import IndexedReader
 from megatron_lite.data.shards.prepare import load_prepared, planned_vocab_size, prepare, prepared_folder
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.data.shards.statistics import unigram_cross_entropy_nats
-from megatron_lite.data.shards.tokenise import Job, SourceSets
+from megatron_lite.data.shards.tokenise import SourceSets, TokenisationJob
 from tests.unit.data.conftest import document, texts_of
 
 ConfigFor = Callable[..., RunConfig]
@@ -142,7 +142,7 @@ def test_a_text_that_is_both_sets_is_tokenised_once(
     tokenised: list[str] = []
     original = prepare_module.tokenise_source
 
-    def counted(job: Job, source: Source, *arguments: Any) -> SourceSets:
+    def counted(job: TokenisationJob, source: Source, *arguments: Any) -> SourceSets:
         tokenised.append(source.name)
         return original(job, source, *arguments)
 

@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from launch.slurm.verdict import Limits, Outcome, decide, suspects, to_exclude
+from launch.slurm.verdict import AttemptOutcome, RequeueLimits, decide, suspects, to_exclude
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import Marker
 
-LIMITS = Limits(requeues=5, stalled=2)
+LIMITS = RequeueLimits(requeues=5, stalled=2)
 
 
 def marker(end: RunEnd, message: str = "a file named STOP", step: int | None = 40) -> Marker:
     return Marker(end, step, message, 0.0)
 
 
-PREEMPTED = Outcome(marker(RunEnd.PREEMPTED), 1, terminated=False, requeues=0, stalled=0, advanced=True)
+PREEMPTED = AttemptOutcome(marker(RunEnd.PREEMPTED), 1, terminated=False, requeues=0, stalled=0, advanced=True)
 
 
 def test_done_is_the_end() -> None:
