@@ -258,7 +258,7 @@ def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
 
 
 def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
-    scaled = megatron_lite.engine.loss_weights.normalise(batches, context)
+    scaled = megatron_lite.engine.loss_weights.scale_loss_weights(batches, context)
     return [batch._replace(sequence_weights=batch.sequence_weights / context.data_size) for batch in scaled]
 
 
@@ -343,9 +343,13 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.parallel.collectives._FirstPosition, "backward", staticmethod(_every_rank_takes_the_gradient)
     ),
     "memory_gradient_lost_between_stages": _patch(StageBoundary, "pack", _pack_without_memory_gradient),
-    "sequence_weights_not_shared_over_data_ranks": _patch(megatron_lite.engine.engine, "normalise", _own_sequence_mean),
+    "sequence_weights_not_shared_over_data_ranks": _patch(
+        megatron_lite.engine.engine, "scale_loss_weights", _own_sequence_mean
+    ),
     "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
-    "mean_of_micro_batch_means": _patch(megatron_lite.engine.engine, "normalise", _each_micro_batch_its_own_mean),
+    "mean_of_micro_batch_means": _patch(
+        megatron_lite.engine.engine, "scale_loss_weights", _each_micro_batch_its_own_mean
+    ),
     "replicated_parameters_counted_on_every_rank": _patch(
         megatron_lite.engine.shards, "share", lambda size, parts, index: (0, size)
     ),
