@@ -66,7 +66,7 @@ def _ours(
     out = flat(*(batch[field.name] for field in case.inputs))
     logits, sequence_logits = out if case.next_sentence else (out, None)
     kept = logits.detach().clone()
-    losses = vocab_parallel_cross_entropy(logits, batch["labels"], context, VOCAB_SIZE)
+    losses, _ = vocab_parallel_cross_entropy(logits, batch["labels"], context, VOCAB_SIZE)
     total_loss(losses, sequence_logits, batch).backward()
     gradients = {name: parameter.grad for name, parameter in flat.named_parameters()}
     return Found(kept, None if sequence_logits is None else sequence_logits.detach(), gradients)
