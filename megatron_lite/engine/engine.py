@@ -141,8 +141,8 @@ class Engine(ABC):
         self._reduce_over_data_parallel()  # ZeRO-0/1; ZeRO-2/3 have done it in each backward pass
         self._phases.optimizer()
         self._hooks.after_reduction(self)
-        loss, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)  # one all-reduce
-        dropped = self._is_dropped(loss)
+        judged, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)  # one all-reduce
+        dropped = self._is_dropped(judged)
         if dropped:
             self._drop_update()
         else:
