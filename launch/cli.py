@@ -110,26 +110,26 @@ VERBS = {
     "verify": Verb(
         "SCRIPT [SETTING ...]", "compare a layout with one process, gradient by gradient", _verify, has_help=False
     ),
-    "evaluate": Verb("CHECKPOINT [SETTING ...]", "tell loss and accuracy of a checkpoint on held-out text", _evaluate),
-    "explain": Verb("[KEY]", "tell what a setting means, and what it can be", _explain),
-    "status": Verb("RUN_FOLDER", "tell what has become of a run and its jobs", _follow("status"), has_help=False),
+    "evaluate": Verb("CHECKPOINT [SETTING ...]", "report loss and accuracy of a checkpoint on held-out text", _evaluate),
+    "explain": Verb("[KEY]", "explain a setting: meaning, type, range, presets", _explain),
+    "status": Verb("RUN_FOLDER", "show the state of a run and its jobs", _follow("status"), has_help=False),
     "logs": Verb(
         "RUN_FOLDER [--follow]", "show a run's logs, with --follow to its end", _follow("logs"), has_help=False
     ),
-    "cancel": Verb("RUN_FOLDER", "ask a run to save and to stop, or cancel its job", _follow("cancel"), has_help=False),
+    "cancel": Verb("RUN_FOLDER", "ask a run to save and stop, or cancel its job", _follow("cancel"), has_help=False),
     "requeue": Verb("RUN_FOLDER", "submit a run's job again", _follow("requeue"), has_help=False),
     "report": Verb("RUN_FOLDER [--out FILE]", "draw a run on one page: running, ended or killed", _watch("report")),
-    "compare": Verb("RUN_FOLDER RUN_FOLDER", "say where two runs part, and why", _watch("compare")),
+    "compare": Verb("RUN_FOLDER RUN_FOLDER", "show where two runs diverge, and why", _watch("compare")),
     "trace": Verb("RUN_FOLDER --step N [--text]", "show the documents that a step was trained on", _watch("trace")),
-    "data": Verb("COMMAND ...", "prepare text, and look at it", _data, choices=("prepare", "inspect", "add-tokens")),
+    "data": Verb("COMMAND ...", "prepare and inspect training data", _data, choices=("prepare", "inspect", "add-tokens")),
     "checkpoint": Verb(
         "COMMAND ...",
-        "look after checkpoints, and export them to Hugging Face",
+        "inspect, verify, prune and export checkpoints",
         _checkpoint,
         choices=("inspect", "verify", "diff", "prune", "export"),
     ),
     "completion": Verb(
-        "bash|zsh", "print what completes verbs, groups, presets and keys", _completion, choices=("bash", "zsh")
+        "bash|zsh", "print the completion script of a shell", _completion, choices=("bash", "zsh")
     ),
 }
 COMPLETE = "complete"  # what the shells' completion runs; not listed
