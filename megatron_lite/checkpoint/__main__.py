@@ -22,6 +22,7 @@ from megatron_lite.checkpoint.inspection import (
     setting_changes,
     state_differences,
     tensor_differences,
+    verify_command,
 )
 from megatron_lite.checkpoint.retention import Kept, drop, examine, to_drop
 from megatron_lite.config.changes import table
@@ -181,7 +182,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     newest = newest_complete(checkpoints, print, problem)
     if newest is None:
         raise CheckpointError(
-            f"{checkpoints} holds no complete checkpoint, so nothing is removed; run `verify` for the reasons"
+            f"{checkpoints} holds no complete checkpoint, so nothing is removed; {verify_command(checkpoints)} shows "
+            "what is wrong with each"
         )
     kept = Kept(arguments.keep_last, arguments.keep_every, arguments.keep_best)
     folders = {step_of(folder): folder for folder in candidates(checkpoints)}

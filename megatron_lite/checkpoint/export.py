@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.folder import newest_complete, problem, read_manifest
-from megatron_lite.checkpoint.inspection import candidates_of, checkpoints_of, is_checkpoint
+from megatron_lite.checkpoint.inspection import candidates_of, checkpoints_of, is_checkpoint, verify_command
 from megatron_lite.checkpoint.parity import Parity, compare, require_transformers
 from megatron_lite.checkpoint.state import CheckpointState, read_state
 from megatron_lite.config.derived import has_next_sentence_head, resolve
@@ -92,7 +92,9 @@ def _whole_checkpoint(path: Path, report: Callable[[str], None]) -> tuple[Path, 
         return path, read_state(path)
     found = newest_complete(checkpoints_of(path), report, problem)
     if found is None:
-        raise CheckpointError(f"{path} holds no complete checkpoint; run `verify` to see what is wrong with each")
+        raise CheckpointError(
+            f"{path} holds no complete checkpoint; {verify_command(path)} shows what is wrong with each"
+        )
     return found
 
 

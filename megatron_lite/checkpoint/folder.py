@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -73,8 +74,9 @@ def require_space(checkpoints: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise DiskError(
             f"{checkpoints} needs {size_text(needed_bytes)} for a checkpoint, but its disk has {size_text(free)} free; "
-            "free some space, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune` removes them "
-            "now), or move the run folder to another disk and name it in train.run_dir"
+            "free some space, keep fewer with train.keep_last (`python -m megatron_lite.checkpoint prune "
+            f"{shlex.quote(str(checkpoints))} --keep-last N` removes the others now), or move the run folder to "
+            "another disk and name it in train.run_dir"
         )
 
 

@@ -12,10 +12,8 @@ from megatron_lite.config.hf.export import GENERATION_KEYS
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.data.tokenizer.saved_tokenizer import exported_tokens
-from megatron_lite.errors import DamagedFileError, DataError
+from megatron_lite.data.tokenizer.tokenizer_files import GENERATION_FILE
 from megatron_lite.state_files import Object, decode
-
-GENERATION_FILE = "generation_config.json"
 
 
 def folder_files(
@@ -28,15 +26,11 @@ def folder_files(
             sampling settings are kept, its token ids are replaced by those of this model.
     Raises:
         NoCounterpart: as for `model_files`.
-        DataError: the generation_config.json is damaged.
     """
     files = model_files(config, vocab_size=vocab_size, tokens=tokens, dtype=dtype)
     kept = carried.get(GENERATION_FILE)
     if kept is not None and GENERATION_FILE in files:
-        try:
-            settings = decode(kept, Object, GENERATION_FILE)
-        except DamagedFileError as error:
-            raise DataError(f"{error}; remove it from the folder of data.tokenizer={config.data.tokenizer}") from error
+        settings = decode(kept, Object, GENERATION_FILE)  # whoever read the tokenizer has checked it
         ours = decode(files[GENERATION_FILE], Object, GENERATION_FILE)
         sampling = {
             key: value for key, value in settings.items() if key not in (*GENERATION_KEYS, "_from_model_config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -136,6 +137,11 @@ def is_checkpoint(path: Path) -> bool:
 
 def checkpoints_of(path: Path) -> Path:
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def verify_command(path: Path) -> str:
+    """For messages: how to see all problems of the checkpoints at a path."""
+    return f"`python -m megatron_lite.checkpoint verify {shlex.quote(str(path))}`"
 
 
 def inspect(folder: Path) -> Inspection:

@@ -23,7 +23,8 @@ from megatron_lite.config.validate import validate
 from megatron_lite.data.shards.inspection import describe_folder, describe_pair
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import MANIFEST
-from megatron_lite.data.tokenizer.needs import add_tokens, names_text
+from megatron_lite.data.tokenizer.needs import add_tokens
+from megatron_lite.data.tokenizer.roles import names_text
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegatronLiteError
 
 PROGRAM = "python -m megatron_lite.data"

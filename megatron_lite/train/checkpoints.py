@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_lite.checkpoint.file_plan import FilePlan, Shapes, shapes_of_all_ranks
 from megatron_lite.checkpoint.fit import weights_of
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment
-from megatron_lite.checkpoint.hf_files import GENERATION_FILE, folder_files
+from megatron_lite.checkpoint.hf_files import folder_files
 from megatron_lite.checkpoint.loading import load, newest_complete, start_from
 from megatron_lite.checkpoint.resume import ResumeReport, describe, without_environment
 from megatron_lite.checkpoint.retention import Kept
@@ -20,6 +20,7 @@ from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.resolved import ResolvedConfig, ResolvedModel
 from megatron_lite.data.samples.skips import Skips
 from megatron_lite.data.shards.prepared import PreparedData
+from megatron_lite.data.tokenizer.tokenizer_files import GENERATION_FILE
 from megatron_lite.engine.engine import Engine
 from megatron_lite.models.hf import NoCounterpart, stored_form
 from megatron_lite.models.stored import Shape, StoredForm

@@ -10,6 +10,7 @@ A source of a blend may be shorter than one window. Its documents are then repea
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -186,10 +187,12 @@ def checked_ids(tokens: npt.NDArray[np.int64], shard: Shard) -> npt.NDArray[np.i
     vocabulary fails without naming the cause, so we check here.
     """
     if tokens.min() < 0 or tokens.max() > shard.max_token_id:
+        folder, is_prepared = shard.prefix.parent, shard.origins is not None
+        remedy = f"remove {folder} to prepare it again" if is_prepared else "copy the pair again from the original"
         raise DataError(
-            f"{bin_path(shard.prefix)} is damaged: it holds token ids larger than {shard.max_token_id:,}, the largest "
-            f"when it was written; for details run `python -m megatron_lite.data inspect --verify "
-            f"{shard.prefix.parent}`; remove the folder to prepare it again, or copy the pair again from the original"
+            f"{bin_path(shard.prefix)} is damaged: it holds token ids outside 0 to {shard.max_token_id:,}, the range "
+            "when it was written; for details run `python -m megatron_lite.data inspect --verify "
+            f"{shlex.quote(str(folder if is_prepared else shard.prefix))}`; {remedy}"
         )
     return tokens
 

@@ -61,10 +61,12 @@ def describe_pair(prefix: Path, *, verify: bool, documents: int) -> list[str]:
 
 
 def _verify_pair(prefix: Path, sidecar: dict[str, Any]) -> None:
+    is_prepared = (prefix.parent / MANIFEST).is_file()
+    remedy = f"remove {prefix.parent} to prepare it again" if is_prepared else "copy it again from the original"
     for path, key in ((bin_path(prefix), "bin_xxh3"), (idx_path(prefix), "idx_xxh3")):
         actual, written = file_xxh3(path), sidecar.get(key)
         if actual != written:
-            raise DataError(f"{path} has checksum {actual}; it was written with {written} (damaged); copy it again")
+            raise DataError(f"{path} has checksum {actual}; it was written with {written} (damaged); {remedy}")
 
 
 def _tokenizer_of(facts: dict[str, Any], folder: Path) -> Tokenizer | None:

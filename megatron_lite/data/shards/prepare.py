@@ -365,7 +365,7 @@ def _check_held_out(sources: list[Source], data: DataConfig) -> None:
         if not is_kept and documents > max(before, 1):
             raise all_held_out(source, data.validation_fraction)
     if documents == 1:
-        raise _one_document()
+        raise _one_document(sources)
     if documents and not is_held_out:
         raise _nothing_held_out(data, documents, lowest)
 
@@ -377,10 +377,12 @@ def _document_hashes(source: Source, data: DataConfig) -> Iterator[int]:
     return iter(hashes_of_documents(source).tolist())
 
 
-def _one_document() -> DataError:
+def _one_document(sources: list[Source]) -> DataError:
+    is_split = any(source.kind is SourceKind.text for source in sources)  # only these have a separator
+    remedy = "set data.document_separator to what is between its documents, or " if is_split else ""
     return DataError(
-        "data.source has 1 document, but holding out a validation set takes 2 or more; set data.document_separator, "
-        "or set data.validation_source"
+        f"data.source has 1 document, but holding out a validation set takes 2 or more; {remedy}set "
+        "data.validation_source"
     )
 
 

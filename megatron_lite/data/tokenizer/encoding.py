@@ -108,6 +108,14 @@ class Encoder:
         return tokens, np.diff(totals[bounds])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return self._encode_together(texts)
+        except DataError:
+            for text in texts if len(texts) > 1 else ():  # one after another, so that the error names the right one
+                self._encode_together([text])
+            raise
+
+    def _encode_together(self, texts: list[str]) -> list[list[int]]:
         longest = max(texts, key=len, default="")
         with library_edge(
             DataError,

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_lite.config.lengths import TRAINED_SENTINELS, sentinels_needed
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName, RunConfig
 from megatron_lite.data.special import SpecialTokens
-from megatron_lite.data.tokenizer.roles import END_OF_TEXT, STANDARD_NAMES, sentinel_name
+from megatron_lite.data.tokenizer.roles import END_OF_TEXT, STANDARD_NAMES, names_text, sentinel_name
 from megatron_lite.data.tokenizer.tokenizer import Tokenizer, open_tokenizer, save_extended
 from megatron_lite.data.tokenizer.vocabulary import TRAIN
 from megatron_lite.errors import ConfigError, DataError
@@ -141,10 +141,3 @@ def add_tokens(
     opened = open_tokenizer(source)
     missing = missing_tokens(opened.special, ObjectiveName(objective), num_sentinels)
     return missing, save_extended(opened, missing, destination)
-
-
-def names_text(names: list[str]) -> str:
-    """Names for a message; a long list is shortened in the middle."""
-    if len(names) <= 8:
-        return ", ".join(names)
-    return f"{', '.join(names[:6])} ... {names[-1]} ({len(names)} tokens)"

@@ -91,3 +91,10 @@ def sentinel_names(known: set[str]) -> list[str]:
     spellings = ((sentinel_name(number), "▁" + sentinel_name(number)) for number in count())
     found = (next((name for name in names if name in known), "") for names in spellings)
     return list(takewhile(bool, found))
+
+
+def names_text(names: list[str]) -> str:
+    """Names for a message; a long list is shortened in the middle."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    return f"{', '.join(names[:6])} ... {names[-1]} ({len(names)} tokens)"

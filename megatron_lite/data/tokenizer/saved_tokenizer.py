@@ -95,7 +95,7 @@ def saved_files(folder: Path, config: RunConfig, special: SpecialTokens) -> dict
     changed = json.loads(json.dumps(spec))
     changed["post_processor"] = _post_processor(files, spec, _frame(config, special, names), ids)
     changed["truncation"] = changed["padding"] = None
-    changed["added_tokens"] = _without_stray_spaces(spec, _placed_in_text(config, special), names)
+    changed["added_tokens"] = _without_stray_spaces(spec, _placed_in_text(config, special), names, folder)
     is_same = changed == {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None, **spec}
     content = files.content if is_same else encoded(changed)
     settings = _settings(files, config, special, names, is_same)
@@ -200,27 +200,33 @@ def _placed_in_text(config: RunConfig, special: SpecialTokens) -> tuple[int, ...
     return special.sentinels if config.objective.name in WITH_SENTINELS else ()
 
 
-def _without_stray_spaces(spec: dict[str, Any], tokens: Sequence[int], names: dict[int, str]) -> list[dict[str, Any]]:
-    """The added tokens, with flags such that those in `tokens` replace a word together with the space before it."""
+def _without_stray_spaces(
+    spec: dict[str, Any], tokens: Sequence[int], names: dict[int, str], folder: Path
+) -> list[dict[str, Any]]:
+    """The added tokens, with flags such that those in `tokens` replace a word together with the space before it.
+
+    Args:
+        folder: the tokenizer of the prepared data, for messages.
+    """
     entries = {entry["id"]: dict(entry) for entry in spec.get("added_tokens", [])}
     for i in tokens:
         plain = {"content": names[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         entries.setdefault(i, {"id": i, **plain}).update(special=True)
     if tokens:
         first = entries[tokens[0]]
-        flags = _fitting_flags(spec, first["content"], (first.get("lstrip", False), first.get("rstrip", False)))
+        flags = _fitting_flags(spec, first["content"], (first.get("lstrip", False), first.get("rstrip", False)), folder)
         for i in tokens:
             entries[i].update(lstrip=flags[0], rstrip=flags[1])
     return [entries[i] for i in sorted(entries)]
 
 
-def _fitting_flags(spec: dict[str, Any], name: str, own: tuple[bool, bool]) -> tuple[bool, bool]:
+def _fitting_flags(spec: dict[str, Any], name: str, own: tuple[bool, bool], folder: Path) -> tuple[bool, bool]:
     """(lstrip, rstrip) such that `a <mask> c` has the tokens of `a b c`, with the mask in the place of ` b`."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
-    what = f"{TOKENIZER_FILE} of the prepared data cannot be opened"
-    with library_edge(DataError, what, "remove the folder of the data to prepare it again"):
+    remedy = f"remove {folder.parent} to prepare it again"
+    with library_edge(DataError, f"{folder / TOKENIZER_FILE} cannot be opened", remedy):
         backend = Backend.from_str(json.dumps(spec))
         for flags in (own, (True, False), (True, True), (False, False)):
             token = AddedToken(name, lstrip=flags[0], rstrip=flags[1], special=True, normalized=False)

@@ -23,7 +23,7 @@ from megatron_lite.data.tokenizer.encoding import Encoder
 from megatron_lite.data.tokenizer.foreign import read_through_transformers
 from megatron_lite.data.tokenizer.framing import END_OF_DOCUMENT_KEY, DocumentEnds, document_ends
 from megatron_lite.data.tokenizer.pieces import Pieces, read_pieces
-from megatron_lite.data.tokenizer.roles import SETTING_OF_ROLE, named_tokens, resolve_names, sentinel_names
+from megatron_lite.data.tokenizer.roles import SETTING_OF_ROLE, named_tokens, names_text, resolve_names, sentinel_names
 from megatron_lite.data.tokenizer.tokenizer_files import (
     DECISIVE_FILES,
     TOKENIZER_CONFIG_FILE,
@@ -221,8 +221,8 @@ def save_extended(opened: Tokenizer, added: list[str], folder: Path) -> Tokenize
     ids = list(backend.get_vocab(with_added_tokens=True).values())
     if len(set(ids)) < len(ids):
         raise ConfigError(
-            f"the ids of {opened.vocab_size:,} tokens have gaps, so {len(added)} new ones cannot be appended; add them "
-            f"to the tokenizer by hand, starting at id {opened.vocab_size}"
+            f"the ids of data.tokenizer={opened.files.name} have gaps, so {names_text(added)} cannot be appended; add "
+            f"them by hand to model.vocab and added_tokens of its {TOKENIZER_FILE}, starting at id {opened.vocab_size}"
         )
     write_files(folder, {**opened.files.others, TOKENIZER_FILE: backend.to_str(pretty=True).encode()})
     settings = opened.files.settings | {DIGESTS_KEY: [*opened.extends, opened.digest]}

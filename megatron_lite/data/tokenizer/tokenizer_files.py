@@ -16,13 +16,14 @@ import msgspec
 from megatron_lite.config.keys import nearest
 from megatron_lite.data.tokenizer.roles import named_tokens
 from megatron_lite.errors import ConfigError, DamagedFileError
-from megatron_lite.state_files import decode, read_bytes
+from megatron_lite.state_files import Object, decode, read_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FOLDER = "tokenizer"  # inside prepared data
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENS_MAP_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+GENERATION_FILE = "generation_config.json"  # belongs to the model, but its sampling settings go along
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 DECISIVE_FILES = (  # all files that may affect ids, and the chat templates that checkpoints get
     TOKENIZER_FILE,
@@ -217,13 +218,30 @@ def read_file(path: Path, name: str) -> bytes | None:
 
 
 def carried(folder: Path, name: str) -> dict[str, bytes]:
-    """Files of a folder that are copied with its tokenizer, except tokenizer.json and tokenizer_config.json."""
+    """Files of a folder that are copied with its tokenizer, except tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        ConfigError: one of them cannot be read, or the sampling settings are damaged.
+    """
     found = {}
     for path in sorted(_candidates(folder)):
         content = read_file(path, name)
-        if content is not None:
-            found[path.relative_to(folder).as_posix()] = content
+        if content is None:
+            continue
+        if path.name == GENERATION_FILE:
+            _require_settings(content, path, name)
+        found[path.relative_to(folder).as_posix()] = content
     return found
+
+
+def _require_settings(content: bytes, path: Path, name: str) -> None:
+    """Refuse a damaged file of sampling settings, before preparation copies it to where it is harder to replace."""
+    try:
+        decode(content, Object, str(path))
+    except DamagedFileError as error:
+        raise ConfigError(
+            f"data.tokenizer={name} cannot be opened: {error}; restore that file, or remove it"
+        ) from error
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState, Layout, 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.frozen import as_containers
 from tests.unit.checkpoint.examples import SHARD, STATE, WEIGHTS, save
+from tests.unit.remedies import obeys
 
 Command = Callable[..., tuple[int, list[str], list[str]]]
 
@@ -208,26 +209,39 @@ def test_prune_says_what_goes(run_folder: Path, command: Command) -> None:
     assert names(checkpoints) == ["step_00000200", "step_00000300"]
 
 
+@obeys("megatron_lite/checkpoint/__main__.py:_prune")
 def test_prune_without_a_complete_one_removes_nothing(run_folder: Path, command: Command) -> None:
     """Also where all sizes are right: what is kept must be sound."""
     checkpoints = run_folder / "checkpoints"
     for step in (100, 200):
         (checkpoints / f"step_{step:08d}" / SHARD).write_bytes(bytes(88))
     code, _, errors = command("prune", run_folder, "--keep-last", 1)
+    verify = f"python -m megatron_lite.checkpoint verify {checkpoints}"
     assert (code, errors) == (
         2,
-        [f"error: {checkpoints} holds no complete checkpoint, so nothing is removed; run `verify` for the reasons"],
+        [
+            f"error: {checkpoints} holds no complete checkpoint, so nothing is removed; `{verify}` shows what is wrong "
+            "with each"
+        ],
     )
     assert len(names(checkpoints)) == 3
+    code, lines, _ = command(*verify.split()[3:])
+    assert code == 1
+    assert [line for line in lines if not line.startswith(" ")] == [f"step_{n:08d}  damaged" for n in (300, 200, 100)]
 
 
 @pytest.mark.parametrize("name", ["inspect", "verify", "diff", "prune"])
+@obeys("megatron_lite/checkpoint/__main__.py:_prune")
+@obeys("megatron_lite/checkpoint/__main__.py:_verify")
 def test_no_checkpoint_is_one_clear_error(name: str, tmp_path: Path, command: Command) -> None:
     further = {"diff": [tmp_path], "prune": ["--keep-last", 1]}.get(name, [])
     code, lines, errors = command(name, tmp_path, *further)
     assert (code, lines) == (2, [])
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {tmp_path} holds no checkpoint")
+    assert "; give a " in errors[0]
+    save(tmp_path / "checkpoints", 100, state_with())
+    assert command(name, tmp_path, *further)[0] == 0
 
 
 def test_errors_name_the_file(run_folder: Path, command: Command) -> None:
@@ -270,12 +284,14 @@ def test_any_damaged_byte_of_any_file_is_an_error_of_ours(whole: Path, data: st.
         file.write_bytes(content)
 
 
+@obeys("megatron_lite/checkpoint/inspection.py:_configuration")
 def test_settings_of_another_version(run_folder: Path, tmp_path: Path, command: Command) -> None:
     folder = save(tmp_path / "other", 200, replace(STATE, config={"flavour": 1}), fill=200)
     code, _, errors = command("diff", run_folder, folder)
     assert code == 2
     assert errors[0].startswith(f"error: {folder}: this version cannot read the configuration: ")
     assert errors[0].endswith("; compare with --only-tensors")
+    assert command("diff", run_folder, folder, "--only-tensors")[0] == 0
 
 
 def test_number_that_is_none(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

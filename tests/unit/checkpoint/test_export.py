@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -104,6 +107,7 @@ def test_files_are_converted_one_by_one(tmp_path: Path, command: Command) -> Non
     assert model.dtype is torch.bfloat16
 
 
+@obeys("megatron_lite/checkpoint/export.py:_require_equal")
 def test_a_query_in_the_key_s_place_is_refused(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,10 +124,13 @@ def test_a_query_in_the_key_s_place_is_refused(
         return replace(form, pieces=tuple(replace(piece, target=other(piece.target)) for piece in form.pieces))
 
     save_model(tmp_path / "checkpoints", CASES["llama_multi_head"])
-    monkeypatch.setattr(parity, "stored_form", swapped)
-    error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
+    with monkeypatch.context() as other_version:
+        other_version.setattr(parity, "stored_form", swapped)
+        error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
     assert "LlamaForCausalLM of transformers" in error
     assert "computes logits from it that differ from ours by " in error
+    assert "; install the transformers of constraints.txt and export again; " in error
+    assert command(tmp_path, tmp_path / "out")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -156,14 +163,18 @@ def test_other_rules_of_computation_are_refused(tmp_path: Path, command: Command
     assert "that differ from ours by " in refused(command(folder, tmp_path / "out"), tmp_path / "out")
 
 
+@obeys("megatron_lite/checkpoint/parity.py:_theirs")
 def test_a_tensor_that_transformers_misses_is_named(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would draw one at random."""
     save_model(tmp_path / "checkpoints", CASES["gpt2"])
-    plant(monkeypatch, lambda tensors: tensors.pop("transformer.ln_f.bias"))
-    error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
+    with monkeypatch.context() as other_version:
+        plant(other_version, lambda tensors: tensors.pop("transformer.ln_f.bias"))
+        error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
     assert " have different tensors (missing keys: transformer.ln_f.bias)" in error
+    assert "; install the transformers of constraints.txt and try again" in error
+    assert command(tmp_path, tmp_path / "out")[0] == 0
 
 
 @obeys("megatron_lite/checkpoint/export.py:_rounded")
@@ -179,6 +190,7 @@ def test_a_number_too_large_for_the_type_is_named() -> None:
                 export_module._rounded(torch.tensor([1.0, number]), kind, "head")
 
 
+@obeys("megatron_lite/checkpoint/export.py:export")
 def test_what_exists_is_not_overwritten(tmp_path: Path, command: Command) -> None:
     save_model(tmp_path / "checkpoints", CASES["gpt2"])
     (tmp_path / "out").mkdir()
@@ -186,10 +198,18 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, command: Command) -> Non
     assert code == 2
     assert error.startswith(f"error: OUT={tmp_path}/out exists, and export never overwrites; remove it")
     assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out").rmdir()
+    (tmp_path / "file").touch()
+    code, _, error = command(tmp_path, tmp_path / "file" / "out")
+    assert code == 2
+    assert error.endswith("; free some space, or give another folder\n")
+    assert command(tmp_path, tmp_path / "out")[0] == 0
 
 
+@obeys("megatron_lite/checkpoint/export.py:_whole_checkpoint")
 def test_a_damaged_checkpoint_is_refused_and_in_a_run_skipped(tmp_path: Path, command: Command) -> None:
     folder = save_model(tmp_path / "checkpoints", CASES["gpt2"])
+    other = Path(shutil.copytree(folder, tmp_path / "other" / folder.name))
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"abcd")
@@ -200,7 +220,10 @@ def test_a_damaged_checkpoint_is_refused_and_in_a_run_skipped(tmp_path: Path, co
     code, printed, error = command(tmp_path, tmp_path / "out")
     assert code == 2
     assert f"Skipping step_00000100: {fault}" in printed
-    assert f"error: {tmp_path} holds no complete checkpoint; run `verify` to see" in error
+    told = re.search(r"holds no complete checkpoint; `python -m megatron_lite\.checkpoint (verify .*)` shows", error)
+    assert told is not None
+    assert main(told[1].split()) == 1
+    assert command(other, tmp_path / "out")[0] == 0
 
 
 def test_a_model_without_a_counterpart_is_refused_with_the_reason(tmp_path: Path, command: Command) -> None:
@@ -211,15 +234,25 @@ def test_a_model_without_a_counterpart_is_refused_with_the_reason(tmp_path: Path
     assert "model.attention_scale=true" in error
 
 
+@obeys("megatron_lite/checkpoint/parity.py:require_transformers")
 def test_without_transformers(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "checkpoints", CASES["gpt2"])
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'transformers>=4.50'" in refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)
+        error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
+    told = re.search(r"; pip install '(.*)'", error)
+    assert told is not None
+    assert Requirement(told[1]).specifier.contains(transformers.__version__)  # as installed here
+    assert command(tmp_path, tmp_path / "out")[0] == 0
 
 
+@obeys("megatron_lite/checkpoint/export.py:_whole_checkpoint")
 def test_no_checkpoint(tmp_path: Path, command: Command) -> None:
     error = refused(command(tmp_path, tmp_path / "out"), tmp_path / "out")
     assert error.startswith(f"error: {tmp_path} holds no checkpoint; give a checkpoint, a run folder")
+    folder = save_model(tmp_path / "checkpoints", CASES["gpt2"])
+    for path in (folder, tmp_path, tmp_path / "checkpoints"):
+        assert export_module._whole_checkpoint(path, pytest.fail)[0] == folder
 
 
 def test_the_types_of_the_command_are_those_of_the_module() -> None:

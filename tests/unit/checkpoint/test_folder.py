@@ -234,8 +234,8 @@ def test_no_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch
         require_space(checkpoints, 21 * 2**28)
     assert str(caught.value) == (
         f"{checkpoints} needs 5.25 GiB for a checkpoint, but its disk has 3 GiB free; free some space, keep fewer with "
-        "train.keep_last (`python -m megatron_lite.checkpoint prune` removes them now), or move the run folder to "
-        "another disk and name it in train.run_dir"
+        f"train.keep_last (`python -m megatron_lite.checkpoint prune {checkpoints} --keep-last N` removes the others "
+        "now), or move the run folder to another disk and name it in train.run_dir"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -20,6 +20,7 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.optim.batch_ramp import Origin
 from tests.unit.checkpoint.examples import STATE
+from tests.unit.remedies import obeys
 
 FOLDER = Path("run/checkpoints/step_00000100")
 
@@ -247,8 +248,10 @@ def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
         report_of(state_of("data.weights=[1,2]"), "data.weights=[1,3]", fingerprint=f"{STATE.data_fingerprint}.f00d")
 
 
+@obeys("megatron_lite/checkpoint/resume.py:describe")
 def test_configuration_of_another_version() -> None:
     with pytest.raises(
         CheckpointError, match=rf"{FOLDER}: this version cannot read .*'flavour'.*continue with the ver"
     ):
         report_of(state_of(config={**state_of().config, "train": {"flavour": 1}}))
+    assert report_of(state_of()).lines()  # as the version that wrote it would

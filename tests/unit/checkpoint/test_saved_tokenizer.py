@@ -29,6 +29,7 @@ from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.objectives.build import build_objective
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5
 from tests.tokenizer_families import CHAT_TEMPLATE, FAMILIES, TEXTS, changed
+from tests.unit.remedies import obeys
 
 TRAINED = "train"
 CASES: dict[str, tuple[ModelConfig, ObjectiveName]] = {
@@ -276,6 +277,7 @@ def test_add_bos_token_of_the_settings_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "add_bos"), [("llama3", None), ("llama3", False), ("qwen_chat", None)])
+@obeys("megatron_lite/data/shards/shard_ends.py:_adds_bos")
 def test_ready_shards_say_themselves_what_documents_begin_and_end_with(
     save: Save, tmp_path: Path, family: str, add_bos: bool | None
 ) -> None:
@@ -290,8 +292,11 @@ def test_ready_shards_say_themselves_what_documents_begin_and_end_with(
     assert again.tokenizer_files(config) == made.prepared.tokenizer_files(made.config)
     config.data.add_bos = not made.prepared.special.begin
     if family == "llama3":
-        with pytest.raises(DataError, match=r"its documents begin with(out)? a beginning-of-text token, but those of"):
+        said = r"its documents begin with(out)? a beginning-of-text token, but those .*; set data.add_bos="
+        with pytest.raises(DataError, match=said) as error:
             prepare(config, report=lambda line: None)
+        config.data.add_bos = "set data.add_bos=true" in str(error.value)
+        assert prepare(config, report=lambda line: None).special == made.prepared.special
 
 
 @pytest.mark.parametrize("family", ["llama3", "t5", "bert"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.__main__ import main
+from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import PreparedData
+from tests.unit.remedies import obeys
 
 
 def test_prepare_then_inspect(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,18 +49,34 @@ def test_inspect_foreign_pair(
     assert "no sidecar: made by another tool, its tokenizer is unknown, no checksum" in capsys.readouterr().out
 
 
+@obeys("megatron_lite/data/shards/inspection.py:_verify_pair")
 def test_verify_finds_a_changed_byte(
-    prepared_corpus: tuple[PreparedData, RunConfig], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared, _ = prepared_corpus
+    prepared, config = prepared_corpus
     path = prepared.train[0].prefix.with_name("train-0.bin")
-    content = bytearray(path.read_bytes())
-    content[10] ^= 1
-    path.write_bytes(bytes(content))
-    for target in (prepared.folder, prepared.train[0].prefix):
+    content = path.read_bytes()
+    (tmp_path / "copy").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(path.with_suffix(suffix), tmp_path / "copy")
+    damaged = content[:10] + bytes([content[10] ^ 1]) + content[11:]
+    copy = tmp_path / "copy" / "train-0"
+    for target, remedy in (
+        (prepared.folder, f"remove {prepared.folder} to prepare it again"),
+        (prepared.train[0].prefix, f"remove {prepared.folder} to prepare it again"),
+        (copy, "copy it again from the original"),
+    ):
+        (path if target != copy else copy.with_suffix(".bin")).write_bytes(damaged)
         assert main(["inspect", str(target)]) == 0
         assert main(["inspect", str(target), "--verify"]) == 2
-        assert re.search(r"train-0\.bin has checksum \w+; it was written with \w+ \(damaged\)", capsys.readouterr().err)
+        said = rf"train-0\.bin has checksum \w+; it was written with \w+ \(damaged\); {re.escape(remedy)}\n"
+        assert re.search(said, capsys.readouterr().err)
+        if target == copy:
+            copy.with_suffix(".bin").write_bytes(content)
+        else:
+            shutil.rmtree(prepared.folder)
+            prepare(config, report=lambda line: None)
+        assert main(["inspect", str(target), "--verify"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["inspect", "/nowhere/x"], ["prepare", "data.source=missing.txt"]])

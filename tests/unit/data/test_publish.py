@@ -20,6 +20,7 @@ from megatron_lite.data import publish
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.errors import DataError
 from tests.unit.data.conftest import visible
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 Silent = Callable[[str], None]
@@ -189,6 +190,7 @@ def test_full_disk(corpus: Path, config_for: ConfigFor, silent: Silent, monkeypa
 
 
 @pytest.mark.parametrize("place", ["file", "/proc/megatron_lite"])
+@obeys("megatron_lite/data/publish.py:_unwritable")
 def test_cache_that_cannot_be_written(
     tmp_path: Path, corpus: Path, config_for: ConfigFor, silent: Silent, place: str
 ) -> None:
@@ -198,6 +200,7 @@ def test_cache_that_cannot_be_written(
         prepare(config_for(corpus, cache_dir=cache), report=silent)
     assert str(error.value).startswith(f"data.cache_dir={cache} cannot be written: ")
     assert str(error.value).endswith("name another folder, or free disk space")
+    assert prepare(config_for(corpus, cache_dir=str(tmp_path / "another")), report=silent).train_documents
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="must be root to become somebody else")

@@ -320,6 +320,7 @@ def test_a_long_row_is_never_held(tmp_path: Path, config_for: ConfigFor, name: s
 
 # ---------------------------------------------------------------------------------------------- broken files
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.txt.bz2", "a.jsonl.xz", "a.jsonl.zst"])
+@obeys("megatron_lite/data/corpus/streams.py:reading")
 def test_packed_files_that_are_cut_off_or_damaged(tmp_path: Path, config_for: ConfigFor, name: str) -> None:
     content = "".join(json.dumps({"text": f"number {i * i}"}) + "\n" for i in range(500)).encode()
     path = write(tmp_path / name, content)

@@ -113,9 +113,12 @@ def test_address_of_a_file_here(folder: Path) -> None:
         "a.txt/",
     ],
 )
-def test_missing_file(name: str) -> None:
+@obeys("megatron_lite/data/corpus/source_names.py:_missing")
+def test_missing_file(name: str, folder: Path) -> None:
     with pytest.raises(DataError, match=rf"data\.source\[1\]={name}: .* is not a file \(looked from .*\); correct"):
         resolve_sources(["embedded", name], "data.source")
+    (folder / "here.txt").write_text("x")
+    assert resolve_sources(["embedded", "here.txt"], "data.source")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,7 @@ def test_what_cannot_be_a_name_of_the_hub(name: str) -> None:
     assert refusal(name).startswith(f"data.source={name}")
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:require_utf8")
 def test_names_that_no_file_has(folder: Path) -> None:
     assert "this user does not exist; write the path without ~" in refusal("~nobody_of_this_name/x.txt")
     assert " names no file; use embedded" in refusal("")
@@ -161,6 +165,7 @@ def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch, config_
     assert texts("~/x.txt", config_for) == texts("~/*.txt", config_for) == ["home"]
 
 
+@obeys("megatron_lite/data/corpus/source_names.py:_missing")
 def test_links(folder: Path) -> None:
     (folder / "x.txt").symlink_to("nowhere.txt")
     assert refusal("x.txt").endswith("x.txt is a link to nowhere.txt, which does not exist; correct the link")

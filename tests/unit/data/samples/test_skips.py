@@ -10,6 +10,7 @@ import pytest
 from megatron_lite.data.samples.skips import Rollback, Skips, Window, read_rollbacks, skips_of, write_rollbacks
 from megatron_lite.errors import DataError
 from megatron_lite.observe.metrics import SKIPS_FILE
+from tests.unit.remedies import obeys
 
 
 def test_nothing_is_left_out() -> None:
@@ -58,7 +59,12 @@ BACKWARDS = '{"format": 1, "rollbacks": [{"window": {"first": 9, "stop": 8}, "st
     "content",
     ["", "[]", "\0" * 9, "[" * 100_000, '{"format": 2}', '{"format": 1, "rollbacks": [{"step": 1}]}', BACKWARDS],
 )
+@obeys("megatron_lite/data/samples/skips.py:_unknown")
 def test_damaged_file(tmp_path: Path, content: str) -> None:
     (tmp_path / SKIPS_FILE).write_text(content)
-    with pytest.raises(DataError, match=r"train in a new train\.run_dir"):
+    with pytest.raises(DataError, match=rf"; restore {SKIPS_FILE}, or train in a new train\.run_dir"):
         read_rollbacks(tmp_path)
+    assert read_rollbacks(tmp_path / "new") == []
+    rollbacks = [Rollback(Window(64, 96), 3, 2, "loss")]
+    write_rollbacks(tmp_path, rollbacks)
+    assert read_rollbacks(tmp_path) == rollbacks

@@ -134,12 +134,15 @@ def test_truncated_idx(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("path_of", [bin_path, idx_path])
+@obeys("megatron_lite/data/shards/indexed.py:_unreadable")
 def test_missing_half(tmp_path: Path, path_of: object) -> None:
     write(tmp_path / "x")
     path = path_of(tmp_path / "x")  # type: ignore[operator]
     path.unlink()
     with pytest.raises(DataError, match=rf"{path.name} cannot be read: No such file .*a pair of \.bin and \.idx"):
         IndexedReader(tmp_path / "x")
+    write(tmp_path / "x")
+    assert IndexedReader(tmp_path / "x").num_documents == 3
 
 
 @pytest.mark.parametrize(
@@ -156,8 +159,12 @@ def test_missing_half(tmp_path: Path, path_of: object) -> None:
         (packed_index([2, 1], [0, 2], [0, 1, 2]), "there are gaps between its sequences"),
     ],
 )
+@obeys("megatron_lite/data/shards/indexed.py:_damaged")
+@obeys("megatron_lite/data/shards/indexed.py:_parse_header")
 def test_damaged_index(tmp_path: Path, index: bytes, message: str) -> None:
     (tmp_path / "x.idx").write_bytes(index)
     (tmp_path / "x.bin").write_bytes(bytes(6))
-    with pytest.raises(DataError, match=rf"x\.idx .*{message}"):
+    with pytest.raises(DataError, match=rf"x\.idx .*{message}.*; {OTHERS}"):
         IndexedReader(tmp_path / "x")
+    write(tmp_path / "x")
+    assert IndexedReader(tmp_path / "x").num_documents == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+@obeys("megatron_lite/data/shards/prepared.py:_check_file")
 def test_truncated_shard(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent) -> None:
     prepared, config = prepared_corpus
     path = prepared.train[0].prefix.with_name("train-0.bin")
@@ -32,6 +34,8 @@ def test_truncated_shard(prepared_corpus: tuple[PreparedData, RunConfig], silent
         f"{path} is {size - 4:,} bytes; train-0.idx expects {size:,} (truncated); "
         f"remove {prepared.folder} to prepare it again"
     )
+    shutil.rmtree(prepared.folder)
+    assert prepare(config, report=silent) == prepared
 
 
 def test_changed_byte_in_a_shard(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent) -> None:
@@ -51,38 +55,58 @@ def test_missing_shard(prepared_corpus: tuple[PreparedData, RunConfig], silent: 
         prepare(config, report=silent)
 
 
+@obeys("megatron_lite/data/publish.py:_build_and_rename")
 def test_folder_without_its_manifest(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent) -> None:
     prepared, config = prepared_corpus
     (prepared.folder / "prepared.json").unlink()
     with pytest.raises(DataError, match="is incomplete; remove it to prepare it again"):
         prepare(config, report=silent)
+    shutil.rmtree(prepared.folder)
+    assert prepare(config, report=silent) == prepared
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 99}'])
+@obeys("megatron_lite/data/shards/prepared.py:read_manifest")
 def test_damaged_manifest(prepared_corpus: tuple[PreparedData, RunConfig], silent: Silent, content: str) -> None:
     prepared, config = prepared_corpus
     (prepared.folder / "prepared.json").write_text(content)
     with pytest.raises(DataError, match=r"prepared\.json (is damaged|has format 99).*; remove .* to prepare it again"):
         prepare(config, report=silent)
+    shutil.rmtree(prepared.folder)
+    assert prepare(config, report=silent) == prepared
 
 
+@obeys("megatron_lite/data/corpus/rows.py:no_documents")
 def test_corpus_without_text(tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
     (tmp_path / "blank.txt").write_text("\n\n  \n\n")
     rule = r"data\.source=.*blank\.txt holds no text in its 2 rows \(2 empty: .*:1; .*:2\); name a source with "
     with pytest.raises(DataError, match=rule):
         prepare(config_for(tmp_path / "blank.txt"), report=silent)
+    (tmp_path / "blank.txt").write_text("\n\n  \n\none\n\ntwo\n\nthree")
+    assert prepare(config_for(tmp_path / "blank.txt", validation_fraction=0.5), report=silent).train_documents
 
 
+@obeys("megatron_lite/data/shards/prepare.py:_one_document")
 def test_one_document_cannot_be_split(corpus: Path, config_for: ConfigFor) -> None:
     """Said at once: the vocabulary of a large text takes minutes."""
     message = (
-        r"has 1 document, but holding out .* 2 or more; set data\.document_separator, or set data\.validation_source"
+        r"has 1 document, but holding out .* 2 or more; "
+        r"set data\.document_separator to what is between its documents, or set data\.validation_source$"
     )
     config = config_for(corpus, document_separator=None, validation_fraction=1e-9)
     reported: list[str] = []
     with pytest.raises(DataError, match=message):
         prepare(config, report=reported.append)
     assert not reported, "a tokenizer was trained first"
+    config.data.validation_source = str(corpus)
+    assert prepare(config, report=reported.append).train_documents == 1
+    assert prepare(config_for(corpus, document_separator="\n\n"), report=reported.append).validation_documents
+
+
+def test_a_separator_is_no_remedy_where_rows_are_documents(tmp_path: Path, config_for: ConfigFor) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "a document\\n\\nof two paragraphs"}\n')
+    with pytest.raises(DataError, match=r"2 or more; set data\.validation_source$"):
+        prepare(config_for(tmp_path / "one.jsonl"), report=pytest.fail)
 
 
 @obeys("megatron_lite/data/shards/prepare.py:_nothing_held_out")

@@ -17,6 +17,7 @@ from megatron_lite.data.shards.prepare import planned_vocab_size, prepare
 from megatron_lite.data.shards.prepared import Part, PreparedData, documents_of_part
 from megatron_lite.errors import ConfigError, DataError
 from tests.unit.data.conftest import windows
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 Silent = Callable[[str], None]
@@ -104,6 +105,7 @@ def test_own_shards_bring_their_tokenizer(
     ]
 
 
+@obeys("megatron_lite/data/shards/ready.py:_check_tokenizer")
 def test_wrong_tokenizer_for_a_shard(
     tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor, silent: Silent
 ) -> None:
@@ -118,8 +120,11 @@ def test_wrong_tokenizer_for_a_shard(
         f"than data.tokenizer={other.tokenizer_dir} (hash {str(other.tokenizer_hash)[:12]}); name the tokenizer of the "
         "shards in data.tokenizer"
     )
+    config.data.tokenizer = str(made.tokenizer_dir)
+    assert prepare(config, report=silent).tokenizer_hash == made.tokenizer_hash
 
 
+@obeys("megatron_lite/data/shards/ready.py:shared_tokenizer")
 def test_shards_of_different_tokenizers(
     tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor, silent: Silent
 ) -> None:
@@ -128,8 +133,12 @@ def test_shards_of_different_tokenizers(
     other = prepare(config_for(tmp_path / "x.txt", tokenizer_vocab_size=390), report=silent)
     with pytest.raises(DataError, match=r"data\.source names shards that different tokenizers made \(.* and .*\)"):
         prepare(config_for([made.train[0].prefix, other.train[0].prefix]), report=silent)
+    other = prepare(config_for(tmp_path / "x.txt", tokenizer=str(made.tokenizer_dir)), report=silent)
+    both = prepare(config_for([made.train[0].prefix, other.train[0].prefix]), report=silent)
+    assert both.tokenizer_hash == made.tokenizer_hash
 
 
+@obeys("megatron_lite/data/shards/prepared.py:_vocab_size")
 def test_ids_beyond_the_vocabulary(foreign: Path, config_for: ConfigFor, silent: Silent) -> None:
     with pytest.raises(DataError) as error:
         prepare(config_for(foreign, vocab_size=89), report=silent)
@@ -140,15 +149,21 @@ def test_ids_beyond_the_vocabulary(foreign: Path, config_for: ConfigFor, silent:
     assert prepare(config_for(foreign, vocab_size=90), report=silent).vocab_size == 90
 
 
-def test_unknown_vocabulary(foreign: Path, config_for: ConfigFor, silent: Silent) -> None:
+@obeys("megatron_lite/data/tokenizer/vocabulary.py:planned_vocab_size")
+def test_unknown_vocabulary(tmp_path: Path, foreign: Path, config_for: ConfigFor, silent: Silent) -> None:
     with pytest.raises(
         ConfigError, match=r"model\.vocab_size=null is unknown for ready shards without a tokenizer; set it"
     ):
         prepare(config_for(foreign), report=silent)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=null cannot be derived from data\.tokenizer=train"):
         planned_vocab_size(config_for(foreign))
+    assert planned_vocab_size(config_for(foreign, vocab_size=90)) == 90
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 89}}}')
+    assert planned_vocab_size(config_for(foreign, tokenizer=str(tmp_path / "t"))) == 90
 
 
+@obeys("megatron_lite/data/shards/prepare.py:_check_tokenizer")
 def test_text_beside_ready_shards_needs_a_named_tokenizer(
     foreign: Path, corpus: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor, silent: Silent
 ) -> None:
@@ -175,12 +190,15 @@ def test_scan_is_done_once(foreign: Path, config_for: ConfigFor) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@obeys("megatron_lite/data/corpus/sources.py:_half")
 def test_missing_half(foreign: Path, config_for: ConfigFor, silent: Silent, suffix: str) -> None:
-    foreign.with_name(f"foreign{suffix}").unlink()
+    half = foreign.with_name(f"foreign{suffix}").rename(foreign.with_name("elsewhere"))
     with pytest.raises(
         DataError, match=rf"data\.source=.*foreign: .*foreign\{suffix} does not exist; Megatron shards are"
     ):
         prepare(config_for(foreign, vocab_size=90), report=silent)
+    half.rename(foreign.with_name(f"foreign{suffix}"))
+    assert prepare(config_for(foreign, vocab_size=90), report=silent).train_documents
 
 
 def test_truncated_after_it_was_read(foreign: Path, config_for: ConfigFor, silent: Silent) -> None:
@@ -195,19 +213,23 @@ def test_truncated_after_it_was_read(foreign: Path, config_for: ConfigFor, silen
     assert str(error.value) == f"{path} is {size - 2:,} bytes; foreign.idx expects {size:,} (truncated); {OTHERS}"
 
 
-def test_empty_shards(tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
+@obeys("megatron_lite/data/shards/ready.py:check_ready")
+def test_empty_shards(foreign: Path, tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
     IndexedWriter(tmp_path / "empty", np.uint16).finish()
     with pytest.raises(DataError, match=r"empty\.bin holds no tokens; name shards with documents in them"):
         prepare(config_for(tmp_path / "empty", vocab_size=9), report=silent)
+    assert prepare(config_for(foreign, vocab_size=90), report=silent).train_documents
 
 
-def test_file_that_holds_no_ids(tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
+@obeys("megatron_lite/data/shards/ready.py:_check_ids")
+def test_file_that_holds_no_ids(foreign: Path, tmp_path: Path, config_for: ConfigFor, silent: Silent) -> None:
     writer = IndexedWriter(tmp_path / "x", np.int32)
     writer.add(np.array([1, 2, -3, 4]), np.array([2, 2]))
     writer.finish()
     config = config_for(tmp_path / "x", vocab_size=9, validation_source=str(tmp_path / "x"))
     with pytest.raises(DataError, match=r"x\.bin holds -3, which cannot be a token id; name Megatron"):
         prepare(config, report=silent)
+    assert prepare(config_for(foreign, vocab_size=90), report=silent).train_documents
 
 
 def test_nothing_held_out_of_a_ready_shard(foreign: Path, config_for: ConfigFor, silent: Silent) -> None:

@@ -18,6 +18,7 @@ from megatron_lite.data.tokenizer.encoding import KNOWN_PATTERNS, Encoder, cuts_
 from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
 from megatron_lite.errors import DataError
 from tests.tokenizer_families import FAMILIES, LLAMA3_PATTERN, TEXTS, changed
+from tests.unit.remedies import obeys
 
 PIECE = 40
 CUT = ("gpt2", "llama3", "qwen_chat", "smollm_chat", "bert", "roberta", "t5")
@@ -151,6 +152,8 @@ def test_a_bpe_that_merges_the_name_of_a_special_token(tmp_path: Path) -> None:
     assert opened.decode(ids).replace(" ", "") == "</s></s>"
 
 
+@obeys("megatron_lite/data/tokenizer/encoding.py:_encode_together")
 def test_what_the_library_cannot_encode_is_an_error_of_ours(encoders: dict[str, Encoder]) -> None:
     with pytest.raises(DataError, match=r"data\.tokenizer=.* cannot encode a text of up to 3 characters, 'a.*split or"):
-        encoders["gpt2"].encode(["a\ud800b"])
+        encoders["gpt2"].encode(["the fox", "a\ud800b"])
+    assert len(encoders["gpt2"].encode(["the fox"])[1]) == 1

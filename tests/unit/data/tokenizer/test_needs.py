@@ -22,6 +22,7 @@ from megatron_lite.data.tokenizer.needs import add_tokens, require_tokens
 from megatron_lite.data.tokenizer.tokenizer import open_tokenizer
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.objectives.build import build_objective
+from tests.unit.remedies import obeys
 
 ConfigFor = Callable[..., RunConfig]
 TEXT = "the mask <extra_id_3> [MASK] [CLS] <fim_prefix> goes"
@@ -64,6 +65,7 @@ def test_a_trained_tokenizer_has_everything(prepared_corpus: tuple[PreparedData,
         ("fill_in_the_middle", "<fim_prefix>, <fim_suffix>, <fim_middle>"),
     ],
 )
+@obeys("megatron_lite/data/tokenizer/needs.py:require_tokens")
 def test_refusal_names_a_command_that_helps(
     tmp_path: Path, bare: Path, capsys: pytest.CaptureFixture[str], objective: str, missing: str
 ) -> None:
@@ -162,6 +164,7 @@ def test_the_roles_alone_do_for_the_others(
     build_objective(config.objective, config.data, prepared.vocabulary)
 
 
+@obeys("megatron_lite/data/tokenizer/needs.py:no_sentences")
 def test_sentences_that_nothing_tells_are_missed_before_a_token_is_read(
     tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor
 ) -> None:
@@ -248,6 +251,7 @@ def test_remedy_for_ready_shards_with_their_tokenizer(
 
 
 @pytest.mark.parametrize("what", ["file", "full"])
+@obeys("megatron_lite/data/tokenizer/needs.py:add_tokens")
 def test_destination_is_never_overwritten(
     tmp_path: Path, bare: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -257,6 +261,7 @@ def test_destination_is_never_overwritten(
     (target / "x" if what == "full" else target).write_text("mine")
     assert main(["add-tokens", "--objective", "masked_lm", str(bare), str(target)]) == 2
     assert capsys.readouterr().err == f"{target} exists and will not be overwritten; name a new folder\n"
+    assert main(["add-tokens", "--objective", "masked_lm", str(bare), str(tmp_path / "new")]) == 0
 
 
 def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,9 +274,23 @@ def test_wrong_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "new").exists()
 
 
+@obeys("megatron_lite/data/tokenizer/tokenizer.py:save_extended")
 def test_gaps_that_new_tokens_do_not_fit_into(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 5}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(ConfigError, match=r"have gaps, so 104 new ones cannot be appended; .* starting at id 6"):
-        add_tokens(str(tmp_path), tmp_path / "new", "ul2")
+    with pytest.raises(ConfigError) as error:
+        add_tokens(str(tmp_path), tmp_path / "new", "masked_lm_nsp")
+    assert str(error.value) == (
+        f"the ids of data.tokenizer={tmp_path} have gaps, so [CLS], [MASK], [PAD] cannot be appended; add them by hand "
+        "to model.vocab and added_tokens of its tokenizer.json, starting at id 6"
+    )
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    for number, name in enumerate(("[CLS]", "[MASK]", "[PAD]"), start=6):
+        spec["model"]["vocab"][name] = number
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        spec["added_tokens"].append({"id": number, "content": name, "special": True, **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    opened = open_tokenizer(str(tmp_path))
+    assert (opened.special.cls, opened.special.mask, opened.special.pad, opened.vocab_size) == (6, 7, 8, 9)
+    require_tokens(opened.special, "masked_lm_nsp", tokenizer=str(tmp_path), folder=tmp_path)

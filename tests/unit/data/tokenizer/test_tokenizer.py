@@ -20,6 +20,7 @@ from megatron_lite.data.tokenizer.tokenizer_files import require_some_file
 from megatron_lite.data.tokenizer.vocabulary import SMALLEST_BPE, planned_vocab_size
 from megatron_lite.errors import ConfigError, DataError
 from tests.unit.data.conftest import document
+from tests.unit.remedies import obeys
 
 TEXTS = [document(i) for i in range(60)]
 
@@ -191,12 +192,15 @@ def test_eod_that_is_an_ordinary_piece_of_the_vocabulary(tmp_path: Path) -> None
     assert tokens.tolist() == [2, 0, 2, 1, 2, 1, 0, 2, 0, 1]
 
 
+@obeys("megatron_lite/data/tokenizer/encoding.py:_refuse_roles")
 def test_eod_that_cannot_be_told_from_text(tmp_path: Path) -> None:
     folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1}, eos_token="[UNK]")
     with pytest.raises(
         DataError, match=r"the text 'strange'\.\.\. encodes to the end-of-document token '\[UNK\]' itself"
     ):
         open_tokenizer(str(folder)).encode("strange")
+    other = save_word_tokenizer(tmp_path / "other", {"[UNK]": 0, "word": 1, "</s>": 2}, eos_token="</s>")
+    assert open_tokenizer(str(other)).encode("strange") == [0]
 
 
 def test_vocabulary_with_gaps_counts_the_largest_id(tmp_path: Path) -> None:
@@ -241,10 +245,13 @@ def test_eod_is_the_one_that_the_folder_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", "[1]", '{"model": {"type": "BPE", "vocab": {"</s>": 0}}}'])
-def test_broken_tokenizer_json(tmp_path: Path, content: str) -> None:
+@obeys("megatron_lite/data/tokenizer/tokenizer.py:_opened")
+def test_broken_tokenizer_json(tmp_path: Path, folder: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path} cannot be opened: "):
+    said = rf"data\.tokenizer={tmp_path} cannot be opened: .*; use `train`, or the folder or hub name of a tokenizer"
+    with pytest.raises(ConfigError, match=said):
         open_tokenizer(str(tmp_path))
+    assert open_tokenizer(str(folder)).vocab_size == 490
 
 
 def test_missing_and_empty_folder(tmp_path: Path) -> None:
@@ -261,6 +268,7 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "file_name"), [("BertTokenizer", "vocab.txt"), ("GPT2Tokenizer", "merges.txt")])
+@obeys("megatron_lite/data/tokenizer/tokenizer_files.py:cannot_open")
 def test_files_of_an_unknown_kind(tmp_path: Path, kind: str, file_name: str) -> None:
     """As Megatron's --vocab-file and --merge-file name them: nothing beside them tells their kind."""
     letters = ["a", "b", "Ġ", "ab"]

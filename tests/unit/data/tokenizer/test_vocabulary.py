@@ -61,12 +61,15 @@ def test_of_a_wordpiece_folder(tmp_path: Path, config_for: ConfigFor, ending: st
     assert planned_vocab_size(config_for("embedded", tokenizer=str(tmp_path))) == 3
 
 
+@obeys("megatron_lite/data/tokenizer/vocabulary.py:_cached_hub_file")
 def test_unknown(tmp_path: Path, config_for: ConfigFor) -> None:
     for name in (str(tmp_path), "nobody/no_such_tokenizer"):
         with pytest.raises(ConfigError, match=rf"model\.vocab_size=null cannot be derived from data\.tokenizer={name}"):
             planned_vocab_size(config_for("embedded", tokenizer=name))
     with pytest.raises(ConfigError, match=r"data\.tokenizer=/no/such/folder is neither a folder nor a hub name"):
         planned_vocab_size(config_for("embedded", tokenizer="/no/such/folder"))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[SEP]")
+    assert planned_vocab_size(config_for("embedded", tokenizer=str(tmp_path))) == 2
 
 
 def test_broken_tokenizer_json(tmp_path: Path, config_for: ConfigFor) -> None:
