@@ -110,7 +110,9 @@ VERBS = {
     "verify": Verb(
         "SCRIPT [SETTING ...]", "compare a layout with one process, gradient by gradient", _verify, has_help=False
     ),
-    "evaluate": Verb("CHECKPOINT [SETTING ...]", "report loss and accuracy of a checkpoint on held-out text", _evaluate),
+    "evaluate": Verb(
+        "CHECKPOINT [SETTING ...]", "report loss and accuracy of a checkpoint on held-out text", _evaluate
+    ),
     "explain": Verb("[KEY]", "explain a setting: meaning, type, range, presets", _explain),
     "status": Verb("RUN_FOLDER", "show the state of a run and its jobs", _follow("status"), has_help=False),
     "logs": Verb(
@@ -121,16 +123,16 @@ VERBS = {
     "report": Verb("RUN_FOLDER [--out FILE]", "draw a run on one page: running, ended or killed", _watch("report")),
     "compare": Verb("RUN_FOLDER RUN_FOLDER", "show where two runs diverge, and why", _watch("compare")),
     "trace": Verb("RUN_FOLDER --step N [--text]", "show the documents that a step was trained on", _watch("trace")),
-    "data": Verb("COMMAND ...", "prepare and inspect training data", _data, choices=("prepare", "inspect", "add-tokens")),
+    "data": Verb(
+        "COMMAND ...", "prepare and inspect training data", _data, choices=("prepare", "inspect", "add-tokens")
+    ),
     "checkpoint": Verb(
         "COMMAND ...",
         "inspect, verify, prune and export checkpoints",
         _checkpoint,
         choices=("inspect", "verify", "diff", "prune", "export"),
     ),
-    "completion": Verb(
-        "bash|zsh", "print the completion script of a shell", _completion, choices=("bash", "zsh")
-    ),
+    "completion": Verb("bash|zsh", "print the completion script of a shell", _completion, choices=("bash", "zsh")),
 }
 COMPLETE = "complete"  # what the shells' completion runs; not listed
 
