@@ -208,7 +208,7 @@ def test_what_an_evaluation_takes_instead(run: Path) -> None:
 
 
 @obeys("launch/evaluation.py:prepare_text")
-def test_held_out_text_that_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_held_out_text_that_has_changed(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     before = "\n\n".join(f"a document with the number {number}" for number in range(90))
     text.write_text(before)
