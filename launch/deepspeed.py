@@ -136,7 +136,8 @@ def private_file(ours: str, config: ResolvedConfig) -> str:
         raise ConfigError(
             [
                 f"launcher.pass_environment names {name}, whose value a shell on every host would read, and DeepSpeed "
-                "does not quote it; set it on each host (~/.bashrc), or start each host with launcher.node_rank"
+                "does not quote it; leave it out and set it on each host (~/.bashrc), or start each host with "
+                "launcher.node_rank"
                 for name in bad
             ]
         )

@@ -169,7 +169,7 @@ def _last_figures(run_dir: Path) -> _Figures | None:
 def logs(run_dir: Path) -> int:
     paths = [path for path in (_job_log(run_dir), _telling_rank_log(run_dir)) if path is not None]
     if not paths:
-        raise LaunchError(f"{run_dir} has no logs: no rank has started yet; see `python -m launch status`")
+        raise LaunchError(f"{run_dir} has no logs: no rank has started yet; see {_command('status', run_dir)}")
     for path in paths:
         print(f"== {path}")
         print("\n".join(tail(path, lines=40)))
@@ -228,14 +228,21 @@ def cancel(run_dir: Path) -> int:
         return EXIT_OK
     holder = holder_of(run_dir)
     if holder is None:
-        raise LaunchError(f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status")
+        raise LaunchError(
+            f"nothing of {run_dir} waits or runs, so there is nothing to cancel; see {_command('status', run_dir)}"
+        )
     ask_to_stop(run_dir, "`python -m launch cancel`")
     print(f"asked {holder} and its ranks to save and to stop")
     return EXIT_OK
 
 
 def _how_to_go_on(run_dir: Path) -> str:
-    return f"`python -m launch requeue {shlex.quote(str(run_dir))}` goes on with the run"
+    return f"{_command('requeue', run_dir)} goes on with the run"
+
+
+def _command(name: str, run_dir: Path) -> str:
+    """What to type."""
+    return f"`python -m launch {name} {shlex.quote(str(run_dir))}`"
 
 
 def requeue(run_dir: Path) -> int:
@@ -253,9 +260,12 @@ def requeue(run_dir: Path) -> int:
         scheduler.requeue(running[0])
         print(f"job {running[0]} goes back into the queue, and on from its newest checkpoint")
     elif jobs:
-        raise LaunchError(f"job {jobs[0].number} of {run_dir} is {jobs[0].state} already; wait for it, or cancel it")
+        raise LaunchError(
+            f"job {jobs[0].number} of {run_dir} is {jobs[0].state} already; wait for it, or end it with "
+            f"{_command('cancel', run_dir)}"
+        )
     elif (holder := holder_of(run_dir)) is not None:
-        raise LaunchError(f"{run_dir} is in use by {holder}; wait for it, or end it with `python -m launch cancel`")
+        raise LaunchError(f"{run_dir} is in use by {holder}; wait for it, or end it with {_command('cancel', run_dir)}")
     else:
         submit(run_dir, links=1)
     return EXIT_OK

@@ -27,7 +27,10 @@ def script_path(script: str) -> Path:
     """
     path = CODE / f"{script}.py"
     if not path.is_file():
-        raise LaunchError(f"{path} is missing; {script} has a primary configuration, but no script")
+        raise LaunchError(
+            f"{path} is missing, and {script} has a primary configuration; restore the file, or write it like "
+            "pretrain_gpt.py"
+        )
     return path
 
 

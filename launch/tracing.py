@@ -122,7 +122,7 @@ def trace(question: Question) -> Answer:
         DataError: no such run, step or sample, or its data is not there any more.
     """
     if question.shown < 0:
-        raise DataError(f"--samples {question.shown} must be >= 0")
+        raise DataError(f"--samples {question.shown} is negative; give 0 or more")
     path, config = read_config(question.run_dir, question.step)
     samples = _samples(question, config)
     prepared = _prepared(question, path, config)
@@ -143,7 +143,7 @@ def trace(question: Question) -> Answer:
 def _samples(question: Question, config: RunConfig) -> StepSamples:
     if question.sample is not None:
         if question.sample < 0:
-            raise DataError(f"--sample {question.sample} must be >= 0; give the number of a sample")
+            raise DataError(f"--sample {question.sample} is negative; give 0 or more")
         if question.is_rolled_back:
             raise DataError(
                 f"--rolled-back asks for a version of a step, not of --sample {question.sample}; give --step"

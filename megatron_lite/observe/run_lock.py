@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -304,8 +305,8 @@ def _watch(
 
 def _in_use(run_dir: Path, entry: _Entry) -> RunFolderInUseError:
     return RunFolderInUseError(
-        f"train.run_dir={run_dir} is in use by {entry}; wait for it, end it with `python -m launch cancel {run_dir}`, "
-        "or give another train.run_dir"
+        f"train.run_dir={run_dir} is in use by {entry}; wait for it, end it with `python -m launch cancel "
+        f"{shlex.quote(str(run_dir))}`, or give another train.run_dir"
     )
 
 

@@ -215,6 +215,11 @@ def _conclude(run: Run, outcome: RunOutcome) -> None:
 
 
 def _require_data(run: Run, last_step: int) -> None:
+    if last_step == 0:
+        raise OutOfDataError(
+            f"data.max_epochs={run.config.data.max_epochs} ends within the first step, and nothing is trained; raise "
+            "data.max_epochs, add text in a new train.run_dir, or lower train.global_batch_size"
+        )
     if last_step < run.config.train.steps:
         raise OutOfDataError(
             f"data.max_epochs={run.config.data.max_epochs} ends after step {last_step:,} of train.steps="

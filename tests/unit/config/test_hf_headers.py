@@ -76,6 +76,7 @@ def test_an_index_of_one_file_of_the_usual_name(tmp_path: Path) -> None:
     assert set(tensors_of(tmp_path)) == {"a"}
 
 
+@obeys("megatron_lite/config/hf/headers.py:_index")
 @pytest.mark.parametrize(
     "index",
     [
@@ -90,9 +91,12 @@ def test_an_index_of_one_file_of_the_usual_name(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_is_none(tmp_path: Path, index: str) -> None:
+    write_safetensors(tmp_path / "one.safetensors", {"a": (2,)})
     (tmp_path / INDEX_FILE).write_text(index)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*; copy it again from where it came"):
         tensors_of(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    assert set(tensors_of(tmp_path)) == {"a"}
 
 
 @pytest.mark.parametrize("cut", [1, 4, 12, 40])
@@ -174,6 +178,9 @@ def test_any_damaged_byte_is_read_or_refused(position: int, byte: int) -> None:
         assert SINGLE_FILE in refused
 
 
+@obeys("megatron_lite/config/hf/headers.py:entries_of")
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*; copy it again from where it came"):
         tensors_of(tmp_path)
+    write_safetensors(tmp_path / SINGLE_FILE, {"a": (2,)})
+    assert set(tensors_of(tmp_path)) == {"a"}

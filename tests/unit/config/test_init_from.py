@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
 from tests.tiny_models import BART, BERT, GPT2, LLAMA, T5, T5_V1_1
 from tests.unit.config.hf_folders import write_folder, write_safetensors, write_tokenizer
+from tests.unit.remedies import obeys
 
 
 @cache
@@ -155,6 +157,7 @@ def test_tensors_tell_whether_t5_has_a_head_of_its_own(tmp_path: Path) -> None:
     assert not config_of(folder, script="pretrain_t5").model.tie_embeddings
 
 
+@obeys("megatron_lite/config/hf/folder.py:_under_our_names")
 def test_a_checkpoint_under_our_own_names(tmp_path: Path) -> None:
     model = replace(T5, attention_scale=True, hidden_dropout=0.3, vocab_size=None)
     run = replace(RunConfig(), script="pretrain_t5", model=model)
@@ -168,8 +171,13 @@ def test_a_checkpoint_under_our_own_names(tmp_path: Path) -> None:
     assert differing == {"name", "init_from", "vocab_size"}
     assert found.vocab_size == 61
     assert "contradicts" in problems_of(tmp_path, "model.attention_scale=false", *words, script="pretrain_t5")[0]
-    (tmp_path / STATE_FILE).write_text(json.dumps({"format": 1, "hugging_face": False, "config": {}}))
-    assert "describes no model" in problems_of(tmp_path, *words, script="pretrain_t5")[0]
+    other = shutil.copytree(tmp_path, tmp_path.with_name("other"))
+    for damaged in ({}, {"model": {"num_layers": "many"}}):
+        (tmp_path / STATE_FILE).write_text(json.dumps({"format": 1, "hugging_face": False, "config": damaged}))
+        message = problems_of(tmp_path, *words, script="pretrain_t5")[0]
+        assert "describes no model" in message
+        assert message.endswith("; give another checkpoint")
+        assert config_of(other, *words, script="pretrain_t5").model.vocab_size == 61
 
 
 LATE: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import entry
+from launch.cli import main
 from launch.entry import run_script
 from launch.environment import ERROR_FILE
 from megatron_lite.config.compose import compose
@@ -19,6 +20,7 @@ from megatron_lite.data import FOLDER_VARIABLE
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe import run_lock
 from megatron_lite.observe.run_lock import Claim
+from tests.unit.remedies import obeys
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", ERROR_FILE,
                   "TORCH_EXTENSIONS_DIR", "SLURM_STEP_NUM_TASKS", FOLDER_VARIABLE)  # fmt: skip
@@ -86,6 +88,7 @@ def test_numbers_of_processes_that_are_none(value: str, capfd: pytest.CaptureFix
         del os.environ[name]
 
 
+@obeys("launch/entry.py:_world_size")
 def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.CaptureFixture[str]) -> None:
     script = Script()
     assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2"]) == 2
@@ -94,8 +97,13 @@ def test_by_hand_with_a_layout_of_many_says_how_to_start_it(capfd: pytest.Captur
         "error: pretrain_gpt.py was started as 1 process, but the layout needs 8 = 2 data x 2 tensor x 2 pipeline; "
         "start it with `python -m launch pretrain_gpt ...` or `torchrun --nproc-per-node 8 pretrain_gpt.py ...`\n"
     )
+    assert main(["pretrain_gpt", "parallel=dp2_tp2_pp2", "--dry-run"]) == 0
+    for rank in (0, 7):
+        as_rank(rank, 8, LOCAL_WORLD_SIZE="8")  # by torchrun
+        assert run_script(script, "pretrain_gpt", ["parallel=dp2_tp2_pp2", "train.run_dir=run"]) == 0
 
 
+@obeys("launch/entry.py:_world_size")
 def test_srun_without_torchrun_makes_worlds_of_one(capfd: pytest.CaptureFixture[str]) -> None:
     os.environ["SLURM_STEP_NUM_TASKS"] = "8"
     script = Script()
@@ -103,7 +111,12 @@ def test_srun_without_torchrun_makes_worlds_of_one(capfd: pytest.CaptureFixture[
     assert script.config is None
     error = capfd.readouterr().err
     assert error.startswith("error: srun has started 8 processes of pretrain_gpt.py, each a world of its own")
-    assert "srun --ntasks-per-node=1 torchrun" in error
+    assert "use `python -m launch pretrain_gpt launcher=slurm ...`" in error
+    slurm = ["launcher=slurm", "launcher.nodes=1", "launcher.gpus_per_node=1"]
+    assert main(["pretrain_gpt", *slurm, "--dry-run"]) == 0
+    assert "srun --ntasks-per-node=1 torchrun --nproc-per-node GPUS" in error
+    as_rank(0, 1, LOCAL_WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="2")  # by torchrun
+    assert run_script(script, "pretrain_gpt", ["train.run_dir=run"]) == 0
 
 
 def test_one_process_within_a_large_allocation() -> None:
@@ -151,10 +164,12 @@ def test_frozen_file_in_a_world_of_another_size(capfd: pytest.CaptureFixture[str
     assert "world_size=3 must be data x tensor x pipeline = 1 x 2 x 1 = 2" in capfd.readouterr().err
 
 
+@obeys("launch/entry.py:_frozen_config")
 def test_settings_beside_a_frozen_file_are_the_launchers(capfd: pytest.CaptureFixture[str]) -> None:
     path = frozen_file("train.run_dir=run")
     assert run_script(Script(), "pretrain_gpt", ["--config", str(path), "train.steps=3"]) == 2
     assert f"--config {path} is complete; leave out train.steps=3" in capfd.readouterr().err
+    assert run_script(Script(), "pretrain_gpt", ["--config", str(path)]) == 0
 
 
 @pytest.mark.parametrize("debug", [False, True])

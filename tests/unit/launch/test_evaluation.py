@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +21,13 @@ from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import as_containers
 from megatron_lite.config.launcher import LauncherName
 from megatron_lite.config.schema import OptimizerName
+from megatron_lite.data.shards.prepare import prepare
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.files import file_xxh3
 from megatron_lite.observe.evaluation import report_of
 from megatron_lite.optim.moments import moments_of
+from tests.unit.config.hf_folders import write_tokenizer
+from tests.unit.remedies import obeys
 
 STEP = 7
 ROWS = 512
@@ -129,6 +134,7 @@ def _foreign_config(folder: Path) -> None:
     path.write_text(path.read_text().replace('"hidden_size"', '"hidden_sizf"'))
 
 
+@obeys("launch/evaluation.py:_of_checkpoint")
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
@@ -140,9 +146,14 @@ def _foreign_config(folder: Path) -> None:
     ],
 )
 def test_damaged_checkpoint(
-    run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], parts: tuple[str, ...]
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    parts: tuple[str, ...],
 ) -> None:
     newest = run / "checkpoints" / folder_name(STEP)
+    shutil.copytree(newest, tmp_path / "whole")
     damage(newest)
     message = refused(capsys, str(run))
     assert message.count("error:") == 1
@@ -150,6 +161,9 @@ def test_damaged_checkpoint(
     if "or evaluate" in message:  # the remedy works
         named = message.rpartition("or evaluate ")[2].strip()
         assert evaluation.find_subject(named).folder == run / "checkpoints" / folder_name(STEP - 1)
+    shutil.rmtree(newest)
+    shutil.copytree(tmp_path / "whole", newest)
+    assert evaluation.find_subject(str(run)).folder == newest
 
 
 def test_no_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,14 +194,47 @@ def test_wrong_words(run: Path, capsys: pytest.CaptureFixture[str], words: list[
     assert all(part in message for part in parts), message
 
 
+@obeys("launch/evaluation.py:configured")
+def test_what_an_evaluation_takes_instead(run: Path) -> None:
+    subject = evaluation.find_subject(str(run))
+    for wrong, told, remedies in (
+        ("launcher=slurm", "use launcher=torchrun within a job of yours, or launcher=local", ("torchrun", "local")),
+        ("train.run_dir=run", "give the evaluation another folder, or none", ("train.run_dir=other", "")),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            evaluation.configured(subject, [wrong])
+        for word in remedies:
+            evaluation.configured(subject, [word if "=" in word else f"launcher={word}"] if word else [])
+
+
+@obeys("launch/evaluation.py:prepare_text")
+def test_held_out_text_that_has_changed(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    before = "\n\n".join(f"a document with the number {number}" for number in range(90))
+    text.write_text(before)
+    words = ["data.seq_length=8", "data.tokenizer_vocab_size=367", "data.validation_fraction=0.2"]
+    words += ["train.eval_batches=1", "train.global_batch_size=4", f"data.source={text}"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}"]
+    config = resolve(compose("pretrain_gpt", words), device="cpu")
+    fingerprint = prepare(config, report=lambda line: None).fingerprint
+    text.write_text(before.replace("a document", "another one"))
+    with pytest.raises(DataError, match=r"bring back the earlier files, or name the text: data.source=FILE"):
+        evaluation._preparation(fingerprint)(config)
+    evaluation._preparation(None)(config)  # the text is named
+    text.write_text(before)
+    evaluation._preparation(fingerprint)(config)
+
+
+@obeys("launch/evaluation.py:_require_fitting_tokenizer")
 def test_tokenizer_that_is_too_large(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    vocab = {f"t{index}": index for index in range(ROWS + 1)}
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    write_tokenizer(folder, ROWS + 1)
     message = refused(capsys, str(run), f"data.tokenizer={folder}")
     assert f"has {ROWS + 1} tokens, and the weights of" in message
-    assert f"have rows for {ROWS};" in message
+    assert f"have rows for {ROWS}; name the tokenizer that they were trained with" in message
+    write_tokenizer(folder, ROWS)
+    evaluation.configured(evaluation.find_subject(str(run)), [f"data.tokenizer={folder}"])
 
 
 def test_dry_run_starts_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

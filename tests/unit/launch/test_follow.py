@@ -136,8 +136,9 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_dir
         f"error: {empty} holds no run: there is no config-*.yaml in it; give a run folder\n",
         "error: --follow belongs to `python -m launch logs`; leave it out\n",
         "error: --all is not an option of `python -m launch status`; leave it out\n",
-        f"error: {run_dir} has no logs: no rank has started yet; see `python -m launch status`\n",
-        f"error: nothing of {run_dir} waits or runs, so there is nothing to cancel; see its status\n",
+        f"error: {run_dir} has no logs: no rank has started yet; see `python -m launch status {run_dir}`\n",
+        f"error: nothing of {run_dir} waits or runs, so there is nothing to cancel; see `python -m launch status "
+        f"{run_dir}`\n",
         f"error: {run_dir} has no job.sh: launcher=slurm has not submitted it; start it as before, and it goes on from "
         "its newest checkpoint\n",
     }

@@ -27,6 +27,7 @@ from megatron_lite.objectives.build import build_objective
 from megatron_lite.observe.metrics import EventWriter, MetricsWriter
 from megatron_lite.train.step_samples import config_of
 from tests.unit.data.conftest import document
+from tests.unit.remedies import obeys
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 Capture = pytest.CaptureFixture[str]
@@ -268,46 +269,67 @@ def test_version_whose_line_lacks_its_samples(rolled_back: Path, capsys: Capture
     assert f"step 9 of {rolled_back} was not rolled back: " in error
 
 
+@obeys(
+    "launch/tracing.py:_samples",
+    "megatron_lite/train/step_samples.py:rolled_back_samples",
+    "megatron_lite/train/step_samples.py:samples_of_step",
+)
 def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None:
     message = refusal(capsys, rolled_back, "--step", 9, "--rolled-back", 3)
     assert message == (
         f"step 9 of {rolled_back} was not rolled back by rollback 3: it was by rollback 1 and 2; give another step or "
         "rollback, or omit --rolled-back"
     )
+    for words in ([9, "--rolled-back", 2], [7, "--rolled-back"], [9]):
+        traced(capsys, rolled_back, "--step", *words)
     assert "rolled_back.jsonl holds steps 7 to 12" in refusal(capsys, rolled_back, "--step", 3, "--rolled-back")
     assert "--rolled-back asks for a version of a step" in refusal(capsys, rolled_back, "--sample", 3, "--rolled-back")
     (rolled_back / "metrics.jsonl").write_text('{"step": 8, "samples": 64, "global_batch_size": 8}\n')
     assert "or --rolled-back for the version that" in refusal(capsys, rolled_back, "--step", 12)
+    traced(capsys, rolled_back, "--step", 12, "--rolled-back")
 
 
+@obeys("launch/tracing.py:trace", "launch/tracing.py:_samples", "megatron_lite/train/step_samples.py:samples_of_step")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "mended"),
     [
-        (["--step", "0"], "--step 0 is not a step of the run; give one from 1 to train.steps=40"),
-        (["--step", "41"], "--step 41 is not a step of the run; give one from 1 to train.steps=40"),
+        (["--step", "0"], "--step 0 is not a step of the run; give one from 1 to train.steps=40", "1"),
+        (["--step", "41"], "--step 41 is not a step of the run; give one from 1 to train.steps=40", "10"),
         (
             ["--step", "11"],
             "metrics.jsonl ends with step 10; give an earlier one, or --sample 80 for the first sample",
+            "10",
         ),
-        (["--sample", "-1"], "--sample -1 must be >= 0; give the number of a sample"),
-        (["--step", "1", "--samples", "-1"], "--samples -1 must be >= 0"),
+        (["--step", "11"], "or --sample 80 for the first sample that it will read", ["--sample", "80"]),
+        (["--sample", "-1"], "--sample -1 is negative; give 0 or more", "0"),
+        (["--step", "1", "--samples", "-1"], "--samples -1 is negative; give 0 or more", "0"),
+        (["--sample", "3", "--rolled-back"], "not of --sample 3; give --step", ["--step", "3"]),
         (
             ["--step", "1", "--rolled-back"],
-            "the run has not rolled back; give another step or rollback, or omit",
+            "the run has not rolled back; give another step or rollback, or omit --rolled-back",
+            ["--step", "1"],
         ),
-        (["--step", "1", "--data", "/nowhere"], "/nowhere holds no prepared data of"),
+        (["--step", "1", "--data", "/nowhere"], "/nowhere holds no prepared data of", ["--step", "1"]),
     ],
 )
-def test_errors(sources: Path, tmp_path: Path, capsys: Capture, words: list[str], message: str) -> None:
+def test_errors(
+    sources: Path, tmp_path: Path, capsys: Capture, words: list[str], message: str, mended: str | list[str]
+) -> None:
+    """And with the last word, or all of them, mended."""
     write_run(tmp_path, config_of_run(sources), 10)
     assert message in refusal(capsys, tmp_path, *words)
+    traced(capsys, tmp_path, *([*words[:-1], mended] if isinstance(mended, str) else mended))
 
 
-def test_no_run_folder(tmp_path: Path, capsys: Capture) -> None:
+@obeys("megatron_lite/train/step_samples.py:config_of")
+def test_no_run_folder(sources: Path, tmp_path: Path, capsys: Capture) -> None:
     message = refusal(capsys, tmp_path / "none", "--step", 1)
     assert message == f"{tmp_path}/none has no config-*.yaml (looked from {Path.cwd()}); give the folder of a run"
+    write_run(tmp_path / "none", config_of_run(sources), 1)
+    traced(capsys, tmp_path / "none", "--step", 1)
 
 
+@obeys("launch/tracing.py:_prepared")
 def test_data_that_is_gone_is_made_again_by_the_named_command(sources: Path, tmp_path: Path, capsys: Capture) -> None:
     config = config_of_run(sources)
     config.data.cache_dir = str(tmp_path / "cache")
@@ -324,15 +346,21 @@ def test_data_that_is_gone_is_made_again_by_the_named_command(sources: Path, tmp
     assert traced(capsys, tmp_path / "run", "--step", 2) == before
 
 
+@obeys("launch/tracing.py:_prepared", "launch/tracing.py:_own_folder")
 def test_other_data_and_sources_that_are_gone(sources: Path, tmp_path: Path, capsys: Capture) -> None:
     text = tmp_path / "text.txt"
     text.write_text((sources / "one.txt").read_text())
     config = config_of_run(sources)
     config.data.source, config.data.cache_dir = str(text), str(tmp_path / "cache")
-    prepared = write_run(tmp_path / "run", config, 3)
-    text.write_text(text.read_text().replace("5:", "V:", 1))
+    prepared, old = write_run(tmp_path / "run", config, 3), text.read_text()
+    text.write_text(old.replace("5:", "V:", 1))
     prepare(config, report=lambda line: None)
-    assert "data.source or its tokenizer has changed since" in refusal(capsys, tmp_path / "run", "--step", 2)
+    message = refusal(capsys, tmp_path / "run", "--step", 2)
+    assert "data.source or its tokenizer has changed since; bring the old one back and make it again with" in message
+    text.write_text(old)
+    assert data_main(message.partition("`python -m megatron_lite.data ")[2].partition("`")[0].split(" ")) == 0
+    capsys.readouterr()
+    assert traced(capsys, tmp_path / "run", "--step", 2)["ranges"] == [[8, 16]]
     text.unlink()
     message = refusal(capsys, tmp_path / "run", "--step", 2)
     assert message.endswith("or name the prepared folder with --data, which needs no source")

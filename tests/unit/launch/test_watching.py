@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import leave_marker
 from tests.unit.launch.holding import held
 from tests.unit.observe.synthetic_run import SyntheticRun, eventful_run
+from tests.unit.remedies import obeys
 
 
 def trained(path: Path, *words: str, steps: int = 60, rise_at: int = 0, data: str = "") -> Path:
@@ -57,11 +60,13 @@ def test_report_imports_no_torch(tmp_path: Path) -> None:
     assert finished.stdout.splitlines()[-1] == "False"
 
 
+@obeys("megatron_lite/observe/charts.py:from_plotly")
 @pytest.mark.parametrize("module", ["graph_objects", "offline", "subplots", "colors"])
 def test_broken_plotly_is_one_line(
     module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = str(eventful_run(tmp_path / "run").path)
+    installed = importlib.import_module(f"plotly.{module}")
     monkeypatch.setitem(sys.modules, f"plotly.{module}", None)
     command = ["compare", run, run, "--html", str(tmp_path / "page.html")] if module == "subplots" else ["report", run]
     assert main(command) == 2
@@ -69,6 +74,8 @@ def test_broken_plotly_is_one_line(
     assert said.startswith("error: plotly cannot draw: ")
     assert said.endswith("; run `pip install plotly`\n")
     assert said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, f"plotly.{module}", installed)
+    assert main(command) in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +103,21 @@ def test_wrong_words_have_one_line(
     SyntheticRun(Path("fresh"), steps=5).close()
     assert main(argv) == 2
     assert capsys.readouterr().err.splitlines() == [message]
+
+
+@obeys("launch/arguments.py:error", "launch/watching.py:_unwritable")
+def test_a_wrong_argument_and_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(trained(tmp_path / "run", steps=5))
+    (error,) = outputs(capsys, "report", code=2)
+    command = error.partition("see `python -m launch ")[2].rstrip("`").split()
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 0
+    assert re.search(r"--out FILE\]\s+RUN_FOLDER", capsys.readouterr().out)
+    for command in (["report", run, "--out"], ["compare", run, run, "--html"]):
+        assert main([*command, str(tmp_path / "none" / "page.html")]) == 2
+        assert capsys.readouterr().err.endswith("; name a file in a folder that you may write to\n")
+        outputs(capsys, *command, str(tmp_path / "page.html"))
 
 
 def test_two_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

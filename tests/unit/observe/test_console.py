@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.observe.console import redirect_output
+from tests.unit.remedies import obeys
 
 SCRIPT = """
 import os, subprocess, sys
@@ -86,7 +87,10 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
         redirect_output(tmp_path / "run", 0)
 
 
+@obeys("megatron_lite/observe/console.py:redirect_output")
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ConfigError, match=r"train\.run_dir=.*run cannot be written"):
+    with pytest.raises(ConfigError, match=r"train\.run_dir=.*run cannot be written .*; choose a folder of your own"):
         redirect_output(tmp_path / "run", 0)
+    redirect_output(tmp_path / "own", 0).restore()
+    assert (tmp_path / "own" / "logs" / "rank-0.log").is_file()

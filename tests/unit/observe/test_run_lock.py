@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,14 @@ from typing import Any
 
 import pytest
 
+from launch.cli import main as launch
+from megatron_lite.config.frozen import freeze
+from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import RunFolderInUseError, RunFolderLostError
 from megatron_lite.observe import lock_holder, run_lock
+from megatron_lite.observe.markers import STOP_FILE
 from megatron_lite.observe.run_lock import Role, holder_of, join, own_attempt, require_free, take
+from tests.unit.remedies import obeys
 
 
 @pytest.fixture
@@ -50,7 +56,10 @@ def ended_process() -> int:
     return process.pid
 
 
+@obeys("megatron_lite/observe/run_lock.py:_in_use")
 def test_second_one_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "my run"  # a shell would take it for two words
+    freeze(RunConfig(), tmp_path)
     lock = take(tmp_path, Role.rank, "a")
     began = time.monotonic()
     with pytest.raises(RunFolderInUseError) as caught:
@@ -62,6 +71,10 @@ def test_second_one_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
         assert part in text
     with pytest.raises(RunFolderInUseError):
         require_free(tmp_path, "b")
+    take(tmp_path / "another", Role.launcher, "b").release()
+    command = text.partition("`python -m launch ")[2].partition("`")[0]
+    assert launch(shlex.split(command)) == 0
+    assert (tmp_path / STOP_FILE).exists()
     lock.release()
     require_free(tmp_path, "b")
     take(tmp_path, Role.rank, "b")

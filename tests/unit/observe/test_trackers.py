@@ -21,6 +21,7 @@ from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.trackers import Trackers, build_trackers
 from megatron_lite.observe.wandb_record import Alert, alerts, history
 from megatron_lite.observe.wandb_tracker import WandbTracker, has_api_key, resolve_mode, run_id
+from tests.unit.remedies import obeys
 
 
 class Recorder:
@@ -325,9 +326,18 @@ def test_mode(tmp_path: Path, mode: str, environment: dict[str, str], expected: 
     assert resolve_mode(mode, {"HOME": str(tmp_path), **environment}) == expected
 
 
+@obeys("megatron_lite/observe/wandb_tracker.py:resolve_mode")
 def test_online_without_a_key_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tracking\.wandb=online needs an API key; run `wandb login`"):
-        resolve_mode("online", {"HOME": str(tmp_path)})
+    home = {"HOME": str(tmp_path)}
+    message = r"needs an API key; run `wandb login`, set WANDB_API_KEY, or use tracking\.wandb=auto"
+    with pytest.raises(ConfigError, match=message):
+        resolve_mode("online", home)
+    assert resolve_mode("auto", home) == "offline"
+    assert resolve_mode("online", home | {"WANDB_API_KEY": "k"}) == "online"
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password abc\n")  # as `wandb login` does
+    netrc.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    assert resolve_mode("online", home) == "online"
 
 
 def test_key_in_the_netrc_file(tmp_path: Path) -> None:
@@ -346,6 +356,7 @@ def test_run_id_lives_in_the_run_folder(tmp_path: Path) -> None:
     assert run_id(tmp_path / "other") != first
 
 
+@obeys("megatron_lite/observe/trackers.py:_view")
 @pytest.mark.parametrize(
     ("name", "module", "attribute"),
     [

@@ -6,12 +6,14 @@ import json
 import re
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_lite.observe import workspace
 from megatron_lite.observe.panels import PANELS
 from megatron_lite.observe.workspace import build, main
+from tests.unit.remedies import obeys
 
 
 def test_the_layout_is_printed_without_an_account_or_the_package(
@@ -29,6 +31,7 @@ def test_the_layout_is_printed_without_an_account_or_the_package(
     assert not re.match(layers["metric_regex"], "train/grad_norm")
 
 
+@obeys("megatron_lite/observe/workspace.py:save")
 def test_without_the_package_one_line_says_what_to_type(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +43,7 @@ def test_without_the_package_one_line_says_what_to_type(
         "error: the package wandb-workspaces is not installed; `pip install wandb-workspaces`, or look at the layout "
         "with --print\n"
     )
+    assert main(["--print"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the package's own, of pydantic
@@ -54,6 +58,7 @@ def test_the_package_takes_every_panel() -> None:
     assert {config.x_axis for config in configs} == {"step"}
 
 
+@obeys("megatron_lite/observe/workspace.py:save")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_wandb_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(*arguments: Any) -> None:
@@ -66,4 +71,9 @@ def test_what_wandb_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
         "a run\n"
     )
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("error: --entity is missing")
+    message = capsys.readouterr().err
+    assert message.startswith("error: --entity is missing")
+    assert message.endswith("; give one\n")
+    monkeypatch.setattr(workspace, "build", lambda *arguments: Mock(url="https://wandb.ai/me/p"))  # logged in
+    assert main(["--entity", "me", "--project", "p"]) == 0
+    assert "https://wandb.ai/me/p" in capsys.readouterr().out

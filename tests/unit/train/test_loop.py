@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_lite.config.derived import resolve
-from megatron_lite.config.schema import BatchRampConfig, Decay, OptimizerConfig, RunConfig, TrainConfig
+from megatron_lite.config.schema import BatchRampConfig, Decay, OptimizerConfig, Precision, RunConfig, TrainConfig
 from megatron_lite.data.samples.skips import Skips, Window
 from megatron_lite.engine.engine import StepResult
+from megatron_lite.errors import DivergedError
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
+from megatron_lite.train.callbacks import Guard
 from megatron_lite.train.loop import Findings, StepRecord, Trainer
+from tests.unit.remedies import obeys
 
 # A warm-up of two steps and a linear decay to a tenth at step 6; batches of 4 until 12 samples are consumed, then of 8.
 RATES = [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
@@ -65,9 +69,17 @@ class Recorded:
         return Skips([Window(4, 8)])
 
 
-def trainer_of(seen: Any, train: TrainConfig, origin: Origin, callbacks: list[Any] | None = None) -> Trainer:
+OPTIMIZER = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=2, decay=Decay.linear)
+
+
+def trainer_of(
+    seen: Any,
+    train: TrainConfig,
+    origin: Origin,
+    callbacks: list[Any] | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
+) -> Trainer:
     """With a warm-up of two steps and a linear decay."""
-    optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=2, decay=Decay.linear)
     agreement: Any = SimpleNamespace(at_boundary=lambda: None)
     config, schedule = resolve(RunConfig(optimizer=optimizer, train=train)), BatchSchedule(train, origin)
     watching = [seen] if callbacks is None else callbacks
@@ -82,6 +94,43 @@ def test_callbacks_have_named_moments_and_a_rewind_ends_those_of_its_step() -> N
     assert [record.step for record in behind.records] == [1, 2, 2, 3, 4, 5, 6]
     assert [record.batch.first_sample for record in behind.records] == [0, 4, 4, 8, 12, 16, 20]
     assert seen.skips.windows == Skips([Window(4, 8)]).windows
+
+
+@dataclass
+class Descent(Recorded):
+    """Of x in (2 x)^2, from 1: it diverges while the learning rate is above 1/4."""
+
+    largest: float = 0.0
+    weight: float = 1.0
+
+    def train_step(
+        self, batches: list[str], step: BatchStep, learning_rate: float, *, measure_update: bool
+    ) -> StepResult:
+        loss = (2 * self.weight) ** 2
+        self.weight -= learning_rate * 8 * self.weight
+        return StepResult(loss if loss <= self.largest else math.inf, 1.0, 1.0, False, 1.0, {})
+
+
+@obeys("megatron_lite/train/callbacks.py:after_step")
+def test_a_run_that_diverges() -> None:
+    """By the largest number of the precision."""
+
+    def train(precision: Precision = Precision.fp16, **optimizer: Any) -> None:
+        largest = 65504.0 if precision is Precision.fp16 else 3.4e38
+        seen: Any = Descent(largest=largest)
+        guard = Guard(validate=SimpleNamespace(found_finite=lambda step: False))  # type: ignore[arg-type]
+        config = TrainConfig(steps=6, global_batch_size=4, max_non_finite_steps=2, precision=precision)
+        trainer_of(seen, config, BEGINNING, [guard], replace(OPTIMIZER, **optimizer)).fit()
+
+    remedies = (
+        r"use a lower optimizer\.learning_rate, more optimizer\.warmup_steps or train\.precision=fp32 in a new "
+        r"train\.run_dir"
+    )
+    with pytest.raises(DivergedError, match=remedies):
+        train()
+    train(learning_rate=0.2)
+    train(warmup_steps=50, decay_steps=60)
+    train(Precision.fp32)
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 4])

@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.state import CheckpointState, Layout, OptimizerSta
 from megatron_lite.config.schema import TrainConfig
 from megatron_lite.config.stability import StabilityConfig
 from megatron_lite.data.samples.skips import Rollback, Skips, Window, read_rollbacks
-from megatron_lite.errors import DISK_ERRNOS, DiskError, TrainingError
+from megatron_lite.errors import DISK_ERRNOS, DiskError, DivergedError, TrainingError
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, Origin
 from megatron_lite.train.callbacks import Save
 from megatron_lite.train.stability import rollback_record as module
@@ -120,6 +120,26 @@ def test_what_led_in_may_be_of_an_earlier_attempt(origin: Origin, step: int, win
     assert rollback_callback(tmp_path)._led_in(trainer, record) == window
 
 
+@obeys("megatron_lite/train/stability/rollback.py:_roll_back")
+def test_all_rollbacks_are_used_up(tmp_path: Path) -> None:
+    callback = rollback_callback(tmp_path)
+    callback.record = Mock(rollbacks=[rollback(80, 96)], skips=Skips([Window(80, 96)]))
+    callback.checkpoints.folder = tmp_path / "checkpoints"
+    schedule = BatchSchedule(TrainConfig(global_batch_size=BATCH), BEGINNING)
+    trainer = Mock(schedule=schedule, source=SimpleNamespace(skips=Skips()))
+    spike = Mock(record=Mock(step=40, batch=schedule.at(39)))
+    callback.settings = StabilityConfig(max_rollbacks=1)
+    with pytest.raises(DivergedError, match=r"in a new train\.run_dir, or raise stability\.max_rollbacks"):
+        callback._roll_back(trainer, spike)
+    trainer.rewind.assert_not_called()
+    callback.settings = StabilityConfig(max_rollbacks=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback, "_checkpoint", lambda *asked: (tmp_path, state(72)))
+        patch.setattr(callback, "_report", Mock())
+        callback._roll_back(trainer, spike)
+    trainer.rewind.assert_called_once()
+
+
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RollbackRecord:
     """Of the writing rank, which is alone."""
@@ -169,6 +189,7 @@ def test_no_checkpoint_is_saved_before_the_rollback_is_on_the_disk(
     assert read_rollbacks(record.run_dir) == record.rollbacks
 
 
+@obeys("megatron_lite/train/stability/rollback_record.py:add")
 @pytest.mark.parametrize("answer", ["add", "require_written"])
 def test_every_rank_ends_where_the_file_cannot_be_written(
     answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +197,7 @@ def test_every_rank_ends_where_the_file_cannot_be_written(
     said: list[Exception | None] = []
     monkeypatch.setattr(module, "agreed", lambda problem: said.append(problem) or problem)
     record = RollbackRecord(tmp_path, is_writer=True, report=Mock())
+    written = module.write_rollbacks
     refuse(monkeypatch, errno.EACCES if answer == "add" else errno.ENOSPC)
     expected = TrainingError if answer == "add" else DiskError
     if answer == "require_written":
@@ -187,3 +209,9 @@ def test_every_rank_ends_where_the_file_cannot_be_written(
     monkeypatch.setattr(module, "agreed", lambda problem: said[-1])
     with pytest.raises(expected):
         other.add(rollback(200, 216)) if answer == "add" else other.require_written()
+    if answer == "add":  # the same command, once the permissions are fixed
+        monkeypatch.setattr(module, "write_rollbacks", written)
+        monkeypatch.setattr(module, "agreed", lambda problem: problem)
+        again = RollbackRecord(tmp_path, is_writer=True, report=Mock(), rollbacks=read_rollbacks(tmp_path))
+        again.add(rollback(80, 96))
+        assert read_rollbacks(tmp_path) == [rollback(80, 96)]
