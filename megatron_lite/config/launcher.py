@@ -45,7 +45,7 @@ class LauncherConfig:
     """Time for the ranks to save and to end once asked to stop; then they are killed."""
     # launcher=torchrun
     node_rank: int | None = None
-    """Rank of this machine among `nodes`; None = 0 on one machine, NODE_RANK or GROUP_RANK from the environment else."""
+    """Rank of this machine in `nodes`; None = 0 on one machine, else NODE_RANK or GROUP_RANK from the environment."""
     rendezvous: Rendezvous = Rendezvous.static
     """How the nodes of torchrun meet."""
     rendezvous_id: str | None = None
@@ -77,7 +77,7 @@ class LauncherConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of every rank, with their values; no secrets, since they are stored in the run folder."""
     pass_environment: list[str] = field(default_factory=list)
-    """Names of variables that every rank gets from the launching shell. No file has their values: use it for API keys."""
+    """Names of variables that every rank gets from the launching shell. No file has their values: for API keys."""
     container: str | None = None
     """Image for srun's --container-image (pyxis)."""
     container_mounts: list[str] = field(default_factory=list)

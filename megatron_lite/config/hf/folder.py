@@ -109,7 +109,7 @@ def read_weights(name: str, *, unknown_keys: bool = False) -> Weights:
 
 
 def foreign_tokenizers(weights: Weights) -> Iterator[str]:
-    """Warnings if the tokenizer next to the weights is of another family, whose models use the same tensors differently.
+    """Warnings if the tokenizer next to the weights is of another family, which uses the same tensors differently.
 
     This is only a hint: any model may be trained with any tokenizer.
     """

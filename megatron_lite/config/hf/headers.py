@@ -68,8 +68,8 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model folder, by its name in the files: one, or several with an index.
 
     Raises:
-        CheckpointError: a file is missing, truncated or damaged, does not match the index, or the folder holds the files
-            of two models.
+        CheckpointError: a file is missing, truncated or damaged, does not match the index, or the folder holds the
+            files of two models.
     """
     if not (folder / INDEX_FILE).is_file():
         _require_one_model(folder, {SINGLE_FILE})
