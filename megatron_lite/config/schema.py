@@ -314,11 +314,11 @@ class OptimizerConfig:
     min_learning_rate: float = 3e-5
     """Learning rate at the end of the decay."""
     warmup_steps: int = 10
-    """Steps of linear increase from 0 to learning_rate."""
+    """Steps of linear growth from 0 to learning_rate."""
     decay: Decay = Decay.cosine
     """How the learning rate falls after the warm-up: config/decays.py has the formulas."""
     decay_steps: int | None = None
-    """Step at which min_learning_rate is reached; None = train.steps. Only for decays with an end."""
+    """Step at which min_learning_rate is reached; None = train.steps. Of decays with an end only."""
     decay_fraction: float = 0.1
     """wsd: share of the steps until decay_steps that decay to min_learning_rate; the steps before stay at the peak."""
     beta1: float = 0.9
@@ -332,7 +332,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay; on matrices only, never on biases and norm weights."""
     clip_grad_norm: float = 1.0
-    """Maximum global gradient norm; 0 = no clipping."""
+    """Largest global gradient norm; 0 = no clipping."""
     z_loss_weight: float = 0.0
     """Weight of an auxiliary loss that keeps logits from drifting: mean of log(Z)^2, Z being the softmax's denominator
     (PaLM, arXiv 2204.02311: 1e-4). It is in the gradients and logged as z_loss, but not part of `loss`. 0 = off."""
