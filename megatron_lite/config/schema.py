@@ -391,9 +391,9 @@ class TrainConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep; 0 = all."""
     keep_every: int = 0
-    """Also keep the checkpoints of every multiple of this many steps, forever; 0 = none."""
+    """Besides keep_last, keep the checkpoints of steps that are multiples of this forever; 0 = none."""
     keep_best: int = 0
-    """Also keep this many checkpoints with the lowest validation loss; 0 = none."""
+    """Besides keep_last, keep this many checkpoints with the lowest validation losses; 0 = none."""
     async_save: bool = True
     """Continue training while a checkpoint is written."""
     generate_tokens: int = 40

@@ -37,8 +37,8 @@ class Attention(nn.Module):
     """[b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism).
 
     The rows of the fused qkv weight are ordered by group, [groups, q + 2, d]: the group's query heads, its key head,
-    its value head. So every contiguous slice of whole groups is a smaller attention of the same form, which is what
-    tensor parallelism and checkpoints with another tensor-parallel size rely on.
+    its value head. So every contiguous slice of whole groups is a smaller attention of the same form, as tensor
+    parallelism needs.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ def activation_dropout(
     """
     if key is None or probability == 0.0:
         return x
+    # Slices of the sequence need different masks on each tensor rank, replicated activations the same one.
     draw = context.rng.tensor_parallel if context.sequence_parallel else context.rng.replicated
     with draw(key, site):
         return F.dropout(x, probability)

@@ -232,6 +232,7 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
 def apply_block(block: TransformerBlock, x: Activations) -> Activations:
     arguments = x.hidden, Visibility(x.lengths, x.prefix_lengths, x.position_bias), x.memory, block.next_key()
     if block.recompute and torch.is_grad_enabled():
+        # No random state to preserve: dropout masks depend only on the key, which is drawn above.
         return replace(x, hidden=checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
     return replace(x, hidden=block(*arguments))
 
