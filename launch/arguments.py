@@ -1,4 +1,4 @@
-"""What a command line says: options, a frozen file, and settings. Shared by `python -m launch` and the scripts."""
+"""Parses the command line: options, a frozen file, and settings. Shared by `python -m launch` and the scripts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import NoReturn
 from megatron_lite.config.keys import nearest, shown
 from megatron_lite.errors import ConfigError
 
-VERIFY_FLAG = "--verify"  # from `python -m launch verify` to the ranks that it starts
-EVALUATE_FLAG = "--evaluate"  # the same of `python -m launch evaluate`; the folder with the weights follows it
-ALL_FLAG = "--all"  # on each held-out sample once
+VERIFY_FLAG = "--verify"  # passed by `python -m launch verify` to its ranks
+EVALUATE_FLAG = "--evaluate"  # passed by `python -m launch evaluate`, followed by the folder with the weights
+ALL_FLAG = "--all"  # evaluate each held-out sample once
 
 
 @dataclass(frozen=True)
 class Option:
-    """One that a run takes, beside its settings."""
+    """A command-line option, as opposed to a setting."""
 
     help: str
     value: str = ""
-    """What has to follow it; empty = nothing."""
+    """Name of its required value; empty = it has none."""
 
 
 OPTIONS = {
@@ -43,7 +43,7 @@ OPTIONS = {
     "--version": Option("show the version of megatron_lite and of what it builds on"),
 }
 SHORT = {"-h": "--help", "-c": "--cfg", "-m": "--multirun"}
-# What people type who know Hydra's own command line, and what to type here.
+# Options of Hydra's own command line that users may type -> what to type here.
 OF_HYDRA = {
     "--config-dir": "presets of your own come with --conf DIR",
     "-cd": "presets of your own come with --conf DIR",
@@ -62,7 +62,7 @@ OF_HYDRA = {
 
 
 class Parser(argparse.ArgumentParser):
-    """For verbs with options of their own: answers a wrong argument in one line, with exit code 2."""
+    """For verbs with options of their own: reports a wrong argument in one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
@@ -75,21 +75,21 @@ class Arguments:
     overrides: list[str] = field(default_factory=list)
     """Settings and presets, `key=value`."""
     script: str | None = None
-    """The first word that is neither an option nor an override."""
+    """The first argument that is neither an option nor an override."""
     config_file: Path | None = None
     conf: Path | None = None
-    """The folder of the user's presets; None = `./conf`, if there is one."""
+    """Folder with the user's presets; None = `./conf`, if it exists."""
     dry_run: bool = False
     show_config: bool = False
     debug: bool = False
     help: bool = False
     version: bool = False
     verify: bool = False
-    """Certify the layout instead of training."""
+    """Verify the layout instead of training."""
     evaluate: Path | None = None
-    """Evaluate the weights of this folder instead of training."""
+    """Evaluate the weights in this folder instead of training."""
     all: bool = False
-    """On each held-out sample once."""
+    """Evaluate each held-out sample once."""
 
 
 def parse(argv: list[str], *, names_script: bool = False) -> Arguments:
@@ -98,7 +98,7 @@ def parse(argv: list[str], *, names_script: bool = False) -> Arguments:
     Args:
         names_script: the first argument that is not an option and has no `=` is the script's name.
     Raises:
-        ConfigError: an unknown option, or one without its value.
+        ConfigError: an unknown option, or an option without its value.
     """
     arguments, rest = Arguments(), list(argv)
     while rest:
@@ -121,11 +121,11 @@ def parse(argv: list[str], *, names_script: bool = False) -> Arguments:
 
 
 def _take(arguments: Arguments, name: str, value: str | None, rest: list[str]) -> None:
-    """Note an option, with its value: `--conf DIR` or `--conf=DIR`."""
+    """Record an option with its value: `--conf DIR` or `--conf=DIR`."""
     if not OPTIONS[name].value:
         if value is not None:
             raise ConfigError(f"{name}={shown(value)}: {name} takes no value; leave ={shown(value)} out")
-        if name != "--multirun":  # which says what commas have said already
+        if name != "--multirun":  # --multirun only repeats what commas in values already mean
             setattr(arguments, name[2:].replace("-", "_"), True)
         return
     value = value if value is not None else (rest.pop(0) if rest else "")

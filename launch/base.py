@@ -1,4 +1,4 @@
-"""What a launcher is: it turns a configuration into a plan, which is plain data, and carries a plan out."""
+"""The interface of launchers: a launcher turns a configuration into a plan, which is plain data, and carries it out."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """All that a launcher is going to do."""
+    """Everything that a launcher is going to do."""
 
     config: ResolvedConfig
     run_dir: Path
     files: dict[Path, str]
-    """Written before the start: the frozen configuration, and a batch script."""
+    """Files written before the start: the frozen configuration, and a batch script."""
     argv: tuple[str, ...]
-    """The command: of each rank, or of the one program that starts all ranks."""
+    """The command of each rank, or of the one program that starts all ranks."""
     env: dict[str, str]
-    """Added to the environment of every rank."""
+    """Variables added to the environment of every rank."""
     rank_envs: list[dict[str, str]] = field(default_factory=list)
-    """Added for one rank each; empty where the command itself tells its ranks who they are."""
+    """Variables added for each single rank; empty if the command itself numbers its ranks."""
     node_argvs: tuple[tuple[str, ...], ...] = ()
-    """The command of each node, where each has its own and is started by itself."""
+    """The command of each node, if each node has its own and is started separately."""
     by_hand: tuple[tuple[str, ...], ...] = ()
-    """A command for each node that does the same without ssh, to be shown."""
+    """A command for each node that does the same without ssh, for display."""
     asked_node_rank: int | None = None
-    """What the settings say of this machine. It is in no file: all nodes come to the same configuration."""
+    """launcher.node_rank of this machine. It is in no file: all nodes compose the same configuration."""
     node_rank: int | None = None
-    """Of this machine, once it is to be known; None = there is one machine, or all nodes are alike."""
+    """Rank of this machine, once it is determined; None = there is one machine, or all nodes are alike."""
     job: str = ""
-    """What nodes of one job have in common and no other job has; empty where one machine starts everything."""
+    """Identifies the job on all of its nodes; empty if one machine starts everything."""
     own_presets: tuple[str, ...] = ()
-    """The user's presets that are in it, and what they stand for."""
+    """The user's presets in the configuration, and our presets that they replace."""
     changes: tuple[Change, ...] = ()
-    """What differs from the configuration with which the run in this folder last ran, for --dry-run."""
+    """Differences from the configuration that this folder's run last ran with, for --dry-run."""
     batch_script: Path | None = None
-    """That of `files` which a scheduler is given; None = the ranks start here and now."""
+    """The one of `files` that is submitted to a scheduler; None = the ranks start here and now."""
 
     @property
     def num_processes(self) -> int:
@@ -58,7 +58,7 @@ class LaunchPlan:
 
     @property
     def attempt(self) -> str:
-        """What all ranks have in common; empty where a scheduler says it once it starts them."""
+        """Identifies this attempt on all ranks; empty if a scheduler provides it at the start."""
         return self.env.get(ATTEMPT, "")
 
     @property
@@ -73,7 +73,7 @@ class LaunchPlan:
         return self.run_dir / "logs" / f"rank-{rank}.log"
 
     def command_line(self) -> str:
-        """The command as it could be typed."""
+        """The command as a user would type it."""
         return shlex.join(self.argv)
 
 
@@ -81,11 +81,11 @@ class Launcher(Protocol):
     """One way to start the processes of a run."""
 
     def plan(self, config: ResolvedConfig) -> LaunchPlan:
-        """What `run` would do, as data; touches nothing. `config` is valid."""
+        """What `run` would do, as data; has no side effects. `config` is valid."""
 
     def run(self, plan: LaunchPlan) -> int:
-        """Do it and wait for its end, or hand it to a scheduler; returns the exit code: 0, that of a `RunEnd`, or
-        128 + n for a signal."""
+        """Start the ranks and wait for their end, or submit to a scheduler. Returns the exit code: 0, that of a
+        `RunEnd`, or 128 + n for a signal."""
 
 
 def make_plan(
@@ -95,7 +95,7 @@ def make_plan(
 
     Args:
         argv: builds the command from (script, frozen configuration, port).
-        address: where rank 0 listens, unless launcher.master_address says so; None = on this machine.
+        address: where rank 0 listens, unless launcher.master_address is set; None = on this machine.
     """
     asked_node_rank = config.launcher.node_rank
     config = replace(config, launcher=replace(config.launcher, node_rank=None))
@@ -107,7 +107,7 @@ def make_plan(
     port = launcher.master_port
     if port is None:
         port = NODES_PORT if several else free_port(address)
-    passed_environment(config)  # that it is there
+    passed_environment(config)  # check that the variables exist
     environment = rank_environment(config, one_machine=not several or is_loopback(address))
     environment |= launcher.environment
     environment |= {

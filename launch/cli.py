@@ -1,7 +1,7 @@
-"""The front door: `python -m launch SCRIPT ...` or `python -m launch VERB ...`, and the same as `megatron-lite`.
+"""The command line: `python -m launch SCRIPT ...` or `python -m launch VERB ...`, also installed as `megatron-lite`.
 
-`VERBS` is the only list of verbs: the help, the suggestions for slips and the completion of shells read it. What a verb
-needs is imported when it runs.
+`VERBS` is the only list of verbs: help, suggestions for typos and shell completion read it. What a verb needs is
+imported when it runs.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from megatron_lite.errors import (
 from megatron_lite.observe.console import forgive_output
 
 PROGRAM = "python -m launch"
-SHORTEST_BEGINNING = 3  # letters of a verb that suggest it
+SHORTEST_BEGINNING = 3  # shortest prefix of a verb for which it is suggested
 HELP = ("--help", "-h")
-BEFORE_A_VERB = ("--debug", "--dry-run", *HELP)  # options that may come ahead of it
+BEFORE_A_VERB = ("--debug", "--dry-run", *HELP)  # options that may precede a verb
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One thing that the launcher does beside starting a script."""
+    """One command of the launcher other than starting a script."""
 
     arguments: str
-    """What follows it, for the help."""
+    """Its arguments, as shown in the help."""
     help: str
     run: Callable[[list[str]], int]
-    """From the arguments to the exit code."""
+    """Takes the arguments, returns the exit code."""
     choices: tuple[str, ...] = ()
-    """What its first argument can be; empty = something of the user's."""
+    """Possible values of its first argument; empty = given by the user, such as a path."""
     has_help: bool = True
-    """It answers --help itself."""
+    """It handles --help itself."""
 
 
 def _verify(argv: list[str]) -> int:
@@ -134,7 +134,7 @@ VERBS = {
     ),
     "completion": Verb("bash|zsh", "print the completion script of a shell", _completion, choices=("bash", "zsh")),
 }
-COMPLETE = "complete"  # what the shells' completion runs; not listed
+COMPLETE = "complete"  # called by shell completion; not listed
 
 
 def main(argv: list[str]) -> int:
@@ -177,13 +177,14 @@ def _run_script(argv: list[str]) -> int:
         return EXIT_OK
     if arguments.help:
         return _show_help("", argv)
-    from launch.launching import launch  # Hydra, which none of the above needs
+    from launch.launching import launch  # imports Hydra, which nothing above needs
 
     return launch(arguments)
 
 
 def _require_script(word: str) -> None:
-    """
+    """Check that the first argument is a script.
+
     Raises:
         ConfigError: it is not a script, and most likely a mistyped verb.
     """
@@ -196,7 +197,7 @@ def _require_script(word: str) -> None:
 
 
 def _show_help(verb: str, argv: Sequence[str]) -> int:
-    """Of a script, of a verb that has no options of its own, or of all."""
+    """Show the help of a script, of a verb that has no options of its own, or of everything."""
     from launch import usage
 
     words = [word for word in argv if word not in HELP]
@@ -216,9 +217,9 @@ def _without_debug(argv: list[str]) -> list[str]:
 
 
 def run() -> None:
-    """The console entry."""
-    forgive_output()  # of a full disk, and of `--dry-run | head`, which has seen enough
+    """The console entry point."""
+    forgive_output()  # a full disk, and `--dry-run | head`, which closes the pipe early
     try:
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # before there was anything to end
+    except KeyboardInterrupt:  # before there was anything to stop
         sys.exit(EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""`python -m launch compare`: the figures of two runs, what differs in what made them, and a verdict."""
+"""`python -m launch compare`: the metrics of two runs, how the runs were configured differently, and a verdict."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_GAPS = 4
 
 
 class Effect(StrEnum):
-    """What a setting can have to do with two curves that part."""
+    """How a setting can relate to two loss curves that diverge."""
 
     learning = "can change what is learnt"
     rounding = "can change the rounding, from the last digits on"
@@ -44,14 +44,14 @@ ROUNDING = (
     "train.micro_batch_size",
     "model.vocab_pad_multiple",
 )
-# Safe to change within a run, and yet not without effect: at its beginning, or once there is a spike.
+# Safe to change within a run, but may have an effect: at the start, or once there is a spike.
 LEARNING_GROUP = "stability."
 LEARNING = ("train.loss_scale.initial_power", "data.max_epochs")
 SHOW_ONLY = ("stability.layer_interval", "stability.worst_sequences")
 
 
 def effect_of(key: str) -> Effect:
-    """Of a dotted key that differs between two runs."""
+    """The effect of a dotted key that differs between two runs."""
     if key.startswith(ROUNDING_GROUP) or key in ROUNDING:
         return Effect.rounding
     is_judging = key.startswith(LEARNING_GROUP) and key not in SHOW_ONLY
@@ -59,16 +59,16 @@ def effect_of(key: str) -> Effect:
 
 
 def compare(folders: tuple[Path, Path], names: tuple[str, str], tolerance: float, chart: Path | None) -> int:
-    """Print it all; exit code 0 where the losses are the same within the tolerance, else 1.
+    """Print the comparison; exit code 0 if the losses agree within the tolerance, else 1.
 
     Args:
-        names: of the runs, as they were typed.
-        tolerance: of a loss, relative.
-        chart: a page to draw the curves on.
+        names: of the runs, as the user typed them.
+        tolerance: relative difference of losses that counts as equal.
+        chart: HTML file to draw the curves in.
     Raises:
         ConfigError: the runs have no step in common.
         DataError: a record of skipped samples is damaged.
-        OSError: the page cannot be written.
+        OSError: the chart cannot be written.
     """
     runs = tuple(RunFolder.read(folder, newest_logged(folder)) for folder in folders)
     first, second = runs
@@ -153,7 +153,7 @@ def _validation_text(first: RunFolder, second: RunFolder) -> str:
 
 
 def _origins(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
-    """Data and programs, as the latest attempts logged them."""
+    """Data and software versions, as the latest attempts logged them."""
     begins = [run.newest("resume") or run.newest("start") for run in (first, second)]
     yield "data", _same_or_both(*(begin.get("data_fingerprint") for begin in begins))
     versions = [begin.get("versions") or {} for begin in begins]
@@ -192,7 +192,7 @@ def _settings(first: RunFolder, second: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of a frozen configuration; a map of the user's own names is one value, and shown without its own."""
+    """Dotted keys and values of a frozen configuration; a map with user-defined names is one value."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and not is_map(key):
@@ -202,7 +202,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def verdict(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
-    """The last line: whether the two are the same run."""
+    """The last line: whether the two runs are the same."""
     loss = found.partings["loss"]
     common = counted(loss.steps, "common step")
     if loss.first_different is None:
@@ -217,7 +217,7 @@ def verdict(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
 
 
 def _further(found: Comparison) -> str:
-    """Who has logged steps that the other has not: nothing is known of these."""
+    """Which run has logged steps that the other has not: these were not compared."""
     more = [side.count - found.common_steps for side in found.sides]
     pairs = zip(SIDES, more, strict=True)
     texts = [f"the {which} has logged {counted(number, 'step')} more" for which, number in pairs if number]
@@ -225,7 +225,7 @@ def _further(found: Comparison) -> str:
 
 
 def _before(found: Comparison) -> str:
-    """What is known of the steps ahead of the one at which they part."""
+    """What is known of the steps before the one at which they diverge."""
     loss = found.partings["loss"]
     different = loss.first_different
     if different == loss.first_step:
@@ -244,7 +244,7 @@ def _samples_text(found: Comparison, runs: tuple[RunFolder, RunFolder]) -> str:
 
 
 def _samples_of(run: RunFolder, figures: Mapping[str, float]) -> str:
-    """The global numbers of the samples that a step trained on, `samples 960-991`."""
+    """Global indices of the samples that a step trained on, `samples 960-991`."""
     if not all(0 < figures[name] < math.inf for name in SAMPLES):
         return "samples unknown"
     samples, batch = (int(figures[name]) for name in SAMPLES)

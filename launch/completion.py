@@ -1,6 +1,6 @@
 """Completion of verbs, scripts, groups, presets and keys in bash and zsh.
 
-The shells ask `megatron-lite complete -- WORDS...` for what the last word can become, and show what it prints. That
+Shells call `megatron-lite complete -- WORDS...` to complete the last word, and offer the lines that it prints. This
 runs on each press of the tab key, so nothing here imports Hydra or torch.
 """
 
@@ -55,16 +55,17 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH}
 
 
 class Choices(Protocol):
-    """Of a verb, what this module reads."""
+    """The attributes of a verb that this module reads."""
 
     @property
     def choices(self) -> tuple[str, ...]: ...
 
 
 def main(argv: list[str]) -> int:
-    """
+    """Print the script that sets up completion for a shell.
+
     Raises:
-        ConfigError: another shell, or none.
+        ConfigError: an unsupported shell, or none.
     """
     parser = Parser(
         prog="python -m launch completion",
@@ -77,10 +78,10 @@ def main(argv: list[str]) -> int:
 
 
 def candidates(argv: list[str], verbs: Mapping[str, Choices]) -> list[str]:
-    """What the last word can become; empty where only the user knows, such as for a file.
+    """Completions of the last word; empty if only the user knows them, such as for a file.
 
     Args:
-        argv: `--`, the command itself, the words behind it, and the one that is being typed.
+        argv: `--`, the command itself, the complete words, and the word being typed.
     """
     *before, word = argv[2:] or [""]
     if before[-1:] and OPTIONS.get(before[-1]) is not None and OPTIONS[before[-1]].value:
@@ -107,7 +108,7 @@ def _of_verb(verb: str, typed: list[str], word: str, folders: PresetFolders, cho
 
 
 def _folders(before: list[str]) -> PresetFolders:
-    """With the user's presets; without them where --conf is wrong, which the command itself will say."""
+    """The preset folders, with the user's presets unless --conf is wrong, which the command itself will report."""
     given = next((after for option, after in itertools.pairwise(before) if option == "--conf"), None)
     try:
         return find_folders(None if given is None else Path(given))
@@ -123,12 +124,12 @@ def _settings(word: str, folders: PresetFolders) -> list[str]:
         keys = [f"{group}=" for group in folders.groups()]
         keys += [f"{key}." if is_map(key) else f"{key}=" for key in leaf_keys()]
         return _beginning(word, _open_words(word, keys))
-    done = value.rpartition(",")[0] + "," if "," in value else ""  # of a sweep
+    done = value.rpartition(",")[0] + "," if "," in value else ""  # earlier values of a sweep
     return _beginning(word, (f"{key}={done}{name}" for name in _values(key, folders)))
 
 
 def _open_words(word: str, keys: Iterable[str]) -> Iterator[str]:
-    """Keys up to the next dot behind what is typed: `optimizer.` first, then its settings."""
+    """Keys up to the next dot after what is typed: `optimizer.` first, then its settings."""
     for key in keys:
         dot = key.find(".", len(word))
         yield key if dot < 0 else key[: dot + 1]

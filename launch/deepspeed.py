@@ -1,9 +1,9 @@
 """DeepSpeed's own launcher: on this machine, or with a hostfile on all of its hosts.
 
-Here: `deepspeed --no_local_rank --num_gpus N ... script.py --config FILE`; on a CPU `--num_gpus` counts processes.
-With a hostfile it starts all hosts from here through pdsh and ssh, or, where launcher.node_rank is given, this host
-only, so that each host is started by itself. A SIGTERM to `deepspeed` may leave its workers behind, so all that
-descends from it is ended with it.
+On this machine: `deepspeed --no_local_rank --num_gpus N ... script.py --config FILE`; on CPUs `--num_gpus` counts
+processes. With a hostfile it starts all hosts from here through pdsh and ssh or, if launcher.node_rank is given,
+this host only, so that each host is started separately. A SIGTERM to `deepspeed` may leave its workers running, so we
+end all of its descendants too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from launch.program import ProgramLauncher, installed
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, RunEnd
 
-ENV_FILE_VARIABLE = "DS_ENV_FILE"  # names DeepSpeed's file of variables for remote ranks, .deepspeed_env by default
+ENV_FILE_VARIABLE = "DS_ENV_FILE"  # the file with variables for remote ranks, .deepspeed_env by default
 ENV_FILE = "deepspeed.env"
-PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # what neither a shell nor pdsh, with its %h and %n, takes for its own
+PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # not interpreted by a shell, nor by pdsh with its %h and %n
 
 
 class DeepSpeedLauncher(ProgramLauncher):
@@ -50,8 +50,8 @@ class DeepSpeedLauncher(ProgramLauncher):
 def exit_code(status: int, left_behind: bool) -> int:
     """Our exit code for that of `deepspeed`.
 
-    It passes a worker's code on, where a worker killed by signal n leaves 256 - n; but when its own worker launcher is
-    killed it reports success, and leaves the workers behind.
+    It returns a worker's exit code, where a worker killed by signal n gives 256 - n. But if its own worker launcher is
+    killed, it reports success and leaves the workers running.
     """
     if status < 0:
         return 128 - status
@@ -71,7 +71,7 @@ def _command(
         *where,
         *("--master_addr", address),
         *("--master_port", str(port)),
-        *("--log_level", "critical"),  # it logs every environment and command it touches
+        *("--log_level", "critical"),  # otherwise it logs every environment and command
         str(script),
         "--config",
         str(frozen),
@@ -100,15 +100,15 @@ def _plan_of_hosts(config: ResolvedConfig, hostfile: str) -> LaunchPlan:
     node_argvs = tuple(each.argv for each in by_hand)
     if config.launcher.node_rank is not None:
         return replace(by_hand[config.launcher.node_rank], node_argvs=node_argvs)
-    # --force_multi: a hostfile of one host means that host, not this machine
+    # --force_multi: a hostfile with one host means that host, not this machine
     return _through_shells(replace(plan("--force_multi", "--launcher", "pdsh"), by_hand=node_argvs))
 
 
 def _through_shells(plan: LaunchPlan) -> LaunchPlan:
-    """The plan with a file of our variables for remote ranks: DeepSpeed itself passes on only Python's and NCCL's.
+    """The plan with a file of variables for remote ranks: DeepSpeed itself passes on only Python's and NCCL's.
 
     Raises:
-        ConfigError: a path or variable that the hosts' shells would not take as it stands; DeepSpeed does not quote.
+        ConfigError: a path or variable that the hosts' shells would change; DeepSpeed does not quote.
     """
     paths = {"train.run_dir": str(plan.run_dir), "the working folder": os.getcwd()}
     variables = {f"the variable {name}": value for name, value in plan.env.items()}
@@ -126,9 +126,9 @@ def _through_shells(plan: LaunchPlan) -> LaunchPlan:
 
 
 def private_file(ours: str, config: ResolvedConfig) -> str:
-    """The path of a file in memory, for our child processes alone, with all variables that remote ranks get.
+    """The path of an in-memory file, for our child processes only, with all variables for remote ranks.
 
-    The user's own files, and the values of launcher.pass_environment, may hold secrets, so they are on no disk.
+    The user's own files, and the values of launcher.pass_environment, may hold secrets, so nothing is written to disk.
     """
     passed = passed_environment(config)
     bad = [name for name, value in passed.items() if not PLAIN.fullmatch(value)]
@@ -142,14 +142,14 @@ def private_file(ours: str, config: ResolvedConfig) -> str:
             ]
         )
     lines = [*_own_variables(), *(f"{name}={value}" for name, value in passed.items())]
-    descriptor = os.memfd_create(ENV_FILE, flags=0)  # inherited by the program
+    descriptor = os.memfd_create(ENV_FILE, flags=0)  # the program inherits it
     with os.fdopen(descriptor, "w", closefd=False) as file:
         file.write("".join(line + "\n" for line in lines) + ours)
     return f"/proc/self/fd/{descriptor}"
 
 
 def _own_variables() -> list[str]:
-    """Lines of the user's own files of variables, which DeepSpeed would read if it did not get ours."""
+    """Lines of the user's own variable files, which DeepSpeed does not read when it gets ours."""
     name = os.environ.get(ENV_FILE_VARIABLE, ".deepspeed_env")
     files = [folder / name for folder in (Path.home(), Path.cwd())]
     return [line for file in files if file.is_file() for line in file.read_text().splitlines() if "=" in line]

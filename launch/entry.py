@@ -1,7 +1,7 @@
-"""What the entry scripts share: from a command line, or from a launcher's frozen file, to a function of the config.
+"""Shared by the entry scripts: get the configuration from a command line or a frozen file, and run a function on it.
 
-A script runs in three ways: forked or started by a launcher (`--config FILE`), by torchrun or deepspeed with settings
-of its own (each rank composes the same configuration), or by hand as a world of one.
+A script runs in three ways: forked or started by a launcher (`--config FILE`), by torchrun or deepspeed with its own
+settings (each rank composes the same configuration), or by hand as a single process.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from megatron_lite.observe.markers import clear_markers, free_reserve, leave_mar
 from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attempt, take
 
 # torchrun and deepspeed end the other ranks within about a second of the first failure, so a rank that lives longer
-# than this is not one of many with the same error.
+# is not one of several with the same error.
 SILENCE_SECONDS = 3.0
-YIELD_SECONDS = 3.0  # in which a rank that has failed by itself is gone, and so the first to be
-# What gloo and NCCL say when the process at the other end of a connection is gone.
+YIELD_SECONDS = 3.0  # within which a rank that failed by itself has ended, and so is the first to end
+# Messages of gloo and NCCL when the process at the other end of a connection is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "remote worker", "remote process")
-# Set by torchrun and by deepspeed, which leave their ranks behind when they are killed.
+# Set by torchrun and by deepspeed, which leave their ranks running when they are killed.
 STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
 
@@ -61,19 +61,19 @@ def run_script(
 ) -> int:
     """Run `main_function` on the configuration that the command line describes; returns the exit code.
 
-    Rank 0 holds the lock of the run folder meanwhile, however the script was started.
+    Meanwhile rank 0 holds the lock of the run folder, however the script was started.
 
-    A user's error is shown once per job, without a traceback unless --debug asks for it, and ends every rank with the
-    exit code of its `RunEnd`, which the run folder's marker names, too.
+    A user error is shown once per job, without a traceback unless --debug, and ends every rank with the exit code of
+    its `RunEnd`, which the run folder's marker also names.
 
     Args:
         script: name of the entry script, without `.py`: it has a configuration of the same name.
         argv: arguments of the command line; None = those of this process.
     """
     words = sys.argv[1:] if argv is None else argv
-    if "LOCAL_SIZE" in os.environ:  # deepspeed's name for it
+    if "LOCAL_SIZE" in os.environ:  # set by deepspeed
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    terminal = os.dup(2)  # stays the user's when the run sends its own output to a log
+    terminal = os.dup(2)  # keeps the user's stderr when the run redirects its own output to a log
     debug, config, claim = "--debug" in words, None, None
     try:
         require_numbers(os.environ)
@@ -105,7 +105,7 @@ def run_script(
 
 def pretrain(config: ResolvedConfig, claim: Claim) -> RunEnd:
     """Train as configured; called in every rank."""
-    from megatron_lite.train.run import train  # seconds of imports, which a wrong word need not wait for
+    from megatron_lite.train.run import train  # seconds of imports, which a mistyped argument need not wait for
 
     return train(config, claim)
 
@@ -114,24 +114,24 @@ Task = Callable[[ResolvedConfig, Claim], RunEnd | None]
 
 
 def _task(arguments: Arguments, train: Task) -> Task:
-    """What this rank was started for."""
+    """The task of this rank: training or evaluation."""
     return train if arguments.evaluate is None else partial(_evaluate, arguments.evaluate, arguments.all)
 
 
 def _evaluate(folder: Path, one_pass: bool, config: ResolvedConfig, claim: Claim) -> RunEnd:
-    from megatron_lite.train.evaluate_checkpoint import evaluate_checkpoint  # seconds of imports
+    from megatron_lite.train.evaluate_checkpoint import evaluate_checkpoint  # takes seconds to import
 
     return evaluate_checkpoint(config, claim, folder, one_pass=one_pass)
 
 
 def _certify(config: ResolvedConfig) -> None:
-    from megatron_lite.verify.layout_check import check_layout  # seconds of imports
+    from megatron_lite.verify.layout_check import check_layout  # takes seconds to import
 
     check_layout(config)
 
 
 def _rank() -> int:
-    """Of this process; 0 where the environment variable is not a number, which `require_numbers` has refused."""
+    """Rank of this process; 0 if the environment variable is not a number, which `require_numbers` has refused."""
     value = os.environ.get("RANK", "0")
     return int(value) if is_count(value) else 0
 
@@ -145,14 +145,14 @@ def _show(script: str, arguments: Arguments) -> int:
 
 
 def _ask_launcher(argv: list[str]) -> int:
-    from launch.cli import main  # the launcher's plan of the same settings
+    from launch.cli import main  # reuse the launcher's own plan of these settings
 
     return main(argv) if _rank() == 0 else EXIT_OK
 
 
 def _frozen_config(file: Path, arguments: Arguments) -> ResolvedConfig:
-    """What the launcher has composed, checked and frozen; the world must still be the one that it was made for."""
-    if arguments.overrides:  # a launcher freezes what has changed; a rank that changed it itself would leave no trace
+    """The configuration that the launcher has composed, validated and frozen, for exactly this world size."""
+    if arguments.overrides:  # here they would leave no trace; launchers apply and freeze them
         raise ConfigError(f"--config {file} is complete; leave out {' '.join(arguments.overrides)}")
     config = load_frozen(file)
     world_size = _world_size(config)
@@ -161,34 +161,34 @@ def _frozen_config(file: Path, arguments: Arguments) -> ResolvedConfig:
 
 
 def _own_config(script: str, arguments: Arguments) -> ResolvedConfig:
-    """Compose as the launcher would, for the world that torchrun or deepspeed has made, or for a world of one."""
+    """Compose as the launcher does, for the world size that torchrun or deepspeed has set, or for one process."""
     config = compose(script, arguments.overrides, find_folders(arguments.conf))
     world_size = _world_size(config)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     gpus = visible_gpus() if config.launcher.device != "cpu" else 0
-    # the processes are there already: what a setting says about their number is the launcher's, not ours
+    # the processes exist already: settings for their number apply to our launchers only
     config = replace(config, launcher=replace(config.launcher, num_processes=None))
     filled = fill_in(config, world_size=world_size, device=choose_device(config.launcher.device, local_size, gpus))
     validate(filled, world_size)
     resolved = resolve(filled)
     check_run_folder(resolved, resolved.run_dir)
     if resolved.model.init_from is not None:
-        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+        from megatron_lite.checkpoint.fit import require_start  # imports numpy; only runs with weights need it
 
         require_start(resolved)
     return replace(resolved, debug=resolved.debug or arguments.debug)
 
 
 def _world_size(config: RunConfig) -> int:
-    """Processes of this job. A script that nobody launched is a world of one.
+    """Number of processes of this job. A script that was started directly is a single process.
 
     Raises:
-        LaunchError: the layout needs more processes than one, and nobody has started them; or srun has started several
-            that know nothing of each other.
+        LaunchError: the layout needs several processes, and nobody has started them; or srun has started several that
+            are not connected.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # of this srun; a batch script has SLURM_NTASKS as well
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # SLURM_NTASKS is also set in a batch script
     if tasks > 1:
         raise LaunchError(
             f"srun has started {tasks} processes of {config.script}.py, each a world of its own, without WORLD_SIZE; "
@@ -209,7 +209,7 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _enter(config: ResolvedConfig) -> None:
-    """Set what libraries read when they are imported. A launcher has done it already for its own ranks."""
+    """Set the variables that libraries read at import. A launcher has already done so for its own ranks."""
     if not STARTED_BY_OTHERS.isdisjoint(os.environ):
         die_with(os.getppid())
     world_size = os.environ["WORLD_SIZE"]
@@ -219,10 +219,10 @@ def _enter(config: ResolvedConfig) -> None:
 
 
 def _claim(config: ResolvedConfig, terminal: int) -> Claim:
-    """The lock of the run folder: rank 0 takes it, the others make sure that it is their own rank 0 that has it.
+    """The lock of the run folder: rank 0 takes it, the others check that their own rank 0 holds it.
 
     Raises:
-        RunFolderInUseError: another run holds it; on every rank.
+        RunFolderInUseError: another run holds it; raised on every rank.
     """
     run_dir = config.run_dir
     if _rank() != 0:
@@ -231,7 +231,7 @@ def _claim(config: ResolvedConfig, terminal: int) -> Claim:
     def say(line: str) -> None:
         os.write(terminal, (line + "\n").encode())
 
-    def end(text: str) -> None:  # whatever the other threads do: nothing that this process writes is wanted any more
+    def end(text: str) -> None:  # even while other threads run: nothing that this process writes is wanted any more
         with contextlib.suppress(OSError):
             say(f"error: {text}")
         os._exit(RunEnd.CONFIG_ERROR)
@@ -248,7 +248,7 @@ def _claim(config: ResolvedConfig, terminal: int) -> Claim:
 def _end_by(
     error: Exception, config: ResolvedConfig | None, claim: Claim | None, terminal: int, *, debug: bool
 ) -> RunEnd:
-    """Leave word of an error in the run folder, and tell the user."""
+    """Record an error in the run folder, and show it to the user."""
     if isinstance(error, OSError):
         error = disk_error(error) or error
     end = end_of(error)
@@ -257,7 +257,7 @@ def _end_by(
         _tell_failure(error, config, terminal)
         return RunEnd.FAILED
     _leave_marker(config, claim, end, str(error))
-    # Those are of a folder that is another run's: its launcher would show what we left there as its own.
+    # Another run holds the folder: its launcher would show our files as its own.
     is_foreign = isinstance(error, RunFolderInUseError | RunFolderLostError)
     _tell(error_text(error, debug=debug), terminal, None if is_foreign else os.environ.get(ERROR_FILE))
     return end
@@ -266,12 +266,12 @@ def _end_by(
 def _get_ready(config: ResolvedConfig, *, is_frozen: bool) -> None:
     if not is_frozen:
         _make_ready(config)
-    elif FOLDER_VARIABLE not in os.environ:  # no launcher of this machine has done it
+    elif FOLDER_VARIABLE not in os.environ:  # no launcher on this machine does it
         _prepare_data(config)
 
 
 def _make_ready(config: ResolvedConfig) -> None:
-    """What a launcher does before it starts the ranks."""
+    """Do what a launcher does before it starts the ranks."""
     _prepare_data(config)
     if _rank() == 0:
         freeze(config, config.run_dir)
@@ -279,24 +279,24 @@ def _make_ready(config: ResolvedConfig) -> None:
 
 
 def _prepare_data(config: ResolvedConfig) -> None:
-    """Where nobody has made the data ready before the start: one rank builds it, the others wait for its lock."""
+    """Prepare the data if it was not done before the start: one rank builds it, the others wait for its lock."""
     is_first = _rank() == 0
     folder = ready_data(config, lambda line: print(line, flush=True) if is_first else None)
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 
 def _leave_marker(config: ResolvedConfig | None, claim: Claim | None, end: RunEnd, message: str) -> None:
-    """For whoever looks at the run folder later; there is none in the folder of another attempt."""
+    """Leave a marker for later readers of the run folder, unless another attempt holds the folder."""
     if config is None or claim is None or not claim.is_ours():
         return
-    with contextlib.suppress(OSError):  # a full or lost disk: the error itself is shown all the same
+    with contextlib.suppress(OSError):  # a full or lost disk: the error itself is still shown
         leave_marker(config.run_dir, end, message)
 
 
 def _tell(text: str, terminal: int, error_file: str | None) -> None:
-    """Show a user's error once per job: through our launcher's file, or from rank 0, or from the only rank alive."""
+    """Show a user error once per job: through our launcher's file, or from rank 0, or from the only rank alive."""
     if error_file:
-        with contextlib.suppress(OSError):  # a full disk: then it is said here
+        with contextlib.suppress(OSError):  # a full disk: then show it here
             leave_error(Path(error_file), text)
             return
     if _rank() != 0:
@@ -305,10 +305,10 @@ def _tell(text: str, terminal: int, error_file: str | None) -> None:
 
 
 def _tell_failure(error: Exception, config: ResolvedConfig | None, terminal: int) -> None:
-    """A failure of ours: the traceback goes to this rank's log, the launcher or a line on the terminal says so.
+    """Report an internal failure: traceback in this rank's log, and a line by the launcher or on the terminal.
 
-    A rank that has only lost another one lets it end first: launchers name the first, and connections close before a
-    process is quite gone.
+    A rank that has only lost another one waits for that one to end first: launchers report the first rank that ends,
+    and connections close before a process has ended.
     """
     text = redacted(traceback.format_exc())
     if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_PEER):
@@ -322,7 +322,7 @@ def _tell_failure(error: Exception, config: ResolvedConfig | None, terminal: int
 
 
 def _append_to_log(text: str, config: ResolvedConfig | None) -> Path | None:
-    """The log of this rank, once the text is in it; None where there is no log yet."""
+    """Append the text to this rank's log and return the log; None if there is no log yet."""
     if config is None:
         return None
     log = config.run_dir / "logs" / f"rank-{_rank()}.log"

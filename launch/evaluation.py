@@ -1,7 +1,7 @@
 """`python -m launch evaluate CHECKPOINT [SETTING ...]`: how well a checkpoint predicts held-out text, without training.
 
-The ranks of a run are started under any layout to evaluate instead of training. They have a folder of their own: the
-run's is only read, and a training run may go on beside.
+It starts the ranks of a run under any layout, to evaluate instead of training. They use a run folder of their own: the
+original one is only read, and a training run in it may continue meanwhile.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_lite.state_files import read_object
 FOLDER = Path("runs") / "evaluations"
 WARM_MODULES = ("torch", "torch._dynamo", "megatron_lite.train.evaluate_checkpoint")
 PRESETS = ("parallel", "launcher", "objective")
-"""Groups of which another preset can be chosen; the others belong to the checkpoint."""
+"""Groups for which another preset can be chosen; the checkpoint determines the others."""
 TEXT = ("data.source", "data.validation_source")
 OF_WEIGHTS = ("data.tokenizer", "data.tokenizer_vocab_size")
 
@@ -56,26 +56,26 @@ class Subject:
     """What is evaluated."""
 
     folder: Path
-    """With the weights."""
+    """Folder with the weights."""
     config: RunConfig
-    """Under which they were trained, or the one that fits them."""
+    """The configuration that the weights were trained with, or one that fits them."""
     weights: Weights
     fingerprint: str | None = None
-    """Of the data that they were trained on; None = unknown."""
+    """Fingerprint of the training data; None = unknown."""
 
     @property
     def name(self) -> str:
-        """Of the folder of the evaluation."""
+        """Name of the evaluation's folder."""
         parts = self.folder.absolute().parts
         of_run = is_checkpoint(self.folder) and len(parts) > 2 and parts[-2] == "checkpoints"
         return f"{parts[-3]}-{parts[-1]}" if of_run else parts[-1]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line, the word `evaluate` left out; returns the exit code.
+    """Run one command line, without the word `evaluate`; returns the exit code.
 
     Raises:
-        MegatronLiteError: anything that the user can fix, as far as it is known before the ranks start.
+        MegatronLiteError: any user error that can be found before the ranks start.
     """
     arguments = _parser().parse_intermixed_args(argv)
     overrides = arguments.settings
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     config = replace(configured(subject, overrides, arguments.conf), debug=arguments.debug)
     is_own_text = all(override_key(override) not in TEXT for override in overrides)
     if not is_own_text:
-        require_sources(config.data)  # which the preparation would only say beside seconds of imports
+        require_sources(config.data)  # the preparation would find it too, but after seconds of imports
     launcher = _launcher(config, _preparation(subject.fingerprint if is_own_text else None))
     plan = _with_flags(launcher.plan(config), [EVALUATE_FLAG, str(subject.folder), *[ALL_FLAG] * arguments.all])
     if arguments.dry_run:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     require_capacity(config.processes_per_node, config.launcher.device)
     result = plan.run_dir / EVALUATION_FILE
     result.unlink(missing_ok=True)
-    with contextlib.redirect_stdout(sys.stderr):  # the answer alone goes to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result only
         code = launcher.run(plan)
     if code == EXIT_OK:
         report = read_object(result, EvaluationReport)
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "settings",
         nargs="*",
-        default=[],  # or argparse calls them required where the checkpoint is missing
+        default=[],  # otherwise argparse reports these as required if the checkpoint is missing
         metavar="SETTING",
         help="data.source=FILE evaluates on that text instead of what the run holds out; train.eval_batches=N, "
         "parallel=dp1, launcher=torchrun and the like",
@@ -128,14 +128,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def find_subject(path: str) -> Subject:
-    """What a path means.
+    """Find the checkpoint or model folder that a path means.
 
     Raises:
-        ConfigError: it is not a folder, or one without weights.
+        ConfigError: it is not a folder, or has no weights.
         CheckpointError: the checkpoint is damaged.
     """
     folder = Path(os.path.expanduser(path))
-    if not os.path.isdir(folder):  # unlike Path's, it says so of a name that is too long, too
+    if not os.path.isdir(folder):  # unlike Path.is_dir, returns False for a name that is too long
         raise ConfigError(
             f"{shown(path)} is not a folder (looked from {Path.cwd()}); give a run folder, the folder of a step such "
             "as RUN/checkpoints/step_00000100, or a Hugging Face model folder"
@@ -174,12 +174,12 @@ def _of_transformers(folder: Path) -> Subject:
 
 
 def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = None) -> ResolvedConfig:
-    """The configuration of the ranks.
+    """The configuration for the evaluation's ranks.
 
     Args:
-        conf: the folder of the user's presets; None = `./conf`.
+        conf: folder with the user's presets; None = `./conf`.
     Raises:
-        ConfigError: with every wrong override, or every setting that does not fit.
+        ConfigError: lists every wrong override, or every setting that does not fit.
     """
     keys = {override_key(override) for override in overrides}
     _check_keys(subject, keys)
@@ -206,7 +206,7 @@ def configured(subject: Subject, overrides: Sequence[str], conf: Path | None = N
 
 
 def _for_this_machine(config: RunConfig) -> RunConfig:
-    """Whatever machines the run itself was for: the overrides may say otherwise."""
+    """Drop the launcher's settings for the machines of the training run; overrides may set others."""
     launcher = LauncherConfig(threads_per_process=config.launcher.threads_per_process)
     return replace(config, launcher=launcher)
 
@@ -223,7 +223,7 @@ def _check_keys(subject: Subject, keys: set[str]) -> None:
 
 
 def _with_presets(config: RunConfig, overrides: Sequence[str], folders: PresetFolders) -> RunConfig:
-    """The configuration with whole groups replaced."""
+    """The configuration with whole groups replaced by presets."""
     if not overrides:
         return config
     composed = compose(config.script, list(overrides), folders)
@@ -231,7 +231,7 @@ def _with_presets(config: RunConfig, overrides: Sequence[str], folders: PresetFo
 
 
 def _with_text(config: RunConfig, subject: Subject, keys: set[str]) -> RunConfig:
-    """The configuration with all of the named text held out, encoded as the model has learned to read."""
+    """The configuration with all of the given text held out, encoded with the model's tokenizer."""
     model = replace(config.model, vocab_size=subject.weights.settings["vocab_size"])
     data = config.data
     named = next((key for key in reversed(TEXT) if key in keys), None)
@@ -256,7 +256,7 @@ def _require_fitting_tokenizer(config: RunConfig, subject: Subject) -> None:
 
 
 def _without_training(config: RunConfig) -> RunConfig:
-    """The configuration with as little of an optimizer as an engine can have, and nothing that follows a run."""
+    """The configuration with a minimal optimizer, and nothing that happens after training."""
     return replace(
         config,
         optimizer=OptimizerConfig(name=OptimizerName.sgd, warmup_steps=0),
@@ -267,15 +267,15 @@ def _without_training(config: RunConfig) -> RunConfig:
 
 
 def _preparation(fingerprint: str | None) -> Prepare:
-    """Makes the text ready, and says what is wrong with it before the ranks start.
+    """Prepares the text, and reports errors before the ranks start.
 
     Args:
-        fingerprint: that the data must have, for it is what the run holds out; None = it is other text.
+        fingerprint: the data must have it, if it is the run's held-out data; None = other text.
     """
 
     def prepare_text(config: ResolvedConfig) -> Path:
         from megatron_lite.data.samples.loader import (
-            held_out_datasets,  # seconds of imports that only this process needs
+            held_out_datasets,  # takes seconds to import, and only this process needs it
         )
         from megatron_lite.data.shards.prepare import prepare
         from megatron_lite.objectives.build import build_objective
@@ -296,11 +296,11 @@ def _preparation(fingerprint: str | None) -> Prepare:
 def _launcher(config: ResolvedConfig, prepare: Prepare) -> Launcher:
     if config.launcher.name is LauncherName.local:
         return LocalLauncher(warm_modules=WARM_MODULES, prepare=prepare)
-    return LAUNCHERS[config.launcher.name](prepare=prepare)  # type: ignore[call-arg]  # Slurm's, which is refused
+    return LAUNCHERS[config.launcher.name](prepare=prepare)  # slurm's launcher does not take it, and is refused
 
 
 def _with_flags(plan: LaunchPlan, flags: Sequence[str]) -> LaunchPlan:
-    """The plan whose ranks evaluate instead of training."""
+    """The plan with ranks that evaluate instead of training."""
     return replace(
         plan,
         argv=(*plan.argv, *flags),

@@ -12,7 +12,8 @@ from megatron_lite.errors import EXIT_OK
 
 
 def main(argv: list[str]) -> int:
-    """
+    """Print the explanation.
+
     Raises:
         ConfigError: there is no such setting.
     """

@@ -1,4 +1,4 @@
-"""`python -m launch status|logs|cancel|requeue RUN_FOLDER`: what has become of a run, here or on a cluster."""
+"""`python -m launch status|logs|cancel|requeue RUN_FOLDER`: the state of a run, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
     """One of COMMANDS and its arguments; returns the exit code.
 
     Raises:
-        ConfigError: no run folder, or another word that has no meaning here.
-        LaunchError: there is nothing to cancel or to requeue, or no Slurm to ask.
+        ConfigError: no run folder, or an invalid argument.
+        LaunchError: there is nothing to cancel or to requeue, or Slurm is not available.
     """
     command, words = argv[0], argv[1:]
     flags = [word for word in words if word.startswith("-")]
@@ -64,13 +64,13 @@ def main(argv: list[str]) -> int:
 
 
 def run_folder(word: str) -> Path:
-    """The folder of a run that somebody has typed.
+    """The run folder that the user named.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it does not exist.
     """
     path = Path(word)
-    if not os.path.isdir(path):  # unlike Path's, it says so of a name that is too long, too
+    if not os.path.isdir(path):  # unlike Path.is_dir, returns False for a name that is too long
         raise ConfigError(f"{shown(word)} is not a folder; give the run folder that the launcher has named")
     if not any(path.glob("config-*.yaml")):
         raise ConfigError(f"{word} holds no run: there is no config-*.yaml in it; give a run folder")
@@ -115,7 +115,7 @@ def _state(run_dir: Path, holder: Holder | None, jobs: list[scheduler.SlurmJob] 
 
 
 def _known_jobs(run_dir: Path) -> list[scheduler.SlurmJob] | None:
-    """Of the latest submission; None = nobody here to ask."""
+    """Slurm's jobs of the latest submission; None = Slurm cannot be asked here."""
     submissions = records.submissions(run_dir)
     if not submissions:
         return []
@@ -151,7 +151,7 @@ def _train_steps(run_dir: Path) -> str:
 
 @dataclass(frozen=True)
 class _Figures:
-    """Of a line of metrics.jsonl, what a status shows."""
+    """The metrics in a line of metrics.jsonl that a status shows."""
 
     step: int
     loss: float | Literal["NaN", "Infinity", "-Infinity"] | None = None
@@ -159,8 +159,8 @@ class _Figures:
 
 
 def _last_figures(run_dir: Path) -> _Figures | None:
-    """Of the last whole line of metrics.jsonl."""
-    for line in reversed(tail(run_dir / METRICS_FILE, lines=2)):  # the very last may be half written
+    """Metrics of the last complete line of metrics.jsonl."""
+    for line in reversed(tail(run_dir / METRICS_FILE, lines=2)):  # the very last line may be incomplete
         with suppress(DamagedFileError):
             return decode(line, _Figures, METRICS_FILE)
     return None
@@ -177,7 +177,7 @@ def logs(run_dir: Path) -> int:
 
 
 def _job_log(run_dir: Path) -> Path | None:
-    """The log of the newest job that has begun."""
+    """The log of the newest job that has started."""
     found = (run_dir / "logs").glob("slurm-*.out")
     return max(found, key=modified_ns, default=None)
 
@@ -191,7 +191,7 @@ def _telling_rank_log(run_dir: Path) -> Path | None:
 
 
 def follow_logs(run_dir: Path) -> int:
-    """Print what the job writes, and the jobs after it, until none waits or runs; Ctrl-C ends it sooner."""
+    """Print the output of the job and of those after it, until none is pending or running; Ctrl-C ends it sooner."""
     path, position = None, 0
     while True:
         alive = holder_of(run_dir) is not None or bool(live_jobs(run_dir))
@@ -205,7 +205,7 @@ def follow_logs(run_dir: Path) -> int:
 
 
 def _print_from(path: Path, position: int) -> int:
-    """Print what stands in a file from this byte on; returns its length in bytes."""
+    """Print the content of a file from this byte on; returns the file's length in bytes."""
     try:
         if not path.is_file():
             return 0

@@ -23,14 +23,14 @@ MOST_BYTES = 2**24  # some hundred thousand lines: anything longer is not a host
 class Host:
     name: str
     slots: int
-    """Ranks on this machine."""
+    """Number of ranks on this machine."""
 
 
 def read_hostfile(path: Path | str) -> list[Host]:
-    """The hosts of a file; empty lines and those that begin with # say nothing.
+    """The hosts in a file; empty lines and lines that begin with # are ignored.
 
     Raises:
-        ConfigError: with every line that is wrong.
+        ConfigError: lists every line that is wrong.
     """
     lines = _lines(Path(path))
     hosts: list[Host] = []
@@ -74,7 +74,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _problem(line: str, host: Host | None, above: list[Host], named: set[str]) -> str | None:
-    """What is wrong with a line, by itself or beside those above it."""
+    """What is wrong with a line, by itself or compared to the lines above it."""
     if host is None or host.slots == 0:
         return f"{shown(line)!r} is not `HOST slots=N` with N >= 1; write it like `node1 slots=8`"
     if host.slots > MOST_SLOTS:
@@ -92,17 +92,17 @@ def _problem(line: str, host: Host | None, above: list[Host], named: set[str]) -
 
 
 def with_hosts(config: RunConfig) -> RunConfig:
-    """The configuration with the nodes and the processes per node that its hostfile, if it has one, says.
+    """The configuration with nodes and processes per node from its hostfile, if it has one.
 
     Raises:
-        ConfigError: the file is wrong, or a setting says otherwise.
+        ConfigError: the file is wrong, or contradicts a setting.
     """
     launcher = config.launcher
     if launcher.hostfile is None:
         return config
     require_form(config, "launcher.hostfile")
     hostfile = os.path.expanduser(launcher.hostfile)
-    launcher = replace(launcher, hostfile=hostfile)  # deepspeed is handed it, too
+    launcher = replace(launcher, hostfile=hostfile)  # deepspeed gets it as well
     hosts = read_hostfile(hostfile)
     nodes, slots = len(hosts), hosts[0].slots
     problems = [

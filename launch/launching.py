@@ -1,6 +1,6 @@
-"""`python -m launch SCRIPT [SETTING ...]`: compose, check, plan, and start the ranks or say what would be started.
+"""`python -m launch SCRIPT [SETTING ...]`: compose, validate, plan, and start the ranks or show what would be started.
 
-`python -m launch --config FILE` takes what an earlier run has frozen, and so repeats or resumes it.
+`python -m launch --config FILE` uses an earlier run's frozen configuration, to repeat or resume it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def launch(arguments: Arguments) -> int:
     """Run one command line; returns the exit code.
 
     Raises:
-        MegatronLiteError: anything that the user can fix, as far as it is known before the ranks start.
+        MegatronLiteError: any user error that can be found before the ranks start.
     """
     points = sweep.expand(arguments.overrides)
     if arguments.show_config:
@@ -92,7 +92,7 @@ def _launcher(config: ResolvedConfig, arguments: Arguments) -> Launcher:
 
 
 def _resolved(arguments: Arguments, point: Point) -> ResolvedConfig:
-    """The configuration of one run, complete and checked."""
+    """The configuration of one run, resolved and validated."""
     typed = _typed(arguments)
     if arguments.verify:
         typed = verification.on_this_machine(typed)
@@ -103,14 +103,14 @@ def _resolved(arguments: Arguments, point: Point) -> ResolvedConfig:
 
 
 def _plan(point: Point, arguments: Arguments) -> LaunchPlan:
-    """What is going to be done for one run, once everything about it has been checked."""
+    """The plan of one run, after everything about it has been checked."""
     config = _resolved(arguments, point)
-    if point.varied:  # a single run asks its data at once; the later ones of a sweep would ask theirs hours later
+    if point.varied:  # otherwise later runs of a sweep would check their data only hours later
         require_sources(config.data)
         described_ends(config)
     changes = check_run_folder(config, config.run_dir)
     if config.model.init_from is not None:
-        from megatron_lite.checkpoint.fit import require_start  # numpy, which a run without weights need not wait for
+        from megatron_lite.checkpoint.fit import require_start  # imports numpy; only runs with weights need it
 
         require_start(config)
     plan = _launcher(config, arguments).plan(config)
@@ -131,12 +131,12 @@ def _start(plan: LaunchPlan, arguments: Arguments) -> int:
     try:
         return _launcher(plan.config, arguments).run(plan)
     finally:
-        if sys.stdout.isatty():  # the progress bar hides the cursor, and a rank that is killed cannot show it again
+        if sys.stdout.isatty():  # the progress bar hides the cursor, and a killed rank cannot show it again
             print(SHOW_CURSOR, end="", flush=True)
 
 
 def _start_all(points: list[Point], plans: list[LaunchPlan], arguments: Arguments) -> int:
-    """Start the runs of a sweep in turn. One that fails does not keep the next from starting; a request to end does."""
+    """Start the runs of a sweep in turn. The sweep continues after a failed run, but not after a request to stop."""
     codes: list[int] = []
     environment = dict(os.environ)
     for point, plan in zip(points, plans, strict=True):
@@ -146,7 +146,7 @@ def _start_all(points: list[Point], plans: list[LaunchPlan], arguments: Argument
         except MegatronLiteError as error:
             show_error(error, debug=arguments.debug)
             codes.append(end_of(error))
-        os.environ.clear()  # of what the launcher has set for the ranks of this run
+        os.environ.clear()  # remove what the launcher has set for the ranks of this run
         os.environ.update(environment)
         if codes[-1] in ASKED_TO_END:
             break
@@ -177,7 +177,7 @@ def _choice(arguments: Arguments) -> Choice:
 
 
 def _own_presets(arguments: Arguments) -> tuple[str, ...]:
-    """The files of the user that a run is composed of."""
+    """The user's preset files that are part of the run's configuration."""
     folders = find_folders(arguments.conf)
     if folders.own is None or arguments.config_file is not None:
         return ()
@@ -190,7 +190,7 @@ def _own_presets(arguments: Arguments) -> tuple[str, ...]:
 
 
 def resolve_for_this_machine(config: RunConfig) -> ResolvedConfig:
-    """Fill in what the machine decides, the number of processes and the device, and check everything.
+    """Fill in what depends on the machine, the number of processes and the device, and validate everything.
 
     Raises:
         ConfigError: settings do not fit each other.

@@ -1,8 +1,8 @@
-"""The default launcher: one warm process of this machine forks all ranks.
+"""The default launcher: one process of this machine imports the libraries and forks all ranks.
 
 Importing torch and DeepSpeed takes each process seconds of CPU time. Here one process imports them while the data is
-made ready, then forks: all ranks start within milliseconds and share the memory of the libraries. On CUDA each rank is
-a fresh process instead: a library that opens the driver in the parent would leave forked ranks without GPUs.
+prepared, then forks: all ranks start within milliseconds and share the libraries' memory. On CUDA each rank is a
+fresh process instead: if a library opens the driver in the parent, forked ranks cannot use the GPUs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class LocalLauncher:
     """Starts the ranks of one machine.
 
     Args:
-        fork: ranks are copies of the warm parent; None = on a CPU only.
+        fork: fork the ranks from the warm parent; None = on CPUs only.
         warm_modules: what the parent imports before it forks.
-        prepare: makes the data ready, in a process of its own.
+        prepare: prepares the data, in a separate process.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LocalLauncher:
         forks = plan.config.launcher.device == "cpu" if self._fork is None else self._fork
         with Ending().watching() as ending:
             require_free(plan.run_dir, plan.attempt)
-            # the child is forked before the imports, of which it needs none
+            # the child is forked before the imports because it needs none of them
             with Preparation(plan.config, self._prepare) as preparation:
                 apply(plan.env, overwrite=True)
                 body = _warm_body(plan, self._warm_modules, preparation, ending) if forks else _fresh_body(plan)
@@ -86,10 +86,10 @@ Body = Callable[[], int]
 
 
 def _start_ranks(body: Body, rank_envs: list[dict[str, str]], beat: Callable[[], None]) -> Children:
-    """All of them, or none.
+    """Start all ranks or none.
 
     Raises:
-        LaunchError: the system does not let us start so many processes.
+        LaunchError: the system does not allow that many processes.
     """
     ranks = Children([], ending_grace_seconds=0.0, each_poll=beat)
     try:
@@ -117,14 +117,14 @@ def _fresh_body(plan: LaunchPlan) -> Body:
 
 
 def _warm_body(plan: LaunchPlan, modules: tuple[str, ...], preparation: Preparation, ending: Ending) -> Body | None:
-    """What a forked rank runs; None when the preparation failed, or we are to end, before all was imported."""
+    """What a forked rank runs; None if the preparation failed, or we were asked to end, before all was imported."""
     for name in modules:
         if preparation.failed or ending.signal:
             return None
         importlib.import_module(name)
     script = _load_script(Path(plan.argv[1]))
     gc.collect()
-    gc.freeze()  # else the ranks' collectors touch, and so copy, every page of the imported modules
+    gc.freeze()  # otherwise each rank's garbage collector writes to, and so copies, every page of the imported modules
     return lambda: script.main(list(plan.argv[2:]))
 
 
@@ -143,11 +143,11 @@ def _size(path: Path) -> int:
 
 
 def _conclude(plan: LaunchPlan, ranks: Children, ending: Ending, logs_before: list[int]) -> int:
-    """Say what went wrong, once, and turn the ends of all ranks into one exit code."""
+    """Report what went wrong, once, and combine the ends of all ranks into one exit code."""
     if not ranks.failed and not ending.signal:
         return EXIT_OK
     if all(end.status == RunEnd.PREEMPTED for end in ranks.ends.values()):
-        return RunEnd.PREEMPTED  # they have said so
+        return RunEnd.PREEMPTED  # the ranks have reported it
     if ending.signal:
         return ending.exit_code
     pid = culprit(ranks.ends)
@@ -174,9 +174,9 @@ def _killed_by(number: int) -> str:
 def culprit(ends: dict[int, End]) -> int:
     """The process whose end explains the others'.
 
-    One failure makes the others lose their connections, sometimes before the failed process is quite gone. So a user's
-    error, or a report of who hangs, explains more than a kill from outside, and that more than an exception; among
-    equals the first.
+    After one failure the others lose their connections, sometimes before the failed process has ended. So a user error,
+    or a report of a hang, explains more than a kill from outside, and that explains more than an exception; among
+    equals the first one counts.
     """
 
     def rank_of_cause(item: tuple[int, End]) -> int:

@@ -1,4 +1,4 @@
-"""What this machine offers, found without importing torch."""
+"""The resources of this machine, found without importing torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import LaunchError
 
-# Below the ports that the system hands out for outgoing connections, so that none is taken between choice and use.
+# Below the ephemeral ports, so that no outgoing connection takes a port between choice and use.
 PORTS = range(20000, 32000)
 PORT_ATTEMPTS = 100
-PROCESSES_PER_CORE = 16  # ranks on a CPU are for trying layouts out, so many may share a core
+PROCESSES_PER_CORE = 16  # ranks on CPUs are for trying out layouts, so many may share a core
 DEVICES = Path("/dev")
 
 
 def visible_gpus() -> int:
-    """CUDA devices that torch would see: 0 with a CPU build of torch, or where CUDA_VISIBLE_DEVICES hides them."""
+    """Number of CUDA devices that torch would see: 0 for a CPU build of torch, or if CUDA_VISIBLE_DEVICES hides all."""
     if not _torch_has_cuda():
         return 0
     present = len(list(DEVICES.glob("nvidia[0-9]*")))
@@ -32,7 +32,7 @@ def visible_gpus() -> int:
     names = []
     for name in chosen.split(","):
         if not name.strip() or name.strip() == "-1":
-            break  # CUDA ignores everything behind the first invalid name
+            break  # CUDA ignores everything after the first invalid name
         names.append(name)
     return min(present, len(names))
 
@@ -45,7 +45,7 @@ def _torch_has_cuda() -> bool:
 
 
 def built_with_cuda(version_file: Path) -> bool:
-    """torch writes the CUDA version that it was built with (None on a CPU build) into torch/version.py."""
+    """Whether torch has CUDA: torch/version.py holds the CUDA version of the build, None for a CPU build."""
     for node in ast.parse(version_file.read_text()).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -55,10 +55,10 @@ def built_with_cuda(version_file: Path) -> bool:
 
 
 def choose_world_size(config: RunConfig, gpus: int) -> int | None:
-    """Processes to start where the configuration leaves it open: one per GPU, in whole replicas of the model.
+    """Number of processes where the configuration leaves it open: one per GPU, in whole replicas of the model.
 
     Returns:
-        None where the configuration decides (the sizes, the launcher's settings, or no GPU to count).
+        None if the configuration decides it (sizes or launcher settings), or there are no GPUs.
     """
     open_size = config.parallel.data_parallel_size is None and given_processes(config) is None
     replica = ranks_per_replica(config)
@@ -68,7 +68,7 @@ def choose_world_size(config: RunConfig, gpus: int) -> int | None:
 
 
 def choose_device(setting: str, num_processes: int, gpus: int) -> str:
-    """`cuda` where each process of this machine gets a GPU of its own, else `cpu`.
+    """`cuda` if each process of this machine gets its own GPU, else `cpu`.
 
     Raises:
         LaunchError: launcher.device=cuda with too few GPUs.
@@ -86,11 +86,11 @@ def choose_device(setting: str, num_processes: int, gpus: int) -> str:
 
 
 def device_of_nodes(launcher: LauncherConfig) -> str:
-    """The device of ranks that run on other machines, which cannot be looked at from here.
+    """The device of ranks on other machines, which cannot be inspected from here.
 
     Returns:
-        launcher.device; for `auto` `cuda` where launcher.gpus_per_node says that there are GPUs, and `cpu` in a job of
-        Slurm, which gives none that it was not asked for.
+        launcher.device; for `auto`: `cuda` if launcher.gpus_per_node says that there are GPUs, and `cpu` in a Slurm
+        job, which gets only the GPUs that it requests.
     """
     if launcher.device != "auto":
         return launcher.device
@@ -98,10 +98,10 @@ def device_of_nodes(launcher: LauncherConfig) -> str:
 
 
 def require_capacity(num_processes: int, device: str) -> None:
-    """Refuse a layout of a cluster on one machine without GPUs, which could only exhaust its memory.
+    """Refuse to run a cluster's layout on one machine without GPUs, which would only exhaust its memory.
 
     Raises:
-        LaunchError: more processes on the CPU than its cores could ever serve.
+        LaunchError: far more processes on the CPU than its cores can serve.
     """
     cores = os.cpu_count() or 1
     limit = cores * PROCESSES_PER_CORE

@@ -1,4 +1,4 @@
-"""How errors reach the user: one line per problem, once per job, with a traceback only on request."""
+"""How errors are shown to the user: one line per problem, once per job, with a traceback only on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAIL_LINES = 15
 
 
 def error_text(error: Exception | str, *, debug: bool = False) -> str:
-    """`error: ...` for every problem of the error; its traceback first where `debug` asks for it."""
+    """`error: ...` for every problem of the error, preceded by its traceback if `debug`."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
     lines = [f"error: {problem}" for problem in problems]
     if debug and isinstance(error, Exception):
@@ -30,17 +30,17 @@ def show_error(error: Exception | str, *, debug: bool = False) -> None:
 
 
 def show_traceback() -> None:
-    """Of the exception that is being handled, without credentials in its message."""
+    """Print the traceback of the exception being handled, without credentials in its message."""
     print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
 
 
 def leave_error(path: Path, text: str) -> None:
-    """Leave the message for the launcher to show. The first rank wins; the others have the same to say."""
+    """Leave the message for the launcher to show. Only the first rank's is kept: the others have the same error."""
     publish_first(path, text + "\n")
 
 
 def told_end(run_dir: Path, error_file: Path) -> RunEnd | None:
-    """What the ranks themselves say of their end, its message shown; None where they cannot say why they ended."""
+    """How the ranks report that the run ended, after showing their message; None if they left no reason."""
     marker = read_marker(run_dir)
     if marker is None or marker.end is RunEnd.FAILED:
         return None
@@ -49,7 +49,7 @@ def told_end(run_dir: Path, error_file: Path) -> RunEnd | None:
 
 
 def show_left_error(error_file: Path) -> bool:
-    """Show what the ranks have left there to be shown; whether there was anything."""
+    """Show the message that the ranks left, if any; returns whether there was one."""
     try:
         text = (read_text(error_file) or "").strip("\0 \n")
     except DamagedFileError as error:
@@ -60,9 +60,9 @@ def show_left_error(error_file: Path) -> bool:
 
 
 def tail(path: Path, start: int = 0, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log, of what was written from byte `start` on; none where there is no log."""
+    """The last lines of what a log contains from byte `start` on; empty if there is no log."""
     try:
-        if not path.is_file():  # reading a pipe would wait for ever
+        if not path.is_file():  # reading a pipe would wait forever
             return []
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""Several machines: which one this is, and where they meet."""
+"""Several machines: the node rank of this one, and where they meet."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from megatron_lite.errors import LaunchError
 from megatron_lite.parallel.loopback import is_loopback as is_loopback
 
 NODE_RANK_VARIABLES = ("NODE_RANK", "GROUP_RANK")
-"""Where schedulers (Kubernetes' PyTorchJob, cloud services) say which of its nodes a job's process is on."""
+"""Where schedulers (Kubernetes' PyTorchJob, cloud services) put a process's node rank within the job."""
 NODES_PORT = 29500
-"""Where several nodes meet unless configured otherwise: a free port of one machine is not known to the others."""
+"""Default port for several nodes: the other nodes could not know a free port that one machine chose."""
 
 
 def own_node_rank(asked: int | None, nodes: int, environment: Mapping[str, str] = os.environ) -> int:
-    """The rank of this machine among the nodes.
+    """The node rank of this machine.
 
     Args:
-        asked: launcher.node_rank, which goes before the environment.
+        asked: launcher.node_rank, which takes precedence over the environment.
     Raises:
-        LaunchError: neither says it, or the environment says something else than a rank.
+        LaunchError: neither is set, or the environment does not hold a rank.
     """
     if asked is not None:
         return asked

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: everything that would happen."""
+"""The text of `--dry-run`: everything that would happen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lite.data.corpus.source_names import require_sources
 from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.planning.plan import describe
 
-LISTED_NODES = 8  # up to which the command of each one is shown
+LISTED_NODES = 8  # largest number of nodes whose commands are all shown
 NODE_RANK = "launcher.node_rank="
 
 
@@ -27,7 +27,7 @@ def headline(config: RunConfig) -> str:
 
 
 def dry_run_text(points: list[Point], plans: list[LaunchPlan], arguments: Arguments) -> str:
-    """Everything that would happen; of the runs of a sweep the first one, and where the others' folders lie."""
+    """The whole plan; for a sweep the plan of the first run, and the folders of the others."""
     if len(plans) == 1:
         return plan_text(plans[0], arguments)
     folders = sweep.table(points, [(str(plan.run_dir),) for plan in plans], ("run folder",))
@@ -70,7 +70,7 @@ def _commands(plan: LaunchPlan, arguments: Arguments) -> Iterator[str]:
 
 
 def _commands_of_nodes(where: str, argvs: Sequence[Sequence[str]], arguments: Arguments) -> Iterator[str]:
-    """What is typed on each node and what that runs; of many nodes the first and the last."""
+    """What to type on each node and what that runs; for many nodes only the first and the last."""
     ranks = range(len(argvs)) if len(argvs) <= LISTED_NODES else (0, len(argvs) - 1)
     yield where if len(argvs) <= LISTED_NODES else f"{where}, here the first and the last of {len(argvs)}"
     yield from (f"  {_typed_again(arguments, rank)}" for rank in ranks)

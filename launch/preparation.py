@@ -1,4 +1,4 @@
-"""What happens before any rank starts: the data is made ready, then the run folder gets its files."""
+"""What happens before any rank starts: the data is prepared, then the files of the run folder are written."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_lite.files import make_folder, remove_file, replace_file
 from megatron_lite.observe.markers import clear_markers
 from megatron_lite.observe.run_lock import Role, RunLock, holder_of, take
 
-PATH_BYTES = 4096  # longest path of Linux
+PATH_BYTES = 4096  # longest path on Linux
 
 
 class Preparation:
-    """The corpus on its way to shards, in a child process: its threads and its memory end with it."""
+    """Prepares the data in a child process, so that its threads and memory are gone when it ends."""
 
     def __init__(self, config: ResolvedConfig, prepare: Prepare) -> None:
         self._answer, answer = os.pipe()
-        # a group of its own, so that its worker processes end with it
+        # its own process group, so that its workers end with it
         self._children = Children([start(lambda: _guarded(prepare, config, answer), own_group=True)], as_groups=True)
         os.close(answer)
 
@@ -40,12 +40,12 @@ class Preparation:
 
     @property
     def failed(self) -> bool:
-        """Whether it has already ended badly; does not wait."""
+        """Whether it has already failed; does not wait."""
         self._children.poll()
         return self._children.failed
 
     def wait(self, ending: Ending) -> int:
-        """Exit code: 0, or that of the error which the child has shown. Ranks find the data by the environment."""
+        """Exit code: 0, or that of the error which the child has shown. Sets FOLDER_VARIABLE for the ranks."""
         self._children.wait(ending)
         if ending.signal:
             return ending.exit_code
@@ -60,22 +60,22 @@ class Preparation:
 
 
 Prepare = Callable[[ResolvedConfig], Path | None]
-"""Makes the data of a configuration ready and says where it lies; None = none is needed."""
+"""Prepares the data of a configuration and returns its folder; None = no data is needed."""
 
 
 def prepare_data(config: ResolvedConfig) -> Path:
-    """Make the shards of a configuration, saying what takes time."""
+    """Build the shards of a configuration, and report what takes time."""
     return ready_data(config, lambda line: print(line, flush=True))
 
 
 def ready_data(config: ResolvedConfig, report: Callable[[str], None]) -> Path:
-    """The folder of the prepared data of a run that begins or goes on.
+    """The folder of the prepared data of a run that starts or resumes.
 
     Raises:
-        ConfigError, DataError: it cannot be made.
+        ConfigError, DataError: the data cannot be prepared.
         CheckpointError: the run in train.run_dir was trained on other tokens.
     """
-    # seconds of imports that only this process needs
+    # takes seconds to import, and only this process needs it
     from megatron_lite.checkpoint.resume import allowed_changes
     from megatron_lite.data.shards.prepare import prepare
     from megatron_lite.train.step_samples import trained_with
@@ -83,7 +83,7 @@ def ready_data(config: ResolvedConfig, report: Callable[[str], None]) -> Path:
     run_dir = config.run_dir
     before = trained_with(run_dir) if has_trained(run_dir) else None
     prepared = prepare(config, report=report, earlier=None if before is None else before.config)
-    if before is not None:  # said before the ranks start; they look at the checkpoint itself
+    if before is not None:  # reported before the ranks start; they check the checkpoint themselves
         newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
         allowed_changes(before, config, prepared.fingerprint, f"the run in train.run_dir={run_dir}", newest)
     return prepared.folder
@@ -105,19 +105,19 @@ def _guarded(prepare: Prepare, config: ResolvedConfig, answer: int) -> int:
 
 @contextlib.contextmanager
 def run_folder(plan: LaunchPlan, ending: Ending | None = None) -> Iterator[Callable[[], None]]:
-    """The run folder for the length of the block: locked, with the files of the plan and room for logs.
+    """Context manager for the run folder: locked, with the files of the plan and a folder for logs.
 
-    These are the only writes of a launcher itself. Rank 0 takes the lock over and keeps it to its own end. Nodes of one
-    job share it: that of rank 0 locks the folder or, where they have no ranks yet, the first one. The others write the
-    same files again, in case the folder is not the same.
+    These are the only files that a launcher itself writes. Rank 0 takes over the lock and holds it until it ends. Nodes
+    of one job share it: the node of rank 0 locks the folder or, if nodes have no ranks yet, the first node. The
+    others write the same files again, in case the folder is not shared.
 
     Args:
-        ending: ends the wait for a holder of which nobody knows whether it is alive.
+        ending: stops waiting for a holder that may or may not be alive.
     Yields:
-        what gives a sign of life; to be called again and again.
+        a function that updates the lock's heartbeat; call it repeatedly.
     Raises:
-        ConfigError: the folder cannot be written.
-        RunFolderInUseError: somebody else is at work in it.
+        ConfigError: the folder is not writable.
+        RunFolderInUseError: another process uses it.
     """
     try:
         make_folder(plan.error_file.parent)
@@ -146,7 +146,7 @@ def _write_files(plan: LaunchPlan, *, clear: bool) -> None:
 
 
 def _lock(plan: LaunchPlan, ending: Ending | None) -> RunLock | None:
-    """None where another node of this job has it, or will."""
+    """Take the lock; None if another node of this job has it, or will take it."""
     if plan.node_rank or _is_shared(plan):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Launchers that start one program on this machine, which starts the ranks: what torchrun and deepspeed share."""
+"""Base of launchers that start one program on this machine, which starts the ranks: torchrun and deepspeed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from megatron_lite.errors import EXIT_OK, LaunchError
 from megatron_lite.observe.markers import ask_to_stop
 from megatron_lite.observe.run_lock import require_free
 
-HELPERS_SECONDS = 5.0  # what the ranks' own helpers, such as an uploader of metrics, may take to follow them
+HELPERS_SECONDS = 5.0  # time for the ranks' helpers, such as an uploader of metrics, to end after them
 
 
 class ProgramLauncher:
-    """Runs the program of a plan to its end, and leaves nothing of it behind.
+    """Runs the program of a plan to its end, and leaves none of its processes behind.
 
     Args:
-        prepare: makes the data ready, in a process of its own. On several nodes each launcher does so: one gets the
-            lock and builds, the others wait for it.
+        prepare: prepares the data, in a separate process. With several nodes each launcher does it: one gets the lock
+            and builds, the others wait for it.
     """
 
     program: ClassVar[str]
     names_culprit: ClassVar[bool] = False
-    """It has said which rank failed when it ends with an exit code."""
+    """The program has reported which rank failed if it ends with an exit code."""
 
     def __init__(self, prepare: Prepare = prepare_data) -> None:
         self._prepare = prepare
@@ -56,11 +56,11 @@ class ProgramLauncher:
                 return self._conclude(plan, ending, status, left_behind)
 
     def _run_program(self, plan: LaunchPlan, ending: Ending, beat: Callable[[], None]) -> tuple[int, bool]:
-        """The program's exit code, or minus its signal, and whether it has left processes behind, which are ended."""
-        adopt_orphans()  # torchrun's ranks are in sessions of their own: only as descendants can all be found
+        """The program's exit code, or minus its signal, and whether it left processes behind (which are ended)."""
+        adopt_orphans()  # torchrun's ranks have their own sessions: only as descendants can all be found
         others = descendants()
         pid = start(lambda: self._become(plan.argv), own_session=True)
-        # The program itself ends the ranks when one fails: nothing to wait for beyond that.
+        # The program itself ends the other ranks when one fails, so we need no grace period.
         children = Children(
             [pid],
             as_groups=True,
@@ -73,7 +73,7 @@ class ProgramLauncher:
         return children.ends[pid].status, left_behind
 
     def _become(self, argv: Sequence[str]) -> int:
-        """Be the program, in a process of its own."""
+        """Replace the child process by the program."""
         replace_process(argv, dict(os.environ))
 
     def _conclude(self, plan: LaunchPlan, ending: Ending, status: int, left_behind: bool) -> int:
@@ -94,10 +94,10 @@ class ProgramLauncher:
 
 
 def on_this_node(plan: LaunchPlan) -> LaunchPlan:
-    """The plan with this machine's place among the nodes, and its command, where each node has its own.
+    """The plan with this machine's node rank and command, if each node has its own.
 
     Raises:
-        LaunchError: nothing says which node this is.
+        LaunchError: the node rank is not known.
     """
     if not plan.node_argvs:
         return plan
@@ -106,10 +106,10 @@ def on_this_node(plan: LaunchPlan) -> LaunchPlan:
 
 
 def installed(program: str, package: str) -> str:
-    """The path of a command of this interpreter's environment, activated or not.
+    """The path of a command in this interpreter's environment, activated or not.
 
     Raises:
-        LaunchError: there is none.
+        LaunchError: it is not installed.
     """
     beside = Path(sys.executable).with_name(program)
     found = str(beside) if beside.exists() else shutil.which(program)

@@ -1,4 +1,4 @@
-"""Where our code lies: a checkout, or where pip has put it. Light: shells ask on each press of the tab key."""
+"""Where our code is: a checkout, or installed by pip. Fast to import: shell completion calls it on each tab key."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from megatron_lite.errors import LaunchError
 
 CODE = Path(__file__).resolve().parents[1]
-"""The folder that holds our packages and the entry scripts."""
+"""The folder with our packages and the entry scripts."""
 
 
 def is_installed() -> bool:
-    """Whether this interpreter finds our code by itself, wherever it is started; not so with a checkout."""
+    """Whether this interpreter finds our code from any folder; not the case for a checkout."""
     own = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
     return CODE in {Path(folder).resolve() for folder in own}
 
 
 def script_path(script: str) -> Path:
-    """The entry script of a name.
+    """The path of an entry script.
 
     Raises:
-        LaunchError: there is none.
+        LaunchError: there is no such script.
     """
     path = CODE / f"{script}.py"
     if not path.is_file():

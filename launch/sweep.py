@@ -1,7 +1,8 @@
-"""A sweep: `model.hidden_size=128,256 train.seed=1,2` is one run for each combination, each in a folder of its own.
+"""A sweep: `model.hidden_size=128,256 train.seed=1,2` is one run for each combination, each in its own folder.
 
-The values are Hydra's, `choice(...)` and `range(...)` included, but Hydra only reads them: a run of its multirun would
-be started in every rank. Those of a text are split by `config/overrides.py`, for Hydra cannot read all texts.
+Values use Hydra's syntax, including `choice(...)` and `range(...)`, but Hydra only parses them: its multirun would
+start the runs in every rank. Values of text settings are split by `config/overrides.py`, since Hydra cannot parse all
+texts.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError, library_edge
 
 RUN_DIR = "train.run_dir"
-NAME_LIMIT = 120  # characters that a sweep adds to a folder's name, of the 255 that file systems allow
+NAME_LIMIT = 120  # characters that a sweep adds to a folder's name; file systems allow 255 in all
 MAX_POINTS = 1000  # runs of a sweep
-NAMED_POINTS = 3  # that a message about several points names
+NAMED_POINTS = 3  # points listed in a message about several points
 
 Result = TypeVar("Result")
 
@@ -35,7 +36,7 @@ class Point:
     """One run of a sweep."""
 
     overrides: tuple[str, ...]
-    """Its whole command line: one value of each varied override."""
+    """Its full command line: one value for each varied override."""
     varied: tuple[tuple[str, str], ...] = ()
     """(key, value) of the varied overrides; empty = no sweep."""
 
@@ -45,10 +46,10 @@ class Point:
 
 
 def expand(command_line: Sequence[str]) -> list[Point]:
-    """The points of a command line, the last varied word changing fastest; a single one where no word is varied.
+    """The points of a command line, the last varied override changing fastest; a single point if none is varied.
 
     Raises:
-        ConfigError: with every word whose values cannot be counted.
+        ConfigError: lists every override whose values cannot be enumerated.
     """
     choices: list[list[str]] = []
     keys: list[str | None] = []
@@ -78,7 +79,7 @@ def _values(word: str) -> list[str] | None:
     """The override once for each of its values; None if it is not a sweep.
 
     Raises:
-        ConfigError: its values cannot be counted, or there are none.
+        ConfigError: its values cannot be enumerated, or there are none.
     """
     start, _, typed = word.partition("=")
     values = overrides.sweep_values(typed) if overrides.is_text(word) else None
@@ -98,7 +99,7 @@ def _sweep(word: str) -> Override | None:
     try:
         override = overrides.parse(word)
     except ConfigError:
-        return None  # the reader of the value says what is wrong
+        return None  # parsing the value reports the error
     return override if override.is_sweep_override() else None
 
 
@@ -112,11 +113,11 @@ def _counted(word: str, override: Override) -> list[str]:
 
 
 def build_all(points: Sequence[Point], build: Callable[[Point], Result]) -> list[Result]:
-    """What `build` makes of every point, or every problem of all points at once.
+    """The results of `build` for every point, or the problems of all points in one error.
 
     Raises:
-        MegatronLiteError: of the only point, as it is.
-        ConfigError: each problem once, with the points that have it unless all do.
+        MegatronLiteError: the unchanged error of a single point.
+        ConfigError: each problem once, with the points that have it, unless all points do.
     """
     if len(points) == 1:
         return [build(points[0])]
@@ -141,7 +142,7 @@ def _of_points(problem: str, names: list[str], all_points: int) -> str:
 
 
 def in_own_folder(config: ResolvedConfig, point: Point) -> ResolvedConfig:
-    """The configuration with the point's values behind the name of its run folder."""
+    """The configuration with the point's values appended to the name of its run folder."""
     suffix = _suffix([(key, value) for key, value in point.varied if key != RUN_DIR])
     if not suffix:
         return config
@@ -149,7 +150,7 @@ def in_own_folder(config: ResolvedConfig, point: Point) -> ResolvedConfig:
 
 
 def _suffix(varied: list[tuple[str, str]]) -> str:
-    """`-hidden_size_128-seed_1`. Where letters had to be replaced or left out, a hash tells equal names apart."""
+    """`-hidden_size_128-seed_1`. If characters had to be replaced or dropped, a hash keeps the names distinct."""
     short = [key.rpartition(".")[2] for key, _ in varied]
     plain = "".join(
         f"-{key if short.count(last) > 1 else last}_{value}" for (key, value), last in zip(varied, short, strict=True)
@@ -161,10 +162,10 @@ def _suffix(varied: list[tuple[str, str]]) -> str:
 
 
 def require_own_folders(points: Sequence[Point], folders: Sequence[Path]) -> None:
-    """Refuse points that would write over each other.
+    """Refuse points that would overwrite each other.
 
     Raises:
-        ConfigError: naming the points of each such folder.
+        ConfigError: lists the points of each shared folder.
     """
     users: dict[Path, list[str]] = {}
     for point, folder in zip(points, folders, strict=True):
@@ -181,7 +182,7 @@ def require_own_folders(points: Sequence[Point], folders: Sequence[Path]) -> Non
 
 
 def table(points: Sequence[Point], rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
-    """A line for each point, its columns below their titles."""
+    """A row for each point, with aligned columns below their titles."""
     lines = [("run", *titles), *((point.name, *row) for point, row in zip(points, rows, strict=True))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(

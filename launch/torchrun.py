@@ -1,7 +1,7 @@
 """torchrun on one machine or on several, each of which runs this launcher.
 
-Every node comes to the same configuration and so to the same frozen file; what is different, the node's rank, is only
-on torchrun's command line.
+Every node composes the same configuration and so writes the same frozen file; only torchrun's command line differs, by
+the node's rank.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, EXIT_USER_ERROR, RunEnd
 from megatron_lite.observe.run_lock import ATTEMPT
 
-CANNOT_START = 126  # no rank ends with it; shells say so of a program that they cannot run
-JOIN_SECONDS = 600  # what torchrun's static rendezvous waits for other nodes; c10d alone would give up after 60
+CANNOT_START = 126  # no rank exits with it; shells use it for a program that cannot be run
+JOIN_SECONDS = 600  # how long torchrun's static rendezvous waits for other nodes; c10d would give up after 60
 
 
 class TorchrunLauncher(ProgramLauncher):
@@ -43,7 +43,7 @@ class TorchrunLauncher(ProgramLauncher):
                 *("--nnodes", str(config.launcher.nodes)),
                 *("--nproc-per-node", str(config.processes_per_node)),
                 *_meeting_place(config.launcher, port, f"{frozen_config.parent.name}-{frozen_config.stem}"),
-                *("--max-restarts", "0"),  # a restart would come without what happens between attempts at a run
+                *("--max-restarts", "0"),  # a restart would skip what happens between the attempts of a run
                 *("--shutdown-timeout", str(math.ceil(config.launcher.grace_seconds))),
                 str(script),
                 "--config",
@@ -54,14 +54,14 @@ class TorchrunLauncher(ProgramLauncher):
         if config.launcher.rendezvous is Rendezvous.static:
             argvs = tuple(_of_node(plan.argv, rank) for rank in range(config.launcher.nodes))
             return replace(plan, argv=argvs[0], node_argvs=argvs if len(argvs) > 1 else ())
-        # No node knows its rank before they meet, so the first one takes the run folder for all of this job.
+        # No node knows its rank before the rendezvous, so the first one takes the run folder for the whole job.
         job = " ".join(plan.argv[1:]) if config.launcher.nodes > 1 else ""
         attempt = hashlib.sha256(job.encode()).hexdigest()[:12] if job else plan.attempt
         return replace(plan, job=job, env={**plan.env, ATTEMPT: attempt})
 
     def _become(self, argv: Sequence[str]) -> int:
-        """What the `torchrun` command does, but for its traceback about a rank that has said itself why it failed."""
-        from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds
+        """Run `torchrun`, without its traceback about a rank that has already reported its error."""
+        from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds to import
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main
 
@@ -81,13 +81,13 @@ class TorchrunLauncher(ProgramLauncher):
         return EXIT_OK
 
     def _conclude(self, plan: LaunchPlan, ending: Ending, status: int, left_behind: bool) -> int:
-        if status == CANNOT_START:  # a marker in the folder is then of an earlier attempt
+        if status == CANNOT_START:  # a marker in the folder is then from an earlier attempt
             return EXIT_USER_ERROR
         return super()._conclude(plan, ending, status, left_behind)
 
 
 def listen_where_needed() -> None:
-    """Let torchrun's own stores listen at the address by which they are known, rather than at all of the machine's."""
+    """Make torchrun's own stores listen at their published address only, not on all interfaces of the machine."""
     import torch.distributed as dist
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 
@@ -98,7 +98,7 @@ def listen_where_needed() -> None:
 
 
 def _tell(rank: int, status: int) -> int:
-    """Name the rank that failed first, unless it has said itself why; our exit code for its status."""
+    """Report the rank that failed first, unless it has reported itself; returns our exit code for its status."""
     log = Path(os.environ[ERROR_FILE]).with_name(f"rank-{rank}.log")
     if status < 0:
         show_error(f"rank {rank} was killed by signal {-status} ({signal.Signals(-status).name}); see {log}")
@@ -109,9 +109,9 @@ def _tell(rank: int, status: int) -> int:
 
 
 def _meeting_place(launcher: LauncherConfig, port: int, run: str) -> list[str]:
-    """torchrun's options on where the nodes meet, but for the node's rank."""
+    """torchrun's options for the rendezvous, except the node rank."""
     address = launcher.master_address or LOOPBACK
-    local = ["--local-addr", address] if is_loopback(address) else []  # else its own name, which may not resolve
+    local = ["--local-addr", address] if is_loopback(address) else []  # otherwise its own name, which may not resolve
     if launcher.rendezvous is Rendezvous.static:
         return ["--master-addr", address, "--master-port", str(port), *local]
     return [

@@ -1,7 +1,7 @@
-"""From a step of a run to the documents and the text in its batch: `python -m launch trace RUN --step N`.
+"""From a step of a run to the documents and the text of its batch: `python -m launch trace RUN --step N`.
 
-Nothing of it was logged: the frozen configuration and the prepared data give every sample by its number.
-Needs no torch.
+None of this is logged: the frozen configuration and the prepared data determine every sample by its index. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Question:
 
     run_dir: Path
     step: int | None
-    """Counts from 1; None where `sample` is given."""
+    """Counted from 1; None if `sample` is given."""
     sample: int | None
-    """Global number of one sample."""
+    """Global index of one sample."""
     is_rolled_back: bool
-    """Of the step the version that a rollback took back ..."""
+    """Show the version of the step that a rollback discarded ..."""
     rollback: int | None
-    """... this one, from 1; None = the latest."""
+    """... this rollback, counted from 1; None = the latest."""
     shown: int
-    """Samples whose documents and text are shown."""
+    """Number of samples whose documents and text are shown."""
     full: bool
-    """All of each text, and what the objective made of it."""
+    """Show each text in full, and what the objective made of it."""
     data: Path | None
-    """Folder of the prepared data; None = where the configuration has it."""
+    """Folder of the prepared data; None = the configured one."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class Answer:
     data: Path
     samples: StepSamples
     parts: dict[int, list[DocumentPart]]
-    """Of every sample."""
+    """Documents of every sample."""
     texts: dict[int, str]
-    """Of the shown ones."""
+    """Texts of the shown samples."""
     made: dict[int, Shown]
-    """What the objective made of these; empty unless it was asked for."""
+    """Inputs and targets that the objective made of these; empty unless requested."""
 
 
 def main(words: Sequence[str]) -> int:
     """Answer one question on the command line; returns the exit code.
 
     Raises:
-        ConfigError: an argument that has no meaning here.
-        DataError: no such step, or its data is gone.
+        ConfigError: an argument is invalid.
+        DataError: the step does not exist, or its data is gone.
     """
     parser = Parser(prog="python -m launch trace", description="Which documents and text a step of a run trained on.")
     parser.add_argument("run", metavar="RUN_FOLDER", type=Path)
@@ -111,15 +111,16 @@ def main(words: Sequence[str]) -> int:
     answer = trace(question)
     try:
         print(as_json(answer) if arguments.json else "\n".join(as_lines(answer)), flush=True)
-    except BrokenPipeError:  # `trace ... | head` has seen enough
+    except BrokenPipeError:  # `trace ... | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return EXIT_OK
 
 
 def trace(question: Question) -> Answer:
-    """
+    """Find the documents and texts of a step or a sample.
+
     Raises:
-        DataError: no such run, step or sample, or its data is not there any more.
+        DataError: the run, step or sample does not exist, or its data is gone.
     """
     if question.shown < 0:
         raise DataError(f"--samples {question.shown} is negative; give 0 or more")
@@ -156,10 +157,10 @@ def _samples(question: Question, config: RunConfig) -> StepSamples:
 
 
 def _prepared(question: Question, path: Path, config: RunConfig) -> PreparedData:
-    """The data that the run read, opened.
+    """Open the data that the run read.
 
     Raises:
-        DataError: it is not there, or other data is.
+        DataError: it does not exist, or other data is in its place.
     """
     folder = question.data or _own_folder(config)
     remedy = f"make it again with `python -m megatron_lite.data prepare --config {shlex.quote(str(path))}`"
@@ -186,7 +187,7 @@ def _prepared(question: Question, path: Path, config: RunConfig) -> PreparedData
 def _own_folder(config: RunConfig) -> Path:
     try:
         return prepared_folder(config)
-    except DataError as error:  # a source is gone, whose content names the folder
+    except DataError as error:  # a source is gone, and its content determines the folder's name
         raise DataError(f"{error}; or name the prepared folder with --data, which needs no source") from None
 
 
@@ -196,7 +197,7 @@ def _made(provenance: Provenance, objective: Objective, config: RunConfig, indic
 
 
 def as_json(answer: Answer) -> str:
-    """One object: all of every shown sample's text, and all documents of the step."""
+    """One JSON object: the full text of every shown sample, and all documents of the step."""
     question = answer.question
     document: dict[str, Any] = {
         "run": str(question.run_dir),
@@ -218,7 +219,7 @@ def _sample_entry(answer: Answer, index: int) -> dict[str, Any]:
 
 
 def as_lines(answer: Answer) -> list[str]:
-    """For a terminal."""
+    """Lines for a terminal."""
     lines = [_headline(answer), f"settings {answer.config.name}, data {answer.data}"]
     for index in answer.texts:
         lines += _sample_lines(answer, index)

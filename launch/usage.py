@@ -31,10 +31,10 @@ do with it; `explain GROUP` lists the settings of a group, such as `explain opti
 
 
 def general_help(verbs: Iterable[tuple[str, str]]) -> str:
-    """What can be typed at all.
+    """Help on the whole command line.
 
     Args:
-        verbs: (how it is typed, what it does).
+        verbs: (how to type it, what it does).
     """
     folders = find_folders()
     lines = ["usage: python -m launch SCRIPT [SETTING ...] [OPTION ...]", "       python -m launch COMMAND ..."]
@@ -45,11 +45,11 @@ def general_help(verbs: Iterable[tuple[str, str]]) -> str:
 
 
 def script_help(script: str, program: str, conf: Path | None = None) -> str:
-    """What can be typed for one script.
+    """Help on one script.
 
     Args:
-        program: how it is started, such as `python pretrain_gpt.py`.
-        conf: the folder of the user's presets; None = `./conf`.
+        program: the command that starts it, such as `python pretrain_gpt.py`.
+        conf: folder with the user's presets; None = `./conf`.
     """
     folders = find_folders(conf)
     lines = [f"usage: {program} [SETTING ...] [OPTION ...]", "", description(script), "", *_options(), "", SETTINGS]
@@ -58,7 +58,8 @@ def script_help(script: str, program: str, conf: Path | None = None) -> str:
 
 
 def require_script(script: str) -> str:
-    """
+    """Path of an entry script.
+
     Raises:
         ConfigError: there is no such script.
     """
@@ -69,7 +70,7 @@ def require_script(script: str) -> str:
 
 
 def versions() -> str:
-    """Ours, and those of the packages that decide what a run computes; none of them is imported."""
+    """Versions of this project and of the packages that affect a run's results; imports none of them."""
     rows = [("megatron_lite", __version__), *((name, _version(name)) for name in BUILT_ON)]
     return "\n".join(f"{name:<14}{text}" for name, text in [*rows, ("python", platform.python_version())])
 
@@ -99,7 +100,7 @@ def _presets(folders: PresetFolders, chosen: dict[str, str]) -> Iterator[str]:
 
 
 def table(rows: Iterable[tuple[str, str]], indent: int = 2, widest: int = 24) -> Iterator[str]:
-    """Two columns; a first one that is wider than `widest` has a line of its own."""
+    """Two columns; if the first cell is wider than `widest`, it gets a line of its own."""
     rows = list(rows)
     column = min(widest, indent + 2 + max((len(name) for name, _ in rows), default=0))
     for name, text in rows:

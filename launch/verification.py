@@ -1,4 +1,4 @@
-"""`python -m launch verify`: the ranks of a run, started to certify their layout instead of training."""
+"""`python -m launch verify`: starts the ranks of a run to verify their layout instead of training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FOLDER_SUFFIX = "-verify"
 
 
 def in_own_folder(config: ResolvedConfig) -> ResolvedConfig:
-    """The configuration with a run folder beside that of the run, which a verification must not touch."""
+    """The configuration with a folder next to that of the run, which a verification must not change."""
     return replace(config, train=replace(config.train, run_dir=config.train.run_dir + FOLDER_SUFFIX))
 
 
 def on_this_machine(config: RunConfig) -> RunConfig:
-    """The same layout for the local launcher, whatever launcher, nodes and hosts the run itself is for."""
+    """The same layout with the local launcher, ignoring the run's own launcher, nodes and hosts."""
     local = LauncherConfig(
         num_processes=given_processes(config),
         threads_per_process=config.launcher.threads_per_process,
@@ -30,7 +30,7 @@ def on_this_machine(config: RunConfig) -> RunConfig:
 
 
 def _no_data(config: ResolvedConfig) -> None:
-    """Verification draws its samples itself."""
+    """Verification generates its samples itself."""
 
 
 LAUNCHER = LocalLauncher(warm_modules=("torch", "torch._dynamo", "megatron_lite.verify.layout_check"), prepare=_no_data)

@@ -1,4 +1,4 @@
-"""`python -m launch report`, `compare` and `trace`: what runs have done, on a page, side by side, and on which text."""
+"""`python -m launch report`, `compare` and `trace`: a run's report, two runs side by side, the text of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """One of COMMANDS and its arguments; returns the exit code.
 
     Raises:
-        ConfigError: no run folder, a word that has no meaning here, or a file that cannot be written.
+        ConfigError: no run folder, an invalid argument, or a file that cannot be written.
     """
     return COMMANDS[argv[0]]([word for word in argv[1:] if word != "--debug"])
 
@@ -30,7 +30,7 @@ def report(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; report.html in the run folder if not given")
     arguments = parser.parse_args(words)
     run_dir = run_folder(arguments.run)
-    # What these import, other commands do not need.
+    # Other commands do not need what these import.
     from megatron_lite.checkpoint.folder import newest_logged
     from megatron_lite.observe.report import REPORT_FILE, write_report
     from megatron_lite.observe.run_folder import RunFolder

@@ -1,6 +1,6 @@
-"""What the batch script calls around its srun: `python -m launch.slurm.attempt begin|end RUN_FOLDER ...`.
+"""Called by the batch script before and after srun: `python -m launch.slurm.attempt begin|end RUN_FOLDER ...`.
 
-It imports no torch and needs only the run folder and Slurm's commands. Every decision is a line of the job's log.
+It imports no torch and needs only the run folder and Slurm's commands. Every decision is a line in the job's log.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megatron_lite.state_files import read_object, read_text, warn
 
 @dataclass(frozen=True)
 class HangReport:
-    """What a job needs of hang.json."""
+    """The fields of hang.json that a job needs."""
 
     node: str | None = None
 
 
 def begin(run_dir: Path, job: int) -> int:
-    """Make the folder ready for an attempt; anything but 0 means that there is no sense in one.
+    """Prepare the folder for an attempt; a nonzero result means that there should be no attempt.
 
     Raises:
-        LaunchError: somebody else is at work in the folder, or Slurm does not answer.
+        LaunchError: another process uses the folder, or Slurm does not respond.
     """
-    if not any(job in jobs for jobs in records.submissions(run_dir)):  # somebody typed `sbatch job.sh`
+    if not any(job in jobs for jobs in records.submissions(run_dir)):  # the user typed `sbatch job.sh`
         records.record_submission(run_dir, [job])
     code = _earlier_end(run_dir, job)
     if code != EXIT_OK:
@@ -50,9 +50,9 @@ def begin(run_dir: Path, job: int) -> int:
 
 
 def _clear(run_dir: Path, job: int) -> None:
-    """Remove what earlier attempts have said. The ranks take the lock themselves, once they are there.
+    """Remove the markers of earlier attempts. The ranks take the lock themselves when they start.
 
-    A disk that does not let us is no reason to stop here: ranks that cannot write will say so, and the job comes back.
+    Write errors give only a warning: ranks that cannot write will report it, and the job is requeued.
     """
     try:
         lock = take(run_dir, Role.command, own_attempt(), report=lambda line: _say(job, line))
@@ -66,7 +66,7 @@ def _clear(run_dir: Path, job: int) -> None:
 
 
 def _earlier_end(run_dir: Path, job: int) -> int:
-    """The exit code where the run is done, or an earlier link of the chain ended for good; 0 = there is none."""
+    """The exit code if the run is done, or an earlier job of the chain ended for good; 0 = neither."""
     ends, marker = records.attempts(run_dir, records.END), read_marker(run_dir)
     if marker is not None and marker.end is RunEnd.DONE:
         _say(job, "the run is done, nothing is left to do")
@@ -81,7 +81,7 @@ def _earlier_end(run_dir: Path, job: int) -> int:
 
 
 def end(run_dir: Path, job: int, code: int, terminated: bool, limits: RequeueLimits) -> int:
-    """Decide what follows an attempt, say it and do it; returns the job's exit code."""
+    """Decide what follows an attempt, log it and do it; returns the job's exit code."""
     marker = read_marker(run_dir)
     begins, nodes = records.attempts(run_dir, records.BEGIN, job), _nodes_of_job()
     earlier = [entry for entry in records.attempts(run_dir, records.END, job) if entry.requeued]
@@ -107,21 +107,21 @@ def end(run_dir: Path, job: int, code: int, terminated: bool, limits: RequeueLim
     _show_error(run_dir)
     if verdict.requeue:
         excluded = _nodes_to_exclude(run_dir, job, marker, nodes)
-        # From here on Slurm ends the batch script and all in it, with SIGTERM, and with SIGKILL after KillWait (30 s by
-        # default). In between it takes the nodes to exclude, which it refuses while the job runs.
+        # From here on Slurm ends the batch script and all its processes: SIGTERM, then SIGKILL after KillWait (30 s by
+        # default). In between it accepts nodes to exclude, which it refuses while the job runs.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         scheduler.requeue(job)
         _exclude(job, excluded)
     elif terminated:
-        with contextlib.suppress(LaunchError):  # it was cancelled, not requeued by Slurm because a node was lost
+        with contextlib.suppress(LaunchError):  # the job was cancelled, not requeued by Slurm after losing a node
             _exclude(job, _nodes_to_exclude(run_dir, job, None, nodes))
     return verdict.exit_code
 
 
 def _has_advanced(run_dir: Path, begun: records.JobAttempt | None) -> bool:
-    """Whether the newest checkpoint is another than at the begin; an older one is what a rollback leaves.
+    """Whether the newest checkpoint differs from the one at the start; after a rollback it may be an older one.
 
-    Where the record of the begin is lost, that of whichever attempt was the last before it has to do.
+    If the record of the start is lost, the latest earlier record is used.
     """
     before = [*records.attempts(run_dir, records.END), *([begun] if begun else [])]
     known = before[-1].checkpoint if before else None
@@ -129,19 +129,19 @@ def _has_advanced(run_dir: Path, begun: records.JobAttempt | None) -> bool:
 
 
 def _other_user(run_dir: Path, job: int) -> str | None:
-    """Who else holds the run folder, which then was refused to our ranks, or taken over from them."""
+    """The other holder of the run folder, which refused our ranks or took it over from them."""
     holder = holder_of(run_dir)
     return None if holder is None or holder.job == job else str(holder)
 
 
 def _restarts() -> int:
-    """Times that Slurm has started this job before."""
+    """How often Slurm has restarted this job."""
     count = os.environ.get("SLURM_RESTART_COUNT", "0")
     return int(count) if is_count(count) else 0
 
 
 def _of_job(name: str) -> str:
-    """A variable that Slurm sets in every batch script.
+    """A variable that Slurm sets in every batch job.
 
     Raises:
         LaunchError: it is not set.
@@ -163,12 +163,12 @@ def _nodes_of_job() -> list[str]:
 
 
 def _stalled(advanced: list[bool]) -> int:
-    """How many at the end of the list did not advance."""
+    """How many entries at the end of the list did not advance."""
     return next((count for count, one in enumerate(reversed(advanced)) if one), len(advanced))
 
 
 def _nodes_to_exclude(run_dir: Path, job: int, marker: Marker | None, nodes: list[str]) -> list[str]:
-    """Those that the next attempt must not get; says so where none can be spared."""
+    """Nodes that the next attempt should avoid; logs it if none can be spared."""
     states = scheduler.node_states(_of_job("SLURM_JOB_PARTITION"))
     lost = [node for node in nodes if scheduler.is_lost(states.get(node, ""))]
     usable = [node for node, state in states.items() if state in scheduler.USABLE]
@@ -195,8 +195,8 @@ def _reported_node(run_dir: Path) -> str | None:
 
 
 def _show_error(run_dir: Path) -> None:
-    """The message of a user's error, which the ranks leave once for all of them."""
-    with contextlib.suppress(DamagedFileError):  # there is no message to show
+    """Show the message of a user error, which the ranks leave once for all of them."""
+    with contextlib.suppress(DamagedFileError):  # then there is no message to show
         if text := read_text(run_dir / "logs" / "error.txt"):
             print(text.rstrip(), flush=True)
 

@@ -1,4 +1,4 @@
-"""`launcher=slurm`: the run as a batch job, written into the run folder and submitted."""
+"""`launcher=slurm`: runs as a batch job, whose script is written into the run folder and submitted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.errors import EXIT_OK, LaunchError, RunEnd
 from megatron_lite.observe.markers import read_marker
 
-SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds between torchrun's SIGTERM and SIGKILL to its ranks, 30 by itself
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds between torchrun's SIGTERM and SIGKILL to its ranks; default 30
 
 
 class SlurmLauncher:
-    """Submits a run, or the links of a chain, and does not wait for it.
+    """Submits a run as one job or as a chain of jobs, and does not wait for it.
 
     Args:
-        torchrun: the program that starts the ranks of one node; None = torch's.
+        torchrun: the program that starts the ranks of one node; None = torch's own.
     """
 
     def __init__(self, torchrun: Sequence[str] | None = None) -> None:
         self._torchrun = torchrun
 
     def plan(self, config: ResolvedConfig) -> LaunchPlan:
-        run_dir = config.run_dir.absolute()  # the job may be submitted again from anywhere
-        passed_environment(config)  # that it is there: sbatch hands it on
+        run_dir = config.run_dir.absolute()  # the job may be submitted again from any folder
+        passed_environment(config)  # check that the variables exist: sbatch passes them on
         config_file = frozen.frozen_path(config, run_dir)
         environment = {
             **rank_environment(config, one_machine=config.launcher.nodes == 1),
@@ -65,22 +65,22 @@ class SlurmLauncher:
 
 
 def _entry(config: ResolvedConfig) -> list[str]:
-    """How Python starts the entry script. A container has packages of its own: not those of this interpreter."""
+    """How Python starts the entry script. A container has its own packages, not those of this interpreter."""
     script = script_path(config.script)
     return ["-m", config.script] if config.launcher.container is not None and is_installed() else [str(script)]
 
 
 def submit(run_dir: Path, links: int) -> None:
-    """Submit the run folder's batch script, once for each link of a chain, and say how to follow the job.
+    """Submit the run folder's batch script, once for each job of a chain, and print how to follow the job.
 
     Raises:
-        LaunchError: Slurm refuses it.
+        LaunchError: Slurm refuses the job.
     """
     numbers = []
     try:
         for _ in range(links):
             numbers.append(scheduler.submit(run_dir / records.SCRIPT_FILE))
-    finally:  # what was submitted before a refusal is there and has to be known
+    finally:  # record what was submitted before a refusal: those jobs exist
         if numbers:
             records.record_submission(run_dir, numbers)
     more = f", to be followed by {', '.join(map(str, numbers[1:]))}" if links > 1 else ""
@@ -90,9 +90,10 @@ def submit(run_dir: Path, links: int) -> None:
 
 
 def refuse_second_job(run_dir: Path) -> None:
-    """
+    """Refuse to submit a run folder that already has a job.
+
     Raises:
-        LaunchError: a job of this run folder waits or runs.
+        LaunchError: a job of this run folder is pending or running.
     """
     live = live_jobs(run_dir)
     if live:
@@ -104,6 +105,6 @@ def refuse_second_job(run_dir: Path) -> None:
 
 
 def live_jobs(run_dir: Path) -> list[scheduler.SlurmJob]:
-    """The jobs of a run folder that wait or run."""
+    """The run folder's jobs that are pending or running."""
     numbers = [number for jobs in records.submissions(run_dir) for number in jobs]
     return [job for job in scheduler.jobs(numbers) if job.is_live]

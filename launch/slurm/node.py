@@ -1,4 +1,4 @@
-"""What srun starts on each node: `torchrun`, with stores that listen only where the job's processes connect."""
+"""What srun starts on each node: `torchrun`, with stores that listen only at the address where the ranks connect."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from launch.torchrun import listen_where_needed
 
 
 def main(argv: list[str]) -> None:
-    """Args: argv: torchrun's."""
-    from torch.distributed.run import main as torchrun  # torch takes seconds
+    """Args: argv: arguments of torchrun."""
+    from torch.distributed.run import main as torchrun  # torch takes seconds to import
 
     listen_where_needed()
     torchrun(argv)

@@ -1,6 +1,6 @@
-"""What a run folder remembers of its jobs: `jobs.jsonl` (submissions) and `attempts.jsonl` (begins and ends).
+"""Records of jobs in a run folder: `jobs.jsonl` (submissions) and `attempts.jsonl` (starts and ends of attempts).
 
-A record that is damaged or cannot be written ends no job: what is known without it has to do.
+A damaged or unwritable record never ends a job: the job continues without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_lite.state_files import sound_lines, warn
 
 JOBS_FILE = "jobs.jsonl"
 SCRIPT_FILE = "job.sh"
-CHECKPOINT = re.compile(r"step_(\d{1,18})")  # a folder has this name only once it is complete
+CHECKPOINT = re.compile(r"step_(\d{1,18})")  # a folder gets this name only once it is complete
 BEGIN = "begin"
 END = "end"
 
@@ -26,32 +26,32 @@ END = "end"
 @dataclass(frozen=True)
 class Submission:
     jobs: list[int]
-    """One, or the links of a chain."""
+    """One job, or all jobs of a chain."""
     time: float
 
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """The begin or the end of one attempt of a job."""
+    """Start or end of one attempt of a job."""
 
     event: str
     job: int
     time: float
     checkpoint: int | None = None
-    """The newest one then."""
+    """Step of the newest checkpoint at that time."""
     restart: int = 0
-    """Times that Slurm had started this job before."""
+    """How often Slurm had restarted this job."""
     nodes: list[str] = field(default_factory=list)
-    """None are known at an end."""
+    """Empty in the record of an end."""
     end: str | None = None
-    """Name of the marker; None = the ranks left none."""
+    """Name of the marker; None = the ranks left no marker."""
     requeued: bool = False
     advanced: bool = False
     reason: str = ""
 
 
 def record_submission(run_dir: Path, jobs: Sequence[int]) -> None:
-    """Args: jobs: one, or the links of a chain."""
+    """Args: jobs: one job, or all jobs of a chain."""
     _append(run_dir / JOBS_FILE, Submission(list(jobs), time.time()))
 
 
@@ -61,7 +61,7 @@ def submissions(run_dir: Path) -> list[list[int]]:
 
 
 def record_begin(run_dir: Path, *, job: int, restart: int, nodes: Sequence[str]) -> None:
-    """Args: restart: times that Slurm has started this job before."""
+    """Args: restart: how often Slurm has restarted this job."""
     checkpoint = newest_checkpoint(run_dir)
     _append(
         run_dir / ATTEMPTS_FILE, JobAttempt(BEGIN, job, time.time(), checkpoint, restart=restart, nodes=list(nodes))
@@ -69,7 +69,7 @@ def record_begin(run_dir: Path, *, job: int, restart: int, nodes: Sequence[str])
 
 
 def record_end(run_dir: Path, *, job: int, end: str | None, requeued: bool, advanced: bool, reason: str) -> None:
-    """Args: end: name of the marker; None = the ranks left none."""
+    """Args: end: name of the marker; None = the ranks left no marker."""
     checkpoint = newest_checkpoint(run_dir)
     _append(
         run_dir / ATTEMPTS_FILE,
@@ -78,7 +78,7 @@ def record_end(run_dir: Path, *, job: int, end: str | None, requeued: bool, adva
 
 
 def attempts(run_dir: Path, event: str, job: int | None = None) -> list[JobAttempt]:
-    """The records of one kind, oldest first, of one job or of all."""
+    """The records of one kind, oldest first, for one job or for all."""
     entries = sound_lines(run_dir / ATTEMPTS_FILE, JobAttempt)
     return [entry for entry in entries if entry.event == event and job in (None, entry.job)]
 

@@ -1,4 +1,4 @@
-"""The commands of Slurm, and what they answer. Nothing here needs accounting (sacct), which small clusters lack."""
+"""Slurm's commands and their output. Nothing here needs accounting (sacct), which small clusters lack."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_lite.errors import LaunchError
 
-ANSWER_SECONDS = 120.0  # a busy slurmctld may take its time
-# sinfo's words for nodes that take jobs, or will when they are free; a `*` behind one means: does not answer
+ANSWER_SECONDS = 120.0  # a busy slurmctld may be slow
+# sinfo's states of nodes that accept jobs, now or when they are free; a trailing `*` means that a node does not respond
 USABLE = frozenset({"idle", "mixed", "allocated", "completing", "planned", "reserved", "allocated+"})
 LOST = ("down", "fail")
 PENDING_OR_RUNNING = frozenset(
@@ -24,11 +24,11 @@ PENDING_OR_RUNNING = frozenset(
 class SlurmJob:
     number: int
     state: str
-    """In Slurm's words: PENDING, RUNNING, COMPLETED, ..."""
+    """Slurm's name: PENDING, RUNNING, COMPLETED, ..."""
     reason: str
-    """Why it waits, or how it ended."""
+    """Why it is pending, or how it ended."""
     nodes: str
-    """In Slurm's short form: n[1-2]."""
+    """Slurm's short form: n[1-2]."""
 
     @property
     def is_live(self) -> bool:
@@ -36,22 +36,22 @@ class SlurmJob:
 
 
 def answers() -> bool:
-    """Whether a cluster can be asked from this machine; its programs alone do not make one."""
+    """Whether a cluster responds: installed programs alone do not mean that there is one."""
     return shutil.which("scontrol") is not None and _run("scontrol", "ping").returncode == 0
 
 
 def submit(script: Path) -> int:
-    """Submit a batch script; returns the job's number.
+    """Submit a batch script; returns the job ID.
 
     Raises:
-        LaunchError: Slurm refuses it, in Slurm's words.
+        LaunchError: Slurm refuses it; with Slurm's message.
     """
     answer = _call("sbatch", "--parsable", str(script))
-    return int(answer.strip().partition(";")[0])  # NUMBER or NUMBER;CLUSTER
+    return int(answer.strip().partition(";")[0])  # JOB_ID or JOB_ID;CLUSTER
 
 
 def rehearse(text: str) -> str:
-    """When and where a batch script would run, in Slurm's words.
+    """When and where a batch script would run, in Slurm's words (`sbatch --test-only`).
 
     Raises:
         LaunchError: it would never run here.
@@ -66,7 +66,7 @@ def rehearse(text: str) -> str:
 
 
 def jobs(numbers: Sequence[int]) -> list[SlurmJob]:
-    """Those of the jobs that Slurm still knows: it forgets a job some minutes after its end."""
+    """Those of the jobs that Slurm still knows: it forgets a job some minutes after it has ended."""
     if not numbers:
         return []
     finished = _run(
@@ -74,7 +74,7 @@ def jobs(numbers: Sequence[int]) -> list[SlurmJob]:
     )
     if (
         finished.returncode and "Invalid job id" not in finished.stderr
-    ):  # its word for a single one that it has forgotten
+    ):  # squeue's error for a single job that it has forgotten
         raise _refused("squeue", finished.stderr)
     found = [line.split("|") for line in finished.stdout.splitlines()]
     return [SlurmJob(int(number), state, reason, nodes) for number, state, reason, nodes in found]
@@ -85,12 +85,12 @@ def requeue(job: int) -> None:
 
 
 def exclude(job: int, nodes: Collection[str]) -> None:
-    """Keep a waiting job off these nodes; Slurm refuses it for a job that runs."""
+    """Exclude nodes from a pending job; Slurm refuses this for a running job."""
     _call("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(nodes)}")
 
 
 def excluded(job: int) -> list[str]:
-    """The nodes that a job is kept off."""
+    """The nodes excluded from a job."""
     words = _call("scontrol", "-o", "show", "job", str(job)).split()
     names = [word.partition("=")[2] for word in words if word.startswith("ExcNodeList=")]
     return [] if not names or names[-1] == "(null)" else host_names(names[-1])
@@ -106,7 +106,7 @@ def host_names(nodes: str) -> list[str]:
 
 
 def node_states(partition: str) -> dict[str, str]:
-    """Node -> state in sinfo's words, such as `idle` or `down*`, of one partition."""
+    """Node -> sinfo's state, such as `idle` or `down*`, for one partition."""
     answer = _call("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T")
     return dict(line.split("|", 1) for line in answer.splitlines())
 

@@ -1,6 +1,6 @@
-"""The text of a batch job: values of the configuration, quoted, in the places that `job.sh.j2` leaves for them.
+"""Renders a batch script: quoted values of the configuration, inserted into `job.sh.j2`.
 
-The settings of the run itself never pass a shell: the ranks read them from the frozen file.
+The run's own settings never pass through a shell: the ranks read them from the frozen file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.rules.launcher import SECONDS_TO_CONCLUDE
 
 TEMPLATE = Path(__file__).with_name("job.sh.j2")
-TORCHRUN = ("-m", "launch.slurm.node")  # what `torchrun` runs, whatever the PATH holds
-# A port that differs between jobs that share a node, and between a job's attempts should one be taken.
+TORCHRUN = ("-m", "launch.slurm.node")  # our `torchrun`, independent of PATH
+# A port that differs between jobs on one node, and between attempts of a job in case it is taken.
 PORT_OF_JOB = f"$(({PORTS.start} + (SLURM_JOB_ID * 7 + ${{SLURM_RESTART_COUNT:-0}}) % {len(PORTS)}))"
 
 
@@ -33,14 +33,14 @@ def batch_script(
     rank_argv: Sequence[str],
     torchrun: Sequence[str] | None = None,
 ) -> str:
-    """The script that `sbatch` takes.
+    """The batch script for `sbatch`.
 
     Args:
         config: valid.
         run_dir: absolute.
-        environment: of every rank.
+        environment: variables of every rank.
         rank_argv: script and arguments of a rank, without the interpreter.
-        torchrun: the program that starts the ranks of one node; None = this interpreter's, or that of the container.
+        torchrun: the program that starts the ranks of one node; None = that of this interpreter, or of the container.
     """
     launcher = config.launcher
     python = "python3" if launcher.container is not None else sys.executable
@@ -69,7 +69,7 @@ def batch_script(
 
 
 def batch_options(config: ResolvedConfig, run_dir: Path) -> list[str]:
-    """The options of the `#SBATCH` lines. sbatch reads quotes as a shell does, and `%` in a file's name as its own."""
+    """The options of the `#SBATCH` lines. sbatch reads quotes as a shell does, and expands `%` in file names."""
     launcher = config.launcher
     warning = math.ceil(launcher.grace_seconds) + SECONDS_TO_CONCLUDE
     options: dict[str, object] = {
@@ -92,9 +92,9 @@ def batch_options(config: ResolvedConfig, run_dir: Path) -> list[str]:
 
 
 def _srun_arguments(config: ResolvedConfig) -> list[str]:
-    """Explicit counts: srun would take those of the batch job over its own options otherwise.
+    """Explicit counts: otherwise srun prefers those of the batch job to its own options.
 
-    When the tasks of one node have ended, those of the others have the grace to follow; then srun kills them.
+    When the tasks of one node have ended, those of the others have the grace period to follow; then srun kills them.
     """
     launcher = config.launcher
     arguments = [f"--nodes={launcher.nodes}", f"--ntasks={launcher.nodes}", "--ntasks-per-node=1"]
@@ -107,12 +107,12 @@ def _srun_arguments(config: ResolvedConfig) -> list[str]:
 
 
 def _stays_on_node(config: ResolvedConfig) -> bool:
-    """Whether no other machine has to reach the ranks."""
+    """Whether no other machine needs to connect to the ranks."""
     return config.launcher.nodes == 1 and config.launcher.master_address is None
 
 
 def _node_command(config: ResolvedConfig, torchrun: Sequence[str], rank_argv: Sequence[str]) -> str:
-    """What each node's shell runs: only there are its number and the master's address known."""
+    """The command of each node's shell: its node rank and the master's address are known only there."""
     launcher = config.launcher
     counts = [f"--nnodes={launcher.nodes}", f"--nproc-per-node={config.processes_per_node}", "--max-restarts=0"]
     place = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
@@ -120,5 +120,5 @@ def _node_command(config: ResolvedConfig, torchrun: Sequence[str], rank_argv: Se
     if not is_installed():
         begin = f"PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}} exec"
     if _stays_on_node(config):
-        counts.append(f"--local-addr={LOOPBACK}")  # else torchrun looks the node's name up
+        counts.append(f"--local-addr={LOOPBACK}")  # otherwise torchrun resolves the node's name
     return f"{begin} {shlex.join([*torchrun, *counts])} {place} {shlex.join(rank_argv)}"

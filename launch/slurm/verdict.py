@@ -1,4 +1,4 @@
-"""What a job does when its ranks have ended: back into the queue, or the end. Pure: no files, no Slurm."""
+"""Whether a job requeues itself or ends when its ranks have ended. Pure: no files, no Slurm."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from megatron_lite.errors import EXIT_FAILURE, EXIT_USER_ERROR, RunEnd
 from megatron_lite.observe.markers import Marker
 
-NOTHING_LEFT = 100  # what `attempt begin` says of a run that is done; the job then ends with 0
+NOTHING_LEFT = 100  # exit code of `attempt begin` for a run that is done; the job then ends with 0
 EXIT_TERMINATED = 143  # 128 + SIGTERM
-# Trying again would end the same way; somebody has to change something first.
+# A retry would end the same way; the user has to change something first.
 FINAL = frozenset({RunEnd.CONFIG_ERROR, RunEnd.DIVERGED, RunEnd.OUT_OF_DATA, RunEnd.OUT_OF_MEMORY})
 
 
@@ -24,35 +24,35 @@ class RequeueLimits:
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt ended, and what the job has done before."""
+    """How an attempt ended, and the job's history."""
 
     marker: Marker | None
-    """None = the ranks were killed before they could say anything."""
+    """None = the ranks were killed before they could write one."""
     code: int
-    """Exit code of srun: tells what no marker does."""
+    """Exit code of srun, used if there is no marker."""
     terminated: bool
-    """Slurm is ending the job: somebody cancelled it, or it goes back into the queue by itself."""
+    """Slurm is ending the job: it was cancelled, or Slurm itself requeues it."""
     requeues: int
-    """Times that this job has already put itself back."""
+    """How often this job has requeued itself."""
     stalled: int
-    """Of these, the last in a row that had left no newer checkpoint."""
+    """The latest of these, in a row, that left no newer checkpoint."""
     advanced: bool
     """The newest checkpoint is not the one that this attempt began with."""
     used_by: str | None = None
-    """Who else holds the run folder; the marker is then none of ours."""
+    """Another holder of the run folder; the marker is then not ours."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     requeue: bool
     exit_code: int
-    """Of the job where it is not requeued."""
+    """Exit code of the job if it is not requeued."""
     reason: str
-    """In one line."""
+    """One line."""
 
 
 def decide(outcome: AttemptOutcome, limits: RequeueLimits) -> Verdict:
-    """Whether the job goes back into the queue."""
+    """Decide whether the job is requeued."""
     marker = outcome.marker
     what, code = _told(marker, outcome.code)
     if marker is not None and marker.end is RunEnd.DONE:
@@ -86,12 +86,12 @@ def _told(marker: Marker | None, code: int) -> tuple[str, int]:
 
 
 def suspects(marker: Marker | None, reported: str | None, lost: Collection[str], nodes: Collection[str]) -> list[str]:
-    """The job's nodes that the next attempt should do without.
+    """The job's nodes that the next attempt should avoid.
 
     Args:
-        reported: the node that the report of a hang names, which may be a whole host name; None = it names none.
+        reported: the node that the hang report names, which may be a full host name; None = it names none.
         lost: nodes that Slurm has lost.
-        nodes: those of the job, by Slurm's names.
+        nodes: the job's nodes, by Slurm's names.
     """
     named = set(lost)
     if marker is not None and marker.end is RunEnd.HUNG and reported is not None:
@@ -102,13 +102,13 @@ def suspects(marker: Marker | None, reported: str | None, lost: Collection[str],
 def to_exclude(
     suspected: Collection[str], excluded: Collection[str], usable: Collection[str], needed: int
 ) -> tuple[list[str], str | None]:
-    """All nodes that the requeued job must not get, or none, and why, where too few would be left.
+    """All nodes to exclude from the requeued job, or none and the reason, if too few would be left.
 
     Args:
-        suspected: those of this attempt.
-        excluded: those of earlier attempts.
+        suspected: suspects of this attempt.
+        excluded: nodes excluded by earlier attempts.
         usable: nodes of the partition that are up.
-        needed: nodes of the job.
+        needed: number of nodes of the job.
     """
     if not suspected:
         return [], None

@@ -1,7 +1,7 @@
 """What may change between the attempts of one run: every setting has a grade.
 
-A run goes on from its newest checkpoint with whatever is safe, says what a change resets, and refuses what would make
-another run of it. A new setting must be put into exactly one of the tables below; a test sees to that.
+A run resumes from its newest checkpoint with any safe change, reports what a change resets, and refuses changes that
+would make it another run. A new setting must be in exactly one of the tables below; a test checks that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_lite.config.same_weights import same_weights
 from megatron_lite.config.schema import ModelConfig, OptimizerName, Precision, RunConfig
 
 Consequence = Callable[[RunConfig, RunConfig], str]
-"""From the configurations before and after the change to what it resets; empty = nothing, with these values."""
+"""Maps the configurations before and after the change to what it resets; empty = nothing, for these values."""
 
 
 class Grade(StrEnum):
@@ -28,7 +28,7 @@ class Grade(StrEnum):
 
 
 class RunPart(StrEnum):
-    """What of a run goes on with new values; a resume has a line for each."""
+    """Parts of a run that restart with new values; a resume prints one line for each."""
 
     schedule = "schedule"
     masks = "masks"
@@ -37,30 +37,30 @@ class RunPart(StrEnum):
 
 @dataclass(frozen=True)
 class Reset:
-    """What another value of a setting does to a run that goes on."""
+    """The effect of another value of a setting on a resumed run."""
 
     consequence: Consequence
     part: RunPart | None = None
     moves_losses: bool = False
-    """Whether losses or gradient norms jump with it, so that those of the steps before are not comparable."""
+    """Whether losses or gradient norms jump, so that those of earlier steps are not comparable."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that is not what it was."""
+    """One setting that has changed."""
 
     key: str
     before: Any
     after: Any
     grade: Grade
     consequence: str
-    """What follows; of a forbidden one the rule it breaks. Empty where there is nothing to say."""
+    """The effect; for a forbidden change the rule that it breaks. Empty if there is nothing to report."""
     remedy: str = ""
-    """The way round; of forbidden ones only."""
+    """What to do instead; only for forbidden changes."""
     part: RunPart | None = None
-    """Of those that reset something."""
+    """Only for changes that reset something."""
     moves_losses: bool = False
-    """As of `Reset`."""
+    """As in `Reset`."""
 
     def __str__(self) -> str:
         text = f"{self.key}: {as_typed(self.before)} -> {as_typed(self.after)}"
@@ -71,7 +71,7 @@ SAFE = (
     "debug",
     "model.name",
     "model.check_init",
-    "model.vocab_pad_multiple",  # padding is in no file
+    "model.vocab_pad_multiple",  # checkpoints contain no padding
     "parallel.pipeline_parallel_size",
     "parallel.data_parallel_size",
     "parallel.zero_stage",
@@ -80,8 +80,8 @@ SAFE = (
     "data.max_epochs",
     "data.cache_dir",
     "data.num_workers",
-    "data.max_bad_fraction",  # it stops a preparation, or does not: the documents are the same
-    "train.loss_scale.initial_power",  # the scale has long left it
+    "data.max_bad_fraction",  # it may stop a preparation, but does not change the documents
+    "train.loss_scale.initial_power",  # the scale has long moved away from it
     "train.log_interval",
     "train.eval_interval",
     "train.save_interval",
@@ -150,7 +150,7 @@ def _always(text: str) -> Consequence:
 
 
 def _described(consequence: Consequence, text: str) -> Consequence:
-    """With the docstring that `on_resume` shows."""
+    """The consequence with the docstring that `on_resume` shows."""
     consequence.__doc__ = text
     return consequence
 
@@ -171,7 +171,7 @@ def _dropout(model: ModelConfig, name: str) -> float:
     return value
 
 
-# Of activations that sequence parallelism cuts: each rank draws the masks of its own positions.
+# For activations that are sharded by sequence parallelism: each rank draws the masks of its own positions.
 _OF_POSITIONS = ("embedding_dropout", "hidden_dropout", "final_dropout")
 
 
@@ -202,7 +202,7 @@ def _decay_steps(before: RunConfig, after: RunConfig) -> str:
 
 
 def _of_schedule(name: str) -> Consequence:
-    """Where the decay looks at the setting."""
+    """Only for decays that read the setting."""
     return _described(lambda before, after: _SCHEDULE if after.optimizer.decay.form.depends_on(name) else "", _SCHEDULE)
 
 
@@ -221,7 +221,7 @@ def _loss_scale(text: str) -> Consequence:
 
 
 def _of_optimizer(name: OptimizerName, text: str) -> Consequence:
-    """Where the setting is of one optimizer and others do not look at it."""
+    """For a setting that only one optimizer reads."""
     return _described(lambda before, after: text if after.optimizer.name is name else "", f"{name.value}: {text}")
 
 
@@ -245,7 +245,7 @@ def _batch(before: RunConfig, after: RunConfig) -> str:
 RESETS: dict[str, Reset] = {
     "parallel.tensor_parallel_size": Reset(_tensor_size, RunPart.masks),
     "parallel.sequence_parallel": Reset(_masks(*_OF_POSITIONS), RunPart.masks),
-    # Each kind of device draws in its own way.
+    # CPU and GPU random generators differ.
     "launcher.device": Reset(_masks("attention_dropout", "ffn_dropout", *_OF_POSITIONS), RunPart.masks),
     "model.embedding_dropout": Reset(_always(_RATE), moves_losses=True),
     "model.attention_dropout": Reset(_always(_RATE), moves_losses=True),
@@ -282,7 +282,7 @@ class Refusal:
 
     rule: str
     weights_fit: bool
-    """Whether another run can begin with these weights."""
+    """Whether another run can start from these weights."""
     keys: tuple[str, ...]
 
 
@@ -327,13 +327,13 @@ DATA_KEYS = (
     "data.dataset_config", "data.validation_fraction", "data.validation_source", "data.tokenizer",
     "data.tokenizer_vocab_size",
 )  # fmt: skip
-"""Matter by the tokens that they lead to: a change of one is none where the data keeps its fingerprint. The same file
-under another name, say, or a separator where no text file is read."""
+"""Settings that matter only through the resulting tokens: a change has no effect if the data keeps its fingerprint,
+such as a renamed file, or a separator if no text file is read."""
 UNDECIDED = "the run goes on only with the tokens that it had, which shows when the data is ready"
 
 
 def on_resume(key: str) -> tuple[Grade, str]:
-    """What a run that goes on makes of another value of a setting, whatever the values are."""
+    """The grade of a setting and its effect on a resumed run, for any values."""
     if key in RESETS:
         return Grade.resets, RESETS[key].consequence.__doc__ or ""
     refusal = next((refusal for refusal in FORBIDDEN if key in refusal.keys), None)
@@ -358,9 +358,9 @@ def grade_changes(
     """Every setting that differs between two resolved configurations of one run, in the order of the schema.
 
     Args:
-        checkpoint: of the run, that a remedy proposes to begin another one with.
-        same: those of DATA_KEYS that are known to lead to the same tokens, however they are spelled.
-        undecided: those of which it is not known yet.
+        checkpoint: of the run; the remedy suggests starting another run from it.
+        same: those of DATA_KEYS that are known to give the same tokens, even if spelled differently.
+        undecided: those of DATA_KEYS for which that is not known yet.
     """
     differing = [key for key in leaf_keys() if get_value(previous, key) != get_value(current, key)]
     graded = []
@@ -373,9 +373,9 @@ def grade_changes(
 
 
 def _may_be_respelled(key: str, before: RunConfig, after: RunConfig) -> bool:
-    """Whether the fingerprint of the data tells all that a setting does to a run.
+    """Whether the data's fingerprint determines the whole effect of a setting.
 
-    A tokenizer that is trained also gives the model its size, which the tokens alone do not show.
+    A trained tokenizer also determines the model's vocabulary size, which the tokens alone do not show.
     """
     trained = [config.data.tokenizer == "train" for config in (before, after)]
     if key == "data.tokenizer":
@@ -387,7 +387,7 @@ def refusals(changes: Sequence[Change], where: str) -> list[str]:
     """One message for each change that is forbidden: `key=value rule; remedy`.
 
     Args:
-        where: the settings were the earlier ones.
+        where: where the earlier settings were used, for messages.
     """
     return [
         f"{change.key}={as_typed(change.after)} cannot go on from {as_typed(change.before)} of {where}: "
@@ -398,13 +398,13 @@ def refusals(changes: Sequence[Change], where: str) -> list[str]:
 
 
 def table(changes: Sequence[Change]) -> list[str]:
-    """A line for each change, what resets something first."""
+    """A line for each change; changes that reset something come first."""
     order = [Grade.forbidden, Grade.resets, Grade.safe]
     return [f"{change.grade:<10} {change}" for change in sorted(changes, key=lambda change: order.index(change.grade))]
 
 
 def as_typed(value: Any) -> str:
-    """A value as it would be typed, but for secrets."""
+    """A value as the user would type it, without secrets."""
     if value is None or isinstance(value, bool):
         return as_word(value)
     if isinstance(value, list):

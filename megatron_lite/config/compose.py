@@ -1,7 +1,7 @@
-"""From overrides, `group=preset` and `key=value`, to a typed configuration, or to one error that lists every wrong one.
+"""Composes a typed configuration from `group=preset` and `key=value`, or raises one error with all wrong overrides.
 
-Hydra composes (`initialize_config_dir` and `compose`, never `@hydra.main`, which would give every rank a working folder
-of its own). It stops at the first wrong override, so they are checked here before it sees them.
+Hydra composes (`initialize_config_dir` and `compose`, never `@hydra.main`, which would give every rank its own working
+folder). It stops at the first wrong override, so all are checked here first.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ from megatron_lite.config.rules.texts import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
 
-SCHEMA = "megatron_lite_schema"  # what primary configurations begin with
-EXPERIMENT = "experiment"  # the one group that may be left empty
-Setting = tuple[str, Any]  # a dotted key, and its value as OmegaConf takes it
+SCHEMA = "megatron_lite_schema"  # first entry of the primary configurations' defaults
+EXPERIMENT = "experiment"  # the only group that may stay empty
+Setting = tuple[str, Any]  # a dotted key, and its value for OmegaConf
 LAYOUT_NAME = re.compile(r"(?:dp(\d+)_?)?(?:tp(\d+)_?)?(?:pp(\d+))?")
 
 
 def compose(script: str, overrides: list[str], folders: PresetFolders | None = None) -> RunConfig:
-    """The configuration of one run: that of the script, the presets it names, then the overrides.
+    """The configuration of one run: the script's primary configuration, then presets, then overrides.
 
     Args:
         script: name of an entry script, without `.py`.
-        overrides: such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value). The weights that
-            model.init_from names stand between presets and values.
-        folders: where presets lie; None = ours, and `./conf`.
+        overrides: such as `model=gpt2_124m` (a preset) or `train.steps=1000` (a value). Settings of the weights in
+            model.init_from take precedence over presets, but not over values.
+        folders: where presets are; None = ours, and `./conf`.
     Returns:
-        a typed configuration, complete but not yet validated; fields that are None are still to be derived.
+        a typed configuration, complete but not yet validated; fields that are None are derived later.
     Raises:
-        ConfigError: with every unknown key, unknown preset and unreadable value among the overrides.
+        ConfigError: lists every unknown key, unknown preset and unreadable value among the overrides.
     """
     choice = choose(script, overrides, folders or find_folders())
     return with_weights(typed(choice), choice.explicit)
@@ -79,12 +79,12 @@ def compose(script: str, overrides: list[str], folders: PresetFolders | None = N
 
 @dataclass(frozen=True)
 class Choice:
-    """What a command line chooses, read and checked."""
+    """The overrides of a command line, parsed and checked."""
 
     script: str
     folders: PresetFolders
     presets: tuple[str, ...]
-    """As Hydra takes them: `model=gpt2_124m`."""
+    """In Hydra's syntax: `model=gpt2_124m`."""
     settings: tuple[Setting, ...]
 
     @property
@@ -94,7 +94,8 @@ class Choice:
 
 
 def choose(script: str, overrides: list[str], folders: PresetFolders) -> Choice:
-    """
+    """Parse and check overrides.
+
     Raises:
         ConfigError: as `compose`.
     """
@@ -119,7 +120,7 @@ def choose(script: str, overrides: list[str], folders: PresetFolders) -> Choice:
 
 
 def typed(choice: Choice) -> RunConfig:
-    """The presets and the values set; without the settings of weights.
+    """The configuration from presets and values; without the settings of weights.
 
     Raises:
         ConfigError: a YAML file or an interpolation is wrong.
@@ -141,10 +142,10 @@ def merged_presets(choice: Choice) -> list[tuple[str, str]]:
 
 
 def change(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A complete configuration with single values changed, such as `train.steps=1000`.
+    """Change single values of a complete configuration, such as `train.steps=1000`.
 
     Raises:
-        ConfigError: with every unknown key, unreadable value and preset among the overrides.
+        ConfigError: lists every unknown key, unreadable value and preset among the overrides.
     """
     groups = PresetFolders().groups()
     settings: list[Setting] = []
@@ -168,12 +169,12 @@ def change(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def override_key(word: str) -> str:
-    """The dotted key or group that a word sets; the whole word where it sets none."""
+    """The dotted key or group that an override sets; the whole word if it sets none."""
     return word.lstrip("+").partition("=")[0]
 
 
 def _spell_out_layout(override: str, groups: dict[str, list[str]]) -> Iterator[str]:
-    """`parallel=dp3_tp1_pp2` without a file of that name means those three sizes, and 1 for one that is left out."""
+    """`parallel=dp3_tp1_pp2` without a file of that name stands for these three sizes; an omitted one is 1."""
     key, _, name = override.lstrip("+").partition("=")
     match = LAYOUT_NAME.fullmatch(name)
     if key != "parallel" or match is None or not name or name in groups[key]:
@@ -185,7 +186,7 @@ def _spell_out_layout(override: str, groups: dict[str, list[str]]) -> Iterator[s
 
 
 def _check_preset(override: str, groups: dict[str, list[str]], folders: PresetFolders) -> list[str]:
-    """The override as Hydra is to see it; none where it asks for no experiment."""
+    """Check an override that selects a preset, and return it for Hydra; empty for `experiment=null`."""
     group, options = key_of(override), groups[key_of(override)]
     parsed = parse(override)
     if parsed.is_sweep_override():
@@ -207,7 +208,11 @@ def _check_preset(override: str, groups: dict[str, list[str]], folders: PresetFo
 
 
 def _check_setting(word: str, groups: dict[str, list[str]]) -> list[Setting]:
-    """The settings that the word gives; ConfigError when its key or value is wrong."""
+    """The settings of an override.
+
+    Raises:
+        ConfigError: its key or value is wrong.
+    """
     check_form(word)
     key = key_of(word)
     if key.startswith("hydra"):
@@ -227,7 +232,7 @@ _OWN_FOLDER: ContextVar[Path | None] = ContextVar("own_folder", default=None)
 
 
 class OwnPresets(SearchPathPlugin):
-    """Lets Hydra look into the user's folder first. `hydra.searchpath` would put it behind ours."""
+    """Makes Hydra search the user's folder first. `hydra.searchpath` would put it after ours."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         own = _OWN_FOLDER.get()
@@ -249,14 +254,14 @@ def _hydra(folders: PresetFolders) -> Iterator[None]:
 
 @lru_cache(maxsize=32)
 def _composed(script: str, presets: tuple[str, ...], folders: PresetFolders) -> DictConfig:
-    """What Hydra makes of the presets, which takes most of the time; the runs of a sweep mostly share it. Only read."""
+    """Hydra's result for the presets, cached: it is slow, and the runs of a sweep mostly share it. Never modify it."""
     with _hydra(folders):
         return hydra_compose(script, overrides=list(presets))
 
 
 @contextmanager
 def _conf_edge(script: str = "", folders: PresetFolders | None = None) -> Iterator[None]:
-    """Whatever Hydra, OmegaConf or YAML raises becomes a ConfigError; of what they are known to say, a better one."""
+    """Convert exceptions of Hydra, OmegaConf or YAML to ConfigError, with better messages for known cases."""
     folders = folders or PresetFolders()
     where = folders.where(script) if script else "the configuration"
     with library_edge(ConfigError, f"{where} and its presets cannot be composed", "correct these files"):
@@ -273,7 +278,7 @@ def _conf_edge(script: str = "", folders: PresetFolders | None = None) -> Iterat
 
 
 def _interpolation_error(error: OmegaConfBaseException, script: str) -> ConfigError:
-    text = f"{error.full_key or script}: {shown(_one_line(error))}"  # it may hold all of a group
+    text = f"{error.full_key or script}: {shown(_one_line(error))}"  # it may contain a whole group
     if isinstance(error, InterpolationResolutionError | GrammarParseError):
         text += "; ${...} names another setting, such as ${model.name}; for the characters themselves write \\${...}"
     return ConfigError(text)
@@ -290,13 +295,13 @@ def _to_typed(composed: DictConfig, settings: Iterable[Setting]) -> RunConfig:
         for key in leaf_keys()
         if not has_container(key, get_value(config, key))
     ]
-    if wrong:  # OmegaConf converts what `${...}` stands for, but not into lists and maps
+    if wrong:  # OmegaConf converts the type of `${...}` values, except in lists and maps
         raise ConfigError(wrong)
     return config
 
 
 def _composition_error(error: ConfigCompositionException, folders: PresetFolders) -> ConfigError:
-    """Hydra names the file and the key in its text only: keep the file, add the suggestion."""
+    """Hydra gives the file and the key only in its text: keep the file, add a suggestion."""
     text = str(error)
     file = re.search(r"In '([^']+)'", text)
     key = re.search(r"full_key: (\S+)", text)
@@ -309,7 +314,7 @@ def _composition_error(error: ConfigCompositionException, folders: PresetFolders
 
 
 def _one_line(error: Exception) -> str:
-    """The lines of a library's message that say something to a user."""
+    """The useful lines of a library's message."""
     lines = [line.strip() for line in str(error).splitlines()]
     noise = ("full_key:", "reference_type=", "object_type=", "See https", "Config search path", "provider=", "In '")
     return "; ".join(line for line in lines if line and not line.startswith(noise)) or type(error).__name__

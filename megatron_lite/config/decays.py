@@ -1,8 +1,8 @@
-"""How the learning rate falls after the warm-up: the one place that knows the schedules.
+"""How the learning rate decays after the warm-up: the only definition of the schedules.
 
-A decay is a member of `Decay` together with its `DecayForm`: its curve, the settings that the curve reads, and where
-its formula is from. The setting `optimizer.decay`, the rules, what a resume says, the plan and the learning rate itself
-all read it from here. docs/extending.md shows how to add one.
+A decay is a member of `Decay` together with its `DecayForm`: its curve, the settings that the curve reads, and the
+source of its formula. The setting `optimizer.decay`, its rules, the messages of a resume, the plan and the learning
+rate itself all use it. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from megatron_lite.config.schema import OptimizerConfig
 
 Curve = Callable[[int, int, "OptimizerConfig"], float]
-"""From a step after the warm-up, the step at which the decay ends, and the settings to the learning rate. It gets only
-steps before the end; one without an end may be asked for any step, and must not look at the end."""
+"""Maps (step after the warm-up, step at which the decay ends, settings) to the learning rate. It is called only for
+steps before the end; a curve without an end may be called for any step, and must not use the end."""
 
 ALWAYS_READ = ("learning_rate", "warmup_steps", "decay")
-"""Settings of OptimizerConfig of which every schedule depends."""
+"""Settings of OptimizerConfig that every schedule depends on."""
 
 
 @dataclass(frozen=True)
 class DecayForm:
-    """What there is to know of a decay."""
+    """The definition of a decay."""
 
     curve: Curve
     reads: tuple[str, ...]
-    """Settings of OptimizerConfig that the curve depends on, beside ALWAYS_READ. With `decay_steps` it has an end, and
-    stays at min_learning_rate from there on."""
+    """Settings of OptimizerConfig that the curve depends on, besides ALWAYS_READ. With `decay_steps` among them it has
+    an end, and stays at min_learning_rate from there on."""
     explanation: str
     source: str
-    """Of the formula."""
+    """Reference for the formula."""
 
     @property
     def has_end(self) -> bool:
         return "decay_steps" in self.reads
 
     def depends_on(self, name: str) -> bool:
-        """Whether another value of a setting of OptimizerConfig changes the learning rate."""
+        """Whether a change of this setting of OptimizerConfig changes the learning rate."""
         return name in ALWAYS_READ or name in self.reads
 
 
@@ -69,17 +69,17 @@ def _wsd(step: int, end: int, config: OptimizerConfig) -> float:
 
 
 def _fraction(step: int, end: int, config: OptimizerConfig) -> float:
-    """How much of the way from the warm-up to the end is done."""
+    """Completed fraction of the steps between the warm-up and the end."""
     return (step - config.warmup_steps) / (end - config.warmup_steps)
 
 
 def _between(config: OptimizerConfig, share: float) -> float:
-    """The rate above min_learning_rate by this share of what lies between it and the peak."""
+    """min_learning_rate plus this share of the difference between it and the peak."""
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * share
 
 
 class Decay(StrEnum):
-    """Values of `optimizer.decay`. The learning rate equals the peak where each begins: nothing jumps there."""
+    """Values of `optimizer.decay`. Each curve begins at the peak, so the learning rate does not jump there."""
 
     form: DecayForm
 
@@ -93,7 +93,7 @@ class Decay(StrEnum):
 
     @property
     def explanation(self) -> str:
-        """With the source of the formula."""
+        """The explanation, with the source of the formula."""
         source = self.form.source
         return f"{self.form.explanation} ({source})" if source else self.form.explanation
 

@@ -1,7 +1,7 @@
-"""The only place that spells DeepSpeed's configuration keys.
+"""The only place with DeepSpeed's configuration keys.
 
-Users set `parallel.*`, `train.*` and `optimizer.*`; this translates them, with the reason for every key that is not
-plainly one of theirs. The optimizer, its schedule and the data are ours, so DeepSpeed gets none of these keys.
+Users set `parallel.*`, `train.*` and `optimizer.*`; this translates them, and gives the reason for every key that does
+not obviously correspond to one of theirs. The optimizer, its schedule and the data are ours, so those keys are absent.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[
         # Under ZeRO-0 DeepSpeed drops replicated parameters of later stages from the norm: the engine clips itself.
         "gradient_clipping": config.optimizer.clip_grad_norm if config.parallel.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,  # plain SGD
-        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam must be compiled on first use; torch's need not
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam must be compiled at first use; torch's need not
         "wall_clock_breakdown": False,
         "pipeline": {
-            # Stages exchange whole activations: same result, no slower, and no stale metadata when shapes change.
+            # Stages exchange whole activations: same result, same speed, and no stale metadata when shapes change.
             "pipe_partitioned": False,
             "grad_partitioned": False,
             "activation_checkpoint_interval": 0,  # the layers recompute themselves
@@ -43,13 +43,13 @@ def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[
 def _zero(config: RunConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
     if config.parallel.zero_stage == 1:
-        # Otherwise each step allocates a buffer of 5e8 elements, copies all gradients into it and out again: 7 % of a
-        # one-rank step on a CPU. The other way flattens the gradients once, and only as many elements as there are.
+        # Otherwise each step allocates a buffer of 5e8 elements and copies all gradients into and out of it: 7 % of a
+        # one-rank step on a CPU. Without it, gradients are flattened once, with only as many elements as there are.
         zero["contiguous_gradients"] = False
     if config.parallel.zero_stage >= 2:
-        zero["overlap_comm"] = False  # gloo has no streams to overlap on, and one order of reduction for all devices
+        zero["overlap_comm"] = False  # gloo has no streams to overlap, and all devices reduce in the same order
     if config.parallel.zero_stage == 3:
-        # Small models would otherwise stay unpartitioned below DeepSpeed's thresholds, and never exercise stage 3.
+        # Otherwise DeepSpeed's thresholds leave small models unpartitioned, and tests never exercise stage 3.
         zero["stage3_param_persistence_threshold"] = 0
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -58,7 +58,7 @@ def _zero(config: RunConfig) -> dict[str, Any]:
 
 def _precision(config: RunConfig) -> dict[str, Any]:
     if config.train.precision is Precision.bf16:
-        # bf16 sums lose small gradients; with fp32 accumulation DeepSpeed picks its BF16_Optimizer under ZeRO-1.
+        # bf16 sums lose small gradients; with fp32 accumulation DeepSpeed selects its BF16_Optimizer under ZeRO-1.
         return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if config.train.precision is Precision.fp16:
         scale = config.train.loss_scale

@@ -1,4 +1,4 @@
-"""What follows from the settings: sizes, counts and names. Pure arithmetic, one place for each formula.
+"""Values derived from the settings: sizes, counts and names. Pure arithmetic, with one place for each formula.
 
 Legend: h hidden size, n heads, g query groups, d head size, f inner width of the MLP, v padded vocabulary, t tensor-
 and p pipeline-parallel size.
@@ -37,10 +37,10 @@ GATED_MULTIPLE = 64  # an inner width of 8h/3 is rounded up to this, so that mat
 
 
 def fill_in_model(model: ModelConfig) -> ModelConfig:
-    """The model with every None filled that follows from the other sizes (the vocabulary comes from the tokenizer).
+    """The model with every None filled in that follows from other sizes (the vocabulary comes from the tokenizer).
 
-    head_size stays None where the heads do not divide hidden_size; validation refuses that. num_decoder_layers stays
-    None where there is no such stack.
+    head_size stays None if num_attention_heads does not divide hidden_size; validation refuses that. num_decoder_layers
+    stays None if there is no decoder stack.
     """
     hidden, heads = model.hidden_size, max(1, model.num_attention_heads)
     head_size = hidden // heads if model.head_size is None and hidden % heads == 0 else model.head_size
@@ -57,40 +57,40 @@ def fill_in_model(model: ModelConfig) -> ModelConfig:
 
 
 def resolve_model(model: ModelConfig) -> ResolvedModel:
-    """The model as the code that computes with it takes it.
+    """The model in the form that the code computing with it expects.
 
     Raises:
-        ConfigError: its heads do not divide hidden_size, which validation would have refused.
+        ConfigError: num_attention_heads does not divide hidden_size, which validation would have refused.
     """
     return _as(ResolvedModel, fill_in_model(model))
 
 
 def _as(kind: type[T], settings: Any) -> T:
-    """The same settings in a narrower type."""
+    """The same settings as an instance of a narrower type."""
     return kind(**{one.name: getattr(settings, one.name) for one in fields(settings)})
 
 
 def default_ffn_size(model: ModelConfig) -> int:
-    """4h, or where gated 8h/3 rounded up: three matrices then hold what two of 4h do (arXiv 2002.05202, section 2)."""
+    """4h; if gated, 8h/3 rounded up: three matrices then have as many elements as two of 4h (arXiv 2002.05202)."""
     if not model.activation.is_gated:
         return 4 * model.hidden_size
     return -(-8 * model.hidden_size // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
 
 
 def all_layers(model: ModelConfig) -> int:
-    """Transformer layers that a pipeline splits: those of the only stack, or of the encoder and then the decoder.
+    """Transformer layers that a pipeline splits: those of the single stack, or of the encoder followed by the decoder.
 
     Args:
-        model: filled in.
+        model: as `fill_in_model` returns it.
     """
     return model.num_layers + (model.num_decoder_layers or 0)
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
-    """Replicas: the setting, or as many as the processes allow, or 1.
+    """Number of replicas: the setting, or as many as the processes allow, or 1.
 
     Args:
-        world_size: processes that are there; None = those that the launcher's settings ask for.
+        world_size: existing processes; None = as many as the launcher's settings request.
     """
     if config.parallel.data_parallel_size is not None:
         return config.parallel.data_parallel_size
@@ -99,7 +99,7 @@ def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
 
 
 def given_processes(config: RunConfig) -> int | None:
-    """Processes that the launcher's settings ask for; None = the layout decides."""
+    """Number of processes that the launcher's settings request; None = the layout decides."""
     launcher = config.launcher
     if launcher.num_processes is not None:
         return launcher.num_processes
@@ -108,7 +108,7 @@ def given_processes(config: RunConfig) -> int | None:
 
 
 def spans_machines(config: RunConfig) -> bool:
-    """Whether ranks run elsewhere than on the machine that the launcher is started on."""
+    """Whether ranks run on other machines than the one on which the launcher is started."""
     launcher = config.launcher
     return launcher.nodes > 1 or launcher.hostfile is not None or launcher.name is LauncherName.slurm
 
@@ -119,7 +119,7 @@ def ranks_per_replica(config: RunConfig) -> int:
 
 
 def has_next_sentence_head(config: RunConfig) -> bool:
-    """Whether the model also says if the second part of a pair follows the first."""
+    """Whether the model also predicts if the second part of a pair follows the first."""
     return config.objective.name is ObjectiveName.masked_lm_nsp
 
 
@@ -129,28 +129,28 @@ def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
 
 
 def run_directory(config: RunConfig) -> Path:
-    """The run folder. Its name has no time and no layout: the same command finds it, under another layout too.
+    """The run folder. Its name contains no time and no layout: the same command finds it again, under any layout.
 
-    A shell leaves the `~` of `train.run_dir=~/run` to us.
+    A shell does not expand the `~` in `train.run_dir=~/run`, so we do.
     """
     if config.train.run_dir is not None:
-        return Path(os.path.expanduser(config.train.run_dir))  # unlike Path's, it raises nothing: rules come later
+        return Path(os.path.expanduser(config.train.run_dir))  # Path's may raise, ahead of the rules
     return Path("runs") / f"{config.script}-{config.model.name}"
 
 
 def fill_in(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> RunConfig:
-    """The configuration with everything filled in that follows from what is set, for validation to look at.
+    """Fill in everything that follows from other settings, before validation.
 
     Args:
-        world_size: processes that are there, which decide data_parallel_size where that is None.
-        device: `cpu` or `cuda`, where launcher.device is `auto`.
+        world_size: existing processes, which decide data_parallel_size if that is None.
+        device: `cpu` or `cuda`, used if launcher.device is `auto`.
     """
     processes = world_size if world_size is not None else given_processes(config)
     if processes is not None and processes % ranks_per_replica(config):
-        return config  # no layout has so many processes: validation says so, and nothing can be derived from them
+        return config  # no layout has so many processes: validation reports it, and nothing can be derived from them
     replicas = data_parallel_size(config, processes)
     if replicas * ranks_per_replica(config) > MOST_PROCESSES:
-        return config  # refused, too
+        return config  # validation refuses this, too
     filled = replace(
         config,
         model=fill_in_model(config.model),
@@ -162,17 +162,17 @@ def fill_in(config: RunConfig, *, world_size: int | None = None, device: str | N
         ),
     )
     if config.train.run_dir == "":
-        return filled  # refused; as a path it would be the current folder
+        return filled  # validation refuses it; as a path it would be the current folder
     return replace(filled, train=replace(filled.train, run_dir=str(run_directory(filled))))
 
 
 def resolve(config: RunConfig, *, world_size: int | None = None, device: str | None = None) -> ResolvedConfig:
-    """A valid configuration as all other rooms take it. What is frozen is a resolved one.
+    """Resolve a valid configuration for use by the rest of the program. Frozen configurations are resolved ones.
 
     Args:
         world_size, device: as for `fill_in`.
     Raises:
-        ConfigError: settings stay open, which validation would have refused with its reason.
+        ConfigError: a setting is still None, which validation would have refused with a reason.
     """
     filled = fill_in(config, world_size=world_size, device=device)
     return _as(
@@ -189,20 +189,20 @@ def resolve(config: RunConfig, *, world_size: int | None = None, device: str | N
 
 @dataclass(frozen=True)
 class StageContent:
-    """What of a model lies on one pipeline stage, beside what is needed there anyway."""
+    """The parts of a model on one pipeline stage, apart from copies that the stage needs anyway."""
 
     layers: int
-    """Of the only stack, or of the encoder."""
+    """Layers of the single stack, or of the encoder."""
     decoder_layers: int
-    """Of the decoder of an encoder_decoder."""
+    """Layers of an encoder_decoder's decoder."""
     first: bool
     last: bool
     begins_decoder: bool
-    """Holds the decoder's first layer, and ahead of it the encoder's final norm and the decoder's embedding."""
+    """Has the decoder's first layer and, before it, the encoder's final norm and the decoder's embedding."""
 
 
 def stage_contents(model: ResolvedModel, pipeline_parallel_size: int) -> list[StageContent]:
-    """The stages in order: `layers_per_stage` deals out the encoder's layers and then the decoder's."""
+    """The stages in order: `layers_per_stage` distributes the encoder's layers, then the decoder's."""
     total, encoder = all_layers(model), model.num_layers
     contents, start = [], 0
     for stage, count in enumerate(layers_per_stage(total, pipeline_parallel_size)):
@@ -223,32 +223,32 @@ def stage_contents(model: ResolvedModel, pipeline_parallel_size: int) -> list[St
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of each kind of layer, in elements: of the whole model or of one tensor-parallel rank."""
+    """Elements of each kind of layer: of the whole model or of one tensor-parallel rank."""
 
     model: ResolvedModel
     embedding: int
     """v x h."""
     position_embedding: int
-    """(Positions + offset) x h, one table for each stack; 0 where positions are not learned."""
+    """(Positions + offset) x h, one table for each stack; 0 if positions are not learned."""
     segment_embedding: int
     embedding_norm: int
-    """Of each stack."""
+    """Per stack."""
     relative_bias: int
-    """Buckets x n, one table for each stack; a copy on every stage of that stack."""
+    """Buckets x n, one table for each stack; every stage of the stack has a copy."""
     layer: int
-    """One transformer layer of the only stack or of the encoder."""
+    """One transformer layer of the single stack or of the encoder."""
     decoder_layer: int
-    """One layer of an encoder_decoder's decoder: another attention, over the encoder's output, and its norm."""
+    """One layer of an encoder_decoder's decoder: it also has cross-attention with its norm."""
     final_norm: int
-    """Of each stack; 0 where layers normalise their output."""
+    """Per stack; 0 for post-norm layers."""
     head: int
-    """v x h of the output head; where tied, the weight is the embedding's and is counted there."""
+    """v x h of the output head; a tied weight is counted with the embedding."""
     head_transform: int
-    """h x h + h and a norm."""
+    """h x h + h, and a norm."""
     head_bias: int
     """v."""
     next_sentence: int
-    """Pooler h x h + h, and its two classes 2 h + 2."""
+    """Pooler h x h + h, and classifier 2 h + 2."""
 
     @property
     def tied(self) -> bool:
@@ -256,14 +256,14 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """Parameters of the model: a tied matrix once."""
+        """Parameters of the model; a tied matrix counts once."""
         return self.stage(stage_contents(self.model, 1)[0])
 
     def stage(self, content: StageContent) -> int:
-        """Parameters that a pipeline stage holds.
+        """Number of parameters on a pipeline stage.
 
-        The word embedding lies on the first stage, on that where the decoder begins and, where tied, on the last: a
-        copy on each of them, one where they are the same.
+        The word embedding is on the first stage, on the stage where the decoder begins and, if tied, on the last: one
+        copy on each of these stages.
         """
         count = content.layers * self.layer + content.decoder_layers * self.decoder_layer
         count += self.relative_bias * ((content.layers > 0) + (content.decoder_layers > 0))
@@ -283,7 +283,7 @@ def parameter_counts(
     """Parameters by kind of layer.
 
     Args:
-        vocabulary: rows of the embedding over all ranks: padded as they are held, or true as papers count them.
+        vocabulary: rows of the embedding over all ranks: padded as in memory, or true as papers count them.
         tensor_parallel_size: ranks that share each matrix; 1 = the whole model.
         next_sentence: the model has a pooler and a next-sentence head (`has_next_sentence_head`).
     """
@@ -316,14 +316,14 @@ def _position_rows(model: ResolvedModel) -> int:
 
 
 def _relative_bias(model: ResolvedModel, tensor: int) -> int:
-    """A number for each bucket and head; the heads are split."""
+    """One number for each bucket and head; the heads are split."""
     if model.position_embedding is not PositionEmbedding.relative:
         return 0
     return model.relative_buckets * model.num_attention_heads // tensor
 
 
 def _attention_parameters(model: ResolvedModel, tensor: int) -> int:
-    """Query, key and value are split by heads, the output projection by its input; its bias is whole on every rank."""
+    """Query, key and value are split by heads, the output projection by its input; its bias is replicated."""
     hidden = model.hidden_size
     query = model.num_attention_heads * model.head_size // tensor
     key_value = 2 * model.num_query_groups * model.head_size // tensor
@@ -332,7 +332,7 @@ def _attention_parameters(model: ResolvedModel, tensor: int) -> int:
 
 
 def _mlp_parameters(model: ResolvedModel, tensor: int) -> int:
-    """Up (and gate) are split by their output, down by its input; the bias of down is whole on every rank."""
+    """Up (and gate) are split by output channel, down by input channel; the bias of down is replicated."""
     inner, ups = model.ffn_hidden_size // tensor, 2 if model.activation.is_gated else 1
     weights = (ups + 1) * model.hidden_size * inner
     return weights + (ups * inner + model.hidden_size if model.mlp_bias else 0)

@@ -1,4 +1,4 @@
-"""What `python -m launch explain` tells of a setting, a group or a preset; without Hydra and torch."""
+"""The output of `python -m launch explain` for a setting, a group or a preset; imports neither Hydra nor torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from megatron_lite.config.rules.texts import TEXTS
 from megatron_lite.config.schema import RunConfig
 
 Row = tuple[str, str]
-"""A label, and what stands behind it."""
+"""A label and its text."""
 
 
 def explain(name: str, folders: PresetFolders) -> list[Row]:
-    """
+    """The explanation of a name.
+
     Args:
         name: a dotted key, a group, or a preset as `model=gpt_tiny` or `model/gpt_tiny`; empty = all groups.
     Raises:
-        ConfigError: there is none of that name; with the nearest one.
+        ConfigError: nothing has that name; suggests the nearest one.
     """
     preset = name.replace("=", "/", 1)
     if not name:
@@ -79,7 +80,7 @@ def _choices(key: str) -> Iterator[Row]:
     for kind in (hint, *typing.get_args(hint)):
         if isinstance(kind, type) and issubclass(kind, Enum):
             comments = member_comments(kind)
-            if any(comments.values()):  # their names stand in the type already
+            if any(comments.values()):  # the type already lists the names
                 yield from ((f"  {name}", comment) for name, comment in comments.items())
 
 

@@ -1,4 +1,4 @@
-"""What each setting means: the docstrings below the fields of the schema, which Python itself throws away."""
+"""The meaning of each setting: the docstrings below the fields of the schema, which Python itself discards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lite.config.schema import RunConfig
 
 @cache
 def field_docs() -> dict[str, str]:
-    """Dotted key -> its docstring on one line; of a group that of its field, or else of its class."""
+    """Dotted key -> its docstring on one line; for a group that of its field, or else of its class."""
     groups: dict[str, type] = {
         key: hint for key, hint in schema_keys().items() if isinstance(hint, type) and is_dataclass(hint)
     }
@@ -37,7 +37,7 @@ def _docs_of_fields(schema: type) -> Iterator[tuple[str, str]]:
 
 
 def member_comments(choices: type[Enum]) -> dict[str, str]:
-    """Value -> its own `explanation`, or the comment behind it in the schema; empty where there is none."""
+    """Value -> its `explanation`, or the comment after it in the schema; empty if it has none."""
     lines = inspect.getsource(choices).splitlines()
     comments = {line.split("=")[0].strip(): line.partition("  # ")[2] for line in lines if "=" in line}
     return {str(member.value): getattr(member, "explanation", comments.get(member.name, "")) for member in choices}

@@ -1,4 +1,4 @@
-"""The frozen configuration: one YAML file in the run folder, named by its content, that every rank loads."""
+"""The frozen configuration: a YAML file in the run folder, named by the hash of its content, that every rank loads."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from megatron_lite.state_files import read_bytes, read_object
 
 @dataclass(frozen=True)
 class KeptConfig:
-    """What a checkpoint's state keeps of the configuration, as far as it matters here."""
+    """The part of a checkpoint's state that holds the configuration."""
 
     config: dict[str, Any]
 
 
 class DamagedConfigError(ConfigError):
-    """A frozen configuration is not what was written, and nothing can restore it."""
+    """A frozen configuration was changed or damaged, and no checkpoint can restore it."""
 
 
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes that would escape it
 FROZEN_NAME = re.compile(r"config-[0-9a-f]{12}\.yaml")
 GIVE_FROZEN = "give a config-*.yaml of a run folder"
-LATER_GROUPS = ("objective",)  # runs frozen before there was this group ran with what are now its defaults
+LATER_GROUPS = ("objective",)  # runs frozen before this group existed used its current defaults
 
 
 def render(config: RunConfig) -> str:
-    """The configuration as YAML: the same text for the same settings, whatever presets and overrides led to them."""
+    """The configuration as YAML: the same text for the same settings, independent of presets and overrides."""
     return OmegaConf.to_yaml(as_node(config))
 
 
 def as_node(config: RunConfig) -> DictConfig:
-    """The configuration as OmegaConf holds it, each text as it is: `${HOME}` of a shell line refers to nothing."""
+    """The configuration for OmegaConf, with every text escaped: `${HOME}` in a shell line is not an interpolation."""
     return OmegaConf.structured(_escaped(config))
 
 
@@ -68,7 +68,7 @@ def _escaped(value: Any) -> Any:
 
 
 def frozen_path(config: RunConfig, run_dir: Path) -> Path:
-    """Where `freeze` puts this configuration: `<run_dir>/config-<first 12 hex digits of its SHA-256>.yaml`."""
+    """Where `freeze` writes this configuration: `<run_dir>/config-<first 12 hex digits of its SHA-256>.yaml`."""
     return run_dir / _name_of(render(config).encode())
 
 
@@ -77,12 +77,12 @@ def _name_of(content: bytes) -> str:
 
 
 def freeze(config: RunConfig, run_dir: Path) -> Path:
-    """Write the configuration into the run folder, whole or not at all, and return the file's path.
+    """Write the configuration into the run folder, atomically, and return the file's path.
 
-    An equal file is written again: its date tells which configuration the folder last ran with.
+    An existing file is written again: its modification time shows which configuration the folder last ran with.
 
     Raises:
-        ConfigError: when the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
     path = frozen_path(config, run_dir)
     try:
@@ -94,7 +94,7 @@ def freeze(config: RunConfig, run_dir: Path) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Nodes and ranks may do so at the same time. The file's mode is the umask's."""
+    """Atomic, since several nodes and ranks may do so at the same time. The file's mode follows the umask."""
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -107,10 +107,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def load_frozen(path: Path | str) -> RunConfig:
-    """The configuration of a frozen file. Unknown keys, wrong types and missing groups are errors: nothing is guessed.
+    """Load a frozen configuration. Unknown keys, wrong types and missing groups are errors: nothing is guessed.
 
-    A single setting may be missing, and so may a group of LATER_GROUPS: a version that did not have it yet ran with
-    what is now its default. A damaged file is restored from the copy in a checkpoint of its run.
+    A single setting may be missing, and so may a group of LATER_GROUPS: the version that wrote the file did not have
+    it, and behaved as its current default. A damaged file is restored from the copy in a checkpoint of its run.
 
     Raises:
         ConfigError: there is no such file, this version cannot read it, or it is damaged and no checkpoint has a copy.
@@ -130,16 +130,16 @@ def load_frozen(path: Path | str) -> RunConfig:
 
 
 def _refuse_aliases(content: bytes) -> None:
-    """We write none, and a few lines of them can stand for more than memory holds."""
+    """Frozen files contain no YAML aliases, and a few lines of them can expand beyond the memory."""
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
         raise ValueError("it holds aliases (*NAME), which a frozen configuration has not")
 
 
 def _restored(path: Path, damaged: bytes) -> bytes:
-    """The content that the name of a damaged file tells, from the newest checkpoint that has it; written back as well.
+    """Restore a damaged file from the newest checkpoint whose configuration has the hash in the file's name.
 
-    Checkpoints keep no variables of launcher.environment, so these are taken from what is left of the file. The hash
-    in the name tells whether all of it is right.
+    Checkpoints omit the variables of launcher.environment, so these are read from the rest of the damaged file. The
+    hash in the name verifies the result, which is also written back.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -154,10 +154,10 @@ def _restored(path: Path, damaged: bytes) -> bytes:
             file=sys.stderr,
             flush=True,
         )
-        with contextlib.suppress(OSError):  # of a folder that we may only read
+        with contextlib.suppress(OSError):  # the folder may be read-only
             times = path.stat()
             _replace(path, content)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # which tells what the folder last ran with
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the time shows what the folder last ran with
         return content
     raise DamagedConfigError(
         f"{path} is damaged: its content is not what the hash in its name tells, and no checkpoint of its run has a "
@@ -167,7 +167,7 @@ def _restored(path: Path, damaged: bytes) -> bytes:
 
 
 def _kept_configs(run_dir: Path) -> Iterator[RunConfig]:
-    """The configurations that the checkpoints of a run were saved with, newest first."""
+    """The configurations with which a run's checkpoints were saved, newest first."""
     for state in sorted((run_dir / "checkpoints").glob(f"step_*/{STATE_FILE}"), reverse=True):
         with contextlib.suppress(DamagedFileError, ConfigError):
             kept = read_object(state, KeptConfig)
@@ -176,7 +176,7 @@ def _kept_configs(run_dir: Path) -> Iterator[RunConfig]:
 
 
 def _environment_in(damaged: bytes) -> dict[str, str]:
-    """launcher.environment of a file of which other parts are damaged."""
+    """launcher.environment from a file whose other parts are damaged."""
     found = re.search(rb"^  environment:\n((?:    .*\n|\n)+)", damaged, re.MULTILINE)
     try:
         with library_edge(ConfigError, "launcher.environment"):
@@ -187,12 +187,12 @@ def _environment_in(damaged: bytes) -> dict[str, str]:
 
 
 def as_containers(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain dictionaries and lists, for JSON; `from_containers` reads it."""
+    """The configuration as plain dictionaries and lists, for JSON; `from_containers` reads them."""
     return OmegaConf.to_container(as_node(config), enum_to_str=True)  # type: ignore[return-value]
 
 
 def from_containers(content: dict[str, Any]) -> RunConfig:
-    """What `as_containers` gave, in this version or an earlier one; as strict as `load_frozen`.
+    """Read the result of `as_containers` of this version or an earlier one; as strict as `load_frozen`.
 
     Raises:
         ConfigError: this version does not know one of its settings.
@@ -211,22 +211,22 @@ def _typed(loaded: DictConfig | ListConfig) -> RunConfig:
 
 
 def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
-    """Refuse a folder that cannot be written, or whose run cannot go on with this configuration.
+    """Refuse a folder that is not writable, or whose run cannot continue with this configuration.
 
-    A folder whose run never got to its first step is free. What the data holds is not known here: `DATA_KEYS` are left
-    to those who have it ready.
+    A folder whose run never reached its first step may be used freely. The data's content is unknown here: `DATA_KEYS`
+    are checked once the data is prepared.
 
     Args:
-        config: resolved, as it is frozen.
+        config: resolved, as it will be frozen.
     Returns:
-        what differs from the configuration that the folder's run last had.
+        differences from the folder's last configuration.
     Raises:
-        ConfigError: every change that a run cannot make, or train.run_dir where the folder itself is the matter.
+        ConfigError: every change that a run does not allow, or train.run_dir if the folder itself is the problem.
     """
     try:
         _check_writable(run_dir)
         earlier = _last_trained(run_dir)
-    except OSError as error:  # a folder on the way that may not be looked into, a lost disk
+    except OSError as error:  # a parent folder without permission, a lost disk
         raise unwritable(run_dir, error) from error
     if earlier is None:
         return []
@@ -236,7 +236,7 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
         kept = next(_kept_configs(run_dir), None)
         if earlier != frozen_path(config, run_dir) and kept is None:
             raise ConfigError(f"train.run_dir={run_dir}: {error}") from error
-        previous = kept or config  # which is about to be written again
+        previous = kept or config  # the file is about to be written again
     except ConfigError as error:
         raise ConfigError(
             f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
@@ -251,14 +251,14 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
 
 
 def has_trained(run_dir: Path) -> bool:
-    """Whether a folder holds the results of training: the run in it got to its first step."""
+    """Whether a folder has results of training: its run reached the first step."""
     metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     has_metrics = metrics.is_file() and metrics.stat().st_size > 0
     return has_metrics or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _last_trained(run_dir: Path) -> Path | None:
-    """The newest frozen configuration of a folder that holds the results of training."""
+    """The newest frozen configuration of a folder with results of training."""
     frozen = list(run_dir.glob("config-*.yaml"))
     if not frozen or not has_trained(run_dir):
         return None
@@ -266,8 +266,8 @@ def _last_trained(run_dir: Path) -> Path | None:
 
 
 def _check_writable(run_dir: Path) -> None:
-    """The folder, or the nearest one above it that exists, must let us write; nothing is made yet."""
-    if problem := path_problem(str(run_dir)):  # a sweep has put its values behind the name that was checked
+    """Check that the folder, or its nearest existing parent, is writable; creates nothing."""
+    if problem := path_problem(str(run_dir)):  # a sweep has appended its values to the name that was checked
         raise ConfigError(f"train.run_dir={shown(str(run_dir))} {problem}")
     nearest = run_dir.absolute()
     while not os.path.lexists(nearest):
@@ -281,7 +281,7 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """The error of a run folder that the system does not let us write."""
+    """The error for a run folder that cannot be written."""
     where = error.filename or run_dir
     return ConfigError(
         f"train.run_dir={run_dir} cannot be written ({where}: {error.strerror}); give a folder that you may write to"

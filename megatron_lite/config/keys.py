@@ -1,4 +1,4 @@
-"""Every setting by its dotted key, and the nearest right key to a wrong one."""
+"""Every setting by its dotted key, and suggestions for wrong keys."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
-LIKENESS_OF_SLIPS = 0.8  # two letters swapped, one missing or one too many in names of five letters and more
+LIKENESS_OF_SLIPS = 0.8  # two letters swapped, one missing or one too many in names of five or more letters
 LONGEST_SHOWN = 160  # characters of a value in a message
-# What people type who come from other trainers, where likeness of spelling would not lead them here.
+# Names from other trainers, whose spelling is too different for a suggestion by similarity.
 ALIASES = {
     "lr": "optimizer.learning_rate",
     "min_lr": "optimizer.min_learning_rate",
@@ -118,26 +118,26 @@ def schema_keys() -> dict[str, Any]:
 
 
 def is_group(key: str) -> bool:
-    """Whether the key holds other settings rather than a value."""
+    """Whether the key is a group of settings rather than a value."""
     return is_dataclass(schema_keys().get(key))
 
 
 def is_map(key: str) -> bool:
-    """Whether the key's value is a map with names of the user's choice."""
+    """Whether the key's value is a map with user-defined names."""
     return typing.get_origin(schema_keys().get(key)) is dict
 
 
 class Shape(Enum):
-    """What of a setting is text."""
+    """Where a setting contains text."""
 
     text = "text"
     texts = "texts"  # a list
-    text_or_texts = "text_or_texts"  # typed `Any`: one, or a list
+    text_or_texts = "text_or_texts"  # typed `Any`: one text, or a list
     map = "map"  # from names to texts
 
 
 def text_shape(key: str) -> Shape | None:
-    """How a setting holds text; None where it holds none. An entry of a map is a text."""
+    """How a setting contains text; None if it contains none. An entry of a map is a text."""
     hint = schema_keys().get(key)
     if hint is None:
         return Shape.text if is_map(key.rpartition(".")[0]) else None
@@ -146,7 +146,7 @@ def text_shape(key: str) -> Shape | None:
 
 
 def may_be_null(key: str) -> bool:
-    """Whether None is a value of the setting."""
+    """Whether the setting may be None."""
     hint = schema_keys().get(key)
     return hint is Any or type(None) in typing.get_args(hint)
 
@@ -165,7 +165,7 @@ def get_value(config: RunConfig, key: str) -> Any:
 
 
 def as_word(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """A value as written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Enum):
@@ -174,13 +174,13 @@ def as_word(value: Any) -> str:
 
 
 def shown(text: str) -> str:
-    """A value in a message: on one line, and not longer than a screen."""
+    """A value in a message: on one line, of limited length."""
     line = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode("ascii")
     return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}... ({len(line)} characters)"
 
 
 def has_container(key: str, value: Any) -> bool:
-    """Whether a value is the list or the map that the setting holds; true of settings that hold neither."""
+    """Whether a value is the list or map that the setting expects; True for settings that expect neither."""
     hint = schema_keys()[key]
     origins = {typing.get_origin(part) for part in (hint, *typing.get_args(hint))}
     containers = tuple(kind for kind in (list, dict) if kind in origins)
@@ -188,7 +188,7 @@ def has_container(key: str, value: Any) -> bool:
 
 
 def expects(key: str) -> str:
-    """What a key's value has to be, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
+    """The values that a key accepts, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
     return _describe(schema_keys().get(key, str))
 
 
@@ -210,17 +210,17 @@ def _describe(hint: Any) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` is a slip of, or None: two names that share letters may well be of two things."""
+    """The choice of which `word` is a typo, or None: similar names may well mean different things."""
     choices = list(choices)
     swapped = next((choice for choice in choices if _is_swap(word, choice)), None)
-    if swapped is not None:  # a smaller likeness than that where the names are short
+    if swapped is not None:  # for short names, this similarity is below the threshold
         return swapped
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=LIKENESS_OF_SLIPS)
     return matches[0] if matches and word[:1] == matches[0][:1] else None
 
 
 def _is_swap(word: str, choice: str) -> bool:
-    """Whether the words differ by two neighbouring letters that changed places."""
+    """Whether the words differ only by two swapped neighbouring letters."""
     differing = [i for i, (a, b) in enumerate(zip(word, choice, strict=False)) if a != b]
     if len(word) != len(choice) or len(differing) != 2:
         return False
@@ -231,8 +231,8 @@ def _is_swap(word: str, choice: str) -> bool:
 def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
     """The setting that a wrong key most likely means.
 
-    A key may be wrong in its group (`train.hidden_size`), in its name (`model.hiden_size`) or lack the group
-    (`hidden_size`), so both the whole key and its last part are compared; the whole decides between equals.
+    A key may be wrong in its group (`train.hidden_size`) or in its name (`model.hiden_size`), or lack the group
+    (`hidden_size`), so both the whole key and its last part are compared; the whole key breaks ties.
 
     Args:
         also: further valid words, such as the names of configuration groups.
@@ -246,7 +246,7 @@ def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
         last = difflib.SequenceMatcher(None, name, candidate.rpartition(".")[2]).ratio()
         return max(whole, 0.9 * last + 0.1 * whole)
 
-    # `parallel.tensor` is the beginning of a setting of its group, and no name of a group
+    # `parallel.tensor` is the beginning of a setting in its group, not the name of a group
     inside = [candidate for candidate in leaf_keys() if "." in key and candidate.startswith(key)]
     if inside:
         return inside[0]
@@ -255,7 +255,7 @@ def nearest_key(key: str, also: Iterable[str] = ()) -> str | None:
 
 
 def choices_text(wrong: str, options: Iterable[str]) -> str:
-    """The remedy of a name that is none of the options: the nearest one, and all of them."""
+    """The remedy for an unknown name: the nearest option, and all of them."""
     options = list(options)
     guess = nearest(wrong, options)
     listed = f"choose one of {', '.join(options)}"
@@ -263,20 +263,20 @@ def choices_text(wrong: str, options: Iterable[str]) -> str:
 
 
 def require_command(argv: Sequence[str], commands: Iterable[str], program: str) -> None:
-    """Refuse a mistyped command of a program that has several.
+    """Refuse a mistyped command of a program with several commands.
 
     Raises:
-        ConfigError: with the command that it is a slip of.
+        ConfigError: suggests the command that was most likely meant.
     """
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise ConfigError(f"{shown(argv[0])} is not a command of `{program}`; {choices_text(argv[0], commands)}")
 
 
 def unknown_key(key: str, also: Iterable[str] = ()) -> ConfigError:
-    """The error of a key that no setting has.
+    """The error for an unknown key.
 
     Args:
-        also: further right keys, such as the names of groups.
+        also: further valid words, such as the names of groups.
     """
     suggestion = nearest_key(key, also)
     if suggestion is None:

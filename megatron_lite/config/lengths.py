@@ -1,7 +1,7 @@
-"""How many tokens of text an objective puts into sequences of fixed lengths: pure arithmetic, each formula once.
+"""How many tokens of text an objective puts into sequences of fixed length: pure arithmetic, each formula once.
 
 s: positions of the encoder (data.seq_length), d: positions of the decoder, n: tokens of text in a window. A ValueError
-says that the settings leave no room; its text reads on from `key=value`.
+means that the settings leave no room; its text follows `key=value`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 
 ENDS = 2  # [CLS] ... [SEP] around a text
 PAIR_ENDS = 3  # [CLS] A [SEP] B [SEP]
-TRAINED_SENTINELS = 100  # of a tokenizer that is trained here, as T5's
-SMALLEST_BPE = 256 + 111  # tokens of a vocabulary that is trained here: the bytes, and what objectives need
-FIM_TOKENS = 3  # that a rearranged document gains
+TRAINED_SENTINELS = 100  # of a tokenizer trained here, as in T5's
+SMALLEST_BPE = 256 + 111  # vocabulary size of a tokenizer trained here: the bytes, and what objectives need
+FIM_TOKENS = 3  # added to a rearranged document
 MIN_SEQ_LENGTH = {
     ObjectiveName.causal_lm: 1,
     ObjectiveName.prefix_lm: 1,
-    ObjectiveName.fill_in_the_middle: FIM_TOKENS,  # a window of s + 1 holds them and one token of text
+    ObjectiveName.fill_in_the_middle: FIM_TOKENS,  # a window of s + 1 holds them and one text token
     ObjectiveName.masked_lm: ENDS + 1,
     ObjectiveName.masked_lm_nsp: PAIR_ENDS + 2,
     ObjectiveName.span_corruption: 3,  # a token, a sentinel and the end
     ObjectiveName.bart_denoising: ENDS + 1,
-    ObjectiveName.ul2: 4,  # the same behind a mode token
+    ObjectiveName.ul2: 4,  # the same after a mode token
 }
-"""Smallest data.seq_length that holds any text. Of ul2 the decoder must have room, too."""
+"""Smallest data.seq_length that holds any text. For ul2 the decoder must have room, too."""
 
 
 class SpanLengths(NamedTuple):
     window: int
-    """Tokens of text: n."""
+    """Number of text tokens: n."""
     decoder_length: int
-    """Positions that the target takes: noise tokens, a sentinel for each span, and the end."""
+    """Length of the target: noise tokens, a sentinel for each span, and the end."""
     num_spans: int
 
 
@@ -48,12 +48,12 @@ class Denoiser(NamedTuple):
 
 
 DENOISER_MODES: tuple[Literal["r", "s", "x"], ...] = ("r", "r", "s", "x", "x", "x", "x")
-"""Of UL2's denoisers, in the order of objective.ul2_weights."""
+"""Modes of UL2's denoisers, in the order of objective.ul2_weights."""
 NUM_SPAN_DENOISERS = len(DENOISER_MODES) - 1  # all but the S-denoiser
 
 
 def denoisers(objective: ObjectiveConfig) -> tuple[Denoiser, ...]:
-    """UL2's tasks. The S-denoiser takes out one span at the end, of a share that is a mean."""
+    """UL2's tasks. The S-denoiser removes one span at the end, whose share of the window is a mean."""
     spans = zip(objective.ul2_span_lengths, objective.ul2_noise_densities, strict=True)
     return tuple(
         Denoiser(mode, math.inf, objective.ul2_s_density) if mode == "s" else Denoiser(mode, *next(spans))
@@ -62,7 +62,7 @@ def denoisers(objective: ObjectiveConfig) -> tuple[Denoiser, ...]:
 
 
 def decoder_length(objective: ObjectiveConfig, seq_length: int) -> int | None:
-    """Positions of the decoder; None for objectives of a single stack.
+    """Length of the decoder; None for objectives with a single stack.
 
     Raises:
         ValueError: span_corruption has no room for a span.
@@ -75,17 +75,17 @@ def decoder_length(objective: ObjectiveConfig, seq_length: int) -> int | None:
 
 
 def ul2_decoder_length(objective: ObjectiveConfig, seq_length: int) -> int:
-    """Positions of the decoder, which ul2 alone lets one choose."""
+    """Length of the decoder, which only ul2 lets the user choose."""
     return seq_length // 2 if objective.decoder_seq_length is None else objective.decoder_seq_length
 
 
 def covered_tokens(seq_length: int, infill_fraction: float) -> int:
-    """Tokens that bart_denoising puts into masked spans."""
+    """Number of tokens that bart_denoising puts into masked spans."""
     return round(infill_fraction * (seq_length - ENDS))
 
 
 def sentinels_needed(objective: ObjectiveConfig, seq_length: int) -> int:
-    """Sentinels that the vocabulary must have.
+    """Number of sentinels that the vocabulary must have.
 
     Raises:
         ValueError: the lengths have no room for a span.
@@ -98,9 +98,9 @@ def sentinels_needed(objective: ObjectiveConfig, seq_length: int) -> int:
 
 
 def span_counts(window: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
-    """Noise tokens and spans of a window of at least 2 tokens, as in T5's `random_spans_noise_mask`.
+    """Noise tokens and spans in a window of at least 2 tokens, as in T5's `random_spans_noise_mask`.
 
-    Each span has a token, and so has each of the pieces between them.
+    Each span, and each piece between spans, has at least one token.
     """
     noise = min(max(round(window * noise_density), 1), window - 1)
     return noise, min(max(round(noise / mean_span_length), 1), noise, window - noise)
@@ -110,8 +110,8 @@ def span_corruption_lengths(seq_length: int, noise_density: float, mean_span_len
     """The window whose corrupted text fills the encoder exactly, so that nothing is padded.
 
     The encoder reads n - noise tokens, a sentinel for each span and the end; T5's `random_spans_helper` (arXiv
-    1910.10683) likewise searches the n that fits. One more token of text makes the input at most one token longer,
-    except where it also allows one more span (half of the text and more is noise): there a span is left out.
+    1910.10683) also searches the n that fits. One more text token makes the input at most one token longer, except
+    where it also allows one more span (if at least half of the text is noise): there a span is left out.
 
     Raises:
         ValueError: there is no such window.
@@ -137,9 +137,9 @@ def span_corruption_lengths(seq_length: int, noise_density: float, mean_span_len
 
 
 def ul2_lengths(objective: ObjectiveConfig, seq_length: int) -> dict[int, SpanLengths]:
-    """For each place in `denoisers` that has a weight: as much text as fits both stacks.
+    """For each index in `denoisers` with nonzero weight: as much text as fits both stacks.
 
-    `decoder_length` is the longest that the denoiser makes.
+    `decoder_length` is the longest target of the denoiser.
 
     Raises:
         ValueError: a denoiser has no room.
@@ -157,9 +157,9 @@ def ul2_lengths(objective: ObjectiveConfig, seq_length: int) -> dict[int, SpanLe
 
 
 def suffix_bounds(window: int, density: float) -> tuple[int, int]:
-    """Shortest and longest suffix that the S-denoiser takes: uniform between them, `density` of the window on average.
+    """Shortest and longest suffix that the S-denoiser removes: uniform, `density` of the window on average.
 
-    Both stay in [1, window - 1], at equal distances from the mean.
+    Both are in [1, window - 1], at equal distances from the mean.
     """
     mean = min(max(round(window * density), 1), window - 1)
     spread = min(mean, window - mean) - 1
@@ -182,14 +182,14 @@ def _denoiser_lengths(encoder_room: int, decoder_room: int, denoiser: Denoiser) 
 def _suffix_lengths(encoder_room: int, decoder_room: int, density: float) -> SpanLengths:
     def is_too_long(window: int) -> bool:
         shortest, longest = suffix_bounds(window, density)
-        return window - shortest + 2 > encoder_room or longest + 2 > decoder_room  # with a sentinel and the end
+        return window - shortest + 2 > encoder_room or longest + 2 > decoder_room  # including a sentinel and the end
 
     window = _largest(is_too_long, encoder_room + decoder_room)
     return SpanLengths(window, suffix_bounds(window, density)[1] + 2, 1)
 
 
 def _largest(is_too_long: Callable[[int], bool], beyond: int) -> int:
-    """The largest window that is not too long; `is_too_long` never turns False again."""
+    """The largest window that is not too long; `is_too_long` is monotonic."""
     window = bisect_left(range(2, max(beyond, 2)), True, key=is_too_long) + 1
     if window < 2:
         raise ValueError("has no room for a token, a sentinel and the end in the encoder or the decoder")

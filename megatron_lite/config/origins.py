@@ -22,7 +22,7 @@ Origins = dict[str, str]
 
 
 def origins(choice: Choice, resolved: RunConfig) -> Origins:
-    """Of each setting of a configuration that `choice` has led to."""
+    """The origin of each setting in the configuration that `choice` led to."""
     written = typed(choice)
     weighted = with_weights(written, choice.explicit)
     presets: Origins = {}
@@ -43,7 +43,7 @@ def origins(choice: Choice, resolved: RunConfig) -> Origins:
 
 
 def origins_of_frozen(frozen: RunConfig, overrides: Sequence[str], resolved: RunConfig) -> Origins:
-    """The same where an earlier run's configuration is taken."""
+    """The same for an earlier run's configuration with overrides."""
     explicit = {key_of(override) for override in overrides}
     found: Origins = {}
     for key in leaf_keys():
@@ -57,12 +57,12 @@ def _label(name: str, folders: PresetFolders) -> str:
 
 
 def _is_set(key: str, explicit: set[str]) -> bool:
-    """Whether a value was typed, or one entry of a map."""
+    """Whether the user has set a value, or an entry of the map."""
     return key in explicit or any(typed_key.startswith(f"{key}.") for typed_key in explicit)
 
 
 def annotated(config: RunConfig, found: Origins) -> Iterator[str]:
-    """Lines of YAML that `--config` reads as this configuration, with the origin of each value as a comment."""
+    """The configuration as YAML lines that `--config` accepts, with the origin of each value as a comment."""
     yield from _lines(config, as_node(config), found, "")
 
 
@@ -76,7 +76,7 @@ def _lines(group: Any, node: Any, found: Origins, prefix: str) -> Iterator[str]:
             continue
         text = OmegaConf.to_yaml(OmegaConf.create({field.name: node._get_node(field.name)}))
         first, *more = text.rstrip("\n").split("\n")
-        if more and not isinstance(value, list | dict):  # a text over several lines, into which no comment may come
+        if more and not isinstance(value, list | dict):  # a multi-line text cannot contain a comment
             yield f"{indent}# {found[key]}"
             yield f"{indent}{first}"
         else:

@@ -1,13 +1,13 @@
-"""What `key=value` on a command line means: texts stay the words that were typed, other values are Hydra's to read.
+"""The meaning of `key=value` on a command line: texts are taken literally, other values are parsed by Hydra.
 
 Hydra gives every value the type that it looks like, so a text such as `1.10` would become `1.1` and `12e5` 1200000.0.
 Here the schema decides. A text is taken literally, with five exceptions:
 
-- `null` is None where the setting may be None (`'key="null"'` is the text);
-- a text in quotes, as Hydra reads them, is what stands between them;
-- a comma separates the values of a sweep, and brackets and braces enclose a list or a map: such a text is quoted;
+- `null` is None if the setting may be None (`'key="null"'` is the text);
+- a quoted text, by Hydra's rules, is what the quotes enclose;
+- a comma separates the values of a sweep, and brackets and braces enclose a list or a map: such a text must be quoted;
 - `${other.key}` is the value of another setting (`\\${...}` is the text);
-- in `ESCAPED` settings `\\n`, `\\t`, `\\\\` and `\\uXXXX` are what they are in Python.
+- in `ESCAPED` settings `\\n`, `\\t`, `\\\\` and `\\uXXXX` have their meaning in Python.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ESCAPED = frozenset({"data.document_separator"})
 ESCAPE = re.compile(r"\\(?:([nrtfv0\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.?))", re.DOTALL)
 SIMPLE_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
-MISSING = "???"  # OmegaConf's mark of a value that is still to come
+MISSING = "???"  # OmegaConf's mark of a missing value
 QUOTES = "'\""
 SWEEP_FUNCTION = re.compile(r"\s*(?:choice|range|interval|glob|shuffle|sort|tag)\s*\(")  # Hydra's
 CHOICE = re.compile(r"\s*choice\s*\((.*)\)\s*", re.DOTALL)
@@ -49,24 +49,24 @@ BEFORE_A_PART = ("", ",", ":", *OPENING)
 
 
 class _UnclearError(ValueError):
-    """A text that could mean two things; its message reads on from the word."""
+    """An ambiguous text; the message follows the override."""
 
 
 def key_of(word: str) -> str:
-    """The key of `key=value`, in whatever way it is marked as an addition."""
+    """The key of `key=value`, without the prefix that marks an addition."""
     return word.lstrip("+").partition("=")[0]
 
 
 def is_text(word: str) -> bool:
-    """Whether the word gives a setting that holds text."""
+    """Whether the override sets a text setting."""
     return text_shape(key_of(word)) is not None
 
 
 def check_form(word: str) -> None:
-    """Refuse what has not the form `key=value`.
+    """Refuse arguments that do not have the form `key=value`.
 
     Raises:
-        ConfigError: an option, a removal, or no value.
+        ConfigError: it is an option, removes a key, or has no value.
     """
     if word.startswith("-"):
         raise ConfigError(f"{shown(word)} is not an option; settings are written key=value, without dashes")
@@ -78,10 +78,10 @@ def check_form(word: str) -> None:
 
 
 def parse(word: str) -> Override:
-    """The word as Hydra reads it.
+    """Parse the override with Hydra.
 
     Raises:
-        ConfigError: Hydra cannot read it.
+        ConfigError: Hydra cannot parse it.
     """
     check_form(word)
     parts = split(word.partition("=")[2])
@@ -92,10 +92,10 @@ def parse(word: str) -> Override:
 
 
 def read(word: str) -> list[tuple[str, Any]]:
-    """The settings that a word gives, each with its value as OmegaConf takes it: several for `group={key:value}`.
+    """The settings of an override, each with its value for OmegaConf: several for `group={key:value}`.
 
     Raises:
-        ConfigError: the setting cannot have this value. Its key is known to be right.
+        ConfigError: the setting cannot have this value. The key has already been checked.
     """
     key, value = key_of(word), word.partition("=")[2]
     shape = text_shape(key)
@@ -146,7 +146,7 @@ def _entry(key: str, part: str) -> tuple[str, str]:
 
 
 def _literal(key: str, value: str) -> str:
-    """A text as it was typed, or what its quotes enclose."""
+    """A text as typed, or what its quotes enclose."""
     bare = value.strip()
     if bare[:1] in tuple(QUOTES):
         text = _unquoted(bare)
@@ -171,7 +171,7 @@ def unescaped(text: str) -> str:
     r"""The text with `\n`, `\t`, `\\`, `\u00e9` and the like replaced.
 
     Raises:
-        ValueError: a backslash that begins none of these.
+        ValueError: a backslash does not begin any of these.
     """
 
     def replaced(found: re.Match[str]) -> str:
@@ -187,7 +187,7 @@ def unescaped(text: str) -> str:
 
 
 def _unquoted(text: str) -> str | None:
-    """What the quotes around a text enclose, by Hydra's rules; None where they do not enclose all of it."""
+    """What the quotes around a text enclose, by Hydra's rules; None if they do not enclose all of it."""
     try:
         with library_edge(ConfigError, text):
             override = OverridesParser.create().parse_override(f"key={text}")
@@ -198,19 +198,19 @@ def _unquoted(text: str) -> str | None:
 
 
 def quoted(text: str) -> str:
-    """The text in quotes, such that `read` gives it back."""
+    """The text in quotes, so that `read` returns it unchanged."""
     escaped = re.sub(r'(\\*)(?="|\Z)', lambda run: 2 * run[1], text)
     return '"' + escaped.replace('"', r"\"") + '"'
 
 
 def as_typed(key: str, value: str) -> str:
-    """The word for a shell that gives the setting this very text; the only entry where it is a list."""
+    """The override, quoted for a shell, that gives the setting this text; for a list, its only entry."""
     literal = quoted(value)
     return shlex.quote(f"{key}=[{literal}]" if text_shape(key) is Shape.texts else f"{key}={literal}")
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that stand in no quotes and no brackets; quotes begin only where a part does."""
+    """Split at commas outside of quotes and brackets; quotes count only at the start of a part."""
     parts, start, depth, i = [], 0, 0, 0
     while i < len(text):
         letter = text[i]
@@ -228,7 +228,7 @@ def split(text: str) -> list[str]:
 
 
 def _end_of_quoted(text: str, start: int) -> int:
-    """Where the closing quote is, or the end of a text that has none. Backslashes in front of a quote go in pairs."""
+    """Index of the closing quote, or the end of the text without one. Backslashes before a quote are paired."""
     for found in re.finditer(rf"(\\*){text[start]}", text[start + 1 :]):
         if len(found[1]) % 2 == 0:
             return start + found.end()
@@ -246,7 +246,7 @@ def _inside(key: str, text: str, brackets: str) -> list[str]:
 def sweep_values(value: str) -> list[str] | None:
     """The values of a sweep over a text, `a,b` or `choice(a,b)`, each as it was typed.
 
-    None for one value, for values that are blank, and for functions that Hydra counts, such as `range(1,3)`.
+    None for a single value, for blank values, and for functions that Hydra expands, such as `range(1,3)`.
     """
     function = SWEEP_FUNCTION.match(value)
     choice = CHOICE.fullmatch(value)
@@ -258,7 +258,7 @@ def sweep_values(value: str) -> list[str] | None:
 
 
 def _read_typed(key: str, override: Override, word: str) -> list[tuple[str, Any]]:
-    """A number, a choice, true or false; a whole number may be written 1e3."""
+    """A number, an enum member or a bool; an integer may be written 1e3."""
     if override.is_sweep_override():
         raise ConfigError(f"{shown(word)} names several values for one run; start one run for each value")
     with library_edge(ConfigError, f"{shown(word)} cannot be read", f"write {_how_to_write(key)}"):
@@ -274,7 +274,7 @@ def _checked(key: str, value: Any, word: str) -> list[tuple[str, Any]]:
             f"{shown(word)} is not possible: {key} is a group of settings; set single values as {key}.KEY=VALUE"
         )
     if isinstance(value, str) and INTERPOLATION.search(value):
-        return [(key, value)]  # known only once everything is composed
+        return [(key, value)]  # its value is known only after composition
     if isinstance(value, float) and value.is_integer() and accepts(key, int(value)) and not accepts(key, value):
         value = int(value)
     nested = isinstance(value, list) and any(isinstance(part, list | dict) for part in value)
@@ -300,7 +300,7 @@ def accepts(key: str, value: Any) -> bool:
 
 @cache
 def _scratch() -> DictConfig:
-    """Typed as the configuration is; whatever it holds."""
+    """An empty configuration with the types of the schema."""
     return OmegaConf.structured(RunConfig)
 
 

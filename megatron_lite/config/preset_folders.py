@@ -1,6 +1,6 @@
-"""Where presets lie: in the package, and in a folder of the user's, `./conf` or `--conf DIR`, which comes first.
+"""Where presets are: in the package, and in the user's folder, `./conf` or `--conf DIR`, which takes precedence.
 
-Imports neither Hydra nor torch: shells ask for names on each press of the tab key.
+Imports neither Hydra nor torch: shell completion asks for names on each tab key.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from megatron_lite.config.keys import choices_text, shown
 from megatron_lite.errors import ConfigError, library_edge
 
 SHIPPED = Path(__file__).resolve().parents[1] / "conf"
-OWN = Path("conf")  # of the current folder
+OWN = Path("conf")  # in the current folder
 
 
 @dataclass(frozen=True)
 class PresetFolders:
-    """Presets by name. One of the user's stands for ours of the same name."""
+    """Presets by name. A preset of the user replaces ours with the same name."""
 
     own: Path | None = None
-    """The user's folder, absolute; it has the same groups as ours."""
+    """The user's folder, as an absolute path; it has the same groups as ours."""
 
     def scripts(self) -> list[str]:
-        """Names of the entry scripts: each has a primary configuration of its own name."""
+        """Names of the entry scripts: each has a primary configuration with its name."""
         return sorted(path.stem for path in _files(SHIPPED))
 
     def groups(self) -> dict[str, list[str]]:
@@ -35,7 +35,7 @@ class PresetFolders:
         }
 
     def file(self, name: str) -> Path | None:
-        """The file of a preset (`model/gpt_tiny`) or of a primary configuration (`pretrain_gpt`); None = none."""
+        """File of a preset (`model/gpt_tiny`) or of a primary configuration (`pretrain_gpt`); None if there is none."""
         files = (folder / f"{name}.yaml" for folder in self._folders())
         return next((file for file in files if os.path.isfile(file)), None)
 
@@ -44,7 +44,7 @@ class PresetFolders:
         return self.own is not None and os.path.isfile(self.own / f"{name}.yaml")
 
     def where(self, name: str) -> str:
-        """That file in a message."""
+        """That file's path for a message."""
         file = self.file(name)
         return f"{name}.yaml" if file is None else shown_path(file)
 
@@ -53,9 +53,10 @@ class PresetFolders:
 
 
 def shipped_groups() -> list[str]:
-    """
+    """Names of the groups in the package.
+
     Raises:
-        ConfigError: the package is not whole.
+        ConfigError: the installed package is incomplete.
     """
     if not SHIPPED.is_dir():
         raise ConfigError(f"{SHIPPED} is missing; install megatron_lite again (`pip install .` in its checkout)")
@@ -63,10 +64,10 @@ def shipped_groups() -> list[str]:
 
 
 def find_folders(given: Path | None = None) -> PresetFolders:
-    """Ours, and the user's folder: the one that --conf names, else `./conf` where that holds presets of our groups.
+    """Our folder, and the user's: the one given by --conf, else `./conf` if it holds presets of our groups.
 
     Raises:
-        ConfigError: --conf names no folder of presets.
+        ConfigError: --conf is not a folder of presets.
     """
     if given is not None:
         own = Path(os.path.expanduser(given)).absolute()
@@ -77,7 +78,7 @@ def find_folders(given: Path | None = None) -> PresetFolders:
 
 
 def _require_presets(given: Path, own: Path) -> None:
-    if not os.path.isdir(own):  # unlike Path's, it says so of a name that is too long, too
+    if not os.path.isdir(own):  # unlike Path.is_dir, returns False for a name that is too long
         raise ConfigError(
             f"--conf {shown(str(given))} is not a folder (looked from {Path.cwd()}); give one with presets"
         )
@@ -98,18 +99,18 @@ def _require_presets(given: Path, own: Path) -> None:
 
 
 def _holds_presets(own: Path) -> bool:
-    """A folder named `conf` may well belong to another program."""
+    """Whether a folder named `conf` has presets of our groups; it may belong to another program."""
     names = [path.name for path in _files(SHIPPED)]
     return any(_files(own / group) for group in shipped_groups()) or any(os.path.isfile(own / name) for name in names)
 
 
 def _files(folder: Path) -> list[Path]:
-    """Presets in a folder; none in one that is not there, or that we may not read."""
+    """Presets in a folder; empty if it does not exist or is not readable."""
     return [path for path in folder.glob("*.yaml") if os.path.isfile(path)]
 
 
 def shown_path(file: Path) -> str:
-    """A file of presets in a message: from the current folder, or from the folder of our code."""
+    """A preset file in a message: relative to the current folder, or to the folder of our code."""
     for base in (Path.cwd(), SHIPPED.parents[1]):
         if file.is_relative_to(base):
             return str(file.relative_to(base))

@@ -1,7 +1,7 @@
-"""Files of presets: what each sets, and what YAML would change without a word in those that a run has chosen.
+"""Preset files: what each one sets, and checks for values that YAML would silently change.
 
-YAML reads `dataset_config: 1.10` as the number 1.1, and `1:30` as 90; Hydra then makes a text of that. A few lines of
-aliases can stand for more than memory holds.
+YAML reads `dataset_config: 1.10` as the number 1.1, and `1:30` as 90; Hydra then converts that to text. A few lines of
+aliases can expand beyond the memory.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from megatron_lite.config.keys import Shape, is_group, text_shape
 from megatron_lite.config.preset_folders import PresetFolders, shown_path
 from megatron_lite.errors import ConfigError, library_edge
 
-NUMBER = re.compile(r"[-+]?[\d_.]+(?:e[-+]?\d+)?", re.IGNORECASE)  # YAML 1.2's `12e5`, too
+NUMBER = re.compile(r"[-+]?[\d_.]+(?:e[-+]?\d+)?", re.IGNORECASE)  # also YAML 1.2's `12e5`
 TEXT = "tag:yaml.org,2002:str"
 NULL = "tag:yaml.org,2002:null"
 GLOBAL = "# @package _global_"
 LARGEST_BYTES = 2**20
-FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with libyaml
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # if PyYAML was built with libyaml
 
 
 def check_preset(path: Path, group: str = "") -> None:
-    """Refuse what would not be in the configuration as it stands in the file.
+    """Refuse values that would not reach the configuration as they are written in the file.
 
     Args:
-        group: the preset's; empty = the file holds whole keys.
+        group: of the preset; empty = the file holds full keys.
     Raises:
-        ConfigError: it is not YAML, has aliases, or holds texts that are not quoted and look like something else.
+        ConfigError: it is not YAML, has aliases, or has unquoted texts that look like another type.
     """
     where = shown_path(path)
     with library_edge(ConfigError, f"{where} is not YAML", "correct it"):
@@ -51,7 +51,7 @@ def check_preset(path: Path, group: str = "") -> None:
 
 
 def values_of(folders: PresetFolders, name: str) -> dict[str, str]:
-    """Dotted key -> value, as it is written, of what a preset (`model/gpt_tiny`) or primary configuration sets.
+    """Dotted key -> value as written, for everything that a preset (`model/gpt_tiny`) or primary configuration sets.
 
     Raises:
         ConfigError: it is not YAML.
@@ -67,7 +67,7 @@ def values_of(folders: PresetFolders, name: str) -> dict[str, str]:
 
 
 def keys_of(folders: PresetFolders, name: str, package: str) -> list[str]:
-    """The dotted keys that a file sets where it is merged into a package; empty = `_global_`."""
+    """The dotted keys that a file sets when merged into a package; an empty package means `_global_`."""
     own = name.rpartition("/")[0]
     keys = values_of(folders, name)
     if not own or package == own:
@@ -76,7 +76,7 @@ def keys_of(folders: PresetFolders, name: str, package: str) -> list[str]:
 
 
 def defaults_of(folders: PresetFolders, name: str) -> dict[str, str]:
-    """Group -> preset, of the defaults list of an experiment or a primary configuration.
+    """Group -> preset, from the defaults list of an experiment or a primary configuration.
 
     Raises:
         ConfigError: it is not YAML.
@@ -89,7 +89,7 @@ def defaults_of(folders: PresetFolders, name: str) -> dict[str, str]:
 
 
 def comment_of(folders: PresetFolders, name: str) -> str:
-    """The comment that a preset begins with.
+    """The comment at the top of a preset.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -110,7 +110,7 @@ def _is_global(content: str) -> bool:
 
 
 def _values(key: str, node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
-    """The settings below a key; a map with names of the user's choice is one setting."""
+    """The settings below a key; a map with user-defined names is one setting."""
     if isinstance(node, yaml.MappingNode) and (not key or is_group(key)):
         for name, value in node.value:
             inner = f"{key}.{name.value}" if key else str(name.value)
@@ -121,7 +121,7 @@ def _values(key: str, node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]
 
 
 def _misread(key: str, node: yaml.Node | None) -> Iterator[tuple[str, str]]:
-    """(dotted key, value) of texts that YAML takes for another type."""
+    """(dotted key, value) of texts that YAML reads as another type."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             yield from _misread(f"{key}.{name.value}" if key else str(name.value), value)

@@ -1,7 +1,7 @@
-"""The configuration as all other rooms take it: every setting that a user may leave open has its value.
+"""The configuration that the rest of the program uses: every setting that a user may leave open has a value.
 
-`derived.resolve` makes one, once in each process. Here stand the types, narrower than those of `schema.py`, and what
-follows from the settings: the rank grid, the arithmetic of batches, lengths. Saved files are the same for both types.
+`derived.resolve` creates it, once in each process. This module has the types, narrower than those of `schema.py`, and
+values that follow from the settings: the rank grid, batches, lengths. Both types are saved as the same file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_lite.parallel.topology import Topology
 
 @dataclass
 class _Complete:
-    """No field that a class declares anew, keyword-only and without a default, holds None."""
+    """Checks that no field redeclared by a class (keyword-only, without default) is None."""
 
     group: ClassVar[str]
 
@@ -34,7 +34,7 @@ class _Complete:
 
 @dataclass
 class ResolvedModel(_Complete, ModelConfig):
-    """A model all of whose sizes are known. Only the vocabulary may still come from the tokenizer."""
+    """A model whose sizes are all known. Only the vocabulary may still come from the tokenizer."""
 
     group: ClassVar[str] = "model"
     num_query_groups: int = field(kw_only=True)
@@ -43,7 +43,7 @@ class ResolvedModel(_Complete, ModelConfig):
 
     @property
     def decoder_layers(self) -> int:
-        """Of the decoder of an encoder_decoder; 0 = the model has one stack."""
+        """Layers of an encoder_decoder's decoder; 0 = the model has one stack."""
         return self.num_decoder_layers or 0
 
 
@@ -67,7 +67,7 @@ class ResolvedLauncher(_Complete, LauncherConfig):
 
 @dataclass
 class ResolvedConfig(RunConfig):
-    """Everything that decides a run, nothing of it open."""
+    """Everything that decides a run, with no value left open."""
 
     model: ResolvedModel = field(kw_only=True)
     parallel: ResolvedParallel = field(kw_only=True)
@@ -91,15 +91,15 @@ class ResolvedConfig(RunConfig):
 
     @property
     def processes_per_node(self) -> int:
-        """Ranks on each node; node k has those from k times as many on."""
+        """Ranks on each node; node k has the ranks from k times this number on."""
         launcher = self.launcher
         return launcher.processes_per_node or launcher.gpus_per_node or launcher.num_processes // launcher.nodes
 
     def num_micro_batches(self, global_batch_size: int | None = None) -> int:
-        """Forward passes of one data-parallel rank in one step.
+        """Number of micro-batches of one data-parallel rank in one step.
 
         Args:
-            global_batch_size: sequences of that step; None = the full batch, at the end of any ramp.
+            global_batch_size: of that step; None = the full batch, reached at the end of any ramp.
         """
         batch = self.train.global_batch_size if global_batch_size is None else global_batch_size
         return batch // (self.train.micro_batch_size * self.parallel.data_parallel_size)
@@ -111,8 +111,8 @@ class ResolvedConfig(RunConfig):
 
     @property
     def tokens_per_sample(self) -> int:
-        """Positions that the model reads in one sample: of its only stack, or of encoder and decoder together.
+        """Positions that the model reads per sample: of its single stack, or of encoder and decoder together.
 
-        The one meaning of `token` in tokens a step, tokens per second and FLOPs per token.
+        This is what `token` means in tokens per step, tokens per second and FLOPs per token.
         """
         return self.data.seq_length + self.decoder_length

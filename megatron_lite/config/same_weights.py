@@ -1,4 +1,4 @@
-"""Whether another model.init_from names the weights that a run began with."""
+"""Whether another model.init_from means the same weights that a run began with."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_lite.files import file_xxh3
 
 
 def same_weights(before: str | None, after: str | None) -> str | None:
-    """Why another model.init_from does not matter to a run that goes on; None where it does.
+    """Why a resumed run may ignore another model.init_from; None if it may not.
 
-    The weights come from the run's checkpoint. So a folder that is gone is no reason to stop, and one that was moved
-    or is spelled otherwise is the same.
+    The weights come from the run's checkpoint. So a missing folder does not prevent a resume, and a folder that was
+    moved or is spelled differently is the same.
     """
     if before is None:
         return None
-    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # else it may be a name of the hub
+    is_local = before.startswith(("/", ".", "~")) or before.count("/") > 1  # otherwise it may be a name on the hub
     old = Path(before).expanduser()
     if not old.exists():
         return "the earlier one is gone; the weights come from the checkpoint" if is_local else None
@@ -26,6 +26,6 @@ def same_weights(before: str | None, after: str | None) -> str | None:
 
 
 def _content(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of the files that hold a model."""
+    """Size and checksum of each file of a model."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return {path.name: (path.stat().st_size, file_xxh3(path)) for path in files}

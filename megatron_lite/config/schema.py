@@ -1,8 +1,8 @@
 """The one source of every setting: typed, documented, and free of torch.
 
-A `RunConfig` is composed by Hydra (`compose.py`), completed (`derived.py`), checked as a whole (`validate.py`), turned
-into a `ResolvedConfig` (`resolved.py`) and written once into the run folder (`frozen.py`). YAML files under
-`megatron_lite/conf/` hold values only; what they mean stands here, below each field.
+A `RunConfig` is composed by Hydra (`compose.py`), completed (`derived.py`), validated (`validate.py`), turned into a
+`ResolvedConfig` (`resolved.py`) and written once into the run folder (`frozen.py`). YAML files under
+`megatron_lite/conf/` hold values only; their meaning is documented here, below each field.
 
 Sizes are in elements, batches in sequences, times in seconds. `None` means "derived": the field says from what.
 """
@@ -30,7 +30,7 @@ class Normalization(StrEnum):
 
 
 class NormPlacement(StrEnum):
-    pre = "pre"  # ahead of attention and MLP, and once more behind the last layer: GPT-2, LLaMA, T5
+    pre = "pre"  # before attention and MLP, and once more after the last layer: GPT-2, LLaMA, T5
     post = "post"  # of each sum with the residual: BERT, RoBERTa, BART
 
 
@@ -53,7 +53,7 @@ class PositionEmbedding(StrEnum):
 
 
 class InitScheme(StrEnum):
-    normal = "normal"  # N(0, init_std); those into the residual stream / sqrt(2 layers), 3 with cross-attention (GPT-2)
+    normal = "normal"  # N(0, init_std); into the residual stream / sqrt(2 layers), 3 with cross-attention (GPT-2)
     plain = "plain"  # N(0, init_std) for all (BERT, RoBERTa, BART)
     t5 = "t5"  # by fan-in, with 1 / sqrt(head_size) folded into the query (arXiv 1910.10683)
 
@@ -102,23 +102,23 @@ class WandbMode(StrEnum):
 
 @dataclass
 class ModelConfig:
-    """A transformer: GPT-2, LLaMA, BERT, RoBERTa, T5 and BART are settings of it."""
+    """A transformer; GPT-2, LLaMA, BERT, RoBERTa, T5 and BART differ only in these settings."""
 
     name: str = "gpt_tiny"
     """Label for run folders and plots."""
     init_from: str | None = None
-    """Weights to start from: a Hugging Face folder (or hub name) with safetensors, or a checkpoint of ours. They bring
-    the settings of the model, and data.tokenizer where none is named; None = draw them."""
+    """Weights to start from: a Hugging Face folder (or hub name) with safetensors, or one of our checkpoints. They also
+    set the model's settings, and data.tokenizer unless it is given; None = random initialisation."""
     check_init: CheckInit = CheckInit.auto
-    """Compare logits of the weights of init_from with those that transformers computes from the same folder, before the
-    first step: `auto` where it is installed and the model fits in this machine's memory, `always` (also takes a
+    """Before the first step, compare logits of the init_from weights with those that transformers computes from the
+    same folder: `auto` if it is installed and the model fits in this machine's memory, `always` (also accepts a
     config.json with keys that we do not know), or `never`."""
     architecture: Architecture = Architecture.decoder
-    """Which positions see which: one stack of causal or of bidirectional layers, or two stacks."""
+    """Which positions attend to which: one stack of causal or of bidirectional layers, or two stacks."""
     num_layers: int = 4
-    """Of the only stack, or of the encoder."""
+    """Layers of the single stack, or of the encoder."""
     num_decoder_layers: int | None = None
-    """Of the decoder of an encoder_decoder; None = num_layers."""
+    """Layers of the decoder of an encoder_decoder; None = num_layers."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_attention_heads: int = 4
@@ -138,23 +138,23 @@ class ModelConfig:
     normalization: Normalization = Normalization.layernorm
     """Kind of all norms."""
     norm_placement: NormPlacement = NormPlacement.pre
-    """Where the norms of a block stand."""
+    """Where the norms of a block are."""
     norm_epsilon: float = 1e-5
-    """Added to the variance, or mean square, under the root of each norm."""
+    """Added to the variance, or mean square, under the square root of each norm."""
     embedding_norm: bool = False
     """Normalise the sum of the embeddings (BERT, RoBERTa, BART)."""
     activation: Activation = Activation.gelu_tanh
-    """Of the MLP; swiglu and geglu are gated, with a third matrix."""
+    """Activation of the MLP; swiglu and geglu are gated, with a third matrix."""
     position_embedding: PositionEmbedding = PositionEmbedding.learned
-    """How attention knows where a token stands."""
+    """How the model encodes the positions of tokens."""
     position_offset: int = 0
-    """Unused rows of the learned position table ahead of position 0 (RoBERTa, BART: 2)."""
+    """Unused rows of the learned position table before position 0 (RoBERTa, BART: 2)."""
     rotary_base: float = 10000.0
-    """Of position_embedding=rotary: base of the wavelengths (theta)."""
+    """position_embedding=rotary: base of the wavelengths (theta)."""
     relative_buckets: int = 32
-    """Of relative positions: distances that are distinguished; half of them for each direction in an encoder."""
+    """position_embedding=relative: number of distance buckets; in an encoder half of them for each direction."""
     relative_max_distance: int = 128
-    """Of relative positions: all distances from here on share a bucket."""
+    """position_embedding=relative: all distances from here on share a bucket."""
     num_segments: int = 0
     """Rows of the segment (token type) table; 0 = no such table. BERT 2, RoBERTa 1."""
     attention_bias: bool = True
@@ -166,9 +166,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     """The output head uses the word embedding's weight."""
     scale_tied_head: bool = False
-    """Multiply by hidden_size^-0.5 ahead of a tied head (T5 v1.0)."""
+    """Multiply by hidden_size^-0.5 before a tied head (T5 v1.0)."""
     head_transform: bool = False
-    """A dense layer, the activation and a norm ahead of the head (BERT, RoBERTa)."""
+    """A dense layer, the activation and a norm before the head (BERT, RoBERTa)."""
     head_bias: bool = False
     """A bias on the logits (BERT, RoBERTa)."""
     embedding_dropout: float = 0.0
@@ -180,11 +180,11 @@ class ModelConfig:
     ffn_dropout: float = 0.0
     """Inside the MLP, between the activation and the last matrix (T5)."""
     final_dropout: float = 0.0
-    """On the output of each stack, behind its last norm (T5)."""
+    """On the output of each stack, after its last norm (T5)."""
     init: InitScheme = InitScheme.normal
-    """How the first weights are drawn."""
+    """How the weights are initialised."""
     init_std: float = 0.02
-    """Of init=normal and init=plain."""
+    """Standard deviation for init=normal and init=plain."""
 
 
 @dataclass
@@ -196,15 +196,15 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     """Stages that split the list of layers."""
     data_parallel_size: int | None = None
-    """None = number of processes / (tensor x pipeline)."""
+    """Number of model replicas; None = number of processes / (tensor x pipeline)."""
     sequence_parallel: bool = False
     """Shard norms and dropouts along the sequence inside a tensor-parallel group (arXiv 2205.05198)."""
     zero_stage: int = 1
     """0 (fp32 reference only), 1, or 2/3 with pipeline_parallel_size = 1 (arXiv 1910.02054)."""
     offload_optimizer: bool = False
-    """Keep optimizer states and their arithmetic in host memory (ZeRO-Offload, arXiv 2101.06840)."""
+    """Keep the optimizer's states in host memory and update them there (ZeRO-Offload, arXiv 2101.06840)."""
     recompute: Recompute = Recompute.none
-    """Which activations are computed again in the backward pass instead of stored."""
+    """Which activations are recomputed in the backward pass instead of stored."""
 
 
 @dataclass
@@ -219,15 +219,15 @@ class DataConfig:
     text_key: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and Hugging Face datasets."""
     document_separator: str | None = "\n\n"
-    """What separates documents in a .txt file; None = one document a file. `\\n`, `\\t`, `\\uXXXX` and `\\\\`
-    are escapes where it is typed."""
+    """What separates documents in a .txt file; None = one document per file. `\\n`, `\\t`, `\\uXXXX` and `\\\\`
+    are escapes on the command line."""
     dataset_split: str = "train"
     """Split of a Hugging Face dataset."""
     dataset_config: str | None = None
     """Configuration name of a Hugging Face dataset."""
     max_bad_fraction: float = 0.01
-    """Most bad rows of a source, as a share of its rows that are not empty: they are counted, shown and left out. More
-    of them end the preparation. Null and empty rows are counted and shown too, and are never too many."""
+    """Largest share of bad rows among a source's non-empty rows: they are counted, shown and left out. If there are
+    more, the preparation fails. Null and empty rows are counted and shown too, but never too many."""
     max_document_bytes: int = 16 * 2**20
     """Longest row, in bytes of the unpacked file: a line of .jsonl with all its fields, a document of .txt, a cell of
     a column. Longer ones are left out as bad rows and never held in memory."""
@@ -237,7 +237,7 @@ class DataConfig:
     """Size of a trained tokenizer, special tokens included."""
     add_bos: bool | None = None
     """Begin every document with the tokenizer's beginning-of-text token (decoders only); None = if the tokenizer does
-    so with a text. The tokenizer of a checkpoint then does the same."""
+    so for a text. The tokenizer of a checkpoint then does the same."""
     eod_token: str | None = None
     """The token that every document ends with; None = the tokenizer's eos_token, or where that ends a turn of a chat,
     such as <|im_end|> or <|eot_id|>, its <|endoftext|> or <|end_of_text|>."""
@@ -250,11 +250,11 @@ class DataConfig:
     max_epochs: int | None = None
     """Passes over any source, after which the run ends as out of data; None = as many as train.steps needs."""
     mask_loss_after_eod: bool = False
-    """Do not train on predicting the token that follows an end-of-document token (another document's first)."""
+    """Exclude from the loss the token after an end-of-document token (the first one of another document)."""
     cache_dir: str = "data"
-    """Folder of prepared shards; each set lies in a subfolder named by the hash of what it was made from."""
+    """Folder of prepared shards; each data set is in a subfolder named by the hash of what it was made from."""
     num_workers: int | None = None
-    """Threads that tokenise; None = the cores of this machine."""
+    """Threads that tokenise; None = the number of cores of this machine."""
 
 
 @dataclass
@@ -310,9 +310,9 @@ class OptimizerConfig:
     name: OptimizerName = OptimizerName.adamw
     """Which optimizer; adafactor needs ZeRO-0."""
     learning_rate: float = 3e-4
-    """Peak, after warm-up."""
+    """Peak learning rate, after warm-up."""
     min_learning_rate: float = 3e-5
-    """End of the decay."""
+    """Learning rate at the end of the decay."""
     warmup_steps: int = 10
     """Steps of linear growth from 0 to learning_rate."""
     decay: Decay = Decay.cosine
@@ -320,22 +320,22 @@ class OptimizerConfig:
     decay_steps: int | None = None
     """Step at which min_learning_rate is reached; None = train.steps. Of decays with an end only."""
     decay_fraction: float = 0.1
-    """wsd: share of the steps until decay_steps that come down to min_learning_rate; those before stay at the peak."""
+    """wsd: share of the steps until decay_steps that decay to min_learning_rate; the steps before stay at the peak."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
     """Decay rate of AdamW's second moment."""
     epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Added to the square root of AdamW's second moment."""
     momentum: float = 0.0
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 0.1
-    """Decoupled; on matrices only, never on biases and norm weights."""
+    """Decoupled weight decay; on matrices only, never on biases and norm weights."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     z_loss_weight: float = 0.0
-    """Of an auxiliary loss that keeps logits from drifting: the mean of log(Z)^2, Z being the softmax's denominator
-    (PaLM, arXiv 2204.02311: 1e-4). It is in the gradients and logged as z_loss, but no part of `loss`. 0 = off."""
+    """Weight of an auxiliary loss that keeps logits from drifting: mean of log(Z)^2, Z being the softmax's denominator
+    (PaLM, arXiv 2204.02311: 1e-4). It is in the gradients and logged as z_loss, but not part of `loss`. 0 = off."""
 
 
 @dataclass
@@ -359,9 +359,9 @@ class LossScaleConfig:
     window: int = 1000
     """Steps without overflow after which the scale doubles."""
     hysteresis: int = 2
-    """Overflows before the scale halves."""
+    """Number of overflows before the scale halves."""
     minimum: int = 1
-    """Smallest scale; it halves no further."""
+    """Smallest scale; it is not halved further."""
 
 
 @dataclass
@@ -376,50 +376,50 @@ class TrainConfig:
     """Sequences of one optimizer step, over all ranks."""
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     seed: int = 1234
-    """Of the first weights, the order of the data and dropout."""
+    """Seed of initialisation, data order and dropout."""
     precision: Precision = Precision.fp32
-    """Of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
+    """Precision of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100
     """Steps between validations; 0 = only at the end."""
     eval_batches: int = 8
-    """Global batches of one validation."""
+    """Global batches per validation."""
     save_interval: int = 100
     """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
-    """Newest checkpoints that are kept; 0 = all."""
+    """Number of newest checkpoints to keep; 0 = all."""
     keep_every: int = 0
-    """Steps whose multiples keep their checkpoints for ever, beside keep_last; 0 = none."""
+    """Besides keep_last, keep the checkpoints of steps that are multiples of this forever; 0 = none."""
     keep_best: int = 0
-    """Checkpoints of the lowest validation losses that are kept, beside keep_last; 0 = none."""
+    """Besides keep_last, keep this many checkpoints with the lowest validation losses; 0 = none."""
     async_save: bool = True
-    """Train on while a checkpoint is written."""
+    """Continue training while a checkpoint is written."""
     generate_tokens: int = 40
-    """Tokens of the sample that the summary shows; 0 = none."""
+    """Tokens of the generated sample in the summary; 0 = none."""
     generate_prompt: str = "def "
-    """What the sample of the summary begins with."""
+    """Prompt for the sample in the summary."""
     run_dir: str | None = None
     """The run folder; None = runs/<script>-<model.name>. The same folder resumes, under any layout."""
     max_non_finite_steps: int = 3
-    """Steps in a row with a loss or an update that is NaN or Inf, after which the run ends as diverged."""
+    """Consecutive steps with a loss or an update that is NaN or Inf, after which the run ends as diverged."""
     timeout_seconds: float = 600.0
-    """How long a rank may stay in one phase (data, save, ...) until the job ends with a report of who hangs."""
+    """How long a rank may stay in one phase (data, save, ...) before the job ends with a report of the hang."""
 
 
 @dataclass
 class TrackingConfig:
-    """What of a run is shown, drawn and reported."""
+    """Progress display, plots and experiment tracking."""
 
     progress: bool = True
     """Show the progress bar (a plain line per log_interval where the output is not a terminal)."""
     wandb: WandbMode = WandbMode.disabled
     """Report to Weights & Biases."""
     wandb_project: str = "megatron_lite"
-    """Project of wandb that the run belongs to."""
+    """The run's project in Weights & Biases."""
     wandb_name: str | None = None
-    """None = the run folder's name."""
+    """The run's name in Weights & Biases; None = the run folder's name."""
     tensorboard: bool = False
     """Write event files for TensorBoard into the run folder."""
     plot: bool = True

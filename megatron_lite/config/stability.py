@@ -1,4 +1,4 @@
-"""Settings of what counts as a spike, and of what is done about one. A part of `schema.RunConfig`."""
+"""Settings for detecting loss spikes and reacting to them. A part of `schema.RunConfig`."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from enum import StrEnum
 
 class OnSpike(StrEnum):
     warn = "warn"  # report it and train on
-    skip_step = "skip_step"  # report it and drop that step's update
-    rollback = "rollback"  # back to the checkpoint before it, and past the samples that led in
+    skip_step = "skip_step"  # report it and skip that step's update
+    rollback = "rollback"  # return to the checkpoint before it, and skip the samples that led to it
 
 
 @dataclass
 class StabilityConfig:
-    """What is usual is measured by the median and the median absolute deviation of the latest usual steps: a spike
-    among them moves neither, but would move a mean and widen a standard deviation."""
+    """The usual level is the median and the median absolute deviation of the latest steps without spikes: unlike mean
+    and standard deviation, they hardly change if a spike is among these steps."""
 
     on_spike: OnSpike = OnSpike.warn
-    """What is done about a spike."""
+    """Reaction to a spike."""
     window: int = 128
-    """Latest usual steps that are looked at: as many as in OLMo-core."""
+    """Number of latest steps without spikes that are used: as many as in OLMo-core."""
     min_steps: int = 16
-    """Usual steps before loss and gradient norm are judged; NaN and Inf are spikes from the first step on."""
+    """Steps without spikes before loss and gradient norm are judged; NaN and Inf are spikes from the first step on."""
     loss_deviations: float = 8.0
-    """A loss is a spike that lies so many robust deviations (1.4826 x the median absolute one) above the median ..."""
+    """A loss is a spike if it is this many robust deviations (1.4826 x the median absolute one) above the median ..."""
     min_loss_rise: float = 0.05
-    """... and at least this fraction of the median: late in a run losses hardly differ, and the smallest bump would be
-    many deviations."""
+    """... and at least this fraction of the median above it: late in a run losses hardly differ, and even a small
+    fluctuation would be many deviations."""
     grad_norm_deviations: float = 10.0
-    """The same of the logarithm of the gradient norm, which is skewed; in two steps in a row, or in one whose loss
-    rises by half its own limit. Single steps of fifty times the usual norm are common in small batches, and harmless
-    where they are clipped ..."""
+    """The same for the logarithm of the gradient norm, which is skewed; in two steps in a row, or in one whose loss
+    rises by half its own limit. Single steps with fifty times the usual norm are common in small batches, and harmless
+    with gradient clipping ..."""
     min_grad_norm_factor: float = 10.0
-    """... and at least so many times the median."""
+    """... and at least this many times the median."""
     loss_scale_halvings: int = 6
-    """fp16: so many halvings of the loss scale within `window` steps are its collapse."""
+    """fp16: this many halvings of the loss scale within `window` steps count as a collapse of the loss scale."""
     lead_in_steps: int = 1
-    """rollback: steps before the spike whose samples are left out too: the update before it may have caused it."""
+    """rollback: steps before the spike whose samples are skipped too: the update before it may have caused it."""
     look_ahead_steps: int = 32
-    """rollback: steps at most whose samples are tried, with the weights gone back to, to find where those end that
-    are to be left out."""
+    """rollback: largest number of steps whose samples are tested with the restored weights, to find the last sample to
+    skip."""
     max_rollbacks: int = 4
-    """Of a run; should a spike come back at the place that was jumped over, each further one leaves out twice as many
-    samples more. Where another one would be needed, the run ends as diverged."""
+    """Maximum per run; if a spike returns at the place that was skipped, each further rollback skips twice as many more
+    samples. If another one would be needed, the run ends as diverged."""
     layer_interval: int = 20
     """Steps between figures of each layer (gradient norm, update-to-weight ratio) and of memory; 0 = only at spikes."""
     worst_sequences: int = 4
-    """Sequences of the highest loss whose text a spike report shows."""
+    """Number of sequences with the highest loss whose text a spike report shows."""
 
     def measures_layers(self, step: int) -> bool:
-        """Whether the figures of each layer are wanted for this step; it counts from 1."""
+        """Whether each layer is measured in this step, counted from 1."""
         return self.layer_interval > 0 and step % self.layer_interval == 0

@@ -1,7 +1,7 @@
-"""Every rule between settings, and every violation at once.
+"""Checks every rule between settings, and reports all violations at once.
 
 A rule is a function from a `Case` to messages; `RULES` lists them all. A message reads `key=value rule; remedy`. A rule
-keeps silent where another one has already refused what it builds on, so that one mistake gives one message.
+stays silent if another one has already refused a value that it depends on, so that one mistake gives one message.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def problems(config: RunConfig, world_size: int | None = None) -> list[str]:
     """Every violation of every rule, as `key=value rule; remedy`.
 
     Args:
-        world_size: processes that are there; None = only what the configuration itself says.
+        world_size: existing processes; None = use only what the configuration itself says.
     """
     case = Case(config, world_size)
     if leaks := list(credentials.credentials_stay_outside(case)):
-        return leaks  # alone: messages of other rules show values
+        return leaks  # only these: messages of other rules show values
     return [message for rule in RULES for message in rule(case)]
 
 

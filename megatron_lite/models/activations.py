@@ -1,6 +1,6 @@
-"""What flows from layer to layer, and what of it crosses from one pipeline stage to the next.
+"""The activations passed from layer to layer, and those sent from one pipeline stage to the next.
 
-Shapes: b micro-batch, s positions of the running stack, e positions of the encoder, h hidden, n heads, v vocabulary,
+Shapes: b micro-batch, s positions of the current stack, e positions of the encoder, h hidden, n heads, v vocabulary,
 t tensor-parallel size.
 """
 
@@ -18,29 +18,29 @@ from megatron_lite.parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class Activations:
-    """Everything that layers hand on. A model uses some of the fields; the others stay None."""
+    """Everything that layers pass on. A model uses some of the fields; the others stay None."""
 
     tokens: Tensor | None = None  # [b, s] int64
-    segments: Tensor | None = None  # [b, s] int64: which part of a pair a token belongs to
+    segments: Tensor | None = None  # [b, s] int64: which segment of a pair a token belongs to
     decoder_tokens: Tensor | None = None  # [b, s] int64
     lengths: Tensor | None = None  # [b] int64: positions of the (encoder's) input that are not padding
-    prefix_lengths: Tensor | None = None  # [b] int64: leading positions that see each other both ways
+    prefix_lengths: Tensor | None = None  # [b] int64: leading positions with bidirectional attention
     hidden: Tensor | None = None  # [b, s, h], or [b, s/t, h] under sequence parallelism
     memory: Tensor | None = None  # [b, e, h], or [b, e/t, h]: the encoder's output, for cross-attention
-    position_bias: Tensor | None = None  # [1 or b, n/t, s, s]: of relative positions; made anew on each stage
+    position_bias: Tensor | None = None  # [1 or b, n/t, s, s]: relative position bias; recomputed on each stage
     logits: Tensor | None = None  # [b, s, v/t]
-    sequence_logits: Tensor | None = None  # [b, 2]: of the next-sentence head
+    sequence_logits: Tensor | None = None  # [b, 2]: output of the next-sentence head
 
 
 FLOATS = ("hidden", "memory")
 
 
 class StageBoundary:
-    """The activations that cross into a stage, as at most one float and one int64 tensor.
+    """The activations sent to a stage, packed into at most one float and one int64 tensor.
 
-    DeepSpeed sends a stage's output tensor by tensor and runs one backward pass for each float among them. Joined,
-    they cost one message of each kind and one backward pass. Along their second dimension the hidden states are
-    [b, s + e, h]; the integers are [b, sum of their lengths].
+    DeepSpeed sends a stage's outputs tensor by tensor and runs one backward pass per float tensor. Packing them costs
+    one message per dtype and one backward pass. Packed along dimension 1, hidden states are [b, s + e, h] and integers
+    [b, sum of their lengths].
     """
 
     def __init__(self, stage_inputs: Sequence[Field], hidden_size: int, context: ParallelContext) -> None:
@@ -50,7 +50,7 @@ class StageBoundary:
         self._split = context.tensor_size if context.sequence_parallel else 1
 
     def pack(self, x: Activations) -> Tensor | tuple[Tensor, ...]:
-        """What is sent; a single tensor where there is but one."""
+        """The tensors to send; a single tensor if there is only one."""
         parts = []
         if self._floats:
             parts.append(_joined([_taken(x, field) for field in self._floats]))
@@ -73,7 +73,7 @@ class StageBoundary:
         return Activations(**found)
 
     def empty(self, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Buffers to receive what `pack` gives for `batch` samples, in the same order."""
+        """Receive buffers for what `pack` returns for `batch` samples, in the same order."""
         buffers = []
         if self._floats:
             length = sum(map(self._float_length, self._floats))

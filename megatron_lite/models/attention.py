@@ -23,10 +23,10 @@ from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinea
 from megatron_lite.parallel.rng import DropoutKey
 
 _LONGEST_SHORT_SEQUENCE = 512
-"""Tokens up to which `short_causal_attention` serves CPUs. CPU-ms of forward and backward, scaled_dot_product_attention
--> it, one Zen 4 thread, 6 heads of 64: at 4 x 128 tokens fp32 16 -> 6, bf16 13 -> 6; at 4 x 256 31 -> 19, 25 -> 18; at
-4 x 512 94 -> 58, 79 -> 57; at 2 x 1024 128 -> 102, 115 -> 101. It keeps the probabilities, up to 4 n s^2 bytes of a
-sample, so beyond 512 the little that is left to gain is not worth the memory."""
+"""Longest sequence for which `short_causal_attention` is used on CPUs. CPU-ms of forward and backward, torch's
+scaled_dot_product_attention -> ours, one Zen 4 thread, 6 heads of 64: at 4 x 128 tokens fp32 16 -> 6, bf16 13 -> 6; at
+4 x 256 31 -> 19, 25 -> 18; at 4 x 512 94 -> 58, 79 -> 57; at 2 x 1024 128 -> 102, 115 -> 101. It saves the
+probabilities, up to 4 n s^2 bytes per sample, so beyond 512 the small gain is not worth the memory."""
 
 _QUERY_BLOCK = 128
 
@@ -37,7 +37,8 @@ class Attention(nn.Module):
     """[b, s, h] -> [b, s, h] ([b, s/t, h] under sequence parallelism).
 
     The rows of the fused qkv weight are ordered by group, [groups, q + 2, d]: the group's query heads, its key head,
-    its value head. So every contiguous slice that holds whole groups is a smaller attention of the same form.
+    its value head. So every contiguous slice of whole groups is a smaller attention of the same form, as tensor
+    parallelism needs.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class Attention(nn.Module):
 
 
 def short_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(causal(query key^T / sqrt(d))) value of short sequences on a CPU, in fp32 whatever the type.
+    """softmax(causal(query key^T / sqrt(d))) value of short sequences on a CPU, computed in fp32 for every dtype.
 
-    torch's own CPU kernel takes such sequences in tiles too small for fast matrix products. This takes a block of
-    queries at a time against all keys up to the block's end, and never makes the scores of later blocks. In bf16 its
-    errors, output and gradients, are below those of torch's kernel.
+    torch's own CPU kernel splits such sequences into tiles too small for fast matrix products. This multiplies one
+    block of queries at a time with all keys up to the block's end, and skips the masked scores of later blocks. In bf16
+    its errors, of output and gradients, are below those of torch's kernel.
 
     Args:
         query: [b, n, s, d].
@@ -132,7 +133,7 @@ def short_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class _ShortCausalAttention(torch.autograd.Function):
     """With P = softmax(S) and out = P V: dV = P^T dout, dP = dout V^T, dS = P (dP - sum(P dP)) (arXiv 2205.14135, B.2).
 
-    The q query heads of a group are rows of one product: [b g, q l, d] against [b g, ., d], for l queries of a block.
+    The q query heads of a group become rows of one product: [b g, q l, d] with [b g, ., d], for blocks of l queries.
     """
 
     @staticmethod
@@ -179,7 +180,7 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
 class _SplitHeads(torch.autograd.Function):
     """qkv [b, s, g, q + 2, d] -> rotated query [b, s, n, d], rotated key [b, s, g, d], value [b, s, g, d].
 
-    One function, so that the backward pass writes the three gradients to their places in one tensor once.
+    One autograd function, so that the backward pass writes the three gradients directly into one tensor.
     """
 
     @staticmethod

@@ -1,11 +1,11 @@
-"""An encoder as a list of layers; BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) are settings of it.
+"""An encoder as a list of layers; BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) differ only in settings.
 
     embedding (tokens [b, s]) | position_embedding | segment_embedding (segments [b, s]) | embedding_norm
     | layers.0 | ... | layers.N | next_sentence (sequence_logits [b, 2]) | head_transform
     | head (logits [b, s, v/t]) | head_bias
 
-What crosses into a stage that begins at any block: hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and,
-where samples are padded, lengths [b].
+A stage that begins at a block receives hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and, where samples
+are padded, lengths [b].
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """

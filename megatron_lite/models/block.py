@@ -1,4 +1,4 @@
-"""One transformer layer: attention, in a decoder with an encoder cross-attention, and MLP, each added to its input.
+"""One transformer layer: attention, cross-attention in a decoder with an encoder, and MLP, each with a residual sum.
 
 Shapes: b micro-batch, s sequence, e positions of the encoder, h hidden, t tensor-parallel size.
 """
@@ -46,7 +46,7 @@ class TransformerBlock(nn.Module):
         self.hidden_dropout = model.hidden_dropout
         self.has_dropout = max(model.hidden_dropout, model.attention_dropout, model.ffn_dropout) > 0.0
         self.recompute = recompute is Recompute.full
-        """All of the forward pass is computed again in the backward pass; `layer_factory.apply_block` sees to it."""
+        """Recompute the whole forward pass in the backward pass; `layer_factory.apply_block` does it."""
         selective = recompute is Recompute.selective
         self.attention_norm = build_norm(model, context)
         self.attention = Attention(model, context, init, causal=causal, rotary=rotary, recompute=selective)
@@ -58,18 +58,18 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(model, context, init)
 
     def next_key(self) -> DropoutKey | None:
-        """Of the masks of one micro-batch; None where nothing is dropped.
+        """Key of one micro-batch's dropout masks; None without dropout.
 
-        Taken ahead of the forward pass, outside of what may run again, so that recomputation draws the same masks.
+        Taken before the forward pass and outside of what is recomputed, so that recomputation draws the same masks.
         """
         return self.context.rng.next_key(self.name) if self.training and self.has_dropout else None
 
     def forward(self, x: Tensor, visibility: Visibility, memory: Tensor | None, key: DropoutKey | None) -> Tensor:
         """
         Args:
-            visibility: its `lengths` are those of memory where there is cross-attention.
-            memory: [b, e, h], or [b, e/t, h]; for cross-attention.
-            key: from `next_key`.
+            visibility: with cross-attention, its `lengths` are those of memory.
+            memory: the encoder's output [b, e, h], or [b, e/t, h]; for cross-attention.
+            key: the result of `next_key`.
         """
         first = self.norm_first
         part = self.attention(self.attention_norm(x) if first else x, key, visibility)

@@ -1,4 +1,4 @@
-"""From a model's settings to its layer list: the one way in."""
+"""From a model's settings to its layer list: the only entry point."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def build_layers(
     inputs: tuple[Field, ...],
     next_sentence_head: bool = False,
 ) -> list[LayerSpec]:
-    """The inputs of a batch -> logits of this rank's part of the vocabulary, layer by layer.
+    """The layer list that maps the inputs of a batch to this rank's vocabulary-parallel logits.
 
     Args:
         vocab_size: the tokenizer's true size; the table is padded from it.
-        inputs: what the objective feeds; `lengths` and `prefix_lengths` among them decide the attention masks.
+        inputs: what the objective provides; `lengths` and `prefix_lengths` among them decide the attention masks.
         next_sentence_head: an encoder also classifies the whole sample: `sequence_logits` [b, 2].
     """
     factory = LayerFactory(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)

@@ -1,4 +1,4 @@
-"""Attention of a decoder to the encoder's output, its heads split over the tensor-parallel group.
+"""A decoder's attention to the encoder's output, with heads split over the tensor-parallel group.
 
 Shapes: b micro-batch, s positions of the decoder, e of the encoder, h hidden, t tensor-parallel size, n query heads and
 g query groups of this rank, d head size.

@@ -15,14 +15,15 @@ from megatron_lite.parallel.rng import DropoutKey
 def activation_dropout(
     x: Tensor, probability: float, key: DropoutKey | None, site: str, context: ParallelContext
 ) -> Tensor:
-    """Dropout on x, [b, s, h] held by all ranks of the tensor-parallel group, or its slice of the sequence.
+    """Dropout on x, [b, s, h] replicated over the tensor-parallel group, or its slice of the sequence.
 
     Args:
         key: of this layer's forward pass; None = no dropout.
-        site: tells the masks of one layer apart.
+        site: distinguishes the masks within one layer.
     """
     if key is None or probability == 0.0:
         return x
+    # Slices of the sequence need different masks on each tensor rank, replicated activations the same one.
     draw = context.rng.tensor_parallel if context.sequence_parallel else context.rng.replicated
     with draw(key, site):
         return F.dropout(x, probability)
@@ -31,8 +32,8 @@ def activation_dropout(
 def inner_dropout(x: Tensor, probability: float, key: DropoutKey | None, context: ParallelContext) -> Tensor:
     """Dropout on this rank's inner channels x [b, s, f/t] of an MLP.
 
-    Every rank draws the mask [b, s, f] of all channels and takes its part of it, so that the layout changes nothing;
-    beside the products of the MLP the draw is small.
+    Every rank draws the mask [b, s, f] of all channels and takes its slice, so that the result does not depend on the
+    layout; next to the MLP's matrix products the draw is cheap.
     """
     if key is None or probability == 0.0:
         return x
@@ -40,12 +41,12 @@ def inner_dropout(x: Tensor, probability: float, key: DropoutKey | None, context
         if context.tensor_size == 1:
             return F.dropout(x, probability)
         mask = F.dropout(x.new_ones(*x.shape[:-1], context.tensor_size * x.shape[-1]), probability)
-    own = mask.chunk(context.tensor_size, -1)[context.tensor_rank] > 0  # the backward pass keeps a byte a channel
+    own = mask.chunk(context.tensor_size, -1)[context.tensor_rank] > 0  # the backward pass saves one byte per channel
     return x * own * (1.0 / (1.0 - probability))
 
 
 class HiddenDropout(nn.Module):
-    """Dropout as a layer of its own, ahead of the blocks or behind them: [b, s, h], or its slice [b, s/t, h]."""
+    """Dropout as a separate layer, before or after the blocks: [b, s, h], or its slice [b, s/t, h]."""
 
     def __init__(self, probability: float, context: ParallelContext, name: str, site: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An encoder and a decoder as one list of layers; T5 (arXiv 1910.10683) and BART (arXiv 1910.13461) are settings of it.
+"""An encoder and a decoder as one list of layers, for T5 (arXiv 1910.10683) and BART (arXiv 1910.13461).
 
     T5:   embedding (tokens [b, e]) | encoder.relative_bias, encoder.layers.0 | ...
           | encoder.final_norm, decoder.embedding (decoder_tokens [b, d]), decoder.relative_bias, decoder.layers.0
@@ -7,12 +7,12 @@
           | decoder.embedding, decoder.position_embedding, decoder.embedding_norm, decoder.layers.0
           | decoder.layers.1 | ... , head
 
-A pipeline stage may begin at each "|". What crosses there:
+A pipeline stage may begin at each "|". It receives:
     at a layer of the encoder, or where the decoder begins:  hidden [b, e, h], decoder_tokens [b, d], lengths [b]
     at a later layer of the decoder:  hidden [b, d, h], memory [b, e, h], lengths [b]
-Hidden states have e/t and d/t positions under sequence parallelism; lengths only where samples are padded. So `Wire`
-sends one float tensor, of e or e + d positions, and at most one of integers. The relative bias does not cross: each
-stage computes it anew from its copy of the table.
+Hidden states have e/t and d/t positions under sequence parallelism; lengths are sent only where samples are padded. So
+`StageBoundary` sends one float tensor, of e or e + d positions, and at most one int64 tensor. The relative bias is not
+sent: each stage computes it from its copy of the table.
 
 One word table serves the encoder's input, the decoder's input and, where tied, the head.
 

@@ -1,5 +1,5 @@
-"""The words in which objectives and models agree on what a sample is made of. Needs no torch, so that what an
-objective makes of a text can be looked at without it."""
+"""Descriptions of the tensors in a sample, shared by objectives and models. Imports no torch, so that an objective's
+output can be inspected without it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Field(NamedTuple):
-    """A tensor of `Activations` that a layer takes from those before it, or from the batch."""
+    """A tensor of `Activations` that a layer takes from earlier layers, or from the batch."""
 
     name: str
     length: int | None = None
-    """Positions of a sample (a hidden state has h channels for each); None = one number a sample."""
+    """Positions per sample (a hidden state has h channels for each); None = one number per sample."""

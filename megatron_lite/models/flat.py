@@ -1,4 +1,4 @@
-"""The layer list as one plain module: for one rank, for ZeRO-2/3, and as the twin that pipelines are held against."""
+"""The layer list as one plain module: for one rank, for ZeRO-2/3, and as the reference for pipelines."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FlatModel(nn.Module):
             self._calls.append(partial(spec.apply, module))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The batch's fields, in the order of the first entry's `stage_inputs` -> what `outputs_of` says.
+        """The batch's fields, in the order of the first entry's `stage_inputs` -> the result of `outputs_of`.
 
-        Tensors and not a dictionary, so that ZeRO-3's hooks see them.
+        Takes tensors instead of a dictionary, so that ZeRO-3's hooks see them.
         """
         x = inputs_of(self._specs, inputs)
         for call in self._calls:
@@ -40,19 +40,19 @@ class FlatModel(nn.Module):
 
 
 def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activations:
-    """A batch's fields, in the order of the first entry's `stage_inputs`, as the first layer sees them."""
+    """Convert a batch's fields, in the order of the first entry's `stage_inputs`, to the first layer's input."""
     assert specs[0].stage_inputs is not None, "the first entry takes the batch"
     return Activations(**dict(zip([field.name for field in specs[0].stage_inputs], inputs, strict=True)))
 
 
 def outputs_of(x: Activations) -> Tensor | tuple[Tensor, Tensor]:
-    """What the last layer leaves: logits [b, s, v/t], and with a next-sentence head its logits [b, 2]."""
+    """The model's outputs: logits [b, s, v/t], and with a next-sentence head its logits [b, 2]."""
     assert x.logits is not None, "the last entry leaves the logits"
     return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Hang `module` at the dotted path `name` below `root`, making the containers on the way."""
+    """Register `module` at the dotted path `name` below `root`, creating intermediate containers."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:

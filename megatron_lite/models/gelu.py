@@ -1,4 +1,4 @@
-"""GELU in its tanh form, with its own kernel for half precision on a CPU, where torch's takes 6 % of a step."""
+"""The tanh approximation of GELU, with our own kernel for half precision on CPUs, where torch's takes 6 % of a step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 class _GeluTanh(torch.autograd.Function):
     """(1 + tanh(u / 2)) / 2 is s = sigmoid(u), whose kernel costs a sixth of tanh's.
 
-    With y = x s, the slope dy/dx is s (1 + (x - y) (_A + 3 _B x^2)). It is made while x is in the cache and kept in
-    place of x, in x's type, so that the backward pass is one product.
+    With y = x s, the slope dy/dx is s (1 + (x - y) (_A + 3 _B x^2)). It is computed while x is in the cache and saved
+    instead of x, in x's dtype, so that the backward pass is one product.
     """
 
     @staticmethod
@@ -50,7 +50,7 @@ class _GeluTanh(torch.autograd.Function):
 
 
 def _value_and_slope(x: Tensor, y: Tensor, slope: Tensor, buffers: Tensor) -> None:
-    """x [n] -> y and slope [n], by way of fp32 buffers [4, n]."""
+    """x [n] -> y and slope [n], using fp32 buffers [4, n]."""
     exact, square, sigmoid, value = buffers
     exact.copy_(x)
     torch.mul(exact, exact, out=square)

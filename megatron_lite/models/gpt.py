@@ -1,9 +1,9 @@
-"""A decoder-only transformer as a list of layers; GPT-2, LLaMA and prefix language models are settings of it.
+"""A decoder-only transformer as a list of layers; GPT-2, LLaMA and prefix language models differ only in settings.
 
     embedding (tokens [b, s]) | layers.0 | ... | layers.N | final_norm | head (logits [b, s, v/t])
 
-What crosses into a stage that begins at any block: hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and
-for a prefix language model prefix_lengths [b]: positions before it see each other both ways.
+A stage that begins at a block receives hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and for a prefix
+language model prefix_lengths [b]: positions before it attend to each other in both directions.
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """

@@ -1,4 +1,4 @@
-"""What stands around the output head: the transform ahead of it, the bias behind it, the next-sentence head beside it.
+"""Layers around the output head: the transform before it, the bias after it, the next-sentence head beside it.
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """
@@ -33,9 +33,9 @@ class HeadTransform(nn.Module):
 
 
 class HeadBias(nn.Module):
-    """A bias on the logits [b, s, v/t], added in place: nothing needs them without it.
+    """A bias on the logits [b, s, v/t], added in place: no other layer needs the logits without it.
 
-    A layer of its own, since a module that is tied between pipeline stages may hold nothing but the tied weight.
+    A separate layer, since a module that is tied between pipeline stages must hold only the tied weight.
     """
 
     def __init__(self, vocab_size: int, context: ParallelContext, *, padded_vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What the matrices of a stack start from, by initialisation scheme. Biases start at 0, norm weights at 1.
+"""Initial distribution of each kind of matrix, by initialisation scheme. Biases start at 0, norm weights at 1.
 
 Legend: h hidden size, n heads, d head size, f inner width of the MLP.
 """
@@ -17,18 +17,18 @@ class StackInit:
     """One distribution for each kind of matrix in a stack of blocks."""
 
     embedding: Init
-    """Tables of words, positions and segments."""
+    """Word, position and segment embeddings."""
     head: Init
-    """An output head of its own."""
+    """An output head that is not tied to the word embedding."""
     dense: Init
-    """Matrices from h channels that are none of the others: the MLP's first, keys and values, the heads' dense ones."""
+    """All other matrices with h input channels: the MLP's first, keys and values, the dense layers of heads."""
     query: Init
     qkv: Init
-    """Query, key and value in one parameter, its rows ordered by query group: see `models.attention`."""
+    """Fused query, key and value, rows ordered by query group: see `models.attention`."""
     projection: Init
-    """From the heads' n d channels back to h."""
+    """Attention output projection, from n d channels to h."""
     down: Init
-    """From the MLP's f channels back to h."""
+    """The MLP's last matrix, from f channels to h."""
     relative_bias: Init
 
 
@@ -36,7 +36,7 @@ def stack_init(model: ResolvedModel, num_layers: int, *, cross_attention: bool =
     """The distributions in a stack of `num_layers` blocks."""
     if model.init is InitScheme.t5:
         return _by_fan_in(model)
-    sums = num_layers * (3 if cross_attention else 2)  # with the residual stream
+    sums = num_layers * (3 if cross_attention else 2)  # additions to the residual stream
     plain = Init.normal(model.init_std)
     residual = Init.normal(model.init_std / sums**0.5) if model.init is InitScheme.normal else plain
     return StackInit(
@@ -57,7 +57,7 @@ def _by_fan_in(model: ResolvedModel) -> StackInit:
     The word table has variance 1, so that a tied head needs the factor h^-0.5 (`scale_tied_head`).
     """
     fan_in, head_size = model.hidden_size**-0.5, model.head_size
-    queries = model.num_attention_heads // model.num_query_groups * head_size  # rows of a group
+    queries = model.num_attention_heads // model.num_query_groups * head_size  # query rows of one group
     return StackInit(
         embedding=Init.normal(1.0),
         head=Init.normal(fan_in),

@@ -1,4 +1,4 @@
-"""The entries that layer lists are made of, each with what it does to the activations.
+"""Builds the entries of a model's layer list, and defines what each does to the activations.
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """
@@ -35,7 +35,7 @@ from megatron_lite.parallel.topology import padded_vocab_size
 class LayerFactory:
     """Makes the entries of one model's layer list.
 
-    `prefix` of a method is that of the global names: "" in a model of one stack, else "encoder." or "decoder.".
+    `prefix` of a method is the prefix of global names: "" in a model with one stack, else "encoder." or "decoder.".
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LayerFactory:
         """
         Args:
             vocab_size: the tokenizer's true size; the table is padded from it.
-            inputs: what a batch holds.
+            inputs: the fields of a batch.
         """
         self.model = model
         self.context = context
@@ -58,17 +58,17 @@ class LayerFactory:
         self._vocab_size = vocab_size
         self._padded = padded_vocab_size(vocab_size, model.vocab_pad_multiple, context.tensor_size)
         self._recompute = recompute
-        self._embedding_init = stack_init(model, model.num_layers)  # tables and heads depend on no stack
+        self._embedding_init = stack_init(model, model.num_layers)  # tables and heads do not depend on the stack
         self._rotary = None
         if model.position_embedding is PositionEmbedding.rotary:
             self._rotary = RotaryTable(model.head_size, model.rotary_base)
 
     def input(self, name: str) -> Field:
-        """The field of that name among the inputs."""
+        """The input field with this name."""
         return next(field for field in self.inputs if field.name == name)
 
     def inputs_among(self, *names: str) -> tuple[Field, ...]:
-        """Those of the inputs that have one of these names."""
+        """The input fields whose name is one of `names`."""
         return tuple(field for field in self.inputs if field.name in names)
 
     def word_embedding(self, *, tied: bool) -> LayerSpec:
@@ -85,7 +85,7 @@ class LayerFactory:
         return layer_spec("embedding", make, embed_tokens, self.context, tied=key, stage_inputs=self.inputs)
 
     def embedding_sum(self, prefix: str = "") -> list[LayerSpec]:
-        """What lies between the word embedding and the first block."""
+        """The layers between the word embedding and the first block."""
         model, init = self.model, self._embedding_init
         entries = []
         if model.position_embedding is PositionEmbedding.learned:
@@ -109,10 +109,10 @@ class LayerFactory:
         stage_inputs: tuple[Field, ...],
         cross_attention: bool = False,
     ) -> list[list[LayerSpec]]:
-        """One list for each transformer layer; a pipeline stage may begin with any of them.
+        """One list for each transformer layer; a pipeline stage may begin at any of them.
 
         Args:
-            stage_inputs: what a stage that begins there needs.
+            stage_inputs: what a stage that begins at one of these layers receives.
         """
         init = stack_init(self.model, num_layers, cross_attention=cross_attention)
 
@@ -136,7 +136,7 @@ class LayerFactory:
         return [[replace(layer[0], stage_inputs=stage_inputs), *layer[1:]] for layer in layers]
 
     def stack_end(self, prefix: str = "") -> list[LayerSpec]:
-        """What lies behind the last block: the norm of a pre-norm stack (a post-norm block ends with its own)."""
+        """Layers after the last block: the final norm of a pre-norm stack (a post-norm block ends with its norm)."""
         entries = []
         if self.model.norm_placement is NormPlacement.pre:
             entries.append(self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden))
@@ -182,13 +182,13 @@ class LayerFactory:
         )
 
     def _relative_bias(self, name: str, init: StackInit, *, causal: bool) -> LayerSpec:
-        """One table for the stack. It stands in front of every block, so that a stage may begin at each."""
+        """One table shared by the stack. An entry precedes every block, so that a stage may begin at any block."""
         apply = partial(add_relative_bias, split=self.context.tensor_size if self.context.sequence_parallel else 1)
 
         def make() -> nn.Module:
             return RelativeBias(self.model, self.context, init, causal=causal)
 
-        return layer_spec(name, make, apply, self.context, tied=name.replace(".", "_"))  # a key that DeepSpeed takes
+        return layer_spec(name, make, apply, self.context, tied=name.replace(".", "_"))  # a key that DeepSpeed accepts
 
     def _dropout(self, name: str, probability: float, site: str) -> list[LayerSpec]:
         if probability == 0.0:
@@ -218,7 +218,11 @@ def add_segments(table: nn.Module, x: Activations) -> Activations:
 
 
 def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activations:
-    """Only the first of a stack's entries on this pipeline stage does something. `split`: slices of the sequence."""
+    """Compute the bias at the first of a stack's entries on this pipeline stage; the later ones reuse it.
+
+    Args:
+        split: number of slices of the sequence.
+    """
     if x.position_bias is not None:
         return x
     assert x.hidden is not None
@@ -228,6 +232,7 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
 def apply_block(block: TransformerBlock, x: Activations) -> Activations:
     arguments = x.hidden, Visibility(x.lengths, x.prefix_lengths, x.position_bias), x.memory, block.next_key()
     if block.recompute and torch.is_grad_enabled():
+        # No random state to preserve: dropout masks depend only on the key, which is drawn above.
         return replace(x, hidden=checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
     return replace(x, hidden=block(*arguments))
 

@@ -16,18 +16,18 @@ from megatron_lite.parallel.rng import DropoutKey
 
 
 class Visibility(NamedTuple):
-    """What the samples of a micro-batch change about attention."""
+    """What differs between the samples of a micro-batch in what attention may see."""
 
-    lengths: Tensor | None = None  # [b] int64, at least 1: keys from there on are padding
-    prefix_lengths: Tensor | None = None  # [b] int64: keys before it are seen from everywhere
-    position_bias: Tensor | None = None  # [1 or b, n, s, s]: added to the scores; it holds the rest as -inf
+    lengths: Tensor | None = None  # [b] int64, at least 1: keys from this position on are padding
+    prefix_lengths: Tensor | None = None  # [b] int64: keys before this position are visible to every query
+    position_bias: Tensor | None = None  # [1 or b, n, s, s]: added to the scores; it already contains the mask as -inf
 
 
 def self_attention_mask(length: int, visibility: Visibility, *, causal: bool) -> Tensor | None:
-    """Bool or float, broadcastable to [b, n, s, s], as `scaled_dot_product_attention` takes it.
+    """Bool or float mask, broadcastable to [b, n, s, s], for `scaled_dot_product_attention`.
 
-    None = nothing beyond `causal`. In a causal stack padding needs no mask: it lies behind everything whose loss
-    counts.
+    None = no mask beyond `causal`. A causal stack needs no padding mask: padding comes after all positions that count
+    in the loss.
     """
     lengths, prefix_lengths, bias = visibility
     if bias is not None:
@@ -61,10 +61,10 @@ def masked_attention(
     """softmax(query key^T * scale, masked) value: [b, n, s, d]; key_heads and value are [b, g, k, d].
 
     Args:
-        causal: where there is no mask, each position sees none after it.
+        causal: used where there is no mask: no position sees a later one.
         scale: None = 1 / sqrt(d).
-        key: of the dropout masks on the probabilities; None = no dropout.
-        site: tells the dropout masks of one layer apart.
+        key: of the dropout masks on the attention probabilities; None = no dropout.
+        site: distinguishes the dropout masks within one layer.
     """
     grouped = query.shape[1] != key_heads.shape[1]
     settings = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale, "enable_gqa": grouped}

@@ -29,7 +29,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The function of one argument; of a gated activation, that of its gate."""
+    """The activation as a function of one argument; for a gated activation, the function applied to its gate."""
     return _FUNCTIONS[activation]
 
 

@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm over the last dimension.
 
 Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden. Under sequence parallelism x is [b, s/t, h].
-A norm of queries or keys, of which each tensor rank has its own heads, takes `partial_gradient="heads"`.
+A norm of queries or keys, where each tensor rank has its own heads, takes `partial_gradient="heads"`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """For CPUs, where F.rms_norm is a chain of small operations whose backward pass takes twice as long.
+    """For CPUs, where F.rms_norm is a chain of small operations with a backward pass twice as slow.
 
     With r = 1 / sqrt(mean(x^2) + epsilon) and y = x r w, the gradient of x is r w dy - x r^3 mean(x w dy).
     """
@@ -87,6 +87,6 @@ def _vector(size: int, init: Init, partial_gradient: PartialGradient) -> ShardSp
 
 
 def build_norm(model: ResolvedModel, context: ParallelContext) -> nn.Module:
-    """The norm that the configuration asks for."""
+    """The norm that `model.normalization` selects."""
     norm = RMSNorm if model.normalization is Normalization.rmsnorm else LayerNorm
     return norm(model.hidden_size, model.norm_epsilon, context)

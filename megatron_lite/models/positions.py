@@ -1,4 +1,4 @@
-"""Where a token stands: learned tables that are added to the embedding, and rotary embedding inside attention.
+"""Position embeddings: learned tables that are added to the embedding, and rotary embedding inside attention.
 
 Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d head size.
 """
@@ -19,8 +19,8 @@ from megatron_lite.parallel.sharding import ShardSpec, sharded_parameter
 class PositionTable(nn.Module):
     """Adds the learned vector of each position (arXiv 1706.03762, section 3.5): [b, s, h] -> [b, s, h].
 
-    Under sequence parallelism [b, s/t, h] -> [b, s/t, h]. A layer of its own, like all that follows the word embedding,
-    so that the latter holds nothing but the weight that it shares with the head.
+    Under sequence parallelism [b, s/t, h] -> [b, s/t, h]. A separate layer, like all that follow the word embedding, so
+    that the word embedding holds only the weight that it shares with the head.
     """
 
     def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit) -> None:
@@ -46,7 +46,7 @@ class SegmentTable(nn.Module):
         self.weight = sharded_parameter(ShardSpec(shape, None, init.embedding, partial_gradient="sequence"), context)
 
     def forward(self, x: Tensor, segments: Tensor | None) -> Tensor:
-        """`segments`: [b, s] int64, whole also under sequence parallelism; None = all 0."""
+        """`segments`: [b, s] int64, not sliced under sequence parallelism; None = all 0."""
         (weight,) = sum_gradients(self.context, self.weight)
         if segments is None:
             return x + weight[0]
@@ -55,12 +55,12 @@ class SegmentTable(nn.Module):
 
 
 def _first_position(x: Tensor, context: ParallelContext) -> int:
-    """Where in the sequence this rank's slice x [b, s/t, h] begins."""
+    """Position in the sequence of the first element of this rank's slice x [b, s/t, h]."""
     return context.tensor_rank * x.shape[1] if context.sequence_parallel else 0
 
 
 class RotaryTable:
-    """cos and sin of position x frequency in fp32, made when first asked for and shared by all layers.
+    """cos and sin of position x frequency in fp32, computed at first use and shared by all layers.
 
     Not a module and not a buffer: module.bfloat16() would round the angles.
     """
@@ -82,7 +82,7 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + d/2) of x [b, s, g, n, d] by the angle of its position, in fp32.
+    """Rotate each pair of channels (i, i + d/2) of x [b, s, g, n, d] by the angle of its position, in fp32.
 
     Not differentiable: the gradient of a rotation is the rotation by the opposite angle, which the caller applies.
     """

@@ -21,7 +21,7 @@ from megatron_lite.parallel.sharding import ShardSpec, sharded_parameter
 class RelativeBias(nn.Module):
     """Length s -> [1 or b, n, s, s] for all blocks of a stack; the heads are split over the tensor-parallel group.
 
-    With the stack's mask in it, so that blocks need not make theirs: -inf where a query does not see a key.
+    The result includes the stack's mask (-inf where a query does not see a key), so blocks need not build their own.
     """
 
     def __init__(self, model: ResolvedModel, context: ParallelContext, init: StackInit, *, causal: bool) -> None:
@@ -32,14 +32,14 @@ class RelativeBias(nn.Module):
         self.weight = sharded_parameter(ShardSpec(shape, 1, init.relative_bias), context)
 
     def forward(self, length: int, lengths: Tensor | None = None) -> Tensor:
-        """Entry (i, j) is that of the bucket of j - i, so that each row is the one before it, moved by a place.
+        """Entry (i, j) is the bias of the bucket of j - i, so each row is the previous one shifted by one position.
 
-        In fp32 up to the rows: the backward pass sums up to s entries for each distance.
+        Everything before the rows is fp32: the backward pass sums up to s entries for each distance.
 
         Args:
-            lengths: [b] keys of an encoder that are not padding; None = all. In a causal stack padding needs no mask.
+            lengths: [b] keys of an encoder that are not padding; None = all. A causal stack needs no padding mask.
         """
-        distances = torch.arange(1 - length, length, device=self.weight.device)  # of key from query
+        distances = torch.arange(1 - length, length, device=self.weight.device)  # from query to key
         buckets = relative_buckets(
             distances,
             both_directions=not self.causal,
@@ -59,10 +59,10 @@ class RelativeBias(nn.Module):
 def relative_buckets(distances: Tensor, *, both_directions: bool, num_buckets: int, max_distance: int) -> Tensor:
     """The bucket, in [0, num_buckets), of each distance (key position - query position).
 
-    Half of a direction's buckets are for one distance each, the others grow with its logarithm up to max_distance.
+    Half of a direction's buckets hold one distance each; the others grow logarithmically up to max_distance.
 
     Args:
-        both_directions: the upper half of the buckets is for keys behind the query; False = those share bucket 0.
+        both_directions: the upper half of the buckets is for keys after the query; False = all of those share bucket 0.
     """
     if both_directions:
         num_buckets //= 2

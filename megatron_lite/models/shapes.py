@@ -1,6 +1,6 @@
-"""Names and full shapes of all parameters of a model, known before anything is built. Free of torch.
+"""Names and full shapes of all parameters of a model, known before anything is built. Imports no torch.
 
-`models.build.build_layers` makes the parameters; a test holds the two against each other for every family.
+`models.build.build_layers` creates the parameters; a test compares the two for every family.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ Named = Iterator[tuple[str, Shape]]
 
 
 def parameter_shapes(model: ResolvedModel, vocab_size: int, *, next_sentence: bool = False) -> dict[str, Shape]:
-    """
+    """Global name -> full shape of every parameter.
+
     Args:
         vocab_size: true vocabulary, without padded rows.
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
@@ -44,7 +45,7 @@ def _parameters(model: ResolvedModel, vocab_size: int, next_sentence: bool) -> N
 
 
 def _stack(model: ResolvedModel, prefix: str, num_layers: int, *, decoder: bool) -> Named:
-    """`decoder`: of an encoder_decoder."""
+    """Parameters of one stack; `decoder`: the decoder of an encoder_decoder."""
     hidden = model.hidden_size
     if model.position_embedding is PositionEmbedding.learned:
         rows = model.max_position_embeddings + model.position_offset

@@ -17,19 +17,19 @@ from megatron_lite.parallel.sharding import initialise, set_global_names
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer by its global name, and how to make and apply it."""
+    """A layer with its global name, and how to build and apply it."""
 
     name: str
     """Prefix of its parameters' global names: "embedding", "layers.0", ..., "head"."""
     build: Callable[[], nn.Module]
     """Makes the module, initialised and with global names set."""
     apply: Callable[[Any, Activations], Activations]
-    """How the module changes the activations, through module(...) so that ZeRO-3's hooks run."""
+    """Applies the module to the activations, by calling module(...) so that ZeRO-3's hooks run."""
     tied: str | None = None
     """Entries with the same key share one module, built from the first of them."""
     stage_inputs: tuple[Field, ...] | None = None
-    """What this entry and those after it need of those before it, so that a pipeline stage may begin here: the batch's
-    fields on the first entry. None = a stage never begins here."""
+    """What this entry and those after it need from the entries before it, where a pipeline stage may begin here; on the
+    first entry, the batch's fields. None = no stage begins here."""
 
 
 def layer_spec(
@@ -41,7 +41,7 @@ def layer_spec(
     tied: str | None = None,
     stage_inputs: tuple[Field, ...] | None = None,
 ) -> LayerSpec:
-    """An entry whose module `make` gives uninitialised and unnamed."""
+    """An entry for a module that `make` creates; initialisation and global names are added here."""
     return LayerSpec(name, partial(_build, make, name, context), apply, tied, stage_inputs)
 
 

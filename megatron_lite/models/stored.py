@@ -1,7 +1,7 @@
-"""How tensors lie in files: ours cut into boxes, each box at its place in a tensor of a file.
+"""How tensors are stored in files: our tensors are cut into boxes, each with its place in a tensor of a file.
 
-A checkpoint keeps the weights under the names and in the shapes of transformers (`models.hf`), and the optimizer's
-moments under our own. Both are the same thing here: a list of boxes. What no box covers is zero.
+A checkpoint stores the weights with the names and shapes of transformers (`models.hf`), and the optimizer's moments
+with our own. Both are described by a list of boxes. Elements that no box covers are zero.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Box: TypeAlias = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """stored[start : start + extent] == full[box], transposed where it says so.
+    """stored[start : start + extent] == full[box], transposed if `transposed`.
 
-    A stored tensor may have fewer dimensions than ours: leading ones, of which the box holds one entry, are dropped.
+    A stored tensor may have fewer dimensions than ours: leading dimensions in which the box has one entry are dropped.
     """
 
     source: str
     """Global name of the full, unpadded tensor."""
     box: Box
-    """Of the full tensor."""
+    """Its range in the full tensor."""
     target: str
     """Name in the file."""
     start: Shape
@@ -48,7 +48,7 @@ def whole(shape: Shape) -> Box:
 
 
 def same_names(shapes: Mapping[str, Shape]) -> StoredForm:
-    """Tensors that lie in the files as we name and shape them."""
+    """The form of tensors that are stored with our own names and shapes."""
     return StoredForm(
         dict(shapes),
         tuple(Piece(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items()),

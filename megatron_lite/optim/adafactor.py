@@ -1,8 +1,8 @@
 """Adafactor (arXiv 1804.04235), factored and exact under tensor parallelism.
 
 A matrix's second moment is kept as the means of its rows and its columns, R + C numbers instead of R x C. Under tensor
-parallelism a rank holds a slice of the matrix, and the means, the RMS of the update and the RMS of the parameter are
-still those of the full, unpadded tensor: partial sums of all parameters travel in two small all-reduces a step.
+parallelism a rank holds a slice of the matrix. The means, the RMS of the update and the RMS of the parameter are still
+those of the full, unpadded tensor: partial sums of all parameters are combined in two small all-reduces per step.
 
 Shapes: R, C the last two dimensions of the local, unpadded slice; `...` leading dimensions, each with its own factors.
 """
@@ -22,22 +22,22 @@ from megatron_lite.errors import ConfigError
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Algorithms 4 and 6 of the paper without momentum, with the step size from outside.
+    """Algorithms 4 and 6 of the paper without momentum, with an external step size.
 
     With k the step counted from 1, g the gradient and x the parameter:
 
     - beta2 = 1 - k^-0.8 (section 7.2), so that no bias correction is needed;
-    - V = beta2 V + (1 - beta2)(g^2 + epsilon1), for two and more dimensions as row means times column means over
-      their common mean (section 3), otherwise in full;
+    - V = beta2 V + (1 - beta2)(g^2 + epsilon1); with two or more dimensions factored: row means times column means over
+      their common mean (section 3);
     - u = g / sqrt(V), divided by max(1, RMS(u) / clip) (section 6);
-    - x = x (1 - lr weight_decay) - lr max(epsilon2, RMS(x)) u (section 8); the relative step size of section 9 is
-      left to the schedule that sets `lr`.
+    - x = x (1 - lr weight_decay) - lr max(epsilon2, RMS(x)) u (section 8); the schedule sets `lr` instead of the
+      relative step size of section 9.
 
     Args:
         params: parameters or groups; fp32. A parameter may carry `shard_spec` (`parallel.sharding.ShardSpec`).
-        tensor_group: the ranks that hold the other slices; every one of them must call `step`.
+        tensor_group: the ranks that hold the other slices; all of them must call `step`.
     Raises:
-        ConfigError: parameters that are not fp32; in `step`, parameters other than those it was built with (ZeRO
+        ConfigError: parameters are not fp32; in `step`, if parameters have been replaced since construction (ZeRO
             replaces them by flat shards, which have no rows and columns).
     """
 
@@ -77,7 +77,7 @@ class Adafactor(torch.optim.Optimizer):
         self._update_statistics(slices)
         self._measure_updates(slices)
         square_sums = torch.stack([torch.stack([part.value_square_sum, part.update_square_sum]) for part in slices])
-        for part, (value_sum, update_sum) in zip(slices, square_sums.tolist(), strict=True):  # one wait for the device
+        for part, (value_sum, update_sum) in zip(slices, square_sums.tolist(), strict=True):  # one synchronisation
             scale = part.lr * max(self.epsilon2, part.rms(value_sum))
             scale /= max(1.0, part.rms(update_sum) / self.clip)
             part.value.mul_(1.0 - part.lr * part.weight_decay)
@@ -96,7 +96,7 @@ class Adafactor(torch.optim.Optimizer):
                     yield _Slice.of(parameter, self.state[parameter], group, self.tensor_group)
 
     def _update_statistics(self, slices: list[_Slice]) -> None:
-        """Move every second moment on by one step, and measure the parameters."""
+        """Update every second moment for this step, and compute the parameters' sums of squares."""
         reduction = _Reduction(self.tensor_group)
         for part in slices:
             square = part.gradient.square().add_(self.epsilon1)  # [..., R, C]
@@ -132,11 +132,11 @@ class _Slice:
     value: Tensor  # [..., R, C], a view into the parameter
     gradient: Tensor  # [..., R, C]
     full_shape: tuple[int, ...]
-    sharded_dim: int | None  # counted from the end: -1 columns, -2 rows; None = every rank holds all of it
+    sharded_dim: int | None  # counted from the end: -1 columns, -2 rows; None = replicated on every rank
     state: dict[str, Any]
     lr: float
     weight_decay: float
-    new: dict[str, Tensor] = field(default_factory=dict)  # sums of squares of this step by the name of their state
+    new: dict[str, Tensor] = field(default_factory=dict)  # this step's sums of squares, by the name of their state
     value_square_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     update_square_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
 
@@ -178,8 +178,8 @@ class _Slice:
         if not self.factored:
             return self.gradient * self.state["square"].rsqrt()
         row, column = self.state["row"], self.state["column"]  # [..., R], [..., C]
-        # The mean over rows of the row means is the mean over columns of the column means: take the one that this
-        # rank holds whole.
+        # The mean over rows of the row means equals the mean over columns of the column means: use the one that this
+        # rank holds in full.
         mean = (column if self.sharded_dim == -2 else row).mean(-1, keepdim=True)  # [..., 1]
         return self.gradient * (row / mean).rsqrt_().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
 
@@ -188,7 +188,7 @@ class _Slice:
 
 
 class _Reduction:
-    """Sums many small tensors over a group in one all-reduce, in place."""
+    """Sums many small tensors over a group, in place, with one all-reduce."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group

@@ -1,6 +1,6 @@
-"""Which samples each step consumes, with or without a growing batch: a pure function of the step.
+"""Which samples each step consumes, with or without a batch ramp: a pure function of the step.
 
-A run that is resumed with another batch size counts from where its checkpoint says that it was.
+A run that is resumed with another batch size continues from the step and samples in its checkpoint.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ class BatchStage:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a schedule begins: so many steps are made, and so many samples consumed."""
+    """Where a schedule begins: steps done and samples consumed so far."""
 
     step: int
     samples: int
-    """Consumed: those that the run leaves out (data/samples/skips.py) do not count."""
+    """Consumed samples; those that the run skips (data/samples/skips.py) do not count."""
 
 
 BEGINNING = Origin(0, 0)
 
 
 class BatchSchedule:
-    """Batch sizes over the run: the ramp of `--rampup-batch-size` in Megatron, unrolled into stages.
+    """Batch sizes over the run: Megatron's `--rampup-batch-size`, expanded into stages.
 
-    The ramp's samples are split evenly among its batch sizes `start, start + increment, ...` below the full
-    batch. A size is used while fewer samples than its share's end are consumed, so a step that crosses the end
-    still counts whole, and sizes whose share was already consumed are left out. The first step that starts
-    after `samples` samples, and all later ones, use the full batch.
+    The ramp's samples are split evenly among its batch sizes `start, start + increment, ...` below the full batch. A
+    size is used until the end of its share. A step that crosses the end still counts in full, and sizes whose share is
+    already consumed are skipped. The first step that starts after `samples` samples, and all later ones, use the full
+    batch.
 
-    The size is a function of the samples consumed so far alone. So a schedule that begins at any step of another one,
-    with the same settings, goes on as that one; and with other settings nothing is read twice or left out.
+    The size depends only on the samples consumed so far. So a schedule that begins at any step of another one with the
+    same settings continues it exactly, and with other settings no sample is read twice or left out.
 
     Steps and samples count from 0; sizes are in sequences.
 
-    The validation of the configuration has seen that the ramp leads from `start` to the full batch.
+    Validation of the configuration has checked that the ramp leads from `start` to the full batch.
 
     Args:
-        origin: of a resumed run, what its checkpoint says; earlier steps are unknown.
+        origin: of a resumed run, from its checkpoint; earlier steps are unknown.
     """
 
     def __init__(self, train: TrainConfig, origin: Origin = BEGINNING) -> None:
@@ -65,7 +65,7 @@ class BatchSchedule:
 
     @property
     def first_step(self) -> int:
-        """Of the origin."""
+        """The first step after the origin."""
         return self.stages[0].first_step
 
     def at(self, step: int) -> BatchStep:
@@ -75,7 +75,7 @@ class BatchSchedule:
         return BatchStep(first_sample, stage.global_batch_size)
 
     def steps_within(self, samples: int) -> int:
-        """Whole steps that need no more than so many samples, those before the origin included."""
+        """Number of whole steps that fit into this many samples, including the steps before the origin."""
         samples = max(samples, self.stages[0].first_sample)
         stage = self.stages[bisect.bisect_right([stage.first_sample for stage in self.stages], samples) - 1]
         return stage.first_step + (samples - stage.first_sample) // stage.global_batch_size

@@ -1,4 +1,4 @@
-"""From the configuration to a torch optimizer over one rank's parameters."""
+"""Builds a torch optimizer over one rank's parameters from the configuration."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer whose `lr` the engine sets before each step from `learning_rate_at`.
 
-    AdamW is torch's fused one where the device has it: one pass over each parameter instead of about ten.
+    AdamW uses torch's fused version where the device has it: one pass over each parameter instead of about ten.
 
     Raises:
-        ConfigError: Adafactor over parameters that are not fp32.
+        ConfigError: Adafactor with parameters that are not fp32.
     """
     groups = parameter_groups(named_parameters, config.weight_decay)
     if config.name is OptimizerName.adamw:

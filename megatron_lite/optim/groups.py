@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into matrices, which decay, and vectors (biases, norm weights), which do not.
+    """Split parameters into matrices, which have weight decay, and vectors (biases, norm weights), which do not.
 
-    Frozen parameters are left out, a tied one is taken once, and a group without parameters is dropped: a pipeline
-    stage may well hold no matrix or no vector, and ZeRO cannot flatten nothing.
+    Frozen parameters are left out, a tied one is taken once, and an empty group is dropped: a pipeline stage may have
+    no matrices or no vectors, and ZeRO cannot flatten an empty group.
 
     Returns:
         Groups for `torch.optim.Optimizer` with the extra key `name`: `matrices` or `vectors`.
@@ -21,7 +21,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     vectors: dict[int, nn.Parameter] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            # A stacked bias, as of SwiGLU's gate and up, has two dimensions and is still not a matrix.
+            # A stacked bias, such as that of SwiGLU's gate and up, has two dimensions but is not a matrix.
             is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
             (matrices if is_matrix else vectors)[id(parameter)] = parameter
     groups: list[dict[str, Any]] = [

@@ -6,11 +6,11 @@ from megatron_lite.config.schema import OptimizerConfig
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of one update.
+    """The learning rate of one update.
 
     In the warm-up it is `learning_rate * step / warmup_steps` (arXiv 1706.02677), so the last step of the warm-up runs
-    at the peak. Then it follows the curve of `config.decay` (config/decays.py), which starts from the peak. A decay
-    with an end reaches min_learning_rate at `decay_steps`, or at `total_steps` when that is None, and stays there.
+    at the peak. Then it follows the curve of `config.decay` (config/decays.py), which starts at the peak. A decay
+    with an end reaches min_learning_rate at `decay_steps`, or at `total_steps` if that is None, and stays there.
 
     Args:
         step: number of the update, counted from 1.

@@ -1,4 +1,4 @@
-"""What each optimizer remembers of a parameter, and how that is cut up where the parameter is."""
+"""The state tensors of each optimizer, and how they are sharded along with their parameter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_lite.config.schema import OptimizerConfig, OptimizerName
 
 
 def moments_of(config: OptimizerConfig) -> tuple[str, ...]:
-    """The names of an optimizer's tensors in `state`; a parameter has all of them, under Adafactor some."""
+    """The names of an optimizer's tensors in `state`. A parameter has all of them, under Adafactor some."""
     if config.name is OptimizerName.adamw:
         return ("exp_avg", "exp_avg_sq")
     if config.name is OptimizerName.sgd:
@@ -15,10 +15,10 @@ def moments_of(config: OptimizerConfig) -> tuple[str, ...]:
 
 
 def kept_dims(moment: str, dims: int) -> tuple[int, ...] | None:
-    """Which of a parameter's dimensions a moment has; None = it has no such moment.
+    """Which of a parameter's dimensions a moment has; None = the parameter has no such moment.
 
-    Adafactor keeps a matrix's row means (without the last dimension) and column means (without the last but one), and
-    all of a vector's squares.
+    For a matrix, Adafactor keeps row means (without the last dimension) and column means (without the last but one);
+    for a vector, all squares.
     """
     every = tuple(range(dims))
     if moment == "row":

@@ -11,8 +11,8 @@ import torch
 class DecoupledSGD(torch.optim.Optimizer):
     """`v = momentum * v + g; p = p * (1 - lr * weight_decay) - lr * v` (SGDW, arXiv 1711.05101, algorithm 1).
 
-    torch.optim.SGD adds the decay to the gradient instead, so that momentum smears it over later steps; the
-    configuration promises decoupled decay for every optimizer. The first velocity is the first gradient.
+    torch.optim.SGD adds the decay to the gradient instead, so that momentum spreads it over later steps; in this
+    project weight decay is decoupled for every optimizer. The first velocity is the first gradient.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:

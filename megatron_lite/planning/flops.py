@@ -1,19 +1,20 @@
-"""FLOPs that a model needs for one token, term by term, and the dense peaks that they are measured against.
+"""FLOPs that a model needs per token, term by term, and the dense peak FLOP/s of GPUs that they are compared to.
 
 Only matrix products count, a multiply-add as two. A training step costs three forward passes: one forward and two in
-the backward pass (for the inputs and for the weights). Recomputed activations are not counted: they are work that the
-layout costs, not work that the model needs (MFU, not HFU; PaLM, arXiv 2204.02311, appendix B).
+the backward pass (for the inputs and for the weights). Recomputation is not counted: it is work that the layout
+costs, not work that the model needs (MFU, not HFU; PaLM, arXiv 2204.02311, appendix B).
 
-Attention scores count as what the model needs. In a decoder, position i looks at i + 1 positions, (s + 1) / 2 on
-average; in an encoder, and from a decoder into the encoder, each looks at all. PaLM and nanoGPT count the full square
-for decoders too; `causal=False` gives their figure. A prefix LM counts as causal: what its prefix adds, a third of the
-scores on average, differs by sample. A head counts for every position of its stack, also where few are predicted.
-Embeddings are look-ups, and a next-sentence head reads one position a sample: neither counts.
+Attention counts only the scores that the model needs. In a decoder, position i attends to i + 1 positions, (s + 1) / 2
+on average; in an encoder, and in cross-attention, each attends to all. PaLM and nanoGPT count the full square for
+decoders too; `causal=False` gives their figure. A prefix LM counts as causal: what its prefix adds, a third of the
+scores on average, differs by sample. A head counts for every position of its stack, even where few are predicted.
+Embeddings are look-ups, and a next-sentence head reads one position per sample: neither counts.
 
 A token is a position that the model reads (`ResolvedConfig.tokens_per_sample`).
 
 Legend: h hidden size, n heads, g query groups, d head size, f inner width of the MLP, v vocabulary, L layers, s
-sequence of the only stack. An encoder_decoder has L layers on s positions and M on r; its terms are means over s + r.
+sequence length of a single stack. An encoder_decoder has L layers on s positions and M on r; its terms are means
+over s + r.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FlopsPerToken:
     query_key_value: float
     """2 L h (n + 2g) d."""
     attention_scores: float
-    """Scores and weighted sum: 2 L n d (s + 1) behind one another, 4 L n d s for the full square."""
+    """Scores and weighted sum: 2 L n d (s + 1) with causal attention, 4 L n d s for the full square."""
     projection: float
     """2 L n d h."""
     cross_attention: float
@@ -42,7 +43,7 @@ class FlopsPerToken:
     mlp: float
     """4 L h f, or 6 L h f with a gate."""
     head: float
-    """2 h v, and 2 h^2 of a transform ahead of it."""
+    """2 h v, and 2 h^2 for a transform before it."""
 
     @property
     def forward(self) -> float:
@@ -61,22 +62,22 @@ def itemised_flops(
     """Forward FLOPs per token.
 
     Args:
-        seq_length: positions of the only stack, or of the encoder.
-        vocab_size: true vocabulary; padded columns of the head are not work that the model needs.
-        decoder_seq_length: positions of the decoder of an encoder_decoder; 0 = there is no such stack.
+        seq_length: positions of the single stack, or of the encoder.
+        vocab_size: true vocabulary; the model does not need padded columns of the head.
+        decoder_seq_length: positions of an encoder_decoder's decoder; 0 = no decoder stack.
         causal: count only the scores below the diagonal of a decoder.
     """
     first, second = seq_length, decoder_seq_length
     layers, decoder_layers = model.num_layers, model.decoder_layers
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_size
     keys_and_values = 2 * model.num_query_groups * model.head_size
-    positions = layers * first + decoder_layers * second  # of a sample, each as often as a layer works on it
+    positions = layers * first + decoder_layers * second  # per sample, counted once per layer
     first_is_causal = causal and model.architecture is Architecture.decoder
     pairs = layers * _pairs(first, causal=first_is_causal) + decoder_layers * _pairs(second, causal=causal)
     cross_weights = hidden * (2 * heads * second + keys_and_values * first)
     transform = hidden * hidden if model.head_transform else 0
     matrices = 3 if model.activation.is_gated else 2
-    per_token = 2 / (first + second)  # two FLOPs a multiply-add
+    per_token = 2 / (first + second)  # two FLOPs per multiply-add
     return FlopsPerToken(
         query_key_value=per_token * positions * hidden * (heads + keys_and_values),
         attention_scores=per_token * 2 * heads * pairs,
@@ -88,7 +89,7 @@ def itemised_flops(
 
 
 def _pairs(length: int, *, causal: bool) -> float:
-    """Positions that look at a position, counted in pairs."""
+    """Number of (query, key) pairs whose scores count."""
     return length * (length + 1) / 2 if causal else length * length
 
 
@@ -98,19 +99,19 @@ def flops_per_token(model: ResolvedModel, seq_length: int, vocab_size: int, *, d
 
 
 def flops_of_run(config: ResolvedConfig, vocab_size: int) -> FlopsPerToken:
-    """Of a token of this configuration: objective and model decide its two lengths."""
+    """Forward FLOPs per token of this configuration: objective and model decide its two lengths."""
     return itemised_flops(config.model, config.data.seq_length, vocab_size, decoder_seq_length=config.decoder_length)
 
 
 @dataclass(frozen=True)
 class DensePeak:
-    """Dense FLOP/s of one device. Data sheets print twice as much for the tensor cores, for 2:4 sparse matrices."""
+    """Dense FLOP/s of one device. For tensor cores, data sheets print twice as much: the 2:4 sparse figure."""
 
     half: float
-    """bf16 and fp16 with fp32 sums; fp16 only where there is no bf16."""
+    """bf16 and fp16 with fp32 accumulation; fp16 only where there is no bf16."""
     tf32: float | None
     fp32: float
-    """Outside the tensor cores: what torch uses for float32 unless TF32 is allowed."""
+    """Without tensor cores: what torch uses for float32 unless TF32 is allowed."""
 
 
 # Sources: NVIDIA's data sheets of each product (V100 2020, A100 2021, A10 2021, L4 2023, H100 2023, H200 2023, HGX B200
@@ -130,7 +131,7 @@ DENSE_PEAKS: tuple[tuple[str, DensePeak], ...] = (
 
 
 def dense_peak_flops(device_name: str, precision: Precision, *, allow_tf32: bool = False) -> float | None:
-    """Dense FLOP/s of a GPU by the name that its driver gives it; None for one that is not in the table.
+    """Dense FLOP/s of a GPU, by the name that its driver reports; None if it is not in the table.
 
     Args:
         device_name: such as `NVIDIA H100 80GB HBM3`.

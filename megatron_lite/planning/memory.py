@@ -1,7 +1,7 @@
 """Bytes of model states on one rank: weights, gradients, optimizer. Activations are not counted.
 
-After ZeRO, arXiv 1910.02054, section 3.1, with what the engine really keeps: bf16 gradients are summed in fp32, and
-every ZeRO stage holds an fp32 copy of its share of the weights, in fp32 runs too.
+Follows ZeRO, arXiv 1910.02054, section 3.1, with what the engine really keeps: bf16 gradients are summed in fp32, and
+every ZeRO stage holds an fp32 copy of its share of the weights, even in fp32 runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: in
 
 
 def _moment_bytes(config: ResolvedConfig) -> int:
-    """Per parameter. Adafactor keeps a row and a column per matrix instead, which is next to nothing."""
+    """Bytes per parameter. Adafactor keeps only a row and a column per matrix, which is negligible."""
     optimizer = config.optimizer
     if optimizer.name is OptimizerName.adamw:
         return 2 * FLOAT

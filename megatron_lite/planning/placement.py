@@ -1,4 +1,4 @@
-"""Which node each rank is on, and what that costs: node k has the ranks from k times processes_per_node on."""
+"""Which node each rank is on, and what that costs. Node k has the ranks from k times processes_per_node on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def nodes_of(config: ResolvedConfig, first_rank: int, last_rank: int) -> str:
 
 
 def placement_warnings(config: ResolvedConfig) -> list[str]:
-    """What is slow in where the ranks of a valid configuration lie, as lines with keys and remedy.
+    """Warnings, with keys and remedy, about slow communication due to the placement of a valid configuration's ranks.
 
-    Tensor-parallel ranks are neighbours, and exchange activations four times a layer and micro-batch; the exchanges of
-    pipeline and data-parallel ranks are smaller, or hidden behind computation, and may cross nodes.
+    Tensor-parallel ranks are neighbours, and exchange activations four times per layer and micro-batch. Pipeline and
+    data-parallel communication is smaller, or overlaps with computation, and may cross nodes.
     """
     tensor, here = config.parallel.tensor_parallel_size, config.processes_per_node
     if config.launcher.nodes == 1 or here % tensor == 0:

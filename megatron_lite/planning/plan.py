@@ -1,4 +1,4 @@
-"""What a configuration comes to, in plain text: who computes what, on how much, at what cost. Starts nothing."""
+"""A configuration explained in plain text: who computes what, on how much data, at what cost. Starts nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted
 from megatron_lite.planning.sizes import model_lines, stage_lines
 
-GRID_LIMIT = 64  # ranks up to which each one is shown
+GRID_LIMIT = 64  # largest number of ranks that are shown one by one
 
 
 def describe(config: ResolvedConfig, vocab_size: int | None) -> str:
     """The plan of a resolved, valid configuration.
 
     Args:
-        vocab_size: true vocabulary; None = not known before the data is prepared: figures then hold it as `v`.
+        vocab_size: true vocabulary; None = unknown until the data is prepared: figures then contain it as `v`.
     """
     lines = [*_layout(config), _objective(config), _row("documents", described_ends(config)), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
@@ -59,7 +59,7 @@ def _layout(config: ResolvedConfig) -> Iterator[str]:
 
 
 def _weights(config: ResolvedConfig) -> Iterator[str]:
-    """Where they come from, and whose they are in checkpoints."""
+    """Where the weights come from, and whose names they have in checkpoints."""
     if config.model.init_from is not None:
         yield _row("starts from", config.model.init_from)
     try:

@@ -1,4 +1,4 @@
-"""What an objective lets a model predict, in words and on average."""
+"""What an objective trains a model to predict, in words and as an average count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _causal(config: ResolvedConfig) -> str:
 
 
 def _prefix(config: ResolvedConfig) -> str:
-    predicted = (config.data.seq_length + 1) / 2  # its length is uniform
+    predicted = (config.data.seq_length + 1) / 2  # the length is uniform
     return f"{predicted:.4g} of them on average, behind a prefix, predict the next token"
 
 
@@ -69,7 +69,7 @@ def _bart(config: ResolvedConfig) -> str:
 
 
 def _ul2(config: ResolvedConfig) -> str:
-    """Positions that denoiser i predicts: what it takes out, its sentinels and the end; the S-denoiser's are a mean."""
+    """Positions that denoiser i predicts: removed tokens, sentinels and the end; a mean for the S-denoiser."""
     objective = config.objective
     total = sum(objective.ul2_weights)
     shares = dict.fromkeys("rsx", 0.0)

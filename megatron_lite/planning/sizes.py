@@ -1,6 +1,6 @@
-"""The lines of the plan that follow from the model's sizes: parameters, FLOPs, and what each stage holds.
+"""The rows of the plan on the model's sizes: parameters, FLOPs, and what each stage holds.
 
-Where the vocabulary is unknown, figures hold it as `v`: they all grow linearly with it.
+Where the vocabulary size is unknown, figures contain it as `v`: they all grow linearly with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_lite.planning.memory import model_states
 
 
 def model_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[tuple[str, str]]:
-    """(name, text) of each row on the whole model."""
+    """(name, text) of each row about the whole model."""
     yield "vocabulary", _vocabulary(config, vocab_size)
     yield "parameters", _parameters(config, vocab_size)
     if vocab_size is None:
@@ -45,7 +45,7 @@ def linear_in_v(figure: Callable[[int], float], style: str = ",", divisor: int =
     """`constant + v x slope` of a figure that grows linearly with the vocabulary.
 
     Args:
-        divisor: ranks that share the vocabulary; the slope is then that of v / divisor.
+        divisor: number of ranks that share the vocabulary; the slope is then that of v / divisor.
     """
     constant, slope = figure(0), figure(divisor) - figure(0)
     v = "v" if divisor == 1 else f"v/{divisor}"
@@ -62,7 +62,7 @@ def _counts(config: ResolvedConfig, vocabulary: int, tensor_parallel_size: int =
 
 
 def _parameters(config: ResolvedConfig, vocab_size: int | None) -> str:
-    """The sum, and its parts; what there are two stacks of counts for both."""
+    """The total and its parts; parts that both stacks have are counted for both."""
     counts = _counts(config, vocab_size or 0)
     stacks = 2 if counts.decoder_layer else 1
     plural = "s" if stacks == 2 else ""
@@ -97,7 +97,7 @@ def _parameters(config: ResolvedConfig, vocab_size: int | None) -> str:
 
 
 def _named(*sizes: tuple[str, int]) -> list[str]:
-    """`name size` of those that there are."""
+    """`name size` of the parts that exist."""
     return [f"{name} {size:,}" for name, size in sizes if size]
 
 
@@ -121,7 +121,7 @@ def _flops(config: ResolvedConfig, vocab_size: int) -> Iterator[tuple[str, str]]
 
 
 def stage_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]:
-    """One line per stage: its layers, the parameters that one rank of it holds, the bytes of their states."""
+    """One line per stage: its layers, the parameters that each of its ranks holds, the bytes of their states."""
     tensor = config.parallel.tensor_parallel_size
     for stage, content in enumerate(stage_contents(config.model, config.parallel.pipeline_parallel_size)):
         line = f"  stage {stage}: {_what_lies_on(content, config)}; "
@@ -138,13 +138,13 @@ def stage_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]
 
 
 def _held(config: ResolvedConfig, content: StageContent) -> str:
-    """Parameters of one rank of a stage by v, which is then the padded vocabulary."""
+    """Parameters of one rank of a stage, as a function of v, here the padded vocabulary."""
     tensor = config.parallel.tensor_parallel_size
     return linear_in_v(lambda v: _counts(config, v, tensor).stage(content), divisor=tensor)
 
 
 def _what_lies_on(content: StageContent, config: ResolvedConfig) -> str:
-    """In the order in which a sample passes it."""
+    """The layers on a stage, in the order in which a sample passes through them."""
     counts = _counts(config, 0)
     encoder = "encoder layer" if counts.decoder_layer else "layer"
     positions = ", positions" if counts.position_embedding else ""

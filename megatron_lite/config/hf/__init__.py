@@ -1,4 +1,4 @@
-"""Models of transformers by their config.json: which one ours is, and which of ours one is."""
+"""Maps transformers' config.json to our settings and back."""
 
 from megatron_lite.config.hf.export import TokenRoles, generation_config, hf_config
 from megatron_lite.config.hf.families import Family, NoCounterpart, counterpart

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a model that we train."""
+"""Writes config.json and generation_config.json of a model that we train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_star
 
 
 class TokenRoles(Protocol):
-    """Ids of the tokens with a role, such as `data.special.SpecialTokens`; None = there is none."""
+    """IDs of tokens with a role, such as `data.special.SpecialTokens`; None = there is no such token."""
 
     @property
     def eod(self) -> int | None: ...
@@ -32,15 +32,15 @@ class TokenRoles(Protocol):
 def hf_config(
     model: ResolvedModel, *, vocab_size: int, tokens: TokenRoles, dtype: str = "float32", next_sentence: bool = False
 ) -> dict[str, Any]:
-    """What transformers needs to compute the same logits from the same weights.
+    """config.json with which transformers computes the same logits from the same weights.
 
     Args:
         vocab_size: true vocabulary, without padded rows.
-        tokens: with which the data was made.
+        tokens: token roles with which the data was made.
         dtype: of the stored weights, such as "bfloat16".
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
     Raises:
-        NoCounterpart: transformers has no model of these settings.
+        NoCounterpart: transformers has no model with these settings.
     """
     family = counterpart(model, next_sentence=next_sentence)
     words = WORDS[family.model_type]
@@ -57,10 +57,10 @@ def hf_config(
 
 
 def generation_config(config: Mapping[str, Any], stops: Sequence[int] = ()) -> dict[str, Any] | None:
-    """generation_config.json beside this config.json; None for a model that generates nothing.
+    """generation_config.json for this config.json; None for a model that generates nothing.
 
     Args:
-        stops: tokens that end a text of a decoder, beside the one of config.json.
+        stops: tokens that end a decoder's text, besides the one in config.json.
     """
     if config["model_type"] not in (GPT2.model_type, LLAMA.model_type, T5.model_type, BART.model_type):
         return None
@@ -76,7 +76,7 @@ def _nothing_special(model: ResolvedModel) -> dict[str, Any]:
 
 
 def _llama(model: ResolvedModel) -> dict[str, Any]:
-    base = model.rotary_base  # twice: transformers 4 reads the one, 5 the other
+    base = model.rotary_base  # twice: transformers 4 reads one of them, 5 the other
     return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
@@ -85,7 +85,7 @@ def _roberta(model: ResolvedModel) -> dict[str, Any]:
 
 
 def _t5(model: ResolvedModel) -> dict[str, Any]:
-    """Its head: v1.0's is tied and scaled, v1.1's neither. transformers 4 takes the first setting for both."""
+    """Settings of the head: tied and scaled in v1.0, neither in v1.1. transformers 4 uses the first for both."""
     return {
         "is_encoder_decoder": True,
         "tie_word_embeddings": model.tie_embeddings,
@@ -111,12 +111,12 @@ _SPECIAL: dict[str, Callable[[ResolvedModel], dict[str, Any]]] = {
 
 
 def _first(*tokens: int | None) -> int | None:
-    """The first one that there is."""
+    """The first one that is not None."""
     return next((token for token in tokens if token is not None), None)
 
 
 def _token_ids(model_type: str, model: ResolvedModel, tokens: TokenRoles) -> dict[str, int | None]:
-    """As the tokenizer beside them says, and our objectives use them."""
+    """Token IDs as in the tokenizer next to the weights, and as our objectives use them."""
     eos = _first(tokens.eos, tokens.eod)
     if model_type in (GPT2.model_type, LLAMA.model_type):
         return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}

@@ -1,10 +1,10 @@
-"""Which model of transformers computes what a model of ours computes, if any does.
+"""Which model of transformers computes the same as a model of ours, if any.
 
-A family says of each setting that it knows which values it has (`fixed`), or that its config.json tells the value
-(`free`). A setting of which it says neither, such as one that is new here, has to be at its default, which means that
-the model does without it: otherwise transformers has no counterpart.
+For each setting that it knows, a family lists the values that it supports (`fixed`), or says that its config.json
+holds the value (`free`). A setting that it does not mention, such as one that is new here, must have its default, which
+means that the model does not use it: otherwise transformers has no counterpart.
 
-Dropouts and initialisation decide nothing here: a trained model has no use for them.
+Dropouts and initialisation do not matter here: a trained model does not use them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megatron_lite.config.schema import (
 )
 
 
-class NoCounterpart(Exception):  # noqa: N818 - an answer more than an error: such a model is saved under our names
-    """transformers has no model of these settings; the text says why."""
+class NoCounterpart(Exception):  # noqa: N818 - a result rather than an error: such a model is saved with our own names
+    """transformers has no model with these settings; the text says why."""
 
 
 _OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
 
 
 def decisive_fields(model: type[ModelConfig] = ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Fields on which the logits depend (sizes and forms, not how training begins), and their defaults."""
+    """Fields that affect the logits (sizes and forms, not how training begins), and their defaults."""
     for field in fields(model):
         if field.name not in _OF_TRAINING and not field.name.endswith("_dropout"):
             yield field.name, field.default
@@ -43,16 +43,16 @@ DECISIVE = tuple(name for name, _ in decisive_fields())
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model, in transformers' words and in our settings."""
+    """A kind of model, in transformers' terms and in our settings."""
 
     model_type: str
     architecture: str
-    """Of transformers: the class that config.json names."""
+    """The class of transformers that config.json names."""
     script: str
     fixed: Mapping[str, tuple[Any, ...]]
-    """Fields of ModelConfig -> the values that the family has."""
+    """Fields of ModelConfig -> the values that the family supports."""
     free: tuple[str, ...] = ()
-    """Fields of ModelConfig that its config.json tells, beside those of all families."""
+    """Fields of ModelConfig that its config.json holds, besides those of all families."""
     query_groups: bool = False
     """Heads may share keys and values."""
     free_head_size: bool = False
@@ -64,7 +64,7 @@ _OF_ALL = frozenset(
         "num_layers",
         "hidden_size",
         "num_attention_heads",
-        "num_query_groups",  # `_differences` holds these two against the family
+        "num_query_groups",  # `_differences` checks these two against the family
         "head_size",
         "ffn_hidden_size",
         "max_position_embeddings",
@@ -73,7 +73,7 @@ _OF_ALL = frozenset(
         "tie_embeddings",
     }
 )
-"""Fields that the config.json of every family tells."""
+"""Fields that the config.json of every family holds."""
 _READ_WITH: dict[str, Architecture | PositionEmbedding] = {
     "num_decoder_layers": Architecture.encoder_decoder,
     "position_offset": PositionEmbedding.learned,
@@ -81,11 +81,11 @@ _READ_WITH: dict[str, Architecture | PositionEmbedding] = {
     "relative_max_distance": PositionEmbedding.relative,
     "rotary_base": PositionEmbedding.rotary,
 }
-"""Fields that a model looks at only with that value of another one."""
+"""Fields that a model reads only if another field has this value."""
 _UNGATED = (Activation.relu, Activation.gelu, Activation.gelu_tanh)
 _GATED = (Activation.swiglu, Activation.geglu)
 _PLAIN_HEAD: dict[str, tuple[Any, ...]] = {"head_transform": (False,), "head_bias": (False,)}
-_ADDITIVE: dict[str, tuple[Any, ...]] = {  # of the time before rotary positions
+_ADDITIVE: dict[str, tuple[Any, ...]] = {  # from before rotary positions
     "normalization": (Normalization.layernorm,),
     "position_embedding": (PositionEmbedding.learned,),
     "attention_bias": (True,),
@@ -171,12 +171,12 @@ BART = Family(
         **_ADDITIVE,
         "architecture": (Architecture.encoder_decoder,),
         "norm_placement": (NormPlacement.post,),
-        "norm_epsilon": (1e-5,),  # torch's own: its config.json has no word for it
+        "norm_epsilon": (1e-5,),  # torch's default: its config.json has no key for it
         "embedding_norm": (True,),
         "position_offset": (2,),
         "num_segments": (0,),
         "attention_scale": (True,),
-        "tie_embeddings": (True,),  # one that is not tied has three tables of words, of which we have one
+        "tie_embeddings": (True,),  # an untied one has three word tables, and we have one
         **_PLAIN_HEAD,
     },
     free=("num_decoder_layers",),
@@ -190,10 +190,10 @@ def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
     """The family whose model of these sizes gives the same logits.
 
     Args:
-        model: filled in; one whose heads do not divide hidden_size gets that for a reason.
+        model: filled in; one whose head count does not divide hidden_size gets that as the reason.
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
     Raises:
-        NoCounterpart: naming every setting that stands against the most likely family.
+        NoCounterpart: lists every setting that the most likely family does not support.
     """
     family = _likely(model, next_sentence)
     reasons = list(_differences(model, family, next_sentence))
@@ -213,7 +213,7 @@ def _likely(model: ModelConfig, next_sentence: bool) -> Family:
 
 
 def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Iterator[str]:
-    """What the family has, and the model has not, in words."""
+    """Differences between the family and the model, in words."""
     for name, values in family.fixed.items():
         found = getattr(model, name)
         if found not in values:
@@ -237,7 +237,7 @@ def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Ite
 
 
 def is_read(name: str, model: ModelConfig) -> bool:
-    """Whether a model of these settings looks at one of them."""
+    """Whether a model with these settings reads the setting `name`."""
     if name == "scale_tied_head":
         return model.tie_embeddings
     return name not in _READ_WITH or _READ_WITH[name] in (model.architecture, model.position_embedding)

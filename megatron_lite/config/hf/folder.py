@@ -1,4 +1,4 @@
-"""The folder that `model.init_from` names: found, and read as far as it takes no tensors."""
+"""The folder that `model.init_from` names: finds it, and reads all of it but the tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_lite.state_files import Object, read_object
 CONFIG_FILE = "config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TRAINING = "training"
-"""Subfolder of our checkpoints for what only training needs; beside it lies the model folder."""
+"""Subfolder of our checkpoints with what only training needs; the model folder is next to it."""
 STATE_FILE = f"{TRAINING}/state.json"
 CHECKPOINT = "a checkpoint, such as RUN/checkpoints/step_00000100"
 ADAPTER_FILE = "adapter_config.json"
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
     ("sentencepiece.bpe.model",),
     ("vocab.txt",),
 )
-"""Any of these makes a folder a tokenizer."""
+"""A folder with any of these files has a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Weights:
 
     folder: Path
     script: str
-    """The one that trains such models."""
+    """The entry script that trains such models."""
     kind: str
-    """What the weights are of, in words."""
+    """Kind of model, in words."""
     settings: dict[str, Any]
-    """Fields of ModelConfig, as the weights ask for them; dropouts too."""
+    """Fields of ModelConfig as the weights require them; dropouts too."""
     tensors: dict[str, TensorEntry]
     has_hf_names: bool = True
-    """False = the tensors have our names and shapes."""
+    """False = the tensors have our own names and shapes."""
 
     model_type: str = ""
-    """By transformers' names, where the tensors have them."""
+    """transformers' name of the model type, if the tensors have transformers' names."""
 
     @property
     def is_own(self) -> bool:
-        """Whether a run of ours has saved them."""
+        """Whether one of our runs has saved them."""
         return (self.folder / STATE_FILE).is_file()
 
     @property
@@ -72,13 +72,14 @@ class Weights:
 
 
 def read_weights(name: str, *, unknown_keys: bool = False) -> Weights:
-    """
+    """Read a model folder without its tensors.
+
     Args:
         name: the value of model.init_from.
-        unknown_keys: take keys of config.json of which we do not know what they do: logits are going to be compared.
+        unknown_keys: accept keys of config.json with unknown effect, because logits will be compared.
     Raises:
-        ConfigError: there is no such folder, it holds no weights that can be used, or a model that we do not have.
-        CheckpointError: a file of it is cut off or damaged.
+        ConfigError: the folder does not exist, has no usable weights, or holds a model that we do not support.
+        CheckpointError: one of its files is truncated or damaged.
     """
     folder = local_folder(name)
     own = _own_state(folder)
@@ -108,9 +109,9 @@ def read_weights(name: str, *, unknown_keys: bool = False) -> Weights:
 
 
 def foreign_tokenizers(weights: Weights) -> Iterator[str]:
-    """Where the tokenizer beside weights is of another family, which computes something else from the same tensors.
+    """Warnings if the tokenizer next to the weights is of another family, which uses the same tensors differently.
 
-    No more than a sign: any model may be trained with any tokenizer.
+    This is only a hint: any model may be trained with any tokenizer.
     """
     if weights.is_own:
         return
@@ -123,17 +124,17 @@ def foreign_tokenizers(weights: Weights) -> Iterator[str]:
 
 
 def local_folder(name: str) -> Path:
-    """The folder itself, or where a model of the hub lies on this machine, downloaded now if need be.
+    """The folder itself, or the local copy of a model of the hub, downloaded now if necessary.
 
     Raises:
-        ConfigError: there is no such folder, and the hub has no such model or cannot be reached.
+        ConfigError: the folder does not exist, and the hub has no such model or cannot be reached.
     """
     if not name.strip():
         raise ConfigError(f"model.init_from={name!r} names no folder; give one, or leave model.init_from out")
     try:
         folder = Path(name).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name that no file can have, a lost disk, ~ of nobody
+    except (OSError, RuntimeError) as error:  # an invalid file name, a lost disk, ~ of an unknown user
         raise ConfigError(f"model.init_from={name} cannot be looked up ({error}); correct the path") from error
     if is_folder:
         return folder
@@ -146,7 +147,7 @@ def local_folder(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # of names, of access and of networks: errors of many kinds
+    except Exception as error:  # names, access and networks fail with many kinds of errors
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ConfigError(
             f"model.init_from={name} is not a folder here, and the hub does not give it ({reason}); correct the name, "
@@ -155,13 +156,13 @@ def local_folder(name: str) -> Path:
 
 
 def _own_state(folder: Path) -> Object | None:
-    """What one of our checkpoints says of itself; None for other folders."""
+    """State file of one of our checkpoints; None for other folders."""
     path = folder / STATE_FILE
     return _read_json(path, str(folder)) if path.is_file() else None
 
 
 def _under_our_names(folder: Path, name: str, own: Object, tensors: dict[str, TensorEntry]) -> Weights:
-    """Of a checkpoint whose model transformers does not have."""
+    """The weights of a checkpoint whose model transformers does not support."""
     frozen = own.get("config")
     described = frozen.get("model") if isinstance(frozen, dict) else None
     table = tensors.get("embedding.weight")

@@ -1,4 +1,4 @@
-"""What lies where in safetensors files, from their headers alone: nothing here reads a tensor.
+"""Locates tensors in safetensors files using only their headers: nothing here reads a tensor.
 
 A file is 8 bytes, the length n of its header; n bytes of JSON, {name: {dtype, shape, data_offsets}}; the tensors.
 """
@@ -17,7 +17,7 @@ from megatron_lite.state_files import Object, decode, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ITEM_BYTES = {
     "BOOL": 1,
     "I8": 1,
@@ -41,22 +41,22 @@ ITEM_BYTES = {
 }
 _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_MAX_DIMENSIONS = 64  # numpy's own bound; torch's is the same
-_SHOWN_CHARACTERS = 200  # of what a damaged header says
+_MAX_DIMENSIONS = 64  # numpy's own limit; torch's is the same
+_SHOWN_CHARACTERS = 200  # of the content of a damaged header
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     file: Path
     name: str
-    """In the file."""
+    """Name in the file."""
     dtype: str
     """As safetensors writes it: F32, BF16, ..."""
     shape: tuple[int, ...]
     offsets: tuple[int, int]
-    """Of its first byte, and behind its last, from the beginning of the file."""
+    """Of its first byte, and after its last, from the beginning of the file."""
 
 
 def has_tensors(folder: Path) -> bool:
@@ -68,7 +68,7 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model folder, by its name in the files: one, or several with an index.
 
     Raises:
-        CheckpointError: a file is missing, cut off or damaged, is not what the index says, or the folder holds the
+        CheckpointError: a file is missing, truncated or damaged, does not match the index, or the folder holds the
             files of two models.
     """
     if not (folder / INDEX_FILE).is_file():
@@ -100,7 +100,7 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _require_one_model(folder: Path, used: set[str]) -> None:
-    """transformers prefers one file where ours would take the index, so a folder of two models means two things."""
+    """transformers prefers the single file and we prefer the index, so a folder with both models is ambiguous."""
     others = {path.name for path in folder.glob("model*.safetensors")} - used
     left = sorted(name for name in others if name == SINGLE_FILE or _SHARD.fullmatch(name))
     if left:
@@ -114,7 +114,7 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
     """Every tensor of one file.
 
     Raises:
-        CheckpointError: it is missing, cut off or damaged.
+        CheckpointError: it is missing, truncated or damaged.
     """
     try:
         size = file.stat().st_size
@@ -137,7 +137,7 @@ def entries_of(file: Path) -> dict[str, TensorEntry]:
 
 
 def _require_gapless(file: Path, entries: Iterable[TensorEntry], begin: int, size: int) -> None:
-    """Each byte behind the header belongs to one tensor: the format allows neither holes nor sharing."""
+    """Each byte after the header belongs to one tensor: the format allows neither gaps nor sharing."""
     end = begin
     for entry in sorted(entries, key=lambda entry: entry.offsets):
         if entry.offsets[0] != end:
@@ -167,11 +167,11 @@ def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
 def _are_sizes(value: Any, most: int) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > most:
         return False
-    return all(type(size) is int and size >= 0 for size in value)  # True is an int, too
+    return all(type(size) is int and size >= 0 for size in value)  # bool is a subclass of int
 
 
 def _index(path: Path) -> Mapping[str, str]:
-    """Name -> file."""
+    """Tensor name -> file."""
     try:
         found = read_object(path, _Index)
     except DamagedFileError as error:

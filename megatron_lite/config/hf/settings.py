@@ -1,4 +1,4 @@
-"""The settings of ours that a config.json of transformers describes."""
+"""Reads our settings from a config.json of transformers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megatron_lite.errors import ConfigError
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says."""
+    """The content of a config.json."""
 
     family: Family
     settings: dict[str, Any]
-    """Fields of ModelConfig: the decisive ones, and dropouts."""
+    """Fields of ModelConfig: those that affect the logits, and dropouts."""
 
 
 def settings_of(
@@ -41,14 +41,15 @@ def settings_of(
     where: str = "config.json",
     unknown_keys: bool = False,
 ) -> Described:
-    """
+    """Read a config.json.
+
     Args:
-        names: of the tensors beside it. They tell whether T5 v1.1 has a head of its own: transformers 5 writes that its
-            embeddings are tied whether they are or not.
+        names: tensors next to it. They show whether T5 v1.1 has an untied head: transformers 5 always writes that its
+            embeddings are tied.
         where: the file, for messages.
-        unknown_keys: take keys of which we do not know what they do: logits are going to be compared.
+        unknown_keys: accept keys with unknown effect, because logits will be compared.
     Raises:
-        ConfigError: naming each key whose value we do not compute, the value and those that we do.
+        ConfigError: lists each key whose value we do not support, with the value and the supported ones.
     """
     reader = _Reader(config, where)
     family = _family(reader)
@@ -81,7 +82,7 @@ def settings_of(
 
 
 def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Iterator[str]:
-    """Why transformers has no model of these settings, though each key has a value that it may have."""
+    """Why transformers has no model with these settings, although each key has a valid value."""
     try:
         counterpart(fill_in_model(replace(ModelConfig(), **settings)))
     except NoCounterpart as reason:
@@ -92,14 +93,14 @@ def _other_reasons(settings: Mapping[str, Any], words: Words, where: str) -> Ite
 
 _ROTARY_BASE = 10000.0
 SUCH = "give the folder of such a model"
-"""And not: change config.json, which then would describe other weights."""
+"""Not: change config.json, which then would no longer describe the weights."""
 _OF_DEFAULT_POSITIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
 _SHOWN_CHARACTERS = 200
 _VOCABULARIES = {"gpt2": 50257, "llama": 32000, "bert": 30522, "roberta": 50265, "t5": 32128, "bart": 50265}
 
 
 class _Reader:
-    """Values of a config.json, and what is wrong with them."""
+    """Reads values from a config.json, and collects problems."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config = config
@@ -107,7 +108,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def use_aliases(self, aliases: Mapping[str, str]) -> None:
-        """Let keys stand for others, as transformers does; one of which both names say different things is refused."""
+        """Resolve aliases of keys, as transformers does; a key whose two names have different values is refused."""
         for alias, key in aliases.items():
             if alias not in self.config:
                 continue
@@ -117,11 +118,11 @@ class _Reader:
             self.config = {**self.config, key: said}
 
     def value(self, key: str, default: Any, least: int = 1) -> Any:
-        """A switch, an integer or a number, as the default is; missing is the default."""
+        """A bool, an int or a float, as the default is; the default if missing."""
         return self.typed(key, self.config[key], default, least) if key in self.config else default
 
     def typed(self, key: str, found: Any, default: Any, least: int = 1) -> Any:
-        """The same of a value at hand. null is what no default but "none" can mean, and no switch has that."""
+        """Like `value`, for a given value. null is valid only where the default is a number that may mean "none"."""
         if found is None and not default and not isinstance(default, bool):
             return default
         kinds: tuple[type, ...]
@@ -150,12 +151,13 @@ class _Reader:
         self.problems.append(f"{self.where}: {key}={_shown(found)} is not supported; supported: {supported}; {SUCH}")
 
     def refuse_unknown(self, words: Words, *, but_of_other_families: bool) -> None:
-        """Keys that may change what the model computes.
+        """Refuse keys that may change what the model computes.
 
-        null, false, 0 and nothing are taken for "no such thing", but where the key itself is a sign of another family.
+        null, false, 0 and empty values mean that a feature is unused, unless the key itself indicates another family.
 
         Args:
-            but_of_other_families: only those: transformers passes over them as well, so that logits do not tell.
+            but_of_other_families: refuse only keys of other families: transformers ignores them, so comparing logits
+                would not reveal them.
         """
         kind = self.config["model_type"]
         for key, found in self.config.items():
@@ -181,9 +183,10 @@ def _shown(value: Any) -> str:
 
 
 def _family(reader: _Reader) -> Family:
-    """
+    """The family of a config.json.
+
     Raises:
-        ConfigError: no family of ours, or two: what the file calls the model and its class are not of one family.
+        ConfigError: none of our families, or two: the file's model type and its class belong to different families.
     """
     found = reader.config.get("model_type")
     if found not in list(WORDS):
@@ -201,7 +204,7 @@ def _family(reader: _Reader) -> Family:
 
 
 def _llama(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The base of its rotary positions, under its old and its new key."""
+    """The base of the rotary positions, from its old and its new key."""
     bases = {}
     for key in ("rope_parameters", "rope_scaling"):
         spec = reader.config.get(key) or {}
@@ -227,7 +230,7 @@ def _llama(reader: _Reader, settings: dict[str, Any], names: Collection[str]) ->
 
 
 def _roberta(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Its positions begin behind the id of the padding token."""
+    """RoBERTa's positions start after the padding token's ID."""
     offset = 1 + reader.value("pad_token_id", 1, least=0)
     rows = settings["max_position_embeddings"]
     if rows <= offset:
@@ -236,7 +239,7 @@ def _roberta(reader: _Reader, settings: dict[str, Any], names: Collection[str]) 
 
 
 def _t5(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Its head: scaled as in v1.0, or as in v1.1, where the files tell whether it is tied."""
+    """The head: scaled as in v1.0, or as in v1.1, where the tensor names show whether it is tied."""
     tied = reader.value("tie_word_embeddings", True)
     scaled = reader.value("scale_decoder_outputs", tied)
     if scaled and not tied:
@@ -250,7 +253,7 @@ def _t5(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> di
 
 
 def _bart(reader: _Reader, settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Both stacks have to be of one width."""
+    """Check that both stacks have the same width."""
     for kind, default in (("attention_heads", 16), ("ffn_dim", 4096)):
         encoder, decoder = (reader.value(f"{stack}_{kind}", default) for stack in ("encoder", "decoder"))
         if encoder != decoder:

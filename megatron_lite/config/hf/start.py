@@ -1,4 +1,4 @@
-"""`model.init_from`: the weights decide what the model is; what the user said must not contradict them."""
+"""`model.init_from`: the weights decide the model's settings; explicit overrides must not contradict them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ NEXT_SENTENCE_HEADS = ("next_sentence.classifier.weight", "cls.seq_relationship.
 
 
 def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
-    """The configuration with the settings of the weights that model.init_from names.
+    """The configuration with the settings of the weights in model.init_from.
 
-    They stand above those of presets and below those that the user has typed, which they must agree with. Where no
-    tokenizer is named, the one beside the weights is used.
+    They take precedence over presets, but not over explicit overrides, which must agree with them. If no tokenizer is
+    given, the one next to the weights is used.
 
     Args:
-        explicit: dotted keys that the user has typed.
+        explicit: dotted keys of the user's overrides.
     Raises:
-        ConfigError: the weights cannot be used, or with every typed setting that contradicts them.
-        CheckpointError: a file is cut off or damaged.
+        ConfigError: the weights cannot be used, or lists every override that contradicts them.
+        CheckpointError: a file is truncated or damaged.
     """
     name = config.model.init_from
     if name is None:
         return config
-    if leaks := list(address_without_login("model.init_from", name)):  # ahead of messages that show it
+    if leaks := list(address_without_login("model.init_from", name)):  # before any message that shows it
         raise ConfigError(leaks)
     weights = read_weights(name, unknown_keys=config.model.check_init is CheckInit.always)
     if weights.script != config.script:
@@ -52,14 +52,14 @@ def with_weights(config: RunConfig, explicit: Collection[str]) -> RunConfig:
 
 
 def contradictions(model: ModelConfig, weights: Weights, explicit: Collection[str] | None = None) -> Iterator[str]:
-    """Settings that the weights do not have.
+    """Settings that differ from those of the weights.
 
     Args:
-        explicit: dotted keys that the user has typed; None = all: they come from weights that were there before.
+        explicit: dotted keys of the user's overrides; None = all keys, for settings that come from earlier weights.
     """
     there = fill_in_model(ModelConfig(**weights.settings))
     for key in DECISIVE:
-        if key not in weights.settings:  # of a version that did not have it yet
+        if key not in weights.settings:  # the version that saved the weights did not have it
             continue
         typed, found = getattr(model, key), getattr(there, key)
         is_said = explicit is None or f"model.{key}" in explicit
@@ -72,12 +72,12 @@ def contradictions(model: ModelConfig, weights: Weights, explicit: Collection[st
 
 
 def _is_free(key: str, model: ModelConfig) -> bool:
-    """Whether weights do not depend on it: without a table of positions, sequences may become longer."""
+    """Whether weights do not depend on it: without a position table, sequences may become longer."""
     return key == "max_position_embeddings" and model.position_embedding is not PositionEmbedding.learned
 
 
 def _lacking(config: RunConfig, weights: Weights, explicit: Collection[str]) -> Iterator[str]:
-    """What the run needs beside the weights of the model."""
+    """What the run needs besides the weights of the model."""
     name = config.model.init_from
     if has_next_sentence_head(config) and not any(head in weights.tensors for head in NEXT_SENTENCE_HEADS):
         yield (

@@ -1,4 +1,4 @@
-"""The words of transformers' config.json for our settings: tables that are read in both directions."""
+"""How transformers' config.json expresses our settings: tables that are read in both directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _T5_ACTIVATIONS = {
     "relu": Activation.relu,
     "gelu": Activation.gelu,
     "gelu_new": Activation.gelu_tanh,
-    "gated-gelu": Activation.geglu,  # of gelu_new, for its history
+    "gated-gelu": Activation.geglu,  # for historical reasons, this means gelu_new
     "gated-gelu_new": Activation.geglu,
     "gated-silu": Activation.swiglu,
 }
@@ -34,36 +34,36 @@ _T5_ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Key:
-    """A key of config.json that holds a value as we hold it."""
+    """A key of config.json whose value has the same form as ours."""
 
     fields: tuple[str, ...]
-    """Of ModelConfig. The first one is written; all are read."""
+    """Fields of ModelConfig. The first one is written; all are read."""
     default: Any
-    """What transformers takes where the key is missing."""
+    """What transformers assumes if the key is missing."""
     least: int = 1
-    """Of an integer."""
+    """Smallest value of an integer."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """How the config.json of a family says what our settings say."""
+    """How a family's config.json expresses our settings."""
 
     keys: Mapping[str, Key]
     activation_key: str
     activations: Mapping[str, Activation]
-    """The first word for one of ours is the one that is written."""
+    """The first name for one of our activations is the one that is written."""
     default_activation: str
     demands: Mapping[str, tuple[Any, ...]]
-    """Keys that change the computation -> the values that we compute; the first is that of a missing key."""
+    """Keys that change the computation -> the values that we support; the first one is that of a missing key."""
     architectures: tuple[str, ...]
-    """transformers' classes of this model type whose weights ours can take; those without a head are among them."""
+    """transformers' classes of this model type whose weights we can load, including those without a head."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names that transformers takes for a key."""
+    """Other names that transformers accepts for a key."""
     harmless: frozenset[str] = frozenset()
-    """Further keys that the family's files have and that change no logit."""
+    """Additional keys in the family's files that do not affect the logits."""
 
     def knows(self, key: str) -> bool:
-        """Whether we know what a key of config.json does to the logits, if anything."""
+        """Whether we know how a key of config.json affects the logits, if at all."""
         read = key in self.keys or key in self.demands or key in self.aliases or key == self.activation_key
         return read or key in self.harmless or key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS)
 
@@ -87,7 +87,7 @@ HARMLESS = frozenset(
         # what a call returns, and how fast
         "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "output_past", "return_dict",
         "tf_legacy_loss", "torchscript", "use_cache",
-        # ids of tokens
+        # token IDs
         "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
         "pad_token_id", "sep_token_id",
         # generation
@@ -96,11 +96,11 @@ HARMLESS = frozenset(
         "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
         "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
         "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
-        # heads of classifiers, which no model here has
+        # classification heads, which no model here has
         "classif_dropout", "classifier_dropout", "id2label", "label2id", "num_labels",
     }
 )  # fmt: skip
-"""Keys of any config.json that change no logit."""
+"""Keys of any config.json that do not affect the logits."""
 OF_OTHER_FAMILIES = frozenset(
     {
         "attention_multiplier",
@@ -124,11 +124,11 @@ OF_OTHER_FAMILIES = frozenset(
         "use_qk_norm",
     }
 )
-"""Keys that tell of another family (Gemma, Granite, OLMo, Cohere, MiniCPM, SmolLM3), whatever they say: Gemma's has
-null for `use_bidirectional_attention`, and scales its embeddings. transformers passes over them under another
+"""Keys that indicate another family (Gemma, Granite, OLMo, Cohere, MiniCPM, SmolLM3), whatever their value: Gemma's has
+null for `use_bidirectional_attention`, and scales its embeddings. transformers ignores them under another
 model_type."""
 TOKENIZERS_OF_OTHERS = {"llama": ("Gemma",)}
-"""Model type -> how classes of tokenizers begin that belong to models of the same tensors and another function."""
+"""Model type -> prefixes of tokenizer classes that belong to models with the same tensors but another function."""
 _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
@@ -146,7 +146,7 @@ _CLASSIFIERS = frozenset(
     }
 )
 _CAUSAL: dict[str, tuple[Any, ...]] = {**_EVERYWHERE, "is_causal": (True,)}
-_PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and both stacks, need no such key
+_PAIRS = ("is_encoder_decoder", "is_decoder")  # a decoder, and an encoder-decoder, need no such key
 
 _NO_DECODER: dict[str, tuple[Any, ...]] = {"is_decoder": (False,), "add_cross_attention": (False,)}
 _NO_WINDOW: dict[str, tuple[Any, ...]] = {"sliding_window": (None,), "use_sliding_window": (False,)}
@@ -204,7 +204,7 @@ WORDS: dict[str, Words] = {
         harmless=frozenset(
             {
                 "is_decoder",
-                "n_ctx",  # of old files: n_positions
+                "n_ctx",  # in old files: n_positions
                 "reorder_and_upcast_attn",  # the same in another order, and in fp32
                 "summary_activation",
                 "summary_first_dropout",
@@ -246,10 +246,10 @@ WORDS: dict[str, Words] = {
                 "is_decoder",
                 "is_llama_config",
                 "max_sequence_length",
-                "max_window_layers",  # which layers have a window, where there is one
+                "max_window_layers",  # which layers have a window, if there is one
                 "pretraining_tp",  # the same sums in parts
                 "rope_interleaved",  # of the program that trained SmolLM; its weights are converted
-                "rope_parameters",  # these three are read beside the table
+                "rope_parameters",  # these three are read outside of the table
                 "rope_scaling",
                 "rope_theta",
             }
@@ -281,7 +281,7 @@ WORDS: dict[str, Words] = {
             num_heads=("num_attention_heads", 8),
             d_kv=("head_size", 64),
             d_ff=("ffn_hidden_size", 2048),
-            n_positions=("max_position_embeddings", 512),  # transformers' T5 has no bound, and its files tell this one
+            n_positions=("max_position_embeddings", 512),  # transformers' T5 has no limit, but its files have this one
             relative_attention_num_buckets=("relative_buckets", 32),
             relative_attention_max_distance=("relative_max_distance", 128),
             layer_norm_epsilon=("norm_epsilon", 1e-6),
@@ -304,7 +304,7 @@ WORDS: dict[str, Words] = {
         harmless=frozenset(
             {
                 *_PAIRS,
-                "tie_word_embeddings",  # these four are read beside the table
+                "tie_word_embeddings",  # these four are read outside of the table
                 "scale_decoder_outputs",
                 "dense_act_fn",
                 "is_gated_act",
@@ -337,11 +337,11 @@ WORDS: dict[str, Words] = {
         harmless=frozenset(
             {
                 *_PAIRS,
-                "decoder_attention_heads",  # these two are read beside the table
+                "decoder_attention_heads",  # these two are read outside of the table
                 "decoder_ffn_dim",
                 "decoder_layerdrop",
                 "encoder_layerdrop",
-                # of fairseq: no class of transformers reads them any more
+                # from fairseq: no class of transformers reads them any more
                 "add_bias_logits",
                 "add_final_layer_norm",
                 "extra_pos_embeddings",

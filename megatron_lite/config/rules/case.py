@@ -1,4 +1,4 @@
-"""What a rule sees, and the texts that rules share."""
+"""The input of a rule, and texts that rules share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_lite.config.schema import ModelConfig, RunConfig
 
 SIZES = ("parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
 PROCESSES = ("launcher.num_processes", "launcher.nodes", "launcher.processes_per_node", "launcher.gpus_per_node")
-ALTERNATIVES = 12  # that a message names at most
+ALTERNATIVES = 12  # largest number that a message lists
 
 
 @dataclass
 class Case:
-    """A configuration under examination."""
+    """A configuration to check."""
 
     config: RunConfig
     world_size: int | None
-    """Processes that are there; None = what the configuration itself says."""
+    """Existing processes; None = as many as the configuration itself says."""
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -31,7 +31,7 @@ class Case:
 
     @cached_property
     def broken(self) -> set[str]:
-        """Keys whose own value is out of range."""
+        """Keys whose value is out of range."""
         return {key for key, _ in (*out_of_range(self.config), *out_of_form(self.config))}
 
     @property
@@ -47,7 +47,7 @@ class Case:
         return data_parallel_size(self.config, self.world_size)
 
     def sound(self, *keys: str) -> bool:
-        """Whether all these keys hold values that a rule may calculate with."""
+        """Whether the values of all these keys are in range, so that a rule may use them."""
         return self.broken.isdisjoint(keys)
 
 
@@ -55,7 +55,7 @@ Rule = Callable[[Case], Iterator[str]]
 
 
 def divisors(number: int) -> list[int]:
-    """In order; in the time of a square root."""
+    """In ascending order; takes O(sqrt(number))."""
     small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
     return sorted({*small, *(number // candidate for candidate in small)})
 

@@ -1,6 +1,6 @@
-"""Credentials stay outside: the configuration is written into the run folder, printed by --dry-run, and sent to wandb.
+"""Keeps credentials out of the configuration: it is written to the run folder, printed by --dry-run and sent to wandb.
 
-A job gets them by reference: launcher.pass_environment names variables of the shell that launches. Messages name the
+Jobs get credentials by reference: launcher.pass_environment names variables of the launching shell. Messages name the
 setting, never its value.
 """
 
@@ -37,7 +37,7 @@ def credentials_stay_outside(case: Case) -> Iterator[str]:
 
 
 def address_without_login(key: str, value: Any) -> Iterator[str]:
-    """Of one setting, and of all entries of its lists and maps."""
+    """Check one setting, including all entries of lists and maps."""
     if isinstance(value, str) and has_url_secret(value):
         yield (
             f"{key} holds an address with a login, {KEPT}; leave the login out and give it to what opens the address "

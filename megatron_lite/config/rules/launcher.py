@@ -10,7 +10,7 @@ from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.rules.case import PROCESSES, Case, either, nearest_multiples
 
 SECONDS_TO_CONCLUDE = 30
-"""Between the end of the ranks' grace and a job's time limit: to kill what is left and to requeue the job."""
+"""Time between the end of the ranks' grace period and the job's time limit: to kill remaining ranks and to requeue."""
 LONGEST_JOB_SECONDS = 3650 * 86400
 MOST_PLAIN_MINUTES = 14 * 24 * 60
 # Forms of sbatch's --time: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
@@ -18,7 +18,7 @@ TIME_FORMS = re.compile(
     r"(?:(?P<days>\d{1,6})-)?(?P<first>\d{1,9})(?::(?P<second>\d{1,9}))?(?::(?P<third>\d{1,9}))?", re.ASCII
 )
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Options of sbatch that a setting of ours stands for, or that the job's script is built around.
+# sbatch options for which we have a setting, or which the job's script depends on.
 OWN_OPTIONS = {
     "--job-name": "launcher.job_name",
     "--nodes": "launcher.nodes",
@@ -42,7 +42,7 @@ OWN_OPTIONS = {
 
 
 def job_seconds(time: str) -> int | None:
-    """Seconds of a time limit as Slurm reads it; None where it is none of its forms."""
+    """Seconds of a time limit as Slurm reads it; None if it has none of Slurm's forms."""
     found = TIME_FORMS.fullmatch(time)
     if found is None:
         return None
@@ -143,7 +143,7 @@ def chains_are_slurms(case: Case) -> Iterator[str]:
 
 
 def batch_options_are_lines(case: Case) -> Iterator[str]:
-    """A line of the batch script holds one option, and sbatch has its own way with backslashes."""
+    """A line of the batch script holds one option, and sbatch interprets backslashes."""
     launcher = case.config.launcher
     for key in ("partition", "account", "qos", "job_name"):
         value = getattr(launcher, key)
@@ -198,7 +198,7 @@ def passed_variables_have_names(case: Case) -> Iterator[str]:
 
 
 def _named(text: str) -> str:
-    """Without what may be a secret behind the name."""
+    """The option's name without its value, which may be a secret."""
     return f"{text.partition('=')[0]}=..." if "=" in text else _shown(text)
 
 
@@ -222,7 +222,7 @@ def _is_line(text: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """On one line, as a message needs it."""
+    """On one line, for a message."""
     return shown(text if text.isprintable() and text else repr(text))
 
 

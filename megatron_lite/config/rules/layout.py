@@ -44,7 +44,7 @@ def world_size_fits_layout(case: Case) -> Iterator[str]:
 
 
 def _keys_of_processes(config: RunConfig) -> str:
-    """The settings that the number of processes comes from; a resolved configuration has num_processes in any case."""
+    """The settings that determine the number of processes; a resolved configuration always has num_processes."""
     launcher = config.launcher
     for key, here in (("processes_per_node", launcher.processes_per_node), ("gpus_per_node", launcher.gpus_per_node)):
         if here is not None and launcher.num_processes in (None, launcher.nodes * here):
@@ -85,7 +85,7 @@ def zero_stage_fits_pipeline(case: Case) -> Iterator[str]:
 def zero_0_is_a_reference(case: Case) -> Iterator[str]:
     precision = case.config.train.precision
     if case.config.optimizer.name is OptimizerName.adafactor:
-        return  # that rule asks for fp32 as well
+        return  # that rule requires fp32 as well
     if case.config.parallel.zero_stage == 0 and precision is not Precision.fp32:
         yield (
             f"parallel.zero_stage=0 needs train.precision=fp32, not {precision.value}: without ZeRO there are "

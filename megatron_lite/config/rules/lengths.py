@@ -1,6 +1,6 @@
-"""Rules on the lengths that follow from an objective: of sequences, spans and the decoder.
+"""Rules for lengths that follow from an objective: of sequences, spans and the decoder.
 
-They come after one another: what a rule calculates with, those ahead of it have found right.
+Their order matters: each rule may use values that the rules before it have checked.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from megatron_lite.config.rules.case import SIZES, Case, Rule, either, nearest_m
 from megatron_lite.config.rules.objective import denoisers_are_sound, may_choose_decoder
 from megatron_lite.config.schema import ObjectiveConfig, ObjectiveName
 
-ALTERNATIVES_TRIED = 1000  # multiples above, and as many below
-LONGEST_SEARCH = 2**14  # lengths up to which a remedy is looked for
-LONGEST_DENOISED = 512  # the same for ul2: its paper's length, at which all denoisers fit
-LONG_SPAN = 64  # mean span of a denoiser that is cut to what fits
+ALTERNATIVES_TRIED = 1000  # above the value, and as many below
+LONGEST_SEARCH = 2**14  # largest length tried for a remedy
+LONGEST_DENOISED = 512  # the same for ul2: the length in its paper, where all denoisers fit
+LONG_SPAN = 64  # mean span of a denoiser whose spans are cut to fit
 SPAN_KEYS = ("data.seq_length", "objective.noise_density", "objective.mean_span_length")
 INFILL_KEYS = ("objective.infill_fraction", "objective.infill_span_length")
 LENGTH_KEYS = (*SPAN_KEYS, *INFILL_KEYS, "objective.ul2_s_density", "objective.decoder_seq_length")
 
 
 def lengths_fit(case: Case) -> Iterator[str]:
-    """The first of `LENGTH_RULES` that speaks: one mistake, one message."""
+    """The first of `LENGTH_RULES` that finds a problem: one mistake, one message."""
     yield from next(filter(None, (list(rule(case)) for rule in LENGTH_RULES)), [])
 
 
 def sequence_holds_sample(case: Case) -> Iterator[str]:
-    """There must be room for some text beside what the objective adds."""
+    """There must be room for some text besides what the objective adds."""
     length, objective = case.config.data.seq_length, case.config.objective
     if not case.sound("data.seq_length"):
         return
@@ -60,10 +60,10 @@ def sequence_holds_sample(case: Case) -> Iterator[str]:
 
 
 def _enough(case: Case, shortest: int) -> int | None:
-    """The least length with room for text and for a span; None where no length that is looked at has."""
+    """The shortest length with room for text and a span; None if no tried length has it."""
     objective = case.config.objective
     if not case.sound(*LENGTH_KEYS[1:]):
-        return shortest  # what a span is, other rules have refused
+        return shortest  # other rules have refused the settings of spans
     density, mean = objective.noise_density, objective.mean_span_length
     lengths = range(shortest, LONGEST_SEARCH)
     if objective.name is ObjectiveName.span_corruption:
@@ -80,7 +80,7 @@ def _enough(case: Case, shortest: int) -> int | None:
 
 
 def _decoder_holds_text(case: Case) -> bool:
-    """Whether each denoiser of ul2 finds room, or other rules have refused what decides it."""
+    """Whether each denoiser of ul2 has room, or other rules have refused the settings involved."""
     objective = case.config.objective
     if not case.sound(*LENGTH_KEYS) or not denoisers_are_sound(objective):
         return True
@@ -92,7 +92,7 @@ def _decoder_holds_text(case: Case) -> bool:
 
 
 def spans_fit_sequence(case: Case) -> Iterator[str]:
-    """Spans of the length that was asked for, rather than the one token that rounding would raise them to."""
+    """Spans must have the requested length; rounding must not raise them to one token."""
     objective, length = case.config.objective, case.config.data.seq_length
     if not _has_lengths(case) or objective.name is not ObjectiveName.span_corruption:
         return
@@ -120,7 +120,7 @@ def _holds_a_span(length: int, density: float, mean: float) -> bool:
 
 
 def infilling_fits_sequence(case: Case) -> Iterator[str]:
-    """BART must have a span of the mean length to cover."""
+    """BART must have room to mask a span of the mean length."""
     objective, length = case.config.objective, case.config.data.seq_length
     if not _has_lengths(case) or objective.name is not ObjectiveName.bart_denoising:
         return
@@ -138,7 +138,7 @@ def infilling_fits_sequence(case: Case) -> Iterator[str]:
 
 
 def denoisers_fit_sequence(case: Case) -> Iterator[str]:
-    """UL2's short spans (3, 8) must fit whole and no two denoisers be one task; spans of 64 are cut to what fits."""
+    """UL2's short spans (3, 8) must fit whole, and no two denoisers may coincide; spans of 64 are cut to fit."""
     objective, length = case.config.objective, case.config.data.seq_length
     if not _has_lengths(case) or objective.name is not ObjectiveName.ul2:
         return
@@ -155,7 +155,7 @@ def denoisers_fit_sequence(case: Case) -> Iterator[str]:
 
 
 def _fewer(objective: ObjectiveConfig, length: int) -> str:
-    """The denoisers without which the others fit."""
+    """The denoisers to switch off so that the others fit."""
     places: list[int] = []
     weights = list(objective.ul2_weights)
     while fault := _unfit_denoiser(replace(objective, ul2_weights=weights), length):
@@ -169,12 +169,12 @@ def _fewer(objective: ObjectiveConfig, length: int) -> str:
 
 class _Fault(NamedTuple):
     place: int
-    """In `config.lengths.denoisers`, of the one without which there is no fault."""
+    """Index in `config.lengths.denoisers` of the denoiser that causes it."""
     text: str
 
 
 def _unfit_denoiser(objective: ObjectiveConfig, length: int) -> _Fault | None:
-    """What is wrong with the first denoiser for which the sequences are too short."""
+    """The problem of the first denoiser for which the sequences are too short."""
     tasks: dict[SpanLengths, int] = {}
     for place, lengths in ul2_lengths(objective, length).items():
         mode, mean, density = denoisers(objective)[place]
@@ -192,7 +192,7 @@ def _unfit_denoiser(objective: ObjectiveConfig, length: int) -> _Fault | None:
 
 
 def _longer(objective: ObjectiveConfig, length: int) -> str:
-    """What is long enough, with all that is longer: the decoder that is given, or data.seq_length and half of it."""
+    """The smallest sufficient length: of the decoder if it is given, else data.seq_length with half of it."""
     if objective.decoder_seq_length is not None:
         decoder = _least(lambda decoder: _all_fit(replace(objective, decoder_seq_length=decoder), length))
         if decoder is not None:
@@ -205,24 +205,24 @@ def _longer(objective: ObjectiveConfig, length: int) -> str:
 def _all_fit(objective: ObjectiveConfig, length: int) -> bool:
     try:
         return _unfit_denoiser(objective, length) is None
-    except ValueError:  # no room at all
+    except ValueError:  # no room for a span
         return False
 
 
 def _least(fits: Callable[[int], bool]) -> int | None:
-    """The number from which on all fit; None where the largest looked at does not."""
+    """The smallest number from which on all fit; None if the largest one tried does not fit."""
     wrong = next((number for number in range(LONGEST_DENOISED, 0, -1) if not fits(number)), 0)
     return wrong + 1 if wrong < LONGEST_DENOISED else None
 
 
 def spans_have_sentinels(case: Case) -> Iterator[str]:
-    """Of a tokenizer that is trained here; others are looked at when they are opened."""
+    """For a tokenizer that is trained here; others are checked when they are opened."""
     objective, data = case.config.objective, case.config.data
     if data.tokenizer != "train" or not _has_lengths(case):
         return
     needed = sentinels_needed(objective, data.seq_length)
     if needed > TRAINED_SENTINELS:
-        # spans grow with the length, so a search by halves finds the longest of any length
+        # spans grow with the length, so bisection finds the longest length that works
         lengths = range(MIN_SEQ_LENGTH[objective.name], data.seq_length)
         longest = lengths[bisect_right(lengths, TRAINED_SENTINELS, key=lambda n: _sentinels(objective, n)) - 1]
         other = ", longer spans" if objective.name is ObjectiveName.span_corruption else ""
@@ -241,7 +241,7 @@ def _sentinels(objective: ObjectiveConfig, length: int) -> int:
 
 
 def _has_lengths(case: Case) -> bool:
-    """Whether `config.lengths` may calculate: nothing that it reads has been refused."""
+    """Whether `config.lengths` can be used: none of the settings that it reads has been refused."""
     objective, length = case.config.objective, case.config.data.seq_length
     if not case.sound(*LENGTH_KEYS) or length < MIN_SEQ_LENGTH.get(objective.name, 1):
         return False
@@ -251,7 +251,7 @@ def _has_lengths(case: Case) -> bool:
 
 
 def _decoder_length(case: Case) -> int | None:
-    """As far as it can be known, and is not simply data.seq_length, of which other rules speak."""
+    """The decoder's length if it is known and differs from data.seq_length, which other rules check."""
     if not _has_lengths(case) or not may_choose_decoder(case):
         return None
     length = decoder_length(case.config.objective, case.config.data.seq_length)
@@ -271,7 +271,7 @@ def decoder_fits_positions(case: Case) -> Iterator[str]:
 
 
 def decoder_splits_evenly(case: Case) -> Iterator[str]:
-    """Under sequence parallelism; a wrong data.seq_length itself is refused by the layout's rule."""
+    """Under sequence parallelism; the layout's rule refuses a wrong data.seq_length itself."""
     length = _decoder_length(case)
     if length is None or not case.config.parallel.sequence_parallel or not case.sound(*SIZES):
         return

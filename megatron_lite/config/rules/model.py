@@ -1,4 +1,4 @@
-"""Rules between the sizes of a model, and between them and what splits or feeds them."""
+"""Rules between the sizes of a model, and between them and the layout, data or weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tensor_divides_heads(case: Case) -> Iterator[str]:
 def tensor_divides_groups(case: Case) -> Iterator[str]:
     groups = case.model.num_query_groups
     if groups is None or groups == case.model.num_attention_heads:
-        return  # as many as heads: that rule speaks
+        return  # same as the number of heads, which another rule covers
     if case.sound(*SIZES, "model.num_query_groups") and groups % case.tensor:
         yield (
             f"parallel.tensor_parallel_size={case.tensor} must divide model.num_query_groups={groups}, since each rank "
@@ -115,7 +115,7 @@ def positions_fit_architecture(case: Case) -> Iterator[str]:
 
 
 def relative_buckets_share_distances(case: Case) -> Iterator[str]:
-    """An encoder halves the buckets by direction; half of these are single distances, half grow up to the largest."""
+    """An encoder halves the buckets by direction; half of these hold one distance each, half grow up to the maximum."""
     model = case.model
     keys = ("model.relative_buckets", "model.relative_max_distance")
     if model.position_embedding is not PositionEmbedding.relative or not case.sound(*keys):
@@ -166,7 +166,7 @@ def sequence_fits_positions(case: Case) -> Iterator[str]:
     length, positions = case.config.data.seq_length, case.model.max_position_embeddings
     if case.sound("data.seq_length", "model.max_position_embeddings") and length > positions:
         learned = case.model.position_embedding is PositionEmbedding.learned
-        fixed = learned and case.model.init_from is not None  # the table has the rows that it has
+        fixed = learned and case.model.init_from is not None  # the loaded table has a fixed number of rows
         yield (
             f"data.seq_length={length} is longer than model.max_position_embeddings={positions}; use at most "
             f"{positions}" + ("" if fixed else f", or set model.max_position_embeddings={length}")
@@ -178,7 +178,7 @@ def tokenizer_fits_vocabulary(case: Case) -> Iterator[str]:
     trained = data.tokenizer == "train" and case.sound("model.vocab_size", "data.tokenizer_vocab_size")
     if trained and vocabulary is not None and data.tokenizer_vocab_size > vocabulary:
         remedies = [f"use at most {vocabulary}"] if vocabulary >= SMALLEST_BPE else []
-        remedies += ["set model.vocab_size=null"] if case.model.init_from is None else []  # else that of the weights
+        remedies += ["set model.vocab_size=null"] if case.model.init_from is None else []  # else the weights'
         remedies = remedies or ["name the tokenizer of model.init_from in data.tokenizer"]
         yield (
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is more than model.vocab_size={vocabulary}; "

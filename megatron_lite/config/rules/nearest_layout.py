@@ -1,4 +1,4 @@
-"""What a message may suggest where processes and layout do not fit each other: only what no other rule refuses."""
+"""Suggestions for layouts that do not match the number of processes: only suggestions that no other rule refuses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_lite.config.rules.ranges import MOST_PROCESSES
 
 @dataclass(frozen=True)
 class NearestLayouts:
-    """For a configuration whose layout does not have the number of processes that is given."""
+    """For a configuration whose layout does not match the given number of processes."""
 
     case: Case
     given: int
     of_layout: tuple[Rule, ...]
-    """Rules of layouts that a suggestion has to keep, beside those of the other files."""
+    """Layout rules that a suggestion must satisfy, in addition to those of other modules."""
 
     def remedies(self) -> str:
-        """In words: the nearest numbers of processes for this layout, and the nearest layout for this number."""
+        """In words: the nearest process counts for this layout, and the nearest layout for this process count."""
         counts = [f"{count} processes (dp={count // self._replica})" for count in self._counts()]
         layout = self._layout()
         found = [*counts, *([] if layout is None else [layout])]
@@ -35,7 +35,7 @@ class NearestLayouts:
 
     @cached_property
     def _known(self) -> set[str]:
-        """Problems that are there anyway; a suggestion need not solve them, and adds none."""
+        """Problems that exist anyway; a suggestion need not solve them, but must not add any."""
         return set(self._problems(self.case))
 
     def _problems(self, case: Case) -> Iterator[str]:
@@ -75,7 +75,7 @@ class NearestLayouts:
         return next((size for size in sizes if self._is_valid(self._with_count(size))), None)
 
     def _with_count(self, data: int) -> Case | None:
-        """As many processes as this many replicas have; None where no number of nodes has just these."""
+        """The case with this many replicas; None if no number of nodes gives exactly that many processes."""
         config, count = self.case.config, data * self._replica
         if self.case.world_size is not None:
             return Case(config, count)
@@ -89,7 +89,7 @@ class NearestLayouts:
         return Case(replace(config, launcher=replace(config.launcher, **changed)), None)
 
     def _layout(self) -> str | None:
-        """The nearest that trains with the batch size that is set; where there is none, one with the nearest other."""
+        """The nearest layout that works with the given batch size; else one with the nearest other batch size."""
         train = self.case.config.train
         layouts = sorted(self._candidates(), key=self._distance)
         step = train.micro_batch_size if self.case.sound(*BATCH) else 1
@@ -111,7 +111,7 @@ class NearestLayouts:
                         yield self.given // (tensor * pipeline), tensor, pipeline
 
     def _distance(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
-        """From the layout that was asked for; among equals tensor is kept, then data is the larger."""
+        """Distance from the requested layout; among equals tensor is kept, then data is the larger."""
         data, tensor, pipeline = size
         off_tensor = abs(tensor - self.case.tensor)
         return off_tensor + abs(pipeline - self.case.pipeline) + abs(data - self.case.data), off_tensor, -data
@@ -134,7 +134,7 @@ class NearestLayouts:
 BATCH = ("train.global_batch_size", "train.micro_batch_size")
 OF_A_NODE = ("processes_per_node", "gpus_per_node")
 MOST_TRIED = 20
-"""Layouts with another batch size: a number of processes with many divisors has thousands."""
+"""Largest number of layouts tried with other batch sizes: a count with many divisors has thousands of layouts."""
 
 
 def _words(size: tuple[int, int, int]) -> str:
@@ -142,7 +142,7 @@ def _words(size: tuple[int, int, int]) -> str:
 
 
 def shared_by_nodes(count: int, nodes: int, here: int) -> tuple[int, int] | None:
-    """Nodes, and processes on each, that make this count: whole nodes, else no more on a node than there are now."""
+    """(nodes, processes per node) with this product: whole nodes, else no more on a node than there are now."""
     if count % here == 0:
         return count // here, here
     if count < here:

@@ -1,4 +1,4 @@
-"""Rules on jobs of several machines that torchrun or deepspeed start."""
+"""Rules for jobs on several machines that torchrun or deepspeed start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_lite.config.rules.case import Case
 
 
 def nodes_know_where_to_meet(case: Case) -> Iterator[str]:
-    """Loopback, the default, is another place on each machine. deepspeed takes the first host of its hostfile."""
+    """Loopback, the default, is a different place on each machine. deepspeed uses the first host of its hostfile."""
     launcher = case.config.launcher
     if launcher.name is not LauncherName.torchrun or launcher.nodes <= 1 or launcher.master_address is not None:
         return
@@ -58,7 +58,7 @@ def node_rank_is_of_a_node(case: Case) -> Iterator[str]:
 
 
 def device_of_other_machines_is_given(case: Case) -> Iterator[str]:
-    """What this machine has says nothing about others, and every node must come to the same configuration."""
+    """This machine's hardware says nothing about others, and every node must compose the same configuration."""
     launcher = case.config.launcher
     started_here = launcher.name in (LauncherName.torchrun, LauncherName.deepspeed)
     if started_here and launcher.device == "auto" and spans_machines(case.config):

@@ -119,7 +119,7 @@ def _is_density(value: float) -> bool:
 
 
 def denoisers_are_sound(objective: ObjectiveConfig) -> bool:
-    """Whether `config.lengths.denoisers` and their weights can be calculated with."""
+    """Whether `config.lengths.denoisers` and their weights can be used in calculations."""
     spans, densities = objective.ul2_span_lengths, objective.ul2_noise_densities
     described = all(map(_is_span, spans)) and all(map(_is_density, densities))
     return len(spans) == len(densities) == NUM_SPAN_DENOISERS and described and are_weights(objective.ul2_weights)

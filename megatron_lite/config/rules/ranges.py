@@ -1,8 +1,8 @@
-"""The range of every number of the schema: what its use can stand, whatever the other settings are.
+"""The range of every number of the schema: the values that work, whatever the other settings are.
 
-`tests/unit/config/test_ranges.py` holds that each number of the schema has an entry, so that a new one cannot be
-forgotten. Upper bounds are not advice: they lie far above what is useful, and below what int32 or int64, fp32, a
-system call or the time for a loop over them can stand.
+`tests/unit/config/test_ranges.py` checks that each number of the schema has an entry, so that a new one cannot be
+forgotten. Upper bounds are no recommendations: they are far above useful values, and below the limits of int32, int64,
+fp32, a system call or the time for a loop.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from megatron_lite.config.keys import get_value, shown
 from megatron_lite.config.schema import RunConfig
 
-FP32_SMALLEST = 1.2e-38  # a little above the smallest normal number, 2^-126
+FP32_SMALLEST = 1.2e-38  # slightly above the smallest normal number, 2^-126
 FP32_LARGEST = 3.4e38
 INT32_LARGEST = 2**31 - 1
 INT64_LARGEST = 2**63 - 1
-MOST_STEPS = 10**8 - 1  # checkpoints are named by eight digits
+MOST_STEPS = 10**8 - 1  # checkpoint names have eight digits
 MOST_PROCESSES = 2**17
 LONGEST_SEQUENCE = 2**24
 LARGEST_BATCH = 2**24
 LONGEST_WAIT_SECONDS = 10_000_000.0  # 115 days: timers count milliseconds in C
-TINY = 1e-30  # a bound below this only keeps a number from being 0 in fp32
-NEXT_TO_ONE = 1 - 2e-7  # fp32 rounds what is nearer to 1
+TINY = 1e-30  # a smaller bound only keeps a number from being 0 in fp32
+NEXT_TO_ONE = 1 - 2e-7  # fp32 rounds closer numbers to 1
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values of one number. A message says `rule` of one outside its meaning, and the bound of one beyond it."""
+    """The values of one number. The message is `rule` if a value makes no sense, else the bound that it exceeds."""
 
     least: float
     most: float
     means: Callable[[float], bool]
-    """What it can mean at all; the bounds lie within."""
+    """Whether a value makes sense at all; the bounds are within these values."""
     rule: str
     why_least: str = "the smallest number that fp32 holds"
     why_most: str = "the most that is possible"
@@ -49,7 +49,7 @@ class Range:
         return str(self.most) if isinstance(self.most, int) else format(self.most, ".7g")
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, read on from `key=value`."""
+        """What is wrong with a value, to follow `key=value`."""
         if not isinstance(value, int | float):
             return "is not a number; give one"
         if not self.means(value):
@@ -241,7 +241,7 @@ RANGES: dict[str, Range] = {
 
 
 def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(key, message) of each number that is wrong whatever the others are; of a list each of its numbers."""
+    """(key, message) of each number that is out of range by itself; in a list, of each of its numbers."""
     for key, allowed in RANGES.items():
         value = get_value(config, key)
         values = {f"{key}[{i}]": number for i, number in enumerate(value)} if isinstance(value, list) else {key: value}

@@ -1,6 +1,6 @@
-"""What every text of the schema may hold: file names, paths and labels have rules of their own.
+"""What text settings may contain: file names, paths and labels have rules of their own.
 
-`tests/unit/config/test_ranges.py` holds that each text of the schema has an entry. Null is never looked at.
+`tests/unit/config/test_ranges.py` checks that each text setting has an entry. None is never checked.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from megatron_lite.errors import ConfigError
 
 LOST = re.compile("[\x00\x80-\x9f]")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LONGEST_NAME_BYTES = 255  # of a file, on every file system that runs are kept on
-LONGEST_PATH_BYTES = 3072  # Linux ends at 4096, and files of ours lie some folders below
-LONGEST_LABEL_BYTES = 160  # becomes a part of the name of a folder
-LONGEST_TEXT_BYTES = 2**17  # the longest word of a Linux command line
+LONGEST_NAME_BYTES = 255  # of a file name, on all common file systems
+LONGEST_PATH_BYTES = 3072  # Linux's limit is 4096, and our files are some folders below
+LONGEST_LABEL_BYTES = 160  # becomes part of a folder's name
+LONGEST_TEXT_BYTES = 2**17  # longest argument on a Linux command line
 DEVICES = ("auto", "cpu", "cuda")
-NO_PROJECT = re.compile(r"[/\\#?%:]")  # what wandb refuses in the name of a project
+NO_PROJECT = re.compile(r"[/\\#?%:]")  # not allowed in the name of a wandb project
 LONGEST_PROJECT = 128
 
 Check = Callable[[str], str | None]
-"""What is wrong with a text, read on from `key=value`; None = nothing."""
+"""Returns what is wrong with a text, to follow `key=value`; None = nothing."""
 
 
 def free(text: str) -> str | None:
@@ -118,7 +118,7 @@ TEXTS: dict[str, Check] = {
     "data.eod_token": line,
     "data.validation_source": path,
     "data.cache_dir": path,
-    "train.generate_prompt": free,  # `prompt_is_given` speaks of an empty one
+    "train.generate_prompt": free,  # an empty one is checked by `prompt_is_given`
     "train.run_dir": path,
     "tracking.wandb_project": project,
     "tracking.wandb_name": line,
@@ -126,24 +126,24 @@ TEXTS: dict[str, Check] = {
     "launcher.device": device,
     "launcher.rendezvous_id": line,
     "launcher.hostfile": path,
-    "launcher.time": free,  # `time_is_slurms`
-    "launcher.partition": free,  # `batch_options_are_lines`, as the next three
+    "launcher.time": free,  # checked by `time_is_slurms`
+    "launcher.partition": free,  # checked by `batch_options_are_lines`, as the next three
     "launcher.account": free,
     "launcher.qos": free,
     "launcher.job_name": free,
     "launcher.modules": line,
     "launcher.setup": free,
     "launcher.environment": free,
-    "launcher.pass_environment": free,  # `passed_variables_have_names`
+    "launcher.pass_environment": free,  # checked by `passed_variables_have_names`
     "launcher.container": path,
-    "launcher.container_mounts": free,  # `mounts_are_pairs`
-    "launcher.sbatch_options": free,  # `batch_options_are_lines`
+    "launcher.container_mounts": free,  # checked by `mounts_are_pairs`
+    "launcher.sbatch_options": free,  # checked by `batch_options_are_lines`
     "launcher.srun_arguments": free,
 }
 
 
 def out_of_form(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(key, message) of each text that its use cannot stand; of a list or a map each entry."""
+    """(key, message) of each invalid text; in a list or a map, of each invalid entry."""
     for key, check in TEXTS.items():
         for name, text in _entries(key, get_value(config, key)):
             if not isinstance(text, str):
@@ -153,10 +153,10 @@ def out_of_form(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def require_form(config: RunConfig, key: str) -> None:
-    """Check one text by itself: of a file that is read before the whole configuration can be checked.
+    """Check a single text, for files that are read before the whole configuration can be checked.
 
     Raises:
-        ConfigError: what `out_of_form` says of it.
+        ConfigError: with the messages of `out_of_form`.
     """
     problems = [message for found, message in out_of_form(config) if found == key]
     if problems:

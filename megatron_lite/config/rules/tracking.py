@@ -1,4 +1,4 @@
-"""Rules on what trackers read beside our settings."""
+"""Rules for what trackers read besides our settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_lite.config.rules.case import Case
 from megatron_lite.config.schema import WandbMode
 
 MODE_VARIABLE = "WANDB_MODE"
-MODES = ("online", "offline", "disabled")  # those that mean the same here; wandb has others for its own use
+MODES = ("online", "offline", "disabled")  # the modes with the same meaning here; wandb has others for internal use
 
 
 def wandb_mode_is_known(case: Case) -> Iterator[str]:
-    """wandb reads its variable whatever we ask for, and stops at a word that it does not know."""
+    """wandb reads its environment variable regardless of our setting, and fails on an unknown value."""
     mode = os.environ.get(MODE_VARIABLE)
     if mode and mode not in MODES and case.config.tracking.wandb is not WandbMode.disabled:
         yield (

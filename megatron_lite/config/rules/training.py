@@ -67,7 +67,7 @@ def _ramp_steps(full: int, start: int, increment: int, step: int) -> Iterator[st
 
 
 def tokens_are_counted(case: Case) -> Iterator[str]:
-    """Of a whole run, in an int64."""
+    """The tokens of a whole run are counted in an int64."""
     train, length = case.config.train, case.config.data.seq_length
     if not case.sound("train.steps", "train.global_batch_size", "data.seq_length"):
         return
@@ -152,7 +152,7 @@ def prompt_is_given(case: Case) -> Iterator[str]:
 
 
 def kept_checkpoints_exist(case: Case) -> Iterator[str]:
-    """Checkpoints that are kept beside the last ones are some that would go, and that are written."""
+    """Checkpoints that keep_every and keep_best name must be written, and would otherwise be deleted."""
     train = case.config.train
     if not case.sound("train.keep_last", "train.keep_every", "train.keep_best", "train.save_interval"):
         return

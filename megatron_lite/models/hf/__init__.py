@@ -1,4 +1,4 @@
-"""Our weights as those of transformers' models, in both directions: one list of boxes for each family."""
+"""Maps our weights to those of transformers' models, in both directions: one list of boxes per family."""
 
 from megatron_lite.config.hf.families import NoCounterpart
 from megatron_lite.models.hf.forms import find_name, locate, stored_form

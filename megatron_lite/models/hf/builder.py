@@ -1,4 +1,4 @@
-"""The moves from which the stored form of a family is made.
+"""Building blocks for the stored form of a family.
 
 Shapes: h hidden, n attention heads, g query groups, d head size, f inner channels of the MLP.
 """
@@ -14,13 +14,13 @@ from megatron_lite.models.stored import Piece, Shape, StoredForm, whole
 class FormBuilder:
     """Collects stored tensors and their pieces, in the order in which they are added.
 
-    Methods that take a module move its weight and, where ours has one, its bias.
+    Methods that take a module map its weight and, where our module has one, its bias.
     """
 
     def __init__(self, model: ResolvedModel, shapes: Mapping[str, Shape]) -> None:
         """
         Args:
-            shapes: of all our parameters, full and unpadded, by global name.
+            shapes: full, unpadded shapes of all our parameters, by global name.
         """
         self.model = model
         self.shapes = shapes
@@ -31,17 +31,17 @@ class FormBuilder:
         return StoredForm(self._stored, tuple(self._pieces))
 
     def zeros(self, target: str, shape: Shape) -> None:
-        """A tensor that transformers wants and we have not."""
+        """A tensor that transformers needs and we do not have; stored as zeros."""
         self._stored[target] = shape
 
     def tensor(self, source: str, target: str, *, transposed: bool = False) -> None:
-        """All of one tensor."""
+        """Map one whole tensor."""
         shape = self.shapes[source]
         self._stored[target] = _swapped(shape) if transposed else shape
         self._pieces.append(Piece(source, whole(shape), target, (0,) * len(shape), transposed))
 
     def module(self, source: str, target: str, *, transposed: bool = False) -> None:
-        """`transposed`: of the weight."""
+        """Map weight and bias; `transposed` applies to the weight."""
         for kind in self._kinds(source):
             self.tensor(source + kind, target + kind, transposed=transposed and kind == ".weight")
 
@@ -65,7 +65,7 @@ class FormBuilder:
                 self._pieces.append(Piece(source + kind, (rows, *whole(rest)), target, (row, *(0 for _ in rest))))
 
     def joined_qkv(self, source: str, target: str) -> None:
-        """The same -> [h, 3 h]: one matrix of transposed query, key and value beside each other; its bias [3 h]."""
+        """The same input -> [h, 3 h]: transposed query, key and value side by side; the bias becomes [3 h]."""
         thirds = [0, self.model.hidden_size, 2 * self.model.hidden_size]
         weight, bias = source + ".weight", source + ".bias"
         hidden = whole(self.shapes[weight][1:])
@@ -84,11 +84,11 @@ class FormBuilder:
         return self.model.head_size
 
     def _heads(self) -> tuple[int, int, int]:
-        """Of query, key and value."""
+        """Number of heads of query, key and value."""
         return self.model.num_attention_heads, self.model.num_query_groups, self.model.num_query_groups
 
     def _qkv_runs(self) -> Iterator[tuple[int, tuple[int, int], int]]:
-        """(0 query, 1 key or 2 value; rows of the fused tensor; first row among those of its kind)."""
+        """(0 query, 1 key or 2 value; rows of the fused tensor; first row within the separate tensor)."""
         heads, groups, _ = self._heads()
         start = 0
         for group in range(groups):

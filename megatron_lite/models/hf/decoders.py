@@ -6,7 +6,7 @@ from megatron_lite.models.hf.builder import FormBuilder
 
 
 def gpt2_form(form: FormBuilder) -> None:
-    """Of transformers' GPT2LMHeadModel, whose Conv1D layers store [in, out]."""
+    """Form of transformers' GPT2LMHeadModel, whose Conv1D layers store [in, out]."""
     form.tensor("embedding.weight", "transformer.wte.weight")
     form.tensor("position_embedding.weight", "transformer.wpe.weight")
     for index in range(form.model.num_layers):
@@ -22,7 +22,7 @@ def gpt2_form(form: FormBuilder) -> None:
 
 
 def llama_form(form: FormBuilder) -> None:
-    """Of transformers' LlamaForCausalLM."""
+    """Form of transformers' LlamaForCausalLM."""
     form.tensor("embedding.weight", "model.embed_tokens.weight")
     for index in range(form.model.num_layers):
         source, target = f"layers.{index}", f"model.layers.{index}"

@@ -6,7 +6,7 @@ from megatron_lite.models.hf.builder import FormBuilder
 
 
 def t5_form(form: FormBuilder) -> None:
-    """Of transformers' T5ForConditionalGeneration: v1.0, and v1.1 with its gated MLP and its own head."""
+    """Form of transformers' T5ForConditionalGeneration: v1.0, and v1.1 with its gated MLP and untied head."""
     form.tensor("embedding.weight", "shared.weight")
     for stack, num_layers in _stacks(form).items():
         for index in range(num_layers):
@@ -20,7 +20,7 @@ def t5_form(form: FormBuilder) -> None:
 
 
 def bart_form(form: FormBuilder) -> None:
-    """Of transformers' BartForConditionalGeneration, whose bias on the logits is never trained."""
+    """Form of transformers' BartForConditionalGeneration, whose bias on the logits is never trained."""
     form.tensor("embedding.weight", "model.shared.weight")
     for stack, num_layers in _stacks(form).items():
         form.tensor(f"{stack}.position_embedding.weight", f"model.{stack}.embed_positions.weight")
@@ -32,12 +32,12 @@ def bart_form(form: FormBuilder) -> None:
 
 
 def _stacks(form: FormBuilder) -> dict[str, int]:
-    """Layers of each stack."""
+    """Number of layers of each stack."""
     return {"encoder": form.model.num_layers, "decoder": form.model.decoder_layers}
 
 
 def _t5_layer(form: FormBuilder, source: str, target: str, *, decoder: bool) -> None:
-    """`target`: its parts are numbered, self-attention, in a decoder cross-attention, MLP."""
+    """One layer; the parts of `target` are numbered: self-attention, cross-attention in a decoder, MLP."""
     own = f"{target}.0.SelfAttention"
     form.split_qkv(f"{source}.attention.qkv", (f"{own}.q", f"{own}.k", f"{own}.v"))
     form.module(f"{source}.attention.projection", f"{own}.o")

@@ -6,7 +6,7 @@ from megatron_lite.models.hf.builder import FormBuilder
 
 
 def bert_form(form: FormBuilder) -> None:
-    """Of transformers' BertForPreTraining; without a next-sentence head of ours, of BertForMaskedLM."""
+    """Form of transformers' BertForPreTraining; without a next-sentence head, of BertForMaskedLM."""
     _stack(form, "bert")
     form.module("next_sentence.pooler", "bert.pooler.dense")
     form.module("head_transform.dense", "cls.predictions.transform.dense")
@@ -16,7 +16,7 @@ def bert_form(form: FormBuilder) -> None:
 
 
 def roberta_form(form: FormBuilder) -> None:
-    """Of transformers' RobertaForMaskedLM."""
+    """Form of transformers' RobertaForMaskedLM."""
     _stack(form, "roberta")
     form.module("head_transform.dense", "lm_head.dense")
     form.module("head_transform.norm", "lm_head.layer_norm")
@@ -24,7 +24,7 @@ def roberta_form(form: FormBuilder) -> None:
 
 
 def _head(form: FormBuilder, prefix: str) -> None:
-    """The bias of the logits is called twice: a tied head uses `bias`, one of its own `decoder.bias`."""
+    """The logits' bias has two names: `bias` with a tied head, `decoder.bias` with an untied one."""
     bias = "head_bias.bias"
     if "head.weight" not in form.shapes:
         form.tensor(bias, f"{prefix}.bias")

@@ -1,6 +1,6 @@
-"""What files of transformers hold beside the weights of a form, and which of it may be passed over.
+"""Extra tensors in files of transformers, and which of them may be ignored.
 
-Everything else in the files has to be a weight of ours: a tensor that nobody takes is a sign of another model.
+Any other tensor must be one of our weights: an unused tensor means that the files hold another model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from megatron_lite.config.hf.translation import WORDS
 from megatron_lite.config.keys import as_word
 from megatron_lite.config.resolved import ResolvedModel
 
-# Buffers that follow from the settings, and parts of which transformers' class of the family computes no logit.
+# Buffers that follow from the settings, and parts that do not affect the logits of the family's class.
 _PASSED_OVER = {
     GPT2.model_type: re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"),  # the causal mask
     LLAMA.model_type: re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     BERT.model_type: re.compile(
         r"(bert\.)?embeddings\.(position_ids|token_type_ids)"
-        # of pairs, where none are trained
+        # next-sentence head, where none is trained
         r"|(bert\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)"
     ),
     ROBERTA.model_type: re.compile(
@@ -54,7 +54,7 @@ def is_passed_over(name: str, family: Family) -> bool:
 
 
 def twins(family: Family, model: ResolvedModel) -> dict[str, str]:
-    """Tensors that may lie in the files a second time -> the one that we read: the two must be equal."""
+    """Tensors that may be stored twice -> the one that we read: both must be equal."""
     kind, table = family.model_type, _WORD_TABLES[family.model_type]
     found = {}
     if model.tie_embeddings:
@@ -68,7 +68,7 @@ def twins(family: Family, model: ResolvedModel) -> dict[str, str]:
 
 
 def flag_of(name: str, family: Family, model: ResolvedModel, names: Iterable[str]) -> str | None:
-    """The key of config.json, and what it says, that decides whether there is such a tensor: `num_hidden_layers=2`.
+    """The config.json key, with its value, that decides whether this tensor exists: `num_hidden_layers=2`.
 
     Args:
         names: of all tensors in the files.
@@ -80,7 +80,7 @@ def flag_of(name: str, family: Family, model: ResolvedModel, names: Iterable[str
 
 
 def _field_of(name: str, family: Family, model: ResolvedModel, names: Iterable[str]) -> str:
-    """Of the model; empty where none of them alone decides."""
+    """The field of the model that decides it; empty if no single field does."""
     if name.endswith(_HEADS[family.model_type]):
         return "tie_embeddings"
     stack, index = _layer_of(name)
@@ -100,6 +100,6 @@ def _field_of(name: str, family: Family, model: ResolvedModel, names: Iterable[s
 
 
 def _layer_of(name: str) -> tuple[str, int | None]:
-    """(name of the stack, number of the layer in it): ("model.decoder.", 2); None = of no layer."""
+    """(name of the stack, index of the layer in it): ("model.decoder.", 2); None = not in a layer."""
     found = _LAYER.match(name)
     return (found[1], int(found[2])) if found else ("", None)

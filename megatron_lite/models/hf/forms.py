@@ -1,4 +1,4 @@
-"""The stored form of a model: its weights under the names and in the shapes of transformers."""
+"""The stored form of a model: its weights with the names and shapes of transformers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _FORMS: dict[str, Callable[[FormBuilder], None]] = {
     BART.model_type: bart_form,
 }
 FLOATS = ("F32", "BF16", "F16", "F64")
-NAMED_FAULTS = 5  # that a message names
-_BODIES = ("transformer.", "model.", "bert.", "roberta.")  # prefixes that files of a model without its head lack
+NAMED_FAULTS = 5  # faults listed in a message
+_BODIES = ("transformer.", "model.", "bert.", "roberta.")  # prefixes that a model saved without its head lacks
 _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _COPIES = {"shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
 
 
 def stored_form(model: ResolvedModel, shapes: Mapping[str, Shape]) -> StoredForm:
-    """Every element of ours at its one place in transformers' tensors.
+    """Map every element of our parameters to its one place in transformers' tensors.
 
     Args:
-        shapes: of all our parameters, full and unpadded, by global name.
+        shapes: full, unpadded shapes of all our parameters, by global name.
     Raises:
-        NoCounterpart: transformers has no model of these settings, or its model has no place for some parameters.
+        NoCounterpart: transformers has no model with these settings, or its model has no place for some parameters.
     """
     family = counterpart(model, next_sentence="next_sentence.pooler.weight" in shapes)
     builder = FormBuilder(model, shapes)
@@ -50,12 +50,12 @@ def stored_form(model: ResolvedModel, shapes: Mapping[str, Shape]) -> StoredForm
 
 
 class Fault(NamedTuple):
-    """What is wrong with a tensor of the files."""
+    """What is wrong with a tensor in the files."""
 
     name: str
     what: str
     follows_settings: bool = True
-    """Other settings may be the remedy."""
+    """Changing settings may fix it."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.what}"
@@ -63,18 +63,18 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Located:
-    """The tensors of a form in files."""
+    """Where the tensors of a form lie in files."""
 
     entries: Mapping[str, TensorEntry]
     """By their names in the form."""
     unused: tuple[str, ...]
-    """Names in the files of all other tensors."""
+    """Names of all other tensors in the files."""
     faults: tuple[Fault, ...]
-    """What is missing, or of another shape or kind than the form wants."""
+    """Tensors that are missing, or have another shape or dtype than the form needs."""
 
 
 def search(form: StoredForm, tensors: Mapping[str, TensorEntry]) -> Located:
-    """The entry in the files of each tensor of the form that holds something of ours.
+    """Find the file entry of each tensor of the form that holds some of our elements.
 
     Args:
         tensors: of the files, as `config.hf.headers.tensors_of` reads them.
@@ -96,12 +96,12 @@ def search(form: StoredForm, tensors: Mapping[str, TensorEntry]) -> Located:
 
 
 def locate(form: StoredForm, tensors: Mapping[str, TensorEntry], where: str) -> Mapping[str, TensorEntry]:
-    """The same, where the files hold the form and nothing else, as a checkpoint does.
+    """Like `search`, but the files must hold exactly the form and nothing else, as a checkpoint does.
 
     Args:
-        where: what is read, for messages: `model.init_from=DIR`, or a checkpoint's folder.
+        where: what is being read, for messages: `model.init_from=DIR`, or a checkpoint folder.
     Raises:
-        CheckpointError: naming every tensor that is missing, left over, or of another shape or kind.
+        CheckpointError: lists every tensor that is missing, unexpected, or has another shape or dtype.
     """
     located = search(form, tensors)
     left = [left_over(name, tensors[name]) for name in located.unused if name not in form.shapes]
@@ -114,9 +114,10 @@ def left_over(name: str, entry: TensorEntry) -> Fault:
 
 
 def require_none(faults: Sequence[Fault], where: str) -> None:
-    """
+    """Raise one error that lists the faults, if there are any.
+
     Raises:
-        CheckpointError: there are faults in the tensors.
+        CheckpointError: there are faults.
     """
     if not faults:
         return
@@ -129,10 +130,10 @@ def require_none(faults: Sequence[Fault], where: str) -> None:
 
 
 def find_name(name: str, available: Container[str]) -> str | None:
-    """What a tensor of a stored form is called in files that another version or class of transformers wrote.
+    """The name of a stored form's tensor in files that another version or class of transformers wrote.
 
-    Files of a model without its head lack the body's prefix (GPT-2's do); old files of BERT call the weights of a norm
-    gamma and beta; the one table of words of T5 and BART may lie there as that of a stack.
+    Files of a model without its head lack the body's prefix (GPT-2's do); old BERT files call a norm's weights gamma
+    and beta; the shared word table of T5 and BART may be stored as the table of one stack.
     """
     return next((candidate for candidate in spellings(name) if candidate in available), None)
 
