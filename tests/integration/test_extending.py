@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter in a copy of the project; and what a forgotten line leads to."""
+"""Follows docs/extending.md literally in a copy of the project; also tests what a forgotten line leads to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.recipes import Edit, copy_project, count_lines, edits_of, follow
 
-LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, its tests among them
+LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, including its tests
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
 
 
@@ -46,7 +46,10 @@ def test_recipes_are_short() -> None:
 @pytest.mark.slow
 def test_the_tests_of_the_recipes_pass(tree: Path) -> None:
     own = [edit.file for recipe in recipes().values() for edit in recipe if not edit.how]
-    config = ["tests/unit/config/test_ranges.py", "tests/unit/config/test_changes.py"]  # whether settings are complete
+    config = [
+        "tests/unit/config/test_ranges.py",
+        "tests/unit/config/test_changes.py",
+    ]  # whether settings are complete
     finished = run(tree, "pytest", "-n0", "-k", "not test_changes or every_setting", *own, *config)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     paths = [edit.file for recipe in recipes().values() for edit in recipe]
