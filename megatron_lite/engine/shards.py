@@ -165,7 +165,7 @@ class Shards:
         return Fragment(kind, parameter.global_name, region, start, values.detach(), (first, stop))
 
     def _region(self, parameter: nn.Parameter, kind: str) -> Region | None:
-        """Where this rank's slice lies in the full weight or moment; None = the parameter has no such moment."""
+        """Position of this rank's slice in the full weight or moment; None = the parameter has no such moment."""
         spec = parameter.shard_spec
         dims = len(spec.full_shape)
         # Adafactor's row and column statistics have only some of the weight's dimensions.

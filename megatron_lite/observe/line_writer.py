@@ -1,4 +1,4 @@
-"""Append lines to a file: whole, in order and once each; kept in memory while the disk rejects writes."""
+"""Append lines to a file: complete, in order and once each; kept in memory while the disk rejects writes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST_BYTES = 64 * 2**20
 class LineWriter:
     """Appends to one file, of which it is the only writer.
 
-    Training must not end because a disk or quota is full or a file server is not reachable for a while. The file always
-    holds whole lines: a partly written line is truncated again, which needs no space.
+    Training must not end because a disk or quota is full or a file server is unreachable for a while. The file always
+    ends with a complete line: a partly written line is truncated again, which needs no space.
 
     Args:
         report: called with a line when lines begin to wait, and when they have been written.
@@ -97,7 +97,8 @@ class LineWriter:
         self._size += len(data)
 
     def _fail(self, error: OSError) -> None:
-        """Leave whole lines, and begin with a newly opened file the next time: the old one may be stale."""
+        """Truncate the file to complete lines and close it; the next write opens it again, in case the descriptor is
+        stale."""
         if self._file is not None:
             file, self._file = self._file, None
             with suppress(OSError):  # if this fails, the file is truncated when it is opened again

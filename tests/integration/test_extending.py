@@ -46,10 +46,7 @@ def test_recipes_are_short() -> None:
 @pytest.mark.slow
 def test_the_tests_of_the_recipes_pass(tree: Path) -> None:
     own = [edit.file for recipe in recipes().values() for edit in recipe if not edit.how]
-    config = [
-        "tests/unit/config/test_ranges.py",
-        "tests/unit/config/test_changes.py",
-    ]  # whether settings are complete
+    config = ["tests/unit/config/test_ranges.py", "tests/unit/config/test_changes.py"]  # whether settings are complete
     finished = run(tree, "pytest", "-n0", "-k", "not test_changes or every_setting", *own, *config)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     paths = [edit.file for recipe in recipes().values() for edit in recipe]
