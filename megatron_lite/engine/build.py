@@ -1,4 +1,4 @@
-"""Choose between the two engines, by the configuration."""
+"""Choose one of the two engines by ZeRO stage."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def build_engine(
 
     Args:
         global_batch_size: of the first step, in sequences.
-        heartbeat: None = nobody watches.
-        hooks: None = nobody comes into its steps.
+        heartbeat: None = progress is not watched.
+        hooks: None = no hooks.
     """
     engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
     return engine(config, context, task, global_batch_size, heartbeat or Heartbeat(), hooks or EngineHooks())

@@ -1,19 +1,20 @@
-"""Every place where DeepSpeed is changed from outside, and every method of its own that the train step calls.
+"""All patches to DeepSpeed, and all of its private methods that the train step calls.
 
-Seen in DeepSpeed 0.19.8; no upstream thread was found for any of them. What DeepSpeed does without each patch, and the
-test that fails then:
+Observed in DeepSpeed 0.19.8; no upstream issue was found for any of them. What DeepSpeed does without each patch, and
+the test or benchmark that then shows it:
 
-`_import_muon_without_compiler`  each rank imports torch's compiler: 6 CPU-seconds. benchmarks/start.py shows it.
-`_without_shared_memory_comm`    the start compiles an all-reduce that only inference uses. benchmarks/start.py again.
-`DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so that the step in
-                                 which it doubles is half as long. tests/distributed/test_precision.py
-`spare_copies`                   copies that change nothing take 2 to 10 % of a step of one data-parallel rank.
+`_import_muon_without_compiler`  each rank imports torch's compiler: 6 CPU-seconds. benchmarks/start.py
+`_without_shared_memory_comm`    startup compiles an all-reduce that only inference uses. benchmarks/start.py
+`DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so the gradients of a
+                                 step in which it doubles are halved. tests/distributed/test_precision.py
+`spare_copies`                   redundant copies take 2 to 10 % of a step with one data-parallel rank.
                                  tests/unit/engine/test_deepspeed_patches.py
-`clip_by_given_norm`             all gradients are read again, in fp64, for a norm that is known already.
+`clip_by_given_norm`             all gradients are read again, in fp64, for a norm that is already known.
                                  tests/unit/engine/test_deepspeed_patches.py, tests/distributed/test_updates.py
 
-A DeepSpeed in which a method that is called or replaced is gone, or takes other arguments, is refused by the method's
-name (`require_right_deepspeed`); so is one that steps its optimizer while it allocates state (`require_no_step_taken`).
+If a method that is called or replaced is missing or has other parameters, the run stops with an error that names it
+(`require_right_deepspeed`). A DeepSpeed that steps its optimizer to allocate state is refused as well
+(`require_no_step_taken`).
 """
 
 from __future__ import annotations
@@ -72,20 +73,22 @@ USED: dict[type, dict[str, tuple[str, ...]]] = {
         "get_grads_for_norm": ("for_clipping",),
     },
 }
-"""Methods of DeepSpeed that are called or replaced though it does not promise to keep them, with their parameters."""
+"""Methods of DeepSpeed that are called or replaced, with their parameters. They are not public API and may change in
+any release; the check at startup makes that an error instead of a silently wrong gradient."""
 
 
 def _import_muon_without_compiler() -> None:
-    """Import once, before a launcher forks, what DeepSpeed would otherwise import in every rank.
+    """Import DeepSpeed's Muon optimizer with torch.compile replaced by a decorator that does nothing.
 
-    Its Muon, which is not offered here, is decorated with torch.compile, whose first use imports the whole compiler.
+    Its functions are decorated with torch.compile, whose first use imports the whole compiler. Muon is not offered
+    here, so nothing needs the compiled functions; the launcher may import this once before it forks the ranks.
     """
     with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda inner: inner)):
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
 def _without_shared_memory_comm() -> None:
-    """The compiled shared-memory all-reduce only serves inference, and its build would hold up the start."""
+    """Disable the compiled shared-memory all-reduce: only inference uses it, and building it delays startup."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -97,7 +100,7 @@ def require_right_deepspeed(version: str) -> None:
     """
     Raises:
         LaunchError: this DeepSpeed computes wrong gradients in a pipeline (before 0.19.3, its issues 7773 and 8152), or
-            updates weights by a gradient that is not finite, unless in fp16 (before 0.19.8, which looks at the norm).
+            applies updates with a non-finite gradient except in fp16 (before 0.19.8, which checks the norm).
     """
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < DEEPSPEED_FLOOR:
         floor = ".".join(map(str, DEEPSPEED_FLOOR))
@@ -119,15 +122,15 @@ def require_right_deepspeed(version: str) -> None:
 
 
 def _parameters(method: Callable[..., Any] | None) -> tuple[str, ...]:
-    """Without the object itself."""
+    """Names of the parameters, without `self`."""
     return ("(gone)",) if method is None else tuple(inspect.signature(method).parameters)[1:]
 
 
 class DeferredScale:
-    """Lets ZeRO change fp16's loss scale after a step, not within it.
+    """Defers ZeRO's update of the fp16 loss scale until the step is finished.
 
     DeepSpeed 0.19.8 updates the scale before it divides the gradients by it: in a step in which the scale doubles,
-    every unclipped gradient would be halved.
+    unclipped gradients would be halved.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -137,10 +140,13 @@ class DeferredScale:
         optimizer._update_scale = lambda has_overflow=False: self._asked.append(has_overflow)
 
     def make(self, dropped: bool) -> None:
-        """The update that the last step asked for; none where the step was dropped for another reason than overflow.
+        """Apply the update of the scale that the last step requested.
 
+        Args:
+            dropped: a hook dropped the step. Its NaN norm looks like an overflow to DeepSpeed but must not lower the
+                scale.
         Raises:
-            TrainingError: the scale would have to be lower than the smallest one.
+            TrainingError: the scale would have to fall below its minimum.
         """
         asked, self._asked = self._asked, []
         for has_overflow in [] if dropped else asked:
@@ -157,7 +163,8 @@ class DeferredScale:
 def require_no_step_taken(optimizer: Any) -> None:
     """
     Raises:
-        LaunchError: DeepSpeed has stepped the optimizer to allocate its state, which shifts Adam's bias correction.
+        LaunchError: DeepSpeed has stepped the optimizer to allocate its state, which puts Adam's bias correction off by
+            one step.
     """
     states = getattr(optimizer, "optimizer", optimizer).state.values()
     if any(float(state["step"]) for state in states if "step" in state):
@@ -168,11 +175,11 @@ def require_no_step_taken(optimizer: Any) -> None:
 
 
 def spare_copies(optimizer: Any, data_size: int) -> None:
-    """Do without passes over the gradients that change nothing: 2 to 10 % of a one-rank step on a CPU.
+    """Skip redundant passes over the gradients: 2 to 10 % of a one-rank step on a CPU.
 
-    With one data-parallel rank ZeRO-1 would flatten all gradients, sum them over that rank, divide them by one and copy
-    them back. In bf16 it would clear its fp32 gradients twice after each step, and add the first ones of the next to
-    the zeros, through another copy in fp32.
+    With one data-parallel rank ZeRO-1 would flatten all gradients, all-reduce them over that one rank, divide them by
+    one and copy them back. In bf16 it would zero its fp32 gradients twice after each step, then add the gradients of
+    the next step's first micro-batch to those zeros through one more fp32 copy.
     """
     if hasattr(optimizer, "fp32_groups_gradients_flat"):
         _spare_copies_in_bf16(optimizer, data_size)
@@ -188,6 +195,7 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
         if weight.grad is None or is_there[group][place] or clear_lp_grads:
             add(weight, group, place, clear_lp_grads)
             return
+        # The first micro-batch overwrites instead of adding, so the buffer need not be zeroed between steps.
         weight._hp_grad = gradients[group][place].copy_(weight.grad.view(gradients[group][place].shape))
         is_there[group][place] = True
 
@@ -196,7 +204,7 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
             found[:] = [False] * len(found)
 
     def to_reduce() -> tuple[list[Tensor], dict[str, Any]]:
-        """The gradients of a step, complete: those that it does not have are zero, not the last step's."""
+        """The gradients of this step. Parameters without one get zeros: their buffers still hold the last step's."""
         for group, found in zip(gradients, is_there, strict=True):
             for gradient in itertools.compress(group, map(operator.not_, found)):
                 gradient.zero_()
@@ -208,27 +216,28 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
 
 
 def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: ParallelContext) -> None:
-    """Let an optimizer of DeepSpeed clip by this norm, and drop the update where it is not finite.
+    """Make DeepSpeed's optimizer clip by this norm, and skip the update if the norm is not finite.
 
-    Its own way copies every gradient into fp64 (4 % of a one-rank step on a CPU), looks for elements that are not
-    finite in a pass of its own, and sums up over two groups of ranks after each.
+    DeepSpeed's own computation copies every gradient to fp64 (4 % of a one-rank step on a CPU), makes a separate pass
+    to look for non-finite elements, and all-reduces over two groups of ranks after each of the two.
 
     Args:
-        norm: of the whole model's gradient, times fp16's loss scale; an fp32 scalar, the same on every rank.
+        norm: returns the norm of the whole model's gradient, times fp16's loss scale: an fp32 scalar, equal on every
+            rank.
     Raises:
-        LaunchError: this DeepSpeed has no place to give it a norm.
+        LaunchError: this DeepSpeed optimizer has none of the methods through which a norm can be passed.
     """
-    if isinstance(optimizer, torch.optim.Optimizer):  # torch's own under ZeRO-0: it knows no norm
+    if isinstance(optimizer, torch.optim.Optimizer):  # torch's own under ZeRO-0: it does not clip
         return
     counts_here = context.tensor_rank == 0 and context.pipeline_rank == 0
-    device = getattr(optimizer, "device", context.device)  # where the gradients lie: under offload the CPU
+    device = getattr(optimizer, "device", context.device)  # where the gradients are: the CPU if they are offloaded
     to_clip: Any = getattr(optimizer, "get_grads_for_norm", None)
 
     def leave_it_to_the_norm(*_: Any, **__: Any) -> None:
         optimizer.overflow = False
 
     def to_sum(for_clipping: bool = False) -> Any:
-        """BF16_Optimizer sums squares over the ranks that hold one replica of the model."""
+        """BF16_Optimizer adds up the squares of all ranks of a replica: one rank returns the norm, the others zero."""
         if for_clipping:
             return to_clip(for_clipping=True)
         return [norm() if counts_here else torch.zeros_like(norm())], {}

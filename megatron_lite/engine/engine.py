@@ -1,8 +1,8 @@
 """One train step, from top to bottom (`Engine.train_step`), and the one interface to DeepSpeed.
 
-The loop sees `Engine`, never which of DeepSpeed's two engines does the work: `PipelinedEngine` with ZeRO-0/1 serves
-every pipeline size, 1 included; `FlatEngine` serves ZeRO-2/3, which partition gradients while they are computed and so
-cannot be driven by a pipeline schedule. Both run the same schedule over the same layer list.
+The training loop uses only `Engine` and does not depend on which of DeepSpeed's engines is behind it: `PipelinedEngine`
+runs ZeRO-0/1 at any pipeline size, including 1; `FlatEngine` runs ZeRO-2/3, which partition gradients during backward
+and therefore do not work with a pipeline schedule. Both run the same schedule over the same layer list.
 
 Shapes: b micro-batch, s sequence, v vocabulary, t tensor-parallel size.
 """
@@ -87,7 +87,7 @@ class Evaluation:
 
 
 class Engine(ABC):
-    """A model in training, on top of DeepSpeed."""
+    """A model being trained, on top of DeepSpeed."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Engine(ABC):
         heartbeat: Heartbeat,
         hooks: EngineHooks,
     ) -> None:
-        """A collective of all ranks. `global_batch_size`: that of the first step, in sequences."""
+        """A collective of all ranks. `global_batch_size`: of the first step, in sequences."""
         self.config = config
         self.context = context
         self.loss = task.loss
@@ -108,9 +108,9 @@ class Engine(ABC):
         self._phases = EnginePhases(heartbeat)
         self._hooks = hooks
         self._global_batch_size = global_batch_size
-        self._grad_norm = self._clipped_by = torch.zeros(())  # of the newest step: not scaled; times fp16's loss scale
+        self._grad_norm = self._clipped_by = torch.zeros(())  # of the last step: unscaled; times fp16's loss scale
         require_right_deepspeed(deepspeed.__version__)
-        if not deepspeed.comm.is_initialized():  # DeepSpeed then uses the process group that already exists
+        if not deepspeed.comm.is_initialized():  # DeepSpeed uses the process group that already exists
             deepspeed.init_distributed(dist_backend="nccl" if context.device.type == "cuda" else "gloo")
         self.module, grid = self._wrap(self.specs)
         self.deepspeed_engine = self._initialize(grid)
@@ -122,15 +122,15 @@ class Engine(ABC):
     def train_step(
         self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
     ) -> StepResult:
-        """One optimizer step over one global batch: every operation of it, in order.
+        """One optimizer step over one global batch: all of its operations, in order.
 
-        Gradients are zero when it begins, for the update before has cleared them.
+        Gradients are zero at the start, because the previous update cleared them.
 
         Args:
-            batches: this data-parallel rank's micro-batches (empty on stages that neither read tokens nor labels).
-            step: which global samples these are a part of.
+            batches: this data-parallel rank's micro-batches (empty on stages that read neither tokens nor labels).
+            step: the global batch that these are part of.
             learning_rate: of this step.
-            measure_update: whether `meter.figures` is to know what the update does to each layer.
+            measure_update: record each layer's update for `meter.figures`.
         """
         num_micro_batches = self.config.num_micro_batches(step.global_batch_size)
         self._begin(step, learning_rate, num_micro_batches)
@@ -138,7 +138,7 @@ class Engine(ABC):
         for instruction in self._announced(one_forward_one_backward(*self._stage_of_stages, num_micro_batches)):
             self._executors[instruction.action](instruction.buffer)
         self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
-        self._reduce_over_data_parallel()  # ZeRO-0/1; ZeRO-2/3 have done it in each backward pass
+        self._reduce_over_data_parallel()  # ZeRO-0/1; ZeRO-2/3 reduce in each backward pass
         self._phases.optimizer()
         self._hooks.after_reduction(self)
         judged, self._grad_norm = self.meter.measure_gradient(self._loss_part(), self.loss_scale)  # one all-reduce
@@ -176,7 +176,7 @@ class Engine(ABC):
         class_accuracy = right_classes / counted_classes if counted_classes else None
         return Evaluation(loss, nats / counted, right / counted, class_accuracy, token_weight, class_weight)
 
-    # The parts of a step, in its order.
+    # The parts of a step, in order.
 
     def _begin(self, step: BatchStep, learning_rate: float, num_micro_batches: int) -> None:
         if step.global_batch_size != self._global_batch_size:  # the batch ramp
@@ -184,20 +184,20 @@ class Engine(ABC):
             self._global_batch_size = step.global_batch_size
         for group in self.deepspeed_engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        # Dropout masks are keyed by the sample's number in the run, so that no layout changes them.
+        # Dropout masks are keyed by the sample's index in the run, so that they are the same in every layout.
         own_first = step.first_sample + self.context.data_rank * (step.global_batch_size // self.context.data_size)
         self.context.rng.begin_step(own_first, self.config.train.micro_batch_size)
-        # DeepSpeed scales each micro-batch's loss by this factor in its backward pass; auxiliary losses have to match.
+        # DeepSpeed scales each micro-batch's loss by this factor before backward; auxiliary losses have to match.
         self.context.auxiliary.begin_step(self.loss_scale / num_micro_batches)
         self.module.train()
         self.loss.begin_step()
 
     def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """One denominator for the whole global batch; the labels are on the last stage. A collective of its ranks."""
+        """Give the whole global batch one denominator. A collective of the last stage, which has the labels."""
         return scale_loss_weights(batches, self.context) if self.context.is_last_stage else batches
 
     def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
-        """The instructions of a schedule, each yielded just before it is executed."""
+        """Yield the instructions of a schedule, and report each to the heartbeat just before it is executed."""
         evaluating = not torch.is_grad_enabled()
         for tick in schedule:
             self._hooks.between_micro_batches()
@@ -209,11 +209,11 @@ class Engine(ABC):
     def _is_dropped(self, loss: torch.Tensor) -> bool:
         if self._hooks.before_update is None:
             return False
-        # These two conversions to Python numbers synchronize with the device.
+        # The two conversions to float synchronize with the device, hence only if a hook needs them.
         return self._hooks.before_update(PendingUpdate(float(loss), float(self._grad_norm), self.loss_scale))
 
     def _update(self, measure: bool) -> None:
-        """Clip, let the optimizer update this rank's partition of the weights, gather the weights, clear gradients."""
+        """Clip, update this rank's partition of the weights, all-gather the weights, clear the gradients."""
         self._clipped_by = self._grad_norm * self.loss_scale
         if self.config.parallel.zero_stage == 0 and self.config.optimizer.clip_grad_norm:
             clip_grads_with_norm_(self.module.parameters(), self.config.optimizer.clip_grad_norm, self._clipped_by)
@@ -223,7 +223,7 @@ class Engine(ABC):
         self.meter.after_update()
 
     def _drop_update(self) -> None:
-        if self.config.parallel.zero_stage == 0:  # torch's own optimizer does not check the norm
+        if self.config.parallel.zero_stage == 0:  # torch's own optimizer does not look at the norm
             self.deepspeed_engine.zero_grad()
             return
         self._clipped_by = torch.full_like(self._grad_norm, math.nan)  # DeepSpeed skips the update if the norm is NaN
@@ -234,7 +234,7 @@ class Engine(ABC):
             self._deferred_scale.make(dropped)
 
     def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> list[float]:
-        """From sums over micro-batches to means over the batch, from the last stage of each data-parallel rank.
+        """Turn the last stage's sums over micro-batches into means over the global batch, equal on every rank.
 
         A collective of all ranks.
         """
@@ -250,7 +250,7 @@ class Engine(ABC):
         return [float(mean) for mean in means.tolist()]
 
     def _token_loss_sum(self) -> torch.Tensor:
-        """The part of `_loss_sum` that comes from tokens."""
+        """The part of `_loss_sum` that is due to tokens, not to the samples' classes."""
         shares = self.loss.token_shares
         return torch.stack(shares).sum() if shares else self._loss_sum()
 
@@ -258,16 +258,16 @@ class Engine(ABC):
 
     @abstractmethod
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        """The layers in DeepSpeed's form, and its process grid if the module does not contain it."""
+        """The layers as a module for DeepSpeed, and DeepSpeed's process grid if the module does not contain it."""
 
     @abstractmethod
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
-        """Prepare for a schedule over these micro-batches."""
+        """Prepare to run a schedule over these micro-batches."""
 
     @property
     @abstractmethod
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
-        """The function that executes each instruction; it takes the number of the buffer."""
+        """The function that executes each kind of instruction; it takes the index of the buffer."""
 
     @abstractmethod
     def _loss_sum(self) -> torch.Tensor:
@@ -284,14 +284,14 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_local(self, sent: Sent) -> Outputs | Sent:
-        """This stage's layers, for inference: what `input_boundary` packs -> what the next stage gets, or outputs."""
+        """Run this stage's layers for inference: packed input -> packed input of the next stage, or the outputs."""
 
     @property
     @abstractmethod
     def input_boundary(self) -> StageBoundary:
-        """How this stage's input is packed: the batch on the first stage."""
+        """How this stage's input is packed; on the first stage that is the batch."""
 
-    # For other packages.
+    # Used by other packages.
 
     @property
     def loss_scale(self) -> float:
@@ -299,11 +299,11 @@ class Engine(ABC):
         return float(self.deepspeed_engine.optimizer.loss_scale) if self.dtype is torch.float16 else 1.0
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """This stage's raw gradients by global name; only within `after_reduction`. A collective of the stage."""
+        """This stage's raw gradients by global name; only in the `after_reduction` hook. A collective of the stage."""
         return full_tensors(self.module, self.context, self._gradient)
 
     def gradient_differences(self) -> dict[str, float]:
-        """Largest differences between the tensor ranks' gradients of replicated parameters; as `full_gradients`."""
+        """Largest difference between tensor ranks in each replicated parameter's gradient; see `full_gradients`."""
         return replica_differences(self.module, self.context, self._gradient)
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -320,23 +320,23 @@ class Engine(ABC):
         return num_training_buffers(*self._stage_of_stages, num_micro_batches)
 
     def _loss_part(self) -> torch.Tensor:
-        """Scalar: this rank's part of the current step's loss; 0 if no hook needs it."""
+        """Scalar: this rank's share of the current step's loss; 0 if no hook needs it."""
         if self._hooks.before_update is None or not self.context.is_last_stage or self.context.tensor_rank > 0:
             return torch.zeros((), device=self.context.device)
         parts = [sequences[0].sum() for sequences in self.loss.sequences]
         return torch.stack(parts).sum() / (len(parts) * self.context.data_size)
 
     def _of_job(self, sums: torch.Tensor) -> torch.Tensor:
-        """The last stage's values, summed over all data-parallel ranks."""
+        """The last stage's values, summed over all data-parallel ranks. A collective of all ranks."""
         if self.context.data_group is not None:
             dist.all_reduce(sums, group=self.context.data_group)
         dist.broadcast(sums, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
         return sums
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
-        """DeepSpeed's engine: it casts the module, partitions the optimizer and takes over backward and step."""
+        """Create DeepSpeed's engine: it casts the module, partitions the optimizer and runs backward and step."""
         optimizer = build_optimizer(self.module.named_parameters(), self.config.optimizer, self.context)
-        # A learning rate of zero until the first step: ZeRO and fp16 run an empty step to allocate their state.
+        # Learning rate 0 until the first step: ZeRO and fp16 run an empty step to allocate optimizer state.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         engine, *_ = deepspeed.initialize(

@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 without a pipeline."""
+"""ZeRO-2 and ZeRO-3, without pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lite.objectives.loss import Outputs
 
 
 class FlatEngine(Engine):
-    """DeepSpeedEngine around the whole model, driven by the schedule of a pipeline of one stage."""
+    """DeepSpeedEngine around the whole model, driven by the schedule of a one-stage pipeline."""
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
         self._boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
@@ -34,7 +34,7 @@ class FlatEngine(Engine):
 
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
-        """A single stage does not send or receive, and needs only one buffer."""
+        """A single stage does not send or receive, and needs only one buffer, so the index is ignored."""
         return {Action.LOAD: self._to_device, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
 
     def _to_device(self, _: int) -> None:
@@ -47,9 +47,9 @@ class FlatEngine(Engine):
         self._total += self._micro_batch_loss.detach()
 
     def _backward(self, _: int) -> None:
-        # Set by hand: a batch ramp changes the count, and DeepSpeed's own counter would then be out of step.
+        # Set explicitly: when a batch ramp changes the number of micro-batches, DeepSpeed's own counter is wrong.
         self.deepspeed_engine.set_gradient_accumulation_boundary(not self._to_come)
-        self.deepspeed_engine.backward(self._micro_batch_loss)  # reduces gradients to the ranks that own them
+        self.deepspeed_engine.backward(self._micro_batch_loss)  # also reduces gradients to the ranks that own them
 
     def _loss_sum(self) -> torch.Tensor:
         return self._total
@@ -58,7 +58,7 @@ class FlatEngine(Engine):
         """Nothing to do: the single stage holds all tied weights."""
 
     def _reduce_over_data_parallel(self) -> None:
-        """Nothing to do: each backward pass has reduced its gradients already."""
+        """Nothing to do: each backward pass has already reduced its gradients."""
 
     def _step_optimizer(self) -> None:
         self.deepspeed_engine.step()

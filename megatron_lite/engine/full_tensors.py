@@ -1,4 +1,4 @@
-"""Gather full tensors, by global name, from sliced weights and gradients."""
+"""Gather full tensors, by global name, from tensor-parallel slices of weights or gradients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from megatron_lite.parallel.sharding import join_slices
 def full_tensors(
     module: nn.Module, context: ParallelContext, fetch: Callable[[nn.Parameter], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """This stage's tensors, whole, unpadded, in fp32 on the CPU, by global name.
+    """This stage's full tensors by global name: without padding, in fp32 on the CPU.
+
+    A collective over the data and tensor groups; every rank of a stage gets the same result.
 
     Args:
-        fetch: a parameter's tensor-parallel slice of the wanted quantity (weight, gradient), joined over data ranks.
-    A collective over the data and tensor groups; every rank of a stage gets the same result.
+        fetch: returns a parameter's tensor-parallel slice of the wanted quantity (weight, gradient), already gathered
+            over data-parallel ranks.
     """
     gathered: dict[str, torch.Tensor] = {}
     for parameter in module.parameters():
@@ -36,7 +38,7 @@ def full_tensors(
 def replica_differences(
     module: nn.Module, context: ParallelContext, fetch: Callable[[nn.Parameter], torch.Tensor]
 ) -> dict[str, float]:
-    """By global name, how far the tensor-parallel ranks' copies of what is not split differ at most, relatively.
+    """By global name of each replicated parameter, the largest relative difference between tensor-parallel ranks.
 
     A collective over the data and tensor groups.
     """

@@ -1,7 +1,8 @@
 """The gradient norm, per-layer gradient norms and update ratios, and the loss of each sequence.
 
-The gradient is read once a step, each element on one rank, and one all-reduce adds up all that is wanted of it: the
-norm that every optimizer clips by, the norms of the layers, the loss that a step is judged by. No wait for the device.
+The gradient is read once per step, each element on one rank, and a single all-reduce sums everything that depends on
+it: the norm that is used for clipping, the norms of the layers, and the loss that spike detection uses. Nothing here
+waits for the device.
 """
 
 from __future__ import annotations
@@ -19,46 +20,48 @@ from torch import Tensor
 from megatron_lite.engine.shards import Shards
 from megatron_lite.parallel.context import ParallelContext
 
-STEPS_BEFORE = 4  # earlier steps whose figures are kept for the report of a spike
-ROW = 512  # elements
+STEPS_BEFORE = 4  # earlier steps whose norms are kept for spike reports
+ROW = 512  # elements whose squares are summed together, see `sum_of_squares`
 LAYER = re.compile(r"(?:(?:encoder|decoder)\.)?layers\.\d+")
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """Figures of each layer of the whole model, in the model's order; each parameter is counted once."""
+    """Figures of every layer of the whole model, in model order; each parameter is counted once."""
 
     grad_norm: Mapping[str, float]  # before clipping
     update_ratio: Mapping[str, float]  # norm of the update / norm of the weight
 
 
 class LayerMeter:
-    """Built on every rank, by a collective of all of them; so is each method that says so.
+    """Measures gradients and updates by layer. The constructor is a collective of all ranks, as are the methods that
+    say so.
 
     Args:
-        shards: what this rank holds. Each element of the model is owned by one rank.
+        shards: this rank's optimizer shards. Each element of the model is owned by exactly one rank, so that tied and
+            replicated parameters are counted once.
     """
 
     def __init__(self, shards: Shards, context: ParallelContext) -> None:
         self._shards, self._context = shards, context
         stages: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         own_stage = [layer_of(parameter.global_name) for parameter in shards.module.parameters()]
-        dist.all_gather_object(stages, own_stage)  # ranks are numbered by stages
+        dist.all_gather_object(stages, own_stage)  # in rank order, which is the order of stages
         self.layers: list[str] = list(dict.fromkeys(name for stage in stages for name in stage))
         rows = [self.layers.index(layer_of(parameter.global_name)) for parameter, _ in shards.owned]
         self._rows = torch.tensor(rows, dtype=torch.long, device=context.device)
-        self._squares: deque[Tensor] = deque(maxlen=STEPS_BEFORE + 1)  # [layers] each, of the whole model
+        self._squares: deque[Tensor] = deque(maxlen=STEPS_BEFORE + 1)  # [layers] each: sums over the whole model
         self._before: list[Tensor] = []
-        self._update: Tensor | None = None  # [2, layers]: squares of update and of weight, of this rank
+        self._update: Tensor | None = None  # [2, layers]: squares of update and of weight, this rank's share
 
     def measure_gradient(self, loss: Tensor, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """Between the last reduction of a step and clipping. A collective of all ranks.
+        """Call between the last gradient reduction of a step and clipping. A collective of all ranks.
 
         Args:
-            loss: scalar, this rank's part of the loss.
+            loss: scalar, this rank's share of the loss.
 
         Returns:
-            Scalars, the same on every rank: the loss, and the norm of the whole model's gradient, not scaled.
+            Scalars, equal on every rank: the loss, and the norm of the whole model's gradient without the loss scale.
         """
         squares = self._squares_of(self._shards.owned_gradients()) / loss_scale**2
         sums = self._summed(torch.cat([torch.stack([loss.double(), squares.sum()]), self._by_layer(squares)]))
@@ -66,7 +69,7 @@ class LayerMeter:
         return sums[0], sums[1].sqrt().float()
 
     def before_update(self) -> None:
-        """Copy the weights before the update; only in steps for which `figures` are needed."""
+        """Copy the weights before the update; only in steps for which update ratios are needed."""
         self._before = [weight.clone() for weight in self._shards.owned_weights()]
 
     def after_update(self) -> None:
@@ -77,7 +80,7 @@ class LayerMeter:
             self._before = []
 
     def figures(self) -> LayerFigures:
-        """The figures of the newest step. A collective of all ranks."""
+        """The figures of the last step. A collective of all ranks."""
         gradient = self._named(self._squares[-1])
         if self._update is None:
             return LayerFigures(gradient, {})
@@ -86,16 +89,16 @@ class LayerMeter:
         return LayerFigures(gradient, {layer: update[layer] / of if of else 0.0 for layer, of in weight.items()})
 
     def recent_grad_norms(self, step: int) -> dict[int, dict[str, float]]:
-        """Step -> layer -> norm, of the newest steps.
+        """Gradient norms of the last steps: step -> layer -> norm.
 
         Args:
-            step: the newest one that was measured.
+            step: number of the last step that was measured.
         """
         first = step - len(self._squares) + 1
         return {first + place: self._named(squares) for place, squares in enumerate(self._squares)}
 
     def forget(self) -> None:
-        """Forget the steps so far: the run is rolled back."""
+        """Forget all steps so far; for a rollback, after which their numbers come again."""
         self._squares.clear()
         self._update = None
 
@@ -123,10 +126,11 @@ class LayerMeter:
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """[elements] -> fp32 scalar, off by 1e-6 at most.
+    """[elements] -> fp32 scalar, with a relative error of at most 1e-6.
 
-    A CPU adds up the squares of a norm one after the other, so that of a million elements the small ones are lost: off
-    by 1e-5 and more. Short rows lose nothing, and it adds up their sums in pairs. In fp64 it would take twice the time.
+    On a CPU torch's norm adds up squares one by one, so with a million elements small terms are rounded away: an error
+    of 1e-5 or more. Rows of 512 are too short for that, and `sum` adds their results pairwise. fp64 would take twice
+    the time.
     """
     whole = tensor.numel() // ROW * ROW
     rows = torch.linalg.vector_norm(tensor[:whole].view(-1, ROW), dim=1, dtype=torch.float32)
@@ -141,7 +145,7 @@ def layer_of(name: str) -> str:
 
 
 def stage_memory_bytes(context: ParallelContext) -> list[int]:
-    """Peak memory (GPU, or process on a CPU) of the fullest rank of each stage. A collective of all ranks."""
+    """Peak memory (of the GPU, or of the process on a CPU) of each stage's fullest rank. A collective of all ranks."""
     if context.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(context.device)
     else:
@@ -153,15 +157,15 @@ def stage_memory_bytes(context: ParallelContext) -> list[int]:
 
 
 def sequence_losses(sequences: Sequence[Tensor], context: ParallelContext, global_batch_size: int) -> list[float]:
-    """Nats per token of each sequence of the global batch, in the order of its samples. A collective of all ranks.
+    """Nats per token of each sequence of the global batch, in sample order. A collective of all ranks.
 
     Args:
-        sequences: `TokenLoss.sequences` of the step, where this rank is on the last stage.
+        sequences: `TokenLoss.sequences` of the step; used only on the last stage.
     """
     both = torch.zeros(2, global_batch_size, device=context.device)
     if context.is_last_stage and context.tensor_rank == 0 and sequences:
         own = torch.cat(list(sequences), dim=1)
-        first = context.data_rank * own.shape[1]
+        first = context.data_rank * own.shape[1]  # every rank fills its own columns, so the sum is a gather
         both[:, first : first + own.shape[1]] = own
     dist.all_reduce(both)
     losses, weights = both.tolist()

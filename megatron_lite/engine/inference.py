@@ -1,4 +1,4 @@
-"""One forward pass through all stages without training: for samples and previews.
+"""One forward pass through all pipeline stages without training: for generated text and previews.
 
 Shapes: b samples, s positions whose labels are predicted, v vocabulary.
 """
@@ -19,10 +19,10 @@ from megatron_lite.parallel.context import ParallelContext
 
 @torch.no_grad()
 def forward_through_stages(engine: Engine, inputs: Sequence[Tensor]) -> Outputs | None:
-    """The model's outputs on the last stage, None on the others. A collective of all ranks.
+    """Returns the model's outputs on the last stage, None on the others. A collective of all ranks.
 
     Args:
-        inputs: of the model, [b, length] or [b] each, the same on every rank; read by the first stage.
+        inputs: of the model, [b, length] or [b] each, the same on every rank; only the first stage uses the values.
     """
     context = engine.context
     engine.module.eval()
@@ -43,9 +43,10 @@ def forward_through_stages(engine: Engine, inputs: Sequence[Tensor]) -> Outputs 
 
 
 def agree(values: Tensor | None, shape: Sequence[int], context: ParallelContext) -> Tensor:
-    """Send the last stage's result to every rank: [*shape] int64 on the CPU.
+    """Broadcast the last stage's result to every rank: [*shape] int64 on the CPU. A collective of all ranks.
 
-    Replicas whose logits differ in the last bit must not part, or one would wait for the other.
+    Logits of data-parallel replicas may differ in the last bit. If each chose its own next token, one could stop
+    generating earlier and leave the others waiting in a collective.
     """
     message = torch.empty(tuple(shape), dtype=torch.int64, device=context.device)
     if values is not None:

@@ -1,5 +1,5 @@
-"""The global token denominator: the loss is a mean over all tokens of a batch, however it is split over ranks and
-micro-batches."""
+"""The global token denominator: the loss is the mean over all tokens of a global batch, independent of how it is split
+into ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) 
 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by
     (micro-batches x ranks / total weight), that average equals Σ weight x loss / Σ weight of the whole global batch
-    (transformers PR 34191 tells what happens otherwise). The classes of whole samples have weights of their own. One
+    (transformers PR 34191 describes what goes wrong otherwise). Sequence labels have weights of their own. Costs one
     all-reduce of at most two numbers over the data-parallel group.
     """
     weights = [[w for w in (b.loss_weights, b.sequence_weights) if w is not None] for b in batches]
@@ -25,7 +25,7 @@ def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) 
     totals = totals.to(context.device)  # [1 or 2]
     if context.data_group is not None:
         dist.all_reduce(totals, group=context.data_group)
-    # A batch without any counted token has loss 0 and no gradient, instead of a division by zero.
+    # A batch without any counted token then has loss 0 and gradient 0 instead of NaN.
     scales = (len(batches) * context.data_size / totals.clamp(min=1e-20)).cpu()
     return [_scaled(batch, scales) for batch in batches]
 
@@ -38,6 +38,6 @@ def _scaled(batch: MicroBatch, scales: torch.Tensor) -> MicroBatch:
 
 
 def targets_of(batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-    """The labels and weights with which the loss compares the model's output."""
+    """The labels and weights that the loss needs besides the model's output."""
     targets = (batch.labels, batch.loss_weights, batch.sequence_labels, batch.sequence_weights)
     return tuple(tensor for tensor in targets if tensor is not None)

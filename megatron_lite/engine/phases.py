@@ -1,4 +1,4 @@
-"""What the engine is doing, for the heartbeat: which instruction of its schedule, of which micro-batch."""
+"""Reports to the heartbeat what the engine is doing: which instruction of its schedule, for which micro-batch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PHASES = {
     Action.RECEIVE: Phase.RECEIVE,
     Action.RECEIVE_GRAD: Phase.RECEIVE,
 }
-"""Loading has none: the tensors of a micro-batch are in memory already, and a forward pass follows."""
+"""LOAD has no phase: the micro-batch is already in memory, and a forward pass follows at once."""
 COMPUTING = (Action.FORWARD, Action.BACKWARD)
 
 
 class EnginePhases:
-    """Enters the phases of a step or of an evaluation."""
+    """Sets the heartbeat's phase during a step or an evaluation."""
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
 
     def instruction(self, instruction: Instruction, *, evaluating: bool = False) -> None:
-        """It is about to be executed; in an evaluation a forward pass is the evaluation itself."""
+        """Report an instruction that is about to be executed; forward passes of an evaluation are its own phase."""
         phase = PHASES.get(instruction.action)
         if phase is None:
             return

@@ -1,7 +1,7 @@
-"""The layer list as DeepSpeed's pipeline module, cut where our own arithmetic says.
+"""The layer list as a DeepSpeed PipelineModule, partitioned into stages by `topology.stage_bounds`.
 
-DeepSpeed's own partitioners build every layer on every rank, or count types by regular expression; the planner needs
-the same answer without building anything.
+DeepSpeed's own partitioners build every layer on every rank or count layer types by regular expression; the planner
+has to get the same partition without building anything.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
 
 Sent: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What one stage hands to the next, see `models.activations.Wire`; the last stage's is the model's output."""
+"""What one stage sends to the next, see `models.activations.Wire`; on the last stage, the model's output."""
 
 
 class StagedModule(PipelineModule):
-    """This rank's stage of the model: what the stage before it has sent -> what is sent on."""
+    """This rank's stage of the model: input from the previous stage -> output to the next."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class StagedModule(PipelineModule):
 
 
 def first_boundary(specs: Sequence[LayerSpec], hidden_size: int, context: ParallelContext) -> StageBoundary:
-    """How the batch is handed to the first stage."""
+    """How the batch is packed for the first stage."""
     return _boundary(specs[0], hidden_size, context)
 
 
@@ -81,7 +81,7 @@ def _boundary(spec: LayerSpec, hidden_size: int, context: ParallelContext) -> St
 
 
 class _LaterLayer(PipeLayerSpec):
-    """DeepSpeed builds the layers of its own stage only, by calling this."""
+    """A layer that is built later: DeepSpeed calls `build` only for the layers of this rank's stage."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(nn.Module)
@@ -92,7 +92,7 @@ class _LaterLayer(PipeLayerSpec):
 
 
 class _LaterTiedLayer(TiedLayerSpec):
-    """The same for a module that several layers share; DeepSpeed sums its gradient over the stages that hold it."""
+    """The same for a module that several layers share (tied weights); DeepSpeed sums its gradient over their stages."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec.tied, nn.Module, forward_fn=spec.apply, tied_weight_attr="weight")

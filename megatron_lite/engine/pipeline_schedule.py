@@ -1,12 +1,12 @@
-"""Pipeline schedules: what one stage does with the micro-batches of a batch, as instructions in order.
+"""Pipeline schedules: what one stage does with the micro-batches of a batch, as a sequence of instructions.
 
-Pure generators that know nothing of tensors or processes; another schedule is another generator. A schedule yields
-ticks, each a list of instructions. All stages have equally many ticks, and a send and the receive that it meets lie in
+A schedule is a pure generator without tensors or processes; to add a schedule, write another generator. It yields
+ticks, each a list of instructions. All stages have the same number of ticks, and a send and its matching receive are in
 the same tick on both stages. Two things follow:
 
-- Sends block until they are received, so of two neighbours that exchange tensors in a tick one must send first and the
-  other receive first, or both would wait for ever.
-- Between two ticks no message is under way: all ranks can agree on something there (a collective cannot block).
+- Sends block until they are received. So of two neighbours that exchange tensors in a tick, one must send first and the
+  other receive first; otherwise both wait forever.
+- Between two ticks no message is in flight, so a collective of all ranks is safe there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from enum import StrEnum
 
 class Action(StrEnum):
     LOAD = "load"  # the micro-batch: inputs on the first stage, labels on the last
-    RECEIVE = "receive"  # activations of the stage before
+    RECEIVE = "receive"  # activations from the previous stage
     FORWARD = "forward"
     SEND = "send"  # activations to the next stage
-    RECEIVE_GRAD = "receive_grad"  # of what was sent, from the next stage
+    RECEIVE_GRAD = "receive_grad"  # gradient of what was sent, from the next stage
     BACKWARD = "backward"
-    SEND_GRAD = "send_grad"  # of what was received, to the stage before
+    SEND_GRAD = "send_grad"  # gradient of what was received, to the previous stage
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Instruction:
     micro_batch: int
     """0 = the first of the batch."""
     buffer: int
-    """Which of the stage's buffers holds the activations of this micro-batch."""
+    """Index of the stage's buffer for the activations of this micro-batch."""
 
 
 Tick = list[Instruction]
@@ -41,9 +41,9 @@ Tick = list[Instruction]
 def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Iterator[Tick]:
     """1F1B (PipeDream-Flush, arXiv 2006.09503): one stage's part of a training batch.
 
-    Stage i computes the forward pass of micro-batch k in tick i + 2k, and its backward pass in tick
-    2 stages - 1 - i + 2k. So forward and backward passes alternate once the pipeline is full, and stage i holds the
-    activations of at most stages - i micro-batches. What a tick computes is sent in the next one.
+    Stage i runs the forward pass of micro-batch k in tick i + 2k, and its backward pass in tick 2 stages - 1 - i + 2k.
+    So forward and backward passes alternate once the pipeline is full, and stage i holds the activations of at most
+    stages - i micro-batches. The result of a tick is sent in the next tick.
     """
     first_backward = 2 * stages - 1 - stage
     buffers = num_training_buffers(stage, stages, micro_batches)
@@ -60,10 +60,10 @@ def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Ite
 
 
 def _forward_tick(stage: int, stages: int, forward: int | None, computed: int | None) -> Iterator[tuple[Action, int]]:
-    """The stage before is at a backward pass: it receives first and sends then, so here the send comes first.
+    """The previous stage is in a backward tick, where it receives before it sends. So here the send comes first.
 
     Args:
-        computed: micro-batch whose backward pass was the tick before.
+        computed: micro-batch whose backward pass ran in the previous tick.
     """
     if computed is not None and stage > 0:
         yield Action.SEND_GRAD, computed
@@ -77,10 +77,10 @@ def _forward_tick(stage: int, stages: int, forward: int | None, computed: int | 
 
 
 def _backward_tick(stage: int, stages: int, backward: int | None, computed: int | None) -> Iterator[tuple[Action, int]]:
-    """The next stage is at a forward pass: it sends first and receives then, so here the receive comes first.
+    """The next stage is in a forward tick, where it sends before it receives. So here the receive comes first.
 
     Args:
-        computed: micro-batch whose forward pass was the tick before.
+        computed: micro-batch whose forward pass ran in the previous tick.
     """
     is_last = stage == stages - 1
     if backward is not None and not is_last:
@@ -92,8 +92,8 @@ def _backward_tick(stage: int, stages: int, backward: int | None, computed: int 
 
 
 def num_training_buffers(stage: int, stages: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at a time under 1F1B; at least two, for one arrives while the one
-    before is still in use."""
+    """Number of micro-batches whose activations a stage holds at once under 1F1B; at least two, because one arrives
+    while the previous one is still in use."""
     return max(2, min(stages - stage, micro_batches))
 
 
@@ -101,7 +101,7 @@ NUM_EVALUATION_BUFFERS = 2
 
 
 def forward_only(stage: int, stages: int, micro_batches: int) -> Iterator[Tick]:
-    """One stage's part of an evaluation: stage i computes micro-batch k in tick i + k, and sends it in the next."""
+    """One stage's part of an evaluation: stage i runs micro-batch k in tick i + k, and sends the result in the next."""
     is_first, is_last = stage == 0, stage == stages - 1
 
     def instruction(action: Action, micro_batch: int) -> Instruction:
@@ -113,12 +113,12 @@ def forward_only(stage: int, stages: int, micro_batches: int) -> Iterator[Tick]:
         loads = [instruction(Action.LOAD, forward)] if forward is not None and (is_first or is_last) else []
         send = [instruction(Action.SEND, finished)] if finished is not None and not is_last else []
         receive = [instruction(Action.RECEIVE, forward)] if forward is not None and not is_first else []
-        # Even stages send first, odd ones receive first: of two neighbours one is always ready for the other.
+        # Even stages send first, odd stages receive first, so two neighbours never wait for each other.
         exchange = [*send, *receive] if stage % 2 == 0 else [*receive, *send]
         compute = [instruction(Action.FORWARD, forward)] if forward is not None else []
         yield [*loads, *exchange, *compute]
 
 
 def _micro_batch(index: int, micro_batches: int) -> int | None:
-    """None = the pipeline is filling or draining: this stage has nothing to compute."""
+    """None = nothing to compute, because the pipeline is filling or draining."""
     return index if 0 <= index < micro_batches else None

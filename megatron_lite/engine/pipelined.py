@@ -1,4 +1,4 @@
-"""Any pipeline size, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
+"""Pipeline parallelism of any size, 1 included, with ZeRO-1 (or ZeRO-0 as the fp32 reference)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_lite.objectives.loss import Outputs
 
 
 class PipelinedEngine(Engine):
-    """DeepSpeed's PipelineEngine executes each instruction; `Engine.train_step` decides which, and in what order."""
+    """DeepSpeed's PipelineEngine executes the instructions; `Engine.train_step` decides which ones, in what order."""
 
     module: StagedModule
 
@@ -35,7 +35,7 @@ class PipelinedEngine(Engine):
         self._of_deepspeed: dict[Action, Callable[[int], None]] = {
             Action.LOAD: engine._exec_load_micro_batch,  # to the device
             Action.RECEIVE: engine._exec_recv_activations,
-            Action.FORWARD: engine._exec_forward_pass,  # the loss too, on the last stage
+            Action.FORWARD: engine._exec_forward_pass,  # also the loss, on the last stage
             Action.SEND: engine._exec_send_activations,
             Action.RECEIVE_GRAD: engine._exec_recv_grads,
             Action.BACKWARD: engine._exec_backward_pass,
@@ -45,7 +45,7 @@ class PipelinedEngine(Engine):
 
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         if not torch.is_grad_enabled():
-            dist.barrier()  # no stage may send for an evaluation while its neighbour still finishes another one
+            dist.barrier()  # no stage may send for this evaluation while its neighbour is still finishing the last one
         pairs = [
             (self._first_boundary.pack(inputs_of(self.specs, batch.inputs)), targets_of(batch)) for batch in batches
         ]

@@ -1,7 +1,7 @@
-"""The optimizer shards of this rank (master weights and state), as fragments with their places in the full tensors.
+"""The optimizer shards of this rank (master weights and state), as fragments with their offsets in the full tensors.
 
-One class for each way in which DeepSpeed keeps master weights and moments. All of them give views into its memory, so
-that saving copies nothing and loading writes where training reads.
+One class for each way in which DeepSpeed stores master weights and moments. All return views of its memory, so that
+saving needs no copy and loading writes straight into the tensors that training uses.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_lite.parallel.context import ParallelContext
 
 @dataclass
 class Shards:
-    """The fp32 master weights and the optimizer's state of one rank. This class: whole tensors (ZeRO-0)."""
+    """The fp32 master weights and optimizer state of one rank. This class handles unpartitioned tensors (ZeRO-0)."""
 
     module: nn.Module
-    optimizer: Any  # DeepSpeed's, or torch's where DeepSpeed has none around it
+    optimizer: Any  # DeepSpeed's, or torch's if DeepSpeed does not wrap it
     config: OptimizerConfig
     context: ParallelContext
 
@@ -45,7 +45,8 @@ class Shards:
 
     @cached_property
     def owned(self) -> list[tuple[nn.Parameter, slice]]:
-        """Parameters, and the part of what this rank holds of each that counts here and on no other rank."""
+        """Parameters with the part of this rank's shard that no other rank owns: every element of the model has exactly
+        one owner, which counts it in norms and writes it to checkpoints."""
         found = [
             (parameter, slice(*fragment.owned))
             for parameter in self.module.parameters()
@@ -59,20 +60,20 @@ class Shards:
         return [self._local(parameter, WEIGHT)[part] for parameter, part in self.owned]
 
     def owned_gradients(self) -> list[Tensor]:
-        """The gradients of `owned`, times fp16's loss scale; between the last reduction and the update alone."""
+        """The gradients of `owned`, times fp16's loss scale; valid only between the last reduction and the update."""
         return [self._gradient(parameter)[part] for parameter, part in self.owned]
 
     def _local(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """This rank's part of the parameter, flat."""
+        """This rank's part of the parameter, flattened."""
         return next(iter(self._of(parameter, kind))).values
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient of what `_local` gives."""
+        """The gradient of the elements that `_local` returns."""
         assert parameter.grad is not None
         return parameter.grad.view(-1)
 
     def shapes(self) -> Shapes:
-        """Of the full tensors that this rank's stage has a part in, by kind and global name."""
+        """Shapes of the full tensors that this rank's stage holds (a slice of), by kind and global name."""
         found: dict[str, dict[str, Shape]] = {}
         for parameter in self.module.parameters():
             for kind in (WEIGHT, *moments_of(self.config)):
@@ -82,11 +83,12 @@ class Shards:
         return found
 
     def weights_changed(self) -> None:
-        """Let the model compute with master weights that were written from outside. A collective of all ranks."""
+        """Copy master weights that were written from outside (a loaded checkpoint) to the model's weights. A collective
+        of all ranks."""
 
     @property
     def updates(self) -> int:
-        """Number of updates that the optimizer has made, as used by Adam's bias correction."""
+        """Number of optimizer updates so far, as used by Adam's bias correction."""
         return max((int(state["step"]) for state in self._torch_state.values() if "step" in state), default=0)
 
     @updates.setter
@@ -97,7 +99,7 @@ class Shards:
 
     @property
     def loss_scale(self) -> LossScaleState | None:
-        """The loss scale of fp16."""
+        """State of fp16's dynamic loss scale; None in other precisions."""
         scaler = self._scaler
         if scaler is None:
             return None
@@ -109,12 +111,13 @@ class Shards:
         scaler = self._scaler
         assert scaler is not None, "only fp16 has a loss scale"
         scaler.cur_scale = state.scale
+        # DeepSpeed uses only the difference of the two counters.
         scaler.cur_iter, scaler.last_overflow_iter = state.steps_since_change, -1
         scaler.cur_hysteresis = state.hysteresis_left
 
     def _prepare(self) -> None:
-        """Make the state that the first step makes, so that there is something to load into, and to save where fp16 has
-        skipped every step so far."""
+        """Create the state that the first update would create, so that there are tensors to load into, or to save if
+        fp16 has skipped every step so far."""
         for parameter in self.module.parameters():
             for moment in moments_of(self.config):
                 region = self._region(parameter, moment)
@@ -122,7 +125,7 @@ class Shards:
                     self._make_state(parameter, moment, region.local_shape)
 
     def _make_state(self, values: Tensor, moment: str, shape: Shape) -> None:
-        """`values`: what torch's optimizer takes for a parameter."""
+        """`values`: the tensor that torch's optimizer sees as the parameter."""
         state = self._torch_state[values]
         if self.config.name is OptimizerName.adamw:
             state.setdefault("step", torch.zeros((), device=values.device))
@@ -133,7 +136,7 @@ class Shards:
 
     @property
     def _torch_state(self) -> dict[Tensor, dict[str, Any]]:
-        """Of torch's optimizer, inside DeepSpeed's or alone."""
+        """State of torch's optimizer, whether DeepSpeed wraps it or not."""
         return getattr(self.optimizer, "optimizer", self.optimizer).state
 
     @property
@@ -145,26 +148,27 @@ class Shards:
         region = self._region(parameter, kind)
         if region is not None:
             flat = (parameter if kind == WEIGHT else self._torch_state[parameter][kind]).view(-1)
-            # Every data-parallel rank has all of it: each writes its share.
+            # Every data-parallel rank has the whole tensor, so each writes only its share.
             own = share(flat.numel(), self.context.data_size, self.context.data_rank)
             yield self._fragment(parameter, kind, region, 0, flat, own)
 
     def _fragment(
         self, parameter: nn.Parameter, kind: str, region: Region, start: int, values: Tensor, own: tuple[int, int]
     ) -> Fragment:
-        """`own`: of `values`, what no other data-parallel rank writes."""
+        """`own`: the range of `values` that no other data-parallel rank writes."""
         first, stop = own
         if getattr(parameter, "ds_pipe_replicated", False):
-            stop = first  # the first stage that has this tied parameter writes it
-        elif region.dim is None:
+            stop = first  # a copy of a tied parameter: the first stage that holds it writes it
+        elif region.dim is None:  # replicated over tensor-parallel ranks: divide the writing among them, too
             part = share(stop - first, self.context.tensor_size, self.context.tensor_rank)
             first, stop = first + part[0], first + part[1]
         return Fragment(kind, parameter.global_name, region, start, values.detach(), (first, stop))
 
     def _region(self, parameter: nn.Parameter, kind: str) -> Region | None:
-        """Where this rank's slice of a weight or moment lies; None = the parameter has no such moment."""
+        """Position of this rank's slice in the full weight or moment; None = the parameter has no such moment."""
         spec = parameter.shard_spec
         dims = len(spec.full_shape)
+        # Adafactor's row and column statistics have only some of the weight's dimensions.
         kept = tuple(range(dims)) if kind == WEIGHT else kept_dims(kind, dims)
         if kept is None:
             return None
@@ -179,7 +183,8 @@ class Shards:
 
 
 class PartitionedShards(Shards):
-    """ZeRO-1 and 2, bf16 too: a flat vector of all parameters, of which each data-parallel rank has a stretch."""
+    """ZeRO-1 and 2, also in bf16: all parameters in one flat vector per group, of which each data-parallel rank has a
+    contiguous partition. A partition's ends may fall inside a parameter."""
 
     def _prepare(self) -> None:
         for partition in self._partitions:
@@ -187,7 +192,8 @@ class PartitionedShards(Shards):
                 self._make_state(partition, moment, partition.shape)
 
     def owned_gradients(self) -> list[Tensor]:
-        if hasattr(self.optimizer, "_wait_for_offload_copies"):  # from a GPU: still under way when backward is done
+        # Copies from the GPU are asynchronous and may not be finished when backward returns.
+        if hasattr(self.optimizer, "_wait_for_offload_copies"):
             self.optimizer._wait_for_offload_copies()
         return super().owned_gradients()
 
@@ -196,13 +202,13 @@ class PartitionedShards(Shards):
 
     @property
     def _partitions(self) -> list[Tensor]:
-        """This rank's stretch of each group's flat vector."""
+        """This rank's partition of each group's flat vector."""
         in_bf16 = getattr(self.optimizer, "fp32_groups_flat_partition", None)
         return self.optimizer.single_partition_of_fp32_groups if in_bf16 is None else in_bf16
 
     def _of(self, parameter: nn.Parameter, kind: str) -> Iterator[Fragment]:
         mapping = parameter._hp_mapping
-        if mapping is None:  # another rank's
+        if mapping is None:  # no part of it is in this rank's partition
             return
         place = mapping.hp_fragment_address
         flat = mapping.hp_fragment if kind == WEIGHT else self._moment(mapping.param_group_index, kind, place)
@@ -213,7 +219,7 @@ class PartitionedShards(Shards):
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         mapping: Any = parameter._hp_mapping
         flat = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-        place = mapping.lp_fragment_address  # under bf16 the gradient is whole on every rank
+        place = mapping.lp_fragment_address  # in bf16 every rank has the complete gradient, so take the fragment
         return flat.narrow(0, place.start, place.numel) if flat.numel() == parameter.numel() else flat
 
     def _moment(self, group: int, kind: str, place: Any) -> Tensor:
@@ -221,7 +227,7 @@ class PartitionedShards(Shards):
 
 
 class ParameterShards(Shards):
-    """ZeRO-3: each parameter by itself in equal parts, the last ones padded."""
+    """ZeRO-3: each parameter is split into equal parts, one per data-parallel rank; the last ones may be padded."""
 
     def _prepare(self) -> None:
         for partition in self.optimizer.fp32_partitioned_groups_flat:
@@ -229,7 +235,8 @@ class ParameterShards(Shards):
                 self._make_state(partition, moment, partition.shape)
 
     def weights_changed(self) -> None:
-        self.optimizer._partition_all_parameters()  # what an evaluation has gathered would be used again
+        # Free parameters that an evaluation has gathered: otherwise the next forward pass uses those stale copies.
+        self.optimizer._partition_all_parameters()
         for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
 

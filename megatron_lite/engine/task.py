@@ -1,4 +1,4 @@
-"""Build model, objective and loss from a configuration, for runs, the equivalence check and tests."""
+"""Build the model, objective and loss from a configuration; used by runs, the equivalence check and tests."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Task:
     specs: list[LayerSpec]
     loss: TokenLoss
     measures: Mapping[str, Reduction]
-    """What a step measures besides, in the order of the list."""
+    """Names and reductions of the auxiliary measurements of a step, in the order of STEP_MEASURES."""
 
 
 def build_task(config: ResolvedConfig, context: ParallelContext, vocabulary: Vocabulary) -> Task:
     """
     Raises:
-        ConfigError: the vocabulary lacks what the objective needs.
+        ConfigError: the vocabulary lacks special tokens that the objective needs.
     """
     objective = build_objective(config.objective, config.data, vocabulary)
     specs = build_layers(

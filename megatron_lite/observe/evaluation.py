@@ -1,4 +1,4 @@
-"""The report of an evaluation: a file that the ranks write and the command shows."""
+"""The report of an evaluation: a file that the ranks write and the command prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Losses in nats, accuracies from 0 to 1; None = does not exist, or is not finite."""
+    """Losses in nats, accuracies from 0 to 1; None = not applicable or not finite."""
 
     checkpoint: str
     step: int | None
@@ -32,7 +32,7 @@ class EvaluationReport:
     perplexity: float | None
     """exp(token_loss)"""
     accuracy: float | None
-    """Share of the counted tokens whose label has the largest logit."""
+    """Fraction of counted tokens whose label has the largest logit."""
     sequence_accuracy: float | None
     """The same for the samples' classes."""
 
@@ -74,7 +74,7 @@ def report_of(
     accuracy: float,
     sequence_accuracy: float | None,
 ) -> EvaluationReport:
-    """A report of these figures, in which nothing is NaN or infinite: JSON has no such numbers."""
+    """Build a report from these figures; NaN and Inf, which JSON lacks, become None."""
     return EvaluationReport(
         checkpoint=checkpoint,
         step=step,

@@ -1,4 +1,4 @@
-"""Append lines to a file: whole, in order and once each; kept in memory while the disk rejects writes."""
+"""Append lines to a file: complete, in order and once each; kept in memory while the disk rejects writes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST_BYTES = 64 * 2**20
 class LineWriter:
     """Appends to one file, of which it is the only writer.
 
-    Training must not end because a disk or quota is full or a file server is not reachable for a while. The file always
-    holds whole lines: a partly written line is truncated again, which needs no space.
+    Training must not end because a disk or quota is full or a file server is unreachable for a while. The file always
+    ends with a complete line: a partly written line is truncated again, which needs no space.
 
     Args:
         report: called with a line when lines begin to wait, and when they have been written.
@@ -37,7 +37,7 @@ class LineWriter:
         self._open()
 
     def write(self, line: str) -> None:
-        """Args: line: with its end."""
+        """Args: line: including its newline."""
         data = line.encode("utf-8", errors="backslashreplace")
         self._waiting.append(data)
         self._waiting_bytes += len(data)
@@ -84,7 +84,7 @@ class LineWriter:
         if self._size is not None and size > self._size:
             os.ftruncate(self._file, self._size)
             size = self._size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":  # of another writer, or of a disk that lost data
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # from another writer, or a disk that lost data
             size += os.write(self._file, b"\n")
         self._size = size
         return self._file
@@ -92,18 +92,19 @@ class LineWriter:
     def _put(self, file: int, data: bytes) -> None:
         assert self._size is not None
         written = os.write(file, data)
-        while written < len(data):  # a full disk may take a part, and refuse the rest
+        while written < len(data):  # a full disk may accept a part and reject the rest
             written += os.write(file, data[written:])
         self._size += len(data)
 
     def _fail(self, error: OSError) -> None:
-        """Leave whole lines, and begin with a newly opened file the next time: the old one may be stale."""
+        """Truncate the file to complete lines and close it; the next write opens it again, in case the descriptor is
+        stale."""
         if self._file is not None:
             file, self._file = self._file, None
-            with suppress(OSError):  # then it is done when the file is opened again
+            with suppress(OSError):  # if this fails, the file is truncated when it is opened again
                 if self._size is not None:
                     os.ftruncate(file, self._size)
-            with suppress(OSError):  # a disk that is away says so here, too
+            with suppress(OSError):  # an unreachable disk may fail here, too
                 os.close(file)
         if not self._is_failing:
             self._is_failing = True

@@ -1,7 +1,7 @@
 """How the latest attempt at a run ended, as a file in its run folder: exit codes do not survive torchrun or Slurm.
 
-An attempt removes the markers of the one before it and leaves one of its own, named like a `RunEnd`. A file named STOP
-asks the ranks to stop.
+A new attempt removes the markers of the previous one; when it ends it leaves its own, named after a `RunEnd`. A file
+named STOP asks the ranks to stop.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read_marker(run_dir: Path) -> Marker | None:
 
 
 def clear_markers(run_dir: Path) -> None:
-    """Remove the markers and stop request of the attempt before, when a new attempt begins."""
+    """Remove the markers and the stop request of the previous attempt, when a new attempt begins."""
     for name in (STOP_FILE, HANG_FILE, *(end.name for end in RunEnd)):
         remove_file(run_dir / name)
 

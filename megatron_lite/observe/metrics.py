@@ -79,7 +79,7 @@ class _Rewind:
     step: int
     rollbacks: int
     is_reported: bool = False
-    """Whether the user has been told that it has to wait."""
+    """Whether the user has been notified that it has to wait."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MetricsWriter:
         self._path, self._report = path, report
         self._logged_at = {} if logged is None else {resume_step: logged}
         self.loss: Loss | None = None
-        """What was found missing when the file was opened; None = nothing."""
+        """What was found missing when the file was opened; None = nothing is missing."""
         self._postponed: list[_Rewind | _Written] = []
         """In order; the first is always a rewind."""
         self._begin(resume_step, rollbacks, logged)

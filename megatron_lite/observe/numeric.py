@@ -1,4 +1,4 @@
-"""The numbers among the values that trackers get."""
+"""Extract the numbers from the values that trackers are given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric entries, which a chart can show; nested ones get names such as `layer_grad_norm/layers.0`."""
+    """The numeric entries, which charts can show; nested ones get names such as `layer_grad_norm/layers.0`."""
     found: dict[str, float] = {}
     for name, value in values.items():
         plain = value.item() if hasattr(value, "item") else value

@@ -1,7 +1,7 @@
 """The charts of a run as one list, used by report.html, the wandb workspace and TensorBoard's Custom Scalars.
 
-Keys are names of figures as the trackers log them: `train/loss` is `loss` of metrics.jsonl, `evaluation/...` is in
-events of that kind, and `train/layer_grad_norm/*` is every entry of a nested figure.
+Keys are names of figures as the trackers log them: `train/loss` is `loss` in metrics.jsonl, `evaluation/...` is a field
+of events of that kind, and `train/layer_grad_norm/*` means every entry of a nested figure.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Panel:
     section: str
     keys: tuple[str, ...]
     explanation: str
-    """One line for readers who do not know such a chart."""
+    """One line for readers who are not familiar with the chart."""
     unit: str = ""
     factor: float = 1.0
-    """Multiplies the figure to get the unit; only report.html applies it."""
+    """The figure x factor is in `unit`; only report.html applies it."""
     log_axis: bool = False
     stacked: bool = False
     """The keys are parts of a whole."""
@@ -152,7 +152,7 @@ PANELS = (
 
 
 def pattern(key: str) -> str:
-    """A regular expression that matches a key's figures, and no longer names."""
+    """A regular expression that matches the figures of a key, but no longer names that start with it."""
     if key.endswith(WHOLE_GROUP):
         return f"^{re.escape(key.removesuffix(WHOLE_GROUP))}/.+$"
     return f"^{re.escape(key)}$"
@@ -167,7 +167,7 @@ def sections() -> dict[str, list[Panel]]:
 
 
 def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
-    """For `SummaryWriter.add_custom_scalars`: section -> title -> kind of chart and patterns of tags."""
+    """The argument of `SummaryWriter.add_custom_scalars`: section -> title -> kind of chart and patterns of tags."""
     return {
         section: {panel.title: ["Multiline", [pattern(key) for key in panel.all_keys]] for panel in panels}
         for section, panels in sections().items()

@@ -1,4 +1,4 @@
-"""Small words of messages."""
+"""Helpers for the wording of messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loss.png`: the run at a glance."""
+"""`loss.png`: the loss curve of a run, with learning rate and gradient norm."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ _Points = tuple[list[int], list[float]]  # steps and values of equal length
 def plot_run(
     run_dir: Path, *, title: str, unigram_loss: float | None = None, run: RunFolder | None = None
 ) -> Path | None:
-    """Draw `<run_dir>/loss.png` from the run's own files.
+    """Draw `<run_dir>/loss.png` from the files in the run folder.
 
-    Training loss as logged and smoothed, validation losses (`evaluation` events with `validation_loss`), the loss of a
-    model that knows nothing but how often each label occurs, which a real one must beat, and below them the learning
-    rate and the gradient norm.
+    It shows the training loss, raw and smoothed; validation losses (`evaluation` events with `validation_loss`); and
+    the loss of a unigram model, which knows only how often each label occurs and which any trained model must beat.
+    Below them are the learning rate and the gradient norm.
 
     Args:
-        run: the folder, where it has been read already.
+        unigram_loss: None = no such line.
+        run: the folder, if it has already been read.
     Returns:
-        The picture's path; None when no step has been logged.
+        The path of the picture; None if no step has been logged.
     """
     run = run or RunFolder.read(run_dir)
     loss = _points(run, "loss")
     if not loss[0]:
         return None
-    # A late import of 0.6 s, only by the rank that draws. `Figure` without pyplot needs no display and leaves no state.
+    # Imported late (0.6 s), only on the rank that draws. `Figure` without pyplot needs no display and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,9 +144,9 @@ def _style(axes: Any) -> None:
 
 
 def smoothed(values: Sequence[float], share: float = 0.015) -> list[float]:
-    """Two-sided exponential mean over about `share` of the values; skips NaN and inf.
+    """Two-sided exponential moving average over about `share` of the values; skips NaN and Inf.
 
-    The mean of a forward and a backward pass: one pass alone would lag behind a falling loss.
+    It is the mean of a forward and a backward pass, because a single pass would lag behind a falling loss.
     """
     forward = _one_sided(values, share)
     backward = _one_sided(values[::-1], share)[::-1]
@@ -164,13 +165,13 @@ def _one_sided(values: Sequence[float], share: float) -> list[float]:
 
 
 def _points(run: RunFolder, name: str) -> _Points:
-    """NaN is a gap."""
+    """Steps and values of a figure; NaN leaves a gap in the curve."""
     steps, values = run.history.curve(name)
     return steps, [math.nan if value is None else value for value in values]
 
 
 def _validations(run: RunFolder) -> _Points:
-    """In the order of steps, without those that a rollback has taken back."""
+    """Validation losses in the order of steps, without those that a rollback has undone."""
     found = [(entry["step"], entry.get("validation_loss")) for entry in run.standing("evaluation")]
     known = [(step, float(value)) for step, value in found if isinstance(value, int | float)]
     return [step for step, _ in known], [value for _, value in known]

@@ -1,4 +1,4 @@
-"""The progress bar of a run, or progress lines where there is no terminal."""
+"""The progress bar of a run, or progress lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.text import Text
 
 from megatron_lite.observe.console import Console
 
-_SPEED_WINDOW = 20  # steps whose mean duration the ETA is based on
-_WIDE_COLUMNS = 110  # of a terminal that has room for the long form of the figures and a bar
+_SPEED_WINDOW = 20  # number of steps whose mean duration gives the ETA
+_WIDE_COLUMNS = 110  # minimum terminal width for the long form of the figures next to the bar
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What the progress line shows of one step; None = not known, and left out."""
+    """Figures of one step for the progress line; None = not known and not shown."""
 
     loss: float
     grad_norm: float | None = None
@@ -29,12 +29,12 @@ class StepFigures:
 
 
 class Progress:
-    """A bar on a terminal, a line every `log_interval` steps elsewhere, nothing when not `enabled`.
+    """A bar on a terminal, a line every `log_interval` steps elsewhere, nothing unless `enabled`.
 
-    Use it as a context manager: leaving it, by an error too, hands the terminal back with the cursor on a new line.
+    Use it as a context manager: on exit, also after an error, it restores the terminal with the cursor on a new line.
 
     Args:
-        first_step: steps already done when this attempt starts.
+        first_step: number of steps already done when this attempt starts.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Progress:
         if self._enabled and console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the others leave
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes the rest of the width
                 _Figures(),
                 console=console.rich,
                 refresh_per_second=4,
@@ -76,7 +76,7 @@ class Progress:
         self.stop()
 
     def update(self, step: int, figures: StepFigures) -> None:
-        """Show that `step` steps are done."""
+        """Show that step number `step` is done."""
         self._eta.update(step)
         if self._bar is not None:
             compact = self._bar.console.width < _WIDE_COLUMNS
@@ -85,7 +85,7 @@ class Progress:
             self._console.print(step_line(step, self._total_steps, figures, self._eta.seconds))
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar: a validation, a save."""
+        """Print a separate line above the bar, e.g. for a validation or a save."""
         self._console.print(text)
 
     def stop(self) -> None:
@@ -104,17 +104,17 @@ class _Figures(ProgressColumn):
 
 
 class _Eta:
-    """Time left, from the mean duration of the last steps: evaluations and saves between them count as well."""
+    """Time left, estimated from the mean duration of the last steps, including evaluations and saves between them."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
         self._times: deque[tuple[int, float]] = deque([(first_step, time.monotonic())], maxlen=_SPEED_WINDOW + 1)
-        self._known_seconds: float | None = None  # a step, while a single one is in the window
+        self._known_seconds: float | None = None  # per step; used while the window contains a single step
 
     def update(self, step: int) -> None:
         now = time.monotonic()
         newest, newest_time = self._times[-1]
-        if self._known_seconds is None:  # the first step pays for warming up: measure from its end
+        if self._known_seconds is None:  # the first step includes warm-up, so measure from its end
             self._known_seconds = (now - newest_time) / max(step - newest, 1)
             self._times.clear()
         elif step <= newest:  # the run was rolled back
@@ -138,7 +138,7 @@ def step_line(step: int, total_steps: int, figures: StepFigures, eta_seconds: fl
 
 
 def figure_text(figures: StepFigures, eta_seconds: float | None, compact: bool = False) -> str:
-    """The figures that are known; `compact` fits a terminal of 80 columns together with the step."""
+    """The known figures; the `compact` form fits into 80 columns together with the step."""
     parts = [f"loss {figures.loss:.3f}"]
     if figures.grad_norm is not None:
         parts.append(f"{'grad' if compact else 'grad norm'} {figures.grad_norm:.2f}")

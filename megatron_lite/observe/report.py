@@ -1,6 +1,6 @@
-"""`report.html`: a run on one page that opens from disk, without a network, and can be sent to people.
+"""`report.html`: a run on a single page that opens from disk without a network connection and can be shared.
 
-Everything that comes out of the run folder is data: texts of documents are written by strangers.
+Everything from the run folder is untrusted and is escaped: texts of documents may contain HTML.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Fact = tuple[str, str]
 
 @dataclass(frozen=True)
 class Tile:
-    """One large figure."""
+    """A headline figure at the top of the page."""
 
     label: str
     value: str
@@ -49,44 +49,45 @@ class Chart:
     title: str
     explanation: str
     figure: str
-    """JSON without a character that HTML would take for its own."""
+    """JSON without characters that are special in HTML."""
     is_wide: bool
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows of one source that gave no document, for one reason."""
+    """Rows of one data source that yielded no document, for one reason."""
 
     source: str
     documents: int
-    """Of the source in all."""
+    """All documents of the source."""
     kind: str
     count: int
     examples: list[str]
 
 
 def write_report(run_dir: Path, state: str, out: Path | None = None, run: RunFolder | None = None) -> Path:
-    """Read the run folder as it is now and write its page, whole or not at all.
+    """Read the run folder as it is now and write the page atomically.
 
     Args:
-        state: what the run is doing, or how it has ended, in words.
+        state: text that says what the run is doing or how it ended.
         out: None = `report.html` in the run folder.
-        run: the folder, where it has been read already.
+        run: the folder, if it has already been read.
     Returns:
         the page's path
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     path = out or run_dir / REPORT_FILE
     page = render(run or RunFolder.read(run_dir), state).encode()
-    with masked([run_dir, *run_dir.glob("spikes/*.json")], path.parent):  # the page repeats the text in them
+    # The page quotes texts of these files, so it gets no wider permissions than they have.
+    with masked([run_dir, *run_dir.glob("spikes/*.json")], path.parent):
         replace_file(path, page)
     return path
 
 
 def render(run: RunFolder, state: str) -> str:
     """The page as HTML."""
-    # Late imports: a run draws its report at its end, and most commands never do.
+    # Imported late: only the report needs them, and most commands never write one.
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -118,7 +119,7 @@ def render(run: RunFolder, state: str) -> str:
 
 
 def charts_of(run: RunFolder) -> tuple[dict[str, list[Chart]], list[str]]:
-    """The charts of each section, and the titles of panels that the run has recorded nothing for."""
+    """The charts of each section, and the titles of panels for which the run has no data."""
     found: dict[str, list[Chart]] = {}
     missing, count = [], 0
     for section, panels in sections().items():
@@ -127,7 +128,7 @@ def charts_of(run: RunFolder) -> tuple[dict[str, list[Chart]], list[str]]:
         drawn = {panel: figure for panel, figure in figures.items() if figure is not None}
         narrow = [panel for panel in drawn if not panel.branches]
         for panel, figure in drawn.items():
-            fills_row = len(narrow) % 2 == 1 and panel is narrow[0]  # else the row would have a hole
+            fills_row = len(narrow) % 2 == 1 and panel is narrow[0]  # otherwise the row would have a gap
             identity, is_wide = f"chart-{count}", panel.branches or fills_row
             found.setdefault(section, []).append(
                 Chart(identity, panel.title, panel.explanation, _json(figure), is_wide)
@@ -137,12 +138,12 @@ def charts_of(run: RunFolder) -> tuple[dict[str, list[Chart]], list[str]]:
 
 
 def _json(figure: Any) -> str:
-    """plotly writes <, > and / as escapes, for it is made to stand in HTML; a test holds it to that."""
+    """The figure for a <script> element: plotly escapes <, > and /, which a test checks."""
     return str(figure.to_json(engine="json"))
 
 
 def _notices(run: RunFolder) -> list[str]:
-    """What a reader of the charts has to know."""
+    """Notices above the charts: missing, damaged or incomplete data."""
     found, history = [], run.history
     if history.count == 0:
         found.append("No step has been logged yet: there is nothing to draw.")
@@ -164,7 +165,7 @@ def _notices(run: RunFolder) -> list[str]:
 
 
 def facts(run: RunFolder) -> list[Fact]:
-    """What the run is."""
+    """Label and text of the facts that describe the run."""
     last = run.history.last
     begin = run.newest("resume") or run.newest("start")
     rows = [
@@ -215,7 +216,7 @@ def _versions(begin: Mapping[str, Any]) -> str:
 
 
 def left_out_rows(run: RunFolder) -> list[LeftOut]:
-    """The rows of the corpus that gave no document, a line for each source and kind."""
+    """Rows of the corpus that yielded no document, one entry for each source and reason."""
     return [
         LeftOut(str(counts["source"]), counts["documents"], entry["kind"], entry["count"], list(entry["examples"]))
         for counts in run.newest(ROWS_EVENT).get("sources", [])
@@ -224,7 +225,7 @@ def left_out_rows(run: RunFolder) -> list[LeftOut]:
 
 
 def tiles(run: RunFolder) -> list[Tile]:
-    """What one looks at first."""
+    """The headline figures."""
     rows = [_last_loss(run), _best_validation(run), *_speed(run), _health(run)]
     return [tile for tile in rows if tile is not None]
 
@@ -261,7 +262,7 @@ def _speed(run: RunFolder) -> list[Tile]:
 
 
 def _utilisation(run: RunFolder, speed: float) -> list[Tile]:
-    """With the terms of its formula, where the run has told them."""
+    """Model FLOPs utilization with the terms of its formula, if the run has logged them."""
     terms = run.newest("speed_terms")
     if not (_is_finite(terms.get("flops_per_token")) and _is_finite(terms.get("peak_flops"))):
         return []
@@ -286,7 +287,7 @@ def _number(value: Any) -> str:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """`2.1 GFLOP/s`."""
+    """A value with an SI prefix: `2.1 GFLOP/s`."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 1000:
             return f"{value:.3g} {prefix}{unit}"

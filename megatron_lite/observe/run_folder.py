@@ -39,7 +39,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at the run, from its first event."""
+    """One attempt at the run, as described by its first event."""
 
     kind: str
     """start or resume."""
@@ -47,7 +47,7 @@ class Attempt:
     step: int
     world_size: int | None
     end: str
-    """How it ended; empty = not known."""
+    """How it ended; empty = unknown."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SpikeSequence:
 
 @dataclass(frozen=True)
 class SpikeReportFile:
-    """What a spike report has besides the figures of its event."""
+    """The fields of a spike report that its event does not have."""
 
     learning_rate: float | str | None = None
     loss_scale: float | str | None = None
@@ -153,23 +153,23 @@ EVENTS: dict[str, type] = {
     ROLLBACK_EVENT: RollbackEvent,
     SPIKE_EVENT: SpikeEvent,
 }
-"""What a page needs of an event, by its kind."""
+"""The fields that report.html needs, by kind of event."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run, as they were when they were read."""
+    """The files of one run, as of when they were read."""
 
     path: Path
     settings: Mapping[str, Any]
-    """The newest frozen configuration, as plain values: the report of a run of another version is still a report."""
+    """The newest frozen configuration as plain values, not as a RunConfig: runs of other versions must be readable."""
     events: list[Entry]
     skipped: list[Entry]
-    """Windows of samples that rollbacks have left out: window, step, to_step, reason."""
+    """Ranges of samples that rollbacks have skipped: window, step, to_step, reason."""
     marker: Marker | None
     job_ends: list[JobEnd]
     logged: LoggedLines | None = None
-    """What the newest checkpoint knows of metrics.jsonl."""
+    """What the newest checkpoint records about metrics.jsonl."""
 
     @classmethod
     def read(cls, path: Path, logged: LoggedLines | None = None) -> RunFolder:
@@ -185,33 +185,33 @@ class RunFolder:
 
     @cached_property
     def history(self) -> History:
-        """The figures of all steps that count; read when they are first asked for."""
+        """The figures of all steps except rolled-back ones; read on first use."""
         return History.read(self.path / METRICS_FILE, self.known_losses(), self.logged)
 
     @cached_property
     def taken_back(self) -> TakenBack:
-        """What rollbacks have taken back; read when it is first asked for."""
+        """The figures of rolled-back steps; read on first use."""
         return TakenBack.read(self.path / ROLLED_BACK_FILE)
 
     def known_losses(self) -> list[Gap]:
-        """Steps whose lines resumes have found missing."""
+        """Steps whose lines were found missing at a resume."""
         texts = [text for entry in self.of_kind(LOSS_EVENT) for text in entry.get("ranges") or []]
         return [gap for text in texts if (gap := Gap.read(text)) is not None]
 
     def setting(self, key: str) -> Any:
-        """The value of a dotted key; None where there is none."""
+        """The value of a dotted key; None if it is missing."""
         value: Any = self.settings
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
     def of_kind(self, kind: str) -> list[Entry]:
-        """Events of one kind, oldest first; of one that a resume has repeated, the last."""
+        """Events of one kind, oldest first; if a resume has repeated an event, only its last occurrence."""
         found = {(branch, entry.get("step")): entry for branch, entry in with_branches(self.events) if _is(entry, kind)}
         return list(found.values())
 
     def standing(self, kind: str) -> list[Entry]:
-        """Those of them that no rollback has taken back."""
+        """Events of one kind that no rollback has undone, in the order of steps."""
         stand: dict[int, Entry] = {}
         for entry in self.events:
             if _is(entry, ROLLBACK_EVENT):
@@ -221,11 +221,11 @@ class RunFolder:
         return [stand[step] for step in sorted(stand)]
 
     def newest(self, kind: str) -> Entry:
-        """The last event of one kind; empty where there is none."""
+        """The last event of one kind; empty if there is none."""
         return next((entry for entry in reversed(self.events) if _is(entry, kind)), {})
 
     def num_skipped(self) -> int:
-        """Samples that are left out; windows of several rollbacks may overlap."""
+        """Number of skipped samples. Ranges of several rollbacks may overlap; a sample is counted once."""
         total = reached = 0
         for first, stop in sorted((entry["window"]["first"], entry["window"]["stop"]) for entry in self.skipped):
             total += max(stop - max(first, reached), 0)
@@ -247,13 +247,17 @@ class RunFolder:
         return Attempt(first["event"], first["time"], first["step"], first.get("world_size"), end)
 
     def _end_of_job(self, last: float) -> str:
-        """What Slurm's record says of the attempt whose last event was then, before another attempt began."""
+        """The end that Slurm's record gives for an attempt, before the next attempt began; empty = none.
+
+        Args:
+            last: time of the attempt's last event.
+        """
         later = [_seconds(entry) for entry in self.events if entry.get("event") in BEGINNINGS]
         until = min((time for time in later if time > last), default=math.inf)
         return next((entry.reason for entry in self.job_ends if last <= entry.time <= until), "")
 
     def spike_report(self, spike: Mapping[str, Any]) -> Entry | None:
-        """What was found out about a spike; None where it has not been written, or not whole."""
+        """The report of a spike; None if it has not been written or is damaged."""
         name = spike.get("spike_report")
         if not isinstance(name, str):
             return None
@@ -311,7 +315,7 @@ def _skipped(path: Path) -> list[Entry]:
 
 
 def _is_whole(event: Entry) -> bool:
-    """Whether an event has all that a page shows of its kind."""
+    """Whether an event has all fields that report.html shows for its kind."""
     if not {"event", "time"} <= event.keys():
         return False
     kind = EVENTS.get(event["event"])

@@ -227,7 +227,7 @@ def holder_of(run_dir: Path) -> Holder | None:
 
 
 def require_free(run_dir: Path, attempt: str) -> None:
-    """A quick look ahead of what takes long; only `take` is certain.
+    """A quick check before slow work; only `take` is reliable.
 
     Raises:
         RunFolderInUseError: a process of this machine holds the lock, and it is not of this attempt.
@@ -240,7 +240,7 @@ def require_free(run_dir: Path, attempt: str) -> None:
 
 
 def own_attempt(environment: Mapping[str, str] = os.environ) -> str:
-    """What all ranks of this attempt have in common: what our launcher has told them, or what other launchers tell."""
+    """An id that all ranks of this attempt share: set by our launcher, or derived from variables of other launchers."""
     derived = "/".join(environment.get(name, "") for name in DERIVED_FROM)
     return environment.get(ATTEMPT) or derived
 
@@ -325,13 +325,13 @@ def _is_here(entry: _Entry) -> bool:
 def _numbers(folder: Path) -> list[int]:
     try:
         names = os.listdir(folder)
-    except OSError:  # there is none yet, or something else has its name
+    except OSError:  # the folder does not exist yet, or is not a folder
         return []
     return [int(found[1]) for found in map(FILE_NAME.fullmatch, names) if found]
 
 
 def _newest(folder: Path) -> _Entry | None:
-    """The file with the highest number; None where there is none."""
+    """The file with the highest number; None if there is none."""
     while numbers := _numbers(folder):
         path = folder / f"{max(numbers):08d}.json"
         try:

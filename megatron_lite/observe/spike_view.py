@@ -1,4 +1,4 @@
-"""What was found out about a spike, in the words and rows that a page shows."""
+"""The report of a spike as texts and table rows for report.html."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MOST_DOCUMENTS = 200
 class LayerRow:
     layer: str
     norms: list[str]
-    """Of each of the spike report's steps."""
+    """One for each step of the spike report."""
     jump: float | None
-    """The norm at the spike over the median of the steps before it; infinite where it was no number then."""
+    """Norm at the spike / median norm of the steps before it; infinite if the norm at the spike is NaN or Inf."""
 
 
 @dataclass(frozen=True)
 class SpikeView:
-    """A spike as it is shown."""
+    """A spike, formatted for display."""
 
     step: int
     kinds: str
@@ -33,8 +33,9 @@ class SpikeView:
     text: str
     facts: list[tuple[str, str]]
     documents: list[Mapping[str, Any]]
-    """The first MOST_DOCUMENTS of ..."""
+    """At most MOST_DOCUMENTS."""
     num_documents: int
+    """Number of all documents."""
     sequences: list[Mapping[str, Any]]
     steps: list[int]
     layers: list[LayerRow]
@@ -43,9 +44,10 @@ class SpikeView:
 
     @classmethod
     def of(cls, spike: Mapping[str, Any], spike_report: Mapping[str, Any] | None) -> SpikeView:
-        """Args:
-        spike: the event.
-        spike report: the file that it names; None = it cannot be read, and the event is all there is.
+        """
+        Args:
+            spike: the event.
+            spike_report: the file that the event names; None = it cannot be read, so only the event is shown.
         """
         known = {**spike, **(spike_report or {})}
         norms = {int(step): layers for step, layers in (known.get("layer_grad_norm") or {}).items()}
@@ -67,7 +69,7 @@ class SpikeView:
 
     @property
     def largest(self) -> LayerRow | None:
-        """The layer that jumped most."""
+        """The layer with the largest jump."""
         return max((row for row in self.layers if row.jump is not None), key=lambda row: row.jump or 0.0, default=None)
 
 
@@ -95,7 +97,7 @@ def _judged(known: Mapping[str, Any], name: str) -> str:
 
 
 def ranges(samples: Sequence[Sequence[int]]) -> str:
-    """`1,024 to 1,087` of [[1024, 1088]]; of many ranges the first ones."""
+    """`1,024 to 1,087` for [[1024, 1088]]; of many ranges only the first ones."""
     texts = [span(first, stop - 1) for first, stop in samples[:MOST_RANGES]]
     more = len(samples) - MOST_RANGES
     return ", ".join(texts) + (f" and {counted(more, 'more range')}" if more > 0 else "")
@@ -120,5 +122,5 @@ def _jump(usual: Sequence[float], at: Any) -> float | None:
 
 
 def number_text(value: Any) -> str:
-    """A figure with four digits; empty where there is none."""
+    """A number with four significant digits; empty if the value is not a number."""
     return f"{value:.4g}" if isinstance(value, int | float) else ""

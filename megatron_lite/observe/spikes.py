@@ -1,14 +1,14 @@
-"""Spike detection: a pure function of the steps before, so every rank and every replay gets the same result.
+"""Spike detection: a pure function of the previous steps, so every rank and every replay gets the same result.
 
-The loss falls, fast at first. So the detector does not judge the loss but its deviation from the median of the few
-steps just before, in units of the robust standard deviation of such deviations over a longer window: 1.4826 x the
-median absolute deviation, which equals the standard deviation of a normal distribution (Hampel 1974; the window of 128
-steps is OLMo-core's, which uses 6 standard deviations of the loss itself). The gradient norm is judged in the same way
-by its logarithm.
+The loss falls over time, quickly at first. So the detector does not test the loss itself but its deviation from the
+median of the last few steps, in units of the robust standard deviation of such deviations over a longer window: 1.4826
+x the median absolute deviation, which equals the standard deviation for a normal distribution (Hampel 1974; the window
+of 128 steps is OLMo-core's, which uses 6 standard deviations of the loss itself). The gradient norm is tested in the
+same way, on a logarithmic scale.
 
-A single step with a gradient norm fifty times the usual one is not a spike: small batches of clean text have them,
-clipping makes them harmless, and the loss does not react. It is a spike if the loss rises too, or if the next step has
-such a gradient as well.
+A single step with a gradient norm fifty times the usual one is not a spike: small batches of clean text have such
+steps, clipping makes them harmless, and the loss does not react. It is a spike if the loss rises as well, or if the
+next step also has such a gradient.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from enum import StrEnum
 from statistics import median
 from typing import Protocol
 
-BASELINE_STEPS = 9  # of which the median is what the next step is compared with
-LEAST_SPREAD = 1e-9  # of a series that does not move at all
-NORMAL = 1.4826  # standard deviations in a median absolute deviation of the normal distribution
+BASELINE_STEPS = 9  # the next step is compared with the median of this many steps
+LEAST_SPREAD = 1e-9  # avoids a division by zero for a series that does not change at all
+NORMAL = 1.4826  # standard deviation / median absolute deviation, for a normal distribution
 
 
 class SpikeKind(StrEnum):
-    """In which way a step is a spike."""
+    """Why a step counts as a spike."""
 
     not_finite = "not_finite"  # loss or gradient norm is NaN or Inf
     loss = "loss"
@@ -36,7 +36,7 @@ class SpikeKind(StrEnum):
 
 
 class SpikeLimits(Protocol):
-    """The settings `stability.*` (config/stability.py), which say why they are what they are."""
+    """The settings `stability.*`; config/stability.py explains their defaults."""
 
     window: int
     min_steps: int
@@ -49,21 +49,21 @@ class SpikeLimits(Protocol):
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """The figures of a step by which it is judged."""
+    """The figures of a step that the detector uses."""
 
     step: int
     loss: float
     grad_norm: float
     loss_scale: float = 1.0
     overflowed: bool = False
-    """fp16 found the gradient too large for its loss scale and dropped the step: a part of its search for one."""
+    """The gradient overflowed fp16 and the update was skipped: normal while the loss scale is being adjusted."""
 
 
 @dataclass(frozen=True)
 class Judgement:
     kinds: tuple[SpikeKind, ...] = ()
     usual_loss: float | None = None
-    """Median of the usual steps just before; None = too few."""
+    """Median of the last steps that were not spikes; None = too few steps so far."""
     loss_deviations: float | None = None
     usual_grad_norm: float | None = None
     grad_norm_deviations: float | None = None
@@ -75,7 +75,7 @@ class Judgement:
 
 @dataclass
 class _Series:
-    """The latest usual values of one quantity, and how far each lay from those just before it."""
+    """The latest values of one quantity without spikes, and how far each was from the median of those before it."""
 
     window: int
     min_steps: int
@@ -90,7 +90,7 @@ class _Series:
         self.recent.append(value)
 
     def compare(self, value: float) -> tuple[float | None, float | None]:
-        """The usual value, and by how many robust deviations this one departs from it; None = too few steps."""
+        """The usual value, and by how many robust deviations this value differs from it; None = too few steps."""
         if len(self.departures) < self.min_steps:
             return None, None
         usual, centre = median(self.recent), median(self.departures)
@@ -99,7 +99,7 @@ class _Series:
 
 
 class SpikeDetector:
-    """Judges the steps of a run in their order."""
+    """Decides for each step of a run, in order, whether it is a spike."""
 
     def __init__(self, limits: SpikeLimits) -> None:
         self.limits = limits
@@ -113,7 +113,7 @@ class SpikeDetector:
         self._norm_was_high = False
 
     def judge(self, statistics: StepStatistics) -> Judgement:
-        """What the step is, by the usual ones before it; changes nothing."""
+        """Compare the step with the usual steps before it; does not change the history."""
         collapsed = (SpikeKind.loss_scale,) if self._has_collapsed(statistics.loss_scale) else ()
         if statistics.overflowed and math.isfinite(statistics.loss):
             return Judgement(collapsed)
@@ -138,14 +138,14 @@ class SpikeDetector:
             yield SpikeKind.grad_norm
 
     def add(self, statistics: StepStatistics, judgement: Judgement) -> None:
-        """Take a step that has been judged into the history.
+        """Add a judged step to the history.
 
-        A spike is left out, so that the next one is measured against what was usual before. Where `min_steps` follow
-        each other without a usual step, the level has changed for good, and the history begins anew.
+        Spikes are left out, so that the next step is compared with what was usual before the spike. After `min_steps`
+        consecutive spikes the level has changed permanently, and the history starts over.
         """
         self._norm_was_high = self._is_high(statistics, judgement)
         if SpikeKind.loss_scale in judgement.kinds:
-            self._scales.clear()  # it stays low for long: the steps that follow are none for that
+            self._scales.clear()  # the scale stays low for long, and the following steps must not count as collapses
         if judgement.is_spike:
             self._spikes_in_a_row += 1
             if self._spikes_in_a_row >= self.limits.min_steps:
@@ -159,7 +159,7 @@ class SpikeDetector:
         self._scales.append(statistics.loss_scale)
 
     def replay(self, history: Iterable[StepStatistics]) -> None:
-        """Begin anew with steps of an earlier attempt."""
+        """Start over with the steps of an earlier attempt."""
         self._forget()
         for statistics in history:
             self.add(statistics, self.judge(statistics))
@@ -175,7 +175,7 @@ class SpikeDetector:
 
 
 def _exceeds(deviations: float | None, limit: float) -> bool:
-    """NaN does not: it is not a number, which is a kind of its own."""
+    """False for NaN, which is a spike of the kind `not_finite` instead."""
     return deviations is not None and deviations >= limit
 
 

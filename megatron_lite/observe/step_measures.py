@@ -1,7 +1,8 @@
-"""What a step can measure besides loss and norm, as one list: the engine's collective, metrics.jsonl, charts and
-trackers are made of it.
+"""All measurements of a training step besides loss and norm, as one list that the engine's collective, metrics.jsonl,
+charts and trackers use.
 
-To add one: an entry here, and in the layer or the loss `context.auxiliary.measure(name, value)` (docs/extending.md).
+To add one, add an entry here and call `context.auxiliary.measure(name, value)` in the layer or the loss
+(docs/extending.md).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ class StepMeasure:
     """A scalar that layers or the loss measure in each micro-batch."""
 
     name: str
-    """Of the figure in metrics.jsonl; wandb and TensorBoard have it as train/NAME."""
+    """Name of the figure in metrics.jsonl; in wandb and TensorBoard it is train/NAME."""
     reduction: Literal["mean", "sum", "max"]
     """Over the step's micro-batches and all ranks, see `parallel.auxiliary.Reduction`."""
     title: str
     explanation: str
     unit: str = ""
     setting: str | None = None
-    """It is measured where this setting is neither 0 nor false; None = always."""
+    """A dotted key: measured only if this setting is neither 0 nor false. None = always."""
 
 
 STEP_MEASURES = (

@@ -17,7 +17,7 @@ from megatron_lite.observe.progress import duration
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Figures and places of a finished run; None and empty strings are left out. Losses are in nats per token."""
+    """Figures and file paths of a finished run; None and empty strings are not shown. Losses are in nats per token."""
 
     title: str
     steps: int
@@ -26,24 +26,24 @@ class RunSummary:
     validation_loss: float | None = None
     validation_token_loss: float | None = None  # without the loss of the samples' classes
     validation_accuracy: float | None = None
-    sequence_accuracy: float | None = None  # of the samples' classes, such as next sentence or not
+    sequence_accuracy: float | None = None  # of the samples' classes, e.g. next-sentence prediction
     unigram_label: str = "unigram entropy"
-    unigram_entropy_nats: float | None = None  # loss of predicting the labels' frequencies
+    unigram_entropy_nats: float | None = None  # loss of a model that predicts the labels' frequencies
     unigram_accuracy: float | None = None  # of always predicting the most frequent label
     tokens: int | None = None
     seconds: float | None = None  # of this attempt
     tokens_per_second: float | None = None
-    data_wait: float | None = None  # share of a step's time that was spent on making its batch, 0 .. 1
+    data_wait: float | None = None  # fraction of a step's time that was spent waiting for its batch, 0 .. 1
     model_flops_utilization: float | None = None
     prompt: str = ""
-    sample: str = ""  # what the model wrote after the prompt
+    sample: str = ""  # the text that the model generated after the prompt
     plot: Path | None = None
     report: Path | None = None
     metrics: Path | None = None
     checkpoint: Path | None = None
     logs: Path | None = None
-    command: str = ""  # resumes or repeats the run
-    note: str = ""  # e.g. that there was nothing left to do
+    command: str = ""  # command line that resumes or repeats the run
+    note: str = ""  # e.g. that the run was already finished
 
 
 def show_summary(console: Console, summary: RunSummary) -> None:
@@ -55,7 +55,7 @@ def show_summary(console: Console, summary: RunSummary) -> None:
 
 
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """Label and text of every known fact, in the order to show them."""
+    """Label and text of every known fact, in display order."""
     rows = [
         ("steps", f"{summary.steps:,}"),
         ("training loss", _training_loss(summary)),
@@ -88,7 +88,7 @@ def summary_text(summary: RunSummary) -> str:
 def summary_panel(summary: RunSummary) -> Panel:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column(overflow="fold")  # a path or command is folded, never cut: it is there to be copied
+    table.add_column(overflow="fold")  # wrap paths and commands instead of truncating them, so they can be copied
     for label, fact in summary_rows(summary):
         table.add_row(label, Text(fact))
     parts: list[RenderableType] = [Text(summary.note, style="yellow")] if summary.note else []
@@ -152,7 +152,7 @@ def _speed(summary: RunSummary) -> str:
 
 
 def _place(path: Path | None) -> str:
-    """Relative to the working folder where it lies inside it: short, and it can be pasted."""
+    """The path, relative to the working directory if it is inside it: short, and it can be pasted into a shell."""
     if path is None:
         return ""
     absolute = path.absolute()
@@ -164,12 +164,12 @@ def _shown_sample(summary: RunSummary) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replace control characters, which a model may generate and a terminal would execute."""
+    """Replace control characters: a model may generate them, and a terminal would interpret them."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """exp(loss); infinite if it overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

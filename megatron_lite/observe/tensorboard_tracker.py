@@ -13,10 +13,9 @@ from megatron_lite.observe.panels import tensorboard_layout
 
 
 class TensorBoardTracker:
-    """Scalars by step, and the charts of `panels.PANELS` under Custom Scalars.
+    """Logs scalars by step, and the charts of `panels.PANELS` under Custom Scalars.
 
-    Steps of an earlier attempt beyond `resume_step`, and those that a rollback takes back, are hidden by TensorBoard's
-    purge step.
+    TensorBoard's `purge_step` hides steps of an earlier attempt after `resume_step`, and steps that a rollback undoes.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
@@ -30,7 +29,7 @@ class TensorBoardTracker:
         self._add(kind, step, values)
 
     def alert(self, title: str, text: str) -> None:
-        """Nothing: TensorBoard tells nobody."""
+        """Does nothing: TensorBoard has no alerts."""
 
     def rewind(self, step: int, rollbacks: int) -> None:
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Speed in tokens and as a fraction of what the hardware could do."""
+"""Speed in tokens per second and as a fraction of the hardware's peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Throughput:
     """Speed of one step.
 
     `model_flops_utilization` is MFU (PaLM, arXiv 2204.02311, appendix B): the FLOPs that the model needs, without
-    recomputation, over the FLOPs that the devices could have done in the time; None without a known peak.
+    recomputation, divided by the peak FLOPs of the devices in that time; None if the peak is unknown.
     """
 
     tokens_per_second: float

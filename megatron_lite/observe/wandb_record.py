@@ -1,4 +1,7 @@
-"""What wandb has already written down of a run, read from its own transaction logs, online and offline ones alike."""
+"""What wandb has already logged for a run, read from its local transaction logs, both online and offline.
+
+A resume needs this so that it does not log the same row or alert twice.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from wandb.proto import wandb_internal_pb2
 FILE_HEADER_BYTES = 7
 BLOCK_BYTES = 32768
 CHUNK_HEADER_BYTES = 7
-WHOLE, LAST = 1, 4  # kinds of chunks that end a record
+WHOLE, LAST = 1, 4  # types of chunks that end a record
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class Alert:
 
 
 def history(run_dir: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Each logged row of all attempts at a run, oldest attempt first."""
+    """All logged rows of all attempts at a run, oldest attempt first."""
     for record in _parsed(run_dir, run_id):
         if record.HasField("history"):
             yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
 
 
 def alerts(run_dir: Path, run_id: str) -> Iterator[Alert]:
-    """Each alert of all attempts at a run, oldest attempt first."""
+    """All alerts of all attempts at a run, oldest attempt first."""
     for record in _parsed(run_dir, run_id):
         if record.HasField("alert"):
             yield Alert(record.alert.title, record.alert.text, record.alert.level)
@@ -47,15 +50,16 @@ def _parsed(run_dir: Path, run_id: str) -> Iterator[Any]:
             try:
                 record.ParseFromString(data)
             except DecodeError:
-                break  # cut short by a kill; nothing that can be read follows
+                break  # truncated by a kill; nothing readable follows
             yield record
 
 
 def records(log: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format: blocks; in them chunks of checksum (4), length (2), kind (1), data."""
+    """The records of a log in LevelDB's format: blocks of chunks, each with checksum (4 bytes), length (2), type (1)
+    and data. A record is one or more chunks."""
     position, record = FILE_HEADER_BYTES, b""
     while position + CHUNK_HEADER_BYTES <= len(log):
-        if BLOCK_BYTES - position % BLOCK_BYTES < CHUNK_HEADER_BYTES:
+        if BLOCK_BYTES - position % BLOCK_BYTES < CHUNK_HEADER_BYTES:  # padding: no header fits in this block any more
             position += BLOCK_BYTES - position % BLOCK_BYTES
             continue
         length, kind = struct.unpack_from("<HB", log, position + 4)

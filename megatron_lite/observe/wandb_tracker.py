@@ -1,4 +1,4 @@
-"""Weights & Biases: one run for the life of a run folder, through every resume."""
+"""Weights & Biases: one wandb run per run folder, kept through all resumes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from megatron_lite.observe.wandb_record import alerts, history
 from megatron_lite.state_files import read_text, warn
 
 RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
-OF_ATTEMPTS = (*BEGINNINGS, "stop", "finish")  # events of each attempt, not of a step that may be repeated
-OF_LINES = ("event", "step", "time")  # what lines of metrics.jsonl and events.jsonl have besides figures
+OF_ATTEMPTS = (*BEGINNINGS, "stop", "finish")  # events of an attempt: logged by each attempt, even at the same step
+OF_LINES = ("event", "step", "time")  # fields of metrics.jsonl and events.jsonl that are not figures
 
 
 class WandbTracker:
-    """Logs to the wandb run whose id is kept in `<run>/wandb/run-id`.
+    """Logs to the wandb run whose id is stored in `<run>/wandb/run-id`. Every step is logged exactly once.
 
-    wandb drops a row whose own step counter is not above the last one (wandb issues 4482, 9449). Here `step` is an
-    ordinary value, made the axis of every chart. A run that resumes from a checkpoint repeats the steps behind it, bit
-    for bit: what the run's record has already is not logged again. What it lost, because wandb's own process was killed
-    with the ranks, is logged late (`catch_up`). So it holds every step once.
+    wandb drops a row whose built-in step is not greater than the last one (wandb issues 4482, 9449). So `step` is
+    logged as an ordinary value here, and used as the x-axis of every chart. A run that resumes from a checkpoint
+    repeats the steps after it bit for bit: rows that wandb already has are not logged again. Rows that were lost
+    because wandb's process was killed together with the ranks are logged later (`catch_up`).
 
-    After a rollback steps come again that are no repetition: their samples are other ones. Every row says by how many
-    `rollbacks` it comes after, and the record holds every step of each such branch once.
+    Steps that come again after a rollback are not repetitions: they use other samples. Every row therefore has the
+    number of `rollbacks` before it (its branch), and each branch has every step once.
 
     Args:
-        mode: `auto` (online when the user is logged in, offline otherwise), `offline` or `online`.
-        rollbacks: of the run so far.
+        mode: `auto` (online if the user is logged in, otherwise offline), `offline` or `online`.
+        rollbacks: number of rollbacks in the run so far.
     Raises:
-        ConfigError: online without an API key; wandb would wait for one on the keyboard.
+        ConfigError: online without an API key; wandb would prompt for one and block.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class WandbTracker:
         }
         try:
             self._run = _start(mode, arguments)
-        except Exception as error:  # of wandb, its network and its service
+        except Exception as error:  # wandb raises many types, also for its network and its service process
             if mode == "offline":
                 raise
             report(f"wandb is not available ({error}); logging offline, `wandb sync` sends it later")
@@ -85,7 +85,7 @@ class WandbTracker:
         self._add(kind, step, self._branch(kind, values), values)
 
     def alert(self, title: str, text: str) -> None:
-        """Told once, whatever a resume repeats; wandb sends a mail or a message as the user has set it up there."""
+        """Send an alert once, even if a resume repeats the step; wandb forwards it as the user has set up there."""
         if (title, text) not in self._alerted:
             self._run.alert(title=title, text=text, level="WARN")
             self._alerted.add((title, text))
@@ -94,20 +94,24 @@ class WandbTracker:
         self._rollbacks = rollbacks
 
     def catch_up(self, metrics: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
-        """Log what `rolled_back.jsonl`, `metrics.jsonl` and `events.jsonl` hold of earlier attempts and the record has
-        not."""
+        """Log the rows of earlier attempts that wandb lacks.
+
+        Args:
+            metrics: lines of `rolled_back.jsonl` and `metrics.jsonl`.
+            events: lines of `events.jsonl`.
+        """
         rows = [("train", branch_of(entry), entry) for entry in metrics]
         told = with_branches(event for event in events if "event" in event)
         rows += [(entry["event"], branch, entry) for branch, entry in told if entry["event"] not in OF_ATTEMPTS]
         for kind, rollbacks, entry in rows:
             figures = {name: entry[name] for name in entry if name not in OF_LINES}
             self._add(kind, entry["step"], rollbacks, figures)
-            self._logged.add((kind, entry["step"], rollbacks))  # an event may be told twice, by two attempts
+            self._logged.add((kind, entry["step"], rollbacks))  # two attempts may have logged the same event
             if kind == SPIKE_EVENT:
                 self.alert(str(entry.get("title", "")), str(entry.get("text", "")))
 
     def _branch(self, kind: str, values: Mapping[str, Any]) -> int:
-        """A rollback begins the branch that it leads to."""
+        """The branch of an event. A rollback belongs to the branch that it starts."""
         return branch_of(values) if kind == ROLLBACK_EVENT else self._rollbacks
 
     def _add(self, kind: str, step: int, rollbacks: int, values: Mapping[str, Any]) -> None:
@@ -121,7 +125,7 @@ class WandbTracker:
 
 
 def resolve_mode(mode: str, environment: Mapping[str, str]) -> str:
-    """`online` or `offline` (`disabled` too when WANDB_MODE says so) for a tracking.wandb setting."""
+    """`online` or `offline` for a tracking.wandb setting; under `auto`, WANDB_MODE has priority, e.g. `disabled`."""
     if mode == "auto":
         return environment.get("WANDB_MODE") or ("online" if has_api_key(environment) else "offline")
     if mode == "online" and not has_api_key(environment):
@@ -132,7 +136,7 @@ def resolve_mode(mode: str, environment: Mapping[str, str]) -> str:
 
 
 def has_api_key(environment: Mapping[str, str]) -> bool:
-    """Whether wandb would find a key: in WANDB_API_KEY, or for its host in the netrc file. The key is not read out."""
+    """Whether wandb would find an API key: in WANDB_API_KEY, or in the netrc file for its host. The key is not kept."""
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
@@ -142,12 +146,12 @@ def has_api_key(environment: Mapping[str, str]) -> bool:
             if path and Path(path).is_file() and netrc.netrc(str(path)).authenticators(host):
                 return True
         except (netrc.NetrcParseError, OSError):
-            continue  # a file that wandb could not read either
+            continue  # wandb could not read this file either
     return False
 
 
 def run_id(run_dir: Path) -> str:
-    """The wandb id of this run folder, made on first use."""
+    """The wandb run id of this run folder, created on first use."""
     path = run_dir / "wandb" / "run-id"
     try:
         stored = (read_text(path) or "").strip()
@@ -165,14 +169,14 @@ def run_id(run_dir: Path) -> str:
 
 
 def _logged_steps(run_dir: Path) -> set[tuple[str, int, int]]:
-    """(kind, step, rollbacks) of each row that earlier attempts have logged."""
+    """(kind, step, rollbacks) of each row that earlier attempts have logged to wandb."""
     rows = history(run_dir, run_id(run_dir))
     return {(name.partition("/")[0], row["step"], branch_of(row)) for row in rows for name in row if "/" in name}
 
 
 def _start(mode: str, arguments: dict[str, Any]) -> Any:
-    # Console capture off: our console and logs are not for upload. No metadata: it holds variables such as SLURM_*,
-    # the command line and the host. Offline, `resume` would only draw a warning.
+    # Console capture is off because console output and logs must not be uploaded. No metadata, because it contains
+    # SLURM_* and other variables, the command line and the host. In offline mode `resume` only causes a warning.
     settings = wandb.Settings(console="off", save_code=False, disable_git=True, init_timeout=30, x_disable_meta=True)
     resume = "allow" if mode == "online" else None
     return wandb.init(**{**arguments, "mode": mode, "resume": resume, "settings": settings})

@@ -1,6 +1,6 @@
 """`python -m megatron_lite.observe.workspace`: the charts of `panels.PANELS` as a saved view of a wandb project.
 
-The view needs the package wandb-workspaces and an account; `--print` shows what it would be with neither.
+The view needs the package wandb-workspaces and a wandb account; `--print` shows the layout without either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGE = "wandb-workspaces"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Save or print the view; returns the exit code."""
+    """Save or print the view; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_lite.observe.workspace", description="Make a view of a wandb project."
     )
@@ -43,12 +43,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def layout() -> list[dict[str, Any]]:
-    """Sections in order, each with its charts as what `LinePlot` takes."""
+    """The sections in order, each with its charts as arguments of `LinePlot`."""
     return [{"section": name, "panels": [_line_plot(panel) for panel in panels]} for name, panels in sections().items()]
 
 
 def _line_plot(panel: Panel) -> dict[str, Any]:
-    """A group of figures is found by a pattern; single ones are named, so that they keep their order."""
+    """A group of figures is selected by a regular expression; single figures by name, so that they keep their order."""
     grouped = [key for key in panel.all_keys if key.endswith(WHOLE_GROUP)]
     chosen = {"metric_regex": "|".join(map(pattern, grouped))} if grouped else {"y": list(panel.all_keys)}
     plot: dict[str, Any] = {"title": panel.title, "x": STEP, **chosen, "title_x": STEP}
@@ -60,10 +60,11 @@ def _line_plot(panel: Panel) -> dict[str, Any]:
 
 
 def save(entity: str | None, project: str, name: str) -> str:
-    """Save the view in the user's account; returns its address.
+    """Save the view in the user's account; return its URL.
 
     Raises:
-        ConfigError: no package, no entity, or wandb does not take it: no login, no such project, no network.
+        ConfigError: the package or the entity is missing, or wandb rejects the view: no login, no such project, no
+            network.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -77,7 +78,7 @@ def save(entity: str | None, project: str, name: str) -> str:
     try:
         view = build(workspaces, panels, entity, project, name)
         view.save()
-    except Exception as error:  # of requests, of wandb, and plain ValueErrors
+    except Exception as error:  # exceptions of requests and of wandb, and plain ValueErrors
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"wandb does not take the view of {entity}/{project} ({reason}); `wandb login`, and check that the project "
@@ -87,10 +88,10 @@ def save(entity: str | None, project: str, name: str) -> str:
 
 
 def build(workspaces: Any, panels: Any, entity: str, project: str, name: str) -> Any:
-    """The `Workspace` of the package, not saved yet.
+    """Build the package's `Workspace` without saving it.
 
     Args:
-        workspaces, panels: the package's modules, which are optional.
+        workspaces, panels: modules of wandb-workspaces, an optional dependency.
     """
     made = [
         workspaces.Section(
@@ -110,5 +111,5 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # `--print | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except BrokenPipeError:  # `--print | head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again

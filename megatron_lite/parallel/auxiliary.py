@@ -1,8 +1,8 @@
-"""What a layer or the loss outputs in a step besides activations: auxiliary losses and measurements.
+"""Side outputs of layers and of the loss in a training step: auxiliary losses and measurements.
 
-Neither crosses a stage boundary. An auxiliary loss enters in the backward pass, through a function that hands its input
-on unchanged and gives the loss its gradient, as in Megatron's experts; a measurement stays on its rank until one
-collective after the step's last backward pass.
+Neither is sent between pipeline stages. An auxiliary loss takes effect in the backward pass: an autograd function
+returns its input unchanged and passes a gradient to the loss, as in Megatron's mixture-of-experts layers. A measurement
+stays on its rank until one collective after the step's last backward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 Reduction: TypeAlias = Literal["mean", "sum", "max"]
-"""Over micro-batches and ranks. `mean`: sum of all values / (micro-batches x data-parallel ranks), as of the loss."""
+"""How values are reduced over micro-batches and ranks. `mean`: sum of all values / (micro-batches x data-parallel
+ranks), as for the loss."""
 
 
 class AuxiliaryChannel:
-    """Of one rank. Layers reach it through their `ParallelContext`."""
+    """Auxiliary losses and measurements of one rank. Layers reach it through their `ParallelContext`."""
 
     def __init__(self, tensor_rank: int, world_size: int, device: torch.device) -> None:
         self._is_first_of_tensor_ranks = tensor_rank == 0
@@ -33,47 +34,49 @@ class AuxiliaryChannel:
     def begin_step(self, gradient: float) -> None:
         """
         Args:
-            gradient: of what the backward passes start from with respect to the loss of one micro-batch: fp16's loss
-                scale / number of micro-batches.
+            gradient: the gradient that the backward pass of one micro-batch starts with at its loss:
+                fp16's loss scale / number of micro-batches.
         """
         self._gradient = gradient
         self._sums.clear()
         self._largest.clear()
 
     def record(self, is_forward: bool) -> None:
-        """Whether what follows is a forward pass of training; recomputation and evaluation leave no measurements."""
+        """Turn recording on for a forward pass and off otherwise: recomputation runs the same code a second time."""
         self._is_recording = is_forward
 
     def add_loss(self, x: Tensor, name: str, loss: Tensor, *, on_slices: bool = False) -> Tensor:
-        """x unchanged; in its backward pass, `loss` gets its gradient, too. Also a measurement of this name.
+        """Return x unchanged; its backward pass also backpropagates `loss`, which is recorded as a measurement too.
 
         Args:
             x: any activation of this layer that the training loss depends on.
             loss: scalar fp32 of this micro-batch, already weighted. Its mean over micro-batches and data-parallel ranks
                 is the global batch's (loss weights are scaled for that, see `engine.loss_weights`).
-            on_slices: under sequence parallelism `loss` is the part of this rank's slice; False = each tensor rank
-                computes all of it.
+            on_slices: under sequence parallelism `loss` covers only this rank's slice; False = each tensor-parallel
+                rank computes all of it.
         """
         self.measure(name, loss, on_slices=on_slices)
         return _AddLoss.apply(x, loss, self._gradient) if torch.is_grad_enabled() else x
 
     def measure(self, name: str, value: Tensor, *, on_slices: bool = False) -> None:
-        """A scalar of this micro-batch. How the values of a step become one figure, `observe.step_measures` says."""
+        """Record a scalar of this micro-batch; `observe.step_measures` defines how the values of a step are reduced."""
         if not self._is_recording or not torch.is_grad_enabled():
             return
         value = value.detach().float()
         self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value.clone()
-        if on_slices or self._is_first_of_tensor_ranks:
+        if on_slices or self._is_first_of_tensor_ranks:  # a value that all tensor-parallel ranks have is added once
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
     def collect(self, measures: Mapping[str, Reduction], count: int) -> dict[str, float]:
-        """The figures of the step, equal on every rank. One collective of all ranks, which waits for the device.
+        """The reduced measurements of the step, equal on every rank. One collective of all ranks; it synchronizes with
+        the device.
 
         Args:
-            measures: what every rank knows that this run measures, in the same order.
+            measures: names and reductions of this run's measurements, in the same order on every rank: a stage that
+                does not measure one still has to take part in the collective.
             count: micro-batches of the global batch, over all data-parallel ranks.
         Raises:
-            KeyError: something has been measured under another name.
+            KeyError: a measurement was recorded under a name that is not in `measures`.
         """
         if unknown := self._largest.keys() - measures.keys():
             raise KeyError(
@@ -85,7 +88,8 @@ class AuxiliaryChannel:
         own = torch.stack([self._own(name, kind) for name, kind in measures.items()])  # [measures]
         ranks = own.new_empty(self._world_size, len(own))
         if self._world_size > 1:
-            dist.all_gather_into_tensor(ranks.view(-1), own)  # gloo wants one dimension
+            # Gathered, not reduced: sums and maxima then share one message. gloo accepts only one dimension here.
+            dist.all_gather_into_tensor(ranks.view(-1), own)
         else:
             ranks[0] = own
         sums, largest = ranks.double().sum(0).tolist(), ranks.amax(0).tolist()

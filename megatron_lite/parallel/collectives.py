@@ -1,6 +1,7 @@
 """Collectives of the tensor-parallel group, plain and differentiable.
 
-Each differentiable one is the transpose of its partner in the backward pass (arXiv 1909.08053, 2205.05198):
+The backward pass of each differentiable one is the transpose of its forward pass (arXiv 1909.08053, 2205.05198):
+    (name)           forward        | backward         use
     reduce:          all-reduce     | identity         partial sums -> a replicated activation
     reduce_scatter:  reduce-scatter | all-gather       partial sums -> a slice of the sequence
     sum_gradients:   identity       | all-reduce       a replicated parameter, used on each rank's own part
@@ -26,12 +27,13 @@ def all_gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     size = group.size()
     batch, local, channels = x.shape
     gathered = x.new_empty(size, batch, local, channels)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)  # gloo wants one leading dimension
+    # flatten: gloo concatenates along the first dimension and accepts no extra one for the ranks.
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered.transpose(0, 1).reshape(batch, size * local, channels)
 
 
 def start_reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """[b, s, h], one term of a sum on each rank -> a slice [b, s/t, h] of the sum, once the work is done."""
+    """[b, s, h], one term of a sum on each rank -> a slice [b, s/t, h] of the sum, valid after `Work.wait()`."""
     size = group.size()
     batch, sequence, channels = x.shape
     by_rank = x.view(batch, size, sequence // size, channels).transpose(0, 1).contiguous()  # [t, b, s/t, h]
@@ -49,7 +51,7 @@ def reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
+        ctx.mark_dirty(x)  # summed in place: saves an activation-sized buffer
         dist.all_reduce(x, group=group)
         return x
 
@@ -84,7 +86,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _FirstPosition(torch.autograd.Function):
-    """The gradient arrives complete and alike on all ranks, so the owner of position 0 takes it once."""
+    """The gradient is already complete and equal on all ranks, so only the owner of position 0 uses it, once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
@@ -107,9 +109,10 @@ def first_position(x: Tensor, context: ParallelContext) -> Tensor:
 
 
 def sum_partial(x: Tensor, context: ParallelContext) -> Tensor:
-    """Add up the ranks' terms x [b, s, h] of a row-parallel product: [b, s, h], or [b, s/t, h] under sequence parallel.
+    """Sum the ranks' partial outputs x [b, s, h] of a row-parallel layer: [b, s, h], or [b, s/t, h] under sequence
+    parallelism.
 
-    Without sequence parallelism the sum is written into x.
+    Without sequence parallelism x is overwritten with the sum.
     """
     if context.tensor_group is None:
         return x
@@ -118,10 +121,11 @@ def sum_partial(x: Tensor, context: ParallelContext) -> Tensor:
 
 
 def sum_gradients(context: ParallelContext, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-    """Parameters as they are; in the backward pass, partial gradients are summed over the tensor-parallel group.
+    """Return the parameters unchanged; their partial gradients are summed over the tensor-parallel group in backward.
 
-    Which of them have one, their `ShardSpec.partial_gradient` says. Those of one call share one message. The sum is
-    made inside the backward pass, not in a hook, so that every engine and ZeRO stage sees whole gradients.
+    `ShardSpec.partial_gradient` says which parameters have a partial gradient. One call needs one all-reduce. It runs
+    inside autograd, not in a gradient hook: ZeRO installs hooks of its own, and every stage of it has to see complete
+    gradients.
     """
     is_partial = [_has_partial_gradient(parameter, context) for parameter in parameters]
     if not any(is_partial):

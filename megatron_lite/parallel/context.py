@@ -1,6 +1,7 @@
-"""The parallel context: this rank's place in the layout, its process groups and its random states.
+"""The parallel context: this rank's coordinates in the layout, its process groups and its random states.
 
-It is built once per process and handed down through constructors: nothing looks a process group up globally.
+It is built once per process and passed through constructors. There are no global process groups to look up, so one
+process can hold several contexts (the equivalence check compares a layout with a one-rank context).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_lite.parallel.topology import Coordinates, Topology
 
 @dataclass
 class ParallelContext:
-    """Place, process groups and random states of one rank. A group of one rank is None."""
+    """Coordinates, process groups and random states of one rank. A group with a single rank is None."""
 
     topology: Topology
     rank: int
@@ -33,7 +34,7 @@ class ParallelContext:
 
     @classmethod
     def single(cls, seed: int = 1234, device: torch.device | str = "cpu") -> ParallelContext:
-        """The context of a job of one rank; needs no torch.distributed."""
+        """The context of a one-rank job; needs no torch.distributed."""
         device = torch.device(device)
         rng = RngStates(seed, tensor_rank=0, device=device)
         auxiliary = AuxiliaryChannel(0, 1, device)
@@ -41,7 +42,7 @@ class ParallelContext:
 
     @classmethod
     def build(cls, topology: Topology, *, device: torch.device, sequence_parallel: bool, seed: int) -> ParallelContext:
-        """Create this rank's groups out of the initialised default group; every rank of the job must call it."""
+        """Create this rank's process groups from the initialised default group. A collective of all ranks."""
         world_size = dist.get_world_size()
         if world_size != topology.world_size:
             raise ValueError(f"the job has {world_size} ranks, the layout {topology} needs {topology.world_size}")
@@ -103,7 +104,11 @@ class ParallelContext:
 
 
 def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """Create every group, in the order that all ranks share, and return the one that holds `rank`."""
+    """Create all groups and return the one that contains `rank`.
+
+    `dist.new_group` is a collective of the whole job: every rank must call it for every group, in the same order, also
+    for groups that it is not a member of.
+    """
     own = None
     for ranks in groups:
         if len(ranks) == 1:

@@ -16,26 +16,26 @@ from torch.autograd.function import once_differentiable
 from megatron_lite.parallel.context import ParallelContext
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""fp32 temporaries hold about this many elements: 1 MB stays in the cache of a CPU core, 256 MB keeps a GPU busy."""
+"""Size of fp32 temporaries: 1 MB stays in the cache of a CPU core, 256 MB keeps a GPU busy."""
 
 _FP16_SCALE = 2.0**15
-"""Probabilities are kept in the logits' storage; fp16 would lose those below 6e-5 without this factor."""
+"""Probabilities are stored in the logits' buffer; without this factor fp16 would lose those below 6e-5."""
 
 
 def vocab_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[label], and the log of the softmax's denominator; in fp32 whatever the type of the logits.
+    """-log softmax(logits)[label], and the log of the softmax's denominator; in fp32 whatever the dtype of the logits.
 
-    Where a gradient is wanted, the storage of the logits is taken over: the forward pass leaves the probabilities in
-    it, the backward pass the gradient. Nothing else of the logits' size is allocated. Autograd raises where another
-    operation needs the logits in its backward pass, and on a second backward pass.
+    If the logits require a gradient, their memory is reused: the forward pass overwrites them with the probabilities,
+    the backward pass with the gradient. No other tensor of the logits' size is allocated. Autograd raises an error if
+    another operation needs the logits in its backward pass, and on a second backward pass.
 
     Args:
-        logits: [b, s, v/t] contiguous, this rank's columns; any float type.
-        labels: [b, s] int64 global token ids. One outside of [0, vocab_size) gives a finite loss that the caller must
-            weigh with 0.
-        vocab_size: true size; columns from there on are padding and take no part.
+        logits: [b, s, v/t] contiguous, this rank's columns; any float dtype.
+        labels: [b, s] int64 global token ids. A label outside [0, vocab_size) gives a finite but meaningless loss; the
+            caller must give it weight 0.
+        vocab_size: size without padding; columns from this index on are padding and are ignored.
     Returns:
         Loss and log(sum(exp(logits))), each [b, s] fp32, in nats, equal on all ranks of the tensor-parallel group.
     """
@@ -44,11 +44,11 @@ def vocab_parallel_cross_entropy(
 
 @torch.no_grad()
 def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
-    """The token of the largest logit, equal on all ranks of the tensor-parallel group.
+    """The token with the largest logit, equal on all ranks of the tensor-parallel group.
 
     Args:
         logits: [b, s, v/t], this rank's columns.
-        vocab_size: true size; columns from there on are padding and take no part.
+        vocab_size: size without padding; columns from this index on are padding and are ignored.
     Returns:
         [b, s] int64
     """
@@ -70,12 +70,12 @@ def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: 
 
 
 def without_padding(logits: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
-    """This rank's columns [b, s, v/t] but for those of the vocabulary's padding; none where it holds padding alone."""
+    """This rank's columns [b, s, v/t] without the padding of the vocabulary; empty if the rank holds only padding."""
     return logits[..., : _valid_columns(logits, context, vocab_size)[1]]
 
 
 def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) -> tuple[int, int]:
-    """Global token of this rank's first column, and how many of its columns are not padding."""
+    """Global token id of this rank's first column, and how many of its columns are not padding."""
     columns = logits.shape[-1]
     start = context.tensor_rank * columns
     return start, min(max(vocab_size - start, 0), columns)
@@ -104,32 +104,37 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_log_sum: Tensor | None) -> tuple[Tensor, None, None, None]:
-        """(softmax - one_hot(label)) * grad + softmax * grad_log_sum, with the label's own entry computed in fp32."""
+        """(softmax - one_hot(label)) * grad + softmax * grad_log_sum; the label's own entry is computed in fp32, since
+        probability - 1 cancels to zero in half precision."""
         logits, factor, label_probability, owned, index = ctx.saved_tensors
         rows, grad = logits.view(-1, logits.shape[-1]), grad.reshape(-1)
         rows[:, ctx.valid :] = 0.0
         of_softmax = grad if grad_log_sum is None else grad + grad_log_sum.reshape(-1)
         scale = (factor * of_softmax)[:, None]
-        for chunk in _chunks(rows):  # all at once, bf16 times fp32 would copy the logits
+        for chunk in _chunks(rows):  # bf16 times fp32 on the whole tensor would allocate an fp32 copy of the logits
             rows[chunk] = rows[chunk].float().mul_(scale[chunk])
         at_label = (label_probability - 1.0) * grad
         if grad_log_sum is not None:
             at_label += label_probability * grad_log_sum.reshape(-1)
         at_label = at_label.to(rows.dtype)
-        # By index, for a bf16 scatter on a CPU copies the logits to fp32 and back.
+        # Indexed assignment, because a bf16 scatter on a CPU copies the logits to fp32 and back.
         own_rows = owned.nonzero().squeeze(1)
         rows[own_rows, index[own_rows, 0]] = at_label[own_rows]
         return logits, None, None, None
 
 
 def _locate(local: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Which labels [r], relative to this rank's first column, lie on this rank [r]; their columns [r, 1], else 0."""
+    """Whether each label is in this rank's columns [r], and its column, 0 if it is not [r, 1].
+
+    Args:
+        local: [r] labels relative to this rank's first column.
+    """
     owned = (local >= 0) & (local < valid)
     return owned, local.masked_fill(~owned, 0).unsqueeze(1)
 
 
 def _softmax_rows(rows: Tensor, stored_scale: float | None) -> Tensor:
-    """log(sum(exp)) of each row in fp32; replaces the rows by stored_scale * softmax, unless that is None."""
+    """log(sum(exp)) of each row in fp32. Overwrites the rows with stored_scale * softmax; None = rows are kept."""
     log_sum = rows.new_full(rows.shape[:1], -torch.inf, dtype=torch.float32)
     for chunk in _chunks(rows):
         exact = rows[chunk].float()
@@ -142,7 +147,7 @@ def _softmax_rows(rows: Tensor, stored_scale: float | None) -> Tensor:
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Consecutive ranges of rows with about _CHUNK_ELEMENTS; none where a rank has padding alone."""
+    """Consecutive ranges of rows with about _CHUNK_ELEMENTS elements; none if the rank holds only padding."""
     if rows.shape[1] == 0:
         return
     step = max(1, _CHUNK_ELEMENTS[rows.device.type] // rows.shape[1])
@@ -151,7 +156,11 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
 
 
 def _combine(log_sum: Tensor, label_logit: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Both [r], of this rank's columns -> of the whole vocabulary, in one message."""
+    """Both [r]: from this rank's columns to the whole vocabulary, in a single all-gather.
+
+    log_sum cannot be all-reduced: a plain sum of exponentials overflows, and a maximum first would cost a second
+    message.
+    """
     if group is None:
         return log_sum, label_logit
     own = torch.stack([log_sum, label_logit], dim=1)  # [r, 2]

@@ -1,7 +1,7 @@
-"""Linear layers and the embedding, split over the tensor-parallel group (arXiv 1909.08053).
+"""Tensor-parallel linear layers and embedding (arXiv 1909.08053).
 
 Shapes: b micro-batch, s sequence, i input channels, o output channels, v padded vocabulary, h hidden, t tensor-parallel
-size. Under sequence parallelism (arXiv 2205.05198) activations outside of a column/row pair are [b, s/t, h].
+size. Under sequence parallelism (arXiv 2205.05198) activations outside a column/row pair are [b, s/t, h].
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron_lite.parallel.sharding import Init, PartialGradient, ShardSpec, sh
 class _Linear(torch.autograd.Function):
     """x [b, s, i] times weight [..., o, i] (leading dimensions are stacked matrices), plus bias.
 
-    Why not F.linear alone: the sum of the input's gradient over the group runs while the weight's gradient is computed;
-    under sequence parallelism only the slice of x is kept and gathered again; and the weight is saved as the leaf that
-    it is, so that ZeRO-3 may free it between the passes.
+    Why not just F.linear: the all-reduce of the input's gradient overlaps with computing the weight's gradient; under
+    sequence parallelism only this rank's slice of x is saved, and gathered again in the backward pass; and the weight
+    itself (a leaf, not a view) is saved, so that ZeRO-3 can free it between forward and backward.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])  # [b s, o]
         grad_x = work = grad_weight = grad_bias = None
-        if needs_x:
+        if needs_x:  # first, so that communication overlaps with the matrix product of the weight's gradient
             grad_x, work = _start_sum(grad @ weight.view(-1, weight.shape[-1]), ctx.group, ctx.gather)
         if needs_weight:
             x = all_gather_sequence(x, ctx.group) if ctx.gather else x
@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _start_sum(grad: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> tuple[Tensor, dist.Work | None]:
-    """Begin to add up the ranks' terms of an input's gradient [b, s, i]."""
+    """Start the sum of the ranks' partial gradients of an input [b, s, i]; the result is valid after `Work.wait()`."""
     if group is None:
         return grad, None
     if scatter:
@@ -86,9 +86,9 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         """
         Args:
-            stacked: that many matrices of out_features rows in one parameter [stacked, o, i], each split by itself,
-                and multiplied at once; None = a plain matrix [o, i].
-            padded_out_features: rows with zero rows appended (vocabulary); None = out_features.
+            stacked: number of matrices of out_features rows that are fused into one parameter [stacked, o, i] and one
+                product; each is split by itself. None = a plain matrix [o, i].
+            padded_out_features: number of rows after padding with zeros (vocabulary); None = out_features.
         """
         super().__init__()
         self.context = context
@@ -126,18 +126,19 @@ class RowParallelLinear(nn.Module):
         if self.bias is None:
             return y
         (bias,) = sum_gradients(self.context, self.bias)
-        return y.add_(bias)  # once, after the sum over the ranks
+        return y.add_(bias)  # after the sum over the ranks, or it would be added once per rank
 
 
 class ReplicatedLinear(nn.Module):
-    """y = x W^T + b, the same whole matrix on every rank: [..., i] -> [..., o]."""
+    """y = x W^T + b with the full matrix replicated on every rank: [..., i] -> [..., o]."""
 
     def __init__(
         self, in_features: int, out_features: int, context: ParallelContext, *, init: Init, on_slices: bool
     ) -> None:
         """
         Args:
-            on_slices: under sequence parallelism x is this rank's slice [b, s/t, i]; False = all ranks see the same x.
+            on_slices: under sequence parallelism x is this rank's slice [b, s/t, i], so the gradient is partial;
+                False = all ranks get the same x.
         """
         super().__init__()
         self.context = context
@@ -153,7 +154,7 @@ class ReplicatedLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """The word table [v, h] with its rows split, as embedding and, where tied, as output head.
+    """The word embedding [v, h], split by rows (vocabulary); also the output head if they are tied.
 
     Embedding: token ids [b, s] -> [b, s, h] (or [b, s/t, h]). Head: [b, s, h] (or [b, s/t, h]) -> logits [b, s, v/t].
     """
@@ -172,6 +173,7 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(x, self.weight)
         rows = self.weight.shape[0]
         local = x - self.context.tensor_rank * rows
+        # Tokens of other ranks give zeros here; the sum over the group then has the owner's row alone.
         elsewhere = (local < 0) | (local >= rows)
         embedded = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
         return sum_partial(embedded.masked_fill_(elsewhere.unsqueeze(-1), 0.0), self.context)

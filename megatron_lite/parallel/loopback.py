@@ -1,4 +1,4 @@
-"""Sockets of a job: they listen only on the address to which its processes connect. Needs no torch."""
+"""Sockets of a job: they listen only on the address that its processes connect to, for security. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is a loopback address; no name is resolved."""
+    """Whether an address is a loopback address. Names other than "localhost" are not resolved and give False."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -15,10 +15,10 @@ def is_loopback(address: str) -> bool:
 
 
 def listening_address(host: str) -> str | None:
-    """The address at which processes reach a host that they are told of by this address or name; None if unknown.
+    """The single address at which processes reach `host` (an address or a name); None if it is ambiguous or unknown.
 
-    A name tells none where it has several addresses here, or one of loopback only: many systems write their own name
-    beside 127.0.1.1 into /etc/hosts, and other machines then know it by another address.
+    A name is ambiguous if it resolves to several addresses here, or only to loopback: many systems map their own name
+    to 127.0.1.1 in /etc/hosts, while other machines resolve it to another address.
     """
     try:
         return str(ipaddress.ip_address(host))
@@ -28,17 +28,17 @@ def listening_address(host: str) -> str | None:
         return "127.0.0.1"
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):  # no such name, or none that a name server would be asked for
+    except (OSError, UnicodeError):  # unknown name; UnicodeError: not a valid host name
         return None
     address = found.pop()
     return None if found or is_loopback(address) else address
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A socket that listens only on this address; torch's stores would listen on all addresses.
+    """A socket that listens only on this address; torch's own stores listen on all addresses.
 
     Raises:
-        OSError: another process listens there, or this machine has no such address.
+        OSError: another process already listens there, or this machine does not have the address.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)

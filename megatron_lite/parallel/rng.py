@@ -1,10 +1,11 @@
-"""Dropout masks as a pure function of (seed, sample, layer, site), so that no generator state has to be kept.
+"""Stateless dropout: masks are a pure function of (seed, sample, layer, site), so checkpoints hold no RNG state.
 
-A running generator gives masks that depend on everything drawn before: on the layout, on recomputation, on a resume.
-Here torch's generator is seeded anew for each mask from a hash of what the mask is for, and put back afterwards.
+With a stateful generator, a mask depends on everything drawn before it: on the layout, on recomputation, on a resume.
+Here torch's generator is seeded for each mask with a hash of the mask's key, and its state is restored afterwards.
 
-Two states, as in Megatron: `replicated` gives all ranks of a tensor-parallel group one mask, for activations that they
-hold in common; `tensor_parallel` adds the rank to the key, for shards (attention heads, slices of the sequence).
+Two modes, as in Megatron: `replicated` gives all ranks of a tensor-parallel group the same mask, for activations that
+are replicated on them; `tensor_parallel` adds the rank to the key, for shards (attention heads, slices of the
+sequence).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 
 class DropoutKey(NamedTuple):
-    """The key of the dropout masks of one forward pass of one layer."""
+    """Identifies the dropout masks of one layer for one micro-batch."""
 
     layer_name: str
     first_sample: int
@@ -42,27 +43,28 @@ class RngStates:
 
         Args:
             first_sample: global index of the first sample of this data-parallel rank's first micro-batch.
-            micro_batch_size: samples of one micro-batch; this rank's micro-batches follow each other.
+            micro_batch_size: samples per micro-batch; the samples of this rank's micro-batches are consecutive.
         """
         self._first_sample = first_sample
         self._micro_batch_size = micro_batch_size
         self._forwards.clear()
 
     def next_key(self, layer_name: str) -> DropoutKey:
-        """The key of this layer's next micro-batch. Call it outside of recomputed code, which runs twice."""
+        """The key for this layer's next micro-batch. It advances a counter, so call it outside recomputed code, which
+        runs twice and must draw the same mask both times."""
         micro_batch = self._forwards[layer_name]
         self._forwards[layer_name] += 1
         return DropoutKey(layer_name, self._first_sample + micro_batch * self._micro_batch_size)
 
     @contextmanager
     def replicated(self, key: DropoutKey, site: str) -> Iterator[None]:
-        """Draw the same on all ranks of the tensor-parallel group. `site` distinguishes the masks of one layer."""
+        """Draw the same numbers on all ranks of the tensor-parallel group. `site` tells the masks of a layer apart."""
         with self._seeded(stable_hash(self._seed, *key, site)):
             yield
 
     @contextmanager
     def tensor_parallel(self, key: DropoutKey, site: str) -> Iterator[None]:
-        """Draw differently on each rank of the tensor-parallel group."""
+        """Draw different numbers on each rank of the tensor-parallel group."""
         with self._seeded(stable_hash(self._seed, *key, site, self._tensor_rank)):
             yield
 
@@ -77,6 +79,7 @@ class RngStates:
             generator.set_state(state)
 
     def _default_generator(self) -> torch.Generator:
+        """The default generator of the device: dropout and fused attention draw from it and take no other."""
         if self._device.type != "cuda":
             return torch.default_generator
         torch.cuda.init()
@@ -85,6 +88,6 @@ class RngStates:
 
 
 def stable_hash(*parts: object) -> int:
-    """A seed in [0, 2^63) that depends on nothing but the parts: not on the process, nor on PYTHONHASHSEED."""
+    """A seed in [0, 2^63) that depends only on the parts; Python's `hash` differs between processes for strings."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

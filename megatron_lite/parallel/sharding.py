@@ -1,7 +1,7 @@
 """How a parameter is split over the tensor-parallel group, and how its slices are joined again.
 
-Each parameter carries a `ShardSpec`. Initialisation, checkpoints and the import of other models' weights all speak of
-full tensors under global names ("layers.3.mlp.down.weight"), which no layout changes; only this file cuts them.
+Each parameter has a `ShardSpec`. Initialisation, checkpoints and the import of other models' weights all work with full
+tensors under global names ("layers.3.mlp.down.weight") that are the same in every layout; only this file slices them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PartialGradient: TypeAlias = Literal["sequence", "heads"]
 
 @dataclass(frozen=True)
 class Init:
-    """The distribution that a parameter starts from."""
+    """The distribution that a parameter is initialised from."""
 
     kind: Literal["normal", "zeros", "ones"]
     std: float = 0.0
     row_scales: tuple[tuple[int, float], ...] = ()
-    """(rows, factor) in turn, over and over along the first dimension: matrices with different deviations that are
-    fused into one parameter. Empty = no factor."""
+    """A pattern of (rows, factor) that repeats along the first dimension and multiplies the initial values: for several
+    matrices with different standard deviations that are fused into one parameter. Empty = no factor."""
 
     @classmethod
     def normal(cls, std: float, row_scales: tuple[tuple[int, float], ...] = ()) -> Init:
@@ -46,16 +46,16 @@ class ShardSpec:
     """The full tensor behind a parameter."""
 
     full_shape: tuple[int, ...]
-    """Of the true tensor, without padding."""
+    """Without padding."""
     dim: int | None
-    """The dimension that is split evenly over the tensor-parallel group; None = every rank holds all of it."""
+    """The dimension that is split evenly over the tensor-parallel group; None = replicated on every rank."""
     init: Init
     padded_size: int | None = None
     """Size of `dim` after padding with zeros (vocabulary); None = no padding."""
     partial_gradient: PartialGradient | None = None
-    """What each rank of the tensor-parallel group computes this replicated parameter's gradient from: its slice of the
-    sequence (under sequence parallelism), or its own attention heads (always). The whole gradient is then the sum over
-    the group, which `collectives.sum_gradients` makes. None = every rank computes the whole gradient."""
+    """For a replicated parameter: what each tensor-parallel rank computes its gradient from, its slice of the sequence
+    (under sequence parallelism) or its own attention heads (always). The complete gradient is the sum over the group,
+    see `collectives.sum_gradients`. None = every rank computes the complete gradient."""
 
     def __post_init__(self) -> None:
         if self.partial_gradient is not None and self.dim is not None:
@@ -74,21 +74,21 @@ class ShardSpec:
 
 
 def sharded_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
-    """An uninitialised parameter of the local shape, marked with its spec."""
+    """An uninitialised parameter of the local shape, with its spec attached."""
     parameter = nn.Parameter(torch.empty(spec.local_shape(context.tensor_size), device=context.device))
     mark(parameter, spec)
     return parameter
 
 
 def mark(parameter: nn.Parameter, spec: ShardSpec) -> None:
-    """Attach the spec, and to split parameters the attribute that DeepSpeed's gradient norms look for."""
+    """Attach the spec; split parameters also get the attribute that DeepSpeed's gradient norm looks for."""
     parameter.shard_spec = spec
     if spec.dim is not None:
-        parameter.tensor_model_parallel = True  # a gradient norm without it counts the shard of one rank alone
+        parameter.tensor_model_parallel = True  # otherwise the gradient norm counts only the shard of one rank
 
 
 def take_slice(full: Tensor, spec: ShardSpec, tensor_rank: int, tensor_size: int) -> Tensor:
-    """The part of `full` (unpadded, of spec.full_shape) that one rank holds; rows of padding are zeros."""
+    """The slice of `full` (unpadded, of shape spec.full_shape) that one rank holds; padding rows are zeros."""
     if tuple(full.shape) != spec.full_shape:
         raise ValueError(f"expected a tensor of shape {spec.full_shape}, got {tuple(full.shape)}")
     if spec.dim is None:
@@ -105,23 +105,24 @@ def take_slice(full: Tensor, spec: ShardSpec, tensor_rank: int, tensor_size: int
 
 
 def join_slices(slices: list[Tensor], spec: ShardSpec) -> Tensor:
-    """The full, unpadded tensor out of the slices of all tensor-parallel ranks, in rank order."""
+    """Join the slices of all tensor-parallel ranks, in rank order, into the full tensor without padding."""
     if spec.dim is None:
         return slices[0]
     return torch.cat(slices, spec.dim).narrow(spec.dim, 0, spec.full_shape[spec.dim])
 
 
 def set_global_names(module: nn.Module, prefix: str) -> None:
-    """Give each parameter the name that it has in every layout: prefix + its name inside the module."""
+    """Give each parameter its global name, the same in every layout: prefix + its name inside the module."""
     for name, parameter in module.named_parameters():
         parameter.global_name = f"{prefix}.{name}"
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, prefix: str, seed: int, context: ParallelContext) -> None:
-    """Draw every parameter of `module` as a function of its global name and the seed alone.
+    """Initialise every parameter of `module` as a function of only its global name and the seed.
 
-    The full tensor is drawn in fp32 on the CPU and then cut, so that the layout and the device change nothing.
+    Each rank draws the full tensor in fp32 on the CPU and keeps its slice, so initial weights are bit-identical in
+    every layout and on every device.
     """
     for name, parameter in module.named_parameters():
         spec = parameter.shard_spec

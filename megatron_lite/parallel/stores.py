@@ -1,4 +1,4 @@
-"""torch's key-value stores, by which processes find each other, on the address that is needed only."""
+"""torch's key-value stores, which processes use for rendezvous, listening only on the address that is needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def tcp_store(
     timeout: Any = None,
     **options: Any,
 ) -> dist.TCPStore:
-    """A `torch.distributed.TCPStore` whose server, where it has one, listens at the address of `host_name` alone.
+    """A `torch.distributed.TCPStore` whose server (if it has one) listens only on the address of `host_name`.
 
-    Takes what TCPStore takes, for libraries that make stores of their own. A name that does not tell one address of
-    this machine gives torch's own store, which listens at all of them: other nodes may know the name by another one.
+    Takes the arguments of TCPStore, because libraries that create their own stores call it in place of TCPStore. If
+    the name does not resolve to a single address of this machine, this is torch's own store, which listens on all
+    addresses: other nodes may resolve the name to another one.
     """
     arguments: dict[str, Any] = {"world_size": world_size, "is_master": is_master, **options}
     if timeout is not None:
@@ -33,9 +34,12 @@ def tcp_store(
         try:
             server = listen(address, port)
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:  # as TCPStore says it: torchrun's c10d then joins the store there
+            # TCPStore's own exception type: torchrun's c10d catches it and joins the store that listens there already.
+            if error.errno != errno.EADDRNOTAVAIL:
                 raise dist.DistNetworkError(f"cannot listen at {host_name}:{port}: {error.strerror}") from error
-        else:  # an address of no interface here is translated on the way, as in front of a container
-            port, descriptor = server.getsockname()[1], server.detach()  # the store closes it
+        # EADDRNOTAVAIL: no interface here has the address, so it is translated on the way (NAT of a container); torch's
+        # own store, which listens on all addresses, is then reachable.
+        else:
+            port, descriptor = server.getsockname()[1], server.detach()  # the store closes the descriptor
             arguments["master_listen_fd"] = descriptor
     return TorchStore(host_name, port, **arguments)

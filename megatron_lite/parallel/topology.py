@@ -1,9 +1,10 @@
-"""Pure arithmetic of a layout: who is who, who talks to whom, which layers lie on which stage.
+"""Arithmetic of a layout: coordinates of ranks, members of process groups, layers of each stage.
 
 No torch, no processes: the planner, the launcher's dry run and every rank use the same functions.
 
 Ranks are numbered with the tensor axis innermost, then data, then pipeline (DeepSpeed's
-`PipeModelDataParallelTopology`): neighbours in a tensor-parallel group, which talk the most, get neighbouring ranks.
+`PipeModelDataParallelTopology`): tensor-parallel groups communicate the most, so their ranks are consecutive and
+normally on the same node.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 
 class Coordinates(NamedTuple):
-    """Place of one rank on the three axes."""
+    """Coordinates of one rank on the three axes."""
 
     pipeline: int
     data: int
@@ -50,7 +51,7 @@ class Topology:
         ]
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks that hold the same parameters and see different data: one list per (pipeline, tensor)."""
+        """Ranks that hold the same parameters and get different data: one list per (pipeline, tensor)."""
         return [
             [self.rank(p, d, t) for d in range(self.data_parallel_size)]
             for p in range(self.pipeline_parallel_size)
@@ -58,7 +59,7 @@ class Topology:
         ]
 
     def pipeline_groups(self) -> list[list[int]]:
-        """Ranks that one micro-batch visits in order: one list per (data, tensor)."""
+        """Ranks that one micro-batch passes through, in order: one list per (data, tensor)."""
         return [
             [self.rank(p, d, t) for p in range(self.pipeline_parallel_size)]
             for d in range(self.data_parallel_size)
@@ -67,9 +68,9 @@ class Topology:
 
 
 def layers_per_stage(num_layers: int, pipeline_parallel_size: int) -> list[int]:
-    """Transformer layers of each stage, as even as can be; the earlier stages take the remainder.
+    """Number of transformer layers of each stage, as even as possible; the earlier stages take the remainder.
 
-    An encoder-decoder's layers are those of the encoder and then those of the decoder.
+    In an encoder-decoder model the decoder's layers follow the encoder's.
 
     The last stage also holds the output head, the largest matrix of a small model, so it never gets an extra layer.
     """
@@ -81,8 +82,8 @@ def stage_bounds(layer_starts: Sequence[int], num_entries: int, pipeline_paralle
     """Boundaries of the stages in the full layer list.
 
     Args:
-        layer_starts: for each transformer layer the first entry that belongs to it. Entries ahead of the first one
-            (embeddings) go with the first stage, those behind the last one (final norm, head) with the last stage.
+        layer_starts: for each transformer layer, the index of its first entry. Entries before the first layer
+            (embeddings) go to the first stage, those after the last one (final norm, head) to the last stage.
         num_entries: length of the list.
     Returns:
         pipeline_parallel_size + 1 indices; stage i holds entries [bounds[i], bounds[i + 1]).
@@ -101,5 +102,5 @@ def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int)
 
 
 def bubble_share(stages: int, micro_batches: int) -> float:
-    """The share of a step in which a stage must wait for others: (p - 1) / (m + p - 1) (GPipe, arXiv 1811.06965)."""
+    """The pipeline bubble, the share of a step in which a stage is idle: (p - 1) / (m + p - 1) (arXiv 1811.06965)."""
     return (stages - 1) / (micro_batches + stages - 1)

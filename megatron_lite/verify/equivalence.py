@@ -1,8 +1,9 @@
-"""The equivalence check: a layout against a plain one-rank torch loop, per parameter, before gradient clipping.
+"""The equivalence check: compares a layout's gradients, per parameter and before clipping, with those of its twin, a
+plain one-rank torch loop.
 
 Both train on the same synthetic samples with uneven loss weights. The twin uses no DeepSpeed, no process group and no
-sharding, so whatever a layout drops, doubles or averages wrongly shows up as a difference. Its loss, denominator,
-clipping and optimizer are torch's or written out here, so that a fault in ours shows up as well.
+sharding, so anything that a layout drops, counts twice or averages wrongly shows up as a difference. Its loss,
+denominator, clipping and optimizer are torch's or written out here, so that a bug in ours shows up as well.
 
 Shapes: b micro-batch, s sequence, v vocabulary.
 """
@@ -49,7 +50,7 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Trace:
-    """What a run computed, for comparison."""
+    """The results of a run that are compared."""
 
     losses: list[float] = field(default_factory=list)  # one per step
     grad_norms: list[float] = field(default_factory=list)  # one per step, before clipping
@@ -75,7 +76,7 @@ SYNTHETIC_ROLES = (
 
 
 def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
-    """A vocabulary without text: the first ids are special tokens, a tenth of the rest sentinels, or more if needed.
+    """A vocabulary without text: special tokens first, then sentinels (a tenth of all ids, or more if needed).
 
     Args:
         num_sentinels: how many the objective needs.
@@ -85,7 +86,7 @@ def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
     roles = {role: index for index, role in enumerate(SYNTHETIC_ROLES)}
 
     def ordinary_of(size: int) -> int:
-        """The first id of an ordinary token."""
+        """The id of the first ordinary token."""
         return len(roles) + max(min(100, size // 10), num_sentinels)
 
     ordinary = ordinary_of(size)
@@ -101,7 +102,11 @@ def synthetic_vocabulary(size: int, num_sentinels: int = 0) -> Vocabulary:
 
 
 class SyntheticSamples:
-    """Samples of an objective over text that is drawn from (seed, index), with uneven loss weights."""
+    """Samples of an objective over random text that depends only on (seed, index), with uneven loss weights.
+
+    Uneven weights matter: with equal token counts, a mean of means equals the global mean, and a wrong denominator
+    would not show.
+    """
 
     def __init__(self, objective: Objective, vocabulary: Vocabulary, seed: int) -> None:
         assert vocabulary.is_special is not None
@@ -112,7 +117,7 @@ class SyntheticSamples:
         self._seed = seed
 
     def example(self, index: int) -> Example:
-        """Sample `index`; a share of its tokens, which differs between samples, has zero weight."""
+        """Sample `index`; some of its tokens have zero weight, a different fraction in each sample."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
         example = self._objective.example(self._text(generator), stream_key(self._seed, index))
         keep = torch.rand(len(example.labels), generator=generator) < (index % 5 + 2) / 7
@@ -129,7 +134,7 @@ class SyntheticSamples:
         return SentencePair(tokens[:first], tokens[first : first + second], bool(is_next % 2))
 
     def _tokens(self, count: int, generator: torch.Generator) -> npt.NDArray[np.int64]:
-        """Token k is drawn in proportion to 1 / (k + 1), as words are, so that there is something to learn."""
+        """Draw token k with probability proportional to 1 / (k + 1) (Zipf, like words): there is something to learn."""
         drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
         return (self._first + drawn).numpy()
 
@@ -152,11 +157,11 @@ def trace_layout(
     *,
     full_weights: Callable[[Engine], dict[str, torch.Tensor]] | None = None,
 ) -> Trace:
-    """Train under the context's layout; the gradients are those of this rank's stage. A collective of all ranks.
+    """Train in the context's layout; the recorded gradients are those of this rank's stage. A collective of all ranks.
 
     Args:
-        full_weights: of this rank's stage; None = updates of the weights are not recorded. Under Adam they show little,
-            as its updates do not depend on the gradient's scale.
+        full_weights: returns the full weights of this rank's stage; None = weight updates are not recorded. Under Adam
+            they reveal little, because its updates do not depend on the scale of the gradient.
     """
     vocabulary = _vocabulary(config, vocab_size)
     task = build_task(config, context, vocabulary)
@@ -170,7 +175,7 @@ def trace_layout(
         batch = schedule.at(step)
         num_micro_batches = config.num_micro_batches(batch.global_batch_size)
         own_first = batch.first_sample + context.data_rank * num_micro_batches * config.train.micro_batch_size
-        reads = context.is_first_stage or context.is_last_stage  # the stages between get no data, as in a run
+        reads = context.is_first_stage or context.is_last_stage  # middle stages get no data, as in a run
         micro_batches = (
             synthetic_batches(task.objective, vocabulary, own_first, num_micro_batches, config) if reads else []
         )
@@ -189,13 +194,13 @@ def _vocabulary(config: ResolvedConfig, size: int) -> Vocabulary:
 
 
 def trace_twin(config: ResolvedConfig, vocab_size: int, num_steps: int, device: torch.device | str = "cpu") -> Trace:
-    """The same training by one process and torch alone."""
+    """The same training in one process with torch only."""
     vocabulary = _vocabulary(config, vocab_size)
     context = ParallelContext.single(seed=config.train.seed, device=device)
     plain = replace(
         config,
         parallel=replace(config.parallel, recompute=Recompute.none),
-        optimizer=replace(config.optimizer, z_loss_weight=0.0),  # the twin has its own
+        optimizer=replace(config.optimizer, z_loss_weight=0.0),  # the twin computes its own z-loss
     )
     task = build_task(plain, context, vocabulary)
     model = FlatModel(task.specs).to(device)
@@ -232,14 +237,16 @@ def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
 
 
 def _auxiliary_losses(loss: TokenLoss, scaled: Sequence[MicroBatch]) -> Callable[[int, Outputs], torch.Tensor]:
-    """Of a micro-batch and its outputs: 0, whose backward pass is that of the auxiliary losses in `loss` alone.
+    """Returns a function of a micro-batch's index and outputs, whose value is 0 and whose backward pass is only that of
+    the auxiliary losses inside `loss`.
 
-    What `loss` measures is recorded.
+    The factor 0 removes the gradient of the main loss; auxiliary losses get theirs from `AuxiliaryChannel.add_loss`,
+    not from the value. The call also records the measurements of `loss`.
     """
 
     def auxiliary(index: int, outputs: Outputs) -> torch.Tensor:
         copies = tuple(part.clone() for part in outputs) if isinstance(outputs, tuple) else outputs.clone()
-        return 0.0 * loss(copies, targets_of(scaled[index]))  # which overwrites its input
+        return 0.0 * loss(copies, targets_of(scaled[index]))  # copies, because the loss overwrites its input
 
     return auxiliary
 
@@ -251,12 +258,12 @@ def _accumulate(
     z_loss_weight: float,
     auxiliary: Callable[[int, Outputs], torch.Tensor] | None,
 ) -> tuple[float, float]:
-    """Accumulate gradients of the mean loss over all counted tokens of a global batch, plus the mean class loss.
+    """Accumulate the gradients of the mean loss over all counted tokens of a global batch, plus the mean class loss.
 
     Args:
         auxiliary: from `_auxiliary_losses`.
     Returns:
-        this loss, and the z-loss, which is in the gradients as well
+        this loss, and the z-loss, which is also included in the gradients
     """
     tokens = max(float(sum(batch.loss_weights.sum() for batch in batches)), 1e-20)
     samples = sum(len(batch.labels) for batch in batches)
@@ -280,16 +287,16 @@ def _accumulate(
 
 
 def _token_losses(logits: torch.Tensor, batch: MicroBatch, vocab_size: int) -> torch.Tensor:
-    """Weighted sum of torch's own cross-entropy over the vocabulary without padding; logits [b, s, v]."""
+    """Weighted sum of torch's cross-entropy over the vocabulary without padding; logits [b, s, v]."""
     counted = batch.loss_weights > 0
     losses = F.cross_entropy(logits[..., :vocab_size][counted].float(), batch.labels[counted], reduction="none")
     return (losses * batch.loss_weights[counted]).sum()
 
 
 class PlainOptimizer:
-    """torch's own Adam and SGD with decoupled weight decay of matrices only.
+    """torch's Adam and SGD with decoupled weight decay, applied to matrices only.
 
-    Adafactor is ours: torch's would include the padding of the vocabulary in a matrix's rows.
+    Adafactor is ours, because torch's would include the padding rows of the vocabulary in a matrix's statistics.
     """
 
     def __init__(self, model: FlatModel, config: OptimizerConfig) -> None:
@@ -318,11 +325,11 @@ class PlainOptimizer:
 
 
 def differences(twin: Trace, traces: Sequence[Trace]) -> dict[str, float]:
-    """Relative differences by name, the largest first; the maximum over all ranks' traces.
+    """Relative differences by name, largest first; each is the maximum over all ranks' traces.
 
-    For a parameter it is ‖layout - twin‖ / ‖twin‖ over the whole tensor, for a step |layout - twin| / |twin|. Every
-    rank's copy of a tied or replicated parameter is compared. A parameter that no rank or not the twin has differs by
-    inf.
+    For a parameter: ‖layout - twin‖ / ‖twin‖ over the whole tensor; for a step: |layout - twin| / |twin|. Every rank's
+    copy of a tied or replicated parameter is compared. If a parameter is missing on all ranks or in the twin, the
+    difference is inf.
     """
     found: dict[str, float] = {}
     for trace in traces:
@@ -355,11 +362,11 @@ def _differences_of_rank(twin: Trace, trace: Trace) -> Iterator[tuple[str, float
 
 
 def comparable(config: ResolvedConfig) -> ResolvedConfig:
-    """The configuration without the dropout that a layout cannot reproduce.
+    """The configuration without those kinds of dropout whose masks depend on the layout.
 
-    Dropout masks agree across data parallelism, pipeline parallelism and ZeRO, and inside the MLP everywhere. Attention
-    heads, and hidden states under sequence parallelism, are split between tensor ranks, which therefore draw other
-    masks than one rank would.
+    Masks are the same under any data parallelism, pipeline parallelism and ZeRO stage, and inside the MLP always.
+    Attention heads, and hidden states under sequence parallelism, are split over tensor ranks, which therefore draw
+    different masks than a single rank.
     """
     if config.parallel.tensor_parallel_size == 1:
         return config
@@ -370,10 +377,10 @@ def comparable(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def gather_traces(trace: Trace, context: ParallelContext) -> list[Trace]:
-    """All ranks' traces on the writing rank, an empty list on the others.
+    """All ranks' traces on the writing rank, an empty list on the others. A collective of all ranks.
 
-    Only the first data-parallel replica sends its gradients: they are already reduced over the data ranks, so the
-    others have the same.
+    Only the first data-parallel replica sends gradients: they are already reduced over the data-parallel ranks, so the
+    other replicas have the same.
     """
     if context.data_rank > 0:
         trace = replace(trace, gradients={})
@@ -389,7 +396,7 @@ def _record_first(engine: Engine, trace: Trace) -> None:
 
 
 def _clip(model: FlatModel, largest: float) -> float:
-    """The gradient's norm before clipping, in fp64: torch's own fp32 norm is off by 1e-5 for a million elements."""
+    """Clip the gradient; return its norm before clipping, in fp64: torch's fp32 norm is off by 1e-5 at 1e6 elements."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = float(sum(gradient.double().pow(2).sum() for gradient in gradients) ** 0.5)
     if 0 < largest < norm:

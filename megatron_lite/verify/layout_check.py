@@ -25,13 +25,13 @@ _SHOWN = 8
 
 
 def check_layout(config: ResolvedConfig) -> None:
-    """Train a few steps on synthetic samples in this layout and in one process; compare and print. Called on all ranks.
+    """Train a few steps on synthetic samples in this layout and in one process, and compare. Called on all ranks.
 
-    Precision is set to fp32: in half precision every layout rounds differently. The batch is two sequences on each
-    data-parallel rank, in two micro-batches: one process computes everything again while the others wait.
+    Precision is set to fp32, because in half precision every layout rounds differently. The batch is only two sequences
+    per data-parallel rank, in two micro-batches, because one process repeats all of the work while the others wait.
 
     Raises:
-        VerificationError: something differs by more than the tolerance.
+        VerificationError: a difference is larger than the tolerance.
     """
     config = _small(comparable(config))
     environment = distributed.ProcessEnvironment.read()

@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run."""
+"""Functions that the ranks of the checkpoint tests run."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ KEEP_ALL = Kept(keep_last=0, keep_every=0, keep_best=0)
 
 @dataclass
 class Link:
-    """One run of a chain: what it found, and what it left."""
+    """Results of one run of a chain: what it loaded and what it saved."""
 
     loaded_step: int
     steps: list[StepResult]
-    """Up to the checkpoint that it left, and as many after it."""
+    """Steps up to the saved checkpoint and the steps after it."""
     written: int
-    """Elements that this rank has a checkpoint's files written with."""
+    """Number of elements that this rank writes to a checkpoint."""
     elements: int
-    """Of all the files."""
+    """Number of elements in all files of the checkpoint."""
 
     @property
     def losses(self) -> list[float]:
@@ -55,7 +55,7 @@ class Link:
 
     @property
     def loss_scales(self) -> list[tuple[float, bool]]:
-        """With whether the step was skipped."""
+        """Loss scale of each step, and whether the step was skipped."""
         return [(step.loss_scale, step.skipped) for step in self.steps]
 
 
@@ -65,7 +65,7 @@ def link_rank(
     """Resume `folder`'s checkpoint if there is one, save it again in `copy`, train, save in `folder`, train on.
 
     Args:
-        steps: ahead of the second save, and behind it.
+        steps: number of steps before and after the second save.
     """
     with MUTATIONS[mutation]() if mutation else nullcontext():
         return _link(config, vocab_size, folder, copy, *steps)
@@ -85,7 +85,7 @@ def _link(config: RunConfig, vocab_size: int, folder: Path, copy: Path, ahead: i
 
 
 def written_elements(engine: Engine, plan: FilePlan) -> int:
-    """What this rank takes upon itself of a save."""
+    """Number of elements that this rank writes in a save."""
     owned = [one.of_owned(one.owned_values) for one in engine.shards.fragments()]
     return sum(
         transfer.view.numel()
@@ -95,14 +95,14 @@ def written_elements(engine: Engine, plan: FilePlan) -> int:
 
 
 def copy_rank(config: RunConfig, vocab_size: int, source: Path, target: Path) -> None:
-    """Load the checkpoint in `source`, and save it in `target`."""
+    """Load the checkpoint in `source` and save it in `target`."""
     engine, _ = synthetic_engine(config, vocab_size)
     plan = FilePlan.of(shapes_of_all_ranks(engine.shards.shapes()), None, largest_bytes=20_000)
     save(engine, plan, target, resume(engine, plan, source), asynchronous=False)
 
 
 def resume(engine: Engine, plan: FilePlan, folder: Path) -> int:
-    """The step of the checkpoint that was loaded, 0 without one."""
+    """Load the newest checkpoint if there is one; return its step, or 0."""
     found = newest_complete(folder, print)
     if found is None:
         return 0
@@ -170,17 +170,17 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 
 @dataclass
 class RoundTrip:
-    """Logits of the first micro-batch, full and unpadded, of a rank of the last stage; empty on others."""
+    """Logits of the first micro-batch, full and without padding, on ranks of the last stage; empty on others."""
 
     batch: MicroBatch
     before: list[Tensor]
     """With the weights of model.init_from: [b, s, v], and [b, 2] of a next-sentence head."""
     after: list[Tensor]
-    """With those that lie in the checkpoint."""
+    """With the weights in the checkpoint."""
 
 
 def round_trip_rank(config: RunConfig, vocab_size: int, folder: Path) -> RoundTrip:
-    """Begin with the weights of model.init_from, train all steps, and leave a checkpoint in `folder`."""
+    """Start with the weights of model.init_from, train all steps, and save a checkpoint in `folder`."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     checkpoints = Checkpoints.of(folder, engine, prepared_data(vocab_size), print)
     checkpoints.begin(Start())
@@ -195,7 +195,7 @@ def round_trip_rank(config: RunConfig, vocab_size: int, folder: Path) -> RoundTr
 
 
 def prepared_data(vocab_size: int) -> PreparedData:
-    """As far as checkpoints ask for it: the roles of the tokens, and no tokenizer."""
+    """Only what checkpoints need: the roles of special tokens, without a tokenizer."""
     special = synthetic_vocabulary(vocab_size).special
     return PreparedData(Path(), (), (), (), (), None, None, vocab_size, special, "synthetic", 0.0)
 
@@ -212,18 +212,18 @@ def full_logits(engine: Engine, batch: MicroBatch, vocab_size: int) -> list[Tens
 
 @dataclass
 class OnText:
-    """What a model makes of a text."""
+    """Results of a model on a text."""
 
     train_loss: float
-    """Of a step at learning rate 0."""
+    """Of a step with learning rate 0."""
     validation_loss: float
-    """After it."""
+    """After that step."""
     next_token: int
-    """The likeliest behind a prompt."""
+    """The most likely token after a prompt."""
 
 
 def on_text_rank(config: RunConfig, vocab_size: int, windows: Tensor, prompt: list[int], folder: Path) -> OnText:
-    """Of the weights of model.init_from.
+    """Results of the weights of model.init_from.
 
     Args:
         windows: [global batch, s + 1] tokens.

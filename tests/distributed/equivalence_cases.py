@@ -1,6 +1,6 @@
-"""What the equivalence tests compare: models, layouts, planted faults, and how a layout and its one-rank twin are run.
+"""Cases of the equivalence tests: models, layouts and planted faults, and how a layout and its one-rank twin are run.
 
-`test_equivalence.py` and `test_updates.py` assert on these; `write_equivalence.py` publishes the same numbers.
+`test_equivalence.py` and `test_updates.py` check the results; `write_equivalence.py` publishes the same numbers.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
 
 VOCAB_SIZE = 301  # a prime: no tensor-parallel size divides it
 NUM_STEPS = 10
-TIMEOUT_SECONDS = 120.0  # of one job of ranks
-MUTATED_STEPS = 2  # a planted fault shows in the first gradients already
+TIMEOUT_SECONDS = 120.0  # for one job of ranks
+MUTATED_STEPS = 2  # a planted fault already shows in the first gradients
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 DEEP = {"num_layers": 4}  # one layer for each of four stages; encoder-decoders have as many, or five
@@ -73,16 +73,17 @@ OBJECTIVES = {
     "bart_dropout": ObjectiveName.bart_denoising,
     "prefix_lm": ObjectiveName.prefix_lm,
     "fill_in_the_middle": ObjectiveName.fill_in_the_middle,
-}  # of the others: causal_lm
+}  # all others use causal_lm
 Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
 """Weights with which the term shows in every gradient."""
 
 
 def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> ResolvedConfig:
-    """A tiny run with clipping that bites, uneven loss masks and two micro-batches a data rank, four with four stages.
+    """A tiny run in which clipping takes effect, loss masks are uneven, and each data rank has two micro-batches (four
+    with four stages).
 
-    Not more of them: a step's cost here is that of its collectives, most of which come with each micro-batch. Only
-    dropout, whose masks are drawn for a micro-batch, has equal ones in every layout.
+    Not more micro-batches, because the cost of a step here is that of its collectives, most of which run once per
+    micro-batch. With dropout all layouts have the same micro-batches, because masks are drawn per micro-batch.
     """
     micro_batch_size = 2 if dp > 1 or pp > 2 or "dropout" in model else 4
     config = RunConfig(
@@ -127,7 +128,7 @@ LAYOUTS = {
 }
 CASES = [(model, layout) for layout in LAYOUTS for model in ("gpt2", "llama")]
 CASES += [("llama_mha", layout) for layout in ("tp4", "dp2_tp2_pp2")]
-# Masks of heads that are sharded cannot be those of one rank; `comparable` drops that dropout where TP > 1.
+# Dropout masks of sharded heads cannot equal those of one rank; `comparable` turns that dropout off if TP > 1.
 CASES += [
     ("gpt2_dropout", layout)
     for layout in (
@@ -152,7 +153,7 @@ EVERY_AXIS = (
     "recompute_full_tp2_pp2",
 )
 CASES += [(model, layout) for model in ("bert", "t5", "bart") for layout in EVERY_AXIS]
-# What these have of their own (positions behind the padding's; an untied head, a gated MLP) meets each axis here, too.
+# Special features of these models (position offset after padding, untied head, gated MLP) meet each axis here, too.
 OWN_PARTS = ("tp2", "pp4", "dp2_tp2_pp2", "zero3_dp2_tp2", "sequence_parallel_dp2_tp2_pp2")
 CASES += [(model, layout) for model in ("roberta", "t5_v1_1") for layout in OWN_PARTS]
 CASES += [("bert_untied", layout) for layout in ("pp2", "zero3_dp2_tp2")]
@@ -164,7 +165,7 @@ CASES += [
     for model in ("prefix_lm", "fill_in_the_middle")
     for layout in ("pp4", "dp2_tp2_pp2", "zero3_dp2", "sequence_parallel_tp2")
 ]
-CASES.remove(("llama", "tp4"))  # two query groups cannot be split over four ranks: refused by the validation
+CASES.remove(("llama", "tp4"))  # two query groups cannot be split over four ranks: validation rejects it
 
 MUTATIONS = [
     ("row_parallel_without_all_reduce", "gpt2", "tp2"),
@@ -200,7 +201,7 @@ UPDATE_LAYOUTS = {
     "zero1_tp2": {"tp": 2},
     "zero1_pp2": {"pp": 2},
 }
-FP32_ALONE = ("zero0", "zero1_tp2", "zero1_pp2")  # a reference, and layouts that clip in each precision as zero1 does
+FP32_ALONE = ("zero0", "zero1_tp2", "zero1_pp2")  # a reference, and layouts that clip with the same code as zero1
 UPDATE_CASES = [(layout, precision) for layout in UPDATE_LAYOUTS for precision in Precision if layout not in FP32_ALONE]
 UPDATE_CASES += [(layout, Precision.fp32) for layout in FP32_ALONE]
 # Largest relative difference of a parameter's update: half precision rounds its gradients.
@@ -225,7 +226,7 @@ def traces(
 
 
 def compared(model: str, config: RunConfig, layout: list[Trace], num_steps: int = NUM_STEPS) -> dict[str, float]:
-    """Relative differences between the layout and its twin by what differs, the largest first."""
+    """Relative differences between the layout and its twin, by name, largest first."""
     parallel, drops = config.parallel, "dropout" in model  # without dropout one twin serves all layouts
     reference = twin(
         model, num_steps, drops and parallel.tensor_parallel_size > 1, drops and parallel.sequence_parallel
@@ -234,7 +235,7 @@ def compared(model: str, config: RunConfig, layout: list[Trace], num_steps: int 
 
 
 def update_config(layout: str, precision: Precision) -> ResolvedConfig:
-    """SGD whose momentum, decay of the matrices and warm-up take part; every step is clipped."""
+    """SGD with momentum, weight decay of matrices and warm-up; every step is clipped."""
     config = run_config("llama", **UPDATE_LAYOUTS[layout])
     optimizer = OptimizerConfig(
         name=OptimizerName.sgd, learning_rate=1.0, warmup_steps=2, momentum=0.5, weight_decay=0.01, clip_grad_norm=0.1
@@ -252,13 +253,13 @@ def update_twin() -> Trace:
 
 @functools.cache
 def update_traces() -> dict[tuple[str, Precision], list[tuple[Trace, Trace]]]:
-    """Of each case every rank's traces, as it is and with the fault. Two ranks do them all: they start once."""
+    """Every rank's traces of each case, without and with the fault. Two ranks run all cases, to start only once."""
     configs = [update_config(layout, precision) for layout, precision in UPDATE_CASES]
     ranks = run_ranks(updates_rank, 2, configs, VOCAB_SIZE, UPDATE_STEPS, UPDATE_MUTATION, timeout_seconds=600)
     return dict(zip(UPDATE_CASES, map(list, zip(*ranks, strict=True)), strict=True))
 
 
 def compared_updates(layout: list[Trace]) -> dict[str, float]:
-    """Relative differences between the weights' updates and the twin's, the largest first."""
+    """Relative differences between the weight updates and the twin's, largest first."""
     found = differences(update_twin(), layout)
     return {name: difference for name, difference in found.items() if name.startswith("update")}

@@ -1,4 +1,4 @@
-"""The text of docs/equivalence.md out of what `write_equivalence.py` has measured."""
+"""Builds the text of docs/equivalence.md from the results of `write_equivalence.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed import equivalence_cases as cases
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Largest relative differences of a model under a layout; the fields are the columns of equivalence.csv."""
+    """Largest relative differences of a model in a layout; the fields are the columns of equivalence.csv."""
 
     model: str
     layout: str
@@ -119,7 +119,7 @@ def versions() -> str:
 
 
 def _processor() -> str:
-    """Such as AMD EPYC (x86_64)."""
+    """For example `AMD EPYC (x86_64)`."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'} ({platform.machine()})"

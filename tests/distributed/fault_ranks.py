@@ -1,6 +1,7 @@
-"""What the ranks of the tests of damaged and broken-off checkpoints run.
+"""Functions that the ranks run in tests of damaged and interrupted checkpoints.
 
-One job trains and hands out what its ranks hold (`trained_rank`); the others save and load that, without an engine.
+One job trains and returns the state of its ranks (`trained_rank`); the others save and load that state without an
+engine.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CHANGES = {"os.rename", "os.mkdir", "shutil.rmtree", *REMOVALS}
 
 @dataclass
 class Held:
-    """What one rank holds after each of the STEPS."""
+    """The state of one rank after each of the STEPS."""
 
     plan: FilePlan
     fragments: dict[int, list[Fragment]]
@@ -55,9 +56,9 @@ class Held:
         saver.save(self.fragments[step], self.states[step])
 
     def is_loaded_from(self, folder: Path, state: CheckpointState) -> bool:
-        """Whether the folder gives bitwise what was held after its step."""
+        """Whether loading the folder restores bitwise the state after its step."""
         expected = self.fragments[state.step]
-        found = [replace(one, values=torch.zeros_like(one.values)) for one in expected]  # as padding is, in no file
+        found = [replace(one, values=torch.zeros_like(one.values)) for one in expected]  # as padding is
         load(folder, self.plan, found, self.plan.sets)
         return state == self.states[state.step] and all(
             torch.equal(one.values, other.values) for one, other in zip(found, expected, strict=True)
@@ -76,7 +77,7 @@ def trained_rank(config: RunConfig, vocab_size: int) -> Held:
 
 
 def saved_rank(jobs: Sequence[Held], checkpoints: Path, steps: Sequence[int]) -> None:
-    """Checkpoints of these steps."""
+    """Save checkpoints of these steps."""
     held = jobs[dist.get_rank()]
     saver = held.saver(checkpoints, asynchronous=False)
     for step in steps:
@@ -85,17 +86,17 @@ def saved_rank(jobs: Sequence[Held], checkpoints: Path, steps: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Found:
-    """What a fresh job makes of a folder of checkpoints."""
+    """What a new job loads from a folder of checkpoints."""
 
     name: str | None
     is_right: bool
-    """It is bitwise what was saved."""
+    """Whether it is bitwise what was saved."""
     messages: list[str]
-    """Of the writing rank; nobody else says a word."""
+    """Messages of the writing rank; the other ranks print none."""
 
 
 def resumed_rank(jobs: Sequence[Held], folders: Sequence[Path]) -> list[Found]:
-    """Of each folder: what is resumed from."""
+    """What each folder is resumed from."""
     return [_found(jobs[dist.get_rank()], folder) for folder in folders]
 
 
@@ -106,7 +107,7 @@ def _found(held: Held, checkpoints: Path) -> Found:
 
 
 def resumed_and_saved_rank(jobs: Sequence[Held], folders: Sequence[Path]) -> list[tuple[Found, Found, list[str]]]:
-    """The same, then the next save in the same folder, and all that lies there after it."""
+    """The same, then the result of the next save in the same folder, and all files there after it."""
     held = jobs[dist.get_rank()]
     results = []
     for folder in folders:
@@ -117,10 +118,10 @@ def resumed_and_saved_rank(jobs: Sequence[Held], folders: Sequence[Path]) -> lis
 
 
 def killed_rank(jobs: Sequence[Held], checkpoints: Path, asynchronous: bool, victim: int, point: int) -> list[str]:
-    """Save step 2 and drop step 1; `victim` gets a SIGKILL ahead of its `point`-th change to the disk, 0 = never.
+    """Save step 2 and prune step 1; `victim` gets a SIGKILL just before its `point`-th change to the disk, 0 = never.
 
     Returns:
-        the changes of this rank. What became of a survivor is in the file `<rank>.end` beside the checkpoints.
+        the changes of this rank. The file `<rank>.end` next to the checkpoints says how a survivor ended.
     """
     rank = dist.get_rank()
     held = jobs[rank]
@@ -138,7 +139,7 @@ def killed_rank(jobs: Sequence[Held], checkpoints: Path, asynchronous: bool, vic
 
 @contextmanager
 def _counted(below: Path, point: int) -> Iterator[list[str]]:
-    """What this process changes on the disk below a folder, in words; it dies ahead of the `point`-th change."""
+    """Record this process's disk changes below a folder as texts; kill it just before the `point`-th change."""
     changes: list[str] = []
 
     def reach(what: str, path: Any) -> None:
@@ -147,7 +148,7 @@ def _counted(below: Path, point: int) -> Iterator[list[str]]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        """The interpreter's own audit hook sees every change but those of `_COUNTED_CALLS`."""
+        """Python's audit events cover every change except those of `_COUNTED_CALLS`."""
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         path = str(arguments[0]) if writes or event in CHANGES else ""
         if path.startswith(str(below)) or (event in REMOVALS and not path.startswith("/")):
@@ -162,7 +163,7 @@ def _counted(below: Path, point: int) -> Iterator[list[str]]:
 
         return call
 
-    sys.addaudithook(hook)  # for the rest of the process, which counts nothing more of interest
+    sys.addaudithook(hook)  # an audit hook cannot be removed; this process has nothing else to count
     for name in originals:
         setattr(os, name, counted(name))
     try:
@@ -176,7 +177,7 @@ _COUNTED_CALLS = ("pwrite", "fsync", "posix_fallocate")
 
 
 def _in_words(path: str, below: Path) -> str:
-    """Without what differs from file to file of a kind, so that each kind of change has one name."""
+    """The path without the parts that differ between files of a kind, so that each kind of change has one name."""
     name = path.removeprefix(str(below)).strip("/") or "checkpoints"
     name = re.sub(r"-\d+-of-\d+|_sq", "", name)
     return name.replace(f".{folder_name(2)}.incomplete", "new")
@@ -185,19 +186,19 @@ def _in_words(path: str, below: Path) -> str:
 @dataclass(frozen=True)
 class FullDisk:
     error: str | None
-    """Of the save for which there was room until it began."""
+    """The error of a save that had enough space until it began."""
     left: list[str]
-    """In the folder after that."""
+    """Files in the folder after that."""
     before: Found
-    """With the disk still full."""
+    """What is loaded while the disk is still full."""
     too_little: str | None
     """The error of a save that begins on a full disk."""
     after: Found
-    """Once room is made and the step is saved again."""
+    """What is loaded after space was freed and the step was saved again."""
 
 
 def full_disk_rank(jobs: Sequence[Held], disk: Path, asynchronous: bool) -> FullDisk:
-    """The disk fills up between the look at its free space and the first file."""
+    """The disk fills up between the check for free space and the first file."""
     held, checkpoints, ballast = jobs[dist.get_rank()], disk / "checkpoints", disk / "ballast"
     saver = held.saver(checkpoints, asynchronous=asynchronous)
     held.save(saver, 1)
@@ -221,7 +222,7 @@ def full_disk_rank(jobs: Sequence[Held], disk: Path, asynchronous: bool) -> Full
 
 
 def _fill(path: Path, but_for: int) -> None:
-    """`but_for`: bytes that stay free."""
+    """`but_for`: number of bytes to leave free."""
     size = shutil.disk_usage(path.parent).free - but_for
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -239,10 +240,10 @@ def _error_of_save(held: Held, saver: Saver, step: int) -> str | None:
 def failing_saves_rank(
     jobs: Sequence[Held], checkpoints: Path, fault: Exception | None
 ) -> tuple[str | None, list[str], list[int]]:
-    """A save in the background in which rank 1 raises the fault, and another one.
+    """A background save in which rank 1 raises the fault, followed by another save.
 
     Returns:
-        what the second `save` raised; what was left then; the steps that were saved when it was tried again
+        the error that the second `save` raised; the files left then; the steps that were saved by a further attempt
     """
     held = jobs[dist.get_rank()]
     saver = held.saver(checkpoints, asynchronous=True)
@@ -259,7 +260,7 @@ def failing_saves_rank(
         if fault is not None:
             assert failed.wait(60), "nobody is told before the next save"
         error = _error_of_save(held, saver, 2)
-    dist.barrier()  # the writing rank has cleared up
+    dist.barrier()  # after this the writing rank has cleaned up
     left = sorted(path.name for path in checkpoints.glob("*"))
     dist.barrier()
     if fault is not None:
@@ -269,10 +270,10 @@ def failing_saves_rank(
 
 
 def queued_saves_rank(jobs: Sequence[Held], checkpoints: Path) -> tuple[list[str], list[int], Found]:
-    """Step 1, which is held up until step 2 is to be saved; and step 2 once more.
+    """Save step 1, delayed until step 2 is to be saved; then save step 2 a second time.
 
     Returns:
-        what happened, in this order; the steps that were saved; what is there at the end
+        what happened, in order; the steps that were saved; what is loaded at the end
     """
     held, events, release = jobs[dist.get_rank()], list[str](), threading.Event()
     saver = held.saver(checkpoints, asynchronous=True)

@@ -1,4 +1,5 @@
-"""The fork server's last import: else each rank's collector would touch, and so copy, every page of the others."""
+"""The fork server's last import: freezes the heap, or the garbage collector of each forked rank would write to, and so
+copy, every page that it shares with the server."""
 
 import gc
 

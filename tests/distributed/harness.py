@@ -1,8 +1,7 @@
 """Run a function on several gloo ranks of this machine, each started in well under a second.
 
-Importing torch, deepspeed and what we build on them takes seconds. A fork server imports all that once per pytest
-session, and every rank is a fork of it. Ranks meet in a file, so that no port can be taken, and are killed when the
-time is over.
+Importing torch, deepspeed and our own packages takes seconds. A fork server imports them once per pytest session, and
+every rank is a fork of it. The rendezvous uses a file, so no port can be in use already. Ranks are killed on timeout.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _PRELOAD = [
     "megatron_lite.train.run",
     "deepspeed.module_inject.auto_ep_layer",  # DeepSpeed imports these two at the start of each engine
     "deepspeed.runtime.superoffload.superoffload_stage3",
-    "tests.distributed.frozen_heap",  # the last one
+    "tests.distributed.frozen_heap",  # must be the last one
 ]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -48,7 +47,7 @@ _LOG_TAIL = 4000  # characters of a failed rank's output that the report shows
 
 
 class RankError(AssertionError):
-    """A rank raised, died or did not end in time."""
+    """A rank raised an exception, died or did not end in time."""
 
 
 def run_ranks(
@@ -61,9 +60,9 @@ def run_ranks(
     """Call function(*args) on every rank of a fresh gloo job and return the results in rank order.
 
     Args:
-        function: of a module that the ranks can import; finds its rank by torch.distributed.
-        args, result: anything that pickle takes; tensors travel by value.
-        grace_seconds: for the other ranks to end by themselves once one has failed.
+        function: of a module that the ranks can import; gets its rank from torch.distributed.
+        args, result: anything that can be pickled; tensors are copied.
+        grace_seconds: time for the other ranks to end by themselves after one has failed.
     Raises:
         RankError: naming the rank that failed first, with its traceback and the end of its output.
     """
@@ -89,7 +88,7 @@ def run_ranks(
 
 @functools.cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """The context of one warm server per session. What cannot be imported is left out by multiprocessing itself."""
+    """The context of one warm server per session. multiprocessing itself ignores modules that cannot be imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     before = os.environ.copy()
@@ -103,7 +102,7 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
 
 
 def _wait(ranks: Sequence[BaseProcess], deadline: float, grace_seconds: float) -> None:
-    """Until all ranks have ended, or one has failed and the others had their grace, or the time is over."""
+    """Wait until all ranks have ended, or one has failed and the grace period of the others is over, or time is up."""
     while alive := [process.sentinel for process in ranks if process.is_alive()]:
         if any(process.exitcode not in (None, 0) for process in ranks):
             deadline = min(deadline, time.monotonic() + grace_seconds)
@@ -121,7 +120,7 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
 
 
 def _report(folder: Path, exit_codes: list[int | None], timeout_seconds: float) -> str:
-    """Blame a rank that died without a word, else the first that raised, else one that still runs."""
+    """Name a rank that died without an exception, or else the first that raised one, or else one that still runs."""
     errors = {}
     for rank in range(len(exit_codes)):
         if (folder / f"{rank}.error").exists():
@@ -161,12 +160,12 @@ def _call_in_job(rank: int, world_size: int, folder: Path, timeout: timedelta) -
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.distributed_c10d.default_pg_timeout = timeout  # of groups that others create without naming one
+    dist.distributed_c10d.default_pg_timeout = timeout  # for groups that libraries create without a timeout
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     function, args = pickle.loads((folder / "task.pkl").read_bytes())
     result = function(*args)
-    dist.barrier()  # nobody closes its connections while another still needs them
+    dist.barrier()  # no rank may close its connections while another still needs them
     dist.destroy_process_group()
     return result
 
@@ -182,7 +181,7 @@ def _redirect_output(path: Path) -> None:
 
 
 def _set_environment(rank: int, world_size: int, folder: Path) -> None:
-    """What torchrun would set, and a private folder for compiled extensions unless the session names one."""
+    """Set the variables that torchrun sets, and a private folder for compiled extensions unless the session has one."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )

@@ -1,4 +1,4 @@
-"""What the ranks of the equivalence tests run, and the mutations that the tests must catch."""
+"""Functions that the ranks of the equivalence tests run, and the mutations that the tests must catch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.full_tensors import full_weights
 
 
 def layout_rank(config: ResolvedConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
-    """One rank of one layout; its stage's gradients."""
+    """The trace of one rank of a layout, with its stage's gradients."""
     with planted(mutation):
         return trace_layout(config, _context(config), vocab_size, num_steps)
 
@@ -52,7 +52,7 @@ def layout_rank(config: ResolvedConfig, vocab_size: int, num_steps: int, mutatio
 def updates_rank(
     configs: Sequence[ResolvedConfig], vocab_size: int, num_steps: int, mutation: str
 ) -> list[tuple[Trace, Trace]]:
-    """Of each configuration: the layout as it is, and with the fault in it, each with the updates of its weights."""
+    """Traces of each configuration without and with the fault, including weight updates."""
     found = []
     for config in configs:
         context = _context(config)
@@ -63,7 +63,7 @@ def updates_rank(
 
 
 def fp16_scales_rank(config: ResolvedConfig, vocab_size: int, num_steps: int) -> list[tuple[bool, float, bool]]:
-    """Of each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
+    """For each step: whether it was skipped, the loss scale after it, and whether it changed a weight."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     context, batch_size = engine.context, config.train.global_batch_size
     own = batch_size // (context.data_size * config.train.micro_batch_size)
@@ -80,7 +80,7 @@ def fp16_scales_rank(config: ResolvedConfig, vocab_size: int, num_steps: int) ->
 
 
 def fp16_growth_rank(config: ResolvedConfig, vocab_size: int) -> list[tuple[float, float]]:
-    """Of each step of plain SGD: how far it moved the weights over (learning rate x gradient norm), and the scale."""
+    """For each step of plain SGD: norm of the update / (learning rate x gradient norm), and the loss scale."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     batch_size = config.train.global_batch_size
     records = []
@@ -96,7 +96,7 @@ def fp16_growth_rank(config: ResolvedConfig, vocab_size: int) -> list[tuple[floa
 def generate_rank(
     config: ResolvedConfig, vocab_size: int, prompt: list[int], num_tokens: int, diverged: bool = False
 ) -> list[int]:
-    """What an untrained model of this layout writes."""
+    """The tokens that an untrained model generates in this layout."""
     engine, _ = synthetic_engine(config, vocab_size)
     if diverged:
         for parameter in engine.module.parameters():
@@ -119,7 +119,7 @@ def prefix_rank(config: ResolvedConfig, vocab_size: int, prompt: list[int], num_
 
 
 def evaluate_rank(config: ResolvedConfig, vocab_size: int) -> Evaluation:
-    """Of an untrained model."""
+    """Evaluation of an untrained model."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     context = engine.context
     own = config.train.global_batch_size // (context.data_size * config.train.micro_batch_size)
@@ -127,13 +127,13 @@ def evaluate_rank(config: ResolvedConfig, vocab_size: int) -> Evaluation:
 
 
 def evaluated_twice_rank(config: ResolvedConfig, vocab_size: int) -> tuple[Evaluation, Evaluation]:
-    """Of an untrained model on one rank: by the engine, and by torch's functions on the model's outputs.
+    """Evaluations of an untrained model on one rank: by the engine, and by torch's functions on the model's outputs.
 
-    Every third label is the one that the model predicts: by itself it would be right nowhere.
+    Every third label is replaced by the model's prediction; otherwise the accuracy would be 0.
     """
     engine, batches_from = synthetic_engine(config, vocab_size)
     batches = batches_from(0, config.train.global_batch_size // config.train.micro_batch_size)
-    sums = torch.zeros(2, 3, dtype=torch.float64)  # right, nats, all: of tokens, of classes
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # rows: tokens, classes; columns: correct, nats, all
     engine.module.eval()
     for place, batch in enumerate(batches):
         with torch.no_grad():
@@ -156,7 +156,7 @@ def evaluated_twice_rank(config: ResolvedConfig, vocab_size: int) -> tuple[Evalu
 
 
 def evaluated_and_trained_rank(config: ResolvedConfig, vocab_size: int) -> tuple[float, float, float]:
-    """The loss of an evaluation, of the training step after it, and of one without an evaluation before it."""
+    """Losses of an evaluation, of the training step after it, and of a training step without an evaluation before."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     own = config.train.global_batch_size // config.train.micro_batch_size
     evaluated = engine.evaluate(batches_from(0, own), own).loss
@@ -167,7 +167,7 @@ def evaluated_and_trained_rank(config: ResolvedConfig, vocab_size: int) -> tuple
 
 
 def argmax_rank(config: ResolvedConfig, vocab_size: int) -> list[int]:
-    """What an untrained model of this layout predicts for the first sample."""
+    """The predictions of an untrained model for the first sample, in this layout."""
     engine, batches_from = synthetic_engine(config, vocab_size)
     batch = batches_from(0, 1)[0]
     return predicted_tokens(engine, batch)[0].tolist()
@@ -176,7 +176,7 @@ def argmax_rank(config: ResolvedConfig, vocab_size: int) -> list[int]:
 def synthetic_engine(
     config: ResolvedConfig, vocab_size: int, hooks: EngineHooks | None = None, heartbeat: Heartbeat | None = None
 ) -> tuple[Engine, Callable[[int, int], list[MicroBatch]]]:
-    """An engine, and its synthetic micro-batches by (first sample, count)."""
+    """An engine, and a function from (first sample, count) to its synthetic micro-batches."""
     context = _context(config)
     vocabulary = synthetic_vocabulary(vocab_size)
     task = build_task(config, context, vocabulary)
@@ -221,7 +221,7 @@ def _context(config: ResolvedConfig) -> ParallelContext:
 
 @contextmanager
 def planted(mutation: str | None) -> Iterator[None]:
-    """The program with one fault in it."""
+    """Run the block with one fault planted in the program."""
     if mutation is None:
         yield
         return
@@ -279,7 +279,7 @@ _PACK = StageBoundary.pack
 
 @contextmanager
 def _clip_coefficient_too_large() -> Iterator[None]:
-    """By 5 %: as if the norm that is clipped by were so much smaller."""
+    """Clips with a coefficient 5 % too large, as if the norm were that much smaller."""
     engine = megatron_lite.engine.engine
     give, clip = engine.clip_by_given_norm, engine.clip_grads_with_norm_  # DeepSpeed's optimizers; ZeRO-0
     with (
@@ -298,7 +298,7 @@ _MEASURES = (
 
 
 def _with_a_term_of_its_own(block: TransformerBlock, *arguments: Any) -> torch.Tensor:
-    """The mean square of what a block hands on, a part of the loss; its largest value, a measure."""
+    """Adds the mean square of a block's output to the loss, and measures its largest value."""
     x, context = _FORWARD(block, *arguments), block.context
     slices = context.tensor_size if context.sequence_parallel else 1
     term = x.float().square().mean() / slices
@@ -318,7 +318,7 @@ def _auxiliary_of_blocks() -> Iterator[None]:
 
 AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
 _MUTATIONS: dict[str, Callable[[], Any]] = {
-    AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # a feature of layers that no model here has, rather than a fault
+    AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # not a fault but a feature of layers that no model here uses
     AUXILIARY_UNLISTED: _patch(TransformerBlock, "forward", _with_a_term_of_its_own),
     "auxiliary_gradient_too_large": _patch(
         AuxiliaryChannel, "begin_step", lambda channel, gradient: _BEGIN(channel, 1.05 * gradient)

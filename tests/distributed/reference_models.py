@@ -1,4 +1,4 @@
-"""Our models with random weights, written as folders of transformers, and what its models say about one batch."""
+"""Our models with random weights, saved as transformers model folders, and the outputs of transformers on one batch."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from tests.tiny_models import (
 
 VOCAB_SIZE = 301  # a prime: padded under every layout
 TOKEN_IDS = SpecialTokens(eod=0, pad=1, cls=2, sep=3)
-_FIRST_TOKEN = 4  # the ids before it are padding to some models, which give them no gradient
+_FIRST_TOKEN = 4  # smaller ids are padding in some models, which compute no gradient for them
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of ours that transformers has as well."""
+    """A model that both we and transformers have."""
 
     model: ModelConfig
     inputs: tuple[Field, ...] = (TOKENS,)
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference gives: full tensors under our names."""
+    """Results of the reference: full tensors under our names."""
 
     weights: dict[str, Tensor]
     logits: Tensor
@@ -82,7 +82,7 @@ class Expected:
 
 
 def expected(case: Case) -> Expected:
-    """Of the model that transformers makes of our weights and our config.json."""
+    """Results of the model that transformers builds from our weights and config.json."""
     flat = case.flat(ParallelContext.single())
     shapes = {name: parameter.shard_spec.full_shape for name, parameter in flat.named_parameters()}
     weights = random_weights(shapes)
@@ -104,7 +104,7 @@ def expected(case: Case) -> Expected:
 
 
 def _loaded(stored: Mapping[str, Tensor], case: Case) -> transformers.PreTrainedModel:
-    """From a folder, as everyone loads a model; nothing in it may be missing or superfluous."""
+    """Load the model from a folder, as users do; no weight may be missing or unexpected."""
     config = hf_config(
         resolve_model(case.model), vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, next_sentence=case.next_sentence
     )
@@ -119,7 +119,7 @@ def _loaded(stored: Mapping[str, Tensor], case: Case) -> transformers.PreTrained
 
 
 def total_loss(token_losses: Tensor, sequence_logits: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean over the tokens that count, plus the loss of the whole samples' classes where there is one."""
+    """Mean over the counted tokens, plus the loss of the samples' classes if there are any."""
     loss = (token_losses * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
     if sequence_logits is None:
         return loss
@@ -127,7 +127,7 @@ def total_loss(token_losses: Tensor, sequence_logits: Tensor | None, batch: Mapp
 
 
 def batch_of(case: Case) -> dict[str, Tensor]:
-    """Two samples: our inputs by name, labels, loss weights; padded where the case has lengths, without padding ids."""
+    """Two samples: our inputs by name, labels, loss weights; padded if the case has lengths, with ordinary ids."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(length: int, low: int, high: int) -> Tensor:
@@ -150,7 +150,7 @@ def batch_of(case: Case) -> dict[str, Tensor]:
 
 
 def _arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The batch as transformers' models take it."""
+    """The batch as arguments of a transformers model."""
     renamed = {"tokens": "input_ids", "segments": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
     arguments = {theirs: batch[ours] for ours, theirs in renamed.items() if ours in batch}
     if "lengths" in batch:
@@ -159,7 +159,7 @@ def _arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Biases and norms included, so that nothing is hidden by a zero."""
+    """Random weights, also for biases and norms: their initial zeros and ones would hide errors."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""model.check_init: one rank compares logits with transformers', and all of them end alike."""
+"""model.check_init: one rank compares its logits with transformers', and all ranks end in the same way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.remedies import obeys
 
 
 def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]:
-    """(exit code and error, what was reported). `planted`: transformers computes otherwise than config.json tells."""
+    """(exit code and error, messages). `planted`: transformers computes something else than config.json says."""
     theirs = parity._theirs
 
     def shifted(*arguments: object) -> list[Tensor]:
@@ -62,7 +62,7 @@ def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_has_changed_since_the_launch_is_refused_by_all_ranks(tmp_path: Path) -> None:
-    """A frozen configuration outlives the folder that it came from."""
+    """A frozen configuration may be older than the current content of the folder that it came from."""
     config = begin(write_start(tmp_path / "m", "llama_multi_head"), "llama_multi_head")
     write_start(tmp_path / "m", "llama_multi_head", rope_theta=500.0, rope_parameters=...)
     ranks = run_ranks(start_rank, 2, config, False)
@@ -103,7 +103,7 @@ def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _zero(*names: str) -> Callable[[dict[str, Tensor]], None]:
-    """These tensors; none named = all."""
+    """Set these tensors to zero; no names = all."""
     return lambda tensors: tensors.update({name: torch.zeros_like(tensors[name]) for name in names or list(tensors)})
 
 
@@ -120,7 +120,7 @@ def test_equal_logits_that_depend_on_nothing_prove_nothing(name: str, zeros: tup
 
 
 def test_a_constant_is_no_agreement(tmp_path: Path) -> None:
-    """Logits of a bias alone, large as they are."""
+    """The logits come from a bias alone, so equal logits prove nothing, however large they are."""
     head = {"cls.predictions.transform.LayerNorm.weight": 0.0, "cls.predictions.bias": 50.0}
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -138,7 +138,7 @@ def test_matrices_of_zeros_are_told_beside_logits_that_agree(tmp_path: Path) -> 
 
 
 def test_a_fresh_gemma_under_the_name_of_llama_is_not_taken_for_one(tmp_path: Path) -> None:
-    """Every key is one of LLaMA's. The weights of its norms are what is added to 1: zeros."""
+    """All keys are LLaMA's keys too. But Gemma adds 1 to its norm weights, so fresh ones are zeros."""
     torch.manual_seed(1)
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
     model = transformers.GemmaForCausalLM(

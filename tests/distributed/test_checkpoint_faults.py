@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks on bad disks: what is damaged is never loaded, what cannot be written is told to all."""
+"""Checkpoints of several ranks on bad disks: damaged files are never loaded, and all ranks learn of failed writes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def empty(folder: Path) -> None:
 
 
 def stray(mark: Path) -> Callable[[Path], None]:
-    """Files that no save has written, with a program in them, under the names of weights and moments."""
+    """Files that no save has written, with the names of weights and moments, whose pickles would execute code."""
 
     def plant(folder: Path) -> None:
         for name in ("model-00001-of-00001.safetensors", "model.safetensors", "training/exp_avg.safetensors"):
@@ -60,7 +60,7 @@ def stray(mark: Path) -> Callable[[Path], None]:
 
 
 def damages(mark: Path) -> dict[str, tuple[Callable[[Path], object], str, list[str]]]:
-    """By name: what is done to the checkpoint of step 2, what is then resumed from, and parts of what is said."""
+    """By name: the damage to the checkpoint of step 2, what is then resumed from, and parts of the messages."""
     other_content = "has other content than the manifest says"
     hint = f"latest names '{NEW}', which is skipped; the newest complete one is {OLD}"
     found: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
@@ -101,14 +101,14 @@ def test_damaged_checkpoint_is_passed_over_by_all_ranks(jobs: list[Held], tmp_pa
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for two checkpoints and not for three."""
+    """A disk with space for two checkpoints but not for three."""
     with small_disk(tmp_path / "disk", kibibytes=2300) as folder:
         yield folder
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_disk_that_fills_up_during_a_save(asynchronous: bool, jobs: list[Held], disk: Path) -> None:
-    """There was room when the save began; somebody else takes it."""
+    """There was enough space when the save began; another process uses it up."""
     writer, other = run_ranks(full_disk_rank, 2, jobs, disk, asynchronous)
     checkpoints = disk / "checkpoints"
     assert writer.error == other.error

@@ -1,7 +1,7 @@
-"""A rank that is killed anywhere in a save: what was saved before, or the new checkpoint, is resumed from, bit by bit.
+"""A rank is killed anywhere in a save: the run resumes bit by bit from the previous or from the new checkpoint.
 
-Real SIGKILLs of real ranks ahead of each kind of change to the disk. The other rank ends by itself, and blames nobody's
-configuration for it.
+Real ranks get a real SIGKILL just before each kind of change to the disk. The other rank ends by itself, and its error
+does not blame the configuration.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ KINDS = (
         "fsync new/training/exp_avg.safetensors",
     },
 )
-"""Of changes, by rank: the first one writes what is not a tensor, publishes and prunes."""
+"""Kinds of changes by rank: rank 0 also writes files without tensors, publishes the checkpoint and prunes old ones."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One broken-off save of step 2, after which step 1 goes."""
+    """One interrupted save of step 2, which would have pruned step 1."""
 
     checkpoints: Path
     victim: int
     change: str
-    """The one that the victim did not come to make."""
+    """The change that the victim was about to make."""
     survivor: str
     """How the other rank ended."""
 
@@ -69,7 +69,8 @@ def jobs() -> list[Held]:
 
 
 def kills(jobs: list[Held], folder: Path) -> list[Kill]:
-    """Of both ranks, one at the first change of each kind, in the order of time; every other one in the background."""
+    """One kill for each rank and each kind of change, at its first occurrence, in order; every other save is in the
+    background."""
     before = folder / "before"
     run_ranks(saved_rank, 2, jobs, before, [1])
     whole = run_ranks(killed_rank, 2, jobs, copied(before, folder / "whole"), False, 0, 0)

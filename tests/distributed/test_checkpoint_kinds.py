@@ -1,4 +1,4 @@
-"""Chains as in test_checkpoints.py for the other precisions, optimizers and places of the optimizer's state."""
+"""Chains as in test_checkpoints.py, for the other precisions and optimizers, and for offloaded optimizer state."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def config(
 
 
 def require_same_losses(links: Sequence[Link]) -> None:
-    """Each link repeats what the one before has gone on to, unbroken."""
+    """Each link repeats the losses that the previous one got when it trained on without a restart."""
     for unbroken, resumed in pairwise(links):
         assert resumed.losses[:NUM_STEPS] == pytest.approx(unbroken.losses[NUM_STEPS:], rel=TOLERANCE)
 
 
 def test_fp32_masters_go_through_bf16_unrounded(tmp_path: Path) -> None:
-    """The files of each are bitwise those of the one before; the losses are those of half precision."""
+    """The files of each link are bitwise those of the previous one; losses agree within half precision."""
     bf16 = Precision.bf16
     run_chain(
         [config(TP2), config(DP2, precision=bf16, zero_stage=3), config(TP2, precision=bf16), config(PP2)],
@@ -48,7 +48,7 @@ def test_fp32_masters_go_through_bf16_unrounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
 def test_half_precision_goes_on_bit_by_bit_in_the_same_layout(precision: Precision, tmp_path: Path) -> None:
-    """fp16 with overflows before and after the break: scale, place in the window and hysteresis are back."""
+    """fp16 with overflows before and after the restart: scale, position in its window and hysteresis are restored."""
     one = config(DP2, "llama", precision)
     scale = LossScaleConfig(initial_power=26, window=2, hysteresis=2)
     one = replace(one, train=replace(one.train, loss_scale=scale))

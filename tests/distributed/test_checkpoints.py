@@ -1,7 +1,8 @@
-"""Save under any layout, resume under any other: bitwise the same state, the same losses, the same files.
+"""Save in any layout, resume in any other: bitwise the same state, the same losses, the same files.
 
-Chains of random layouts. Each link resumes what the one before has saved, saves it again at once (the tensor files must
-be the same to the last byte), trains, saves, and trains on without a break: the losses that the next link must repeat.
+Chains of random layouts. Each link resumes from what the previous one has saved, saves it again at once (the tensor
+files must be identical byte by byte), trains, saves, and trains on without a restart: the losses that the next link
+must repeat.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 
 SEED = 20261125
-AHEAD, BEHIND = 1, 5  # steps of a link, of its second save
-LOSSES = 5  # that the next link must repeat
-CHAIN_LENGTH = 12  # layouts; one pair fewer
+AHEAD, BEHIND = 1, 5  # steps of a link before and after its second save
+LOSSES = 5  # number of losses that the next link must repeat
+CHAIN_LENGTH = 12  # layouts; one less pair
 LARGEST_WORLD = 4
 TOLERANCE = 1e-6
 
@@ -54,7 +55,7 @@ class Case:
 
 
 def random_layouts(model: str, count: int) -> list[Case]:
-    """No two in a row are the same; each chain has a 2 x 2 x 2."""
+    """No two consecutive layouts are the same; each chain contains a 2 x 2 x 2."""
     draw = random.Random(f"{SEED} {model}")
     found: list[Case] = []
     while len(found) < count:
@@ -78,7 +79,7 @@ def files(folder: Path, step: int) -> dict[str, str]:
 def run_chain(
     configs: list[RunConfig], folder: Path, steps: tuple[int, int], mutation: str | None = None
 ) -> list[Link]:
-    """Each resumes from what the one before has left. Checks that nothing is lost on the way."""
+    """Each link resumes from the previous one's checkpoint. Checks that nothing is lost on the way."""
     links = []
     for index, config in enumerate(configs):
         copy = folder / f"copy{index}"

@@ -1,4 +1,4 @@
-"""Groups and coordinates of every rank, and low precision across ranks."""
+"""Process groups and coordinates of every rank, and low precision across ranks."""
 
 from __future__ import annotations
 

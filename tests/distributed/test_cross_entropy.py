@@ -15,7 +15,7 @@ from tests.distributed.harness import run_ranks
 
 BATCH, SEQUENCE, PADDED = 3, 5, 24
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
-# One rounding of the result to the type, and one of what is stored on the way.
+# One rounding of the result to the dtype, and one of the stored intermediate values.
 GRADIENT = {
     torch.float32: FP32,
     torch.bfloat16: {"rtol": 2.0**-7, "atol": 1e-6},
@@ -24,14 +24,14 @@ GRADIENT = {
 
 
 def _case(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded logits (garbage in the padding), labels, and loss weights of which some are 0."""
+    """Padded logits (with garbage in the padding), labels, and loss weights, some of which are 0."""
     generator = torch.Generator().manual_seed(11)
     logits = (4 * torch.randn(BATCH, SEQUENCE, PADDED, generator=generator)).to(dtype)
     logits[..., vocab_size:] = 1e4
     labels = torch.randint(vocab_size, (BATCH, SEQUENCE), generator=generator)
     weights = torch.rand(BATCH, SEQUENCE, generator=generator)
     weights[0, 1] = weights[2] = 0.0
-    labels[2, 0], labels[2, 1] = -100, PADDED - 1  # ignored positions may hold anything
+    labels[2, 0], labels[2, 1] = -100, PADDED - 1  # ignored positions may have any label
     return logits, labels, weights
 
 
@@ -62,7 +62,7 @@ def _on_rank(size: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Te
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize(
     ("size", "vocab_size"),
-    [(1, 24), (1, 19), (2, 24), (2, 19), (4, 19), (4, 11)],  # 4 x 11: two ranks hold nothing but padding
+    [(1, 24), (1, 19), (2, 24), (2, 19), (4, 19), (4, 11)],  # 4 x 11: two ranks hold only padding
 )
 def test_matches_torch(size: int, vocab_size: int, dtype: torch.dtype):
     logits, labels, weights = _case(vocab_size, dtype)
@@ -84,7 +84,7 @@ def test_matches_torch(size: int, vocab_size: int, dtype: torch.dtype):
 
 
 def test_a_confident_label_keeps_its_gradient_in_bf16():
-    """p - 1 near p = 1 must not be the difference of two rounded numbers."""
+    """p - 1 near p = 1 must not be computed as the difference of two rounded numbers."""
     logits = torch.tensor([[[8.0, 0.0, 0.0, 0.0]]], dtype=torch.bfloat16)
     labels, weights = torch.tensor([[0]]), torch.ones(1, 1)
     _, gradient = _ours(logits, labels, weights, 4, ParallelContext.single())

@@ -45,7 +45,7 @@ def _context(size: int, sequence_parallel: bool) -> ParallelContext:
 
 
 def _step(model: ModelConfig, recompute: Recompute, size: int, sequence_parallel: bool) -> tuple[Tensor, dict]:
-    """Loss, and gradients with their specs."""
+    """The loss, and the gradients with their specs."""
     context = _context(size, sequence_parallel)
     flat = FlatModel(
         build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=recompute, inputs=INPUTS)
@@ -66,12 +66,12 @@ def _hidden_mask(sequence_parallel: bool) -> Tensor:
 
 
 def _inner_mask(size: int, sequence_parallel: bool) -> Tensor:
-    """Of this rank's share of 12 channels."""
+    """The dropout mask of this rank's share of 12 channels."""
     return inner_dropout(torch.ones(2, 8, 12 // size), 0.5, KEY, _context(size, sequence_parallel))
 
 
 def _attention_output() -> Tensor:
-    """Of equal local heads on both ranks, so that only the masks can tell them apart."""
+    """Output of equal local heads on both ranks, so only the masks can make a difference."""
     model = replace(MODEL, attention_dropout=0.5)
     layers = build_layers(
         resolve_model(model), _context(2, False), vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS
@@ -83,7 +83,7 @@ def _attention_output() -> Tensor:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_what_is_kept_is_scaled_up_by_the_share_that_is_kept(probability: float):
-    """Exactly, for the twin of the equivalence tests draws by the same functions."""
+    """Checked exactly, because the twin of the equivalence tests uses the same dropout and would not show an error."""
     ones, context = torch.ones(2, 8, 64), _context(1, False)
     for masked in (
         activation_dropout(ones, probability, KEY, "mlp_output", context),
@@ -118,7 +118,7 @@ def test_heads_have_their_own_masks():
 
 
 def test_tensor_parallelism_does_not_change_the_masks_of_replicated_activations():
-    """So loss and gradients are those of one rank, dropout and all."""
+    """So loss and gradients equal those of one rank, even with dropout."""
     loss, expected = _step(MODEL, Recompute.none, 1, False)
     ranks = run_ranks(_step, 2, MODEL, Recompute.full, 2, False)
     for name, (gradient, _) in expected.items():

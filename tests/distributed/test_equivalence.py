@@ -1,8 +1,8 @@
-"""The claim of the project: the layout changes nothing but speed.
+"""The claim of the project: the layout changes only the speed.
 
-Every layout trains on the same samples as a bare one-rank torch loop. Compared within 1e-5, relative, in fp32: each
-parameter's raw gradient before clipping, the global gradient norm and the loss of ten steps. `make equivalence` writes
-the numbers to docs/equivalence.md.
+Every layout trains on the same samples as a plain one-rank torch loop. Compared in fp32, with a relative tolerance of
+1e-5: each parameter's raw gradient before clipping, and the global gradient norm and the loss of ten steps.
+`make equivalence` writes the numbers to docs/equivalence.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_other_optimizers(optimizer: OptimizerName) -> None:
 
 @pytest.mark.parametrize("layout", ["pp4", "zero2_dp2"])
 def test_batch_ramp(layout: str) -> None:
-    """Stages between the first and the last see no batch, and must follow the ramp all the same."""
+    """Stages between the first and the last get no batch, but must follow the ramp all the same."""
     config = run_config("gpt2", **LAYOUTS[layout])
     ramp = replace(config.train.batch_ramp, start=4, increment=4, samples=12)
     config = replace(config, train=replace(config.train, batch_ramp=ramp))
@@ -76,7 +76,7 @@ def test_batch_ramp(layout: str) -> None:
     ],
 )
 def test_auxiliary_losses_and_measures_of_layers(layout: str) -> None:
-    """A term of the loss in each block, on each stage; a mean and a largest value of the whole job."""
+    """Each block, on each stage, adds a loss term; its mean and its maximum over the whole job are measured."""
     config = run_config("gpt2")
     with planted(AUXILIARY_OF_BLOCKS):
         reference = trace_twin(config, VOCAB_SIZE, MUTATED_STEPS)

@@ -1,4 +1,4 @@
-"""Validation and the previews at the end of a run are the same under every layout."""
+"""Validation and the previews at the end of a run are the same in every layout."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_layout_evaluates_as_one_rank(model: str, layout: str) -> None:
 
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
 def test_one_rank_evaluates_as_torch_does(model: str) -> None:
-    """All layouts share what counts; so the figures themselves are held to torch's cross-entropy and argmax."""
-    config = run_config(model, zero_stage=2)  # whose module is called with a batch
+    """All layouts use the same counting code, so its results are compared with torch's cross-entropy and argmax."""
+    config = run_config(model, zero_stage=2)  # the module of ZeRO-2 is called with a batch
     ((found, expected),) = run_ranks(evaluated_twice_rank, 1, config, VOCAB_SIZE)
     assert (expected.sequence_accuracy is not None) == (model == "bert")
     assert 0.1 < expected.accuracy < 0.6

@@ -1,4 +1,4 @@
-"""The sample at the end of a run is the same under every layout."""
+"""The text generated at the end of a run is the same in every layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_layout_writes_what_one_rank_writes(world_size: int, layout: dict[str, i
 
 
 def test_prefix_of_a_prefix_lm_slides_out_of_the_window() -> None:
-    """Longer than the window: what was generated must never see itself both ways."""
+    """Longer than the window: generated tokens must never attend to later ones, which only a prefix may."""
     long_prompt = [5, 17, 3, 40, 8, 9, 10, 11, 30, 31, 32, 33]
     config = run_config("prefix_lm")
     seen: list[list[int]] = run_ranks(prefix_rank, 1, config, VOCAB_SIZE, long_prompt, 8)[0]

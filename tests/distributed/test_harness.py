@@ -1,4 +1,4 @@
-"""The harness itself: a failure on any rank must surface, by name."""
+"""The harness itself: a failure on any rank must be reported, and name the rank."""
 
 from __future__ import annotations
 

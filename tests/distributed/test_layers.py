@@ -1,4 +1,4 @@
-"""Each sharded layer on 2 and 4 ranks against torch.nn on one: output, input gradient, parameter gradients."""
+"""Each sharded layer on 2 and 4 ranks against torch.nn on one rank: output, input gradient, parameter gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 @dataclass(frozen=True)
 class Passed:
-    """What one rank saw."""
+    """Results of one rank."""
 
     output: Tensor
     input_grad: Tensor | None
@@ -39,19 +39,19 @@ class Passed:
 
 @dataclass(frozen=True)
 class Case:
-    """How to build a layer on a rank, its unsharded twin, and how its activations lie."""
+    """How to build a layer on a rank and its unsharded twin, and how its activations are split."""
 
     build: Callable[[ParallelContext], nn.Module]
     twin: Callable[[], nn.Module]
     split_input: bool = False
-    """The input's channels are split over the ranks."""
+    """Whether the input's channels are split over the ranks."""
     split_output: bool = False
     call: str = "x"
-    """`x`, or `head` for the embedding's use as output head."""
+    """`x`, or `head` if the embedding is used as output head."""
 
 
 class _Stacked(nn.Module):
-    """Two matrices of one parameter, multiplied one after the other."""
+    """Two matrices fused into one parameter, multiplied separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Positions(nn.Module):
 
 
 class _HeadNorm(nn.Module):
-    """A norm of queries: each tensor rank uses the one weight on its own heads."""
+    """A norm of queries: each tensor rank applies the same replicated weight to its own heads."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -195,14 +195,14 @@ def _on_rank(name: str, topology: Topology, sequence_parallel: bool, output_grad
 
 
 def _padded(gradient: Tensor, name: str) -> Tensor:
-    """With the zero gradient that the loss gives to the columns of the padded vocabulary."""
+    """Append the zero gradient that the loss gives to padding columns of the vocabulary."""
     if name in ("column_padded", "embedding_as_head"):
         return nn.functional.pad(gradient, (0, PADDED_VOCAB - VOCAB))
     return gradient
 
 
 def _local(full: Tensor, context: ParallelContext, split_channels: bool) -> Tensor:
-    """This rank's part of an activation that lies as the layer's contract says."""
+    """This rank's part of an activation, split as the layer's contract says."""
     if split_channels:
         return full.chunk(context.tensor_size, -1)[context.tensor_rank].contiguous()
     if context.sequence_parallel:
@@ -216,7 +216,7 @@ def _joined(parts: list[Tensor], like: Tensor, split_channels: bool, sequence_pa
         return torch.cat([part.view(*part.shape[:2], *stacked, -1) for part in parts], -1)[..., : like.shape[-1]]
     if sequence_parallel:
         return torch.cat(parts, 1)
-    for part in parts[1:]:  # replicated: all ranks must hold the same
+    for part in parts[1:]:  # replicated: must be equal on all ranks
         torch.testing.assert_close(part, parts[0], rtol=0.0, atol=0.0)
     return parts[0]
 
@@ -264,7 +264,7 @@ def test_a_split_parameter_has_no_partial_gradient() -> None:
 
 
 def _pretended(size: int) -> ParallelContext:
-    """A context that is good for shapes alone."""
+    """A context for computing shapes only, without process groups."""
     context = ParallelContext.single()
     context.topology = Topology(tensor_parallel_size=size)
     return context

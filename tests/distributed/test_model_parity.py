@@ -1,4 +1,4 @@
-"""Our models against transformers' at equal weights: logits and every gradient, on one rank and on two ranks."""
+"""Our models against transformers' with equal weights: logits and every gradient, on one rank and on two ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.reference_models import CASES, VOCAB_SIZE, Case, Expected, batch_of, expected, total_loss
 from tests.full_tensors import load_full_tensors
 
-TOLERANCE = 1e-5  # largest difference, fp32; absolute for logits, a share of the largest entry for gradients
+TOLERANCE = 1e-5  # largest difference in fp32: absolute for logits, relative to the largest entry for gradients
 TENSOR_PARALLEL_CASES = [
     "gpt2",
     "gpt2_untied",
@@ -93,7 +93,7 @@ def test_one_rank_matches_transformers(name: str, recompute: Recompute):
 
 @pytest.mark.parametrize("name", DROPPING_CASES)
 def test_dropout_stands_where_transformers_has_it(name: str, monkeypatch: pytest.MonkeyPatch):
-    """With dropout that shrinks everything instead of dropping some: then a place too many or too few would show."""
+    """Dropout is replaced by a constant factor, so that a missing or additional dropout changes the result."""
     attention = F.scaled_dot_product_attention
 
     def shrunk_attention(*args: Tensor, dropout_p: float = 0.0, **settings: Any) -> Tensor:
@@ -128,7 +128,7 @@ def test_two_tensor_parallel_ranks_match_transformers(name: str, sequence_parall
 
 
 def _compare_logits(case: Case, ours: Tensor, theirs: Tensor) -> None:
-    """Where a prediction counts: what stands at padded positions is no one's business."""
+    """Compare logits at positions whose predictions count; padded positions may have any value."""
     counts = batch_of(case)["loss_weights"] > 0
     _compare(ours[..., :VOCAB_SIZE][counts], theirs[counts])
 

@@ -1,4 +1,4 @@
-"""Each engine says what it does, in the order in which it does it."""
+"""Each engine reports its phases in the order in which it executes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _config(layout: str) -> RunConfig:
 
 
 def _phases_of_rank(config: RunConfig) -> tuple[str, str]:
-    """Of the second step, and of the evaluation after it."""
+    """Phases of the second step, and of the evaluation after it."""
     entered: list[str] = []
 
     class Recording(Heartbeat):

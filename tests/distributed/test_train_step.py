@@ -1,4 +1,4 @@
-"""The train step stays short enough to be read: how deep the first matrix product of a step lies."""
+"""The train step stays short enough to read: limits the depth of the call stack at a step's first matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.distributed.equivalence_cases import VOCAB_SIZE, run_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_ranks import synthetic_engine
 
-MOST_FRAMES = 20  # of them most are torch's, two for each module, and DeepSpeed's
+MOST_FRAMES = 20  # most of them are torch's, two for each module, and DeepSpeed's
 MOST_OWN_FRAMES = 8
 
 
@@ -39,5 +39,5 @@ def frames_rank(config: RunConfig) -> list[str]:
 def test_the_first_matrix_product_is_near(zero_stage: int) -> None:
     (frames,) = run_ranks(frames_rank, 1, run_config("gpt2", zero_stage=zero_stage))
     assert sum("megatron_lite/" in file for file in frames) <= MOST_OWN_FRAMES
-    if zero_stage == 1:  # hooks of ZeRO-3 on each module are frames of torch's
+    if zero_stage == 1:  # with ZeRO-3, its hooks on each module add frames of torch
         assert len(frames) <= MOST_FRAMES

@@ -1,7 +1,7 @@
-"""What clipped steps do to the weights, by an optimizer that shows the size of a gradient.
+"""How clipped steps change the weights, with an optimizer whose updates depend on the size of the gradient.
 
-Adam's updates hardly change when all gradients are 5 % larger, so that no loss tells of a wrong clip coefficient. SGD's
-do: they are held to those of one rank without DeepSpeed for every way in which DeepSpeed clips.
+Adam's updates hardly change if all gradients are 5 % larger, so a wrong clip coefficient would not show in the loss.
+SGD's do change: they are compared with those of one rank without DeepSpeed, for every way in which DeepSpeed clips.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of layers and sequences are those of one rank under any layout, and a dropped update leaves no trace."""
+"""Figures of layers and sequences equal those of one rank in any layout, and a dropped update leaves no trace."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def config_of(model: str, layout: str, **train: object) -> RunConfig:
 
 
 def steady(config: RunConfig, **train: object) -> RunConfig:
-    """BERT with SGD: in the last step the two classes' gradients of its pooler all but cancel, and what is left shows
-    the last digits of weights that Adam has moved: off by 1.03e-5 on one processor, where SGD's are off by 3e-6."""
+    """Use SGD for BERT: in the last step the gradients of the pooler from the two classes nearly cancel, so rounding
+    errors in the weights are amplified. After Adam the error was 1.03e-5 on one processor, after SGD it is 3e-6."""
     optimizer = config.optimizer
     if config.model.num_segments:
         optimizer = replace(optimizer, name=OptimizerName.sgd, momentum=0.9, learning_rate=1e-2)
@@ -52,7 +52,7 @@ def watched(config: RunConfig) -> list[Watched]:
 
 @functools.cache
 def twin(model: str) -> Watched:
-    """One rank, whole tensors and torch's own optimizer."""
+    """One rank with unpartitioned tensors and torch's own optimizer."""
     return watched(steady(run_config(model, zero_stage=0)))[0]
 
 
@@ -62,7 +62,7 @@ def close(found: object, expected: object, tolerance: float = TOLERANCE) -> None
 
 @pytest.mark.parametrize("model", ["gpt2", "bert", "t5"])
 def test_twin_is_right(model: str) -> None:
-    """Against the raw gradients of a loop without DeepSpeed, and weights before and after."""
+    """Compared with the raw gradients of a loop without DeepSpeed, and with weights before and after the step."""
     config = run_config(model, zero_stage=0)
     trace = trace_twin(config, VOCAB_SIZE, 2)
     squares: dict[str, float] = {}
@@ -98,7 +98,7 @@ def test_any_layout(model: str, layout: str) -> None:
         close(found.sequences[step], expected.sequences[step])
         assert found.recent[step + 1] == pytest.approx(found.layers[step].grad_norm)
     assert len(found.memory) == run_config(model, **LAYOUTS[layout]).parallel.pipeline_parallel_size
-    assert min(found.memory) > 50 * 2**20  # no Python with torch is smaller
+    assert min(found.memory) > 50 * 2**20  # a Python process with torch is never smaller
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_any_layout(model: str, layout: str) -> None:
     ],
 )
 def test_low_precision(precision: Precision, layout: str) -> None:
-    """As near to fp32 as bf16 and fp16 are; dropping an update changes no loss scale."""
+    """Figures agree with fp32 within half precision; a dropped update does not change the loss scale."""
     with mock.patch.dict(os.environ, {FP16_ON_CPU: "1"}):
         ranks = watched(config_of("gpt2", layout, precision=precision))
     expected, found = twin("gpt2"), ranks[0]
@@ -140,7 +140,7 @@ def test_low_precision(precision: Precision, layout: str) -> None:
     ],
 )
 def test_a_gradient_that_is_no_number(precision: Precision, layout: str) -> None:
-    """In one element on one rank: every rank drops the update, and the next step is made."""
+    """NaN in one element on one rank: every rank drops the update, and the next step is applied."""
     with mock.patch.dict(os.environ, {FP16_ON_CPU: "1"}):
         found = ranks_of(poisoned_rank, config_of("gpt2", layout, precision=precision))
     assert found == [[(False, True, True), (True, False, False)]] * len(found)
@@ -148,7 +148,7 @@ def test_a_gradient_that_is_no_number(precision: Precision, layout: str) -> None
 
 @pytest.mark.parametrize("layout", ["one_rank", "dp2", "offload_zero2_dp2", "zero3_dp2"])
 def test_norm_of_a_large_parameter(layout: str) -> None:
-    """A CPU's own fp32 norm of a million elements is off by 1e-5."""
+    """torch's fp32 norm on a CPU is off by 1e-5 for a million elements."""
     for measured, expected in ranks_of(norms_of_rank, config_of("llama", layout), vocab_size=40_000):
         close(measured, expected, 1e-6)
 

@@ -1,4 +1,4 @@
-"""docs/equivalence.md: nothing of the list is missing, and only equal layouts are published."""
+"""docs/equivalence.md: no case is missing, and it is published only if all layouts are equal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_model_has_one_family() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "loss", "fault"])
 def test_what_differs_is_not_published(wrong: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A layout that differs, and a planted fault that changes nothing."""
+    """One layout differs, and one planted fault changes nothing."""
 
     def one_rank(*arguments: Any, **_: object) -> list[Trace]:
         config, vocab_size, num_steps, mutation = arguments[2:]

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of watching a run do."""
+"""Functions that the ranks run in the tests of layer figures and dropped updates."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ DROPPED_STEP = 3
 
 @dataclass
 class Watched:
-    """What one rank has seen of a few steps, of which one was dropped."""
+    """Results of one rank over a few steps, one of which was dropped."""
 
     results: list[StepResult] = field(default_factory=list)
     judged: list[tuple[float, float]] = field(default_factory=list)
     layers: list[LayerFigures] = field(default_factory=list)
     expected_ratios: list[dict[str, float]] = field(default_factory=list)
-    """Of this stage's layers, from the whole weights before and after the step."""
+    """Update ratios of this stage's layers, from the full weights before and after the step."""
     sequences: list[list[float]] = field(default_factory=list)
     recent: dict[int, dict[str, float]] = field(default_factory=dict)
     dropped_nothing: bool = False
-    """Weights and moments are bitwise what they were ahead of the dropped step."""
+    """Whether weights and moments are bitwise the same as before the dropped step."""
     updates: int = 0
     memory: list[int] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ def watched_rank(config: RunConfig, vocab_size: int) -> Watched:
 
 
 def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
-    """Of a step's gradient where no rank has a part of the model alone: as measured, and in fp64."""
+    """Norms of a step's gradient in a layout with a single stage: as measured, and in fp64."""
     squares: list[float] = []
 
     def measure(engine: Engine) -> None:
@@ -71,8 +71,8 @@ def norms_of_rank(config: RunConfig, vocab_size: int) -> tuple[float, float]:
 
 
 def poisoned_rank(config: RunConfig, vocab_size: int) -> list[tuple[bool, bool, bool]]:
-    """Of a step in which one element of one rank's gradient is not a number, and of the next: whether the norm was a
-    number, whether the update was dropped, and whether weights and moments stayed bitwise what they were."""
+    """For a step in which one element of one rank's gradient is NaN, and for the next step: whether the norm was
+    finite, whether the update was dropped, and whether weights and moments stayed bitwise the same."""
     found: list[tuple[bool, bool, bool]] = []
 
     def poison(engine: Engine) -> None:

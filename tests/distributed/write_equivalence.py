@@ -24,10 +24,10 @@ from tests.distributed.equivalence_page import CaseResult, FaultResult, Results,
 from tests.distributed.harness import RankError
 
 CAUGHT = 10 * TOLERANCE
-"""A planted fault must cause more than this, as in test_equivalence.py."""
+"""A planted fault must cause a larger difference than this, as in test_equivalence.py."""
 CAUGHT_UPDATE = 1.5
-"""The same of updates, in tolerances, as in test_updates.py."""
-_TIMEOUT_SECONDS = 600.0  # of one case: the machine may do other work
+"""The same for updates, in multiples of the tolerance, as in test_updates.py."""
+_TIMEOUT_SECONDS = 600.0  # per case: the machine may be busy
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure() -> tuple[Results, list[str]]:
-    """All results, and what is wrong with them."""
+    """All results, and the errors found in them."""
     results, failures = Results([], [], []), []
     jobs: list[tuple[str, Callable[[], Iterator[str]]]] = []
     for model, layout in cases.CASES:
@@ -107,7 +107,7 @@ def _part(found: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def table(rows: list[CaseResult]) -> str:
-    """All numbers of the cases as CSV."""
+    """All figures of the cases as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(CaseResult)])

@@ -14,7 +14,7 @@ from tests.integration.slurm_cluster import Cluster, SlurmMissingError, running_
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings for a small real corpus: the help texts of Python's own `pydoc`, one document a topic."""
+    """Settings for a small real corpus: the help texts of Python's `pydoc`, one document per topic."""
     folder = tmp_path_factory.mktemp("corpus")
     text = folder / "topics.jsonl"
     text.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in topics.values()))
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def tiny(corpus: list[str], tmp_path: Path) -> Callable[..., list[str]]:
-    """Words of a tiny run in a folder of its own: `tiny("name", *more)`."""
+    """Overrides for a tiny run in its own folder: `tiny("name", *more)`."""
 
     def words(name: str, *more: str) -> list[str]:
         return [*TINY, *corpus, f"train.run_dir={tmp_path / name}", *more]
@@ -37,7 +37,7 @@ def tiny(corpus: list[str], tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real Slurm, which commands of this process find. Where it must not be missing, it fails."""
+    """A real Slurm that commands of this process use. Skips if Slurm is missing, or fails where it must be present."""
     before = os.environ.get("SLURM_CONF")
     try:
         with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:

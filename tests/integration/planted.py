@@ -1,4 +1,4 @@
-"""A corpus with garbage in it, at known steps of a run: the tokens of some documents are replaced by random ones."""
+"""A corpus with garbage at known steps of a run: the tokens of some documents are replaced by random tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_lite.data.shards.prepare import prepare
 @dataclass(frozen=True)
 class Planted:
     words: list[str]
-    """Settings of a corpus with garbage in it."""
+    """Settings of the corpus with the garbage."""
     window: Window
-    """Global samples that it is in."""
+    """Global samples that contain the garbage."""
     documents: set[int]
-    """Numbers of the documents in the pair that it is in."""
+    """Numbers of the documents that contain it, in the pair of shard files."""
 
 
 def plant(words: list[str], folder: Path, window: Window) -> Planted:
-    """Ready shards of the corpus that `words` describe, in which the samples of the window are random tokens.
+    """Prepare shards of the corpus that the overrides `words` describe, with random tokens in the samples of `window`.
 
-    The order of samples follows from the lengths of documents alone, so garbage changes nothing but what is read.
+    The order of samples depends only on the lengths of documents, so garbage changes only the tokens.
     """
     clean = prepare(compose("pretrain_gpt", words), report=lambda line: None)
     pair = folder / "pair"
@@ -50,5 +50,5 @@ def plant(words: list[str], folder: Path, window: Window) -> Planted:
             documents.add(stretch.document)
     tokens.flush()
     for path in pair.glob("*-0.*"):
-        path.chmod(0o600)  # and so must be all that repeats its text
+        path.chmod(0o600)  # files that quote its text must get the same mode
     return Planted([*ready, f"data.cache_dir={folder / 'prepared'}"], window, documents)

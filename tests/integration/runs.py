@@ -1,4 +1,4 @@
-"""Real runs through the real front doors, on a corpus that is prepared once per session."""
+"""Start real runs by the commands that users run, on a corpus that is prepared once per session."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TINY = (
 
 @dataclass(frozen=True)
 class Finished:
-    """A run's process after its end."""
+    """A finished process of a run."""
 
     code: int
     out: str
@@ -56,7 +56,7 @@ FAULTS = REPOSITORY / "tests" / "integration" / "faults"
 
 
 def environment(fault: str = "") -> dict[str, str]:
-    """Of a run's process; `fault`: see faults/sitecustomize.py."""
+    """Environment of a run's process; `fault`: see faults/sitecustomize.py."""
     planted = {"FAULT": fault, "PYTHONPATH": f"{FAULTS}{os.pathsep}{REPOSITORY}"} if fault else {}
     return {
         **os.environ,
@@ -72,7 +72,7 @@ def environment(fault: str = "") -> dict[str, str]:
 def run(
     command: Sequence[str], *, timeout_seconds: float = 240.0, cwd: Path | None = None, fault: str = ""
 ) -> Finished:
-    """Run a command to its end; it is ended with its children when it takes longer."""
+    """Run a command until it ends; after the timeout it is killed together with its children."""
     process = start(command, cwd=cwd, fault=fault)
     try:
         out, err = process.communicate(timeout=timeout_seconds)
@@ -90,9 +90,9 @@ def run_warm(
     timeout_seconds: float = 240.0,
     planted: Mapping[str, str] | None = None,
 ) -> Finished:
-    """What `python -m launch` does, in a fork of the server that has made its imports, two thirds of the CPU time.
+    """Like `python -m launch`, but in a fork of a server that has already imported everything (2/3 of the CPU time).
 
-    For tests of what a run computes and leaves; those of commands, processes and signals take `run(launch(...))`.
+    For tests of results and files of a run; tests of commands, processes and signals use `run(launch(...))`.
 
     Args:
         planted: variables of faults/sitecustomize.py.
@@ -112,7 +112,7 @@ def run_warm(
 
 
 def _launch_here(argv: list[str], folder: Path, planted: Mapping[str, str]) -> None:
-    """As a process of its own would, with its own output, environment and session."""
+    """Launch like a separate process would: with its own output, environment and session."""
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / stream, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(environment() | planted)
@@ -124,7 +124,7 @@ def _launch_here(argv: list[str], folder: Path, planted: Mapping[str, str]) -> N
 
 
 def end_tree(pid: int) -> None:
-    """SIGKILL a process and all its descendants: torchrun's ranks are in sessions of their own."""
+    """SIGKILL a process and all its descendants, including torchrun's ranks, which are in their own sessions."""
     parent = psutil.Process(pid)
     for process in [*parent.children(recursive=True), parent]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -132,7 +132,7 @@ def end_tree(pid: int) -> None:
 
 
 def start(command: Sequence[str], cwd: Path | None = None, fault: str = "") -> subprocess.Popen[str]:
-    """A command in a session of its own, so that it can be ended with all its ranks."""
+    """Start a command in its own session, so that it can be killed together with its ranks."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -145,7 +145,7 @@ def start(command: Sequence[str], cwd: Path | None = None, fault: str = "") -> s
 
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the running command has logged so many steps."""
+    """Wait until the running command has logged this step."""
     deadline = time.monotonic() + 200
     while len(losses(run_dir)) < step:
         assert process.poll() is None, f"ended before step {step}: {process.communicate()}"

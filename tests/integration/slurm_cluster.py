@@ -1,7 +1,7 @@
-"""A real Slurm of seven nodes on this machine: its daemons run below one temporary folder and end with the block.
+"""A real Slurm with seven nodes on this machine: its daemons use one temporary folder and end with the block.
 
-Debian's build has --enable-multiple-slurmd, so one machine can be several nodes, each with a port of its own. They have
-no names of their own: jobs are told `launcher.master_address=127.0.0.1`.
+Debian's build has --enable-multiple-slurmd, so one machine can be several nodes, each with its own port. The nodes have
+no network names, so jobs get `launcher.master_address=127.0.0.1`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pathlib import Path
 
 MAIN = ("n1", "n2", "n3")
 FRAGILE = ("n4", "n5", "n6")  # for tests that take nodes down
-CONTESTED = ("n7",)  # for jobs that take it from each other
+CONTESTED = ("n7",)  # for jobs that preempt each other
 NODES = (*MAIN, *FRAGILE, *CONTESTED)
-CPUS = 16  # of each node, in Slurm's books
-GPUS = 4  # of each node, made of /dev/null's device number: enough for Slurm to count and hand out
+CPUS = 16  # of each node, as configured in Slurm
+GPUS = 4  # of each node, with /dev/null's device number: enough for Slurm to count and allocate them
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 30.0
 END_SECONDS = 10.0
-# Between TERM and KILL, so long that no slow machine cuts a save short; no test has a process that outlasts TERM.
+# Time between TERM and KILL: long enough to finish a save on a slow machine. No test has a process that ignores TERM.
 KILL_WAIT_SECONDS = 60
 JOBS_END_SECONDS = KILL_WAIT_SECONDS + 20.0
 
-# cred_expire: a requeued job waits until the credential of its last start has expired, 121 s with the default of 120.
-# GraceTime: what a preempted job gets before TERM and KILL.
+# cred_expire: a requeued job waits until the credential of its last start has expired: 121 s with the default of 120.
+# GraceTime: the time that a preempted job gets before TERM and KILL.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -81,17 +81,17 @@ class SlurmMissingError(Exception):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where it runs, and its commands."""
+    """A running cluster: its folder and its commands."""
 
     folder: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user's shell needs to talk to it."""
+        """Variables that a user's shell needs to reach it."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def call(self, *command: str) -> str:
-        """Standard output of one of Slurm's commands, which must succeed."""
+        """Run one of Slurm's commands, which must succeed; return its standard output."""
         finished = subprocess.run(
             command, capture_output=True, text=True, timeout=60, env=os.environ | self.environment, check=False
         )
@@ -106,10 +106,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """The cluster for the length of the block.
+    """The cluster for the duration of the block.
 
     Raises:
-        SlurmMissingError: naming the first program that is not there; or we are not root, as slurmd has to be.
+        SlurmMissingError: a program is missing (the first one is named), or we are not root, which slurmd requires.
     """
     if os.geteuid() != 0:
         raise SlurmMissingError("a cluster of tests needs root")
@@ -162,7 +162,7 @@ def _configure(folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Distinct ones: all are held until the last is known."""
+    """Different free ports: all are held until the last one is found."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in sockets:
@@ -216,11 +216,11 @@ def _wait_for(is_there, folder: Path) -> None:
 
 
 def _end(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Cancel what still runs, then end the daemons, each by its own pid."""
+    """Cancel running jobs, then end the daemons, each by its own pid."""
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
         cluster.call("scancel", "--user=root", "--signal=KILL", "--full")
         cluster.call("scancel", "--user=root")
-        deadline = time.monotonic() + JOBS_END_SECONDS  # what slurmd has started would outlive it
+        deadline = time.monotonic() + JOBS_END_SECONDS  # processes that slurmd has started would outlive it
         while cluster.call("squeue", "--noheader").strip() and time.monotonic() < deadline:
             time.sleep(0.2)
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,7 +1,7 @@
-"""In place of torchrun and its ranks: `stub_torchrun.py OPTIONS SCRIPT --config FILE`, one process a node, no torch.
+"""Replaces torchrun and its ranks: `stub_torchrun.py OPTIONS SCRIPT --config FILE`, one process per node, no torch.
 
-It behaves like ranks towards the run folder: it goes on from the newest checkpoint, saves and leaves PREEMPTED when it
-finds a STOP file or is sent SIGTERM, leaves DONE at the end. What else it does, STUB says.
+It treats the run folder like ranks do: it resumes from the newest checkpoint; on a STOP file or SIGTERM it saves and
+writes the marker PREEMPTED; at the end it writes DONE. The variable STUB selects what else it does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     if what == "deaf" and number == 1:
         time.sleep(600)
     if what == "hung" and number == 1:
-        time.sleep(0.5)  # until all nodes have begun
+        time.sleep(0.5)  # until all nodes have started
         (run_dir / HANG_FILE).write_text(json.dumps({"node": "n2"}))
         leave_marker(run_dir, RunEnd.HUNG, "rank 1 (node n2) has been in 'data' for 92 s")
         return 1
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(run_dir: Path, *, until_stopped: bool, first: bool) -> int:
-    """Args: first: this is the node that writes."""
+    """Args: first: whether this is the node that writes."""
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     step = newest_checkpoint(run_dir) or 0
@@ -61,7 +61,7 @@ def train(run_dir: Path, *, until_stopped: bool, first: bool) -> int:
 def finish(run_dir: Path, end: RunEnd, step: int) -> int:
     (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     leave_marker(run_dir, end, "", step)
-    return 0 if end is RunEnd.DONE else 1  # torchrun's code for any other
+    return 0 if end is RunEnd.DONE else 1  # torchrun's exit code for all other ends
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The section on schedules of docs/extending.md, followed to the letter in a copy of the project."""
+"""Follows the section on schedules of docs/extending.md literally, in a copy of the project."""
 
 from __future__ import annotations
 

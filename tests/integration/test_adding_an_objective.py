@@ -1,4 +1,4 @@
-"""docs/adding_an_objective.md, followed to the letter in a copy of the project."""
+"""Follows docs/adding_an_objective.md literally, in a copy of the project."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from megatron_lite.observe.metrics import read_metrics
 from tests.recipes import copy_project, count_lines, edits_of, follow
 
-LARGEST = 60  # lines to write for a new objective
+LARGEST = 60  # most lines that a new objective may need
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
 
 

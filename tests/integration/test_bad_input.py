@@ -1,4 +1,4 @@
-"""What a user can get wrong is answered once, by name, with exit code 2, before or instead of training."""
+"""Errors of the user are reported once, with the name of the setting and exit code 2, before training starts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_too_few_processes(tiny: TinyWords) -> None:
     _require_one_clear_error(by_hand, "1 process", "4", "torchrun")
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", script]
     few = run([*torchrun, *tiny("run", "parallel=dp2_tp2_pp1")])
-    assert few.code != 0  # torchrun's own code for a failed rank
+    assert few.code != 0  # torchrun's exit code for a failed rank
     assert "world_size=2" in few.err or "2 were started" in few.err or "2 processes" in few.err, few.err
 
 

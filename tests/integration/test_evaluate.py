@@ -1,4 +1,4 @@
-"""`python -m launch evaluate`: the number of the run's own validation, under any layout, and nothing written there."""
+"""`python -m launch evaluate` gives the loss of the run's own validation in any layout, and writes nothing there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def run_dir(request: pytest.FixtureRequest, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of this script on two data ranks."""
+    """A finished run of this script on two data-parallel ranks."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = (f"train.steps={STEPS}", "train.save_interval=2", "train.eval_batches=2", "train.generate_tokens=0")
     layout = ("parallel=dp2_tp1_pp1", f"train.run_dir={folder}")
@@ -41,7 +41,7 @@ def figures(finished: Finished) -> dict[str, Any]:
 
 
 def validated(run_dir: Path) -> dict[str, float]:
-    """What the run has printed last."""
+    """The figures that the run printed last."""
     events = [event for event in read_metrics(run_dir / EVENTS_FILE) if event["event"] == "evaluation"]
     assert events[-1]["step"] == STEPS
     return events[-1]
@@ -54,7 +54,7 @@ def state_of(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("run_dir", ["pretrain_gpt", "pretrain_bert"], indirect=True)
 def test_the_runs_own_number_under_two_layouts(run_dir: Path, evaluate: Any) -> None:
-    """While another process holds the run folder, which stays as it is."""
+    """Runs while another process holds the run folder's lock, and does not change the folder."""
     lock = take(run_dir, Role.rank, "a training run")
     try:
         before = list(state_of(run_dir))
@@ -76,7 +76,7 @@ def test_the_runs_own_number_under_two_layouts(run_dir: Path, evaluate: Any) -> 
 
 @pytest.mark.parametrize("run_dir", ["pretrain_gpt"], indirect=True)
 def test_all_of_another_text_and_an_earlier_step(run_dir: Path, evaluate: Any, tmp_path: Path) -> None:
-    """Every sample counts once, however many ranks share them; the text is encoded as the run's was."""
+    """Every sample counts once, whatever the number of ranks; the text is tokenized as in the run."""
     text = tmp_path / "text.txt"
     text.write_text(
         "\n\n".join(f"The {word} is not a keyword. It is a name. Names are bound." for word in "abcdefghijk")

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter in a copy of the project; and what a forgotten line leads to."""
+"""Follows docs/extending.md literally in a copy of the project; also tests what a forgotten line leads to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.recipes import Edit, copy_project, count_lines, edits_of, follow
 from tests.unit.remedies import obeys
 
-LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, its tests among them
+LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, including its tests
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
 
 

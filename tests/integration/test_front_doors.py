@@ -1,4 +1,4 @@
-"""Every way to start a run gives the same run."""
+"""All ways to start a run give the same results."""
 
 from __future__ import annotations
 

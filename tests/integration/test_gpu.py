@@ -1,4 +1,4 @@
-"""The same promises on CUDA and NCCL; needs as many GPUs as the layout has ranks."""
+"""The same guarantees on CUDA and NCCL; needs as many GPUs as the layout has ranks."""
 
 from __future__ import annotations
 

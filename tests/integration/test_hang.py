@@ -1,4 +1,4 @@
-"""A rank that sleeps, stops, dies or raises: all others end in bounded time, and the report names it."""
+"""One rank sleeps, is stopped, dies or raises: all others end in bounded time, and the report names that rank."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_lite.observe.markers import HANG_FILE, read_marker
 from tests.integration.runs import REPOSITORY, Finished, launch, run, run_warm
 
 LAYOUT = "parallel=dp2_tp1_pp2"
-LIMIT_SECONDS = 10  # no phase of a sound rank takes so long, even where two tests share two cores
-UNFORKED_LIMIT_SECONDS = 15  # where each rank imports torch's compiler for itself, while it builds its engine
-# To import and build, to find out, and for the launcher to end who does not end by itself. torchrun alone gives 30 s.
+LIMIT_SECONDS = 10  # no phase of a healthy rank takes so long, even if two tests share two cores
+UNFORKED_LIMIT_SECONDS = 15  # if each rank imports torch's compiler by itself while it builds its engine
+# Time to import and build, to detect the hang, and for the launcher to kill remaining ranks. torchrun alone gives 30 s.
 BOUND_SECONDS = UNFORKED_LIMIT_SECONDS + 90
 
 
@@ -60,7 +60,7 @@ def test_a_rank_that_sleeps_in_its_loader(tiny: Callable[..., list[str]], tmp_pa
     stacks = _stacks(tmp_path / "run")
     assert "sitecustomize.py" in stacks[1], "where it slept"
     assert all("distributed_c10d.py" in stacks[rank] for rank in (0, 2, 3)), "where the others waited"
-    # the next attempt is not confused by what this one has left
+    # files that this attempt has left must not confuse the next one
     run_warm([*words, "train.timeout_seconds=60"]).require_success()
     assert not (tmp_path / "run" / HANG_FILE).exists()
 

@@ -1,4 +1,4 @@
-"""What the first pages promise: the demo's corpus is learned, and `verify` certifies a layout."""
+"""What the README promises: the demo learns its corpus, and `verify` certifies a layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.integration.runs import launch, losses, run, run_warm
 
 @pytest.mark.slow
 def test_demo_ends_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
-    """The demo's model, data and optimizer on one rank, which computes what eight do, and for fewer steps."""
+    """The demo's model, data and optimizer on one rank, which computes the same as eight, for fewer steps."""
     words = [
         "experiment=demo",
         "parallel=single",
@@ -42,7 +42,7 @@ def test_demo_ends_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
 def test_other_demos_learn_more_than_frequencies(
     script: str, experiment: str, vocabulary: int, steps: int, nats: float, tmp_path: Path
 ) -> None:
-    """A good part of each demo, on one rank; BERT's with fewer tokens to tell apart, which takes most of its time."""
+    """A large part of each demo, on one rank; BERT with a smaller vocabulary, which it learns faster."""
     words = [
         f"experiment={experiment}",
         "parallel=single",

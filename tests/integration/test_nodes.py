@@ -1,4 +1,4 @@
-"""Two nodes on one machine: every way to start them gives the run that one node gives."""
+"""Two nodes on one machine: all ways to start them give the same results as one node."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = ("train.steps=6", "train.save_interval=0", "train.eval_interval=0", "lau
 
 @pytest.fixture(scope="module")
 def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
-    """Losses of a layout's run on one node."""
+    """Losses of a run of a layout on one node."""
 
     @functools.cache
     def of(layout: str) -> dict:
@@ -40,7 +40,7 @@ def local_losses(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts commands that are ended with the test, whatever becomes of it."""
+    """Starts commands that are ended at the end of the test, also if it fails."""
     started: list[subprocess.Popen[str]] = []
 
     def start_one(command: list[str]) -> subprocess.Popen[str]:
@@ -102,7 +102,7 @@ def test_one_node_that_is_asked_to_stop_stops_them_all(
 
 
 def _hosts(folder: Path, slots: int) -> list[str]:
-    """Words of a job on two hosts whose names mean nothing to the network: only ssh would look them up."""
+    """Overrides for a job on two hosts whose names do not resolve: only ssh would look them up."""
     hostfile = folder / "hosts"
     hostfile.write_text(f"# two machines\nnode-a slots={slots}\nnode-b slots={slots}\n")
     return ["launcher=deepspeed", f"launcher.hostfile={hostfile}", f"launcher.master_address={HERE}",
@@ -124,7 +124,7 @@ def test_deepspeed_started_by_hand_on_each_host(
 def test_deepspeed_starts_all_hosts_through_pdsh(
     tiny: Callable[..., list[str]], tmp_path: Path, local_losses: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real pdsh; in place of ssh a script that gives the last words to a shell of this machine, as sshd would."""
+    """The real pdsh, with a script in place of ssh that passes its last arguments to a local shell, like sshd."""
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
     ssh.write_text(

@@ -1,7 +1,7 @@
-"""What validates also trains: a few configurations in which everything differs, two steps each.
+"""Configurations that pass validation also train: a few very different ones, two steps each.
 
-Each run sets all that it can, and takes of every setting the value that meets the most values of others for the first
-time, so that a few runs try thousands of pairs (a covering array, made greedily as AETG does).
+Each run sets as many settings as possible, and picks for each one the value that forms the most new pairs with values
+of other settings. So a few runs try thousands of pairs (a covering array, built greedily like AETG).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
     "stability.min_steps": (1, 3),
     "stability.layer_interval": (0, 2),
 }
-"""The ends of a range are tried, and a number between them."""
+"""For a range, its ends and a number between them are tried."""
 CHOICES = {
     "model.normalization": ("layernorm", "rmsnorm"),
     "model.norm_placement": ("pre", "post"),
@@ -121,7 +121,7 @@ def pairs_with(word: tuple[str, str], chosen: dict[str, str]) -> set[Pair]:
 
 
 def completed(script: str, groups: dict[str, str], covered: set[Pair], chance: random.Random) -> dict[str, str]:
-    """The groups, and a value of every setting that has one that is valid beside those chosen before it."""
+    """The groups, plus a value for every setting that has one which is valid together with those chosen before."""
     chosen = dict(groups)
     config = compose(script, [*TINY, *(f"{key}={value}" for key, value in groups.items())])
     keys = [*NUMBERS, *CHOICES]
@@ -138,7 +138,7 @@ def completed(script: str, groups: dict[str, str], covered: set[Pair], chance: r
 
 
 def with_value(config: RunConfig, key: str, value: str) -> RunConfig:
-    """What the word `key=value` makes of it, without the tens of milliseconds of Hydra."""
+    """The configuration after the override `key=value`, without the tens of milliseconds that Hydra takes."""
     group, name = key.split(".")
     before = getattr(config, group)
     kind = type(getattr(before, name))
@@ -155,7 +155,7 @@ def is_valid(config: RunConfig) -> bool:
 
 @cache
 def configurations() -> list[tuple[str, dict[str, str]]]:
-    """Scripts and their settings, the same ones every time."""
+    """Scripts and their settings, the same in every run of the tests."""
     chance, covered, found = random.Random(0), set[Pair](), []
     scripts = ["pretrain_gpt", "pretrain_t5", "pretrain_bert", "pretrain_gpt", "pretrain_t5"]
     for number, script in enumerate(scripts):
@@ -172,7 +172,7 @@ def configurations() -> list[tuple[str, dict[str, str]]]:
 
 
 def test_a_few_runs_try_most_of_the_settings_together() -> None:
-    """Ten runs of four to ten settings each, drawn at random, tried less than 900 pairs."""
+    """For comparison: ten runs with four to ten random settings each tried less than 900 pairs."""
     settings = [chosen for _, chosen in configurations()]
     assert {key for chosen in settings for key in chosen} >= {*NUMBERS, *CHOICES}
     assert len({frozenset(pair) for chosen in settings for pair in combinations(chosen.items(), 2)}) > 3000

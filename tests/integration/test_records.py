@@ -1,4 +1,4 @@
-"""What a run recorded is held against its checkpoint when it goes on, in real runs."""
+"""On resume, real runs compare their metrics.jsonl with what the checkpoint recorded about it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRETS = ("HF_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS", "SLURM_JOB_COMMENT", "PAS
 def test_a_damaged_record_and_configuration_do_not_stop_a_run_and_are_told(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its environment is full of secrets, its umask is private, and nothing of either gets into the folder."""
+    """The environment is full of secrets and the umask private: no secret and no public file gets into the folder."""
     for name in SECRETS:
         monkeypatch.setenv(name, f"planted-{name}")
     before = os.umask(0o077)

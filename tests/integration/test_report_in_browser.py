@@ -1,4 +1,4 @@
-"""report.html in a real browser, opened from disk: charts are drawn, nothing complains, texts stay texts."""
+"""report.html in a real browser, opened from disk: charts are drawn, no errors are logged, texts are escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def browser() -> str:
 
 
 def points_of(page: Opened) -> list[int]:
-    """Of each chart that has been drawn."""
+    """The points of each chart that has been drawn."""
     found = re.search(r'data-points="([\d ]*)"', page.dom)
     assert found is not None, f"the charts were not drawn: {page.console}"
     return [int(word) for word in found[1].split()]

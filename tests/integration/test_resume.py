@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened."""
+"""A killed run resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.integration.runs import TINY, Finished, end_tree, launch, losses, run
 
 STEPS = ["train.steps=40", "train.save_interval=5", "train.eval_interval=0", "model.hidden_dropout=0.1"]
 
-WHOLE = ["optimizer.decay_steps=12"]  # the run that `whole` makes in one go
+WHOLE = ["optimizer.decay_steps=12"]  # settings of `whole`, which runs without interruption
 
 RAMP = ["train.batch_ramp.start=4", "train.batch_ramp.increment=4", "train.batch_ramp.samples=60"]  # ends in step 15
 
 
 @pytest.fixture(scope="module")
 def whole(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Losses of twelve steps on one rank, without a break."""
+    """Losses of twelve steps on one rank, without interruption."""
     run_dir = tmp_path_factory.mktemp("whole")
     run_warm([*TINY, *corpus, *WHOLE, f"train.run_dir={run_dir}"]).require_success()
     return losses(run_dir)
@@ -51,7 +51,7 @@ def test_killed_run_resumes_bit_identically(
 ) -> None:
     words = [layout, f"train.precision={precision}", *STEPS, *RAMP]
     run_warm(tiny("whole", *words), script=script).require_success()
-    step = random.SystemRandom().randint(12, 36)  # the save after step 10 has waited for that after step 5
+    step = random.SystemRandom().randint(12, 36)  # the save after step 10 has waited for the one after step 5
     _kill_at(step, launch(*tiny("killed", *words), script=script), tmp_path / "killed")
     finished = run_warm(tiny("killed", *words), script=script).require_success()
     assert "resuming after step" in finished.out, f"killed at step {step}"
@@ -90,7 +90,7 @@ def test_the_same_data_under_another_name_resumes_and_other_data_does_not(tmp_pa
     assert "optimizer   restored   exp_avg, exp_avg_sq after 4 updates" in resumed.out
     assert "tokenised" not in resumed.out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    text.write_text(moved.read_text().replace("pears", "plums"))  # where the old one lay, so only the tokens can tell
+    text.write_text(moved.read_text().replace("pears", "plums"))  # same path as the old one, so only the tokens differ
     refused = train("parts", 8, text)
     assert refused.code == EXIT_USER_ERROR
     assert f"data.source={text} cannot go on from" in refused.err

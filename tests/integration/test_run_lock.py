@@ -1,4 +1,4 @@
-"""One run folder, several who want to train in it, started in every way there is."""
+"""Several processes try to train in the same run folder, started in all possible ways."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finish(process: subprocess.Popen[str]) -> Finished:
 
 
 def test_same_script_twice_at_the_same_time(tiny: TinyWords, tmp_path: Path) -> None:
-    """One trains all steps, the other is told who does, and leaves no trace."""
+    """One trains all steps; the other reports who holds the lock, and leaves no trace."""
     words = [sys.executable, SCRIPT, *tiny("run", "train.steps=30", "train.save_interval=0", "train.eval_interval=0")]
     processes = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What happens to a run while it saves: failures, requests to stop and full disks end it in order, and it goes on."""
+"""Failures, stop requests and full disks during a save: the run ends cleanly, and can be resumed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.integration.runs import launch, run, start, wait_for_step
 from tests.mounts import small_disk
 
 WORDS = ("parallel=dp2_tp1_pp1", "train.save_interval=4", "train.eval_interval=0", "train.keep_last=0")
-SLOW_SAVES = "1.0"  # seconds for each kind of tensors: saves take longer than the steps until the next one
+SLOW_SAVES = "1.0"  # seconds for each kind of tensor: a save takes longer than the steps until the next one
 TinyWords = Callable[..., list[str]]
 
 
 def saved(run_dir: Path) -> list[str]:
-    """Everything in the folder of checkpoints, of which the newest must be whole."""
+    """All names in the checkpoint folder; the newest checkpoint must be complete."""
     found = newest_complete(run_dir / "checkpoints", pytest.fail)
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert found is not None
@@ -53,7 +53,7 @@ def test_save_is_completed_when_a_rank_raises_meanwhile(
 def test_stop_during_a_save_ends_with_both_checkpoints(
     tiny: TinyWords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stop finds step 4 being written and step 5 done; the ranks agree on it then or within a few steps."""
+    """The stop arrives while step 4 is being written and step 5 is done; the ranks agree on it within a few steps."""
     run_dir = tmp_path / "run"
     monkeypatch.setenv("FAULT_SLOW_SAVES", SLOW_SAVES)
     monkeypatch.setenv("FAULT_DIR", str(run_dir))
@@ -74,7 +74,7 @@ def test_stop_during_a_save_ends_with_both_checkpoints(
 
 @pytest.mark.slow
 def test_disk_that_is_full_for_a_while_costs_no_step(tiny: TinyWords, tmp_path: Path) -> None:
-    """Nothing has to be saved meanwhile, so training goes on, and what was to be written is written later."""
+    """No save is due meanwhile, so training continues, and pending lines are written later."""
     with small_disk(tmp_path / "disk", kibibytes=1024) as disk:
         run_dir = disk / "run"
         words = (*WORDS[:1], f"train.run_dir={run_dir}", "train.save_interval=0", "train.eval_interval=0")
@@ -97,7 +97,7 @@ def test_disk_that_is_full_for_a_while_costs_no_step(tiny: TinyWords, tmp_path: 
 
 @pytest.mark.slow
 def test_full_disk_ends_the_run_with_one_error_and_it_goes_on_with_more_room(tiny: TinyWords, tmp_path: Path) -> None:
-    """Room for one checkpoint, and not for two."""
+    """A disk with space for one checkpoint but not for two."""
     with small_disk(tmp_path / "disk", kibibytes=1040) as disk:
         run_dir = disk / "run"
         words = tiny("run", *WORDS, f"train.run_dir={run_dir}", "train.async_save=false")

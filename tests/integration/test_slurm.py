@@ -1,7 +1,7 @@
-"""Jobs on a real Slurm, with stub ranks: what clusters do to a job, and what it does then.
+"""Jobs on a real Slurm with stub ranks: what clusters do to a job, and how it reacts.
 
-All jobs are submitted at once and each test waits for its own: Slurm looks at time limits every 30 s only, and a job
-that goes back into the queue waits for seconds.
+All jobs are submitted at once, and each test waits for its own: Slurm checks time limits only every 30 s, and a
+requeued job waits for several seconds.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Submitted:
 
     @property
     def log(self) -> str:
-        """Of all jobs of the run folder."""
+        """Output of all jobs of the run folder."""
         return "".join(path.read_text() for path in sorted((self.run_dir / "logs").glob("slurm-*.out")))
 
     def nodes(self) -> list[list[str]]:
-        """Of each attempt."""
+        """The nodes of each attempt."""
         return [entry.nodes for entry in records.attempts(self.run_dir, "begin")]
 
     def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
@@ -76,11 +76,11 @@ class Submitted:
             time.sleep(0.2)
 
     def wait_for_ranks(self) -> None:
-        """Until the ranks of the first attempt have started."""
+        """Wait until the ranks of the first attempt have started."""
         self.wait_for(lambda: any(self.run_dir.glob("seen-1-*.json")), "the first attempt")
 
     def wait_for_state(self, state: str, link: int = 0) -> dict[str, str]:
-        """Of one job; returns its fields."""
+        """Wait until a job has this state; return its fields."""
         self.wait_for(lambda: self.cluster.job(self.jobs[link])["JobState"] == state, f"job {self.jobs[link]} {state}")
         return self.cluster.job(self.jobs[link])
 
@@ -223,7 +223,7 @@ def test_time_limit(submitted: dict[str, Submitted]) -> None:
 
 
 def require_one_stop(run: Submitted) -> None:
-    """The first attempt was stopped and had saved; the second went on from there to the end."""
+    """The first attempt was stopped and had saved; the second resumed from there and finished."""
     marker, checkpoints = read_marker(run.run_dir), sorted(int(p.name[5:]) for p in run.run_dir.glob("checkpoints/*"))
     assert marker is not None
     assert marker.end.name == "DONE"

@@ -1,7 +1,7 @@
-"""Real training on a real Slurm, disturbed in each way that clusters know: the curve is that of an undisturbed run.
+"""Real training on a real Slurm with all kinds of interruptions: the loss curve equals that of an undisturbed run.
 
-One local run is the reference. All jobs are submitted at once; each waits at a known step for what is to happen to it,
-and all are disturbed before the first is looked at: then they wait side by side.
+One local run is the reference. All jobs are submitted at once, and each waits at a known step for its interruption. All
+are interrupted before the first result is checked, so that their waiting times overlap.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Trained:
 
     @property
     def job(self) -> int:
-        """The newest."""
+        """The newest job."""
         return records.submissions(self.run_dir)[-1][-1]
 
     @property
     def nodes(self) -> list[list[str]]:
-        """Of each attempt."""
+        """The nodes of each attempt."""
         return [entry.nodes for entry in records.attempts(self.run_dir, "begin")]
 
     def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
@@ -73,7 +73,7 @@ class Trained:
         self.wait_for(lambda: (self.run_dir / "paused").exists(), f"step {DISTURBED_STEP}")
 
     def limit_time(self, minutes: float) -> None:
-        """Of the attempt that runs, counted from its start; math.inf = no limit."""
+        """Set the time limit of the running attempt, counted from its start; math.inf = no limit."""
         limit = "UNLIMITED" if math.isinf(minutes) else f"{minutes:g}"
         self.cluster.call("scontrol", "update", f"jobid={self.job}", f"timelimit={limit}")
 
@@ -81,7 +81,7 @@ class Trained:
         self.cluster.call("scontrol", "update", f"nodename={node}", *words)
 
     def minutes(self) -> int:
-        """Whole ones that this attempt has run."""
+        """Full minutes that this attempt has run."""
         hours, minutes, _ = self.cluster.job(self.job)["RunTime"].split(":")
         return int(hours) * 60 + int(minutes)
 
@@ -91,7 +91,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the same training, on this machine and left alone."""
+    """The run folder of the same training, run locally without interruptions."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     run_warm([*SETTINGS, *corpus, f"train.run_dir={folder}"]).require_success()
     return folder
@@ -101,7 +101,7 @@ def reference(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def trained(
     slurm: Cluster, corpus: list[str], reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Trained]]:
-    """Disturbed jobs. `reference` comes first: it prepares the data."""
+    """The interrupted jobs. `reference` comes first because it prepares the data."""
     folder = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -128,7 +128,7 @@ def _submit(cluster: Cluster, run_dir: Path, corpus: list[str], fault: str, word
 
 
 def _require_undisturbed(found: Trained, reference: Path) -> None:
-    """The same curve, bit for bit; in wandb's record one run with each step once."""
+    """The loss curve is bitwise the same; wandb has a single run with each step once."""
     marker = read_marker(found.run_dir)
     assert marker is not None
     assert (marker.end, marker.step) == (RunEnd.DONE, STEPS)
@@ -148,7 +148,7 @@ def _lose_a_node(found: Trained) -> None:
 
 
 def _preempt(found: Trained) -> None:
-    """By a job of higher priority."""
+    """Preempt the job by one of higher priority."""
     other = found.run_dir.with_name("higher")
     other.mkdir()
     script = other / "job.sh"
@@ -161,7 +161,7 @@ def _cancel(found: Trained) -> None:
 
 
 def _limit_time(found: Trained) -> None:
-    """For the attempt that has paused: set at the start, it would end a slow machine's job at its imports."""
+    """Set the limit after the job has paused: a limit from the start could end it during imports on a slow machine."""
     found.limit_time(found.minutes() + MINUTES_OF_WARNING)
     found.wait_for(lambda: bool(records.attempts(found.run_dir, "end")), "the warning")
     found.limit_time(math.inf)
@@ -188,7 +188,7 @@ def test_cancelled_and_requeued(trained: dict[str, Trained], reference: Path) ->
 
 
 def test_node_lost(trained: dict[str, Trained], reference: Path) -> None:
-    """Nothing can be saved: the steps since the last checkpoint are trained again."""
+    """No save is possible, so the steps since the last checkpoint are trained again."""
     found = trained["node lost"]
     lost = found.nodes[0][1]
     try:

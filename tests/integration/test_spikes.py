@@ -1,4 +1,4 @@
-"""Faults planted in real runs: found in time, named by their documents, and gone back from."""
+"""Faults planted in real runs: detected in time, traced to their documents, and rolled back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """By step, without what depends on the clock and the machine."""
+    """Figures by step, without those that depend on the clock or the machine."""
     rows = read_metrics(run_dir / METRICS_FILE)
     kept = ("loss", "grad_norm", "samples", "skipped", "spike")
     assert len({row["step"] for row in rows}) == len(rows), "a step stands there twice"
@@ -62,7 +62,7 @@ def validation_loss(run_dir: Path) -> float:
 
 @pytest.fixture(scope="module")
 def never_saw(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that leaves the garbage out, and what a rollback leaves out ahead of it, from the start."""
+    """A run that skips the garbage from the start, together with the samples before it that a rollback also skips."""
     run_dir = tmp_path_factory.mktemp("never-saw")
     write_rollbacks(run_dir, [Rollback(Window(GARBAGE.first - BATCH, GARBAGE.stop), FIRST, 0, "known before")])
     spiked(planted, run_dir, *ALONE).require_success()
@@ -84,7 +84,7 @@ def rolled_back(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.slow
 def test_rollback_is_the_run_that_never_saw_the_garbage(rolled_back: Path, never_saw: Path) -> None:
-    """To the last digits that different layouts share, not only within 2 % of its validation loss."""
+    """Figures agree to the last digits that layouts have in common, not only within 2 % of the validation loss."""
     found, expected = metrics(rolled_back), metrics(never_saw)
     assert list(found) == list(expected) == list(range(1, 45))
     assert [row["loss"] for row in found.values()] == pytest.approx(
@@ -134,7 +134,7 @@ def test_nothing_in_a_run_folder_is_wider_readable_than_the_data(rolled_back: Pa
     assert all(list(rolled_back.glob(kind)) for kind in kinds)
     page = write_report(rolled_back, "done", tmp_path / "page.html")
     found = [page, rolled_back, *(path for path in rolled_back.rglob("*") if not path.is_symlink())]
-    beats = rolled_back / "logs" / "heartbeats"  # hold phases, no text
+    beats = rolled_back / "logs" / "heartbeats"  # contain phases, no text of documents
     assert [path for path in found if path.stat().st_mode & 0o077 and not path.is_relative_to(beats)] == []
 
 
@@ -148,7 +148,7 @@ def test_warn_trains_on_and_ends_worse(planted: Planted, rolled_back: Path, tmp_
     spike_report = json.loads((tmp_path / event["spike_report"]).read_text())
     assert list(spike_report["layer_grad_norm"]) == [
         str(step) for step in range(FIRST - 4, FIRST + 3)
-    ]  # those after as well
+    ]  # also those after the spike
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_skip_step_drops_the_updates(planted: Planted, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_last_step_that_is_dropped_does_not_end_the_run_as_diverged(planted: Planted, tmp_path: Path) -> None:
-    """The validation behind it tells that the weights are numbers, and so they are saved."""
+    """The validation after it shows that the weights are finite, so they are saved."""
     words = [*ALONE, "stability=skip_step", "train.steps=20"]
     spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 20"}).require_success()
     assert metrics(tmp_path)[20]["skipped"]
@@ -170,7 +170,7 @@ def test_a_last_step_that_is_dropped_does_not_end_the_run_as_diverged(planted: P
 
 @pytest.mark.slow
 def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: Path) -> None:
-    """The second comes two steps after the first."""
+    """The second spike comes two steps after the first."""
     words = [*ALONE, "stability=skip_step", "train.steps=20"]
     spiked(planted, tmp_path, *words, fault={"FAULT": "nan 0 10;nan 0 12"}).require_success()
     found = [json.loads((tmp_path / event["spike_report"]).read_text()) for event in events(tmp_path, "spike")]
@@ -181,7 +181,7 @@ def test_each_of_two_spikes_has_the_steps_after_it(planted: Planted, tmp_path: P
 
 @pytest.mark.slow
 def test_a_step_that_is_a_spike_again_has_another_spike_report(planted: Planted, tmp_path: Path) -> None:
-    """Step 13 is read 13th, and after a rollback to step 8 it is read 18th. The disk is full at both, until step 15."""
+    """Batch 13 is read as the 13th, and after a rollback to step 8 as the 18th. The disk is full until step 15."""
     words = [*ALONE, "stability=rollback", "stability.look_ahead_steps=0", "train.steps=20"]
     fault = {"FAULT": "nan 0 13;nan 0 18", "FAULT_FULL_DISK": "12"}
     finished = spiked(planted, tmp_path, *words, fault=fault).require_success()
@@ -212,9 +212,9 @@ def test_rollback_under_the_other_engine(words: list[str], planted: Planted, nev
 def test_other_faults(
     fault: str, step: int, kinds: set[str], planted: Planted, never_saw: Path, tmp_path: Path
 ) -> None:
-    """A NaN in an activation of one rank is found in its own step, a learning rate 100 times too high in the next.
+    """NaN in an activation of one rank is detected in the same step, a learning rate 100 times too high in the next.
 
-    By the weights of then every batch is a spike: only those of that step are left out.
+    With the weights at that point every batch is a spike, but only the samples of that step are skipped.
     """
     words = ["stability=rollback", "stability.lead_in_steps=0", "train.steps=32"]
     spiked(planted, tmp_path, *CUBE, *words, fault={"FAULT": fault}).require_success()
@@ -246,7 +246,8 @@ def test_a_crash_in_the_middle_of_a_rollback(place: str, planted: Planted, never
 
 @pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_rollback(planted: Planted, never_saw: Path, tmp_path: Path) -> None:
-    """While it looks ahead, of which the first read is the run's 38th: the next attempt decides the same."""
+    """The stop comes while the rollback looks ahead (its first read is the run's 38th); the next attempt decides the
+    same."""
     words = ["train.micro_batch_size=1", "stability=rollback"]
     assert spiked(planted, tmp_path, *words, fault={"FAULT": f"ask 0 {FIRST + 2}"}).code == 75
     assert read_rollbacks(tmp_path) == []
@@ -260,7 +261,7 @@ def test_a_stop_in_the_middle_of_a_rollback(planted: Planted, never_saw: Path, t
 
 @pytest.mark.slow
 def test_back_to_before_a_change_of_the_optimizer(planted: Planted, tmp_path: Path) -> None:
-    """Its moments begin at zero again, as where the samples were known to be left out when it was changed."""
+    """The moments start at zero again, as in a run that skips the samples when it changes the optimizer."""
     back, known = tmp_path / "back", tmp_path / "known"
     words = [*ALONE, "stability=rollback", "train.save_interval=24"]
     for run_dir in (back, known):
@@ -285,7 +286,7 @@ def test_the_budget_ends(planted: Planted, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_looking_ahead_windows_grow(planted: Planted, never_saw: Path, tmp_path: Path) -> None:
-    """6 bad steps: 1, then 1 more at that place, then 3 more; the third reaches over the end."""
+    """6 bad steps: the first rollback skips 1, the second 1 more at the same place, the third 3 more, past the end."""
     spiked(planted, tmp_path, *ALONE, "stability=rollback", "stability.look_ahead_steps=0").require_success()
     rollbacks = read_rollbacks(tmp_path)
     assert len(rollbacks) == 3
@@ -308,7 +309,7 @@ def test_no_checkpoint_to_go_back_to(planted: Planted, tmp_path: Path) -> None:
 def test_wandb_holds_every_step_once_with_the_spike_and_its_alert(
     planted: Planted, rolled_back: Path, tmp_path: Path
 ) -> None:
-    """After a crash behind step 12 and a resume from step 10; and in a run that went back, once on each branch."""
+    """After a crash after step 12 and a resume from step 10; in a run with a rollback, once on each branch."""
     words = [*CUBE, "train.save_interval=10", "train.steps=24", "tracking.wandb=offline"]
     assert spiked(planted, tmp_path, *words, fault={"FAULT": "nan 5 11;kill 3 13"}).code != 0
     assert "resuming after step 10" in spiked(planted, tmp_path, *words).require_success().out
@@ -342,7 +343,7 @@ CLEAN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CLEAN))
 def test_no_false_alarm(name: str, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Each with three seeds; the small batches are the noisiest of all."""
+    """Each case with three seeds; the small batches are the noisiest."""
     script, words = CLEAN[name]
     sweep = ["train.seed=1,2,3", "train.steps=80", "train.save_interval=0", "train.eval_interval=0"]
     warm_up = ["optimizer.learning_rate=3e-3", "optimizer.warmup_steps=10"]
@@ -356,7 +357,7 @@ def test_no_false_alarm(name: str, tiny: Callable[..., list[str]], tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_new_loss_term_is_no_spike(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Steps after a change of the loss are judged by each other alone, in the attempt with the change and the next."""
+    """After a change of the loss, steps are compared only with steps after it, in that attempt and in the next one."""
     settings = ["stability=skip_step", "train.save_interval=30", "train.eval_interval=0", "optimizer.decay=constant"]
     run_warm(tiny("run", *settings, "train.steps=30")).require_success()
     for steps in (36, 40):

@@ -1,4 +1,4 @@
-"""Runs that end before their last step: each way leaves its marker and its exit code, and what can go on goes on."""
+"""Runs that end before their last step: each kind of end has its marker and exit code; resumable ones are resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.integration.runs import Finished, launch, losses, run_warm, start, wa
 
 STEPS = ("train.steps=60", "train.save_interval=0", "train.eval_interval=10", "model.hidden_dropout=0.1")
 USED_UP = ["data.max_epochs=1", "data.validation_fraction=0.9", "train.steps=1000", "train.global_batch_size=64"]
-DIVERGING = (  # each step multiplies matrices by 1 - rate x decay, so the seventh overflows fp32
+DIVERGING = (  # each step multiplies matrices by 1 - learning rate x weight decay, so the seventh overflows fp32
     "optimizer.learning_rate=1000", "optimizer.weight_decay=1000", "optimizer.decay=constant",
     "optimizer.warmup_steps=0",
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_run_that_is_asked_to_stop_goes_on_bit_identically(
 def test_evaluation_that_was_broken_off_is_made_after_the_resume(
     tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """A long evaluation at the last step: the stop reaches it in its middle, after all steps are trained."""
+    """A long evaluation at the last step: the stop arrives in the middle of it, after all steps are trained."""
     words = ["train.steps=3", "train.save_interval=1", "train.eval_batches=4000", "train.eval_interval=0"]
     command = launch(*tiny("run", *words))
     stopped = _ask_after(3, command, tmp_path / "run", signal.SIGTERM)
