@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.fit import require_fit
+from megatron_lite.config.derived import resolve
 from megatron_lite.config.hf.folder import foreign_tokenizers, read_weights
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
 from megatron_lite.errors import CheckpointError, ConfigError
 from tests.tiny_models import BERT, GPT2, LLAMA
@@ -141,8 +142,8 @@ def test_folders_that_are_not_what_was_saved(name: str, tmp_path: Path) -> None:
     require_fit(whole_config(whole if again else folder))  # a folder as it was saved: the copy of before
 
 
-def whole_config(folder: Path) -> RunConfig:
-    return replace(config_of(folder), script="pretrain_gpt")
+def whole_config(folder: Path) -> ResolvedConfig:
+    return resolve(replace(config_of(folder), script="pretrain_gpt"), world_size=1, device="cpu")
 
 
 @obeys(f"{HF}/folder.py:local_folder")
