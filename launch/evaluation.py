@@ -296,7 +296,7 @@ def _preparation(fingerprint: str | None) -> Prepare:
 def _launcher(config: ResolvedConfig, prepare: Prepare) -> Launcher:
     if config.launcher.name is LauncherName.local:
         return LocalLauncher(warm_modules=WARM_MODULES, prepare=prepare)
-    return LAUNCHERS[config.launcher.name](prepare=prepare)  # slurm's launcher does not take it, and is refused
+    return LAUNCHERS[config.launcher.name](prepare=prepare)  # type: ignore[call-arg]  # Slurm's, which is refused
 
 
 def _with_flags(plan: LaunchPlan, flags: Sequence[str]) -> LaunchPlan:

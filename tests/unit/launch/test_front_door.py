@@ -78,7 +78,7 @@ def test_a_slip_of_a_verb_gets_its_suggestion(run: Run, verb: str) -> None:
          "prepare, inspect, add-tokens)"),
         (["checkpoint", "exprot", "RUN"], "exprot is not a command of `python -m launch checkpoint`; did you mean "
          "export? (choose one of inspect, verify, diff, prune, export)"),
-        (["checkpoint", "inspect", "none"], "none holds no checkpoint; give one, a run folder, or"),
+        (["checkpoint", "inspect", "none"], "none holds no checkpoint; give a checkpoint, a run folder, or"),
         (["verify", "pretrain_gtp"], "'pretrain_gtp' is not a script; did you mean pretrain_gpt? (choose one of "
          "pretrain_bert, pretrain_gpt, pretrain_t5)"),
         (["explain", "train.stps"], "train.stps is not a setting; did you mean train.steps?"),
