@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: there is no such setting.
     """
-    parser = Parser(prog="python -m launch explain", description="Tell what a setting means, and what it can be.")
+    parser = Parser(
+        prog="python -m launch explain", description="Explain what a setting means, and which values it can have."
+    )
     parser.add_argument("key", nargs="?", default="", help="such as optimizer.decay, optimizer or model=gpt_tiny")
     parser.add_argument("--conf", type=Path, metavar="DIR", help="presets of your own; ./conf if not given")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")

@@ -25,7 +25,7 @@ settings
   parallel=dpD_tpT_ppP  any layout, such as parallel=dp2_tp2_pp2
   group.key=A,B         a sweep: one run for each value, also choice(A,B) and range(START,STOP,STEP)
 
-`python -m launch explain KEY` tells what a setting means, its type, range, default and presets, and what a resume may
+`python -m launch explain KEY` shows what a setting means, its type, range, default and presets, and what a resume may
 do with it; `explain GROUP` lists the settings of a group, such as `explain optimizer`, and `explain` all groups
 """
 
@@ -58,7 +58,7 @@ def script_help(script: str, program: str, conf: Path | None = None) -> str:
 
 
 def require_script(script: str) -> str:
-    """Path of an entry script.
+    """The name of an entry script.
 
     Raises:
         ConfigError: there is no such script.

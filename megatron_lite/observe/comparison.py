@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_lite.files import replace_file
 from megatron_lite.observe.charts import COLOURS, Series, from_plotly
-from megatron_lite.observe.envelope import MOST_NEW, Array, Envelope
-from megatron_lite.observe.history import MissingSteps, Pairs, Table, paired
+from megatron_lite.observe.envelope import Array, Envelope
+from megatron_lite.observe.history import MissingSteps, Pairs, Table, in_batches, paired
 from megatron_lite.observe.lines import Block, Gap, blocks, line_type
 from megatron_lite.observe.metrics import METRICS_FILE
 from megatron_lite.observe.run_folder import RunFolder
@@ -109,16 +109,9 @@ class Side:
 
     def watched(self, source: Iterator[Block], run: RunFolder) -> Iterator[Table]:
         """The columns NAMES of all lines, several blocks at once."""
-        missing, waiting = MissingSteps(run.known_losses(), run.logged), list[Table]()
-        for block in source:
-            missing.see(block)
-            if block.lines:
-                waiting.append(Table.of(block, NAMES))
-            if sum(map(len, waiting)) > MOST_NEW:
-                yield self._counted(Table.joined(waiting))
-                waiting = []
-        if waiting:
-            yield self._counted(Table.joined(waiting))
+        missing = MissingSteps(run.known_losses(), run.logged)
+        for table in in_batches(_tables(source, missing)):
+            yield self._counted(table)
         self.gaps = missing.gaps
 
     def _counted(self, table: Table) -> Table:
@@ -127,6 +120,13 @@ class Side:
             there = table.there[:, place]
             self.curves[name].add(table.steps[there], table.values[there, place])
         return table
+
+
+def _tables(source: Iterable[Block], missing: MissingSteps) -> Iterator[Table]:
+    for block in source:
+        missing.see(block)
+        if block.lines:
+            yield Table.of(block, NAMES)
 
 
 @dataclass

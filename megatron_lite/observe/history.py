@@ -57,20 +57,10 @@ class History:
         """
         names, groups = wanted()
         found = cls(_groups={name: GroupCurves() for name in groups})
-        missing, waiting = MissingSteps(lost, logged), list[Table]()
-        for block in blocks(path, line_type(names, groups)):
-            missing.see(block)
-            found.damaged += block.damaged
-            found.dropped += block.dropped
-            if block.lines:
-                found._count(block.steps)
-                waiting.append(Table.of(block, names))
-                _add_groups(found._groups, block.lines)
-            if sum(map(len, waiting)) > MOST_NEW:  # the cost is per call, not per line
-                found._add(Table.joined(waiting), names)
-                waiting = []
-        if waiting:
-            found._add(Table.joined(waiting), names)
+        missing = MissingSteps(lost, logged)
+        for table in in_batches(found._tables(blocks(path, line_type(names, groups)), names, missing)):
+            found._add(table, names)
+        if found.count:
             found.first |= _line_of(entries(path), found.first["step"])
             found.last |= _line_of(newest_entries(path), found.last["step"])
         found.gaps = missing.gaps
@@ -96,6 +86,17 @@ class History:
         rows = rows[len(rows) // 2 :]
         rows = rows[np.isfinite(rows).all(axis=1)]
         return dict(zip(SPEED, rows.T, strict=True))
+
+    def _tables(self, source: Iterable[Block], names: Sequence[str], missing: MissingSteps) -> Iterator[Table]:
+        """The named figures of each block, after counting what else is in it."""
+        for block in source:
+            missing.see(block)
+            self.damaged += block.damaged
+            self.dropped += block.dropped
+            if block.lines:
+                self._count(block.steps)
+                _add_groups(self._groups, block.lines)
+                yield Table.of(block, names)
 
     def _count(self, steps: Array) -> None:
         self.first = self.first or {"step": int(steps[0])}
@@ -236,6 +237,18 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def in_batches(tables: Iterable[Table]) -> Iterator[Table]:
+    """Several tables at once: numpy's cost is per call, not per line."""
+    waiting: list[Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) > MOST_NEW:
+            yield Table.joined(waiting)
+            waiting = []
+    if waiting:
+        yield Table.joined(waiting)
 
 
 def _rows(lines: Sequence[Line], names: Sequence[str]) -> Array | None:

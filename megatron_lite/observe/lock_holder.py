@@ -98,7 +98,6 @@ def state_of(pid: int) -> tuple[str, int]:
     if sys.platform != "linux":
         os.kill(pid, 0)
         return "R", 0
-    fields = (
-        Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
-    )  # after the process name, which may contain anything
+    content = Path(f"/proc/{pid}/stat").read_bytes()
+    fields = content.rpartition(b") ")[2].split()  # after the process name, which may contain anything
     return fields[0].decode(), int(fields[19])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.observe import lines, metrics
+from megatron_lite.observe import history, lines, metrics
 from megatron_lite.observe.charts import MOST_POINTS
 from megatron_lite.observe.comparison import Comparison
 from megatron_lite.observe.envelope import Envelope, Means
@@ -221,6 +221,17 @@ def test_blocks_of_any_size_hold_the_same_lines(
     assert [gap for block in found for gap in block.gaps] == [Gap(10, 10), Gap(21, 21), Gap(31, 31)]
     assert sum(block.damaged for block in found) == 3
     assert [entry.get("step") for entry in newest_entries(path)][:9] == list(range(40, 31, -1))
+
+
+def test_the_first_and_last_line_are_whole_if_the_last_block_was_reduced_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no line waits at the end of the file."""
+    monkeypatch.setattr(history, "MOST_NEW", 0)
+    written(tmp_path / "metrics.jsonl", range(1, 4), tokens=7)
+    found = History.read(tmp_path / "metrics.jsonl")
+    assert (found.first["step"], found.first["tokens"]) == (1, 7)
+    assert (found.last["step"], found.last["tokens"]) == (3, 7)
 
 
 def long_run(path: Path, count: int) -> None:
