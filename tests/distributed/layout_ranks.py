@@ -39,6 +39,7 @@ from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
@@ -291,6 +292,7 @@ def _clip_coefficient_too_large() -> Iterator[None]:
         yield
 
 
+_ADD_PRODUCT = GradientSink.add_product
 _BEGIN = AuxiliaryChannel.begin_step
 _FORWARD = TransformerBlock.forward
 _MEASURES = (
@@ -320,6 +322,14 @@ def _auxiliary_of_blocks() -> Iterator[None]:
 
 SCATTERED = "gradients_reduced_by_scattering"
 AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
+
+
+def _overwrite(sink: GradientSink, rows: torch.Tensor, x: torch.Tensor) -> None:
+    """Forget the micro-batches before this one."""
+    sink.clear()
+    _ADD_PRODUCT(sink, rows, x)
+
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # not a fault but a feature of layers that no model here uses
     SCATTERED: _patch(  # as on a GPU; it leaves what other ranks own unreduced
@@ -352,7 +362,11 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "sequence_weights_not_shared_over_data_ranks": _patch(
         megatron_lite.engine.engine, "scale_loss_weights", _own_sequence_mean
     ),
-    "data_parallel_gradients_not_reduced": _patch(FlatGradients, "_average", lambda gradients, group: None),
+    "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
+    "flat_gradients_not_reduced": _patch(FlatGradients, "_average", lambda gradients, group: None),
+    "first_micro_batch_overwritten": _patch(
+        GradientSink, "add_product", lambda sink, rows, x: _overwrite(sink, rows, x)
+    ),
     "mean_of_micro_batch_means": _patch(
         megatron_lite.engine.engine, "scale_loss_weights", _each_micro_batch_its_own_mean
     ),
