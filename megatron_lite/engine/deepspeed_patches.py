@@ -7,8 +7,10 @@ the test or benchmark that then shows it:
 `_without_shared_memory_comm`    startup compiles an all-reduce that only inference uses. benchmarks/start.py
 `DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so the gradients of a
                                  step in which it doubles are halved. tests/distributed/test_precision.py
-`spare_copies`                   redundant copies take 2 to 10 % of a step with one data-parallel rank.
+`skip_reduction_over_one_rank`   an offloading ZeRO-1 copies all gradients twice for nothing.
                                  tests/unit/engine/test_deepspeed_patches.py
+`FlatGradients`                  in `flat_gradients.py`: ZeRO-1 flattens all gradients twice, and all-reduces where each
+                                 rank needs its partition only. tests/unit/engine/test_flat_gradients.py
 `clip_by_given_norm`             all gradients are read again, in fp64, for a norm that is already known.
                                  tests/unit/engine/test_deepspeed_patches.py, tests/distributed/test_updates.py
 
@@ -20,8 +22,6 @@ If a method that is called or replaced is missing or has other parameters, the r
 from __future__ import annotations
 
 import inspect
-import itertools
-import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +68,6 @@ USED: dict[type, dict[str, tuple[str, ...]]] = {
     },
     BF16_Optimizer: {
         "_update_hp_grad": ("lp", "group_idx", "param_idx", "clear_lp_grads"),
-        "get_grads_for_reduction": (),
         "clear_hp_grads": (),
         "get_grads_for_norm": ("for_clipping",),
     },
@@ -174,45 +173,11 @@ def require_no_step_taken(optimizer: Any) -> None:
         )
 
 
-def spare_copies(optimizer: Any, data_size: int) -> None:
-    """Skip redundant passes over the gradients: 2 to 10 % of a one-rank step on a CPU.
-
-    With one data-parallel rank ZeRO-1 would flatten all gradients, all-reduce them over that one rank, divide them by
-    one and copy them back. In bf16 it would zero its fp32 gradients twice after each step, then add the gradients of
-    the next step's first micro-batch to those zeros through one more fp32 copy.
-    """
-    if hasattr(optimizer, "fp32_groups_gradients_flat"):
-        _spare_copies_in_bf16(optimizer, data_size)
-    elif data_size == 1 and hasattr(optimizer, "buffered_reduce_fallback"):
+def skip_reduction_over_one_rank(optimizer: Any, data_size: int) -> None:
+    """With one data-parallel rank, an offloading ZeRO-1 would flatten all gradients, all-reduce them over that one
+    rank, divide them by one and copy them back."""
+    if data_size == 1 and hasattr(optimizer, "buffered_reduce_fallback"):
         optimizer.buffered_reduce_fallback = lambda *_, **__: None
-
-
-def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
-    gradients, is_there = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
-    add, all_to_reduce = optimizer._update_hp_grad, optimizer.get_grads_for_reduction
-
-    def copy_or_add(weight: Any, group: int, place: int, clear_lp_grads: bool) -> None:
-        if weight.grad is None or is_there[group][place] or clear_lp_grads:
-            add(weight, group, place, clear_lp_grads)
-            return
-        # The first micro-batch overwrites instead of adding, so the buffer need not be zeroed between steps.
-        weight._hp_grad = gradients[group][place].copy_(weight.grad.view(gradients[group][place].shape))
-        is_there[group][place] = True
-
-    def forget() -> None:
-        for found in is_there:
-            found[:] = [False] * len(found)
-
-    def to_reduce() -> tuple[list[Tensor], dict[str, Any]]:
-        """The gradients of this step. Parameters without one get zeros: their buffers still hold the last step's."""
-        for group, found in zip(gradients, is_there, strict=True):
-            for gradient in itertools.compress(group, map(operator.not_, found)):
-                gradient.zero_()
-        return all_to_reduce() if data_size > 1 else ([], {})
-
-    optimizer._update_hp_grad = copy_or_add
-    optimizer.clear_hp_grads = forget
-    optimizer.get_grads_for_reduction = to_reduce
 
 
 def clip_by_given_norm(optimizer: Any, norm: Callable[[], Tensor], context: ParallelContext) -> None:

@@ -32,8 +32,9 @@ from megatron_lite.engine.deepspeed_patches import (
     clip_by_given_norm,
     require_no_step_taken,
     require_right_deepspeed,
-    spare_copies,
+    skip_reduction_over_one_rank,
 )
+from megatron_lite.engine.flat_gradients import flat_gradients_of
 from megatron_lite.engine.full_tensors import full_tensors, replica_differences
 from megatron_lite.engine.gradient_norms import LayerMeter
 from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
@@ -347,7 +348,10 @@ class Engine(ABC):
             dist_init_required=False,
         )
         require_no_step_taken(engine.optimizer)
-        spare_copies(engine.optimizer, self.context.data_size)
+        parallel = self.config.parallel
+        has_flat = parallel.zero_stage == 1 and not parallel.offload_optimizer
+        self._flat_gradients = flat_gradients_of(engine.optimizer, self.context) if has_flat else None
+        skip_reduction_over_one_rank(engine.optimizer, self.context.data_size)
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
         clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)
         return engine

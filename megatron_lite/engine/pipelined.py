@@ -65,14 +65,21 @@ class PipelinedEngine(Engine):
 
     def _reduce_tied_weights(self) -> None:
         self._phases.reduce()
+        if self._flat_gradients is not None:
+            self._flat_gradients.complete()
         self.deepspeed_engine._exec_reduce_tied_grads()
 
     def _reduce_over_data_parallel(self) -> None:
         self._phases.reduce()
-        self.deepspeed_engine._exec_reduce_grads()
+        if self._flat_gradients is not None:
+            self._flat_gradients.reduce()
+        else:
+            self.deepspeed_engine._exec_reduce_grads()
 
     def _step_optimizer(self) -> None:
         self.deepspeed_engine._exec_optimizer_step()
+        if self._flat_gradients is not None:
+            self._flat_gradients.clear()
 
     def forward_local(self, sent: Sent) -> Outputs | Sent:
         return self.module(sent)

@@ -21,6 +21,7 @@ from megatron_lite.parallel.collectives import (
     sum_partial,
 )
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.parallel.sharding import Init, PartialGradient, ShardSpec, sharded_parameter
 
 
@@ -37,6 +38,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, gather: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.sink = getattr(weight, "gradient_sink", None)  # here: recomputation restores a detached weight
         ctx.group, ctx.gather, ctx.bias_shape = group, gather, None if bias is None else bias.shape
         if gather:
             x = all_gather_sequence(x, group)
@@ -53,12 +55,20 @@ class _Linear(torch.autograd.Function):
             grad_x, work = _start_sum(grad @ weight.view(-1, weight.shape[-1]), ctx.group, ctx.gather)
         if needs_weight:
             x = all_gather_sequence(x, ctx.group) if ctx.gather else x
-            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).view_as(weight)
+            grad_weight = _weight_gradient(ctx.sink, rows, x.reshape(-1, x.shape[-1]), weight)
         if needs_bias:
             grad_bias = rows.sum(0).view(ctx.bias_shape)
         if work is not None:
             work.wait()
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_gradient(sink: GradientSink | None, rows: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """rows^T x for rows [b s, o] and x [b s, i]; None if the sink has taken it."""
+    if sink is None or not sink.in_use:
+        return (rows.t() @ x).view_as(weight)
+    sink.add_product(rows, x)
+    return None
 
 
 def _start_sum(grad: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> tuple[Tensor, dist.Work | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.parallel.rng import stable_hash
 
 PartialGradient: TypeAlias = Literal["sequence", "heads"]
@@ -81,8 +82,10 @@ def sharded_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter
 
 
 def mark(parameter: nn.Parameter, spec: ShardSpec) -> None:
-    """Attach the spec; split parameters also get the attribute that DeepSpeed's gradient norm looks for."""
+    """Attach the spec and a gradient sink; split parameters also get the attribute that DeepSpeed's gradient norm looks
+    for."""
     parameter.shard_spec = spec
+    parameter.gradient_sink = GradientSink()
     if spec.dim is not None:
         parameter.tensor_model_parallel = True  # otherwise the gradient norm counts only the shard of one rank
 

@@ -180,6 +180,8 @@ MUTATIONS = [
     ("first_position_gradient_on_every_rank", "bert", "sequence_parallel_tp2"),
     ("memory_gradient_lost_between_stages", "t5", "pp4"),
     ("data_parallel_gradients_not_reduced", "gpt2", "zero0_dp2_pp2"),
+    ("flat_gradients_not_reduced", "gpt2", "dp2"),
+    ("first_micro_batch_overwritten", "llama", "tp2"),
     ("mean_of_micro_batch_means", "gpt2", "dp2"),
     ("sequence_weights_not_shared_over_data_ranks", "bert", "dp2"),
     ("replicated_parameters_counted_on_every_rank", "gpt2", "tp2"),

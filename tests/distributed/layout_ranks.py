@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import megatron_lite.engine.engine
+import megatron_lite.engine.flat_gradients
 import megatron_lite.engine.loss_weights
 import megatron_lite.engine.shards
 import megatron_lite.engine.task
@@ -26,6 +27,7 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine, Evaluation, StepResult
+from megatron_lite.engine.flat_gradients import FlatGradients
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.task import build_task
@@ -37,6 +39,7 @@ from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
 from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
@@ -289,6 +292,7 @@ def _clip_coefficient_too_large() -> Iterator[None]:
         yield
 
 
+_ADD_PRODUCT = GradientSink.add_product
 _BEGIN = AuxiliaryChannel.begin_step
 _FORWARD = TransformerBlock.forward
 _MEASURES = (
@@ -316,9 +320,21 @@ def _auxiliary_of_blocks() -> Iterator[None]:
         yield
 
 
+SCATTERED = "gradients_reduced_by_scattering"
 AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
+
+
+def _overwrite(sink: GradientSink, rows: torch.Tensor, x: torch.Tensor) -> None:
+    """Forget the micro-batches before this one."""
+    sink.clear()
+    _ADD_PRODUCT(sink, rows, x)
+
+
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # not a fault but a feature of layers that no model here uses
+    SCATTERED: _patch(  # as on a GPU; it leaves what other ranks own unreduced
+        megatron_lite.engine.flat_gradients, "reduces_by_scattering", lambda flat: True
+    ),
     AUXILIARY_UNLISTED: _patch(TransformerBlock, "forward", _with_a_term_of_its_own),
     "auxiliary_gradient_too_large": _patch(
         AuxiliaryChannel, "begin_step", lambda channel, gradient: _BEGIN(channel, 1.05 * gradient)
@@ -347,6 +363,10 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.engine.engine, "scale_loss_weights", _own_sequence_mean
     ),
     "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
+    "flat_gradients_not_reduced": _patch(FlatGradients, "_average", lambda gradients, group: None),
+    "first_micro_batch_overwritten": _patch(
+        GradientSink, "add_product", lambda sink, rows, x: _overwrite(sink, rows, x)
+    ),
     "mean_of_micro_batch_means": _patch(
         megatron_lite.engine.engine, "scale_loss_weights", _each_micro_batch_its_own_mean
     ),

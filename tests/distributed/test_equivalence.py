@@ -24,7 +24,7 @@ from tests.distributed.equivalence_cases import (
     run_config,
     traces,
 )
-from tests.distributed.layout_ranks import AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED, planted
+from tests.distributed.layout_ranks import AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED, SCATTERED, planted
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -86,6 +86,13 @@ def test_auxiliary_losses_and_measures_of_layers(layout: str) -> None:
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
     without, bias = trace_twin(config, VOCAB_SIZE, 1), "layers.0.mlp.down.bias"
     assert (without.gradients[bias] - reference.gradients[bias]).norm() > 0.01 * without.gradients[bias].norm()
+
+
+def test_each_rank_needs_its_own_partition_of_the_gradients_only() -> None:
+    """GPUs reduce-scatter: norm, clipping, update and the reading of gradients work with a rank's own partition."""
+    config = run_config("gpt2", dp=2, tp=2)
+    what, difference = next(iter(compared("gpt2", config, traces(config, NUM_STEPS, SCATTERED)).items()))
+    assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
 
 
 def test_a_measure_that_is_not_listed_is_named() -> None:
