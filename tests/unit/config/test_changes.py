@@ -12,9 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_lite.config.changes import (
     DATA_KEYS,
-    FORBIDDEN,
-    RESETS,
-    SAFE,
     Change,
     Grade,
     as_typed,
@@ -25,10 +22,13 @@ from megatron_lite.config.changes import (
 from megatron_lite.config.compose import compose
 from megatron_lite.config.decays import Decay
 from megatron_lite.config.derived import fill_in
+from megatron_lite.config.facts import facts
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.keys import leaf_keys
 from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.setting import SAFE, Forbidden, Resets
 
+RESETS = {key: found.resume for key, found in facts().items() if isinstance(found.resume, Resets)}
 DROPOUT = "model.attention_dropout=0.1,model.hidden_dropout=0.1"
 
 
@@ -57,8 +57,10 @@ def consequence_of(before: str, after: str, key: str) -> str:
 
 
 def test_every_setting_has_exactly_one_grade() -> None:
-    """A new one: into a table of config/changes.py with it."""
-    graded = Counter([*SAFE, *RESETS, *(key for refusal in FORBIDDEN for key in refusal.keys)])
+    """Declared at its field: resume=SAFE, or an effect of config/resume_effects.py."""
+    safe = [key for key, found in facts().items() if found.resume is SAFE]
+    forbidden = [key for key, found in facts().items() if isinstance(found.resume, Forbidden)]
+    graded = Counter([*safe, *RESETS, *forbidden])
     assert sorted(set(leaf_keys()) - set(graded)) == []
     assert sorted(set(graded) - set(leaf_keys())) == []
     assert [key for key, count in graded.items() if count > 1] == []
@@ -166,18 +168,18 @@ def test_consequence(before: str, after: str, key: str, consequence: str) -> Non
 def test_what_resets_under_no_values_is_safe() -> None:
     """Each entry of the table can have something to say."""
     told = {key for before, after, key, consequence in CONSEQUENCES if consequence}
-    always = {key for key, rule in RESETS.items() if _says_always(rule.consequence)}
+    always = {key for key, rule in RESETS.items() if _says_always(key, rule)}
     assert set(RESETS) - told - always <= {
         "optimizer.beta2", "optimizer.epsilon", "optimizer.momentum",  # as beta1
         "train.loss_scale.hysteresis", "train.loss_scale.minimum",  # as the window
     }  # fmt: skip
 
 
-def _says_always(rule) -> bool:
+def _says_always(key: str, rule: Resets) -> bool:
     """Of any two values, under some decay."""
     configs = [config_of(f"train.precision=fp32,optimizer.decay={decay}") for decay in Decay]
     assert all(config.train.precision is Precision.fp32 for config in configs)
-    return any(rule(config, config) for config in configs)
+    return any(rule.consequence(config, config, key) for config in configs)
 
 
 def test_forbidden_ones_come_with_a_way_round() -> None:
