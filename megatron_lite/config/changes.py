@@ -44,7 +44,7 @@ DATA_KEYS = tuple(
     key for key in leaf_keys() if isinstance(effect := effect_on_resume(key), Forbidden) and effect.same_tokens_are_safe
 )
 """Settings that matter only through the resulting tokens."""
-UNDECIDED = "the run goes on only with the tokens that it had, which shows when the data is ready"
+UNDECIDED = "the run continues only with the tokens that it had, which is checked when the data is ready"
 
 
 def on_resume(key: str) -> tuple[Grade, str]:
@@ -96,7 +96,7 @@ def refusals(changes: Sequence[Change], where: str) -> list[str]:
         where: where the earlier settings were used, for messages.
     """
     return [
-        f"{change.key}={as_typed(change.after)} cannot go on from {as_typed(change.before)} of {where}: "
+        f"{change.key}={as_typed(change.after)} cannot continue from {as_typed(change.before)} of {where}: "
         f"{change.consequence}; {change.remedy}"
         for change in changes
         if change.grade is Grade.forbidden

@@ -240,7 +240,7 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     except ConfigError as error:
         raise ConfigError(
             f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
-            "give another train.run_dir, or go on with the version that began it"
+            "give another train.run_dir, or continue with the version that started it"
         ) from error
     newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
     changes = grade_changes(previous, config, newest, undecided=DATA_KEYS)

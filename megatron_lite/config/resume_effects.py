@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 SHAPES = Forbidden("the weights have the shapes of the earlier value", weights_fit=False)
 FIRST_WEIGHTS = Forbidden("the first weights came from the earlier value", weights_fit=False)
-TOKENS = Forbidden("the model has learnt the tokens of the earlier value", weights_fit=False)
+TOKENS = Forbidden("the model was trained on the tokens of the earlier value", weights_fit=False)
 TOKENIZER = replace(TOKENS, same_tokens_are_safe=True)
-COMPUTATION = Forbidden("the weights are trained to compute with the earlier value", weights_fit=True)
-SAMPLES = Forbidden("it decides which samples there are, and so which of them are left to train on", weights_fit=True)
+COMPUTATION = Forbidden("the weights were trained with the earlier value", weights_fit=True)
+SAMPLES = Forbidden("it determines the samples, and so which of them are left to train on", weights_fit=True)
 SOURCES = replace(SAMPLES, same_tokens_are_safe=True)
 TARGETS = Forbidden("it decides what the model is trained to predict", weights_fit=True)
-ORDER = Forbidden("the order of the data follows from it, and so which samples are left to train on", weights_fit=True)
+ORDER = Forbidden("it determines the order of the data, and so which samples are left to train on", weights_fit=True)
 
 
 # Resets
@@ -47,9 +47,9 @@ def _masks(*dropouts: str) -> Consequence:
 
     def consequence(before: RunConfig, after: RunConfig, key: str) -> str:
         used = [name for name in dropouts if _dropout(before.model, name) or _dropout(after.model, name)]
-        return f"other masks of {' and '.join(f'model.{name}' for name in used)} from here on" if used else ""
+        return f"different masks for {' and '.join(f'model.{name}' for name in used)} from here on" if used else ""
 
-    return _described(consequence, "other dropout masks from here on, where there is dropout")
+    return _described(consequence, "different dropout masks from here on, if there is dropout")
 
 
 def _dropout(model: ModelConfig, name: str) -> float:
@@ -63,7 +63,7 @@ _OF_POSITIONS = ("embedding_dropout", "hidden_dropout", "final_dropout")
 
 
 def _tensor_size(before: RunConfig, after: RunConfig, key: str) -> str:
-    """other dropout masks from here on, where there is dropout"""
+    """different dropout masks from here on, if there is dropout"""
     # Each rank draws for its own attention heads, and under sequence parallelism for its own positions.
     cut = before.parallel.sequence_parallel or after.parallel.sequence_parallel
     return _masks("attention_dropout", *(_OF_POSITIONS if cut else ()))(before, after, key)
@@ -77,7 +77,7 @@ def _steps(before: RunConfig, after: RunConfig, key: str) -> str:
         return ""
     return (
         f"the learning rate now decays until step {after.train.steps:,}; optimizer.decay_steps={before.train.steps} "
-        "keeps the earlier course"
+        "keeps the earlier schedule"
     )
 
 
@@ -89,13 +89,13 @@ def _decay_steps(before: RunConfig, after: RunConfig, key: str) -> str:
 
 
 def _schedule(before: RunConfig, after: RunConfig, key: str) -> str:
-    """the schedule goes on with the new values from here"""
+    """the schedule continues with the new values"""
     is_read = after.optimizer.decay.form.depends_on(key.removeprefix("optimizer."))
-    return "the schedule goes on with the new values from here" if is_read else ""
+    return "the schedule continues with the new values" if is_read else ""
 
 
 def _precision(before: RunConfig, after: RunConfig, key: str) -> str:
-    """the loss scale of fp16 starts anew, or is dropped"""
+    """fp16's loss scale restarts, or is dropped"""
     if after.train.precision is Precision.fp16:
         return f"fp16's loss scale starts at 2^{after.train.loss_scale.initial_power}"
     return "fp16's loss scale is dropped" if before.train.precision is Precision.fp16 else ""
@@ -120,12 +120,12 @@ def _validation(before: RunConfig, after: RunConfig, key: str) -> str:
     return f"validation is over {now:,} samples instead of {was:,}" if was != now else ""
 
 
-_UPDATES = "updates from here on have the new value"
-_BATCH = "steps from here on take batches of the new size; the data goes on with the next sample"
+_UPDATES = "updates from here on use the new value"
+_BATCH = "steps from here on use batches of the new size; the data continues with the next sample"
 
 
 def _batch(before: RunConfig, after: RunConfig, key: str) -> str:
-    """steps from here on take batches of the new size; validations are over as many more samples"""
+    """steps from here on use batches of the new size, and so do validations"""
     return "; ".join(filter(None, (_BATCH, _validation(before, after, key))))
 
 

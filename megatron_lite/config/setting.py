@@ -48,7 +48,7 @@ class Safe:
     """The new value is used, and nothing else changes."""
 
     grade: ClassVar[Grade] = Grade.safe
-    description: ClassVar[str] = "the run goes on with the new value"
+    description: ClassVar[str] = "the run continues with the new value"
 
 
 SAFE = Safe()

@@ -37,12 +37,12 @@ def free(text: str) -> str | None:
 
 
 def filled(text: str) -> str | None:
-    """Any text but an empty one."""
+    """Any text that is not empty."""
     return free(text) or (None if text else "is empty; give a text, or leave the setting out")
 
 
 def line(text: str) -> str | None:
-    """Something on one line that is more than blanks: a name of other programs."""
+    """One line of text that is not blank, such as a name in another program."""
     if problem := free(text):
         return problem
     if not text.strip():
@@ -51,17 +51,17 @@ def line(text: str) -> str | None:
 
 
 def label(text: str) -> str | None:
-    """What becomes a part of the name of a folder."""
+    """Part of a folder's name."""
     if problem := line(text):
         return problem
     if "/" in text or text in (".", ".."):
-        return "becomes a part of a folder's name; use a name without `/`"
+        return "becomes part of a folder's name; use a name without `/`"
     size = len(text.encode())
     return f"has {size} bytes; use at most {LONGEST_LABEL_BYTES}" if size > LONGEST_LABEL_BYTES else None
 
 
 def path(text: str) -> str | None:
-    """A file or a folder, there or to be made."""
+    """Path of a file or a folder, which may not exist yet."""
     if problem := free(text):
         return problem
     if not text.strip():
@@ -81,11 +81,11 @@ def path(text: str) -> str | None:
 
 
 def project(text: str) -> str | None:
-    """The name of a project of wandb."""
+    """Name of a wandb project."""
     if problem := line(text):
         return problem
     if NO_PROJECT.search(text) or len(text) > LONGEST_PROJECT:
-        return rf"is not a project of wandb; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
+        return rf"is not the name of a wandb project; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
     return None
 
 

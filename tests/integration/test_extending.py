@@ -77,7 +77,7 @@ def test_a_setting_whose_field_lacks_a_fact_fails_with_the_remedy(tmp_path: Path
     finished = run(tmp_path, *explain)
     assert finished.returncode == 0, finished.stderr
     shown = [" ".join(line.split()) for line in finished.stdout.splitlines()]
-    assert "on resume safe: the run goes on with the new value" in shown
+    assert "on resume safe: the run continues with the new value" in shown
 
 
 @obeys("megatron_lite/verify/layout_check.py:_require_equal")
