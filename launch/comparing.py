@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.folder import newest_logged
-from megatron_lite.config.changes import SAFE, as_typed
+from megatron_lite.config.changes import as_typed
+from megatron_lite.config.facts import facts
 from megatron_lite.config.keys import is_map
+from megatron_lite.config.setting import SAFE
 from megatron_lite.data.samples.skips import read_rollbacks, skips_of
 from megatron_lite.errors import EXIT_OK, ConfigError
 from megatron_lite.observe.comparison import SAMPLES, Comparison, Curve, Parting, curve_of, relative_gap, write_chart
@@ -55,7 +57,9 @@ def effect_of(key: str) -> Effect:
     if key.startswith(ROUNDING_GROUP) or key in ROUNDING:
         return Effect.rounding
     is_judging = key.startswith(LEARNING_GROUP) and key not in SHOW_ONLY
-    return Effect.nothing if key in SAFE and key not in LEARNING and not is_judging else Effect.learning
+    found = facts().get(key)  # None: a setting of another version, which may have had any effect
+    is_safe = found is not None and found.resume is SAFE
+    return Effect.nothing if is_safe and key not in LEARNING and not is_judging else Effect.learning
 
 
 def compare(folders: tuple[Path, Path], names: tuple[str, str], tolerance: float, chart: Path | None) -> int:

@@ -35,7 +35,7 @@ from megatron_lite.config.keys import shown
 from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.preset_folders import PresetFolders, find_folders
 from megatron_lite.config.resolved import ResolvedConfig
-from megatron_lite.config.rules.texts import require_form
+from megatron_lite.config.rules.values import require_form
 from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
 from megatron_lite.data.corpus.source_names import require_sources
 from megatron_lite.data.tokenizer.vocabulary import TRAIN, planned_vocab_size

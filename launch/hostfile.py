@@ -7,15 +7,16 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_lite.config.facts import ranges_of_numbers
 from megatron_lite.config.keys import shown
-from megatron_lite.config.rules.ranges import MOST_PROCESSES, RANGES
-from megatron_lite.config.rules.texts import require_form
+from megatron_lite.config.ranges import MOST_PROCESSES
+from megatron_lite.config.rules.values import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
 LINE = re.compile(r"([\w.:-]+)\s+slots=(\d+)", re.ASCII)
 MOST_DIGITS = 9
-MOST_SLOTS = int(RANGES["launcher.processes_per_node"].most)
+MOST_SLOTS = int(ranges_of_numbers()["launcher.processes_per_node"].most)
 MOST_BYTES = 2**24  # some hundred thousand lines: anything longer is not a hostfile
 
 

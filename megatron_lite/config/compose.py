@@ -50,7 +50,7 @@ from megatron_lite.config.keys import (
 from megatron_lite.config.overrides import check_form, key_of, parse, read
 from megatron_lite.config.preset_folders import SHIPPED, PresetFolders, find_folders
 from megatron_lite.config.presets import check_preset
-from megatron_lite.config.rules.texts import require_form
+from megatron_lite.config.rules.values import require_form
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError, library_edge
 

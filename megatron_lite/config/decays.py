@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from megatron_lite.config.schema import OptimizerConfig
+    from megatron_lite.config.training import OptimizerConfig
 
 Curve = Callable[[int, int, "OptimizerConfig"], float]
 """Maps (step after the warm-up, step at which the decay ends, settings) to the learning rate. It is called only for

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lite.config.launcher import LauncherName
+from megatron_lite.config.ranges import MOST_PROCESSES
 from megatron_lite.config.resolved import (
     ResolvedConfig,
     ResolvedLauncher,
@@ -19,7 +20,6 @@ from megatron_lite.config.resolved import (
     ResolvedParallel,
     ResolvedTrain,
 )
-from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import (
     Architecture,
     ModelConfig,

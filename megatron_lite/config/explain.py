@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from enum import Enum
 
 from megatron_lite.config.changes import as_typed, on_resume
+from megatron_lite.config.facts import facts_of
 from megatron_lite.config.field_docs import field_docs, member_comments
 from megatron_lite.config.keys import expects, get_value, is_group, is_map, leaf_keys, schema_keys, unknown_key
 from megatron_lite.config.preset_folders import PresetFolders
 from megatron_lite.config.presets import comment_of, defaults_of, values_of
-from megatron_lite.config.rules.ranges import RANGES
-from megatron_lite.config.rules.texts import TEXTS
 from megatron_lite.config.schema import RunConfig
 
 Row = tuple[str, str]
@@ -65,10 +64,11 @@ def _of_key(key: str, folders: PresetFolders) -> Iterator[Row]:
     yield key, field_docs().get(key, "")
     yield "type", expects(key)
     yield from _choices(key)
-    if key in RANGES:
-        yield "range", str(RANGES[key])
-    if key in TEXTS:
-        yield "rule", " ".join((TEXTS[key].__doc__ or "").split())
+    facts = facts_of(key)
+    if facts.range is not None:
+        yield "range", str(facts.range)
+    if facts.text is not None:
+        yield "rule", " ".join((facts.text.__doc__ or "").split())
     yield "default", _default(key)
     grade, consequence = on_resume(key)
     yield "on resume", f"{grade}: {consequence}"

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from megatron_lite.config.changes import DATA_KEYS, Change, grade_changes, refusals
 from megatron_lite.config.hf.folder import STATE_FILE
 from megatron_lite.config.keys import shown
-from megatron_lite.config.rules.texts import path as path_problem
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.texts import path as path_problem
 from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
 from megatron_lite.files import modified_ns
 from megatron_lite.state_files import read_bytes, read_object
@@ -240,7 +240,7 @@ def check_run_folder(config: RunConfig, run_dir: Path) -> list[Change]:
     except ConfigError as error:
         raise ConfigError(
             f"train.run_dir={run_dir} holds a run whose {earlier.name} this version cannot read ({error}); "
-            "give another train.run_dir, or go on with the version that began it"
+            "give another train.run_dir, or continue with the version that started it"
         ) from error
     newest = max((run_dir / "checkpoints").glob("step_*"), default=None)
     changes = grade_changes(previous, config, newest, undecided=DATA_KEYS)

@@ -20,8 +20,7 @@ from megatron_lite.config.rules import (
     training,
 )
 from megatron_lite.config.rules.case import Case, Rule
-from megatron_lite.config.rules.ranges import out_of_range
-from megatron_lite.config.rules.texts import out_of_form
+from megatron_lite.config.rules.values import out_of_form, out_of_range
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -46,7 +45,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
 
 
 def values_are_in_range(case: Case) -> Iterator[str]:
-    """The tables of `rules/ranges.py` and `rules/texts.py`."""
+    """The ranges and rules that the fields of the schema declare."""
     for _, message in (*out_of_range(case.config), *out_of_form(case.config)):
         yield message
 

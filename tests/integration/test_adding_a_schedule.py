@@ -20,7 +20,7 @@ TESTS = (
 
 def test_new_schedule_passes_the_tests_of_all_and_is_planned(tmp_path: Path) -> None:
     edits = edits_of("extending.md", "A learning-rate schedule")
-    assert len(edits) == 5
+    assert len(edits) == 4
     assert len({edit.file for edit in edits}) <= MOST_FILES
     assert count_lines(edits) <= MOST_LINES
     copy_project(tmp_path, "tests/__init__.py", "tests/unit/__init__.py", "tests/unit/optim", "tests/unit/config")

@@ -16,7 +16,7 @@ LARGEST_FILES, LARGEST_LINES = 6, 60  # of a recipe, including its tests
 SIZES = ["model.num_layers=2", "model.hidden_size=32", "data.seq_length=32", "data.tokenizer_vocab_size=512"]
 
 
-RECIPES = ("A metric of the logits", "A term of the loss", "A parameter in a block")
+RECIPES = ("A setting", "A metric of the logits", "A term of the loss", "A parameter in a block")
 
 
 def recipes() -> dict[str, list[Edit]]:
@@ -32,7 +32,7 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the project after all recipes."""
-    copy_project(tmp_path / "project", "tests", "pyproject.toml")
+    copy_project(tmp_path / "project", "tests", "pyproject.toml", "docs/getting_started.md")
     for edits in recipes().values():
         follow(tmp_path / "project", edits)
     return tmp_path / "project"
@@ -47,12 +47,37 @@ def test_recipes_are_short() -> None:
 @pytest.mark.slow
 def test_the_tests_of_the_recipes_pass(tree: Path) -> None:
     own = [edit.file for recipe in recipes().values() for edit in recipe if not edit.how]
-    config = ["tests/unit/config/test_ranges.py", "tests/unit/config/test_changes.py"]  # whether settings are complete
+    config = [
+        f"tests/unit/config/test_{name}.py" for name in ("ranges", "changes", "facts")
+    ]  # whether settings are complete
     finished = run(tree, "pytest", "-n0", "-k", "not test_changes or every_setting", *own, *config)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     paths = [edit.file for recipe in recipes().values() for edit in recipe]
-    linted = run(tree, "ruff", "check", *paths)
+    linted = run(tree, "ruff", "check", *(path for path in paths if path.endswith(".py")))
     assert linted.returncode == 0, linted.stdout
+
+
+def test_a_setting_whose_field_lacks_a_fact_fails_with_the_remedy(tmp_path: Path) -> None:
+    declare, *_ = edits_of("extending.md", "A setting")
+    copy_project(tmp_path)
+    follow(tmp_path, [declare])
+    schema = tmp_path / declare.file
+    right = schema.read_text()
+    explain = ("launch", "explain", "train.eval_from")
+    for fact, problem in {
+        ", range=ranges.STEPS_OR_0": "is a number without a range; write range=ranges.NAME, of ",
+        ", resume=SAFE": "does not say what another value does to a run that resumes; write resume=SAFE, or",
+    }.items():
+        assert fact in declare.text
+        schema.write_text(right.replace(declare.text, declare.text.replace(fact, "")))
+        finished = run(tmp_path, *explain)
+        assert finished.returncode != 0
+        assert f"train.eval_from {problem}" in finished.stderr
+    schema.write_text(right)
+    finished = run(tmp_path, *explain)
+    assert finished.returncode == 0, finished.stderr
+    shown = [" ".join(line.split()) for line in finished.stdout.splitlines()]
+    assert "on resume safe: the run continues with the new value" in shown
 
 
 @obeys("megatron_lite/verify/layout_check.py:_require_equal")

@@ -83,7 +83,7 @@ def test_the_same_data_under_another_name_resumes_and_other_data_does_not(tmp_pa
     other.write_text(text.read_text().replace("apples", "plums"))
     refused = train("parts", 6, other)
     assert refused.code == EXIT_USER_ERROR
-    assert refused.err.startswith(f"error: data.source={other} cannot go on from {text} of ")
+    assert refused.err.startswith(f"error: data.source={other} cannot continue from {text} of ")
     assert "Traceback" not in refused.err
     moved = text.rename(tmp_path / "moved.txt")
     resumed = train("parts", 6, f"[{moved}]").require_success()
@@ -93,7 +93,7 @@ def test_the_same_data_under_another_name_resumes_and_other_data_does_not(tmp_pa
     text.write_text(moved.read_text().replace("pears", "plums"))  # same path as the old one, so only the tokens differ
     refused = train("parts", 8, text)
     assert refused.code == EXIT_USER_ERROR
-    assert f"data.source={text} cannot go on from" in refused.err
+    assert f"data.source={text} cannot continue from" in refused.err
 
 
 @pytest.mark.slow

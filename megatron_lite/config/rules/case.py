@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_lite.config.derived import data_parallel_size, fill_in_model
-from megatron_lite.config.rules.ranges import out_of_range
-from megatron_lite.config.rules.texts import out_of_form
+from megatron_lite.config.rules.values import out_of_form, out_of_range
 from megatron_lite.config.schema import ModelConfig, RunConfig
 
 SIZES = ("parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.config.derived import given_processes, ranks_per_replica
+from megatron_lite.config.ranges import MOST_PROCESSES
 from megatron_lite.config.rules.case import PROCESSES, SIZES, Case, either, nearest_multiples
 from megatron_lite.config.rules.nearest_layout import NearestLayouts
-from megatron_lite.config.rules.ranges import MOST_PROCESSES
 from megatron_lite.config.schema import OptimizerName, Precision, RunConfig
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from megatron_lite.config.derived import all_layers, given_processes, ranks_per_replica
+from megatron_lite.config.ranges import MOST_PROCESSES
 from megatron_lite.config.rules import launcher, model, nodes, training
 from megatron_lite.config.rules.case import Case, Rule, divisors, nearest_multiples
-from megatron_lite.config.rules.ranges import MOST_PROCESSES
 
 
 @dataclass(frozen=True)

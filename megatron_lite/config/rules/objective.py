@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from megatron_lite.config.lengths import DENOISER_MODES, NUM_SPAN_DENOISERS
+from megatron_lite.config.ranges import LONGEST_SEQUENCE, PART
 from megatron_lite.config.rules.case import Case
-from megatron_lite.config.rules.ranges import LONGEST_SEQUENCE, PART
 from megatron_lite.config.schema import Architecture, ObjectiveConfig, ObjectiveName
 
 ARCHITECTURES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from megatron_lite.config.ranges import INT64_LARGEST
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
-from megatron_lite.config.rules.ranges import INT64_LARGEST
 from megatron_lite.config.schema import Precision
 from megatron_lite.config.stability import OnSpike
 

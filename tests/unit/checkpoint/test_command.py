@@ -153,7 +153,7 @@ def test_diff_shows_settings_state_and_tensors(run_folder: Path, tmp_path: Path,
     folder = save(tmp_path / "other", 200, other, weights=weights, fill=200)
     code, lines, _ = command("diff", run_folder, folder)
     assert code == 1
-    seed = "the order of the data follows from it, and so which samples are left to train on"
+    seed = "it determines the order of the data, and so which samples are left to train on"
     tensors = [
         "tensors",
         "  weights: wte.weight: max abs 0.25",

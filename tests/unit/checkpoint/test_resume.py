@@ -97,19 +97,19 @@ def test_everything_has_changed() -> None:
         "  optimizer   resharded  exp_avg, exp_avg_sq after 100 updates: dp2 tp2 pp2 zero1 -> dp1 tp1 pp4 zero1",
         "  schedule    reset      new optimizer.learning_rate, train.steps: step 101 has learning rate 0.0009442",
         "  loss scale  restored   bf16 has none",
-        "  randomness  reset      seed 1234; parallel.tensor_parallel_size: other masks of model.attention_dropout "
-        "from here on",
+        "  randomness  reset      seed 1234; parallel.tensor_parallel_size: different masks for "
+        "model.attention_dropout from here on",
         "  data        restored   continues with sample 3,200, in batches of 64",
         "  spikes      reset      new model.hidden_dropout, train.global_batch_size, train.precision: earlier losses "
         "and gradient norms are not comparable with later ones",
         "changed settings",
         "  resets     model.hidden_dropout: 0.1 -> 0.2; this dropout has the new rate from here on",
-        "  resets     parallel.tensor_parallel_size: 2 -> 1; other masks of model.attention_dropout from here on",
-        "  resets     optimizer.learning_rate: 0.0003 -> 0.001; the schedule goes on with the new values from here",
+        "  resets     parallel.tensor_parallel_size: 2 -> 1; different masks for model.attention_dropout from here on",
+        "  resets     optimizer.learning_rate: 0.0003 -> 0.001; the schedule continues with the new values",
         "  resets     train.steps: 300 -> 600; the learning rate now decays until step 600; optimizer.decay_steps=300 "
-        "keeps the earlier course",
-        "  resets     train.global_batch_size: 32 -> 64; steps from here on take batches of the new size; the data "
-        "goes on with the next sample; validation is over 512 samples instead of 256",
+        "keeps the earlier schedule",
+        "  resets     train.global_batch_size: 32 -> 64; steps from here on use batches of the new size; the data "
+        "continues with the next sample; validation is over 512 samples instead of 256",
         "  safe       parallel.pipeline_parallel_size: 2 -> 4",
         "  safe       parallel.data_parallel_size: 2 -> 1",
         "  safe       train.precision: fp32 -> bf16",
@@ -213,10 +213,10 @@ def test_another_run_is_refused_with_every_reason() -> None:
     with pytest.raises(CheckpointError) as caught:
         report_of(state_of(), "train.seed=7", "model.num_layers=8", "debug=true")
     assert str(caught.value).splitlines() == [
-        f"model.num_layers=8 cannot go on from 4 of {FOLDER}: the weights have the shapes of the earlier value; keep "
-        "model.num_layers=4, or begin another run in a new train.run_dir",
-        f"train.seed=7 cannot go on from 1234 of {FOLDER}: the order of the data follows from it, and so which samples "
-        "are left to train on; keep train.seed=1234, or begin another run in a new train.run_dir with "
+        f"model.num_layers=8 cannot continue from 4 of {FOLDER}: the weights have the shapes of the earlier value; "
+        "keep model.num_layers=4, or begin another run in a new train.run_dir",
+        f"train.seed=7 cannot continue from 1234 of {FOLDER}: it determines the order of the data, and so which "
+        "samples are left to train on; keep train.seed=1234, or begin another run in a new train.run_dir with "
         f"model.init_from={FOLDER}",
     ]
 
@@ -244,7 +244,7 @@ def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
         "continues with sample 655,360; this version blends the sources in another order: of each source, up to "
         "about 14 samples are repeated or skipped",
     )
-    with pytest.raises(CheckpointError, match=r"data\.weights=\[1\.0,3\.0\] cannot go on from \[1\.0,2\.0\]"):
+    with pytest.raises(CheckpointError, match=r"data\.weights=\[1\.0,3\.0\] cannot continue from \[1\.0,2\.0\]"):
         report_of(state_of("data.weights=[1,2]"), "data.weights=[1,3]", fingerprint=f"{STATE.data_fingerprint}.f00d")
 
 

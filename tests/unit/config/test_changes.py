@@ -12,9 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_lite.config.changes import (
     DATA_KEYS,
-    FORBIDDEN,
-    RESETS,
-    SAFE,
     Change,
     Grade,
     as_typed,
@@ -25,10 +22,13 @@ from megatron_lite.config.changes import (
 from megatron_lite.config.compose import compose
 from megatron_lite.config.decays import Decay
 from megatron_lite.config.derived import fill_in
+from megatron_lite.config.facts import facts
 from megatron_lite.config.frozen import as_node
 from megatron_lite.config.keys import leaf_keys
 from megatron_lite.config.schema import Precision, RunConfig
+from megatron_lite.config.setting import SAFE, Forbidden, Resets
 
+RESETS = {key: found.resume for key, found in facts().items() if isinstance(found.resume, Resets)}
 DROPOUT = "model.attention_dropout=0.1,model.hidden_dropout=0.1"
 
 
@@ -57,8 +57,10 @@ def consequence_of(before: str, after: str, key: str) -> str:
 
 
 def test_every_setting_has_exactly_one_grade() -> None:
-    """A new one: into a table of config/changes.py with it."""
-    graded = Counter([*SAFE, *RESETS, *(key for refusal in FORBIDDEN for key in refusal.keys)])
+    """Declared at its field: resume=SAFE, or an effect of config/resume_effects.py."""
+    safe = [key for key, found in facts().items() if found.resume is SAFE]
+    forbidden = [key for key, found in facts().items() if isinstance(found.resume, Forbidden)]
+    graded = Counter([*safe, *RESETS, *forbidden])
     assert sorted(set(leaf_keys()) - set(graded)) == []
     assert sorted(set(graded) - set(leaf_keys())) == []
     assert [key for key, count in graded.items() if count > 1] == []
@@ -76,7 +78,7 @@ def test_layout_is_safe_without_dropout(layout: str) -> None:
         assert (change.grade, change.consequence, change.remedy) == (Grade.safe, "", ""), change
 
 
-MASKS = "other masks of model.attention_dropout"
+MASKS = "different masks for model.attention_dropout"
 CONSEQUENCES = [
     ("", "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", ""),
     (DROPOUT, f"{DROPOUT},parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", f"{MASKS} from here on"),
@@ -97,27 +99,27 @@ CONSEQUENCES = [
         f"{DROPOUT},parallel.tensor_parallel_size=2",
         f"{DROPOUT},parallel.tensor_parallel_size=2,parallel.sequence_parallel=true",
         "parallel.sequence_parallel",
-        "other masks of model.hidden_dropout from here on",
+        "different masks for model.hidden_dropout from here on",
     ),
     ("", "train.micro_batch_size=8", "train.micro_batch_size", ""),
     (
         "model.ffn_dropout=0.1",
         "model.ffn_dropout=0.1,train.micro_batch_size=8",
         "train.micro_batch_size",
-        "other masks of model.ffn_dropout from here on",
+        "different masks for model.ffn_dropout from here on",
     ),
     ("", "launcher.device=cuda", "launcher.device", ""),
     (
         "model.final_dropout=0.1",
         "model.final_dropout=0.1,launcher.device=cuda",
         "launcher.device",
-        "other masks of model.final_dropout from here on",
+        "different masks for model.final_dropout from here on",
     ),
     (
         "",
         "train.steps=600",
         "train.steps",
-        "the learning rate now decays until step 600; optimizer.decay_steps=300 keeps the earlier course",
+        "the learning rate now decays until step 600; optimizer.decay_steps=300 keeps the earlier schedule",
     ),
     ("optimizer.decay_steps=300", "optimizer.decay_steps=300,train.steps=600", "train.steps", ""),
     ("optimizer.decay=constant", "optimizer.decay=constant,train.steps=600", "train.steps", ""),
@@ -143,13 +145,13 @@ CONSEQUENCES = [
     ),
     ("", "optimizer.name=sgd", "optimizer.name", "moments start from zero"),
     ("optimizer.name=sgd", "optimizer.name=sgd,optimizer.beta1=0.8", "optimizer.beta1", ""),
-    ("", "optimizer.beta1=0.8", "optimizer.beta1", "updates from here on have the new value"),
-    ("", "optimizer.warmup_steps=20", "optimizer.warmup_steps", "the schedule goes on with the new values from here"),
+    ("", "optimizer.beta1=0.8", "optimizer.beta1", "updates from here on use the new value"),
+    ("", "optimizer.warmup_steps=20", "optimizer.warmup_steps", "the schedule continues with the new values"),
     (
         "",
         "train.global_batch_size=64",
         "train.global_batch_size",
-        "steps from here on take batches of the new size; the data goes on with the next sample; validation is over "
+        "steps from here on use batches of the new size; the data continues with the next sample; validation is over "
         "512 samples instead of 256",
     ),
     ("", "train.eval_batches=4", "train.eval_batches", "validation is over 128 samples instead of 256"),
@@ -166,18 +168,18 @@ def test_consequence(before: str, after: str, key: str, consequence: str) -> Non
 def test_what_resets_under_no_values_is_safe() -> None:
     """Each entry of the table can have something to say."""
     told = {key for before, after, key, consequence in CONSEQUENCES if consequence}
-    always = {key for key, rule in RESETS.items() if _says_always(rule.consequence)}
+    always = {key for key, rule in RESETS.items() if _says_always(key, rule)}
     assert set(RESETS) - told - always <= {
         "optimizer.beta2", "optimizer.epsilon", "optimizer.momentum",  # as beta1
         "train.loss_scale.hysteresis", "train.loss_scale.minimum",  # as the window
     }  # fmt: skip
 
 
-def _says_always(rule) -> bool:
+def _says_always(key: str, rule: Resets) -> bool:
     """Of any two values, under some decay."""
     configs = [config_of(f"train.precision=fp32,optimizer.decay={decay}") for decay in Decay]
     assert all(config.train.precision is Precision.fp32 for config in configs)
-    return any(rule(config, config) for config in configs)
+    return any(rule.consequence(config, config, key) for config in configs)
 
 
 def test_forbidden_ones_come_with_a_way_round() -> None:
@@ -185,13 +187,13 @@ def test_forbidden_ones_come_with_a_way_round() -> None:
         config_of(""), config_of("data.seq_length=64,model.hidden_size=64,debug=true"), Path("run/checkpoints/step_7")
     )
     assert refusals(changes, "the run in FOLDER") == [
-        "model.hidden_size=64 cannot go on from 128 of the run in FOLDER: the weights have the shapes of the earlier "
-        "value; keep model.hidden_size=128, or begin another run in a new train.run_dir",
-        "model.head_size=16 cannot go on from 32 of the run in FOLDER: the weights have the shapes of the earlier "
+        "model.hidden_size=64 cannot continue from 128 of the run in FOLDER: the weights have the shapes of the "
+        "earlier value; keep model.hidden_size=128, or begin another run in a new train.run_dir",
+        "model.head_size=16 cannot continue from 32 of the run in FOLDER: the weights have the shapes of the earlier "
         "value; keep model.head_size=32, or begin another run in a new train.run_dir",
-        "model.ffn_hidden_size=256 cannot go on from 512 of the run in FOLDER: the weights have the shapes of the "
+        "model.ffn_hidden_size=256 cannot continue from 512 of the run in FOLDER: the weights have the shapes of the "
         "earlier value; keep model.ffn_hidden_size=512, or begin another run in a new train.run_dir",
-        "data.seq_length=64 cannot go on from 128 of the run in FOLDER: it decides which samples there are, and so "
+        "data.seq_length=64 cannot continue from 128 of the run in FOLDER: it determines the samples, and so "
         "which of them are left to train on; keep data.seq_length=128, or begin another run in a new train.run_dir "
         "with model.init_from=run/checkpoints/step_7",
     ]

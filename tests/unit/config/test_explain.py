@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config.changes import FORBIDDEN, RESETS, SAFE, Grade, on_resume
+from megatron_lite.config.changes import Grade, on_resume
 from megatron_lite.config.compose import compose
 from megatron_lite.config.explain import explain
+from megatron_lite.config.facts import facts, facts_of, ranges_of_numbers, rules_of_texts
 from megatron_lite.config.field_docs import field_docs
 from megatron_lite.config.keys import as_word, expects, get_value, leaf_keys, schema_keys
 from megatron_lite.config.overrides import read
 from megatron_lite.config.preset_folders import PresetFolders
-from megatron_lite.config.rules.ranges import RANGES
-from megatron_lite.config.rules.texts import TEXTS
+from megatron_lite.config.setting import SAFE, Forbidden, Resets
 from megatron_lite.errors import ConfigError
 
 OURS = PresetFolders()
@@ -34,17 +34,20 @@ def test_a_setting_is_explained(key: str) -> None:
     found = dict(explain(key, OURS))
     assert found[key] == field_docs()[key]
     assert found["type"] == expects(key)
-    assert ("range" in found) == (key in RANGES)
-    assert ("rule" in found) == (key in TEXTS)
+    assert ("range" in found) == (key in ranges_of_numbers())
+    assert ("rule" in found) == (key in rules_of_texts())
     assert not {"rule", "range"} & {label for label, text in found.items() if not text}
     grade = Grade(found["on resume"].partition(":")[0])
-    forbidden = {one for refusal in FORBIDDEN for one in refusal.keys}
-    assert grade is (Grade.safe if key in SAFE else Grade.forbidden if key in forbidden else Grade.resets)
+    effect = facts_of(key).resume
+    is_forbidden = isinstance(effect, Forbidden)
+    assert grade is (Grade.safe if effect is SAFE else Grade.forbidden if is_forbidden else Grade.resets)
     assert found["on resume"].partition(": ")[2], "says what follows"
 
 
 def test_consequences_describe_themselves() -> None:
-    for key, reset in RESETS.items():
+    resets = {key: found.resume for key, found in facts().items() if isinstance(found.resume, Resets)}
+    assert resets
+    for key, reset in resets.items():
         assert on_resume(key) == (Grade.resets, reset.consequence.__doc__)
         assert reset.consequence.__doc__
 

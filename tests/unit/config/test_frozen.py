@@ -137,11 +137,11 @@ def test_folder_of_another_run_is_refused_with_all_reasons(tmp_path: Path) -> No
         return caught.value.problems
 
     layers = (
-        f"model.num_layers=3 cannot go on from 4 of {where}: the weights have the shapes of the earlier value; keep "
+        f"model.num_layers=3 cannot continue from 4 of {where}: the weights have the shapes of the earlier value; keep "
         "model.num_layers=4, or begin another run in a new train.run_dir"
     )
     seed = (
-        f"train.seed=7 cannot go on from 1234 of {where}: the order of the data follows from it, and so which samples "
+        f"train.seed=7 cannot continue from 1234 of {where}: it determines the order of the data, and so which samples "
         "are left to train on; keep train.seed=1234, or begin another run in a new train.run_dir"
     )
     assert refused() == [layers, seed]

@@ -14,8 +14,8 @@ from megatron_lite.config import overrides
 from megatron_lite.config.compose import change, compose
 from megatron_lite.config.frozen import as_containers, freeze, from_containers, load_frozen
 from megatron_lite.config.keys import Shape, get_value, leaf_keys, may_be_null, text_shape
-from megatron_lite.config.rules.texts import free
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.texts import free
 from megatron_lite.errors import ConfigError
 
 SINGLE = [

@@ -14,18 +14,22 @@ import pytest
 from launch.hostfile import with_hosts
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import fill_in
+from megatron_lite.config.facts import ranges_of_numbers, rules_of_texts
 from megatron_lite.config.frozen import check_run_folder
 from megatron_lite.config.keys import get_value, leaf_keys, schema_keys, text_shape
 from megatron_lite.config.lengths import SMALLEST_BPE
-from megatron_lite.config.rules.ranges import RANGES, Range, out_of_range
-from megatron_lite.config.rules.texts import TEXTS, label, out_of_form, path
+from megatron_lite.config.ranges import Range
+from megatron_lite.config.rules.values import out_of_form, out_of_range
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.texts import label, path
 from megatron_lite.config.validate import problems
 from megatron_lite.data.tokenizer import vocabulary
 from megatron_lite.errors import ConfigError
 
 BASE = fill_in(compose("pretrain_gpt", []), device="cpu")
 SPANS = fill_in(compose("pretrain_t5", ["objective=ul2", "model.max_position_embeddings=16777216"]), device="cpu")
+
+RANGES, TEXTS = ranges_of_numbers(), rules_of_texts()
 
 
 def kinds(key: str) -> set[Any]:
@@ -37,7 +41,7 @@ def kinds(key: str) -> set[Any]:
 
 
 def test_every_setting_has_an_entry() -> None:
-    """A new setting needs the range that its use can stand: rules/ranges.py for numbers, rules/texts.py for texts."""
+    """Declared at its field: the range that the use of a number can stand, or the rule of a text."""
     numbers = {key for key in leaf_keys() if kinds(key) & {int, float}}
     texts = {key for key in leaf_keys() if text_shape(key)}
     others = {key for key in leaf_keys() if all(kind is bool or issubclass(kind, Enum) for kind in kinds(key) - {Any})}

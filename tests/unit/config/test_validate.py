@@ -224,7 +224,7 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
     ),
     "name that leaves its folder": (
         ["model.name=../../x"],
-        "model.name=../../x becomes a part of a folder's name; use a name without `/`",
+        "model.name=../../x becomes part of a folder's name; use a name without `/`",
     ),
     "name longer than file systems take": (
         [f"train.run_dir=runs/{300 * 'a'}"],

@@ -117,7 +117,7 @@ def test_folder_of_another_run_is_refused_before_anything_starts(
     freeze(resolve(compose("pretrain_gpt", ["train.run_dir=run"]), device="cpu"), elsewhere / "run")
     (elsewhere / "run" / "metrics.jsonl").write_text("{}\n")
     (line,) = errors_of(capsys, "pretrain_gpt", "train.run_dir=run", "train.seed=1")
-    assert line.startswith("error: train.seed=1 cannot go on from 1234 of the run in train.run_dir=run (config-")
+    assert line.startswith("error: train.seed=1 cannot continue from 1234 of the run in train.run_dir=run (config-")
 
 
 def test_dry_run_shows_what_has_changed_since(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -129,7 +129,7 @@ def test_dry_run_shows_what_has_changed_since(capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert (
         "changed since the run in this folder last ran\n"
-        "  resets     optimizer.weight_decay: 0.1 -> 0.2; updates from here on have the new value\n"
+        "  resets     optimizer.weight_decay: 0.1 -> 0.2; updates from here on use the new value\n"
         "  safe       parallel.zero_stage: 1 -> 2\n\n"
     ) in text
 
@@ -186,7 +186,7 @@ def test_settings_behind_a_frozen_configuration(capsys: pytest.CaptureFixture[st
         "error: train.sed is not a setting; did you mean train.seed?",
     ]
     (problem,) = errors_of(capsys, "--config", str(path), "train.seed=3", "--dry-run")
-    assert problem.startswith("error: train.seed=3 cannot go on from 1234 of the run in train.run_dir=run (config-")
+    assert problem.startswith("error: train.seed=3 cannot continue from 1234 of the run in train.run_dir=run (config-")
 
 
 def test_reader_that_has_seen_enough_is_no_error() -> None:

@@ -57,11 +57,13 @@ def test_a_run_goes_on_with_moved_data_and_not_with_other_data(config: ResolvedC
     assert ready_data(with_source(config, [str(moved)]), said.append).is_dir()
     other = attempt.parent / "other.txt"
     other.write_text(moved.read_text().replace("apples", "plums"))
-    with pytest.raises(ConfigError, match=r"data\.source=.*other\.txt cannot go on from .*a\.txt of the run in train"):
+    with pytest.raises(
+        ConfigError, match=r"data\.source=.*other\.txt cannot continue from .*a\.txt of the run in train"
+    ):
         ready_data(with_source(config, str(other)), said.append)
     assert said == []
     os.remove(attempt.parent / "a.txt")
-    with pytest.raises(CheckpointError, match=r"data\.source=.*other\.txt cannot go on from .*a\.txt of the run in"):
+    with pytest.raises(CheckpointError, match=r"data\.source=.*other\.txt cannot continue from .*a\.txt of the run in"):
         ready_data(with_source(config, str(other)), said.append)
     with pytest.raises(DataError, match=r"a\.txt is not a file"):
         ready_data(config, said.append)

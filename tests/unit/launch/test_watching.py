@@ -13,8 +13,9 @@ import pytest
 
 from launch.cli import main
 from launch.comparing import Effect, effect_of
-from megatron_lite.config.changes import FORBIDDEN, RESETS
+from megatron_lite.config.facts import facts
 from megatron_lite.config.keys import leaf_keys
+from megatron_lite.config.setting import Forbidden, Resets
 from megatron_lite.errors import RunEnd
 from megatron_lite.observe.markers import leave_marker
 from tests.unit.launch.holding import held
@@ -167,7 +168,8 @@ def test_samples_are_global_numbers_behind_what_was_left_out(
 
 
 def test_every_setting_that_a_resume_takes_seriously_can_explain_a_difference() -> None:
-    serious = [*RESETS, *(key for refusal in FORBIDDEN for key in refusal.keys)]
+    serious = [key for key, found in facts().items() if isinstance(found.resume, Resets | Forbidden)]
+    assert serious
     assert not [key for key in serious if effect_of(key) is Effect.nothing]
     inert = {key.partition(".")[0] for key in leaf_keys() if effect_of(key) is Effect.nothing}
     assert inert == {"debug", "model", "data", "train", "stability", "tracking", "launcher"}

@@ -181,7 +181,7 @@ def test_a_trained_tokenizer_and_its_folder_are_not_the_same(
     second = config_for(corpus, tokenizer=str(before.tokenizer_dir))
     after = prepare(second, report=silent)
     assert after.fingerprint == before.fingerprint
-    with pytest.raises(CheckpointError, match=r"data\.tokenizer=.* cannot go on from train"):
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer=.* cannot continue from train"):
         changes_of((before, first), (after, second))
 
 
@@ -189,7 +189,7 @@ def test_other_text_is_refused_before_it_is_tokenised(
     prepared_corpus: tuple[PreparedData, RunConfig], two: list[Path], config_for: ConfigFor
 ) -> None:
     said: list[str] = []
-    with pytest.raises(ConfigError, match=r"data\.source=.*second\.txt cannot go on from .*; keep data\.source="):
+    with pytest.raises(ConfigError, match=r"data\.source=.*second\.txt cannot continue from .*; keep data\.source="):
         prepare(config_for(two[1]), report=said.append, earlier=prepared_corpus[1])
     assert said == []
     two[0].unlink()  # nothing to compare with any more: the tokens will tell

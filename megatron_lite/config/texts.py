@@ -1,18 +1,13 @@
 """What text settings may contain: file names, paths and labels have rules of their own.
 
-`tests/unit/config/test_ranges.py` checks that each text setting has an entry. None is never checked.
+A field of the schema names one: `text=texts.path`. None is never checked.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from megatron_lite.config.keys import get_value, shown
-from megatron_lite.config.schema import RunConfig
-from megatron_lite.errors import ConfigError
 
 LOST = re.compile("[\x00\x80-\x9f]")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -42,12 +37,12 @@ def free(text: str) -> str | None:
 
 
 def filled(text: str) -> str | None:
-    """Any text but an empty one."""
+    """Any text that is not empty."""
     return free(text) or (None if text else "is empty; give a text, or leave the setting out")
 
 
 def line(text: str) -> str | None:
-    """Something on one line that is more than blanks: a name of other programs."""
+    """One line of text that is not blank, such as a name in another program."""
     if problem := free(text):
         return problem
     if not text.strip():
@@ -56,17 +51,17 @@ def line(text: str) -> str | None:
 
 
 def label(text: str) -> str | None:
-    """What becomes a part of the name of a folder."""
+    """Part of a folder's name."""
     if problem := line(text):
         return problem
     if "/" in text or text in (".", ".."):
-        return "becomes a part of a folder's name; use a name without `/`"
+        return "becomes part of a folder's name; use a name without `/`"
     size = len(text.encode())
     return f"has {size} bytes; use at most {LONGEST_LABEL_BYTES}" if size > LONGEST_LABEL_BYTES else None
 
 
 def path(text: str) -> str | None:
-    """A file or a folder, there or to be made."""
+    """Path of a file or a folder, which may not exist yet."""
     if problem := free(text):
         return problem
     if not text.strip():
@@ -86,11 +81,11 @@ def path(text: str) -> str | None:
 
 
 def project(text: str) -> str | None:
-    """The name of a project of wandb."""
+    """Name of a wandb project."""
     if problem := line(text):
         return problem
     if NO_PROJECT.search(text) or len(text) > LONGEST_PROJECT:
-        return rf"is not a project of wandb; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
+        return rf"is not the name of a wandb project; use at most {LONGEST_PROJECT} characters, and none of / \ # ? % :"
     return None
 
 
@@ -103,70 +98,3 @@ def host(text: str) -> str | None:
 def device(text: str) -> str | None:
     """One of auto, cpu and cuda."""
     return None if text in DEVICES else "is not known; use auto, cpu or cuda"
-
-
-TEXTS: dict[str, Check] = {
-    "script": label,
-    "model.name": label,
-    "model.init_from": path,
-    "data.source": path,
-    "data.text_key": filled,
-    "data.document_separator": filled,
-    "data.dataset_split": line,
-    "data.dataset_config": line,
-    "data.tokenizer": path,
-    "data.eod_token": line,
-    "data.validation_source": path,
-    "data.cache_dir": path,
-    "train.generate_prompt": free,  # an empty one is checked by `prompt_is_given`
-    "train.run_dir": path,
-    "tracking.wandb_project": project,
-    "tracking.wandb_name": line,
-    "launcher.master_address": host,
-    "launcher.device": device,
-    "launcher.rendezvous_id": line,
-    "launcher.hostfile": path,
-    "launcher.time": free,  # checked by `time_is_slurms`
-    "launcher.partition": free,  # checked by `batch_options_are_lines`, as the next three
-    "launcher.account": free,
-    "launcher.qos": free,
-    "launcher.job_name": free,
-    "launcher.modules": line,
-    "launcher.setup": free,
-    "launcher.environment": free,
-    "launcher.pass_environment": free,  # checked by `passed_variables_have_names`
-    "launcher.container": path,
-    "launcher.container_mounts": free,  # checked by `mounts_are_pairs`
-    "launcher.sbatch_options": free,  # checked by `batch_options_are_lines`
-    "launcher.srun_arguments": free,
-}
-
-
-def out_of_form(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(key, message) of each invalid text; in a list or a map, of each invalid entry."""
-    for key, check in TEXTS.items():
-        for name, text in _entries(key, get_value(config, key)):
-            if not isinstance(text, str):
-                yield key, f"{name}={shown(str(text))} is not a text; quote it: {name}='{shown(str(text))}'"
-            elif problem := check(text):
-                yield key, f"{name}={shown(text) or repr(text)} {problem}"
-
-
-def require_form(config: RunConfig, key: str) -> None:
-    """Check a single text, for files that are read before the whole configuration can be checked.
-
-    Raises:
-        ConfigError: with the messages of `out_of_form`.
-    """
-    problems = [message for found, message in out_of_form(config) if found == key]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _entries(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list):
-        yield from ((f"{key}[{i}]", entry) for i, entry in enumerate(value))
-    elif isinstance(value, dict):
-        yield from ((f"{key}.{name}", entry) for name, entry in value.items())
-    elif value is not None:
-        yield key, value
