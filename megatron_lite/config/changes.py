@@ -295,6 +295,7 @@ FORBIDDEN = (
         "model.position_embedding", "model.position_offset", "model.relative_buckets", "model.num_segments",
         "model.attention_bias", "model.mlp_bias", "model.tie_embeddings", "model.head_transform", "model.head_bias",
     )),
+    Refusal("the run's checkpoints have the tensor names of the earlier value", False, ("model.family",)),
     Refusal("the first weights came from the earlier value", False, (
         "model.init", "model.init_std", "model.init_from",
     )),

@@ -47,7 +47,7 @@ def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]
 @pytest.mark.parametrize("planted", [False, True])
 @obeys("megatron_lite/train/check_init.py:_check")
 def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
-    config = begin(write_start(tmp_path / "m", "llama_grouped_query"), "llama_grouped_query")
+    config = begin(write_start(tmp_path / "m", "llama"), "llama")
     first, second = run_ranks(start_rank, 2, config, planted)
     assert first[0] == second[0]
     assert second[1] == []

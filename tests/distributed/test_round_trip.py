@@ -75,6 +75,11 @@ CASES: dict[str, Callable[[], Case]] = {
         transformers.AutoModelForCausalLM,
         dtype=torch.bfloat16,
     ),
+    "mistral": lambda: Case(
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
+        transformers.AutoModelForCausalLM,
+    ),
     "bert": lambda: Case(
         transformers.BertForPreTraining,
         transformers.BertConfig(**SMALL),
@@ -204,5 +209,6 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     for trip in ends:
         assert_equal(trip.before, theirs_before, trip)
         assert_equal(trip.after, theirs_after, trip)
+    assert transformers.AutoConfig.from_pretrained(checkpoint).model_type == case.config.model_type
     assert (theirs_after[0] - theirs_before[0]).abs().max() > 100 * TOLERANCE, "nothing was trained"
     assert {entry.dtype for entry in tensors_of(checkpoint).values()} == {"F32"}

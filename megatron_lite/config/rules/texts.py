@@ -109,6 +109,7 @@ TEXTS: dict[str, Check] = {
     "script": label,
     "model.name": label,
     "model.init_from": path,
+    "model.family": line,  # checked by `family_computes_the_model`
     "data.source": path,
     "data.text_key": filled,
     "data.document_separator": filled,

@@ -34,7 +34,7 @@ from tests.unit.remedies import obeys
 FAMILIES = {
     "gpt2": "float32",
     "gpt2_untied": "float16",
-    "llama_grouped_query": "bfloat16",
+    "llama": "bfloat16",
     "llama_tied": "float16",
     "bert": "bfloat16",
     "bert_without_pairs": "float32",
@@ -93,7 +93,7 @@ def test_every_family_in_some_type(name: str, tmp_path: Path, command: Command) 
 
 
 def test_files_are_converted_one_by_one(tmp_path: Path, command: Command) -> None:
-    folder = save_model(tmp_path / "checkpoints", CASES["llama_grouped_query"], largest_bytes=20_000)
+    folder = save_model(tmp_path / "checkpoints", CASES["llama"], largest_bytes=20_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     (folder / "config.json").chmod(0o600)
     code, _, error = command(folder, tmp_path / "deep" / "out", "--dtype", "bfloat16")

@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lite.config.derived import resolve_model
-from megatron_lite.config.hf.translation import WORDS
+from megatron_lite.config.hf.families import of_type
 from megatron_lite.config.keys import as_word
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.parallel.context import ParallelContext
 from tests.distributed.reference_models import CASES, VOCAB_SIZE
+from tests.tiny_models import MODELS
 from tests.unit.checkpoint.starts import begin, config_of_case, parity_of, tensors_of_case, write_start
 
 Change = Callable[[dict[str, Tensor]], object]
-FAMILIES = ["gpt2", "llama_grouped_query", "llama_biases", "bert", "roberta", "t5", "t5_v1_1", "bart"]
+FAMILIES = [*MODELS, "llama_biases"]
 
 
 def refusal(folder: Path, name: str, *words: str) -> str:
@@ -293,7 +294,7 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
     file = tmp_path / "m" / "config.json"
     config = json.loads(file.read_text()) | {"model_type": family}
     if whole:
-        config["architectures"] = [WORDS[family].architectures[0]]
+        config["architectures"] = [of_type(family)[0].architectures[0]]
     file.write_text(json.dumps(config))
     case = {"bert": "bert_without_pairs"}.get(family, family)
     case = {"llama": "llama_multi_head"}.get(case, case)
