@@ -103,5 +103,5 @@ MODELS = {
     "t5_v1_1": TinyModel(T5_V1_1, (*PAIR, LENGTHS)),
     "bart": TinyModel(BART, (*PAIR, LENGTHS)),
 }
-"""Every model of the suite, at least one of each family. A new one is in all tests that take these: logits and gradients
-against transformers, on one rank and on two; parameter counts; names, shapes and forms of tensors."""
+"""Every model of the suite, at least one of each family. A new one is in all tests that take these: of logits and
+gradients against transformers, on one rank and on two; of parameter counts; of names, shapes and forms of tensors."""

@@ -23,7 +23,6 @@ from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.config.schema import Activation, ModelConfig
 from megatron_lite.data.special import SpecialTokens
 from megatron_lite.errors import ConfigError
-from megatron_lite.models.hf import stored_form
 from megatron_lite.models.hf.builder import build_form
 from megatron_lite.models.shapes import parameter_shapes
 from tests.distributed.reference_models import CASES
@@ -65,7 +64,7 @@ def test_the_class_of_transformers_has_these_tensors(family: Family) -> None:
     with torch.device("meta"):
         theirs = getattr(transformers, family.architecture)(config)
     model = smallest(family)
-    ours = stored_form(model, parameter_shapes(model, VOCAB_SIZE, next_sentence=family.next_sentence)).shapes
+    ours = build_form(family, model, parameter_shapes(model, VOCAB_SIZE, next_sentence=family.next_sentence)).shapes
     there = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     wrong = {name: shape for name, shape in ours.items() if there.get(name) != shape}
     assert not wrong, f"{family.architecture} has no {wrong}; correct `tensors` of {family.model_type} ({HOME})"
