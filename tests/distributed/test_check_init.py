@@ -92,7 +92,7 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         check_init._check(_with(config, CheckInit.always))
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", "gpt2", lambda tensors: tensors.update(_nan(tensors)))
     with pytest.raises(CheckpointError, match="largest difference nan"):
         check_init._check(begin(folder, "gpt2"))
@@ -130,7 +130,7 @@ def test_a_constant_is_no_agreement(tmp_path: Path) -> None:
     assert "hardly depend on the input" in check_init._check(config)
 
 
-def test_matrices_of_zeros_are_told_beside_logits_that_agree(tmp_path: Path) -> None:
+def test_matrices_of_zeros_are_reported_although_logits_agree(tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", "gpt2", _zero("transformer.h.1.mlp.c_proj.weight"))
     found = check_init._check(begin(folder, "gpt2", "model.check_init=always"))
     assert found.count("warning: all zero, so equal logits prove nothing about these tensors: ") == 1

@@ -183,7 +183,7 @@ def test_a_config_that_contradicts_the_tensors_or_us(
         ("t5", "encoder.block.0.layer.0.SelfAttention.q.bias", "SelfAttention.q.bias [8] is left over"),
     ],
 )
-def test_a_tensor_that_nobody_takes_is_named(name: str, tensor: str, problem: str, tmp_path: Path) -> None:
+def test_an_unused_tensor_is_named(name: str, tensor: str, problem: str, tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", name, lambda tensors: tensors.update({tensor: torch.ones(8)}))
     assert problem in refusal(folder, name)
 
@@ -308,7 +308,7 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
     assert found.difference <= found.allowed
 
 
-def test_a_key_of_gemma_tells_though_it_says_nothing(tmp_path: Path) -> None:
+def test_a_key_of_gemma_without_effect_is_refused(tmp_path: Path) -> None:
     """Its tensors are those of a LLaMA, and every other key is one of LLaMA's too. Under that name transformers passes
     over the key as well, so that comparing logits would not tell."""
     for key, value in (("use_bidirectional_attention", None), ("final_logit_softcapping", 30.0)):

@@ -221,9 +221,9 @@ def test_stages_that_hand_on_what_they_take_are_the_whole_model(name: str):
     specs = _specs(case, context)
     bounds = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
     stages = [_Stage(specs[start:stop]) for start, stop in zip(bounds, [*bounds[1:], len(specs)], strict=True)]
-    wires = [StageBoundary(specs[start].stage_inputs, case.model.hidden_size, context) for start in bounds[1:]]
+    boundaries = [StageBoundary(specs[start].stage_inputs, case.model.hidden_size, context) for start in bounds[1:]]
     x = _inputs(case)
-    for stage, boundary in zip(stages, wires, strict=False):
+    for stage, boundary in zip(stages, boundaries, strict=False):
         sent = boundary.pack(stage(x))
         parts = [sent] if isinstance(sent, Tensor) else sent
         buffers = boundary.empty(2, torch.float32, torch.device("cpu"))

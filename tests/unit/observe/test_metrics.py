@@ -153,7 +153,7 @@ def test_events_are_a_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "nothing"])
-def test_what_is_no_file_has_no_lines_and_nobody_waits_for_it(
+def test_what_is_not_a_regular_file_has_no_lines_and_does_not_block(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"

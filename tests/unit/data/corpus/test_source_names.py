@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_kinds_are_told_by_names(folder: Path) -> None:
+def test_kinds_follow_from_names(folder: Path) -> None:
     for name in ("a.TXT", "a.jsonl.zst", "a.json", "ready.bin", "ready.idx", "folder/x.csv"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
@@ -174,7 +174,7 @@ def test_links(folder: Path) -> None:
 
 
 @pytest.fixture
-def as_nobody() -> Iterator[None]:
+def as_unprivileged_user() -> Iterator[None]:
     """Root may read everything."""
     is_root = os.geteuid() == 0
     if is_root:
@@ -190,7 +190,7 @@ def test_permission_denied(folder: Path, request: pytest.FixtureRequest) -> None
     path = folder / "a.txt"
     path.write_text("secret")
     path.chmod(0)
-    request.getfixturevalue("as_nobody")
+    request.getfixturevalue("as_unprivileged_user")
     assert refusal(str(path)).endswith("cannot be read: Permission denied; correct the path or its permissions")
 
 

@@ -124,7 +124,7 @@ def test_damage_in_files_too_large_to_verify_is_found_in_use_or_does_no_harm(
     assert found > 60
 
 
-def test_any_damage_of_a_copied_pair_is_told(whole: tuple[PreparedData, RunConfig], tmp_path: Path) -> None:
+def test_any_damage_of_a_copied_pair_is_reported(whole: tuple[PreparedData, RunConfig], tmp_path: Path) -> None:
     """With its sidecar, which goes with it: read by `inspect`, and when the pair is a source."""
     made, _ = whole
     prefix = tmp_path / "copy"

@@ -85,7 +85,7 @@ def test_names_that_are_pieces_too_stay_text(tmp_path: Path, text: str) -> None:
     assert opened.decode(ids).replace(" ", "") == text.replace(" ", "")
 
 
-def test_role_that_cannot_be_told_from_text(tmp_path: Path) -> None:
+def test_text_that_encodes_to_a_special_token(tmp_path: Path) -> None:
     opened = unigram(tmp_path / "t", ["</s>"], {"mask_token": "a"})
     with pytest.raises(DataError) as error:
         opened.encode("a banana")

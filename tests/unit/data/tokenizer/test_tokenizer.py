@@ -193,7 +193,7 @@ def test_eod_that_is_an_ordinary_piece_of_the_vocabulary(tmp_path: Path) -> None
 
 
 @obeys("megatron_lite/data/tokenizer/encoding.py:_refuse_roles")
-def test_eod_that_cannot_be_told_from_text(tmp_path: Path) -> None:
+def test_text_that_encodes_to_the_end_of_document_token(tmp_path: Path) -> None:
     folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1}, eos_token="[UNK]")
     with pytest.raises(
         DataError, match=r"the text 'strange'\.\.\. encodes to the end-of-document token '\[UNK\]' itself"
