@@ -211,7 +211,7 @@ def test_prune_says_what_goes(run_folder: Path, command: Command) -> None:
 
 @obeys("megatron_lite/checkpoint/__main__.py:_prune")
 def test_prune_without_a_complete_one_removes_nothing(run_folder: Path, command: Command) -> None:
-    """Also where all sizes are right: what is kept must be sound."""
+    """Also where all sizes are right: what is kept must be intact."""
     checkpoints = run_folder / "checkpoints"
     for step in (100, 200):
         (checkpoints / f"step_{step:08d}" / SHARD).write_bytes(bytes(88))

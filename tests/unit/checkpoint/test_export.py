@@ -183,7 +183,9 @@ def test_a_number_too_large_for_the_type_is_named() -> None:
         CheckpointError, match=r"^head holds 1e\+06, but the largest float16 is 6.55e\+04; use --dtype bfloat16"
     ):
         export_module._rounded(torch.tensor([1.0, -1e6]), torch.float16, "head")
-    assert export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()  # as told
+    assert (
+        export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()
+    )  # the remedy works
     for number in (3.4e38, float("inf"), float("nan")):
         for kind in (torch.float16, torch.bfloat16):
             with pytest.raises(CheckpointError, match="; export a checkpoint whose weights are finite"):

@@ -310,14 +310,14 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
 
 def test_a_key_of_gemma_without_effect_is_refused(tmp_path: Path) -> None:
     """Its tensors are those of a LLaMA, and every other key is one of LLaMA's too. Under that name transformers passes
-    over the key as well, so that comparing logits would not tell."""
+    over the key as well, so that comparing logits would not show it."""
     for key, value in (("use_bidirectional_attention", None), ("final_logit_softcapping", 30.0)):
         folder = write_start(tmp_path / "m", "llama_geglu", **{key: value})
         for words in ([], ["model.check_init=always"]):
             found = refusal(folder, "llama_geglu", *words)
             assert f"{key}={as_word(value)} is a key of other families than model_type=llama" in found
             assert found.endswith("; give the folder with the config.json that was saved with it")
-    require_parity(write_start(tmp_path / "m", "llama_geglu"), "llama_geglu")  # as told
+    require_parity(write_start(tmp_path / "m", "llama_geglu"), "llama_geglu")  # the remedy works
 
 
 def test_the_remedies_for_an_unknown_key_work(tmp_path: Path) -> None:

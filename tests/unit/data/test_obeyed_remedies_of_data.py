@@ -1,4 +1,4 @@
-"""Errors of preparing and reading data: whoever does what they say gets on."""
+"""Errors of preparing and reading data: following their remedies works."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_user_error_of_rank_0(capfd: pytest.CaptureFixture[str], debug: bool) ->
 def test_user_error_of_another_rank_is_reported_after_a_wait(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait is what torchrun needs to end this rank, should rank 0 have told the same."""
+    """The wait is what torchrun needs to end this rank, should rank 0 have reported the same."""
     as_rank(1, 2)
     waited: list[float] = []
     monkeypatch.setattr(entry.time, "sleep", waited.append)

@@ -182,7 +182,7 @@ class SyntheticRun:
 
 
 def eventful_run(path: Path, text: str = "") -> SyntheticRun:
-    """400 steps with a resume after a kill, a spike that was only told of, and one that was rolled back."""
+    """400 steps with a resume after a kill, a spike that was only reported, and one that was rolled back."""
     run = SyntheticRun(path, steps=400)
     run.begin()
     skipped = [{"kind": "not JSON", "count": 1200, "examples": [f"web.jsonl:7: {text}"]}]

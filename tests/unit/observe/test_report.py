@@ -1,4 +1,4 @@
-"""The page of a run: everything is told, texts stay texts, and odd runs get a page as well."""
+"""The page of a run: everything is shown, texts stay texts, and odd runs get a page as well."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_evaluations_of_a_left_branch_do_not_stand(tmp_path: Path) -> None:
     folder = RunFolder.read(tmp_path)
     assert [entry["step"] for entry in folder.standing("evaluation")] == [10]
     run.events.write("evaluation", 20, {"validation_loss": 4.0})
-    run.events.write("evaluation", 20, {"validation_loss": 4.0})  # told again after a resume
+    run.events.write("evaluation", 20, {"validation_loss": 4.0})  # reported again after a resume
     folder = RunFolder.read(tmp_path)
     assert [entry["validation_loss"] for entry in folder.standing("evaluation")] == [5.0, 4.0]
 

@@ -243,7 +243,7 @@ def contend(run_dir: Path, go: float) -> int:
     try:
         time.sleep(max(go - time.monotonic(), 0))
         lock = take(run_dir, Role.rank, str(os.getpid()))
-        # Whoever makes this file holds the lock: two at the same time would meet here.
+        # The process that makes this file holds the lock: two at the same time would meet here.
         os.close(os.open(run_dir / "held", os.O_CREAT | os.O_EXCL))
         deadline = time.monotonic() + 30
         while not (run_dir / "over").exists() and time.monotonic() < deadline:  # one that came later might take it over

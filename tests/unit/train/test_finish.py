@@ -1,4 +1,4 @@
-"""A page that cannot be written is told of, and fails no run."""
+"""A page that cannot be written is reported, and fails no run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stop saves what is finished and sound, unless it is saved: whatever lies there under the step's name. An evaluation
+"""A stop saves what is finished and finite, unless saved: whatever lies there under the step's name. An evaluation
 that it broke off is made up for."""
 
 from __future__ import annotations

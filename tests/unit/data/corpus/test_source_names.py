@@ -132,7 +132,7 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
 @obeys("megatron_lite/data/corpus/source_names.py:_refuse_slip")
 def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
     assert "the built-in source is spelled embedded; use embedded, or name" in refusal(name)
-    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
+    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # the remedy works
     assert resolve_source(f"owner/{name}", "data.source").kind is SourceKind.dataset
 
 

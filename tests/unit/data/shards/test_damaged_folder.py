@@ -1,4 +1,4 @@
-"""Damage any byte of any file of prepared data: it is found and named with what mends it, or it does no harm."""
+"""Damage any byte of any file of prepared data: it is found and named with its remedy, or it does no harm."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_any_damage_of_a_copied_pair_is_reported(whole: tuple[PreparedData, RunC
             except DataError as error:
                 assert str(prefix) in str(error)  # noqa: PT017
             else:
-                assert suffix == ".json"  # of it, some bytes tell nothing
+                assert suffix == ".json"  # some of its bytes have no meaning
             path.write_bytes(content)
 
 

@@ -122,7 +122,7 @@ def test_shards_without_their_tokenizer() -> None:
 
 
 def copied_alone(prepared: PreparedData, folder: Path) -> Path:
-    """The pair and its sidecar, which tells the roles, without the tokenizer."""
+    """The pair and its sidecar, which holds the roles, without the tokenizer."""
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{prepared.train[0].prefix}{suffix}", folder / f"copy{suffix}")
     return folder / "copy"

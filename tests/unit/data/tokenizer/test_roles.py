@@ -148,6 +148,6 @@ def test_vocabulary_of_shards_without_their_tokenizer(
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"copy{suffix}").write_bytes(Path(f"{made.train[0].prefix}{suffix}").read_bytes())
     vocabulary = prepare(config_for(tmp_path / "copy"), report=lambda line: None).vocabulary
-    assert vocabulary.special == made.special  # the sidecar tells them
+    assert vocabulary.special == made.special  # from the sidecar
     assert vocabulary.is_special is None
     assert vocabulary.begins_word is None

@@ -270,7 +270,7 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "file_name"), [("BertTokenizer", "vocab.txt"), ("GPT2Tokenizer", "merges.txt")])
 @obeys("megatron_lite/data/tokenizer/tokenizer_files.py:cannot_open")
 def test_files_of_an_unknown_kind(tmp_path: Path, kind: str, file_name: str) -> None:
-    """As Megatron's --vocab-file and --merge-file name them: nothing beside them tells their kind."""
+    """As Megatron's --vocab-file and --merge-file name them: nothing beside them says of which kind they are."""
     letters = ["a", "b", "Ġ", "ab"]
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "##b"]))
     (tmp_path / "vocab.json").write_text(json.dumps({text: i for i, text in enumerate([*letters, "<|endoftext|>"])}))
