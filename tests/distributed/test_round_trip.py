@@ -24,7 +24,7 @@ from megatron_lite.config.hf.headers import tensors_of
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.objectives.build import build_objective
-from megatron_lite.verify.equivalence import SYNTHETIC_ROLES, synthetic_vocabulary
+from megatron_lite.verify.synthetic import SYNTHETIC_ROLES, synthetic_vocabulary
 from tests.distributed.checkpoint_ranks import RoundTrip, round_trip_rank
 from tests.distributed.harness import run_ranks
 

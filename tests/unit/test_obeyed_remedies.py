@@ -26,7 +26,7 @@ from megatron_lite.data.shards.prepare import resolved_sources
 from megatron_lite.data.tokenizer.framing import document_ends
 from megatron_lite.errors import ConfigError, DataError, LaunchError, MegatronLiteError
 from megatron_lite.train.step_samples import check_number
-from megatron_lite.verify.equivalence import synthetic_vocabulary
+from megatron_lite.verify.synthetic import synthetic_vocabulary
 from tests.unit.config.test_validate import config_of
 from tests.unit.remedies import obeys
 
@@ -133,7 +133,7 @@ def test_weights_of_sources() -> None:
         assert sum(normalised(corrected, 2)) == 1
 
 
-@obeys("megatron_lite/verify/equivalence.py:synthetic_vocabulary")
+@obeys("megatron_lite/verify/synthetic.py:synthetic_vocabulary")
 def test_a_vocabulary_for_the_layout_check() -> None:
     for size in (1, 5, 12, 13, 14, 50, 109, 113):
         for sentinels in (0, 1, 40, 100, 101):
