@@ -24,7 +24,7 @@ from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.objectives.base import Objective
 from megatron_lite.objectives.build import build_objective
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.train.step_samples import config_of
 from tests.unit.data.conftest import document
 from tests.unit.remedies import obeys

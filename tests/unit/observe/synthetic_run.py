@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.step_measures import STEP_MEASURES
 
 BATCH, SEQUENCE, LAYERS = 32, 64, 6

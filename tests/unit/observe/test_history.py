@@ -21,13 +21,8 @@ from megatron_lite.observe.comparison import Comparison
 from megatron_lite.observe.envelope import Envelope, Means
 from megatron_lite.observe.history import MOST_GROUP_POINTS, History, Table
 from megatron_lite.observe.lines import Gap, Line, blocks, line_type, sound_object
-from megatron_lite.observe.metrics import (
-    EventWriter,
-    MetricsWriter,
-    entries,
-    newest_entries,
-    read_metrics,
-)
+from megatron_lite.observe.metrics import entries, newest_entries, read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.report import render
 from megatron_lite.observe.run_folder import RunFolder
 from megatron_lite.observe.trackers import build_trackers

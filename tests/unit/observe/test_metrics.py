@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.observe import metrics
-from megatron_lite.observe.metrics import ROLLED_BACK_FILE, EventWriter, MetricsWriter, newest_entries, read_metrics
+from megatron_lite.observe import metrics_writer
+from megatron_lite.observe.metrics import ROLLED_BACK_FILE, newest_entries, read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_kill_within_a_rollback_loses_and_doubles_nothing(
         step = "replace_file" if killed_before == "set aside" else "shorten"
         writer = MetricsWriter(path, 5)
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, step, Mock(side_effect=KeyboardInterrupt))
+            patch.setattr(metrics_writer, step, Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 writer.rewind(3, 1)
         assert path.with_name(ROLLED_BACK_FILE).exists() == (killed_before == "shortened")

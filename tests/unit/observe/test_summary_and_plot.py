@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.plot import plot_run, smoothed
 from megatron_lite.observe.summary import RunSummary, show_summary, summary_panel, summary_rows
 from tests.plain_console import plain_console

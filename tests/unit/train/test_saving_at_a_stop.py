@@ -11,7 +11,8 @@ import pytest
 
 from megatron_lite.config.schema import TrainConfig
 from megatron_lite.errors import RunEnd
-from megatron_lite.observe.metrics import EVENTS_FILE, EventWriter
+from megatron_lite.observe.metrics import EVENTS_FILE
+from megatron_lite.observe.metrics_writer import EventWriter
 from megatron_lite.train.run import _is_evaluated, _stop
 
 
