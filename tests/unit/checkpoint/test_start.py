@@ -15,13 +15,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf.families import of_type
 from megatron_lite.config.keys import as_word
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.parallel.context import ParallelContext
-from tests.distributed.reference_models import CASES, VOCAB_SIZE
+from tests.distributed.reference_models import CASES, TOKEN_IDS, VOCAB_SIZE
 from tests.tiny_models import MODELS
 from tests.unit.checkpoint.starts import begin, config_of_case, parity_of, tensors_of_case, write_start
 
@@ -415,3 +416,16 @@ def test_any_folder_gives_equal_logits_or_is_refused(kind: str, data: st.DataObj
             return
         assert config.model.init_from == str(folder)
         require_parity(folder, name)
+
+
+def test_the_family_of_weights_is_kept(tmp_path: Path) -> None:
+    """A Mistral without a window computes what a LLaMA does, and its checkpoints are Mistral's."""
+    folder = write_start(tmp_path / "m", "mistral")
+    found = refusal(folder, "mistral", "model.family=llama")
+    assert f"model.family=llama contradicts model.init_from={folder}, whose config.json has model_type=mistral" in found
+    assert found.endswith("; leave model.family out, or set model.init_from=null")
+    config = begin(folder, "mistral")
+    assert config.model.family == "mistral"
+    files = model_files(config, vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, dtype="float32")
+    assert json.loads(files["config.json"])["architectures"] == ["MistralForCausalLM"]
+    assert begin(write_start(tmp_path / "l", "llama"), "llama", "model.family=llama").model.family == "llama"
