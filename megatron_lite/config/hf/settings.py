@@ -85,7 +85,10 @@ def _other_reasons(settings: Mapping[str, Any], family: Family, where: str) -> I
 
 def _family_to_name(settings: Mapping[str, Any], family: Family) -> str | None:
     """The model type, unless it is the one that these settings have anyway."""
-    usual = counterpart(_filled_in(settings, None))
+    try:
+        usual = counterpart(_filled_in(settings, None))
+    except NoCounterpart:  # only a family that has to be named computes this
+        return family.model_type
     return None if usual.model_type == family.model_type else family.model_type
 
 

@@ -176,3 +176,12 @@ def test_a_mistral_with_a_window_is_refused(changes: dict[str, Any], problem: st
     assert settings_of(config).settings["activation"] is Activation.swiglu
     with pytest.raises(ConfigError, match=problem):
         settings_of({key: value for key, value in (config | changes).items() if value is not ...})
+
+
+def test_a_model_that_only_a_named_family_computes() -> None:
+    """LLaMA's class refuses heads that do not divide the hidden size, and Mistral's takes them."""
+    model = dataclasses.replace(TINY_LLAMA, family="mistral", num_attention_heads=3, head_size=16)
+    config = hf_config(resolve_model(model), vocab_size=VOCAB_SIZE, tokens=TOKENS)
+    assert settings_of(config).settings["family"] == "mistral"
+    with pytest.raises(NoCounterpart, match=r"no model\.num_attention_heads=3 that does not divide"):
+        counterpart(resolve_model(dataclasses.replace(model, family=None)))
