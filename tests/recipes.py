@@ -1,4 +1,4 @@
-"""Pages of docs/ that tell what to write where, followed to the letter in a copy of the project."""
+"""Pages of docs/ that say what to write where, followed to the letter in a copy of the project."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_lite.config.schema import (
     Activation,
@@ -74,3 +74,34 @@ T5 = replace(
     init=InitScheme.t5,
 )
 T5_V1_1 = replace(T5, activation=Activation.geglu, tie_embeddings=False, scale_tied_head=False)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model, and how it is fed."""
+
+    model: ModelConfig
+    inputs: tuple[Field, ...] = (TOKENS,)
+    """All that the model can take; LENGTHS, of padded inputs, may be left out."""
+    next_sentence: bool = False
+    layers_of: str | None = None
+    """The model that has the same layers: expensive tests, of several ranks, take only that one."""
+
+    @property
+    def unpadded_inputs(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.inputs if field != LENGTHS)
+
+
+MODELS = {
+    "gpt2": TinyModel(GPT2),
+    "llama": TinyModel(replace(LLAMA, num_query_groups=2)),
+    "mistral": TinyModel(replace(LLAMA, family="mistral", num_query_groups=2, head_size=16), layers_of="llama"),
+    "bert": TinyModel(BERT, (TOKENS, SEGMENTS, LENGTHS), next_sentence=True),
+    "bert_without_pairs": TinyModel(BERT, (TOKENS, SEGMENTS, LENGTHS), layers_of="bert"),
+    "roberta": TinyModel(ROBERTA, (TOKENS, LENGTHS)),
+    "t5": TinyModel(T5, (*PAIR, LENGTHS)),
+    "t5_v1_1": TinyModel(T5_V1_1, (*PAIR, LENGTHS)),
+    "bart": TinyModel(BART, (*PAIR, LENGTHS)),
+}
+"""Every model of the suite, at least one of each family. A new one is in all tests that take these: of logits and
+gradients against transformers, on one rank and on two; of parameter counts; of names, shapes and forms of tensors."""

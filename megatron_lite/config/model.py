@@ -31,6 +31,9 @@ class ModelConfig:
     """Before the first step, compare logits of the init_from weights with those that transformers computes from the
     same folder: `auto` if it is installed and the model fits in this machine's memory, `always` (also accepts a
     config.json with keys that we do not know), or `never`."""
+    family: str | None = setting(None, text=texts.line, resume=effects.NAMES)  # and by `family_computes_the_model`
+    """transformers' model_type under whose names checkpoints are saved, where several compute the same (llama and
+    mistral); must compute what the other settings say. None = that of the weights in init_from, else the first one."""
     architecture: Architecture = setting(Architecture.decoder, resume=effects.SHAPES)
     """Which positions attend to which: one stack of causal or of bidirectional layers, or two stacks."""
     num_layers: int = setting(4, range=ranges.LAYERS, resume=effects.SHAPES)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Forbidden
 
+NAMES = Forbidden("the run's checkpoints have the tensor names of the earlier value", weights_fit=False)
 SHAPES = Forbidden("the weights have the shapes of the earlier value", weights_fit=False)
 FIRST_WEIGHTS = Forbidden("the first weights came from the earlier value", weights_fit=False)
 TOKENS = Forbidden("the model was trained on the tokens of the earlier value", weights_fit=False)

@@ -76,6 +76,7 @@ RULES: tuple[Rule, ...] = (
     model.groups_are_of_decoders,
     model.segments_are_of_encoders,
     model.scaled_head_is_tied,
+    model.family_computes_the_model,
     model.sequence_fits_positions,
     model.tokenizer_fits_vocabulary,
     objective.masked_tokens_add_up,

@@ -14,17 +14,8 @@ from typing import Any, Protocol
 from megatron_lite.errors import TrackingError, library_edge
 from megatron_lite.observe.credentials import tracked_settings
 from megatron_lite.observe.logged import LoggedLines
-from megatron_lite.observe.metrics import (
-    EVENTS_FILE,
-    LOSS_EVENT,
-    METRICS_FILE,
-    ROLLED_BACK_FILE,
-    EventWriter,
-    Loss,
-    MetricsWriter,
-    entries,
-    read_metrics,
-)
+from megatron_lite.observe.metrics import EVENTS_FILE, LOSS_EVENT, METRICS_FILE, ROLLED_BACK_FILE, entries, read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, Loss, MetricsWriter
 from megatron_lite.observe.phrasing import counted
 
 MOST_RANGES = 1000  # ranges of missing steps that an event lists

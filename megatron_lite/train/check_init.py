@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron_lite.checkpoint.fit import require_fit
 from megatron_lite.checkpoint.parity import Parity, compare_start, require_transformers
 from megatron_lite.config.derived import has_next_sentence_head, parameter_counts
-from megatron_lite.config.hf.families import LLAMA
+from megatron_lite.config.hf.families import of_type
 from megatron_lite.config.hf.folder import Weights, foreign_tokenizers
 from megatron_lite.config.resolved import ResolvedConfig
-from megatron_lite.config.schema import Activation, CheckInit, RunConfig
+from megatron_lite.config.schema import CheckInit, RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.files import size_text
 from megatron_lite.parallel.agreement import agreed
@@ -59,7 +59,7 @@ def _check(config: ResolvedConfig) -> str:
     if wanted is CheckInit.always and weights.has_hf_names:
         require_transformers(f"model.check_init=always compares model.init_from={name} with it", ConfigError)
     elif reason is not None:
-        signs = _warnings([*foreign_tokenizers(weights), *_of_gates(weights, config)])
+        signs = _warnings([*foreign_tokenizers(weights), *_of_activation(weights, config)])
         return f"model.init_from={name}: logits are not compared with those of transformers: {reason}{signs}"
     found = compare_start(weights.folder, config)
     if not found.difference <= found.allowed:  # so that NaN fails as well
@@ -75,7 +75,7 @@ def _check(config: ResolvedConfig) -> str:
             f"model.init_from={name} cannot be checked, as model.check_init=always requires: {'; '.join(unproven)}; "
             "give the folder as it was saved, or set model.check_init=auto to start from these weights anyway"
         )
-    notes = _warnings([*unproven, *_of_zeros(found), *_of_gates(weights, config)])
+    notes = _warnings([*unproven, *_of_zeros(found), *_of_activation(weights, config)])
     return (
         f"model.init_from={name}: {found.reader} computes the same {found.outputs} (to {found.difference:.2g}){notes}"
     )
@@ -100,13 +100,15 @@ def _of_zeros(found: Parity) -> Iterator[str]:
         yield f"all zero, so equal logits prove nothing about these tensors: {named}"
 
 
-def _of_gates(weights: Weights, config: RunConfig) -> Iterator[str]:
-    """A GELU gate under a LLaMA config.json, unless this project wrote it: our own models may have one."""
-    if weights.kind == LLAMA.architecture and config.model.activation is Activation.geglu and not weights.is_own:
-        yield (
-            "no LLaMA model in transformers has a GELU gate; Gemma has one, and computes something else from the same "
-            "tensors; if config.json was changed to model_type=llama, start from another folder"
-        )
+def _of_activation(weights: Weights, config: RunConfig) -> Iterator[str]:
+    """An activation that no published model of the family has, unless this project wrote it: ours may have one."""
+    for family in of_type(weights.model_type)[:1]:
+        doubt = family.doubtful.get(config.model.activation)
+        if doubt is not None and not weights.is_own:
+            yield (
+                f"{doubt}, and computes something else from the same tensors; if config.json was changed to "
+                f"model_type={family.model_type}, start from another folder"
+            )
 
 
 def _reason_against(config: ResolvedConfig, weights: Weights) -> str | None:

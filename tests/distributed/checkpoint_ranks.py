@@ -31,7 +31,7 @@ from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of
 from megatron_lite.train.generate import generate
-from megatron_lite.verify.equivalence import synthetic_vocabulary
+from megatron_lite.verify.synthetic import synthetic_vocabulary
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 
 KEEP_ALL = Kept(keep_last=0, keep_every=0, keep_best=0)

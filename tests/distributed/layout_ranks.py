@@ -42,7 +42,8 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.train.generate import generate
 from megatron_lite.train.preview import predicted_tokens
-from megatron_lite.verify.equivalence import Trace, synthetic_batches, synthetic_vocabulary, trace_layout
+from megatron_lite.verify.equivalence import Trace, trace_layout
+from megatron_lite.verify.synthetic import synthetic_batches, synthetic_vocabulary
 from tests.full_tensors import full_weights
 
 

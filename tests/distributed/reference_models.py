@@ -26,7 +26,6 @@ from megatron_lite.models.hf import stored_form
 from megatron_lite.parallel.context import ParallelContext
 from tests.stored_tensors import from_stored, to_stored
 from tests.tiny_models import (
-    BART,
     BERT,
     DECODER_LENGTH,
     DECODER_TOKENS,
@@ -34,11 +33,11 @@ from tests.tiny_models import (
     LENGTH,
     LENGTHS,
     LLAMA,
+    MODELS,
     PAIR,
     ROBERTA,
     SEGMENTS,
     T5,
-    T5_V1_1,
     TOKENS,
 )
 
@@ -170,30 +169,24 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 CASES = {
-    "gpt2": Case(GPT2),
+    **{name: Case(tiny.model, tiny.unpadded_inputs, tiny.next_sentence) for name, tiny in MODELS.items()},
+    **{
+        f"{name}_padded": Case(tiny.model, tiny.inputs, tiny.next_sentence)
+        for name, tiny in MODELS.items()
+        if LENGTHS in tiny.inputs and tiny.layers_of is None
+    },
     "gpt2_untied": Case(replace(GPT2, tie_embeddings=False)),
     "gpt2_exact_gelu": Case(replace(GPT2, activation=Activation.gelu)),
     "gpt2_unscaled": Case(replace(GPT2, attention_scale=False)),
     "llama_multi_head": Case(LLAMA),
-    "llama_grouped_query": Case(replace(LLAMA, num_query_groups=2)),
     "llama_multi_query": Case(replace(LLAMA, num_query_groups=1)),
     "llama_tied": Case(replace(LLAMA, tie_embeddings=True)),
     "llama_biases": Case(replace(LLAMA, attention_bias=True, mlp_bias=True, num_query_groups=2)),
     "llama_wide_heads": Case(replace(LLAMA, head_size=16, rotary_base=500.0, ffn_hidden_size=48)),
     "llama_geglu": Case(replace(LLAMA, activation=Activation.geglu)),
-    "bert": Case(BERT, (TOKENS, SEGMENTS), next_sentence=True),
-    "bert_padded": Case(BERT, (TOKENS, SEGMENTS, LENGTHS), next_sentence=True),
     "bert_no_segments": Case(BERT, (TOKENS, LENGTHS), next_sentence=True),
     "bert_untied": Case(replace(BERT, tie_embeddings=False), (TOKENS, SEGMENTS), next_sentence=True),
-    "bert_without_pairs": Case(BERT, (TOKENS, SEGMENTS)),
-    "roberta": Case(ROBERTA),
     "roberta_untied": Case(replace(ROBERTA, tie_embeddings=False)),
-    "roberta_padded": Case(ROBERTA, (TOKENS, LENGTHS)),
-    "t5": Case(T5, PAIR),
-    "t5_padded": Case(T5, (*PAIR, LENGTHS)),
     "t5_tied_unscaled": Case(replace(T5, scale_tied_head=False), PAIR),
-    "t5_v1_1": Case(T5_V1_1, PAIR),
-    "t5_v1_1_padded": Case(T5_V1_1, (*PAIR, LENGTHS)),
-    "bart": Case(BART, PAIR),
-    "bart_padded": Case(BART, (*PAIR, LENGTHS)),
 }
+"""All of MODELS, and variants of them."""

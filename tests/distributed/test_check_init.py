@@ -47,7 +47,7 @@ def start_rank(config: RunConfig, planted: bool) -> tuple[str | None, list[str]]
 @pytest.mark.parametrize("planted", [False, True])
 @obeys("megatron_lite/train/check_init.py:_check")
 def test_one_rank_looks_and_all_know(planted: bool, tmp_path: Path) -> None:
-    config = begin(write_start(tmp_path / "m", "llama_grouped_query"), "llama_grouped_query")
+    config = begin(write_start(tmp_path / "m", "llama"), "llama")
     first, second = run_ranks(start_rank, 2, config, planted)
     assert first[0] == second[0]
     assert second[1] == []
@@ -92,7 +92,7 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         check_init._check(_with(config, CheckInit.always))
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", "gpt2", lambda tensors: tensors.update(_nan(tensors)))
     with pytest.raises(CheckpointError, match="largest difference nan"):
         check_init._check(begin(folder, "gpt2"))
@@ -130,7 +130,7 @@ def test_a_constant_is_no_agreement(tmp_path: Path) -> None:
     assert "hardly depend on the input" in check_init._check(config)
 
 
-def test_matrices_of_zeros_are_told_beside_logits_that_agree(tmp_path: Path) -> None:
+def test_matrices_of_zeros_are_reported_although_logits_agree(tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", "gpt2", _zero("transformer.h.1.mlp.c_proj.weight"))
     found = check_init._check(begin(folder, "gpt2", "model.check_init=always"))
     assert found.count("warning: all zero, so equal logits prove nothing about these tensors: ") == 1

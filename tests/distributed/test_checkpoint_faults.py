@@ -124,7 +124,7 @@ def test_disk_that_fills_up_during_a_save(asynchronous: bool, jobs: list[Held], 
         assert part in writer.too_little
 
 
-def test_read_only_disk_is_told_to_all(jobs: list[Held], disk: Path) -> None:
+def test_all_ranks_learn_of_a_read_only_disk(jobs: list[Held], disk: Path) -> None:
     run_ranks(saved_rank, 2, jobs, disk / "checkpoints", [1])
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     (one, left, _), (other, *_) = run_ranks(failing_saves_rank, 2, jobs, disk / "checkpoints", None)

@@ -250,7 +250,7 @@ def _on_rank_unsummed(*arguments: Any) -> Passed:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["replicated", "sequence_parallel"])
-def test_a_partial_gradient_that_nobody_sums_is_caught(sequence_parallel: bool) -> None:
+def test_a_partial_gradient_that_is_not_summed_is_caught(sequence_parallel: bool) -> None:
     expected, output_gradient = _expected(CASES["norm_of_heads"])
     topology = Topology(tensor_parallel_size=2)
     for rank in run_ranks(_on_rank_unsummed, 2, "norm_of_heads", topology, sequence_parallel, output_gradient):

@@ -24,7 +24,7 @@ from megatron_lite.config.hf.headers import tensors_of
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.objectives.build import build_objective
-from megatron_lite.verify.equivalence import SYNTHETIC_ROLES, synthetic_vocabulary
+from megatron_lite.verify.synthetic import SYNTHETIC_ROLES, synthetic_vocabulary
 from tests.distributed.checkpoint_ranks import RoundTrip, round_trip_rank
 from tests.distributed.harness import run_ranks
 
@@ -74,6 +74,11 @@ CASES: dict[str, Callable[[], Case]] = {
         transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, rope_theta=500.0),
         transformers.AutoModelForCausalLM,
         dtype=torch.bfloat16,
+    ),
+    "mistral": lambda: Case(
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
+        transformers.AutoModelForCausalLM,
     ),
     "bert": lambda: Case(
         transformers.BertForPreTraining,
@@ -204,5 +209,6 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     for trip in ends:
         assert_equal(trip.before, theirs_before, trip)
         assert_equal(trip.after, theirs_after, trip)
+    assert transformers.AutoConfig.from_pretrained(checkpoint).model_type == case.config.model_type
     assert (theirs_after[0] - theirs_before[0]).abs().max() > 100 * TOLERANCE, "nothing was trained"
     assert {entry.dtype for entry in tensors_of(checkpoint).values()} == {"F32"}

@@ -139,7 +139,7 @@ def test_low_precision(precision: Precision, layout: str) -> None:
         (Precision.fp16, "zero3_dp2"),
     ],
 )
-def test_a_gradient_that_is_no_number(precision: Precision, layout: str) -> None:
+def test_a_non_finite_gradient(precision: Precision, layout: str) -> None:
     """NaN in one element on one rank: every rank drops the update, and the next step is applied."""
     with mock.patch.dict(os.environ, {FP16_ON_CPU: "1"}):
         found = ranks_of(poisoned_rank, config_of("gpt2", layout, precision=precision))

@@ -54,7 +54,7 @@ def test_debug_shows_the_traceback(tiny: TinyWords) -> None:
     [(b"", ("empty",)), (b"text\0\1\2" * 50, ("corpus.txt:1", "NUL character", "character 4 is U+0000"))],
     ids=["empty", "binary"],
 )
-def test_corpus_that_is_none(content: bytes, parts: tuple[str, ...], tiny: TinyWords, tmp_path: Path) -> None:
+def test_invalid_corpus(content: bytes, parts: tuple[str, ...], tiny: TinyWords, tmp_path: Path) -> None:
     source = tmp_path / "corpus.txt"
     source.write_bytes(content)
     words = tiny("run", f"data.source={source}", f"data.cache_dir={tmp_path / 'cache'}")

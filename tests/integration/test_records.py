@@ -17,7 +17,7 @@ SECRETS = ("HF_TOKEN", "AWS_SESSION_TOKEN", "DB_PASS", "SLURM_JOB_COMMENT", "PAS
 
 
 @pytest.mark.slow
-def test_a_damaged_record_and_configuration_do_not_stop_a_run_and_are_told(
+def test_a_damaged_record_and_configuration_are_reported_and_do_not_stop_a_run(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The environment is full of secrets and the umask private: no secret and no public file gets into the folder."""

@@ -123,7 +123,7 @@ def test_each_end_has_its_code_its_marker_and_one_line(
 
 
 @pytest.mark.slow
-def test_weights_that_are_no_numbers_are_never_saved(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_non_finite_weights_are_never_saved(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     words = [*DIVERGING, "train.save_interval=1", "train.keep_last=0"]
     run_warm(tiny("run", *words))
     sound = {entry["step"] for entry in _metrics(tmp_path / "run") if _is_number(entry["loss"])}

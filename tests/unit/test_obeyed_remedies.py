@@ -1,4 +1,4 @@
-"""Errors raised ahead of a run: whoever does what they say gets on."""
+"""Errors raised ahead of a run: following their remedies works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_lite.data.shards.prepare import resolved_sources
 from megatron_lite.data.tokenizer.framing import document_ends
 from megatron_lite.errors import ConfigError, DataError, LaunchError, MegatronLiteError
 from megatron_lite.train.step_samples import check_number
-from megatron_lite.verify.equivalence import synthetic_vocabulary
+from megatron_lite.verify.synthetic import synthetic_vocabulary
 from tests.unit.config.test_validate import config_of
 from tests.unit.remedies import obeys
 
@@ -72,7 +72,7 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "mended"),
+    ("lines", "corrected"),
     [
         ("# none\n", "n1 slots=2\n"),
         ("n1\n", "n1 slots=8\n"),
@@ -83,18 +83,18 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @obeys("launch/hostfile.py:read_hostfile", "launch/hostfile.py:_lines", "launch/hostfile.py:with_hosts")
-def test_a_hostfile(lines: str, mended: str | None, tmp_path: Path) -> None:
+def test_a_hostfile(lines: str, corrected: str | None, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     with pytest.raises(ConfigError, match="give a file of lines `HOST slots=N`"):
         read_hostfile(path)
     path.write_text(lines)
     with pytest.raises(ConfigError) as error:
         read_hostfile(path)
-    if mended is None:
+    if corrected is None:
         most = re.search(r"use at most (\d+)", str(error.value))
         assert most is not None
-        mended = f"n1 slots={most[1]}\n"
-    path.write_text(mended)
+        corrected = f"n1 slots={most[1]}\n"
+    path.write_text(corrected)
     hosts = read_hostfile(path)
     words = ["launcher.name=deepspeed", "launcher.num_processes=null"]
     config = change(config_of(), [*words, f"launcher.hostfile={path}"])
@@ -107,7 +107,7 @@ def test_a_hostfile(lines: str, mended: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "mended", "runs"),
+    ("word", "corrected", "runs"),
     [
         ("train.seed=range(5,1)", "train.seed=range(1,5)", 4),
         ("train.seed=range(5,1)", "train.seed=1,2,3", 3),
@@ -116,10 +116,10 @@ def test_a_hostfile(lines: str, mended: str | None, tmp_path: Path) -> None:
     ],
 )
 @obeys("launch/sweep.py:_values", "launch/sweep.py:_counted", "launch/sweep.py:expand")
-def test_a_sweep(word: str, mended: str, runs: int) -> None:
+def test_a_sweep(word: str, corrected: str, runs: int) -> None:
     with pytest.raises(ConfigError, match=r"KEY=A,B,C,? or KEY=range\(START,STOP"):
         expand(["pretrain_gpt", word])
-    assert len(expand(["pretrain_gpt", mended])) == runs
+    assert len(expand(["pretrain_gpt", corrected])) == runs
     with pytest.raises(ConfigError, match="give fewer values"):
         expand(["pretrain_gpt", "train.seed=range(0,100000)"])
     assert len(expand(["pretrain_gpt", "train.seed=range(0,10)"])) == 10
@@ -127,13 +127,13 @@ def test_a_sweep(word: str, mended: str, runs: int) -> None:
 
 @obeys("megatron_lite/data/blend.py:normalised")
 def test_weights_of_sources() -> None:
-    for wrong, mended in (([1.0], [1.0, 1.0]), ([1.0, -1.0], [1.0, 1.0]), ([0.0, 0.0], [0.0, 1.0])):
+    for wrong, corrected in (([1.0], [1.0, 1.0]), ([1.0, -1.0], [1.0, 1.0]), ([0.0, 0.0], [0.0, 1.0])):
         with pytest.raises(ConfigError, match=r"; (give|correct) "):
             normalised(wrong, 2)
-        assert sum(normalised(mended, 2)) == 1
+        assert sum(normalised(corrected, 2)) == 1
 
 
-@obeys("megatron_lite/verify/equivalence.py:synthetic_vocabulary")
+@obeys("megatron_lite/verify/synthetic.py:synthetic_vocabulary")
 def test_a_vocabulary_for_the_layout_check() -> None:
     for size in (1, 5, 12, 13, 14, 50, 109, 113):
         for sentinels in (0, 1, 40, 100, 101):
@@ -193,7 +193,7 @@ DRY = ["launcher.device=cpu", "--dry-run"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told", "mended"),
+    ("words", "told", "corrected"),
     [
         (DRY, "[SETTING ...]` with one of pretrain_bert, pretrain_gpt", ["pretrain_gpt", *DRY]),
         (["pretrain_gtp", *DRY], "did you mean pretrain_gpt?", ["pretrain_gpt", *DRY]),
@@ -205,12 +205,12 @@ DRY = ["launcher.device=cpu", "--dry-run"]
 @obeys("launch/cli.py:_require_script", "launch/launching.py:_typed", "launch/arguments.py:_take")
 @obeys("launch/launching.py:_script")
 def test_a_command_line(
-    words: list[str], told: str, mended: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], told: str, corrected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frozen = str(freeze(change(config_of(), [f"train.run_dir={tmp_path}"]), tmp_path))
     assert main([frozen if word == "FROZEN" else word for word in words]) == 2
     assert told in capsys.readouterr().err
-    assert main([frozen if word == "FROZEN" else word for word in mended]) == 0
+    assert main([frozen if word == "FROZEN" else word for word in corrected]) == 0
 
 
 @obeys("launch/sweep.py:require_own_folders")
@@ -227,8 +227,8 @@ def test_runs_of_a_sweep_that_share_a_folder() -> None:
 
 @obeys("megatron_lite/data/shards/prepare.py:resolved_sources")
 def test_sources_and_what_is_held_out() -> None:
-    for key, value, mended in (("source", None, "embedded"), ("validation_fraction", 1.0, 0.02)):
+    for key, value, corrected in (("source", None, "embedded"), ("validation_fraction", 1.0, 0.02)):
         data = replace(RunConfig().data, **{key: value})
         with pytest.raises(ConfigError, match="; use "):
             resolved_sources(RunConfig(data=data))
-        resolved_sources(RunConfig(data=replace(data, **{key: mended})))
+        resolved_sources(RunConfig(data=replace(data, **{key: corrected})))

@@ -33,7 +33,7 @@ PASSED_ON = {
     "launch/arguments.py:parse", "launch/comparing.py:compare", "megatron_lite/observe/run_lock.py:confirm",
     "megatron_lite/train/out_of_memory.py:memory_errors_explained", "megatron_lite/train/parts.py:agreed_rollbacks",
     "megatron_lite/checkpoint/inspection.py:locate", "megatron_lite/data/corpus/hugging_face.py:_edge",
-    # Whoever catches it says where, and what to do.
+    # The caller that catches it says where, and what to do.
     "launch/slurm/attempt.py:_job_number", "launch/slurm/attempt.py:_of_job",
     "megatron_lite/checkpoint/folder.py:read_manifest", "megatron_lite/checkpoint/state.py:read_state",
     "megatron_lite/data/tokenizer/foreign.py:read_through_transformers", "megatron_lite/data/sealed.py:read_sealed",

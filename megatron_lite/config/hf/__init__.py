@@ -1,7 +1,8 @@
 """Maps transformers' config.json to our settings and back."""
 
-from megatron_lite.config.hf.export import TokenRoles, generation_config, hf_config
-from megatron_lite.config.hf.families import Family, NoCounterpart, counterpart
+from megatron_lite.config.hf.export import generation_config, hf_config
+from megatron_lite.config.hf.families import counterpart
+from megatron_lite.config.hf.family import Family, NoCounterpart, TokenRoles
 from megatron_lite.config.hf.settings import Described, settings_of
 
 __all__ = [

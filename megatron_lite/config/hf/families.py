@@ -1,79 +1,19 @@
-"""Which model of transformers computes the same as a model of ours, if any.
-
-For each setting that it knows, a family lists the values that it supports (`fixed`), or says that its config.json
-holds the value (`free`). A setting that it does not mention, such as one that is new here, must have its default, which
-means that the model does not use it: otherwise transformers has no counterpart.
-
-Dropouts and initialisation do not matter here: a trained model does not use them.
-"""
+"""Which model of transformers computes the same as a model of ours, if any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterator
 
+from megatron_lite.config.hf.decoders import DECODERS
+from megatron_lite.config.hf.encoder_decoders import ENCODER_DECODERS
+from megatron_lite.config.hf.encoders import ENCODERS
+from megatron_lite.config.hf.family import DECISIVE, Family, NoCounterpart, decisive_fields
 from megatron_lite.config.keys import as_word
-from megatron_lite.config.schema import (
-    Activation,
-    Architecture,
-    ModelConfig,
-    Normalization,
-    NormPlacement,
-    PositionEmbedding,
-)
+from megatron_lite.config.schema import Architecture, ModelConfig, PositionEmbedding
 
+__all__ = ["DECISIVE", "FAMILIES", "Family", "NoCounterpart", "counterpart", "is_read", "model_types", "of_type"]
 
-class NoCounterpart(Exception):  # noqa: N818 - a result rather than an error: such a model is saved with our own names
-    """transformers has no model with these settings; the text says why."""
-
-
-_OF_TRAINING = ("name", "init_from", "check_init", "vocab_pad_multiple", "init", "init_std")
-
-
-def decisive_fields(model: type[ModelConfig] = ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Fields that affect the logits (sizes and forms, not how training begins), and their defaults."""
-    for field in fields(model):
-        if field.name not in _OF_TRAINING and not field.name.endswith("_dropout"):
-            yield field.name, field.default
-
-
-DECISIVE = tuple(name for name, _ in decisive_fields())
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of model, in transformers' terms and in our settings."""
-
-    model_type: str
-    architecture: str
-    """The class of transformers that config.json names."""
-    script: str
-    fixed: Mapping[str, tuple[Any, ...]]
-    """Fields of ModelConfig -> the values that the family supports."""
-    free: tuple[str, ...] = ()
-    """Fields of ModelConfig that its config.json holds, besides those of all families."""
-    query_groups: bool = False
-    """Heads may share keys and values."""
-    free_head_size: bool = False
-    """Heads may be wider or narrower than hidden_size / num_attention_heads."""
-
-
-_OF_ALL = frozenset(
-    {
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",  # `_differences` checks these two against the family
-        "head_size",
-        "ffn_hidden_size",
-        "max_position_embeddings",
-        "vocab_size",
-        "norm_epsilon",
-        "tie_embeddings",
-    }
-)
-"""Fields that the config.json of every family holds."""
+FAMILIES = (*DECODERS, *ENCODERS, *ENCODER_DECODERS)
 _READ_WITH: dict[str, Architecture | PositionEmbedding] = {
     "num_decoder_layers": Architecture.encoder_decoder,
     "position_offset": PositionEmbedding.learned,
@@ -82,108 +22,17 @@ _READ_WITH: dict[str, Architecture | PositionEmbedding] = {
     "rotary_base": PositionEmbedding.rotary,
 }
 """Fields that a model reads only if another field has this value."""
-_UNGATED = (Activation.relu, Activation.gelu, Activation.gelu_tanh)
-_GATED = (Activation.swiglu, Activation.geglu)
-_PLAIN_HEAD: dict[str, tuple[Any, ...]] = {"head_transform": (False,), "head_bias": (False,)}
-_ADDITIVE: dict[str, tuple[Any, ...]] = {  # from before rotary positions
-    "normalization": (Normalization.layernorm,),
-    "position_embedding": (PositionEmbedding.learned,),
-    "attention_bias": (True,),
-    "mlp_bias": (True,),
-    "activation": _UNGATED,
-    "scale_tied_head": (False,),
-}
-_ENCODER: dict[str, tuple[Any, ...]] = {
-    **_ADDITIVE,
-    "architecture": (Architecture.encoder,),
-    "norm_placement": (NormPlacement.post,),
-    "embedding_norm": (True,),
-    "attention_scale": (True,),
-    "head_transform": (True,),
-    "head_bias": (True,),
-}
-_DECODER: dict[str, tuple[Any, ...]] = {
-    "architecture": (Architecture.decoder,),
-    "norm_placement": (NormPlacement.pre,),
-    "embedding_norm": (False,),
-    "num_segments": (0,),
-    "scale_tied_head": (False,),
-    **_PLAIN_HEAD,
-}
-
-GPT2 = Family(
-    "gpt2",
-    "GPT2LMHeadModel",
-    "pretrain_gpt",
-    {**_ADDITIVE, **_DECODER, "position_offset": (0,)},
-    free=("attention_scale",),
-)
-LLAMA = Family(
-    "llama",
-    "LlamaForCausalLM",
-    "pretrain_gpt",
-    {
-        **_DECODER,
-        "normalization": (Normalization.rmsnorm,),
-        "position_embedding": (PositionEmbedding.rotary,),
-        "activation": _GATED,
-        "attention_scale": (True,),
-    },
-    free=("attention_bias", "mlp_bias", "rotary_base"),
-    query_groups=True,
-    free_head_size=True,
-)
-BERT = Family(
-    "bert", "BertForPreTraining", "pretrain_bert", {**_ENCODER, "position_offset": (0,)}, free=("num_segments",)
-)
-BERT_WITHOUT_PAIRS = replace(BERT, architecture="BertForMaskedLM")
-ROBERTA = Family(
-    "roberta",
-    "RobertaForMaskedLM",
-    "pretrain_bert",
-    {**_ENCODER, "activation": (Activation.gelu,)},
-    free=("num_segments", "position_offset"),
-)
-T5 = Family(
-    "t5",
-    "T5ForConditionalGeneration",
-    "pretrain_t5",
-    {
-        "architecture": (Architecture.encoder_decoder,),
-        "normalization": (Normalization.rmsnorm,),
-        "norm_placement": (NormPlacement.pre,),
-        "embedding_norm": (False,),
-        "position_embedding": (PositionEmbedding.relative,),
-        "num_segments": (0,),
-        "attention_bias": (False,),
-        "attention_scale": (False,),
-        "mlp_bias": (False,),
-        **_PLAIN_HEAD,
-    },
-    free=("activation", "num_decoder_layers", "relative_buckets", "relative_max_distance", "scale_tied_head"),
-    free_head_size=True,
-)
-BART = Family(
-    "bart",
-    "BartForConditionalGeneration",
-    "pretrain_t5",
-    {
-        **_ADDITIVE,
-        "architecture": (Architecture.encoder_decoder,),
-        "norm_placement": (NormPlacement.post,),
-        "norm_epsilon": (1e-5,),  # torch's default: its config.json has no key for it
-        "embedding_norm": (True,),
-        "position_offset": (2,),
-        "num_segments": (0,),
-        "attention_scale": (True,),
-        "tie_embeddings": (True,),  # an untied one has three word tables, and we have one
-        **_PLAIN_HEAD,
-    },
-    free=("num_decoder_layers",),
-)
+_MARKS = ("architecture", "position_embedding", "position_offset")
+"""Fields by which a model that no family computes is compared with the most similar one."""
 
 
-FAMILIES = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, T5, BART)
+def model_types() -> list[str]:
+    """transformers' names of the model types."""
+    return list(dict.fromkeys(family.model_type for family in FAMILIES))
+
+
+def of_type(model_type: str) -> list[Family]:
+    return [family for family in FAMILIES if family.model_type == model_type]
 
 
 def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
@@ -193,47 +42,67 @@ def counterpart(model: ModelConfig, *, next_sentence: bool = False) -> Family:
         model: filled in; one whose head count does not divide hidden_size gets that as the reason.
         next_sentence: an encoder also classifies pairs (`derived.has_next_sentence_head`).
     Raises:
-        NoCounterpart: lists every setting that the most likely family does not support.
+        NoCounterpart: lists every setting that the most similar family does not support.
     """
-    family = _likely(model, next_sentence)
-    reasons = list(_differences(model, family, next_sentence))
-    if reasons:
-        raise NoCounterpart(f"{family.architecture} of transformers has {', and '.join(reasons)}")
-    return family
+    candidates = of_type(model.family) if model.family else [one for one in FAMILIES if not one.only_if_named]
+    if not candidates:
+        raise NoCounterpart(f"model.family={model.family} is not known; use {', '.join(model_types())}")
+    reasons = {index: list(_differences(model, family, next_sentence)) for index, family in enumerate(candidates)}
+
+    def unlike(index: int) -> tuple[object, ...]:
+        family = candidates[index]
+        return *_marks_missed(model, family), next_sentence is not family.next_sentence, len(reasons[index]), index
+
+    best = min(reasons, key=unlike)
+    if reasons[best]:
+        raise NoCounterpart(f"{candidates[best].architecture} of transformers has {', and '.join(reasons[best])}")
+    return candidates[best]
 
 
-def _likely(model: ModelConfig, next_sentence: bool) -> Family:
-    if model.architecture is Architecture.decoder:
-        return LLAMA if model.position_embedding is PositionEmbedding.rotary else GPT2
-    if model.architecture is Architecture.encoder:
-        if model.position_offset:
-            return ROBERTA
-        return BERT if next_sentence else BERT_WITHOUT_PAIRS
-    return T5 if model.position_embedding is PositionEmbedding.relative else BART
+def _marks_missed(model: ModelConfig, family: Family) -> Iterator[bool]:
+    for name in _MARKS:
+        found, values = getattr(model, name), family.fixed.get(name)
+        yield is_read(name, model) and (not found if values is None else found not in values)
 
 
 def _differences(model: ModelConfig, family: Family, next_sentence: bool) -> Iterator[str]:
     """Differences between the family and the model, in words."""
-    for name, values in family.fixed.items():
+    supported = {**family.fixed, "activation": tuple(dict.fromkeys(family.activations.values()))}
+    for name, values in supported.items():
         found = getattr(model, name)
         if found not in values:
             yield f"{' or '.join(map(as_word, values))} for model.{name}={as_word(found)}"
     for name, default in decisive_fields(type(model)):
-        is_known = name in _OF_ALL or name in family.fixed or name in family.free or not is_read(name, model)
+        is_known = family.knows_field(name) or not is_read(name, model)
         if not is_known and getattr(model, name) != default:
             yield f"no model.{name}={as_word(getattr(model, name))}"
-    heads, hidden = model.num_attention_heads, model.hidden_size
-    if model.num_query_groups != heads and not family.query_groups:
+    yield from _of_shared_keys(model, family)
+    yield from _of_heads(model, family)
+    for name, what in family.nonzero.items():
+        if not getattr(model, name):
+            yield f"{what} for model.{name}=0"
+    if next_sentence and not family.next_sentence:
+        yield "no next-sentence head"
+
+
+def _of_shared_keys(model: ModelConfig, family: Family) -> Iterator[str]:
+    """One key of config.json cannot hold two values."""
+    for key, entry in family.keys.items():
+        decisive = [name for name in entry.fields if name in DECISIVE]
+        if len({getattr(model, name) for name in decisive}) > 1:
+            values = " and ".join(f"model.{name}={as_word(getattr(model, name))}" for name in decisive)
+            yield f"one {key} for {values}"
+
+
+def _of_heads(model: ModelConfig, family: Family) -> Iterator[str]:
+    heads, hidden, held = model.num_attention_heads, model.hidden_size, family.held
+    if model.num_query_groups != heads and "num_query_groups" not in held:
         yield f"keys and values for each of {heads} heads, not model.num_query_groups={model.num_query_groups}"
-    if not family.free_head_size and model.head_size != hidden / heads:
+    if "head_size" not in held and model.head_size != hidden / heads:
         size = f"model.hidden_size={hidden} / model.num_attention_heads={heads}"
         yield f"heads of {size} channels, not model.head_size={as_word(model.head_size)}"
-    if family is LLAMA and hidden % heads:
+    if family.heads_divide_hidden and hidden % heads:
         yield f"no model.num_attention_heads={heads} that does not divide model.hidden_size={hidden}"
-    if family.script == "pretrain_bert" and not model.num_segments:
-        yield "a segment table for model.num_segments=0"
-    if family is ROBERTA and next_sentence:
-        yield "no next-sentence head beside model.position_offset; BERT's is 0"
 
 
 def is_read(name: str, model: ModelConfig) -> bool:

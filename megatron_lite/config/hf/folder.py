@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_lite.config.hf.families import of_type
 from megatron_lite.config.hf.headers import INDEX_FILE, SINGLE_FILE, TensorEntry, has_tensors, tensors_of
 from megatron_lite.config.hf.settings import settings_of
-from megatron_lite.config.hf.translation import TOKENIZERS_OF_OTHERS
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.errors import ConfigError, DamagedFileError, library_edge
 from megatron_lite.state_files import Object, read_object
@@ -115,11 +115,12 @@ def foreign_tokenizers(weights: Weights) -> Iterator[str]:
     """
     if weights.is_own:
         return
+    prefixes = tuple(prefix for family in of_type(weights.model_type) for prefix in family.foreign_tokenizers)
     for file_name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE):
         path = weights.folder / file_name
         config = _read_json(path, str(weights.folder)) if path.is_file() else {}
         found = config.get("tokenizer_class")
-        if isinstance(found, str) and found.startswith(TOKENIZERS_OF_OTHERS.get(weights.model_type, ())):
+        if isinstance(found, str) and found.startswith(prefixes):
             yield f"tokenizer_class={found} in {path} is of another family than model_type={weights.model_type}"
 
 

@@ -58,6 +58,12 @@ def contradictions(model: ModelConfig, weights: Weights, explicit: Collection[st
         explicit: dotted keys of the user's overrides; None = all keys, for settings that come from earlier weights.
     """
     there = fill_in_model(ModelConfig(**weights.settings))
+    is_said = explicit is None or "model.family" in explicit
+    if is_said and weights.model_type and model.family not in (None, weights.model_type):
+        yield (
+            f"model.family={model.family} contradicts model.init_from={model.init_from}, whose config.json has "
+            f"model_type={weights.model_type}; leave model.family out, or set model.init_from=null"
+        )
     for key in DECISIVE:
         if key not in weights.settings:  # the version that saved the weights did not have it
             continue

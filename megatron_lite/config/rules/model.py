@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_lite.config.derived import all_layers
+from megatron_lite.config.hf.families import counterpart, model_types
+from megatron_lite.config.hf.family import NoCounterpart
+from megatron_lite.config.keys import choices_text, shown
 from megatron_lite.config.lengths import SMALLEST_BPE
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import Architecture, PositionEmbedding
+
+SIZES_OF_MODELS = ("model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.ffn_hidden_size")
 
 
 def heads_divide_hidden(case: Case) -> Iterator[str]:
@@ -160,6 +165,22 @@ def scaled_head_is_tied(case: Case) -> Iterator[str]:
             "model.scale_tied_head=true needs model.tie_embeddings=true: a head of its own learns its scale; set "
             "model.scale_tied_head=false"
         )
+
+
+def family_computes_the_model(case: Case) -> Iterator[str]:
+    """Only what the settings themselves decide: next-sentence heads are BERT's and have a rule of their own."""
+    name = case.model.family
+    if name is None or not case.sound("model.family", *SIZES_OF_MODELS):
+        return
+    if name not in model_types():
+        yield f"model.family={shown(name)} is no model_type that we know; {choices_text(name, model_types())}"
+        return
+    if case.model.head_size is None:
+        return  # the heads do not divide the hidden size, which another rule reports
+    try:
+        counterpart(case.model)
+    except NoCounterpart as reason:
+        yield f"model.family={name} is not what these settings make: {reason}; change them, or set model.family=null"
 
 
 def sequence_fits_positions(case: Case) -> Iterator[str]:

@@ -21,11 +21,11 @@ from megatron_lite.config.changes import DATA_KEYS, grade_changes, refusals
 from megatron_lite.config.schema import DataConfig, RunConfig
 from megatron_lite.data.blend import normalised
 from megatron_lite.data.corpus.digests import remembered_digests
-from megatron_lite.data.corpus.readers import read_documents
 from megatron_lite.data.corpus.rows import RowCounts, require_few_bad
 from megatron_lite.data.corpus.source_names import resolve_sources
 from megatron_lite.data.corpus.sources import Source, SourceKind, identity
 from megatron_lite.data.publish import publish_folder, require_folder
+from megatron_lite.data.shards.held_out import check_held_out, nothing_held_out
 from megatron_lite.data.shards.prepared import (
     COUNTS,
     FORMAT,
@@ -34,18 +34,15 @@ from megatron_lite.data.shards.prepared import (
     PreparedData,
     load_prepared,
     shard_entry,
-    validation_threshold,
     write_manifest,
 )
-from megatron_lite.data.shards.ready import check_ready, hashes_of_documents, scan_ready, shared_tokenizer
+from megatron_lite.data.shards.ready import check_ready, scan_ready, shared_tokenizer
 from megatron_lite.data.shards.sentences import sentence_kinds
 from megatron_lite.data.shards.shard_ends import as_in_shards
 from megatron_lite.data.shards.tokenise import (
     Counted,
     SourceSets,
     TokenisationJob,
-    all_held_out,
-    document_hash,
     tokenise_source,
     training_texts,
 )
@@ -256,7 +253,7 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
     limit_threads(config.data.num_workers)
     held_out = None if plan.validation else config.data.validation_fraction
     if held_out:  # report problems before a tokenizer is trained and before anything is tokenised
-        _check_held_out(plan.train, config.data)
+        check_held_out(plan.train, config.data)
     job = _make_job(plan, config, folder, report)
     for source in [*plan.train, *plan.validation]:
         if not source.is_text:
@@ -272,7 +269,7 @@ def _build(plan: PreparationPlan, config: RunConfig, folder: Path, report: Calla
     validation = [found.validation for found in sets if found.validation is not None]
     if not validation:  # existing shards whose held-out documents have no tokens
         documents = sum(counted.shard.documents for counted in train)
-        raise _nothing_held_out(config.data, documents, min(found.lowest_hash for found in sets))
+        raise nothing_held_out(config.data, documents, min(found.lowest_hash for found in sets))
     rows = [found.rows for found in sets if found.rows is not None]
     _write(plan, job, train, validation, rows)
     for counts in rows:
@@ -345,57 +342,6 @@ def _for_validation(trained: SourceSets, index: int) -> SourceSets:
     assert trained.train is not None
     shard = replace(trained.train.shard, source_index=index)
     return replace(trained, train=None, validation=replace(trained.train, shard=shard))
-
-
-def _check_held_out(sources: list[Source], data: DataConfig) -> None:
-    """Check that each source keeps a document and that at least one is held out; reads no more than it needs.
-
-    Raises:
-        DataError: one of these conditions fails; says how to fix it.
-    """
-    threshold = validation_threshold(data.validation_fraction)
-    documents, lowest, is_held_out = 0, 2**64, False
-    for source in sources:
-        before, is_kept = documents, False
-        for number in _document_hashes(source, data):
-            documents, lowest = documents + 1, min(lowest, number)
-            is_held_out, is_kept = is_held_out or number < threshold, is_kept or number >= threshold
-            if is_kept and is_held_out:
-                break
-        if not is_kept and documents > max(before, 1):
-            raise all_held_out(source, data.validation_fraction)
-    if documents == 1:
-        raise _one_document(sources)
-    if documents and not is_held_out:
-        raise _nothing_held_out(data, documents, lowest)
-
-
-def _document_hashes(source: Source, data: DataConfig) -> Iterator[int]:
-    """The hashes that decide to which set each document of a source belongs."""
-    if source.is_text:
-        return (document_hash(document.text) for document in read_documents(source, data))
-    return iter(hashes_of_documents(source).tolist())
-
-
-def _one_document(sources: list[Source]) -> DataError:
-    is_split = any(source.kind is SourceKind.text for source in sources)  # only these have a separator
-    remedy = "set data.document_separator to what is between its documents, or " if is_split else ""
-    return DataError(
-        f"data.source has 1 document, but holding out a validation set takes 2 or more; {remedy}set "
-        "data.validation_source"
-    )
-
-
-def _nothing_held_out(data: DataConfig, documents: int, lowest_hash: int) -> DataError:
-    enough = np.ceil(lowest_hash / 2**64 * 1000) / 1000 + 0.001
-    remedy = (
-        f"use {enough:.3f} or more, or name a data.validation_source"
-        if enough < 1
-        else ("name a data.validation_source")
-    )
-    return DataError(
-        f"data.validation_fraction={data.validation_fraction} holds out none of the {documents} documents; {remedy}"
-    )
 
 
 def _write(

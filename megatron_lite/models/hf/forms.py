@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_lite.config.hf.families import BART, BERT, GPT2, LLAMA, ROBERTA, T5, NoCounterpart, counterpart
+from megatron_lite.config.hf.families import FAMILIES, NoCounterpart, counterpart
 from megatron_lite.config.hf.headers import TensorEntry
 from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.hf.builder import FormBuilder
-from megatron_lite.models.hf.decoders import gpt2_form, llama_form
-from megatron_lite.models.hf.encoder_decoders import bart_form, t5_form
-from megatron_lite.models.hf.encoders import bert_form, roberta_form
+from megatron_lite.models.hf.builder import build_form
 from megatron_lite.models.stored import Shape, StoredForm
 
-_FORMS: dict[str, Callable[[FormBuilder], None]] = {
-    GPT2.model_type: gpt2_form,
-    LLAMA.model_type: llama_form,
-    BERT.model_type: bert_form,
-    ROBERTA.model_type: roberta_form,
-    T5.model_type: t5_form,
-    BART.model_type: bart_form,
-}
 FLOATS = ("F32", "BF16", "F16", "F64")
 NAMED_FAULTS = 5  # faults listed in a message
-_BODIES = ("transformer.", "model.", "bert.", "roberta.")  # prefixes that a model saved without its head lacks
+_BODIES = tuple(sorted({family.body for family in FAMILIES} - {""}))  # a model saved without its head lacks them
 _OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-_COPIES = {"shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+_COPIES = {
+    f"{family.tensors['embedding'].names[0]}.weight": tuple(f"{copy}.weight" for copy in family.copies)
+    for family in FAMILIES
+    if family.copies
+}
 
 
 def stored_form(model: ResolvedModel, shapes: Mapping[str, Shape]) -> StoredForm:
@@ -40,9 +33,7 @@ def stored_form(model: ResolvedModel, shapes: Mapping[str, Shape]) -> StoredForm
         NoCounterpart: transformers has no model with these settings, or its model has no place for some parameters.
     """
     family = counterpart(model, next_sentence="next_sentence.pooler.weight" in shapes)
-    builder = FormBuilder(model, shapes)
-    _FORMS[family.model_type](builder)
-    form = builder.form()
+    form = build_form(family, model, shapes)
     left = sorted(shapes.keys() - {piece.source for piece in form.pieces})
     if left:
         raise NoCounterpart(f"{family.architecture} of transformers has no place for the parameters {', '.join(left)}")

@@ -15,15 +15,13 @@ from megatron_lite.checkpoint.fit import require_start
 from megatron_lite.checkpoint.parity import Parity, compare_start
 from megatron_lite.config.compose import change, compose
 from megatron_lite.config.derived import resolve, resolve_model
-from megatron_lite.config.hf import hf_config
+from megatron_lite.config.hf import counterpart, hf_config
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.models.hf import stored_form
 from megatron_lite.models.shapes import parameter_shapes
 from tests.distributed.reference_models import CASES, TOKEN_IDS, VOCAB_SIZE, Case, random_weights
 from tests.stored_tensors import to_stored
-
-SCRIPTS = {"gpt2": "gpt", "llama": "gpt", "bert": "bert", "roberta": "bert", "t5": "t5", "bart": "t5"}
 
 
 @cache
@@ -72,7 +70,7 @@ def _base(script: str) -> RunConfig:
 def begin(folder: Path, name: str, *words: str) -> ResolvedConfig:
     """What a launcher does before it starts anything: the configuration, or an error."""
     case = CASES[name]
-    script = f"pretrain_{SCRIPTS[name.partition('_')[0]]}"
+    script = counterpart(resolve_model(case.model), next_sentence=case.next_sentence).script
     objective = ["objective.name=masked_lm"] if script == "pretrain_bert" and not case.next_sentence else []
     given = [f"model.init_from={folder}", "data.tokenizer=train", f"train.run_dir={folder / 'run'}", *objective]
     config = resolve(change(_base(script), [*given, *words]), world_size=1, device="cpu")

@@ -108,7 +108,7 @@ def test_inspect_for_programs(run_folder: Path, command: Command) -> None:
     assert "tensors" not in json.loads("\n".join(command("inspect", run_folder, "--json")[1]))["kinds"]["weights"]
 
 
-def test_verify_tells_all_that_is_wrong(run_folder: Path, command: Command) -> None:
+def test_verify_reports_all_that_is_wrong(run_folder: Path, command: Command) -> None:
     checkpoints = run_folder / "checkpoints"
     (checkpoints / ".step_00000400.incomplete").mkdir()
     moments = checkpoints / "step_00000300/training/exp_avg.safetensors"
@@ -211,7 +211,7 @@ def test_prune_says_what_goes(run_folder: Path, command: Command) -> None:
 
 @obeys("megatron_lite/checkpoint/__main__.py:_prune")
 def test_prune_without_a_complete_one_removes_nothing(run_folder: Path, command: Command) -> None:
-    """Also where all sizes are right: what is kept must be sound."""
+    """Also where all sizes are right: what is kept must be intact."""
     checkpoints = run_folder / "checkpoints"
     for step in (100, 200):
         (checkpoints / f"step_{step:08d}" / SHARD).write_bytes(bytes(88))
@@ -294,7 +294,7 @@ def test_settings_of_another_version(run_folder: Path, tmp_path: Path, command: 
     assert command("diff", run_folder, folder, "--only-tensors")[0] == 0
 
 
-def test_number_that_is_none(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_number(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["prune", str(run_folder), "--keep-last", "-1"])
     assert caught.value.code == 2

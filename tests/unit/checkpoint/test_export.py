@@ -34,7 +34,7 @@ from tests.unit.remedies import obeys
 FAMILIES = {
     "gpt2": "float32",
     "gpt2_untied": "float16",
-    "llama_grouped_query": "bfloat16",
+    "llama": "bfloat16",
     "llama_tied": "float16",
     "bert": "bfloat16",
     "bert_without_pairs": "float32",
@@ -93,7 +93,7 @@ def test_every_family_in_some_type(name: str, tmp_path: Path, command: Command) 
 
 
 def test_files_are_converted_one_by_one(tmp_path: Path, command: Command) -> None:
-    folder = save_model(tmp_path / "checkpoints", CASES["llama_grouped_query"], largest_bytes=20_000)
+    folder = save_model(tmp_path / "checkpoints", CASES["llama"], largest_bytes=20_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     (folder / "config.json").chmod(0o600)
     code, _, error = command(folder, tmp_path / "deep" / "out", "--dtype", "bfloat16")
@@ -183,7 +183,9 @@ def test_a_number_too_large_for_the_type_is_named() -> None:
         CheckpointError, match=r"^head holds 1e\+06, but the largest float16 is 6.55e\+04; use --dtype bfloat16"
     ):
         export_module._rounded(torch.tensor([1.0, -1e6]), torch.float16, "head")
-    assert export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()  # as told
+    assert (
+        export_module._rounded(torch.tensor([1.0, -1e6]), torch.bfloat16, "head").isfinite().all()
+    )  # the remedy works
     for number in (3.4e38, float("inf"), float("nan")):
         for kind in (torch.float16, torch.bfloat16):
             with pytest.raises(CheckpointError, match="; export a checkpoint whose weights are finite"):

@@ -48,7 +48,7 @@ def killed_at(count: int, action: Callable[[], None], below: Path) -> bool:
 
 
 def refused_at(count: int, action: Callable[[], None], below: Path) -> bool:
-    """The same, where the disk has no room for that change; what the child is told must be our error."""
+    """The same, where the disk has no room for that change; the child's error must be ours."""
     pid = os.fork()
     if pid == 0:
         _at_change(count, below, lambda: _raise(OSError(28, "No space left on device")))
@@ -125,7 +125,7 @@ def test_old_or_new(faulty: Callable[[int, Callable[[], None], Path], bool], tmp
 
 
 def test_killed_while_a_step_is_saved_again(tmp_path: Path) -> None:
-    """A sound checkpoint of the same step is there until the new one is."""
+    """An intact checkpoint of the same step is there until the new one is."""
     other: Tensors = {"wte.weight": np.ones((2, 2), np.float32)}
     count, killed = 0, True
     while killed:

@@ -1,4 +1,4 @@
-"""Errors of checkpoints: whoever does what they say gets on."""
+"""Errors of checkpoints: following their remedies works."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_loss_scale(before: str, after: str, loads: bool, fate: Fate, reason: st
     assert fate_of(report, "loss scale") == (fate, reason)
 
 
-def test_ramp_is_told() -> None:
+def test_ramp_is_reported() -> None:
     ramp = ["train.batch_ramp.start=8", "train.batch_ramp.increment=8", "train.batch_ramp.samples=9999"]
     assert fate_of(report_of(state_of(), *ramp), "data") == (
         Fate.restored,
@@ -237,7 +237,7 @@ def test_the_same_data_under_another_name_goes_on_with_the_moments() -> None:
     assert report.lines()[-1] == "  safe       data.source: /x/a.jsonl -> /x/./a.jsonl"
 
 
-def test_a_run_of_the_older_order_of_sources_is_told_and_goes_on() -> None:
+def test_a_run_of_the_older_order_of_sources_is_reported_and_goes_on() -> None:
     report = report_of(state_of(samples=655_360), fingerprint=f"{STATE.data_fingerprint}.f00d")
     assert fate_of(report, "data") == (
         Fate.reset,

@@ -15,17 +15,19 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lite.checkpoint.hf_files import model_files
 from megatron_lite.config.derived import resolve_model
-from megatron_lite.config.hf.translation import WORDS
+from megatron_lite.config.hf.families import of_type
 from megatron_lite.config.keys import as_word
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.parallel.context import ParallelContext
-from tests.distributed.reference_models import CASES, VOCAB_SIZE
+from tests.distributed.reference_models import CASES, TOKEN_IDS, VOCAB_SIZE
+from tests.tiny_models import MODELS
 from tests.unit.checkpoint.starts import begin, config_of_case, parity_of, tensors_of_case, write_start
 
 Change = Callable[[dict[str, Tensor]], object]
-FAMILIES = ["gpt2", "llama_grouped_query", "llama_biases", "bert", "roberta", "t5", "t5_v1_1", "bart"]
+FAMILIES = [*MODELS, "llama_biases"]
 
 
 def refusal(folder: Path, name: str, *words: str) -> str:
@@ -182,7 +184,7 @@ def test_a_config_that_contradicts_the_tensors_or_us(
         ("t5", "encoder.block.0.layer.0.SelfAttention.q.bias", "SelfAttention.q.bias [8] is left over"),
     ],
 )
-def test_a_tensor_that_nobody_takes_is_named(name: str, tensor: str, problem: str, tmp_path: Path) -> None:
+def test_an_unused_tensor_is_named(name: str, tensor: str, problem: str, tmp_path: Path) -> None:
     folder = write_start(tmp_path / "m", name, lambda tensors: tensors.update({tensor: torch.ones(8)}))
     assert problem in refusal(folder, name)
 
@@ -293,7 +295,7 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
     file = tmp_path / "m" / "config.json"
     config = json.loads(file.read_text()) | {"model_type": family}
     if whole:
-        config["architectures"] = [WORDS[family].architectures[0]]
+        config["architectures"] = [of_type(family)[0].architectures[0]]
     file.write_text(json.dumps(config))
     case = {"bert": "bert_without_pairs"}.get(family, family)
     case = {"llama": "llama_multi_head"}.get(case, case)
@@ -307,16 +309,16 @@ def test_a_model_of_another_family_under_a_known_name(name: str, whole: bool, tm
     assert found.difference <= found.allowed
 
 
-def test_a_key_of_gemma_tells_though_it_says_nothing(tmp_path: Path) -> None:
+def test_a_key_of_gemma_without_effect_is_refused(tmp_path: Path) -> None:
     """Its tensors are those of a LLaMA, and every other key is one of LLaMA's too. Under that name transformers passes
-    over the key as well, so that comparing logits would not tell."""
+    over the key as well, so that comparing logits would not show it."""
     for key, value in (("use_bidirectional_attention", None), ("final_logit_softcapping", 30.0)):
         folder = write_start(tmp_path / "m", "llama_geglu", **{key: value})
         for words in ([], ["model.check_init=always"]):
             found = refusal(folder, "llama_geglu", *words)
             assert f"{key}={as_word(value)} is a key of other families than model_type=llama" in found
             assert found.endswith("; give the folder with the config.json that was saved with it")
-    require_parity(write_start(tmp_path / "m", "llama_geglu"), "llama_geglu")  # as told
+    require_parity(write_start(tmp_path / "m", "llama_geglu"), "llama_geglu")  # the remedy works
 
 
 def test_the_remedies_for_an_unknown_key_work(tmp_path: Path) -> None:
@@ -414,3 +416,16 @@ def test_any_folder_gives_equal_logits_or_is_refused(kind: str, data: st.DataObj
             return
         assert config.model.init_from == str(folder)
         require_parity(folder, name)
+
+
+def test_the_family_of_weights_is_kept(tmp_path: Path) -> None:
+    """A Mistral without a window computes what a LLaMA does, and its checkpoints are Mistral's."""
+    folder = write_start(tmp_path / "m", "mistral")
+    found = refusal(folder, "mistral", "model.family=llama")
+    assert f"model.family=llama contradicts model.init_from={folder}, whose config.json has model_type=mistral" in found
+    assert found.endswith("; leave model.family out, or set model.init_from=null")
+    config = begin(folder, "mistral")
+    assert config.model.family == "mistral"
+    files = model_files(config, vocab_size=VOCAB_SIZE, tokens=TOKEN_IDS, dtype="float32")
+    assert json.loads(files["config.json"])["architectures"] == ["MistralForCausalLM"]
+    assert begin(write_start(tmp_path / "l", "llama"), "llama", "model.family=llama").model.family == "llama"

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from megatron_lite.config.derived import resolve_model
 from megatron_lite.config.hf import NoCounterpart, generation_config, hf_config, settings_of
-from megatron_lite.config.hf.families import DECISIVE, counterpart, is_read
+from megatron_lite.config.hf.families import DECISIVE, counterpart, is_read, model_types
 from megatron_lite.config.preset_folders import SHIPPED, PresetFolders
 from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
@@ -102,7 +102,7 @@ def test_tokens_that_begin_and_end() -> None:
     [
         (
             {"model_type": "lama"},
-            "model_type=lama is not supported; supported: gpt2, llama, bert, roberta, t5, bart; give",
+            f"model_type=lama is not supported; supported: {', '.join(model_types())}; give",
         ),
         ({"hidden_act": "relu"}, "hidden_act=relu is not supported; supported: silu"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type=linear is not supported"),

@@ -25,6 +25,8 @@ BY_HAND: dict[str, list[list[str]]] = {
     "ramp without start": [["train.batch_ramp={start:8,increment:4,samples:100}"]],
     "decay": [["optimizer.decay_steps=null"]],
     "dropout": [["model.hidden_dropout=0.1"]],
+    "family that computes something else": [["model=llama_tiny"], ["model.family=null"]],
+    "family of another name": [["model.family=gpt2"]],
     "beta": [["optimizer.beta2=0.1"]],
     "rate": [["optimizer.learning_rate=1e-6"]],
     "weight that is not a number": [["data.weights=[1]"]],

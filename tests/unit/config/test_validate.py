@@ -56,6 +56,17 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "layout dp=2 tp=2 pp=1",
     ),
     # ---------------------------------------------------------------------------------------------- model
+    "family that computes something else": (
+        ["model.family=llama"],
+        "model.family=llama is not what these settings make: LlamaForCausalLM of transformers has rmsnorm for "
+        "model.normalization=layernorm, and rotary for model.position_embedding=learned, and swiglu or geglu for "
+        "model.activation=gelu_tanh; change them, or set model.family=null",
+    ),
+    "family of another name": (
+        ["model.family=gpt-2"],
+        "model.family=gpt-2 is no model_type that we know; did you mean gpt2? (choose one of gpt2, llama, mistral, "
+        "bert, roberta, t5, bart)",
+    ),
     "hidden and heads": (
         ["model.hidden_size=130"],
         "model.hidden_size=130 must be a multiple of model.num_attention_heads=4; use 128 or 132, or set "

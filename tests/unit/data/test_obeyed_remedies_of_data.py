@@ -1,4 +1,4 @@
-"""Errors of preparing and reading data: whoever does what they say gets on."""
+"""Errors of preparing and reading data: following their remedies works."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def refusal(action: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def remove_as_told(message: str) -> None:
+def remove_named_folder(message: str) -> None:
     told = re.search(r"; remove (\S+) to prepare it again$", message)
     assert told is not None, message
     shutil.rmtree(told[1])
@@ -111,7 +111,7 @@ def test_damage_that_is_found_in_use(damage: Callable[[Shard], None], what: str,
     assert re.search(what, message)
     for command in re.findall(r"`python -m megatron_lite\.data (inspect .*?)`", message):
         assert main(shlex.split(command)) == 2
-    remove_as_told(message)
+    remove_named_folder(message)
     read_all(config)
 
 
@@ -151,7 +151,7 @@ def test_damage_after_the_check_of_a_start(prepared_corpus: Prepared, silent: Si
         prepare(config, report=silent)
         assert len(map_array(shard.origins, ORIGIN_DTYPE, shard.origins_bytes)) == shard.documents
     (prepared.folder / COUNTS).write_bytes(b"PK")
-    remove_as_told(refusal(lambda: prepared_module._read_counts(prepared.folder, 1, 1)))
+    remove_named_folder(refusal(lambda: prepared_module._read_counts(prepared.folder, 1, 1)))
     prepare(config, report=silent)
     assert len(prepared_module._read_counts(prepared.folder, 1, 1)) == 2
 
@@ -170,7 +170,7 @@ def test_a_damaged_tokenizer_of_prepared_data(prepared_corpus: Prepared, silent:
         file.write_text(content) if content is not None else file.unlink()
         message = refusal(lambda: prepared.tokenizer_files(config))
         assert str(file) in message
-        remove_as_told(message)
+        remove_named_folder(message)
         assert prepare(config, report=silent).tokenizer_files(config)
 
 

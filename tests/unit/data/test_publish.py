@@ -65,7 +65,7 @@ def test_two_processes_build_once(corpus: Path, tmp_path: Path) -> None:
     assert len(visible(tmp_path / "cache")) == 1
 
 
-def test_killed_in_the_middle_leaves_nothing_visible_and_blocks_nobody(corpus: Path, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_nothing_visible_and_blocks_no_other(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     killed = start(corpus, cache, "pause")
     wait_for_line(killed, "tokenised")
@@ -99,7 +99,7 @@ def test_published_by_renaming(tmp_path: Path, silent: Silent) -> None:
     ([0o644, 0o600], 0o600, 0o700), ([0o640, 0o644], 0o640, 0o750), ([0o444], 0o644, 0o755), ([0o604], 0o604, 0o705),
     ([], 0o644, 0o755),
 ])  # fmt: skip
-def test_nobody_may_read_more_than_of_the_originals(
+def test_copies_are_readable_by_no_more_people_than_the_originals(
     modes: list[int], file: int, folder: int, tmp_path: Path, silent: Silent
 ) -> None:
     originals = [tmp_path / str(number) for number in range(len(modes))]

@@ -22,7 +22,7 @@ def test_small_elements_are_not_lost_among_large_ones() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_one_element_that_is_no_number(value: float) -> None:
+def test_one_non_finite_element(value: float) -> None:
     gradient = torch.ones(2 * ROW)
     gradient[700] = value
     assert not torch.isfinite(sum_of_squares(gradient))

@@ -161,7 +161,7 @@ def test_damaged_file(
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("missing", "cut")])
-def test_damaged_marker_of_an_end_that_nobody_left(
+def test_damaged_marker_of_an_end_that_did_not_happen(
     damage: str, original: Path, tmp_path: Path, slurm: list[int]
 ) -> None:
     """A crash of a filesystem can leave files of any name, DONE and CONFIG_ERROR included."""

@@ -78,7 +78,7 @@ def test_world_of_one_by_hand() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "1e3", "٣", 5000 * "9"])
-def test_numbers_of_processes_that_are_none(value: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_of_processes(value: str, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         os.environ[name] = value
         assert run_script(Script(), "pretrain_gpt", []) == 2
@@ -182,10 +182,10 @@ def test_user_error_of_rank_0(capfd: pytest.CaptureFixture[str], debug: bool) ->
     assert ("Traceback" in errors) is debug
 
 
-def test_user_error_of_another_rank_is_told_after_a_silence(
+def test_user_error_of_another_rank_is_reported_after_a_wait(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait is what torchrun needs to end this rank, should rank 0 have told the same."""
+    """The wait is what torchrun needs to end this rank, should rank 0 have reported the same."""
     as_rank(1, 2)
     waited: list[float] = []
     monkeypatch.setattr(entry.time, "sleep", waited.append)

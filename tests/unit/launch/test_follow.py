@@ -41,7 +41,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def test_run_on_another_machine(capsys: pytest.CaptureFixture[str], run_dir: Path) -> None:
-    """Nobody here can look at its process, so its heartbeat tells."""
+    """Nobody here can look at its process, so its heartbeat decides."""
     with held_folder(run_dir):
         (path,) = (run_dir / "lock").glob("*.json")
         there = json.loads(path.read_text()) | {"host": "n7", "machine": "n7", "pid": 99}

@@ -1,4 +1,4 @@
-"""Launchers on a stub script: who starts, who is told what, and that every end is an end for all."""
+"""Launchers on a stub script: who starts with which arguments, and that every end is an end for all."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_node_rank_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_this_node(plan_of(*TWO, "launcher.node_rank=1")).node_rank == 1, "a setting goes first"
 
 
-def test_node_rank_that_nobody_says() -> None:
+def test_node_rank_that_is_not_given() -> None:
     with pytest.raises(LaunchError) as caught:
         own_node_rank(None, 4, {})
     assert str(caught.value) == (
@@ -117,7 +117,7 @@ def test_node_rank_that_nobody_says() -> None:
 
 
 @pytest.mark.parametrize("value", ["4", "-1", "one", "", "²"])
-def test_node_rank_of_the_environment_that_is_none(value: str) -> None:
+def test_invalid_node_rank_in_the_environment(value: str) -> None:
     with pytest.raises(LaunchError) as caught:
         own_node_rank(None, 4, {"NODE_RANK": value})
     assert str(caught.value) == (

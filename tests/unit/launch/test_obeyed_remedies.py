@@ -1,4 +1,4 @@
-"""Errors of launching: whoever does what they say gets on."""
+"""Errors of launching: following their remedies works."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from megatron_lite.config.frozen import freeze
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE, EventWriter
+from megatron_lite.observe.metrics import EVENTS_FILE, METRICS_FILE
+from megatron_lite.observe.metrics_writer import EventWriter
 
 Ready = Callable[[ResolvedConfig], list[str]]
 

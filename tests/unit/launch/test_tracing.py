@@ -24,7 +24,7 @@ from megatron_lite.data.shards.prepare import prepare
 from megatron_lite.data.shards.prepared import PreparedData
 from megatron_lite.objectives.base import Objective
 from megatron_lite.objectives.build import build_objective
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.train.step_samples import config_of
 from tests.unit.data.conftest import document
 from tests.unit.remedies import obeys
@@ -315,7 +315,7 @@ def test_versions_that_are_not_there(rolled_back: Path, capsys: Capture) -> None
 def test_errors(
     sources: Path, tmp_path: Path, capsys: Capture, words: list[str], message: str, mended: str | list[str]
 ) -> None:
-    """And with the last word, or all of them, mended."""
+    """And with the last word, or all of them, corrected."""
     write_run(tmp_path, config_of_run(sources), 10)
     assert message in refusal(capsys, tmp_path, *words)
     traced(capsys, tmp_path, *([*words[:-1], mended] if isinstance(mended, str) else mended))

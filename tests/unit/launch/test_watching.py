@@ -219,7 +219,7 @@ def test_the_verdict_is_true_at_every_border(
     assert (captured.out + captured.err).splitlines()[-1] == last
 
 
-def test_nan_in_both_is_no_difference_and_lost_lines_are_told(
+def test_nan_in_both_is_no_difference_and_lost_lines_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

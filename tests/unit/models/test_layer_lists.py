@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.derived import resolve_model
-from megatron_lite.config.schema import ModelConfig, NormPlacement, Recompute
+from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
@@ -20,19 +20,18 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
 from tests.tiny_models import (
-    BART,
     BERT,
     DECODER_LENGTH,
     GPT2,
     LENGTH,
     LENGTHS,
-    LLAMA,
+    MODELS,
     PAIR,
     ROBERTA,
     SEGMENTS,
     T5,
-    T5_V1_1,
     TOKENS,
+    TinyModel,
 )
 
 VOCAB_SIZE = 60
@@ -46,27 +45,17 @@ DROPOUT = {
 PREFIX = Field("prefix_lengths")
 
 
-@dataclass(frozen=True)
-class Case:
-    model: ModelConfig
-    inputs: tuple[Field, ...]
-    next_sentence: bool = False
-
-
 CASES = {
-    "gpt2_prefix": Case(GPT2, (TOKENS, PREFIX)),
-    "llama": Case(LLAMA, (TOKENS,)),
-    "bert": Case(BERT, (TOKENS, SEGMENTS, LENGTHS), next_sentence=True),
-    "bert_pre_norm": Case(replace(BERT, norm_placement=NormPlacement.pre), (TOKENS,), next_sentence=True),
-    "roberta": Case(replace(ROBERTA, tie_embeddings=False), (TOKENS,)),
-    "t5": Case(T5, PAIR),
-    "t5_v1_1": Case(T5_V1_1, (*PAIR, LENGTHS)),
-    "bart": Case(BART, (*PAIR, LENGTHS)),
+    **MODELS,
+    "gpt2_prefix": TinyModel(GPT2, (TOKENS, PREFIX)),
+    "bert_pre_norm": TinyModel(replace(BERT, norm_placement=NormPlacement.pre), (TOKENS,), next_sentence=True),
+    "roberta_untied": TinyModel(replace(ROBERTA, tie_embeddings=False), (TOKENS,)),
+    "t5_unpadded": TinyModel(T5, PAIR),
 }
 
 
 def _specs(
-    case: Case, context: ParallelContext | None = None, recompute: Recompute = Recompute.none, **changes: float
+    case: TinyModel, context: ParallelContext | None = None, recompute: Recompute = Recompute.none, **changes: float
 ) -> list[LayerSpec]:
     return build_layers(
         resolve_model(replace(case.model, **changes)),
@@ -78,7 +67,7 @@ def _specs(
     )
 
 
-def _inputs(case: Case) -> Activations:
+def _inputs(case: TinyModel) -> Activations:
     generator = torch.Generator().manual_seed(0)
     drawn = {"tokens": (LENGTH, VOCAB_SIZE), "segments": (LENGTH, 2), "decoder_tokens": (DECODER_LENGTH, VOCAB_SIZE)}
     made = {name: torch.randint(high, (2, length), generator=generator) for name, (length, high) in drawn.items()}
@@ -86,7 +75,7 @@ def _inputs(case: Case) -> Activations:
     return Activations(**{field.name: made[field.name] for field in case.inputs})
 
 
-def _arguments(case: Case) -> list[Tensor]:
+def _arguments(case: TinyModel) -> list[Tensor]:
     return [getattr(_inputs(case), field.name) for field in case.inputs]
 
 
@@ -96,7 +85,7 @@ def _loss(logits: Tensor, sequence_logits: Tensor | None, context: ParallelConte
     return loss if sequence_logits is None else loss + sequence_logits.logsumexp(-1).sum()
 
 
-def _step(case: Case, recompute: Recompute = Recompute.none, first_sample: int = 0, **changes: float):
+def _step(case: TinyModel, recompute: Recompute = Recompute.none, first_sample: int = 0, **changes: float):
     """Loss and gradients of one micro-batch."""
     context = ParallelContext.single()
     flat = FlatModel(_specs(case, context, recompute, **changes))
@@ -107,7 +96,7 @@ def _step(case: Case, recompute: Recompute = Recompute.none, first_sample: int =
     return loss.detach(), {name: parameter.grad for name, parameter in flat.named_parameters()}
 
 
-def _names(case: Case) -> list[str]:
+def _names(case: TinyModel) -> list[str]:
     return [spec.name for spec in _specs(case)]
 
 
@@ -232,9 +221,9 @@ def test_stages_that_hand_on_what_they_take_are_the_whole_model(name: str):
     specs = _specs(case, context)
     bounds = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
     stages = [_Stage(specs[start:stop]) for start, stop in zip(bounds, [*bounds[1:], len(specs)], strict=True)]
-    wires = [StageBoundary(specs[start].stage_inputs, case.model.hidden_size, context) for start in bounds[1:]]
+    boundaries = [StageBoundary(specs[start].stage_inputs, case.model.hidden_size, context) for start in bounds[1:]]
     x = _inputs(case)
-    for stage, boundary in zip(stages, wires, strict=False):
+    for stage, boundary in zip(stages, boundaries, strict=False):
         sent = boundary.pack(stage(x))
         parts = [sent] if isinstance(sent, Tensor) else sent
         buffers = boundary.empty(2, torch.float32, torch.device("cpu"))

@@ -8,40 +8,33 @@ from itertools import pairwise
 import pytest
 
 from megatron_lite.config.derived import all_layers, parameter_counts, resolve_model, stage_contents
-from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import Topology, padded_vocab_size, stage_bounds
-from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
+from tests.tiny_models import BART, BERT, MODELS, TinyModel
 
 VOCAB_SIZE = 60
-MODELS = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "bert": BERT,
-    "bert_pre_norm": replace(BERT, norm_placement=NormPlacement.pre, tie_embeddings=False),
-    "roberta": ROBERTA,
-    "t5": T5,
-    "t5_v1_1": T5_V1_1,
-    "bart": BART,
-    "bart_pre_norm": replace(BART, norm_placement=NormPlacement.pre, head_bias=True),
+PRE_NORM = NormPlacement.pre
+CASES = {
+    **MODELS,
+    "bert_pre_norm": replace(MODELS["bert"], model=replace(BERT, norm_placement=PRE_NORM, tie_embeddings=False)),
+    "bart_pre_norm": replace(MODELS["bart"], model=replace(BART, norm_placement=PRE_NORM, head_bias=True)),
 }
 
 
-def built(model: ResolvedModel, stages: int, tensor: int, *, next_sentence: bool) -> list[int]:
+def built(tiny: TinyModel, stages: int, tensor: int) -> list[int]:
     """Parameters that the modules of each stage have on one rank, those of a tied module once."""
     context = ParallelContext.single()
     context.topology = Topology(tensor_parallel_size=tensor)
-    inputs = PAIR if model.num_decoder_layers else (TOKENS, SEGMENTS, LENGTHS) if model.num_segments else (TOKENS,)
     specs = build_layers(
-        model,
+        resolve_model(tiny.model),
         context,
         vocab_size=VOCAB_SIZE,
         recompute=Recompute.none,
-        inputs=inputs,
-        next_sentence_head=next_sentence,
+        inputs=tiny.inputs,
+        next_sentence_head=tiny.next_sentence,
     )
     starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None and index > 0]
     bounds = stage_bounds(starts, len(specs), stages)
@@ -50,11 +43,11 @@ def built(model: ResolvedModel, stages: int, tensor: int, *, next_sentence: bool
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_counts_are_those_of_the_built_layers(name: str, tensor: int) -> None:
-    model, next_sentence = resolve_model(MODELS[name]), name.startswith("bert")
+    tiny, model = CASES[name], resolve_model(CASES[name].model)
     padded = padded_vocab_size(VOCAB_SIZE, model.vocab_pad_multiple, tensor)
-    counts = parameter_counts(model, padded, tensor, next_sentence=next_sentence)
+    counts = parameter_counts(model, padded, tensor, next_sentence=tiny.next_sentence)
     for stages in range(1, all_layers(model) + 1):
         planned = [counts.stage(content) for content in stage_contents(model, stages)]
-        assert planned == built(model, stages, tensor, next_sentence=next_sentence)
+        assert planned == built(tiny, stages, tensor)

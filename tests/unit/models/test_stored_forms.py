@@ -16,44 +16,37 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.hf import NoCounterpart, find_name, locate, stored_form
+from megatron_lite.models.shapes import parameter_shapes
 from megatron_lite.models.stored import Shape, StoredForm
 from megatron_lite.parallel.context import ParallelContext
 from tests.stored_tensors import from_stored, to_stored
-from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
+from tests.tiny_models import BART, BERT, GPT2, LLAMA, MODELS, ROBERTA, T5, TinyModel
 
 VOCAB_SIZE = 61
-MODELS = {
-    "gpt2": GPT2,
-    "gpt2_untied": replace(GPT2, tie_embeddings=False),
-    "llama": replace(LLAMA, num_query_groups=2),
-    "llama_biases": replace(LLAMA, attention_bias=True, mlp_bias=True, tie_embeddings=True),
-    "bert": BERT,
-    "bert_untied": replace(BERT, tie_embeddings=False),
-    "bert_without_pairs": BERT,
-    "roberta": ROBERTA,
-    "t5": T5,
-    "t5_v1_1": T5_V1_1,
-    "bart": BART,
+CASES = {
+    **MODELS,
+    "gpt2_untied": TinyModel(replace(GPT2, tie_embeddings=False)),
+    "llama_biases": TinyModel(replace(LLAMA, attention_bias=True, mlp_bias=True, tie_embeddings=True)),
+    "bert_untied": replace(MODELS["bert"], model=replace(BERT, tie_embeddings=False)),
 }
 
 
-def shapes_of(model: ModelConfig, *, next_sentence: bool = False) -> dict[str, Shape]:
+def shapes_of(tiny: TinyModel) -> dict[str, Shape]:
     """Of all our parameters."""
-    inputs = PAIR if model.num_decoder_layers else (TOKENS, SEGMENTS, LENGTHS) if model.num_segments else (TOKENS,)
     specs = build_layers(
-        resolve_model(model),
+        resolve_model(tiny.model),
         ParallelContext.single(),
         vocab_size=VOCAB_SIZE,
         recompute=Recompute.none,
-        inputs=inputs,
-        next_sentence_head=next_sentence,
+        inputs=tiny.inputs,
+        next_sentence_head=tiny.next_sentence,
     )
     return {name: parameter.shard_spec.full_shape for name, parameter in FlatModel(specs).named_parameters()}
 
 
 def case(name: str) -> tuple[StoredForm, dict[str, Shape]]:
-    shapes = shapes_of(MODELS[name], next_sentence=name in ("bert", "bert_untied"))
-    return stored_form(resolve_model(MODELS[name]), shapes), shapes
+    shapes = shapes_of(CASES[name])
+    return stored_form(resolve_model(CASES[name].model), shapes), shapes
 
 
 def numbered(shapes: dict[str, Shape]) -> dict[str, Tensor]:
@@ -66,7 +59,7 @@ def numbered(shapes: dict[str, Shape]) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_element_has_one_place_and_comes_back(name: str) -> None:
     form, shapes = case(name)
     full = numbered(shapes)
@@ -109,12 +102,12 @@ def test_a_lost_and_a_doubled_piece_are_seen() -> None:
 )
 def test_a_model_that_transformers_lacks_has_no_form(model: ModelConfig, setting: str) -> None:
     with pytest.raises(NoCounterpart, match=setting):
-        stored_form(resolve_model(model), shapes_of(model))
+        stored_form(resolve_model(model), parameter_shapes(resolve_model(model), VOCAB_SIZE))
 
 
 def test_roberta_has_no_next_sentence_head() -> None:
     with pytest.raises(NoCounterpart, match="next-sentence head"):
-        stored_form(resolve_model(ROBERTA), shapes_of(ROBERTA, next_sentence=True))
+        stored_form(resolve_model(ROBERTA), shapes_of(TinyModel(ROBERTA, next_sentence=True)))
 
 
 def test_tensors_are_found_in_files_of_other_classes() -> None:

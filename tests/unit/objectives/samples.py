@@ -42,7 +42,7 @@ def read_only(tokens: Any) -> npt.NDArray[np.int64]:
 
 
 def counting(length: int) -> npt.NDArray[np.int64]:
-    """A window without the end of a document, in which each token tells its place: FIRST, FIRST + 1, ..."""
+    """A window without the end of a document, in which each token shows its place: FIRST, FIRST + 1, ..."""
     return read_only(FIRST + np.arange(length))
 
 

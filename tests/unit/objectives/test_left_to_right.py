@@ -105,7 +105,7 @@ def test_fim_rates_and_cuts() -> None:
     assert (reconstruct.one_document(windows)[:, :46] == counting(46)).all()
 
 
-def test_fim_orders_and_cuts_where_they_can_be_told() -> None:
+def test_fim_orders_and_cuts_where_they_can_be_recognised() -> None:
     content, count = 46, 20_000
     for rate in (0.0, 1.0):
         objective = objective_of("fill_in_the_middle", content + 2, fim_fraction=1.0, fim_spm_fraction=rate)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.frozen import freeze
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.step_measures import STEP_MEASURES
 
 BATCH, SEQUENCE, LAYERS = 32, 64, 6
@@ -182,7 +182,7 @@ class SyntheticRun:
 
 
 def eventful_run(path: Path, text: str = "") -> SyntheticRun:
-    """400 steps with a resume after a kill, a spike that was only told of, and one that was rolled back."""
+    """400 steps with a resume after a kill, a spike that was only reported, and one that was rolled back."""
     run = SyntheticRun(path, steps=400)
     run.begin()
     skipped = [{"kind": "not JSON", "count": 1200, "examples": [f"web.jsonl:7: {text}"]}]

@@ -36,5 +36,5 @@ def test_no_step_in_common() -> None:
     [(math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (math.nan, 1.0, math.inf), (math.inf, 1.0, math.inf),
      (math.inf, -math.inf, math.inf), (0.0, 0.0, 0.0)],
 )  # fmt: skip
-def test_what_is_no_number(first: float, second: float, gap: float) -> None:
+def test_non_finite_values(first: float, second: float, gap: float) -> None:
     assert abs_gap(first, second) == relative_gap(first, second) == gap

@@ -21,13 +21,8 @@ from megatron_lite.observe.comparison import Comparison
 from megatron_lite.observe.envelope import Envelope, Means
 from megatron_lite.observe.history import MOST_GROUP_POINTS, History, Table
 from megatron_lite.observe.lines import Gap, Line, blocks, line_type, sound_object
-from megatron_lite.observe.metrics import (
-    EventWriter,
-    MetricsWriter,
-    entries,
-    newest_entries,
-    read_metrics,
-)
+from megatron_lite.observe.metrics import entries, newest_entries, read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.report import render
 from megatron_lite.observe.run_folder import RunFolder
 from megatron_lite.observe.trackers import build_trackers
@@ -48,7 +43,7 @@ def steps_in(gaps: list[Gap], logged: range) -> set[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([1, 10]))
-def test_whatever_is_damaged_a_resume_finds_and_tells_it(data: st.DataObject, interval: int) -> None:
+def test_a_resume_finds_and_reports_any_damage(data: st.DataObject, interval: int) -> None:
     """Any bytes of the lines up to the checkpoint, replaced by others."""
     logged = range(interval, 30 * interval + 1, interval)
     with TemporaryDirectory() as folder:
@@ -73,7 +68,7 @@ def test_whatever_is_damaged_a_resume_finds_and_tells_it(data: st.DataObject, in
         assert again.loss is None, "what is told once is known"
 
 
-def test_damage_is_told_named_and_drawn(tmp_path: Path) -> None:
+def test_damage_is_reported_and_drawn(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, steps=40)
     run.begin()
     run.train(1, 20)
@@ -164,7 +159,7 @@ FIGURE_TEXTS = st.sampled_from(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(FIGURE_TEXTS, FIGURE_TEXTS | st.just("{}") | st.just("[1]"), FIGURE_TEXTS), min_size=1))
-def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tuple[str, str, str]]) -> None:
+def test_a_value_that_is_not_a_number_is_left_out_and_its_line_kept(rows: list[tuple[str, str, str]]) -> None:
     """By both readers alike: of whole lines, and of the wanted keys of each."""
     kind = line_type(["loss", "accuracy"], ["layers"])
     with TemporaryDirectory() as folder:
@@ -189,7 +184,7 @@ def test_a_value_that_is_no_figure_is_left_out_and_its_line_kept(rows: list[tupl
             assert line.layers.keys() == entry["layers"].keys()
 
 
-def test_values_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_are_left_out_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "two"}\n{"step": 3, "loss": 1.0, "lo\u00e4": 7}\n')
     path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xff"))  # a damaged name is not a damaged line
@@ -279,7 +274,7 @@ def test_a_run_twice_as_long_takes_no_more_memory_and_no_larger_page(
     assert sizes[1] < 1.3 * sizes[0] < 8e6
 
 
-def test_no_line_that_is_sound_takes_the_slow_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_valid_line_is_parsed_the_slow_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading for a report, for a comparison, and for a resume; a million lines would take a minute otherwise."""
     calls: list[bytes] = []
 

@@ -17,7 +17,8 @@ from megatron_lite.observe import line_writer
 from megatron_lite.observe.console import Forgiving
 from megatron_lite.observe.line_writer import LineWriter
 from megatron_lite.observe.markers import RESERVE_FILE, leave_marker, read_marker, reserve_space
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter, read_metrics
+from megatron_lite.observe.metrics import read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from tests.mounts import small_disk
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.observe import metrics
-from megatron_lite.observe.metrics import ROLLED_BACK_FILE, EventWriter, MetricsWriter, newest_entries, read_metrics
+from megatron_lite.observe import metrics_writer
+from megatron_lite.observe.metrics import ROLLED_BACK_FILE, newest_entries, read_metrics
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_kill_within_a_rollback_loses_and_doubles_nothing(
         step = "replace_file" if killed_before == "set aside" else "shorten"
         writer = MetricsWriter(path, 5)
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, step, Mock(side_effect=KeyboardInterrupt))
+            patch.setattr(metrics_writer, step, Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 writer.rewind(3, 1)
         assert path.with_name(ROLLED_BACK_FILE).exists() == (killed_before == "shortened")
@@ -153,7 +154,7 @@ def test_events_are_a_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "nothing"])
-def test_what_is_no_file_has_no_lines_and_nobody_waits_for_it(
+def test_what_is_not_a_regular_file_has_no_lines_and_does_not_block(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"

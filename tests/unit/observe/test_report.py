@@ -1,4 +1,4 @@
-"""The page of a run: everything is told, texts stay texts, and odd runs get a page as well."""
+"""The page of a run: everything is shown, texts stay texts, and odd runs get a page as well."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def figures_of(page: str) -> list[dict[str, Any]]:
     return list(json.loads(found[1]))
 
 
-def test_the_page_tells_what_the_run_is_and_how_it_went(eventful: Path) -> None:
+def test_the_page_shows_what_the_run_is_and_how_it_went(eventful: Path) -> None:
     text = text_of(render(RunFolder.read(eventful), "done: all steps are trained"))
     for expected in (
         "done: all steps are trained",
@@ -151,7 +151,7 @@ def test_evaluations_of_a_left_branch_do_not_stand(tmp_path: Path) -> None:
     folder = RunFolder.read(tmp_path)
     assert [entry["step"] for entry in folder.standing("evaluation")] == [10]
     run.events.write("evaluation", 20, {"validation_loss": 4.0})
-    run.events.write("evaluation", 20, {"validation_loss": 4.0})  # told again after a resume
+    run.events.write("evaluation", 20, {"validation_loss": 4.0})  # reported again after a resume
     folder = RunFolder.read(tmp_path)
     assert [entry["validation_loss"] for entry in folder.standing("evaluation")] == [5.0, 4.0]
 
@@ -190,7 +190,7 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
     assert loss["y"][4:] == [None] * 4
 
 
-def test_the_reason_of_a_jobs_end_is_told(tmp_path: Path) -> None:
+def test_the_reason_of_a_jobs_end_is_shown(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, steps=9)
     for kind, time, step in (("start", "2026-01-01T00:00:00+00:00", 0), ("resume", "2026-01-01T02:00:00+00:00", 4)):
         run.events.write(kind, step, {"time": time})

@@ -57,7 +57,7 @@ def ended_process() -> int:
 
 
 @obeys("megatron_lite/observe/run_lock.py:_in_use")
-def test_second_one_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_the_second_process_is_refused_with_the_name_of_the_holder(tmp_path: Path) -> None:
     tmp_path = tmp_path / "my run"  # a shell would take it for two words
     freeze(RunConfig(), tmp_path)
     lock = take(tmp_path, Role.rank, "a")
@@ -243,7 +243,7 @@ def contend(run_dir: Path, go: float) -> int:
     try:
         time.sleep(max(go - time.monotonic(), 0))
         lock = take(run_dir, Role.rank, str(os.getpid()))
-        # Whoever makes this file holds the lock: two at the same time would meet here.
+        # The process that makes this file holds the lock: two at the same time would meet here.
         os.close(os.open(run_dir / "held", os.O_CREAT | os.O_EXCL))
         deadline = time.monotonic() + 30
         while not (run_dir / "over").exists() and time.monotonic() < deadline:  # one that came later might take it over
@@ -330,7 +330,7 @@ def test_other_ranks_join_their_own_rank_0_and_refuse_another(tmp_path: Path, qu
         claim.confirm()
 
 
-def test_attempts_are_told_apart_by_what_launchers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_differ_by_what_launchers_say(monkeypatch: pytest.MonkeyPatch) -> None:
     torchrun = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
     slurm = torchrun | {"SLURM_JOB_ID": "7"}
     attempts = [torchrun, slurm, slurm | {"SLURM_RESTART_COUNT": "1"}, torchrun | {"MEGATRON_LITE_ATTEMPT": "x"}]

@@ -71,13 +71,13 @@ def test_deviations_are_robust_ones() -> None:
     assert judgement.loss_deviations == pytest.approx((7.0 - np.median(losses[-9:]) - centre) / spread)
 
 
-def test_a_tiny_bump_of_a_still_series_is_none() -> None:
+def test_a_tiny_bump_of_a_constant_series_is_no_spike() -> None:
     steps = [StepStatistics(step, 3.0 + 1e-4 * (step % 3), 1.0) for step in range(1, 100)]
     assert run(SpikeDetector(LIMITS), changed(steps, {80: {"loss": 3.05}})) == {}
     assert list(run(SpikeDetector(LIMITS), changed(steps, {80: {"loss": 3.2}}))) == [80]
 
 
-def test_one_high_gradient_is_none_and_two_are() -> None:
+def test_one_high_gradient_norm_is_no_spike_and_two_are() -> None:
     steps = list(curve(1))
     assert run(SpikeDetector(LIMITS), changed(steps, {200: {"grad_norm": 60.0}})) == {}
     found = run(SpikeDetector(LIMITS), changed(steps, {200: {"grad_norm": 60.0}, 201: {"grad_norm": 80.0}}))
@@ -94,7 +94,7 @@ def test_one_high_gradient_with_a_loss_that_rises() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_no_number_from_the_first_step_on(name: str, value: float) -> None:
+def test_non_finite_values_from_the_first_step_on(name: str, value: float) -> None:
     steps = list(curve(3, steps=60))
     found = run(SpikeDetector(LIMITS), changed(steps, {1: {name: value}, 50: {name: value}}))
     assert {step: judgement.kinds for step, judgement in found.items()} == {
@@ -121,7 +121,7 @@ def test_collapse_of_the_loss_scale() -> None:
     assert {step: judgement.kinds for step, judgement in found.items()} == {106: (SpikeKind.loss_scale,)}
 
 
-def test_a_collapsed_loss_scale_is_told_once() -> None:
+def test_a_collapsed_loss_scale_is_reported_once() -> None:
     """It stays low for long, and the steps after it are as good as any."""
     low = {step: {"loss_scale": 2.0**8} for step in range(60, 120)}
     lower = {step: {"loss_scale": 2.0**2} for step in range(120, 200)}

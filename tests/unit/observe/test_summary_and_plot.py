@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from megatron_lite.observe.metrics import EventWriter, MetricsWriter
+from megatron_lite.observe.metrics_writer import EventWriter, MetricsWriter
 from megatron_lite.observe.plot import plot_run, smoothed
 from megatron_lite.observe.summary import RunSummary, show_summary, summary_panel, summary_rows
 from tests.plain_console import plain_console
@@ -35,7 +35,7 @@ SUMMARY = RunSummary(
 )
 
 
-def test_every_known_fact_is_told() -> None:
+def test_every_known_fact_is_shown() -> None:
     assert summary_rows(SUMMARY) == [
         ("steps", "300"),
         ("training loss", "9.010 at the first step, 4.200 at the last"),
@@ -49,7 +49,7 @@ def test_every_known_fact_is_told() -> None:
     ]
 
 
-def test_classes_of_samples_are_told_apart() -> None:
+def test_classes_of_samples_have_lines_of_their_own() -> None:
     summary = RunSummary("run", 5, validation_loss=4.5, validation_token_loss=4.0, validation_accuracy=0.25,
                          sequence_accuracy=0.75, unigram_entropy_nats=6.0)  # fmt: skip
     rows = dict(summary_rows(summary))

@@ -167,7 +167,7 @@ def test_wandb_resumes_one_run_and_logs_each_step_once(tmp_path: Path, monkeypat
     assert [row["step"] for row in rows if "resume/world_size" in row] == [0, 1]
 
 
-def test_wandb_is_told_late_what_its_record_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_late_what_its_record_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that ends a job kills wandb's own process as well, with what it had not written yet."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -232,7 +232,7 @@ def test_spikes_and_their_alerts_are_in_wandb_once_after_a_crash(tmp_path: Path,
 
 
 @pytest.mark.parametrize("reach_wandb", [True, False], ids=["recorded", "caught up"])
-def test_wandb_tells_branches_apart_after_a_rollback_and_a_crash(
+def test_wandb_separates_branches_after_a_rollback_and_a_crash(
     tmp_path: Path, offline: RunConfig, reach_wandb: bool
 ) -> None:
     """Spike at 6, back to 4, on to 7, killed there; the resume goes on from 4 in the same branch."""
@@ -364,7 +364,7 @@ def test_run_id_lives_in_the_run_folder(tmp_path: Path) -> None:
         ("TensorBoard", "megatron_lite.observe.tensorboard_tracker", "TensorBoardTracker"),
     ],
 )
-def test_a_view_that_cannot_start_is_told_and_left_out(
+def test_a_view_that_cannot_start_is_reported_and_left_out(
     name: str, module: str, attribute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a library raises, the run goes on, and its own files have the figures."""

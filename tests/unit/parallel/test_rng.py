@@ -74,6 +74,6 @@ def test_the_hash_is_the_same_in_another_process():
     assert int(other.stdout) == stable_hash(1, "layers.0", "mlp")
 
 
-def test_the_hash_tells_how_its_parts_are_divided():
+def test_the_hash_depends_on_how_its_parts_are_divided():
     assert stable_hash("ab", "c") != stable_hash("a", "bc")
     assert 0 <= stable_hash("x") < 2**63

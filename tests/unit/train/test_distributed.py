@@ -28,7 +28,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @obeys("megatron_lite/train/distributed.py:start_process_group")
 @pytest.mark.parametrize(("rank", "port_is_free"), [(1, True), (0, False)], ids=["rank 0 is missing", "port is taken"])
-def test_a_rank_that_meets_nobody_says_what_to_do(
+def test_a_rank_that_meets_no_other_says_what_to_do(
     rank: int, port_is_free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = ProcessEnvironment(rank=rank, local_rank=rank, world_size=2, local_world_size=2)

@@ -1,4 +1,4 @@
-"""A page that cannot be written is told of, and fails no run."""
+"""A page that cannot be written is reported, and fails no run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.plain_console import plain_console
 
 
 @pytest.mark.parametrize("name", ["report.html", "loss.png"])
-def test_a_page_that_cannot_be_written_is_told_in_one_line(name: str, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_reported_in_one_line(name: str, tmp_path: Path) -> None:
     def fail() -> Path:
         raise OSError(28, "No space left\non device")
 

@@ -1,4 +1,4 @@
-"""A run whose passes over the data end before its steps: whoever does what the error says gets on."""
+"""A run whose passes over the data end before its steps: following the error's remedy works."""
 
 from __future__ import annotations
 

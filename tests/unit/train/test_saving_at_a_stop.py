@@ -1,4 +1,4 @@
-"""A stop saves what is finished and sound, unless it is saved: whatever lies there under the step's name. An evaluation
+"""A stop saves what is finished and finite, unless saved: whatever lies there under the step's name. An evaluation
 that it broke off is made up for."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import pytest
 
 from megatron_lite.config.schema import TrainConfig
 from megatron_lite.errors import RunEnd
-from megatron_lite.observe.metrics import EVENTS_FILE, EventWriter
+from megatron_lite.observe.metrics import EVENTS_FILE
+from megatron_lite.observe.metrics_writer import EventWriter
 from megatron_lite.train.run import _is_evaluated, _stop
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.verify.equivalence import synthetic_vocabulary
+from megatron_lite.verify.synthetic import synthetic_vocabulary
 
 
 def test_synthetic_vocabulary_has_the_sentinels_that_are_needed() -> None:

@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_kinds_are_told_by_names(folder: Path) -> None:
+def test_kinds_follow_from_names(folder: Path) -> None:
     for name in ("a.TXT", "a.jsonl.zst", "a.json", "ready.bin", "ready.idx", "folder/x.csv"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
@@ -132,7 +132,7 @@ def test_missing_place_that_is_no_name_of_the_hub(name: str, folder: Path) -> No
 @obeys("megatron_lite/data/corpus/source_names.py:_refuse_slip")
 def test_a_slip_of_the_source_that_is_built_in_asks_no_hub(name: str) -> None:
     assert "the built-in source is spelled embedded; use embedded, or name" in refusal(name)
-    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # as told
+    assert resolve_source("embedded", "data.source").kind is SourceKind.embedded  # the remedy works
     assert resolve_source(f"owner/{name}", "data.source").kind is SourceKind.dataset
 
 
@@ -174,7 +174,7 @@ def test_links(folder: Path) -> None:
 
 
 @pytest.fixture
-def as_nobody() -> Iterator[None]:
+def as_unprivileged_user() -> Iterator[None]:
     """Root may read everything."""
     is_root = os.geteuid() == 0
     if is_root:
@@ -190,7 +190,7 @@ def test_permission_denied(folder: Path, request: pytest.FixtureRequest) -> None
     path = folder / "a.txt"
     path.write_text("secret")
     path.chmod(0)
-    request.getfixturevalue("as_nobody")
+    request.getfixturevalue("as_unprivileged_user")
     assert refusal(str(path)).endswith("cannot be read: Permission denied; correct the path or its permissions")
 
 

@@ -26,7 +26,7 @@ SEQ = 7
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
-    """40 documents of 0 to 29 tokens; every token of the file is unique, so that a window tells where it lies."""
+    """40 documents of 0 to 29 tokens; every token of the file is unique, so that a window shows where it is."""
     lengths = np.random.default_rng(5).integers(0, 30, 40)
     lengths[3] = 0
     writer = IndexedWriter(tmp_path / "x", np.int32)

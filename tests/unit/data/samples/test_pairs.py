@@ -57,7 +57,7 @@ def write_shard(folder: Path, documents: list[Sentences], part: Part = Part.ever
 
 
 def random_documents(count: int, most_sentences: int = 12) -> list[Sentences]:
-    """Every token of the corpus is unique, so that a part tells where it was cut from."""
+    """Every token of the corpus is unique, so that a part shows where it was cut from."""
     random, at = np.random.default_rng(3), 0
     documents = []
     for _ in range(count):

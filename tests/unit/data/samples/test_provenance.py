@@ -113,7 +113,7 @@ def test_samples_of_two_epochs_are_the_documents_that_provenance_names(
         assert named <= set(MARKER.findall(text)) <= {MARKER.findall(originals[p.file][p.document])[0] for p in parts}
         seen |= {(part.file, part.document) for part in parts}
     assert {file for file, _ in seen} == set(originals)
-    # Whoever says that a document's marker is in a sample is right, and no sample is forgotten.
+    # Documents are found in exactly the samples that hold their marker.
     file, number = sorted(seen)[len(seen) // 2]
     marker = MARKER.findall(originals[file][number])[0]
     holding = {i for i in range(last) if marker in MARKER.findall(provenance.text(i))}

@@ -1,4 +1,4 @@
-"""Damage any byte of any file of prepared data: it is found and named with what mends it, or it does no harm."""
+"""Damage any byte of any file of prepared data: it is found and named with its remedy, or it does no harm."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_damage_in_files_too_large_to_verify_is_found_in_use_or_does_no_harm(
     assert found > 60
 
 
-def test_any_damage_of_a_copied_pair_is_told(whole: tuple[PreparedData, RunConfig], tmp_path: Path) -> None:
+def test_any_damage_of_a_copied_pair_is_reported(whole: tuple[PreparedData, RunConfig], tmp_path: Path) -> None:
     """With its sidecar, which goes with it: read by `inspect`, and when the pair is a source."""
     made, _ = whole
     prefix = tmp_path / "copy"
@@ -140,7 +140,7 @@ def test_any_damage_of_a_copied_pair_is_told(whole: tuple[PreparedData, RunConfi
             except DataError as error:
                 assert str(prefix) in str(error)  # noqa: PT017
             else:
-                assert suffix == ".json"  # of it, some bytes tell nothing
+                assert suffix == ".json"  # some of its bytes have no meaning
             path.write_bytes(content)
 
 

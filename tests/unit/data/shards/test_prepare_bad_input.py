@@ -86,7 +86,7 @@ def test_corpus_without_text(tmp_path: Path, config_for: ConfigFor, silent: Sile
     assert prepare(config_for(tmp_path / "blank.txt", validation_fraction=0.5), report=silent).train_documents
 
 
-@obeys("megatron_lite/data/shards/prepare.py:_one_document")
+@obeys("megatron_lite/data/shards/held_out.py:_one_document")
 def test_one_document_cannot_be_split(corpus: Path, config_for: ConfigFor) -> None:
     """Said at once: the vocabulary of a large text takes minutes."""
     message = (
@@ -109,7 +109,7 @@ def test_a_separator_is_no_remedy_where_rows_are_documents(tmp_path: Path, confi
         prepare(config_for(tmp_path / "one.jsonl"), report=pytest.fail)
 
 
-@obeys("megatron_lite/data/shards/prepare.py:_nothing_held_out")
+@obeys("megatron_lite/data/shards/held_out.py:nothing_held_out")
 def test_nothing_held_out_names_the_fraction_that_would(corpus: Path, config_for: ConfigFor, silent: Silent) -> None:
     with pytest.raises(
         DataError, match=r"data\.validation_fraction=0\.001 holds out none of the 120 doc.*; use 0\.\d+ or"

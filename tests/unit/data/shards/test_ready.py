@@ -247,5 +247,5 @@ def test_shards_copied_without_their_tokenizer(
         shutil.copy(str(made.train[0].prefix) + suffix, tmp_path / f"copy{suffix}")
     prepared = prepare(config_for(tmp_path / "copy"), report=silent)
     assert prepared.tokenizer_dir is None
-    assert prepared.eod_id == made.eod_id  # the sidecar still tells it
+    assert prepared.eod_id == made.eod_id  # from the sidecar
     assert prepared.tokenizer_hash == made.tokenizer_hash

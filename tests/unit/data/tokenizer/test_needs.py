@@ -122,7 +122,7 @@ def test_shards_without_their_tokenizer() -> None:
 
 
 def copied_alone(prepared: PreparedData, folder: Path) -> Path:
-    """The pair and its sidecar, which tells the roles, without the tokenizer."""
+    """The pair and its sidecar, which holds the roles, without the tokenizer."""
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{prepared.train[0].prefix}{suffix}", folder / f"copy{suffix}")
     return folder / "copy"
@@ -165,7 +165,7 @@ def test_the_roles_alone_do_for_the_others(
 
 
 @obeys("megatron_lite/data/tokenizer/needs.py:no_sentences")
-def test_sentences_that_nothing_tells_are_missed_before_a_token_is_read(
+def test_missing_sentence_ends_are_reported_before_a_token_is_read(
     tmp_path: Path, prepared_corpus: tuple[PreparedData, RunConfig], config_for: ConfigFor
 ) -> None:
     made, _ = prepared_corpus

@@ -192,7 +192,7 @@ def test_other_text_is_refused_before_it_is_tokenised(
     with pytest.raises(ConfigError, match=r"data\.source=.*second\.txt cannot continue from .*; keep data\.source="):
         prepare(config_for(two[1]), report=said.append, earlier=prepared_corpus[1])
     assert said == []
-    two[0].unlink()  # nothing to compare with any more: the tokens will tell
+    two[0].unlink()  # nothing to compare with any more: the tokens will show it
     assert prepare(config_for(two[1]), report=said.append, earlier=prepared_corpus[1]).train_documents > 0
 
 

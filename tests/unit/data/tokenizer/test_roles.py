@@ -85,7 +85,7 @@ def test_names_that_are_pieces_too_stay_text(tmp_path: Path, text: str) -> None:
     assert opened.decode(ids).replace(" ", "") == text.replace(" ", "")
 
 
-def test_role_that_cannot_be_told_from_text(tmp_path: Path) -> None:
+def test_text_that_encodes_to_a_special_token(tmp_path: Path) -> None:
     opened = unigram(tmp_path / "t", ["</s>"], {"mask_token": "a"})
     with pytest.raises(DataError) as error:
         opened.encode("a banana")
@@ -148,6 +148,6 @@ def test_vocabulary_of_shards_without_their_tokenizer(
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"copy{suffix}").write_bytes(Path(f"{made.train[0].prefix}{suffix}").read_bytes())
     vocabulary = prepare(config_for(tmp_path / "copy"), report=lambda line: None).vocabulary
-    assert vocabulary.special == made.special  # the sidecar tells them
+    assert vocabulary.special == made.special  # from the sidecar
     assert vocabulary.is_special is None
     assert vocabulary.begins_word is None

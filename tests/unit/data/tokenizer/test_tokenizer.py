@@ -193,7 +193,7 @@ def test_eod_that_is_an_ordinary_piece_of_the_vocabulary(tmp_path: Path) -> None
 
 
 @obeys("megatron_lite/data/tokenizer/encoding.py:_refuse_roles")
-def test_eod_that_cannot_be_told_from_text(tmp_path: Path) -> None:
+def test_text_that_encodes_to_the_end_of_document_token(tmp_path: Path) -> None:
     folder = save_word_tokenizer(tmp_path / "t", {"[UNK]": 0, "word": 1}, eos_token="[UNK]")
     with pytest.raises(
         DataError, match=r"the text 'strange'\.\.\. encodes to the end-of-document token '\[UNK\]' itself"
@@ -270,7 +270,7 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "file_name"), [("BertTokenizer", "vocab.txt"), ("GPT2Tokenizer", "merges.txt")])
 @obeys("megatron_lite/data/tokenizer/tokenizer_files.py:cannot_open")
 def test_files_of_an_unknown_kind(tmp_path: Path, kind: str, file_name: str) -> None:
-    """As Megatron's --vocab-file and --merge-file name them: nothing beside them tells their kind."""
+    """As Megatron's --vocab-file and --merge-file name them: nothing beside them says of which kind they are."""
     letters = ["a", "b", "Ġ", "ab"]
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "##b"]))
     (tmp_path / "vocab.json").write_text(json.dumps({text: i for i, text in enumerate([*letters, "<|endoftext|>"])}))

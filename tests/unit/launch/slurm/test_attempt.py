@@ -165,7 +165,7 @@ def test_a_rollback_is_progress(slurm: Notes, run_dir: Path) -> None:
     assert records.attempts(run_dir, "end")[-1].advanced
 
 
-def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_is_reported(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(run_dir)
     slurm.refuses = ("requeue",)
     leave_marker(run_dir, RunEnd.PREEMPTED, "", 3)
@@ -176,7 +176,7 @@ def test_refusal_is_told(slurm: Notes, run_dir: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
-def test_outside_a_job_is_told(
+def test_outside_a_job_is_reported(
     slurm: Notes, run_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(name)
@@ -187,7 +187,7 @@ def test_outside_a_job_is_told(
     assert capsys.readouterr().out.count(said) == 2
 
 
-def test_a_count_of_restarts_that_is_none_stops_no_job(
+def test_an_invalid_count_of_restarts_stops_no_job(
     slurm: Notes, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "two")

@@ -73,7 +73,7 @@ def test_a_rank_that_waits_within_a_save_is_a_victim() -> None:
     assert find(beats).ranks == [0]
 
 
-def test_a_barrier_that_all_wait_at_has_no_culprit() -> None:
+def test_a_barrier_at_which_all_ranks_wait_blames_none() -> None:
     found = find(job(phase=Phase.SAVE, call="barrier"))
     assert (found.kind, found.node) == (HangKind.BEHIND, None)
     assert found.message == (
@@ -126,7 +126,7 @@ def test_someone_who_has_just_begun_to_work_is_not_accused() -> None:
     assert found.ranks == [5]
 
 
-def test_work_that_asks_nobody_comes_before_a_computation() -> None:
+def test_work_without_collectives_comes_before_a_computation() -> None:
     """On a GPU collectives leave no trace on the stack, and all others seem to compute."""
     beats = job(beat(5, Phase.DATA, call=None, seconds=90.1), phase=Phase.BACKWARD, call=None)
     assert find(beats).ranks == [5]
@@ -202,7 +202,7 @@ def test_one_other_waits() -> None:
     assert message.endswith("; 1 other waits in step 418")
 
 
-def test_nobody_has_given_a_sign_of_life() -> None:
+def test_no_rank_has_published_a_heartbeat() -> None:
     found = find_culprit({}, 2, now=NOW, limit_seconds=LIMIT, started=NOW - 91)
     assert found.message == "all 2 ranks have sent no heartbeat in this attempt"
 

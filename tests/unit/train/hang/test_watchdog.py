@@ -109,7 +109,7 @@ def test_a_rank_reports_itself_and_ends(tmp_path: Path, rank: Callable[..., subp
     assert "read_forever" in (tmp_path / "logs" / "stacks" / "rank-1.txt").read_text()
 
 
-def test_without_a_launcher_it_tells_the_user(tmp_path: Path, rank: Callable[..., subprocess.Popen[str]]) -> None:
+def test_without_a_launcher_it_prints_what_to_do(tmp_path: Path, rank: Callable[..., subprocess.Popen[str]]) -> None:
     code, output = end(rank(SLEEP), tmp_path)
     assert code == RunEnd.HUNG
     assert output.startswith("error: rank 1 (node ")
@@ -124,7 +124,9 @@ def test_a_report_of_another_rank_ends_it(tmp_path: Path, rank: Callable[..., su
     assert "read_forever" in (tmp_path / "logs" / "stacks" / "rank-1.txt").read_text()
 
 
-def test_a_report_of_an_earlier_attempt_ends_nobody(tmp_path: Path, rank: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_report_of_an_earlier_attempt_ends_no_rank(
+    tmp_path: Path, rank: Callable[..., subprocess.Popen[str]]
+) -> None:
     (tmp_path / HANG_FILE).write_text('{"message": "of yesterday"}')
     code, output = end(rank("time.sleep(1.0)", limit=30.0), tmp_path)
     assert (code, output) == (0, "")
