@@ -100,9 +100,7 @@ class Attention(nn.Module):
         mask = self_attention_mask(length, visibility, causal=self.causal)
         return self._core(query, key_heads, value, mask, key).transpose(1, 2).flatten(2)
 
-    def _core(
-        self, query: Tensor, key_heads: Tensor, value: Tensor, mask: Tensor | None, key: Key | None
-    ) -> Tensor:
+    def _core(self, query: Tensor, key_heads: Tensor, value: Tensor, mask: Tensor | None, key: Key | None) -> Tensor:
         """softmax(masked(query key^T / sqrt(d))) value: [b, n, s, d]; key_heads and value are [b, g, s, d]."""
         plain = self.causal and mask is None and self.scale is None and (key is None or self.dropout == 0.0)
         if plain and query.device.type == "cpu" and query.shape[2] <= _LONGEST_SHORT_SEQUENCE:

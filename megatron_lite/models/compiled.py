@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.errors import TrainingError, remedy_of
 from megatron_lite.models.block import TransformerBlock
 from megatron_lite.models.masks import Visibility
 from megatron_lite.models.positions import Angles
@@ -36,7 +37,26 @@ def run_compiled(
     if not (block.training and torch.is_grad_enabled()):
         return block(x, visibility, memory, key, angles)
     packed = None if key is None else key.packed()
-    return _graph(BACKEND)(block, x, visibility, memory, packed, angles)
+    try:
+        return _graph(BACKEND)(block, x, visibility, memory, packed, angles)
+    except Exception as error:
+        _require_compiled(block, error)
+        raise
+
+
+def _require_compiled(block: TransformerBlock, error: Exception) -> None:
+    """
+    Raises:
+        TrainingError: the error is of the compiler, not of the block's arithmetic.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # imports the whole compiler
+
+    if isinstance(error, TorchDynamoException | FailOnRecompileLimitHit):
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        remedy = remedy_of(error, "set train.compile=none")
+        raise TrainingError(
+            f"train.compile=blocks: torch.compile makes no graph of {block.name}: {said}; {remedy}"
+        ) from error
 
 
 @functools.cache

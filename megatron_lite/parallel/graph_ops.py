@@ -73,7 +73,7 @@ def dropping_attention(
     site: str,
     tensor_rank: int,
 ) -> Tensor:
-    """Attention with dropout of its probabilities: query [b, n, s, d], key_heads and value [b, g, k, d] -> [b, s, n, d].
+    """Attention with dropout of its probabilities: query [b, n, s, d], keys and values [b, g, k, d] -> [b, s, n, d].
 
     Args:
         mask: bool or float, broadcastable to [b, n, s, k].
