@@ -386,8 +386,8 @@ class TrainConfig:
     """Precision of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     compile: Compile = Compile.none
-    """blocks = transformer layers train through torch.compile: about a minute more at the start, shorter steps on a GPU.
-    Evaluation and generation run as without it. Not with ZeRO-3. Losses differ in the last digits."""
+    """blocks = transformer layers train through torch.compile: about a minute more at the start, then shorter steps on
+    a GPU. Evaluation and generation run as without it. Not with ZeRO-3. Losses differ in the last digits."""
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100

@@ -24,7 +24,7 @@ def activation_dropout(x: Tensor, probability: float, key: Key | None, site: str
         return x
     # Slices of the sequence need different masks on each tensor rank, replicated activations the same one.
     if isinstance(key, Tensor):
-        rank = context.tensor_rank if context.sequence_parallel else -1
+        rank = context.rng.tensor_rank if context.sequence_parallel else -1
         kept = dropout_mask(key, x.shape, x.dtype, x.device, probability, context.rng.seed, site, rank)
         return x * kept * (1.0 / (1.0 - probability))
     draw = context.rng.tensor_parallel if context.sequence_parallel else context.rng.replicated

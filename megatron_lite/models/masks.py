@@ -72,7 +72,7 @@ def masked_attention(
     if key is None or dropout == 0.0:
         return F.scaled_dot_product_attention(query, key_heads, value, **settings)
     if isinstance(key, Tensor):
-        seed, rank = context.rng.seed, context.tensor_rank
+        seed, rank = context.rng.seed, context.rng.tensor_rank
         attended = dropping_attention(
             query, key_heads, value, mask, key, causal, scale, dropout, seed, site, rank
         )  # [b, s, n, d]

@@ -91,9 +91,9 @@ def compiled_blocks_hold_their_weights(case: Case) -> Iterator[str]:
     config = case.config
     if config.train.compile is Compile.blocks and config.parallel.zero_stage == 3:
         yield (
-            "train.compile=blocks needs parallel.zero_stage=2 or less, not 3: a graph takes the weights of a whole layer "
-            "at once, and ZeRO-3 gathers them module by module inside it; use train.compile=none or parallel.zero_stage="
-            f"{2 if case.pipeline == 1 else 1}"
+            "train.compile=blocks needs parallel.zero_stage=2 or less, not 3: a graph takes the weights of a whole "
+            "layer at once, and ZeRO-3 gathers them module by module inside it; use train.compile=none or "
+            f"parallel.zero_stage={2 if case.pipeline == 1 else 1}"
         )
 
 

@@ -76,11 +76,11 @@ def test_the_operators_leave_the_generator_as_it_was() -> None:
 def test_operators_are_what_the_compiler_is_told() -> None:
     """torch's own check of shapes, strides and gradients of an operator without its real computation."""
     ops = torch.ops.megatron_lite
-    mask = (KEY.packed(), [3, 5], torch.float32, torch.device("cpu"), 0.5, 1, "site", -1)
-    torch.library.opcheck(ops.dropout_mask.default, mask)
+    of_mask = (KEY.packed(), [3, 5], torch.float32, torch.device("cpu"), 0.5, 1, "site", -1)
+    torch.library.opcheck(ops.dropout_mask.default, of_mask)
     heads = [torch.randn(2, groups, 4, 8, requires_grad=True) for groups in (4, 2, 2)]
     bias = torch.randn(1, 4, 4, 4, requires_grad=True)
-    for given in (None, bias):
+    for mask in (None, bias):
         torch.library.opcheck(
-            ops.dropping_attention.default, (*heads, given, KEY.packed(), given is None, None, 0.5, 1, "site", 0)
+            ops.dropping_attention.default, (*heads, mask, KEY.packed(), mask is None, None, 0.5, 1, "site", 0)
         )
