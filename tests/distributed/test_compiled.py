@@ -28,6 +28,7 @@ from tests.distributed.compiled_ranks import (
 )
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
+from tests.unit.remedies import obeys
 
 CASES = {
     "gpt2_prefix": Case(GPT2, (TOKENS, Field("prefix_lengths"))),
@@ -78,6 +79,7 @@ def test_the_whole_sequence_is_not_kept_under_sequence_parallelism() -> None:
     assert not {(48, 32), (2, 24, 32), (4, 12, 32)} & shapes
 
 
+@obeys("megatron_lite/models/compiled.py:_require_compiled")
 def test_a_block_that_cannot_be_one_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = TransformerBlock.forward
 
