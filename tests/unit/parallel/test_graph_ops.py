@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.models.dropout import activation_dropout, inner_dropout
@@ -21,6 +21,7 @@ def _single(tensor_rank: int = 0) -> ParallelContext:
     return context
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), max_size=120))
 def test_a_key_can_be_packed(first_sample: int, name: str) -> None:
     key = DropoutKey(name, first_sample)
