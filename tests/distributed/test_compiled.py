@@ -50,7 +50,7 @@ ON_ONE_RANK = [name for name, case in CASES.items() if case.tensor_parallel == 1
 
 
 def test_each_kind_of_block_is_one_graph_for_all_steps() -> None:
-    (found,) = run_ranks(reports, 1, list(CASES.values()))
+    (found,) = run_ranks(reports, 1, list(CASES.values()), timeout_seconds=600)
     for (name, case), report in zip(CASES.items(), found, strict=True):
         kinds = 2 if case.model.architecture is Architecture.encoder_decoder else 1
         assert (report.graphs, report.breaks) == (kinds, ()), name
