@@ -36,7 +36,14 @@ from megatron_lite.config.launcher import LauncherConfig, LauncherName
 from megatron_lite.config.preset_folders import PresetFolders, find_folders
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.rules.values import require_form
-from megatron_lite.config.schema import BatchRampConfig, OptimizerConfig, OptimizerName, RunConfig, TrackingConfig
+from megatron_lite.config.schema import (
+    BatchRampConfig,
+    Compile,
+    OptimizerConfig,
+    OptimizerName,
+    RunConfig,
+    TrackingConfig,
+)
 from megatron_lite.data.corpus.source_names import require_sources
 from megatron_lite.data.tokenizer.vocabulary import TRAIN, planned_vocab_size
 from megatron_lite.errors import EXIT_OK, CheckpointError, ConfigError, DataError
@@ -261,7 +268,7 @@ def _without_training(config: RunConfig) -> RunConfig:
         config,
         optimizer=OptimizerConfig(name=OptimizerName.sgd, warmup_steps=0),
         parallel=replace(config.parallel, offload_optimizer=False),
-        train=replace(config.train, batch_ramp=BatchRampConfig(), run_dir=None),
+        train=replace(config.train, batch_ramp=BatchRampConfig(), run_dir=None, compile=Compile.none),
         tracking=TrackingConfig(progress=False, plot=False),
     )
 

@@ -63,6 +63,11 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Compile(StrEnum):
+    none = "none"
+    blocks = "blocks"  # each transformer layer, one graph for each kind
+
+
 class ObjectiveName(StrEnum):
     causal_lm = "causal_lm"
     prefix_lm = "prefix_lm"

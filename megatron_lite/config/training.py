@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_lite.config import ranges, texts
 from megatron_lite.config import resume_effects as effects
-from megatron_lite.config.choices import OptimizerName, Precision, Recompute, WandbMode
+from megatron_lite.config.choices import Compile, OptimizerName, Precision, Recompute, WandbMode
 from megatron_lite.config.decays import Decay
 from megatron_lite.config.setting import SAFE, setting
 
@@ -110,6 +110,9 @@ class TrainConfig:
     precision: Precision = setting(Precision.fp32, resume=effects.PRECISION)
     """Precision of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    compile: Compile = setting(Compile.none, resume=SAFE)  # a mask of dropout does not depend on it
+    """blocks = transformer layers train through torch.compile: about a minute more at the start, then shorter steps on
+    a GPU. Evaluation and generation run as without it. Not with ZeRO-3. Losses differ in the last digits."""
     log_interval: int = setting(1, range=ranges.STEPS, resume=SAFE)
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = setting(100, range=ranges.STEPS_OR_0, resume=SAFE)

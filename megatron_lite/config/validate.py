@@ -96,6 +96,7 @@ RULES: tuple[Rule, ...] = (
     training.ramp_is_whole,
     training.tokens_are_counted,
     training.fp16_needs_a_gpu,
+    training.compiled_blocks_hold_their_weights,
     training.warmup_ends,
     training.decay_follows_warmup,
     training.minimum_rate_is_lower,

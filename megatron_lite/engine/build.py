@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Compile
+from megatron_lite.engine.compiler import require_compiler
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.flat import FlatEngine
 from megatron_lite.engine.hooks import EngineHooks
@@ -27,6 +29,10 @@ def build_engine(
         global_batch_size: of the first step, in sequences.
         heartbeat: None = progress is not watched.
         hooks: None = no hooks.
+    Raises:
+        LaunchError: this machine lacks what `train.compile` needs.
     """
+    if config.train.compile is Compile.blocks:
+        require_compiler(context.device)
     engine = FlatEngine if config.parallel.zero_stage >= 2 else PipelinedEngine
     return engine(config, context, task, global_batch_size, heartbeat or Heartbeat(), hooks or EngineHooks())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config.keys import get_value
 from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Compile
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.spec import LayerSpec
@@ -42,6 +43,7 @@ def build_task(config: ResolvedConfig, context: ParallelContext, vocabulary: Voc
         recompute=config.parallel.recompute,
         inputs=objective.inputs,
         next_sentence_head=objective.has_sequence_label,
+        compiled_blocks=config.train.compile is Compile.blocks,
     )
     loss = TokenLoss(context, vocabulary.size, config.optimizer)
     measured = [one for one in STEP_MEASURES if one.setting is None or get_value(config, one.setting)]

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import Visibility, masked_attention, self_attention_mask
-from megatron_lite.models.positions import RotaryTable, rotate
+from megatron_lite.models.positions import Angles, rotate
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.rng import Key
 
 _LONGEST_SHORT_SEQUENCE = 512
 """Longest sequence for which `short_causal_attention` is used on CPUs. CPU-ms of forward and backward, torch's
@@ -48,7 +48,6 @@ class Attention(nn.Module):
         init: StackInit,
         *,
         causal: bool,
-        rotary: RotaryTable | None,
         recompute: bool,
     ) -> None:
         super().__init__()
@@ -56,7 +55,6 @@ class Attention(nn.Module):
         self.context = context
         self.causal = causal
         self.scale = None if model.attention_scale else 1.0
-        self.rotary = rotary
         self.recompute = recompute
         self.dropout = model.attention_dropout
         self.heads_per_group = heads // groups
@@ -75,27 +73,34 @@ class Attention(nn.Module):
             init=init.projection,
         )
 
-    def forward(self, x: Tensor, key: DropoutKey | None, visibility: Visibility = _ALL_VISIBLE) -> Tensor:
-        """`key`: of the dropout masks; None = no dropout."""
+    def forward(
+        self, x: Tensor, key: Key | None, visibility: Visibility = _ALL_VISIBLE, angles: Angles | None = None
+    ) -> Tensor:
+        """
+        Args:
+            key: of the dropout masks; None = no dropout.
+            angles: of the rotary embedding; None = positions are in x.
+        """
         qkv = self.qkv(x)  # [b, s, g (q + 2) d]
         if self.recompute and torch.is_grad_enabled():
-            attended = checkpoint(self._attend, qkv, key, visibility, use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(
+                self._attend, qkv, key, visibility, angles, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            attended = self._attend(qkv, key, visibility)
+            attended = self._attend(qkv, key, visibility, angles)
         return self.projection(attended)
 
-    def _attend(self, qkv: Tensor, key: DropoutKey | None, visibility: Visibility = _ALL_VISIBLE) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, key: Key | None, visibility: Visibility = _ALL_VISIBLE, angles: Angles | None = None
+    ) -> Tensor:
         """[b, s, g (q + 2) d] -> [b, s, n d]."""
         batch, length, _ = qkv.shape
-        angles = None if self.rotary is None else self.rotary(length, qkv.device)
         heads = _SplitHeads.apply(qkv.view(batch, length, -1, self.heads_per_group + 2, self.head_size), angles)
         query, key_heads, value = (part.transpose(1, 2) for part in heads)  # [b, n or g, s, d]
         mask = self_attention_mask(length, visibility, causal=self.causal)
         return self._core(query, key_heads, value, mask, key).transpose(1, 2).flatten(2)
 
-    def _core(
-        self, query: Tensor, key_heads: Tensor, value: Tensor, mask: Tensor | None, key: DropoutKey | None
-    ) -> Tensor:
+    def _core(self, query: Tensor, key_heads: Tensor, value: Tensor, mask: Tensor | None, key: Key | None) -> Tensor:
         """softmax(masked(query key^T / sqrt(d))) value: [b, n, s, d]; key_heads and value are [b, g, s, d]."""
         plain = self.causal and mask is None and self.scale is None and (key is None or self.dropout == 0.0)
         if plain and query.device.type == "cpu" and query.shape[2] <= _LONGEST_SHORT_SEQUENCE:
@@ -184,7 +189,7 @@ class _SplitHeads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.angles = angles
         queries_keys, value = qkv[..., :-1, :], qkv[..., -1, :]
         if angles is not None:

@@ -16,9 +16,9 @@ from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import Visibility
 from megatron_lite.models.mlp import MLP
 from megatron_lite.models.norms import build_norm
-from megatron_lite.models.positions import RotaryTable
+from megatron_lite.models.positions import Angles, RotaryTable
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.rng import DropoutKey, Key
 
 
 class TransformerBlock(nn.Module):
@@ -45,11 +45,12 @@ class TransformerBlock(nn.Module):
         self.norm_first = model.norm_placement is NormPlacement.pre
         self.hidden_dropout = model.hidden_dropout
         self.has_dropout = max(model.hidden_dropout, model.attention_dropout, model.ffn_dropout) > 0.0
+        self.rotary = rotary
         self.recompute = recompute is Recompute.full
         """Recompute the whole forward pass in the backward pass; `layer_factory.apply_block` does it."""
         selective = recompute is Recompute.selective
         self.attention_norm = build_norm(model, context)
-        self.attention = Attention(model, context, init, causal=causal, rotary=rotary, recompute=selective)
+        self.attention = Attention(model, context, init, causal=causal, recompute=selective)
         self.cross_attention = None
         if cross_attention:
             self.cross_attention_norm = build_norm(model, context)
@@ -64,15 +65,24 @@ class TransformerBlock(nn.Module):
         """
         return self.context.rng.next_key(self.name) if self.training and self.has_dropout else None
 
-    def forward(self, x: Tensor, visibility: Visibility, memory: Tensor | None, key: DropoutKey | None) -> Tensor:
+    def angles(self, x: Tensor) -> Angles | None:
+        """Of the rotary embedding for the positions of x, which may be a slice of the sequence. Like the key, it comes
+        from outside of `forward`: a compiled block can change no table."""
+        slices = self.context.tensor_size if self.context.sequence_parallel else 1
+        return None if self.rotary is None else self.rotary(slices * x.shape[1], x.device)
+
+    def forward(
+        self, x: Tensor, visibility: Visibility, memory: Tensor | None, key: Key | None, angles: Angles | None
+    ) -> Tensor:
         """
         Args:
             visibility: with cross-attention, its `lengths` are those of memory.
             memory: the encoder's output [b, e, h], or [b, e/t, h]; for cross-attention.
             key: the result of `next_key`.
+            angles: the result of `angles`.
         """
         first = self.norm_first
-        part = self.attention(self.attention_norm(x) if first else x, key, visibility)
+        part = self.attention(self.attention_norm(x) if first else x, key, visibility, angles)
         x = x + activation_dropout(part, self.hidden_dropout, key, "attention_output", self.context)
         x = x if first else self.attention_norm(x)
         if self.cross_attention is not None:

@@ -21,6 +21,7 @@ def build_layers(
     recompute: Recompute,
     inputs: tuple[Field, ...],
     next_sentence_head: bool = False,
+    compiled_blocks: bool = False,
 ) -> list[LayerSpec]:
     """The layer list that maps the inputs of a batch to this rank's vocabulary-parallel logits.
 
@@ -28,8 +29,16 @@ def build_layers(
         vocab_size: the tokenizer's true size; the table is padded from it.
         inputs: what the objective provides; `lengths` and `prefix_lengths` among them decide the attention masks.
         next_sentence_head: an encoder also classifies the whole sample: `sequence_logits` [b, 2].
+        compiled_blocks: torch.compile makes one graph of each kind of block, for training.
     """
-    factory = LayerFactory(model, context, vocab_size=vocab_size, recompute=recompute, inputs=inputs)
+    factory = LayerFactory(
+        model,
+        context,
+        vocab_size=vocab_size,
+        recompute=recompute,
+        inputs=inputs,
+        compiled_blocks=compiled_blocks,
+    )
     if model.architecture is Architecture.decoder:
         return gpt_layers(factory)
     if model.architecture is Architecture.encoder:

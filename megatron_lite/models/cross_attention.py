@@ -15,7 +15,7 @@ from megatron_lite.models.initial import StackInit
 from megatron_lite.models.masks import key_mask, masked_attention
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.rng import Key
 
 
 class CrossAttention(nn.Module):
@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
         self.key_value = ColumnParallelLinear(hidden, groups, context, bias=bias, init=init.dense, stacked=2)
         self.projection = RowParallelLinear(inner, hidden, context, bias=bias, init=init.projection)
 
-    def forward(self, x: Tensor, memory: Tensor, lengths: Tensor | None, key: DropoutKey | None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, lengths: Tensor | None, key: Key | None) -> Tensor:
         """
         Args:
             lengths: [b] positions of memory that are not padding, at least 1; None = all.
@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
             attended = self._attend(query, key_value, lengths, key)
         return self.projection(attended)
 
-    def _attend(self, query: Tensor, key_value: Tensor, lengths: Tensor | None, key: DropoutKey | None) -> Tensor:
+    def _attend(self, query: Tensor, key_value: Tensor, lengths: Tensor | None, key: Key | None) -> Tensor:
         """[b, s, n d], [b, e, 2 g d] -> [b, s, n d]."""
         by_head = [x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, *key_value.chunk(2, -1))]
         query, key_heads, value = by_head  # [b, n, s, d], [b, g, e, d], [b, g, e, d]

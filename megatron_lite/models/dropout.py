@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.graph_ops import dropout_mask
+from megatron_lite.parallel.rng import Key
 
 
-def activation_dropout(
-    x: Tensor, probability: float, key: DropoutKey | None, site: str, context: ParallelContext
-) -> Tensor:
+def activation_dropout(x: Tensor, probability: float, key: Key | None, site: str, context: ParallelContext) -> Tensor:
     """Dropout on x, [b, s, h] replicated over the tensor-parallel group, or its slice of the sequence.
 
     Args:
@@ -24,12 +23,16 @@ def activation_dropout(
     if key is None or probability == 0.0:
         return x
     # Slices of the sequence need different masks on each tensor rank, replicated activations the same one.
+    if isinstance(key, Tensor):
+        rank = context.rng.tensor_rank if context.sequence_parallel else -1
+        kept = dropout_mask(key, x.shape, x.dtype, x.device, probability, context.rng.seed, site, rank)
+        return x * kept * (1.0 / (1.0 - probability))
     draw = context.rng.tensor_parallel if context.sequence_parallel else context.rng.replicated
     with draw(key, site):
         return F.dropout(x, probability)
 
 
-def inner_dropout(x: Tensor, probability: float, key: DropoutKey | None, context: ParallelContext) -> Tensor:
+def inner_dropout(x: Tensor, probability: float, key: Key | None, context: ParallelContext) -> Tensor:
     """Dropout on this rank's inner channels x [b, s, f/t] of an MLP.
 
     Every rank draws the mask [b, s, f] of all channels and takes its slice, so that the result does not depend on the
@@ -37,12 +40,16 @@ def inner_dropout(x: Tensor, probability: float, key: DropoutKey | None, context
     """
     if key is None or probability == 0.0:
         return x
-    with context.rng.replicated(key, "mlp_inner"):
-        if context.tensor_size == 1:
-            return F.dropout(x, probability)
-        mask = F.dropout(x.new_ones(*x.shape[:-1], context.tensor_size * x.shape[-1]), probability)
-    own = mask.chunk(context.tensor_size, -1)[context.tensor_rank] > 0  # the backward pass saves one byte per channel
-    return x * own * (1.0 / (1.0 - probability))
+    whole = (*x.shape[:-1], context.tensor_size * x.shape[-1])
+    if isinstance(key, Tensor):
+        kept = dropout_mask(key, whole, x.dtype, x.device, probability, context.rng.seed, "mlp_inner", -1)
+    else:
+        with context.rng.replicated(key, "mlp_inner"):
+            if context.tensor_size == 1:
+                return F.dropout(x, probability)
+            kept = F.dropout(x.new_ones(whole), probability) > 0
+    own = kept.chunk(context.tensor_size, -1)[context.tensor_rank]  # the backward pass saves one byte per channel
+    return x * own.contiguous() * (1.0 / (1.0 - probability))
 
 
 class HiddenDropout(nn.Module):

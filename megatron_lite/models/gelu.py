@@ -20,7 +20,8 @@ _B = 0.044715 * _A
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """x (1 + tanh(u / 2)) / 2 with u = x (_A + _B x^2), of any shape (arXiv 1606.08415)."""
-    if x.device.type == "cpu" and x.dtype is not torch.float32 and x.requires_grad:
+    own_is_faster = x.device.type == "cpu" and x.dtype is not torch.float32 and x.requires_grad
+    if own_is_faster and not torch.compiler.is_compiling():
         return _GeluTanh.apply(x)
     return F.gelu(x, approximate="tanh")
 

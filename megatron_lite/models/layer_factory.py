@@ -18,6 +18,7 @@ from megatron_lite.config.resolved import ResolvedModel
 from megatron_lite.config.schema import NormPlacement, PositionEmbedding, Recompute
 from megatron_lite.models.activations import Activations
 from megatron_lite.models.block import TransformerBlock
+from megatron_lite.models.compiled import run_compiled
 from megatron_lite.models.dropout import HiddenDropout
 from megatron_lite.models.fields import Field
 from megatron_lite.models.heads import HeadBias, HeadTransform, NextSentenceHead
@@ -46,6 +47,7 @@ class LayerFactory:
         vocab_size: int,
         recompute: Recompute,
         inputs: tuple[Field, ...],
+        compiled_blocks: bool,
     ) -> None:
         """
         Args:
@@ -58,6 +60,7 @@ class LayerFactory:
         self._vocab_size = vocab_size
         self._padded = padded_vocab_size(vocab_size, model.vocab_pad_multiple, context.tensor_size)
         self._recompute = recompute
+        self._apply_block = partial(apply_block, compiled=compiled_blocks)
         self._embedding_init = stack_init(model, model.num_layers)  # tables and heads do not depend on the stack
         self._rotary = None
         if model.position_embedding is PositionEmbedding.rotary:
@@ -129,7 +132,7 @@ class LayerFactory:
             )
 
         names = [f"{prefix}layers.{index}" for index in range(num_layers)]
-        layers = [[self._spec(name, partial(block, name), apply_block)] for name in names]
+        layers = [[self._spec(name, partial(block, name), self._apply_block)] for name in names]
         if self.model.position_embedding is PositionEmbedding.relative:
             bias = self._relative_bias(f"{prefix}relative_bias", init, causal=causal)
             layers = [[bias, *layer] for layer in layers]
@@ -229,12 +232,15 @@ def add_relative_bias(bias: nn.Module, x: Activations, *, split: int) -> Activat
     return replace(x, position_bias=bias(x.hidden.shape[1] * split, x.lengths))
 
 
-def apply_block(block: TransformerBlock, x: Activations) -> Activations:
-    arguments = x.hidden, Visibility(x.lengths, x.prefix_lengths, x.position_bias), x.memory, block.next_key()
+def apply_block(block: TransformerBlock, x: Activations, *, compiled: bool) -> Activations:
+    assert x.hidden is not None
+    run = partial(run_compiled, block) if compiled else block
+    visibility = Visibility(x.lengths, x.prefix_lengths, x.position_bias)
+    arguments = x.hidden, visibility, x.memory, block.next_key(), block.angles(x.hidden)
     if block.recompute and torch.is_grad_enabled():
         # No random state to preserve: dropout masks depend only on the key, which is drawn above.
-        return replace(x, hidden=checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
-    return replace(x, hidden=block(*arguments))
+        return replace(x, hidden=checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return replace(x, hidden=run(*arguments))
 
 
 def apply_next_sentence(head: nn.Module, x: Activations) -> Activations:

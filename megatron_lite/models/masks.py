@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.graph_ops import dropping_attention
+from megatron_lite.parallel.rng import Key
 
 
 class Visibility(NamedTuple):
@@ -54,7 +55,7 @@ def masked_attention(
     causal: bool,
     scale: float | None,
     dropout: float,
-    key: DropoutKey | None,
+    key: Key | None,
     context: ParallelContext,
     site: str,
 ) -> Tensor:
@@ -70,5 +71,11 @@ def masked_attention(
     settings = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale, "enable_gqa": grouped}
     if key is None or dropout == 0.0:
         return F.scaled_dot_product_attention(query, key_heads, value, **settings)
+    if isinstance(key, Tensor):
+        seed, rank = context.rng.seed, context.rng.tensor_rank
+        attended = dropping_attention(
+            query, key_heads, value, mask, key, causal, scale, dropout, seed, site, rank
+        )  # [b, s, n, d]
+        return attended.transpose(1, 2)
     with context.rng.tensor_parallel(key, site):
         return F.scaled_dot_product_attention(query, key_heads, value, dropout_p=dropout, **settings)

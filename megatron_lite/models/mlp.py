@@ -17,7 +17,7 @@ from megatron_lite.models.gelu import gelu_tanh
 from megatron_lite.models.initial import StackInit
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.parallel.rng import DropoutKey
+from megatron_lite.parallel.rng import Key
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu: F.relu,
@@ -53,7 +53,7 @@ class MLP(nn.Module):
             self.up = ColumnParallelLinear(hidden, inner, context, bias=bias, init=init.dense)
         self.down = RowParallelLinear(inner, hidden, context, bias=bias, init=init.down)
 
-    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+    def forward(self, x: Tensor, key: Key | None = None) -> Tensor:
         """`key`: of the dropout mask; None = no dropout."""
         if self.is_gated:
             gate, up = self.gate_up(x).chunk(2, -1)  # [b, s, f/t] each

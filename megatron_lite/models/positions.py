@@ -5,6 +5,8 @@ Shapes: b micro-batch, s sequence, t tensor-parallel size, h hidden, n heads, d 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,10 @@ def _first_position(x: Tensor, context: ParallelContext) -> int:
     return context.tensor_rank * x.shape[1] if context.sequence_parallel else 0
 
 
+Angles: TypeAlias = tuple[Tensor, Tensor]
+"""cos and sin of the rotary embedding, each [s, d/2] fp32."""
+
+
 class RotaryTable:
     """cos and sin of position x frequency in fp32, computed at first use and shared by all layers.
 
@@ -68,9 +74,9 @@ class RotaryTable:
     def __init__(self, head_size: int, base: float) -> None:
         self.head_size = head_size
         self.base = base
-        self._cached: tuple[Tensor, Tensor] | None = None
+        self._cached: Angles | None = None
 
-    def __call__(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def __call__(self, seq_length: int, device: torch.device) -> Angles:
         """cos and sin, each [s, d/2] fp32: angle of position p and channel i is p / base^(2i/d) (arXiv 2104.09864)."""
         cached = self._cached
         if cached is None or cached[0].device != device or cached[0].shape[0] < seq_length:
@@ -88,6 +94,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = (table[:, None, None] for table in (cos, sin))  # [s, 1, 1, d/2]
     first, second = x.float().chunk(2, -1)
+    if torch.compiler.is_compiling():  # which fuses all of this, but does not trace `out`
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
     turned = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     turned_first, turned_second = turned.chunk(2, -1)
     torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)

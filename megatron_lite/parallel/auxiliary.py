@@ -26,7 +26,7 @@ class AuxiliaryChannel:
         self._is_first_of_tensor_ranks = tensor_rank == 0
         self._world_size = world_size
         self._device = device
-        self._gradient = 1.0
+        self._gradient = torch.ones((), device=device)  # a tensor, so that compiled blocks do not depend on its value
         self._is_recording = True
         self._sums: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ class AuxiliaryChannel:
             gradient: the gradient that the backward pass of one micro-batch starts with at its loss:
                 fp16's loss scale / number of micro-batches.
         """
-        self._gradient = gradient
+        self._gradient = torch.full((), gradient, device=self._device)
         self._sums.clear()
         self._largest.clear()
 
@@ -106,10 +106,11 @@ class AuxiliaryChannel:
 
 class _AddLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, gradient: float) -> Tensor:
-        ctx.gradient = gradient
+    def forward(ctx: Any, x: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full((), ctx.gradient, device=grad.device), None
+        (gradient,) = ctx.saved_tensors
+        return grad, gradient.clone(), None

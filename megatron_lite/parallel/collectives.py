@@ -7,53 +7,88 @@ The backward pass of each differentiable one is the transpose of its forward pas
     sum_gradients:   identity       | all-reduce       a replicated parameter, used on each rank's own part
     first_position:  broadcast      | rank 0 keeps it  position 0 of a slice of the sequence -> a replicated activation
 
+In a block that torch.compile traces, the same sums are torch's functional collectives, which belong to the graph.
+
 Shapes: b micro-batch, s sequence, h channels, t tensor-parallel size.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.graph_ops import start_all_gather_after
+
+Started: TypeAlias = tuple[Tensor, dist.Work | None]
+"""A collective under way: `finished` waits for it and returns its result. In a traced block there is no `Work`."""
+
+_graph = torch.ops._c10d_functional
+
+
+def finished(started: Started) -> Tensor:
+    result, work = started
+    if torch.compiler.is_compiling():
+        return _graph.wait_tensor(result)
+    if work is not None:
+        work.wait()
+    return result
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Started:
+    """Sum x over the ranks; outside of a traced block in place."""
+    if torch.compiler.is_compiling():
+        return _graph.all_reduce(x, "sum", group.group_name), None
+    return x, dist.all_reduce(x, group=group, async_op=True)
+
+
+def start_all_gather_sequence(x: Tensor, group: dist.ProcessGroup, after: Tensor | None = None) -> Started:
+    """[b, s/t, h] on each rank -> [t b, s/t, h] on all, for `gathered_sequence`.
+
+    Args:
+        after: a traced block must not gather before this tensor is there. Without it, the compiler would gather x for
+            the backward pass in the forward pass, and keep the result.
+    """
+    size, x = group.size(), x.contiguous()
+    if torch.compiler.is_compiling():
+        if after is not None:
+            return start_all_gather_after(x, after, size, group.group_name), None
+        return _graph.all_gather_into_tensor(x, size, group.group_name), None
+    gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+    return gathered, dist.all_gather_into_tensor(gathered, x, group=group, async_op=True)
+
+
+def gathered_sequence(started: Started, group: dist.ProcessGroup) -> Tensor:
+    """Wait for `start_all_gather_sequence`: [b, s, h]."""
+    by_rank = finished(started).unflatten(0, (group.size(), -1))  # [t, b, s/t, h]
+    return by_rank.transpose(0, 1).flatten(1, 2)
 
 
 def all_gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[b, s/t, h] on each rank -> [b, s, h] on all."""
-    size = group.size()
-    batch, local, channels = x.shape
-    gathered = x.new_empty(size, batch, local, channels)
-    # flatten: gloo concatenates along the first dimension and accepts no extra one for the ranks.
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
-    return gathered.transpose(0, 1).reshape(batch, size * local, channels)
+    return gathered_sequence(start_all_gather_sequence(x, group), group)
 
 
-def start_reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """[b, s, h], one term of a sum on each rank -> a slice [b, s/t, h] of the sum, valid after `Work.wait()`."""
-    size = group.size()
-    batch, sequence, channels = x.shape
-    by_rank = x.view(batch, size, sequence // size, channels).transpose(0, 1).contiguous()  # [t, b, s/t, h]
-    scattered = x.new_empty(by_rank.shape[1:])
-    return scattered, dist.reduce_scatter_tensor(scattered, by_rank.flatten(0, 1), group=group, async_op=True)
-
-
-def reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def start_reduce_scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Started:
     """[b, s, h], one term of a sum on each rank -> a slice [b, s/t, h] of the sum."""
-    scattered, work = start_reduce_scatter_sequence(x, group)
-    work.wait()
-    return scattered
+    size = group.size()
+    by_rank = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous().flatten(0, 1)  # [t b, s/t, h]
+    if torch.compiler.is_compiling():
+        return _graph.reduce_scatter_tensor(by_rank, "sum", size, group.group_name), None
+    scattered = x.new_empty(x.shape[0], *by_rank.shape[1:])
+    return scattered, dist.reduce_scatter_tensor(scattered, by_rank, group=group, async_op=True)
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)  # summed in place: saves an activation-sized buffer
-        dist.all_reduce(x, group=group)
-        return x
+        if not torch.compiler.is_compiling():
+            ctx.mark_dirty(x)  # summed in place: saves an activation-sized buffer
+        return finished(start_all_reduce(x, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -64,7 +99,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return reduce_scatter_sequence(x, group)
+        return finished(start_reduce_scatter_sequence(x, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -80,8 +115,7 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         fused = torch.cat([grad.reshape(-1) for grad in grads])  # one message instead of one per parameter
-        dist.all_reduce(fused, group=ctx.group)
-        parts = fused.split([grad.numel() for grad in grads])
+        parts = finished(start_all_reduce(fused, ctx.group)).split([grad.numel() for grad in grads])
         return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
@@ -112,7 +146,7 @@ def sum_partial(x: Tensor, context: ParallelContext) -> Tensor:
     """Sum the ranks' partial outputs x [b, s, h] of a row-parallel layer: [b, s, h], or [b, s/t, h] under sequence
     parallelism.
 
-    Without sequence parallelism x is overwritten with the sum.
+    Without sequence parallelism x is overwritten with the sum, except in a traced block.
     """
     if context.tensor_group is None:
         return x

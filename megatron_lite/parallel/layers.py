@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_lite.parallel.collectives import (
+    Started,
     all_gather_sequence,
+    finished,
+    gathered_sequence,
+    start_all_gather_sequence,
+    start_all_reduce,
     start_reduce_scatter_sequence,
     sum_gradients,
     sum_partial,
@@ -29,8 +34,9 @@ class _Linear(torch.autograd.Function):
     """x [b, s, i] times weight [..., o, i] (leading dimensions are stacked matrices), plus bias.
 
     Why not just F.linear: the all-reduce of the input's gradient overlaps with computing the weight's gradient; under
-    sequence parallelism only this rank's slice of x is saved, and gathered again in the backward pass; and the weight
-    itself (a leaf, not a view) is saved, so that ZeRO-3 can free it between forward and backward.
+    sequence parallelism only this rank's slice of x is saved, and gathered again in the backward pass, which overlaps
+    with computing the input's gradient; and the weight itself (a leaf, not a view) is saved, so that ZeRO-3 can free it
+    between forward and backward.
     """
 
     @staticmethod
@@ -38,7 +44,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, gather: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink = getattr(weight, "gradient_sink", None)  # here: recomputation restores a detached weight
+        # Found here, because recomputation restores a detached weight. A graph of torch.compile has no side effects, so
+        # it returns the gradient.
+        ctx.sink = None if torch.compiler.is_compiling() else getattr(weight, "gradient_sink", None)
         ctx.group, ctx.gather, ctx.bias_shape = group, gather, None if bias is None else bias.shape
         if gather:
             x = all_gather_sequence(x, group)
@@ -50,17 +58,19 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])  # [b s, o]
-        grad_x = work = grad_weight = grad_bias = None
-        if needs_x:  # first, so that communication overlaps with the matrix product of the weight's gradient
-            grad_x, work = _start_sum(grad @ weight.view(-1, weight.shape[-1]), ctx.group, ctx.gather)
+        summed = gathered = grad_x = grad_weight = grad_bias = None
+        # Each collective starts before the matrix product that it overlaps with.
+        if needs_weight and ctx.gather:
+            gathered = start_all_gather_sequence(x, ctx.group, after=grad)
+        if needs_x:
+            grad_x = grad @ weight.view(-1, weight.shape[-1])
+            summed = None if ctx.group is None else _start_sum(grad_x, ctx.group, ctx.gather)
         if needs_weight:
-            x = all_gather_sequence(x, ctx.group) if ctx.gather else x
+            x = x if gathered is None else gathered_sequence(gathered, ctx.group)
             grad_weight = _weight_gradient(ctx.sink, rows, x.reshape(-1, x.shape[-1]), weight)
         if needs_bias:
             grad_bias = rows.sum(0).view(ctx.bias_shape)
-        if work is not None:
-            work.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x if summed is None else finished(summed), grad_weight, grad_bias, None, None
 
 
 def _weight_gradient(sink: GradientSink | None, rows: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
@@ -71,13 +81,9 @@ def _weight_gradient(sink: GradientSink | None, rows: Tensor, x: Tensor, weight:
     return None
 
 
-def _start_sum(grad: Tensor, group: dist.ProcessGroup | None, scatter: bool) -> tuple[Tensor, dist.Work | None]:
-    """Start the sum of the ranks' partial gradients of an input [b, s, i]; the result is valid after `Work.wait()`."""
-    if group is None:
-        return grad, None
-    if scatter:
-        return start_reduce_scatter_sequence(grad, group)
-    return grad, dist.all_reduce(grad, group=group, async_op=True)
+def _start_sum(grad: Tensor, group: dist.ProcessGroup, scatter: bool) -> Started:
+    """Start the sum of the ranks' partial gradients of an input [b, s, i]."""
+    return start_reduce_scatter_sequence(grad, group) if scatter else start_all_reduce(grad, group)
 
 
 class ColumnParallelLinear(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_lite.config.derived import all_layers, has_next_sentence_head
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.resolved import ResolvedConfig
+from megatron_lite.config.schema import Compile
 from megatron_lite.data.tokenizer.framing import described_ends
 from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
 from megatron_lite.planning.placement import nodes_of, placement_warnings
@@ -45,6 +46,8 @@ def _layout(config: ResolvedConfig) -> Iterator[str]:
     if config.launcher.nodes > 1:
         yield _row("nodes", f"{config.launcher.nodes} of {config.processes_per_node} ranks each")
     extras = [f"ZeRO-{parallel.zero_stage}", config.train.precision.value, f"recompute {parallel.recompute.value}"]
+    if config.train.compile is not Compile.none:
+        extras.append(f"compile {config.train.compile.value}")
     if parallel.sequence_parallel:
         extras.append("sequence parallel")
     if parallel.offload_optimizer:

@@ -21,7 +21,7 @@ from torch import nn
 
 from megatron_lite.config.lengths import sentinels_needed
 from megatron_lite.config.resolved import ResolvedConfig
-from megatron_lite.config.schema import OptimizerConfig, OptimizerName, Recompute
+from megatron_lite.config.schema import Compile, OptimizerConfig, OptimizerName, Recompute
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.special import Vocabulary
 from megatron_lite.engine.build import build_engine
@@ -106,6 +106,7 @@ def trace_twin(config: ResolvedConfig, vocab_size: int, num_steps: int, device: 
     plain = replace(
         config,
         parallel=replace(config.parallel, recompute=Recompute.none),
+        train=replace(config.train, compile=Compile.none),
         optimizer=replace(config.optimizer, z_loss_weight=0.0),  # the twin computes its own z-loss
     )
     task = build_task(plain, context, vocabulary)

@@ -12,6 +12,7 @@ from megatron_lite.config.derived import resolve
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import (
     Architecture,
+    Compile,
     LossScaleConfig,
     ObjectiveConfig,
     ObjectiveName,
@@ -78,7 +79,9 @@ Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
 """Weights with which the term shows in every gradient."""
 
 
-def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel: object) -> ResolvedConfig:
+def run_config(
+    model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, compiled: Compile = Compile.none, **parallel: object
+) -> ResolvedConfig:
     """A tiny run in which clipping takes effect, loss masks are uneven, and each data rank has two micro-batches (four
     with four stages).
 
@@ -98,7 +101,7 @@ def run_config(model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, **parallel:
             clip_grad_norm=0.5,
             z_loss_weight=Z_LOSS.get(model, 0.0),
         ),
-        train=TrainConfig(steps=NUM_STEPS, micro_batch_size=micro_batch_size, global_batch_size=8),
+        train=TrainConfig(steps=NUM_STEPS, micro_batch_size=micro_batch_size, global_batch_size=8, compile=compiled),
     )
     return comparable(resolve(config))
 
@@ -125,8 +128,13 @@ LAYOUTS = {
     "sequence_parallel_zero3_dp2_tp2": {"dp": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True},
     "recompute_full_tp2_pp2": {"tp": 2, "pp": 2, "recompute": Recompute.full},
     "recompute_selective_dp2_pp2": {"dp": 2, "pp": 2, "recompute": Recompute.selective},
-}
-CASES = [(model, layout) for layout in LAYOUTS for model in ("gpt2", "llama")]
+    "compiled_zero2_dp2": {"dp": 2, "zero_stage": 2, "compiled": Compile.blocks},
+    "compiled_sequence_parallel_tp2_pp2": {
+        "tp": 2, "pp": 2, "sequence_parallel": True, "recompute": Recompute.selective, "compiled": Compile.blocks,
+    },
+}  # fmt: skip
+NOT_COMPILED = [layout for layout, settings in LAYOUTS.items() if "compiled" not in settings]
+CASES = [(model, layout) for layout in NOT_COMPILED for model in ("gpt2", "llama")]
 CASES += [("llama_mha", layout) for layout in ("tp4", "dp2_tp2_pp2")]
 # Dropout masks of sharded heads cannot equal those of one rank; `comparable` turns that dropout off if TP > 1.
 CASES += [
@@ -165,6 +173,7 @@ CASES += [
     for model in ("prefix_lm", "fill_in_the_middle")
     for layout in ("pp4", "dp2_tp2_pp2", "zero3_dp2", "sequence_parallel_tp2")
 ]
+CASES += [("gpt2_dropout", "compiled_zero2_dp2"), ("t5", "compiled_sequence_parallel_tp2_pp2")]
 CASES.remove(("llama", "tp4"))  # two query groups cannot be split over four ranks: validation rejects it
 
 MUTATIONS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ import megatron_lite.engine.flat_gradients
 import megatron_lite.engine.loss_weights
 import megatron_lite.engine.shards
 import megatron_lite.engine.task
+import megatron_lite.models.compiled
 import megatron_lite.models.norms
 import megatron_lite.objectives.loss
 import megatron_lite.parallel.collectives
@@ -49,8 +50,13 @@ from tests.full_tensors import full_weights
 
 def layout_rank(config: ResolvedConfig, vocab_size: int, num_steps: int, mutation: str | None) -> Trace:
     """The trace of one rank of a layout, with its stage's gradients."""
-    with planted(mutation):
+    with planted(mutation), traced_only():
         return trace_layout(config, _context(config), vocab_size, num_steps)
+
+
+def traced_only() -> AbstractContextManager[Any]:
+    """Compiled blocks run their graphs, forward and backward, with torch's kernels: no C++ compiler takes minutes."""
+    return mock.patch.object(megatron_lite.models.compiled, "BACKEND", "aot_eager")
 
 
 def updates_rank(

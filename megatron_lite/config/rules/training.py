@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.ranges import INT64_LARGEST
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
-from megatron_lite.config.schema import Precision
+from megatron_lite.config.schema import Compile, Precision
 from megatron_lite.config.stability import OnSpike
 
 FP16_ON_CPU = "MEGATRON_LITE_FP16_ON_CPU"  # =1 lets tests exercise loss scaling where fp16 arithmetic is only emulated
@@ -85,6 +85,16 @@ def fp16_needs_a_gpu(case: Case) -> Iterator[str]:
     on_cpu = config.launcher.device == "cpu" and os.environ.get(FP16_ON_CPU) != "1"
     if config.train.precision is Precision.fp16 and on_cpu:
         yield "train.precision=fp16 does not run on a CPU; use train.precision=bf16"
+
+
+def compiled_blocks_hold_their_weights(case: Case) -> Iterator[str]:
+    config = case.config
+    if config.train.compile is Compile.blocks and config.parallel.zero_stage == 3:
+        yield (
+            "train.compile=blocks needs parallel.zero_stage=2 or less, not 3: a graph takes the weights of a whole "
+            "layer at once, and ZeRO-3 gathers them module by module inside it; use train.compile=none or "
+            f"parallel.zero_stage={2 if case.pipeline == 1 else 1}"
+        )
 
 
 def warmup_ends(case: Case) -> Iterator[str]:

@@ -20,6 +20,7 @@ BY_HAND: dict[str, list[list[str]]] = {
     "Adafactor and ZeRO": [["parallel.zero_stage=0"], ["optimizer=adamw"]],
     "Adafactor and bf16": [["train.precision=fp32"], ["optimizer=adamw", "parallel.zero_stage=1"]],
     "offload and ZeRO-0": [["parallel.zero_stage=1"]],
+    "ZeRO-3 and compiled blocks": [["train.compile=none"], ["parallel.zero_stage=2"]],
     "offload and SGD": [["parallel.offload_optimizer=false"]],
     "ramp without samples": [["train.batch_ramp.samples=100"]],
     "ramp without start": [["train.batch_ramp={start:8,increment:4,samples:100}"]],

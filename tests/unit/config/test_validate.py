@@ -137,6 +137,11 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "parallel.zero_stage=0 needs train.precision=fp32, not bf16: without ZeRO there are no right fp32 master "
         "weights; use parallel.zero_stage=1",
     ),
+    "ZeRO-3 and compiled blocks": (
+        ["parallel.zero_stage=3", "train.compile=blocks"],
+        "train.compile=blocks needs parallel.zero_stage=2 or less, not 3: a graph takes the weights of a whole layer "
+        "at once, and ZeRO-3 gathers them module by module inside it; use train.compile=none or parallel.zero_stage=2",
+    ),
     "ZeRO stage": (["parallel.zero_stage=4"], "parallel.zero_stage=4 is not known; use 0, 1, 2 or 3"),
     "Adafactor and ZeRO": (
         ["optimizer=adafactor", "parallel.zero_stage=1"],

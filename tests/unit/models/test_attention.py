@@ -79,7 +79,7 @@ def test_long_sequences_take_sdpa(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "short_causal_attention", lambda q, k, v: calls.append("short") or _sdpa(q, k, v))
     model = resolve_model(ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=8))
     init = stack_init(model, 1)
-    layer = Attention(model, ParallelContext.single(), init, causal=True, rotary=None, recompute=False)
+    layer = Attention(model, ParallelContext.single(), init, causal=True, recompute=False)
     layer(torch.ones(1, 8, 16), None)
     assert calls == ["short"]
     layer(torch.ones(1, 9, 16), None)
