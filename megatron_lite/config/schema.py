@@ -380,6 +380,9 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     """Precision of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    head_chunk: int | None = None
+    """Tokens whose logits exist at once: output head and loss go through a micro-batch in chunks of this size. None =
+    as many as fit 64 MiB on a CPU, 256 MiB on a GPU."""
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100

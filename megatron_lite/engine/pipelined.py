@@ -35,7 +35,7 @@ class PipelinedEngine(Engine):
         self._of_deepspeed: dict[Action, Callable[[int], None]] = {
             Action.LOAD: engine._exec_load_micro_batch,  # to the device
             Action.RECEIVE: engine._exec_recv_activations,
-            Action.FORWARD: engine._exec_forward_pass,  # also the loss, on the last stage
+            Action.FORWARD: self._forward,
             Action.SEND: engine._exec_send_activations,
             Action.RECEIVE_GRAD: engine._exec_recv_grads,
             Action.BACKWARD: engine._exec_backward_pass,
@@ -58,6 +58,13 @@ class PipelinedEngine(Engine):
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
         return self._of_deepspeed
+
+    def _forward(self, buffer: int) -> None:
+        """The stage's layers; on the last stage also the loss, which DeepSpeed takes from the module's output."""
+        if self.context.is_last_stage:
+            self.module.targets = self.deepspeed_engine.pipe_buffers["labels"][buffer]
+        self.deepspeed_engine._exec_forward_pass(buffer)
+        self.module.targets = None
 
     def _loss_sum(self) -> torch.Tensor:
         total = self.deepspeed_engine.total_loss

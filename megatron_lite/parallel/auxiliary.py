@@ -26,7 +26,8 @@ class AuxiliaryChannel:
         self._is_first_of_tensor_ranks = tensor_rank == 0
         self._world_size = world_size
         self._device = device
-        self._gradient = 1.0
+        self.gradient = 1.0
+        """What the backward pass of one micro-batch starts with at its loss."""
         self._is_recording = True
         self._sums: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
@@ -37,7 +38,7 @@ class AuxiliaryChannel:
             gradient: the gradient that the backward pass of one micro-batch starts with at its loss:
                 fp16's loss scale / number of micro-batches.
         """
-        self._gradient = gradient
+        self.gradient = gradient
         self._sums.clear()
         self._largest.clear()
 
@@ -56,7 +57,7 @@ class AuxiliaryChannel:
                 rank computes all of it.
         """
         self.measure(name, loss, on_slices=on_slices)
-        return _AddLoss.apply(x, loss, self._gradient) if torch.is_grad_enabled() else x
+        return _AddLoss.apply(x, loss, self.gradient) if torch.is_grad_enabled() else x
 
     def measure(self, name: str, value: Tensor, *, on_slices: bool = False) -> None:
         """Record a scalar of this micro-batch; `observe.step_measures` defines how the values of a step are reduced."""

@@ -204,6 +204,7 @@ RANGES: dict[str, Range] = {
     "train.loss_scale.window": STEPS,
     "train.loss_scale.hysteresis": STEPS,
     "train.loss_scale.minimum": _count(2**32, "where the scale overflows any fp16 gradient"),
+    "train.head_chunk": _count(INT32_LARGEST, "the largest int32"),
     "train.log_interval": STEPS,
     "train.eval_interval": STEPS_OR_0,
     "train.eval_batches": STEPS,
