@@ -382,7 +382,7 @@ class TrainConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     head_chunk: int | None = None
     """Tokens whose logits exist at once: output head and loss go through a micro-batch in chunks of this size. None =
-    as many as fit 64 MiB on a CPU, 256 MiB on a GPU."""
+    as many as fit 128 MiB on a CPU, 256 MiB on a GPU."""
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100

@@ -44,7 +44,7 @@ class StagedModule(PipelineModule):
         )
         self._loss = loss
         self.targets: tuple[Tensor, ...] | None = None
-        """Of the next micro-batch on the last stage; None = `forward` returns logits instead of the loss."""
+        """For the next forward pass on the last stage, which then returns the loss; None = it returns logits."""
         start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
         own = specs[start:stop]
         built: list[Any] = getattr(self, "forward_funcs")  # noqa: B009  # not declared in its class
@@ -62,7 +62,8 @@ class StagedModule(PipelineModule):
         if self.output_boundary is not None:
             return self.output_boundary.pack(x)
         # Not DeepSpeed's `loss_fn`, which would need all logits as the output, and keeps the output of each buffer.
-        return outputs_of(x) if self.targets is None else self._loss(x, self.targets)
+        targets, self.targets = self.targets, None
+        return outputs_of(x) if targets is None else self._loss(x, targets)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds

@@ -33,9 +33,9 @@ class PipelinedEngine(Engine):
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         engine = super()._initialize(grid)
         self._of_deepspeed: dict[Action, Callable[[int], None]] = {
-            Action.LOAD: engine._exec_load_micro_batch,  # to the device
+            Action.LOAD: self._load_micro_batch,
             Action.RECEIVE: engine._exec_recv_activations,
-            Action.FORWARD: self._forward,
+            Action.FORWARD: engine._exec_forward_pass,  # on the last stage the module's output is the loss
             Action.SEND: engine._exec_send_activations,
             Action.RECEIVE_GRAD: engine._exec_recv_grads,
             Action.BACKWARD: engine._exec_backward_pass,
@@ -59,12 +59,11 @@ class PipelinedEngine(Engine):
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
         return self._of_deepspeed
 
-    def _forward(self, buffer: int) -> None:
-        """The stage's layers; on the last stage also the loss, which DeepSpeed takes from the module's output."""
+    def _load_micro_batch(self, buffer: int) -> None:
+        """To the device; on the last stage its targets are those of the forward pass that follows."""
+        self.deepspeed_engine._exec_load_micro_batch(buffer)
         if self.context.is_last_stage:
             self.module.targets = self.deepspeed_engine.pipe_buffers["labels"][buffer]
-        self.deepspeed_engine._exec_forward_pass(buffer)
-        self.module.targets = None
 
     def _loss_sum(self) -> torch.Tensor:
         total = self.deepspeed_engine.total_loss

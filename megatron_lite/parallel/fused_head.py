@@ -26,7 +26,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import Slopes, cross_entropy_
 from megatron_lite.parallel.layers import HeadWeights, SharedGradient, start_sum
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 """Size of a chunk's logits where `train.head_chunk` leaves it open."""
 _ROWS_MULTIPLE = 64
 """Chunks have a multiple of this many rows, except the last: matrix products are slower on odd sizes."""
@@ -148,7 +148,8 @@ class _Gradients:
         needs_hidden = hidden.requires_grad
         self.shape = hidden.shape
         self.hidden = hidden.new_empty(rows, hidden.shape[-1]) if needs_hidden else None
-        self.weight = self.bias = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self._needs_weight = head.weight.requires_grad
         self._needs_bias = head.bias is not None and head.bias.requires_grad
         self._is_chunked = is_chunked

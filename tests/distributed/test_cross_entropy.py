@@ -203,7 +203,7 @@ def test_only_the_logits_of_a_chunk_exist(chunk: int | None, evaluates: bool):
 @given(st.integers(1, 5000), st.integers(1, 1 << 26))
 def test_chunks_fit_the_buffer_and_are_even(rows: int, row_bytes: int):
     step = rows_per_chunk(rows, row_bytes, "cpu")
-    most = max(64, (64 << 20) // row_bytes)
+    most = max(64, (128 << 20) // row_bytes)
     assert 1 <= step <= max(most + 63, 64)
     assert step == rows or step % 64 == 0
     assert -(-rows // step) <= -(-rows // most), "no more chunks than have to be"
