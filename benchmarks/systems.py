@@ -39,7 +39,7 @@ def bare_torch(shape: Shape) -> Step:
     weights = batch.loss_weights / batch.loss_weights.sum()
 
     def backward() -> torch.Tensor:
-        loss = task.loss(model(*batch.inputs), (batch.labels, weights))
+        loss = model(*batch.inputs, end=lambda x: task.loss(x, (batch.labels, weights)))
         loss.backward()
         return loss
 

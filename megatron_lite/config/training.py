@@ -113,6 +113,9 @@ class TrainConfig:
     compile: Compile = setting(Compile.none, resume=SAFE)  # a mask of dropout does not depend on it
     """blocks = transformer layers train through torch.compile: about a minute more at the start, then shorter steps on
     a GPU. Evaluation and generation run as without it. Not with ZeRO-3. Losses differ in the last digits."""
+    head_chunk: int | None = setting(None, range=ranges.TOKENS, resume=SAFE)  # the same sums in another order
+    """Tokens whose logits exist at once: output head and loss go through a micro-batch in chunks of this size. None =
+    as many as fit 128 MiB on a CPU, 256 MiB on a GPU."""
     log_interval: int = setting(1, range=ranges.STEPS, resume=SAFE)
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = setting(100, range=ranges.STEPS_OR_0, resume=SAFE)

@@ -43,7 +43,7 @@ class FlatEngine(Engine):
         self._targets = tuple(tensor.to(device) for tensor in targets_of(batch))
 
     def _forward(self, _: int) -> None:
-        self._micro_batch_loss = self.loss(self.deepspeed_engine(*self._inputs), self._targets)
+        self._micro_batch_loss = self.deepspeed_engine(*self._inputs, end=lambda x: self.loss(x, self._targets))
         self._total += self._micro_batch_loss.detach()
 
     def _backward(self, _: int) -> None:

@@ -22,7 +22,7 @@ from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.topology import stage_bounds
 
 Sent: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What one stage sends to the next, see `models.activations.Wire`; on the last stage, the model's output."""
+"""What one stage sends to the next, see `models.activations.StageBoundary`; on the last stage, the loss or logits."""
 
 
 class StagedModule(PipelineModule):
@@ -33,16 +33,18 @@ class StagedModule(PipelineModule):
         specs: Sequence[LayerSpec],
         hidden_size: int,
         context: ParallelContext,
-        loss: Callable[[Sent, tuple[Tensor, ...]], Tensor],
+        loss: Callable[[Activations, tuple[Tensor, ...]], Tensor],
     ) -> None:
         starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
         self._bounds = stage_bounds(starts[1:], len(specs), context.pipeline_size)
         super().__init__(
             layers=[_LaterTiedLayer(spec) if spec.tied else _LaterLayer(spec) for spec in specs],
             topology=deepspeed_topology(context),
-            loss_fn=loss,
             activation_checkpoint_interval=0,
         )
+        self._loss = loss
+        self.targets: tuple[Tensor, ...] | None = None
+        """For the next forward pass on the last stage, which then returns the loss; None = it returns logits."""
         start, stop = (self._bounds[context.pipeline_rank + side] for side in (0, 1))
         own = specs[start:stop]
         built: list[Any] = getattr(self, "forward_funcs")  # noqa: B009  # not declared in its class
@@ -57,7 +59,11 @@ class StagedModule(PipelineModule):
         x = self.input_boundary.unpack(sent)
         for call in self._calls:
             x = call(x)
-        return outputs_of(x) if self.output_boundary is None else self.output_boundary.pack(x)
+        if self.output_boundary is not None:
+            return self.output_boundary.pack(x)
+        # Not DeepSpeed's `loss_fn`, which would need all logits as the output, and keeps the output of each buffer.
+        targets, self.targets = self.targets, None
+        return outputs_of(x) if targets is None else self._loss(x, targets)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds

@@ -33,9 +33,9 @@ class PipelinedEngine(Engine):
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         engine = super()._initialize(grid)
         self._of_deepspeed: dict[Action, Callable[[int], None]] = {
-            Action.LOAD: engine._exec_load_micro_batch,  # to the device
+            Action.LOAD: self._load_micro_batch,
             Action.RECEIVE: engine._exec_recv_activations,
-            Action.FORWARD: engine._exec_forward_pass,  # also the loss, on the last stage
+            Action.FORWARD: engine._exec_forward_pass,  # on the last stage the module's output is the loss
             Action.SEND: engine._exec_send_activations,
             Action.RECEIVE_GRAD: engine._exec_recv_grads,
             Action.BACKWARD: engine._exec_backward_pass,
@@ -58,6 +58,12 @@ class PipelinedEngine(Engine):
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
         return self._of_deepspeed
+
+    def _load_micro_batch(self, buffer: int) -> None:
+        """To the device; on the last stage its targets are those of the forward pass that follows."""
+        self.deepspeed_engine._exec_load_micro_batch(buffer)
+        if self.context.is_last_stage:
+            self.module.targets = self.deepspeed_engine.pipe_buffers["labels"][buffer]
 
     def _loss_sum(self) -> torch.Tensor:
         total = self.deepspeed_engine.total_loss

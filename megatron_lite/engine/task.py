@@ -45,6 +45,6 @@ def build_task(config: ResolvedConfig, context: ParallelContext, vocabulary: Voc
         next_sentence_head=objective.has_sequence_label,
         compiled_blocks=config.train.compile is Compile.blocks,
     )
-    loss = TokenLoss(context, vocabulary.size, config.optimizer)
+    loss = TokenLoss(context, vocabulary.size, config.optimizer, config.train.head_chunk)
     measured = [one for one in STEP_MEASURES if one.setting is None or get_value(config, one.setting)]
     return Task(objective, specs, loss, {measure.name: measure.reduction for measure in measured})

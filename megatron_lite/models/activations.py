@@ -6,14 +6,19 @@ t tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from megatron_lite.models.fields import Field
 from megatron_lite.parallel.context import ParallelContext
+from megatron_lite.parallel.layers import HeadUse
+
+Head: TypeAlias = Callable[[Tensor, HeadUse], Any]
+"""The output head: calls its second argument with hidden states and the head's weights, and returns the result."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Activations:
     hidden: Tensor | None = None  # [b, s, h], or [b, s/t, h] under sequence parallelism
     memory: Tensor | None = None  # [b, e, h], or [b, e/t, h]: the encoder's output, for cross-attention
     position_bias: Tensor | None = None  # [1 or b, n/t, s, s]: relative position bias; recomputed on each stage
-    logits: Tensor | None = None  # [b, s, v/t]
+    head: Head | None = None  # applied to `hidden` by whoever wants logits, or only the loss
     sequence_logits: Tensor | None = None  # [b, 2]: output of the next-sentence head
 
 

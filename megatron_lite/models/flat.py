@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from megatron_lite.models.activations import Activations
 from megatron_lite.models.spec import LayerSpec
+from megatron_lite.parallel.layers import vocab_parallel_logits
 
 
 class FlatModel(nn.Module):
@@ -28,15 +30,19 @@ class FlatModel(nn.Module):
                 shared[spec.tied] = module
             self._calls.append(partial(spec.apply, module))
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The batch's fields, in the order of the first entry's `stage_inputs` -> the result of `outputs_of`.
+    def forward(self, *inputs: Tensor, end: Callable[[Activations], Any] | None = None) -> Any:
+        """The batch's fields, in the order of the first entry's `stage_inputs` -> the result of `end`.
 
         Takes tensors instead of a dictionary, so that ZeRO-3's hooks see them.
+
+        Args:
+            end: of what the last layer leaves; None = `outputs_of`. Called here, because ZeRO-3 has the head's weights
+                only within this method.
         """
         x = inputs_of(self._specs, inputs)
         for call in self._calls:
             x = call(x)
-        return outputs_of(x)
+        return (end or outputs_of)(x)
 
 
 def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activations:
@@ -47,8 +53,9 @@ def inputs_of(specs: Sequence[LayerSpec], inputs: Sequence[Tensor]) -> Activatio
 
 def outputs_of(x: Activations) -> Tensor | tuple[Tensor, Tensor]:
     """The model's outputs: logits [b, s, v/t], and with a next-sentence head its logits [b, 2]."""
-    assert x.logits is not None, "the last entry leaves the logits"
-    return x.logits if x.sequence_logits is None else (x.logits, x.sequence_logits)
+    assert x.head is not None, "the last entry leaves the head"
+    logits = x.head(x.hidden, vocab_parallel_logits)
+    return logits if x.sequence_logits is None else (logits, x.sequence_logits)
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,20 +1,23 @@
-"""Layers around the output head: the transform before it, the bias after it, the next-sentence head beside it.
+"""Layers around the output head: the transform before it, the bias of its logits, the next-sentence head beside it.
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.config.resolved import ResolvedModel
+from megatron_lite.models.activations import Head
 from megatron_lite.models.initial import StackInit
 from megatron_lite.models.mlp import activation_function
 from megatron_lite.models.norms import build_norm
 from megatron_lite.parallel.collectives import first_position
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.layers import ReplicatedLinear
+from megatron_lite.parallel.layers import HeadUse, ReplicatedLinear
 from megatron_lite.parallel.sharding import Init, ShardSpec, sharded_parameter
 
 
@@ -33,7 +36,7 @@ class HeadTransform(nn.Module):
 
 
 class HeadBias(nn.Module):
-    """A bias on the logits [b, s, v/t], added in place: no other layer needs the logits without it.
+    """A bias on the logits [b, s, v/t]. `forward` passes it to what the head is used for, together with the weight.
 
     A separate layer, since a module that is tied between pipeline stages must hold only the tied weight.
     """
@@ -42,8 +45,9 @@ class HeadBias(nn.Module):
         super().__init__()
         self.bias = sharded_parameter(ShardSpec((vocab_size,), 0, Init.zeros(), padded_vocab_size), context)
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits.add_(self.bias)
+    def forward(self, hidden: Tensor, head: Head, use: HeadUse) -> Any:
+        # A function, not a `partial`: ZeRO-3 warns of arguments of unknown types.
+        return head(hidden, lambda x, weights: use(x, weights._replace(bias=self.bias)))
 
 
 class NextSentenceHead(nn.Module):

@@ -29,7 +29,8 @@ from megatron_lite.models.positions import PositionTable, RotaryTable, SegmentTa
 from megatron_lite.models.relative import RelativeBias
 from megatron_lite.models.spec import LayerSpec, layer_spec
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_lite.parallel.layers import VocabParallelEmbedding
+from megatron_lite.parallel.sharding import Init
 from megatron_lite.parallel.topology import padded_vocab_size
 
 
@@ -78,11 +79,7 @@ class LayerFactory:
         """The first entry: tokens -> hidden. `tied`: other entries share its table."""
 
         def make() -> nn.Module:
-            model = self.model
-            init = self._embedding_init.embedding
-            return VocabParallelEmbedding(
-                self._vocab_size, model.hidden_size, self.context, padded_vocab_size=self._padded, init=init
-            )
+            return self._table(self._embedding_init.embedding)
 
         key = "embedding" if tied else None
         return layer_spec("embedding", make, embed_tokens, self.context, tied=key, stage_inputs=self.inputs)
@@ -154,34 +151,31 @@ class LayerFactory:
         return [self._spec("next_sentence", make, apply_next_sentence)]
 
     def head(self, embedding: LayerSpec) -> list[LayerSpec]:
-        """hidden -> logits [b, s, v/t]. `embedding`: the entry whose table a tied head uses."""
+        """hidden -> hidden and the head for it. `embedding`: the entry whose table a tied head uses."""
         model, init = self.model, self._embedding_init
         entries = []
         if model.head_transform:
             entries.append(self._spec("head_transform", lambda: HeadTransform(model, self.context, init), on_hidden))
         if model.tie_embeddings:
             scale = model.hidden_size**-0.5 if model.scale_tied_head else None
-            entries.append(
-                replace(embedding, name="head", apply=partial(apply_tied_head, scale=scale), stage_inputs=None)
-            )
+            entries.append(replace(embedding, name="head", apply=partial(leave_head, scale=scale), stage_inputs=None))
         else:
-            entries.append(self._spec("head", self._untied_head, apply_head))
+            entries.append(self._spec("head", self._untied_head, partial(leave_head, scale=None)))
         if model.head_bias:
 
             def bias() -> nn.Module:
                 return HeadBias(self._vocab_size, self.context, padded_vocab_size=self._padded)
 
-            entries.append(self._spec("head_bias", bias, on_logits))
+            entries.append(self._spec("head_bias", bias, leave_head_bias))
         return entries
 
     def _untied_head(self) -> nn.Module:
-        return ColumnParallelLinear(
-            self.model.hidden_size,
-            self._vocab_size,
-            self.context,
-            bias=False,
-            init=self._embedding_init.head,
-            padded_out_features=self._padded,
+        return self._table(self._embedding_init.head)
+
+    def _table(self, init: Init) -> nn.Module:
+        """[v, h], split by rows."""
+        return VocabParallelEmbedding(
+            self._vocab_size, self.model.hidden_size, self.context, padded_vocab_size=self._padded, init=init
         )
 
     def _relative_bias(self, name: str, init: StackInit, *, causal: bool) -> LayerSpec:
@@ -210,10 +204,6 @@ def embed_tokens(embedding: nn.Module, x: Activations) -> Activations:
 
 def on_hidden(module: nn.Module, x: Activations) -> Activations:
     return replace(x, hidden=module(x.hidden))
-
-
-def on_logits(module: nn.Module, x: Activations) -> Activations:
-    return replace(x, logits=module(x.logits))
 
 
 def add_segments(table: nn.Module, x: Activations) -> Activations:
@@ -247,10 +237,15 @@ def apply_next_sentence(head: nn.Module, x: Activations) -> Activations:
     return replace(x, sequence_logits=head(x.hidden))
 
 
-def apply_head(head: nn.Module, x: Activations) -> Activations:
-    return replace(x, logits=head(x.hidden))
+def leave_head(head: nn.Module, x: Activations, *, scale: float | None) -> Activations:
+    """Leave the head for the model's end, which may want no logits.
+
+    Args:
+        scale: of the hidden states (T5 with tied embeddings).
+    """
+    return replace(x, head=lambda hidden, use: head(hidden if scale is None else hidden * scale, use))
 
 
-def apply_tied_head(embedding: nn.Module, x: Activations, *, scale: float | None) -> Activations:
-    assert x.hidden is not None
-    return replace(x, logits=embedding(x.hidden if scale is None else x.hidden * scale, True))
+def leave_head_bias(bias: nn.Module, x: Activations) -> Activations:
+    head = x.head
+    return replace(x, head=lambda hidden, use: bias(hidden, head, use))

@@ -26,7 +26,9 @@ class AuxiliaryChannel:
         self._is_first_of_tensor_ranks = tensor_rank == 0
         self._world_size = world_size
         self._device = device
-        self._gradient = torch.ones((), device=device)  # a tensor, so that compiled blocks do not depend on its value
+        self.gradient = 1.0
+        """What the backward pass of one micro-batch starts with at its loss."""
+        self._gradient = torch.ones((), device=device)  # the same; compiled blocks do not depend on a tensor's value
         self._is_recording = True
         self._sums: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
@@ -37,6 +39,7 @@ class AuxiliaryChannel:
             gradient: the gradient that the backward pass of one micro-batch starts with at its loss:
                 fp16's loss scale / number of micro-batches.
         """
+        self.gradient = gradient
         self._gradient = torch.full((), gradient, device=self._device)
         self._sums.clear()
         self._largest.clear()

@@ -1,17 +1,16 @@
 """Cross-entropy of logits whose vocabulary is split over the tensor-parallel group; the logits are never gathered.
 
-Shapes: b micro-batch, s sequence, v padded vocabulary, t tensor-parallel size, r rows (b s).
+Shapes: b micro-batch, s sequence, v padded vocabulary, t tensor-parallel size, r rows (tokens).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lite.parallel.context import ParallelContext
 
@@ -21,25 +20,54 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 _FP16_SCALE = 2.0**15
 """Probabilities are stored in the logits' buffer; without this factor fp16 would lose those below 6e-5."""
 
+Slopes: TypeAlias = Tensor | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Derivatives of the training loss with respect to each row's cross-entropy [r], if they are known ahead; otherwise a
+function of the cross-entropies and of the logs of the denominators, that returns the derivatives by both, [r] each."""
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int
+
+@torch.no_grad()
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int, slopes: Slopes | None = None
 ) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[label], and the log of the softmax's denominator; in fp32 whatever the dtype of the logits.
 
-    If the logits require a gradient, their memory is reused: the forward pass overwrites them with the probabilities,
-    the backward pass with the gradient. No other tensor of the logits' size is allocated. Autograd raises an error if
-    another operation needs the logits in its backward pass, and on a second backward pass.
+    A collective of the tensor-parallel group.
 
     Args:
-        logits: [b, s, v/t] contiguous, this rank's columns; any float dtype.
-        labels: [b, s] int64 global token ids. A label outside [0, vocab_size) gives a finite but meaningless loss; the
+        logits: [r, v/t], this rank's columns; any float dtype. With `slopes` they are overwritten with their gradient;
+            no other tensor of their size is allocated.
+        labels: [r] int64 global token ids. A label outside [0, vocab_size) gives a finite but meaningless loss; the
             caller must give it weight 0.
         vocab_size: size without padding; columns from this index on are padding and are ignored.
     Returns:
-        Loss and log(sum(exp(logits))), each [b, s] fp32, in nats, equal on all ranks of the tensor-parallel group.
+        Loss and log(sum(exp(logits))), each [r] fp32, in nats, equal on all ranks of the tensor-parallel group.
     """
-    return _CrossEntropy.apply(logits, labels, context, vocab_size)
+    start, valid = _valid_columns(logits, context, vocab_size)
+    owned, column = _locate(labels - start, valid)
+    row = torch.arange(len(labels), device=labels.device)
+    label_logit = torch.where(owned, logits[row, column].float(), 0.0)
+    # If the slopes are known and no other rank has a part of the softmax, one pass writes the gradient.
+    is_final = isinstance(slopes, Tensor) and context.tensor_group is None
+    stored_scale = _FP16_SCALE if logits.dtype is torch.float16 else 1.0
+    factors = None if slopes is None else slopes if is_final else torch.full_like(label_logit, stored_scale)
+    own_log_sum = _softmax_rows_(logits[:, :valid], factors)
+    log_sum, label_logit_of_all = _combine(own_log_sum, label_logit, context.tensor_group)
+    losses = log_sum - label_logit_of_all
+    if slopes is None:
+        return losses, log_sum
+    of_loss, of_log_sum = (slopes, None) if isinstance(slopes, Tensor) else slopes(losses, log_sum)
+    of_softmax = of_loss if of_log_sum is None else of_loss + of_log_sum
+    if not is_final:
+        _scale_rows_(logits[:, :valid], torch.exp(own_log_sum - log_sum) / stored_scale * of_softmax)
+    logits[:, valid:] = 0.0
+    # The label's own entry is computed in fp32, since probability - 1 cancels to zero in half precision.
+    label_probability = torch.exp(label_logit - log_sum)
+    at_label = (label_probability - 1.0) * of_loss
+    if of_log_sum is not None:
+        at_label += label_probability * of_log_sum
+    # Indexed assignment, because a bf16 scatter on a CPU copies the logits to fp32 and back.
+    logits[row, column] = torch.where(owned, at_label.to(logits.dtype), logits[row, column])
+    return losses, log_sum
 
 
 @torch.no_grad()
@@ -47,10 +75,10 @@ def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: 
     """The token with the largest logit, equal on all ranks of the tensor-parallel group.
 
     Args:
-        logits: [b, s, v/t], this rank's columns.
+        logits: [..., v/t], this rank's columns.
         vocab_size: size without padding; columns from this index on are padding and are ignored.
     Returns:
-        [b, s] int64
+        [...] int64
     """
     start, valid = _valid_columns(logits, context, vocab_size)
     if valid:
@@ -70,7 +98,7 @@ def vocab_parallel_argmax(logits: Tensor, context: ParallelContext, vocab_size: 
 
 
 def without_padding(logits: Tensor, context: ParallelContext, vocab_size: int) -> Tensor:
-    """This rank's columns [b, s, v/t] without the padding of the vocabulary; empty if the rank holds only padding."""
+    """This rank's columns [..., v/t] without the padding of the vocabulary; empty if the rank holds only padding."""
     return logits[..., : _valid_columns(logits, context, vocab_size)[1]]
 
 
@@ -81,69 +109,32 @@ def _valid_columns(logits: Tensor, context: ParallelContext, vocab_size: int) ->
     return start, min(max(vocab_size - start, 0), columns)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, context: ParallelContext, vocab_size: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        start, valid = _valid_columns(logits, context, vocab_size)
-        rows = logits.view(-1, logits.shape[-1])
-        owned, index = _locate(labels.reshape(-1) - start, valid)
-        label_logit = torch.where(owned, rows.gather(1, index).squeeze(1).float(), 0.0)  # [r]
-        stored_scale = _FP16_SCALE if logits.dtype is torch.float16 else 1.0
-        own_log_sum = _softmax_rows(rows[:, :valid], stored_scale if ctx.needs_input_grad[0] else None)
-        log_sum, label_logit_of_all = _combine(own_log_sum, label_logit, context.tensor_group)
-        if ctx.needs_input_grad[0]:
-            ctx.valid = valid
-            factor = torch.exp(own_log_sum - log_sum) / stored_scale  # stored -> probability over all ranks' columns
-            label_probability = torch.exp(label_logit - log_sum)
-            ctx.save_for_backward(logits, factor, label_probability, owned, index)
-        return (log_sum - label_logit_of_all).view_as(labels), log_sum.view_as(labels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_log_sum: Tensor | None) -> tuple[Tensor, None, None, None]:
-        """(softmax - one_hot(label)) * grad + softmax * grad_log_sum; the label's own entry is computed in fp32, since
-        probability - 1 cancels to zero in half precision."""
-        logits, factor, label_probability, owned, index = ctx.saved_tensors
-        rows, grad = logits.view(-1, logits.shape[-1]), grad.reshape(-1)
-        rows[:, ctx.valid :] = 0.0
-        of_softmax = grad if grad_log_sum is None else grad + grad_log_sum.reshape(-1)
-        scale = (factor * of_softmax)[:, None]
-        for chunk in _chunks(rows):  # bf16 times fp32 on the whole tensor would allocate an fp32 copy of the logits
-            rows[chunk] = rows[chunk].float().mul_(scale[chunk])
-        at_label = (label_probability - 1.0) * grad
-        if grad_log_sum is not None:
-            at_label += label_probability * grad_log_sum.reshape(-1)
-        at_label = at_label.to(rows.dtype)
-        # Indexed assignment, because a bf16 scatter on a CPU copies the logits to fp32 and back.
-        own_rows = owned.nonzero().squeeze(1)
-        rows[own_rows, index[own_rows, 0]] = at_label[own_rows]
-        return logits, None, None, None
-
-
 def _locate(local: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is in this rank's columns [r], and its column, 0 if it is not [r, 1].
+    """Whether each label is in this rank's columns [r], and its column, 0 if it is not [r].
 
     Args:
         local: [r] labels relative to this rank's first column.
     """
     owned = (local >= 0) & (local < valid)
-    return owned, local.masked_fill(~owned, 0).unsqueeze(1)
+    return owned, local.masked_fill(~owned, 0)
 
 
-def _softmax_rows(rows: Tensor, stored_scale: float | None) -> Tensor:
-    """log(sum(exp)) of each row in fp32. Overwrites the rows with stored_scale * softmax; None = rows are kept."""
+def _softmax_rows_(rows: Tensor, factors: Tensor | None) -> Tensor:
+    """log(sum(exp)) of each row in fp32. Overwrites the rows with factor x softmax; None = rows are kept."""
     log_sum = rows.new_full(rows.shape[:1], -torch.inf, dtype=torch.float32)
     for chunk in _chunks(rows):
         exact = rows[chunk].float()
         softmax = torch.softmax(exact, -1)
         # At the largest logit x, log(sum(exp)) = x - log(softmax): no second pass of exponentials.
         log_sum[chunk] = exact.amax(-1) - softmax.amax(-1).log_()
-        if stored_scale is not None:
-            rows[chunk] = softmax if stored_scale == 1.0 else softmax.mul_(stored_scale)
+        if factors is not None:
+            torch.mul(softmax, factors[chunk, None], out=rows[chunk])
     return log_sum
+
+
+def _scale_rows_(rows: Tensor, factors: Tensor) -> None:
+    for chunk in _chunks(rows):  # bf16 times fp32 on the whole tensor would allocate an fp32 copy of the logits
+        torch.mul(rows[chunk], factors[chunk, None], out=rows[chunk])
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:

@@ -6,7 +6,8 @@ size. Under sequence parallelism (arXiv 2205.05198) activations outside a column
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ class _Linear(torch.autograd.Function):
             gathered = start_all_gather_sequence(x, ctx.group, after=grad)
         if needs_x:
             grad_x = grad @ weight.view(-1, weight.shape[-1])
-            summed = None if ctx.group is None else _start_sum(grad_x, ctx.group, ctx.gather)
+            summed = None if ctx.group is None else start_sum(grad_x, ctx.group, ctx.gather)
         if needs_weight:
             x = x if gathered is None else gathered_sequence(gathered, ctx.group)
             grad_weight = _weight_gradient(ctx.sink, rows, x.reshape(-1, x.shape[-1]), weight)
@@ -81,7 +82,7 @@ def _weight_gradient(sink: GradientSink | None, rows: Tensor, x: Tensor, weight:
     return None
 
 
-def _start_sum(grad: Tensor, group: dist.ProcessGroup, scatter: bool) -> Started:
+def start_sum(grad: Tensor, group: dist.ProcessGroup, scatter: bool) -> Started:
     """Start the sum of the ranks' partial gradients of an input [b, s, i]."""
     return start_reduce_scatter_sequence(grad, group) if scatter else start_all_reduce(grad, group)
 
@@ -98,26 +99,20 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         init: Init,
         stacked: int | None = None,
-        padded_out_features: int | None = None,
     ) -> None:
         """
         Args:
             stacked: number of matrices of out_features rows that are fused into one parameter [stacked, o, i] and one
                 product; each is split by itself. None = a plain matrix [o, i].
-            padded_out_features: number of rows after padding with zeros (vocabulary); None = out_features.
         """
         super().__init__()
         self.context = context
         stack = () if stacked is None else (stacked,)
         dim = len(stack)
-        self.weight = sharded_parameter(
-            ShardSpec((*stack, out_features, in_features), dim, init, padded_out_features), context
-        )
+        self.weight = sharded_parameter(ShardSpec((*stack, out_features, in_features), dim, init), context)
         self.bias = None
         if bias:
-            self.bias = sharded_parameter(
-                ShardSpec((*stack, out_features), dim, Init.zeros(), padded_out_features), context
-            )
+            self.bias = sharded_parameter(ShardSpec((*stack, out_features), dim, Init.zeros()), context)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Linear.apply(x, self.weight, self.bias, self.context.tensor_group, self.context.sequence_parallel)
@@ -169,10 +164,31 @@ class ReplicatedLinear(nn.Module):
         return F.linear(x, weight, bias)
 
 
-class VocabParallelEmbedding(nn.Module):
-    """The word embedding [v, h], split by rows (vocabulary); also the output head if they are tied.
+class HeadWeights(NamedTuple):
+    """The parameters of the output head on this rank."""
 
-    Embedding: token ids [b, s] -> [b, s, h] (or [b, s/t, h]). Head: [b, s, h] (or [b, s/t, h]) -> logits [b, s, v/t].
+    context: ParallelContext
+    weight: Tensor  # [v/t, h]
+    bias: Tensor | None = None  # [v/t]
+    shared: SharedGradient | None = None
+    """Through which the word embedding adds its gradient, if it is the same module."""
+
+
+HeadUse: TypeAlias = Callable[[Tensor, HeadWeights], Any]
+"""What is computed from hidden states [b, s, h] (or [b, s/t, h]) and the head: logits, or the loss without them."""
+
+
+def vocab_parallel_logits(hidden: Tensor, head: HeadWeights) -> Tensor:
+    """[b, s, h] (or [b, s/t, h]) -> this rank's logits [b, s, v/t], all of them at once."""
+    context = head.context
+    return _Linear.apply(hidden, head.weight, head.bias, context.tensor_group, context.sequence_parallel)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """The word embedding [v, h], or the output head, or both if they are tied; split by rows (vocabulary).
+
+    Embedding: token ids [b, s] -> [b, s, h] (or [b, s/t, h]). Head: a hidden state and what to do with it; the weight
+    is passed on within `forward`, because ZeRO-3 has it only there.
     """
 
     def __init__(
@@ -181,15 +197,91 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.context = context
         self.weight = sharded_parameter(ShardSpec((vocab_size, hidden_size), 0, init, padded_vocab_size), context)
+        self._shared = SharedGradient()
 
-    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        if as_head:
-            return _Linear.apply(x, self.weight, None, self.context.tensor_group, self.context.sequence_parallel)
+    def forward(self, x: Tensor, use: HeadUse | None = None) -> Any:
+        if use is not None:
+            shared, self._shared = self._shared, SharedGradient()  # the next one belongs to the next forward pass
+            return use(x, HeadWeights(self.context, self.weight, shared=shared))
         if self.context.tensor_group is None:
-            return F.embedding(x, self.weight)
+            return _Lookup.apply(x, self.weight, self._shared)
         rows = self.weight.shape[0]
         local = x - self.context.tensor_rank * rows
         # Tokens of other ranks give zeros here; the sum over the group then has the owner's row alone.
         elsewhere = (local < 0) | (local >= rows)
-        embedded = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        embedded = _Lookup.apply(local.masked_fill_(elsewhere, 0), self.weight, self._shared)
         return sum_partial(embedded.masked_fill_(elsewhere.unsqueeze(-1), 0.0), self.context)
+
+
+class SharedGradient:
+    """The gradient of a tied weight in one backward pass: the head gives it, embeddings then add their rows in place.
+
+    Autograd would make the embedding's gradient a tensor of the whole table, almost all zeros, and add it to the
+    head's.
+    """
+
+    def __init__(self) -> None:
+        self._lookups = 0
+        self._of_head: Tensor | None = None
+
+    def expect(self) -> None:
+        """An embedding of this forward pass will add its gradient."""
+        self._lookups += 1
+
+    def offer(self, gradient: Tensor) -> None:
+        """Called in the head's backward pass, which comes before those of the embeddings.
+
+        Args:
+            gradient: [v/t, h], which the caller also returns to autograd. Autograd uses it after the last embedding.
+        """
+        if self._lookups:
+            self._of_head = gradient
+
+    def add(self, tokens: Tensor, gradient: Tensor) -> bool:
+        """Add gradient [..., h] to the rows `tokens` [...]; False if there is no gradient of a head."""
+        of_head = self._of_head
+        self._lookups -= 1
+        if self._lookups == 0:
+            self._of_head = None  # a gradient that is still held here would be copied by autograd
+        if of_head is None:
+            return False
+        tokens, gradient = tokens.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+        if of_head.dtype is not torch.float32:
+            tokens, gradient = _sum_of_each_token(tokens, gradient)
+        of_head.index_add_(0, tokens, gradient.to(of_head.dtype))
+        return True
+
+
+def _sum_of_each_token(tokens: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """One row for each distinct token [r] with the fp32 sum of its gradients [r, h]; the rows left over are zero.
+
+    In 16 bits a token that occurs often would lose its later, comparatively small gradients. The sizes do not depend on
+    the tokens, so a GPU need not be waited for.
+    """
+    tokens, order = tokens.sort(stable=True)
+    is_first = torch.ones_like(tokens)
+    is_first[1:] = (tokens[1:] != tokens[:-1]).to(tokens.dtype)
+    place = is_first.cumsum(0) - 1  # [r]
+    sums = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
+    sums.index_add_(0, place, gradient[order].float())
+    return torch.zeros_like(tokens).scatter_(0, place, tokens), sums
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of the weight [v/t, h] by tokens [...]: [..., h]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, shared: SharedGradient) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            shared.expect()
+        ctx.save_for_backward(tokens)
+        ctx.shared, ctx.rows = shared, weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        (tokens,) = ctx.saved_tensors
+        if ctx.shared.add(tokens, grad):
+            return None, None, None
+        return None, torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, -1, False), None

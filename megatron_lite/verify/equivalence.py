@@ -30,7 +30,7 @@ from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.loss_weights import scale_loss_weights, targets_of
 from megatron_lite.engine.task import build_task
 from megatron_lite.models.flat import FlatModel
-from megatron_lite.objectives.loss import Outputs, TokenLoss
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.optim.batch_ramp import BatchSchedule
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.learning_rate import learning_rate_at
@@ -123,8 +123,8 @@ def trace_twin(config: ResolvedConfig, vocab_size: int, num_steps: int, device: 
         context.rng.begin_step(batch.first_sample, config.train.micro_batch_size)
         context.auxiliary.begin_step(1.0 / count)
         batches = [_on(device, batch) for batch in micro_batches]
-        auxiliary = _auxiliary_losses(task.loss, scale_loss_weights(batches, context)) if task.measures else None
-        loss, z_loss = _accumulate(model, batches, vocab_size, z_loss_weight, auxiliary)
+        terms = _terms_of(task.loss, scale_loss_weights(batches, context)) if task.measures else None
+        loss, z_loss = _accumulate(model, batches, vocab_size, z_loss_weight, terms)
         task.loss.begin_step()
         trace.losses.append(loss)
         own_z_loss = {"z_loss": z_loss} if z_loss_weight else {}
@@ -143,19 +143,23 @@ def _on(device: torch.device | str, batch: MicroBatch) -> MicroBatch:
     return MicroBatch(inputs, *(None if tensor is None else tensor.to(device) for tensor in batch[1:]))
 
 
-def _auxiliary_losses(loss: TokenLoss, scaled: Sequence[MicroBatch]) -> Callable[[int, Outputs], torch.Tensor]:
-    """Returns a function of a micro-batch's index and outputs, whose value is 0 and whose backward pass is only that of
-    the auxiliary losses inside `loss`.
+def _terms_of(loss: TokenLoss, scaled: Sequence[MicroBatch]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Returns a function of a micro-batch's index and logits [b, s, v]: the sum of the auxiliary losses of `loss`, to
+    be added to the mean loss of the global batch. It also records the measurements of `loss`."""
+    auxiliary = loss.context.auxiliary
 
-    The factor 0 removes the gradient of the main loss; auxiliary losses get theirs from `AuxiliaryChannel.add_loss`,
-    not from the value. The call also records the measurements of `loss`.
-    """
+    def terms(index: int, logits: torch.Tensor) -> torch.Tensor:
+        labels, weights, *_ = targets_of(scaled[index])
+        loss.see(logits.detach().flatten(0, 1), labels.flatten(), weights.flatten())
+        exact = logits[..., : loss.vocab_size].float()
+        log_sums, labels = exact.logsumexp(-1), labels.clamp(0, loss.vocab_size - 1)
+        losses = log_sums - exact.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        found = loss.terms(losses, log_sums, weights)
+        for name, term in found.items():
+            auxiliary.measure(name, term)
+        return auxiliary.gradient * sum(found.values(), torch.zeros((), device=logits.device))
 
-    def auxiliary(index: int, outputs: Outputs) -> torch.Tensor:
-        copies = tuple(part.clone() for part in outputs) if isinstance(outputs, tuple) else outputs.clone()
-        return 0.0 * loss(copies, targets_of(scaled[index]))  # copies, because the loss overwrites its input
-
-    return auxiliary
+    return terms
 
 
 def _accumulate(
@@ -163,12 +167,12 @@ def _accumulate(
     batches: Sequence[MicroBatch],
     vocab_size: int,
     z_loss_weight: float,
-    auxiliary: Callable[[int, Outputs], torch.Tensor] | None,
+    terms: Callable[[int, torch.Tensor], torch.Tensor] | None,
 ) -> tuple[float, float]:
     """Accumulate the gradients of the mean loss over all counted tokens of a global batch, plus the mean class loss.
 
     Args:
-        auxiliary: from `_auxiliary_losses`.
+        terms: from `_terms_of`.
     Returns:
         this loss, and the z-loss, which is also included in the gradients
     """
@@ -187,8 +191,8 @@ def _accumulate(
             z_loss = z_loss_weight * (log_sums.square() * batch.loss_weights).sum() / tokens
             z_total += z_loss.item()
             loss = loss + z_loss
-        if auxiliary is not None:
-            loss = loss + auxiliary(index, outputs)
+        if terms is not None:
+            loss = loss + terms(index, logits)
         loss.backward()
     return total, z_total
 

@@ -19,9 +19,9 @@ import megatron_lite.engine.shards
 import megatron_lite.engine.task
 import megatron_lite.models.compiled
 import megatron_lite.models.norms
-import megatron_lite.objectives.loss
 import megatron_lite.parallel.collectives
 import megatron_lite.parallel.cross_entropy
+import megatron_lite.parallel.fused_head
 import megatron_lite.parallel.layers
 import megatron_lite.train.generate
 from megatron_lite.config.resolved import ResolvedConfig
@@ -38,7 +38,6 @@ from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.step_measures import StepMeasure
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
-from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.train.generate import generate
@@ -256,9 +255,18 @@ def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext)
     return [batch._replace(loss_weights=batch.loss_weights / batch.loss_weights.sum()) for batch in batches]
 
 
-def _softmax_over_padding(logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int) -> Any:
+def _softmax_over_padding(
+    logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext, _: int, *slopes: Any
+) -> Any:
     padded = logits.shape[-1] * context.tensor_size
-    return megatron_lite.parallel.cross_entropy.vocab_parallel_cross_entropy(logits, labels, context, padded)
+    return megatron_lite.parallel.cross_entropy.cross_entropy_(logits, labels, context, padded, *slopes)
+
+
+def _slopes_too_large(weights: torch.Tensor, seed: float, terms: Any) -> Any:
+    return _SLOPES(weights, 1.05 * seed, terms)
+
+
+_SLOPES = megatron_lite.parallel.fused_head._slopes
 
 
 def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
@@ -300,7 +308,6 @@ def _clip_coefficient_too_large() -> Iterator[None]:
 
 
 _ADD_PRODUCT = GradientSink.add_product
-_BEGIN = AuxiliaryChannel.begin_step
 _FORWARD = TransformerBlock.forward
 _MEASURES = (
     StepMeasure("block_square", "mean", "mean square of blocks", ""),
@@ -343,12 +350,9 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.engine.flat_gradients, "reduces_by_scattering", lambda flat: True
     ),
     AUXILIARY_UNLISTED: _patch(TransformerBlock, "forward", _with_a_term_of_its_own),
-    "auxiliary_gradient_too_large": _patch(
-        AuxiliaryChannel, "begin_step", lambda channel, gradient: _BEGIN(channel, 1.05 * gradient)
-    ),
     "row_parallel_without_all_reduce": _patch(megatron_lite.parallel.layers, "sum_partial", lambda x, context: x),
     "column_parallel_without_backward_all_reduce": _patch(
-        megatron_lite.parallel.layers, "_start_sum", lambda grad, group, scatter: (grad, None)
+        megatron_lite.parallel.layers, "start_sum", lambda grad, group, scatter: (grad, None)
     ),
     "clip_coefficient_too_large": _clip_coefficient_too_large,
     "tied_gradient_doubled": _patch(PipelineEngine, "_exec_reduce_tied_grads", _double_tied_gradient),
@@ -381,6 +385,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.engine.shards, "share", lambda size, parts, index: (0, size)
     ),
     "padded_vocabulary_in_the_softmax": _patch(
-        megatron_lite.objectives.loss, "vocab_parallel_cross_entropy", _softmax_over_padding
+        megatron_lite.parallel.fused_head, "cross_entropy_", _softmax_over_padding
     ),
+    "head_gradient_too_large": _patch(megatron_lite.parallel.fused_head, "_slopes", _slopes_too_large),
 }

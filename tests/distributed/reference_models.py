@@ -92,7 +92,7 @@ def expected(case: Case) -> Expected:
     logits = out.prediction_logits if case.next_sentence else out.logits
     sequence_logits = out.seq_relationship_logits if case.next_sentence else None
     token_losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    total_loss(token_losses.view_as(batch["labels"]), sequence_logits, batch).backward()
+    _total_loss(token_losses.view_as(batch["labels"]), sequence_logits, batch).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return Expected(
         weights,
@@ -117,7 +117,7 @@ def _loaded(stored: Mapping[str, Tensor], case: Case) -> transformers.PreTrained
     return model.train()
 
 
-def total_loss(token_losses: Tensor, sequence_logits: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor:
+def _total_loss(token_losses: Tensor, sequence_logits: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean over the counted tokens, plus the loss of the samples' classes if there are any."""
     loss = (token_losses * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
     if sequence_logits is None:

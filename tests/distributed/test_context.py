@@ -13,9 +13,9 @@ from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import RankError, run_ranks
+from tests.mean_loss import mean_loss
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 37
@@ -84,7 +84,7 @@ def _loss_and_gradient(dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
         build_layers(resolve_model(model), context, vocab_size=VOCAB_SIZE, recompute=Recompute.none, inputs=INPUTS)
     ).to(dtype)
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
-    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
+    loss = mean_loss(flat, [tokens], tokens.roll(-1, 1), context, VOCAB_SIZE)
     loss.backward()
     return loss.detach(), torch.cat([parameter.grad.float().flatten() for parameter in flat.parameters()])
 

@@ -15,11 +15,11 @@ from megatron_lite.models.dropout import activation_dropout, inner_dropout
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.rng import DropoutKey
 from megatron_lite.parallel.sharding import join_slices
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
+from tests.mean_loss import mean_loss
 from tests.tiny_models import GPT2
 
 VOCAB_SIZE = 37
@@ -52,7 +52,7 @@ def _step(model: ModelConfig, recompute: Recompute, size: int, sequence_parallel
     )
     tokens = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
     context.rng.begin_step(first_sample=6, micro_batch_size=2)
-    loss = vocab_parallel_cross_entropy(flat(tokens), tokens.roll(-1, 1), context, VOCAB_SIZE)[0].mean()
+    loss = mean_loss(flat, [tokens], tokens.roll(-1, 1), context, VOCAB_SIZE)
     loss.backward()
     return loss.detach(), {name: (p.grad, p.shard_spec) for name, p in flat.named_parameters()}
 

@@ -18,7 +18,12 @@ from megatron_lite.models.initial import stack_init
 from megatron_lite.models.norms import LayerNorm, RMSNorm
 from megatron_lite.models.positions import PositionTable
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_lite.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_logits,
+)
 from megatron_lite.parallel.sharding import Init, ShardSpec, set_global_names, take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
@@ -125,13 +130,6 @@ CASES = {
         _Stacked,
         split_output=True,
     ),
-    "column_padded": Case(
-        lambda context: ColumnParallelLinear(
-            IN, VOCAB, context, bias=False, init=Init.normal(1.0), padded_out_features=PADDED_VOCAB
-        ),
-        _Head,
-        split_output=True,
-    ),
     "row": _row(bias=False),
     "row_bias": _row(bias=True),
     "embedding": Case(_embedding, lambda: nn.Embedding(VOCAB, IN)),
@@ -188,7 +186,7 @@ def _on_rank(name: str, topology: Topology, sequence_parallel: bool, output_grad
     x = _input(case, layer)
     if x.is_floating_point():
         x = _local(x, context, case.split_input).requires_grad_()
-    output = layer(x, as_head=True) if case.call == "head" else layer(x)
+    output = layer(x, vocab_parallel_logits) if case.call == "head" else layer(x)
     output.backward(_local(_padded(output_gradient, name), context, case.split_output).flatten(2))
     gradients = {key: parameter.grad for key, parameter in layer.named_parameters()}
     return Passed(output.detach(), x.grad, gradients)
@@ -196,7 +194,7 @@ def _on_rank(name: str, topology: Topology, sequence_parallel: bool, output_grad
 
 def _padded(gradient: Tensor, name: str) -> Tensor:
     """Append the zero gradient that the loss gives to padding columns of the vocabulary."""
-    if name in ("column_padded", "embedding_as_head"):
+    if name == "embedding_as_head":
         return nn.functional.pad(gradient, (0, PADDED_VOCAB - VOCAB))
     return gradient
 

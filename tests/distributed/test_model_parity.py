@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.config.schema import Recompute
+from megatron_lite.models.activations import Activations
+from megatron_lite.models.flat import outputs_of
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.sharding import take_slice
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks
-from tests.distributed.reference_models import CASES, VOCAB_SIZE, Case, Expected, batch_of, expected, total_loss
+from tests.distributed.reference_models import CASES, VOCAB_SIZE, Case, Expected, batch_of, expected
 from tests.full_tensors import load_full_tensors
 from tests.tiny_models import MODELS
 
@@ -58,13 +60,22 @@ def _ours(
     flat = case.flat(context, recompute)
     load_full_tensors(flat, weights, context)
     batch = batch_of(case)
-    out = flat(*(batch[field.name] for field in case.inputs))
+    out, loss = flat(
+        *(batch[field.name] for field in case.inputs), end=lambda x: (outputs_of(x), _loss(x, batch, context))
+    )
     logits, sequence_logits = out if case.next_sentence else (out, None)
-    kept = logits.detach().clone()
-    losses, _ = vocab_parallel_cross_entropy(logits, batch["labels"], context, VOCAB_SIZE)
-    total_loss(losses, sequence_logits, batch).backward()
+    kept = logits.detach()
+    loss.backward()
     gradients = {name: parameter.grad for name, parameter in flat.named_parameters()}
     return Found(kept, None if sequence_logits is None else sequence_logits.detach(), gradients)
+
+
+def _loss(x: Activations, batch: dict[str, Tensor], context: ParallelContext) -> Tensor:
+    targets = [batch["labels"], batch["loss_weights"] / batch["loss_weights"].sum()]
+    if x.sequence_logits is not None:
+        classes = batch["sequence_labels"]
+        targets += [classes, torch.full(classes.shape, 1.0 / len(classes))]
+    return TokenLoss(context, VOCAB_SIZE)(x, tuple(targets))
 
 
 def _on_rank(name: str, weights: dict[str, Tensor], topology: Topology, sequence_parallel: bool) -> Found:

@@ -41,3 +41,14 @@ def test_the_first_matrix_product_is_near(zero_stage: int) -> None:
     assert sum("megatron_lite/" in file for file in frames) <= MOST_OWN_FRAMES
     if zero_stage == 1:  # with ZeRO-3, its hooks on each module add frames of torch
         assert len(frames) <= MOST_FRAMES
+
+
+def kept_rank(config: RunConfig) -> int:
+    """Elements of the largest output that the last stage keeps after a step."""
+    engine, batches_from = synthetic_engine(config, VOCAB_SIZE)
+    engine.train_step(batches_from(0, 2), BatchStep(0, 8), 1e-3)
+    return max(output.numel() for output in engine.deepspeed_engine.pipe_buffers["outputs"] if output is not None)
+
+
+def test_the_last_stage_keeps_no_logits() -> None:
+    assert run_ranks(kept_rank, 1, run_config("gpt2")) == [1], "the loss alone"

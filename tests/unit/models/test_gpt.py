@@ -15,9 +15,9 @@ from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.positions import RotaryTable, rotate
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
 from tests import tiny_models
+from tests.mean_loss import mean_loss
 
 VOCAB_SIZE = 60
 INPUTS = (Field("tokens", 16),)
@@ -49,7 +49,7 @@ def _step(flat: FlatModel, context: ParallelContext, first_sample: int = 0) -> t
     """Loss and gradients of one micro-batch."""
     flat.zero_grad()
     context.rng.begin_step(first_sample, 2)
-    loss = vocab_parallel_cross_entropy(flat(_tokens()), _tokens().roll(-1, 1), context, VOCAB_SIZE)[0].mean()
+    loss = mean_loss(flat, [_tokens()], _tokens().roll(-1, 1), context, VOCAB_SIZE)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in flat.named_parameters()}
 

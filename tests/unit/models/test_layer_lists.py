@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config.derived import resolve_model
@@ -16,12 +18,13 @@ from megatron_lite.models.build import build_layers
 from megatron_lite.models.fields import Field
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.models.spec import LayerSpec
+from megatron_lite.objectives.loss import TokenLoss
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.parallel.topology import Topology
 from tests.tiny_models import (
     BERT,
     DECODER_LENGTH,
+    DECODER_TOKENS,
     GPT2,
     LENGTH,
     LENGTHS,
@@ -79,10 +82,25 @@ def _arguments(case: TinyModel) -> list[Tensor]:
     return [getattr(_inputs(case), field.name) for field in case.inputs]
 
 
-def _loss(logits: Tensor, sequence_logits: Tensor | None, context: ParallelContext) -> Tensor:
-    labels = torch.randint(VOCAB_SIZE, logits.shape[:2], generator=torch.Generator().manual_seed(1))
-    loss = vocab_parallel_cross_entropy(logits, labels, context, VOCAB_SIZE)[0].mean()
-    return loss if sequence_logits is None else loss + sequence_logits.logsumexp(-1).sum()
+def _labels(case: TinyModel) -> Tensor:
+    length = DECODER_LENGTH if DECODER_TOKENS in case.inputs else LENGTH
+    return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def _fused_loss(x: Activations, case: TinyModel, context: ParallelContext, chunk: int | None = None) -> Tensor:
+    """As a run computes it."""
+    labels = _labels(case)
+    targets = labels, torch.full(labels.shape, 1.0 / labels.numel())
+    loss = TokenLoss(context, VOCAB_SIZE, head_chunk=chunk)(replace(x, sequence_logits=None), targets)
+    return loss if x.sequence_logits is None else loss + x.sequence_logits.logsumexp(-1).sum()
+
+
+def _plain_loss(x: Activations, case: TinyModel) -> Tensor:
+    """Of whole logits, by torch alone."""
+    assert x.head is not None
+    logits = x.head(x.hidden, lambda hidden, head: F.linear(hidden, head.weight, head.bias))[..., :VOCAB_SIZE]
+    loss = F.cross_entropy(logits.flatten(0, 1), _labels(case).flatten())
+    return loss if x.sequence_logits is None else loss + x.sequence_logits.logsumexp(-1).sum()
 
 
 def _step(case: TinyModel, recompute: Recompute = Recompute.none, first_sample: int = 0, **changes: float):
@@ -90,8 +108,7 @@ def _step(case: TinyModel, recompute: Recompute = Recompute.none, first_sample: 
     context = ParallelContext.single()
     flat = FlatModel(_specs(case, context, recompute, **changes))
     context.rng.begin_step(first_sample, 2)
-    out = flat(*_arguments(case))
-    loss = _loss(*(out if case.next_sentence else (out, None)), context)
+    loss = flat(*_arguments(case), end=lambda x: _fused_loss(x, case, context))
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in flat.named_parameters()}
 
@@ -231,7 +248,7 @@ def test_stages_that_hand_on_what_they_take_are_the_whole_model(name: str):
         assert sum(part.is_floating_point() for part in parts) == 1
         x = boundary.unpack(sent)
     x = stages[-1](x)
-    loss = _loss(x.logits, x.sequence_logits, context)
+    loss = _fused_loss(x, case, context)
     loss.backward()
 
     expected_loss, expected = _step(case)
@@ -278,14 +295,28 @@ def test_initial_weights_do_not_depend_on_the_layout(name: str):
         assert torch.equal(joined, tensor), parameter
 
 
+@pytest.mark.parametrize("chunk", [None, 13])
+@pytest.mark.parametrize("name", CASES)
+def test_fused_head_and_loss_equal_the_plain_pair(name: str, chunk: int | None):
+    """The loss, and the gradients of all weights, among them those of the word embedding and of what is before it."""
+    case, context = CASES[name], ParallelContext.single()
+    found = []
+    for end in (partial(_fused_loss, case=case, context=context, chunk=chunk), partial(_plain_loss, case=case)):
+        flat = FlatModel(_specs(case, context))
+        loss = flat(*_arguments(case), end=end)
+        loss.backward()
+        found.append({"loss": loss.detach()} | {name: one.grad for name, one in flat.named_parameters()})
+    for what, plain in found[1].items():
+        assert (found[0][what] - plain).abs().max() <= 1e-6 * max(1.0, float(plain.abs().max())), what
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_low_precision_follows_fp32(name: str, dtype: torch.dtype):
     case, context = CASES[name], ParallelContext.single()
     expected_loss, expected = _step(case)
     flat = FlatModel(_specs(case, context)).to(dtype)
-    out = flat(*_arguments(case))
-    loss = _loss(*(out if case.next_sentence else (out, None)), context)
+    loss = flat(*_arguments(case), end=lambda x: _fused_loss(x, case, context))
     loss.backward()
     torch.testing.assert_close(loss.float(), expected_loss, rtol=2e-2, atol=0.0)
     for parameter, tensor in flat.named_parameters():
