@@ -28,6 +28,8 @@ def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[
         "zero_allow_untested_optimizer": True,  # plain SGD
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam must be compiled at first use; torch's need not
         "wall_clock_breakdown": False,
+        # Its throughput timer waits for the device before each forward pass and after each step.
+        "timers": {"throughput": {"enabled": False}},
         "pipeline": {
             # Stages exchange whole activations: same result, same speed, and no stale metadata when shapes change.
             "pipe_partitioned": False,

@@ -51,6 +51,7 @@ from megatron_lite.engine.pipeline_schedule import (
 )
 from megatron_lite.engine.shards import shards_of
 from megatron_lite.engine.task import Task
+from megatron_lite.engine.upload import uploaded
 from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
@@ -134,7 +135,7 @@ class Engine(ABC):
         """
         num_micro_batches = self.config.num_micro_batches(step.global_batch_size)
         self._begin(step, learning_rate, num_micro_batches)
-        self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
+        self._load(self._prepared(batches), self._num_buffers(num_micro_batches))
         for instruction in self._announced(one_forward_one_backward(*self._stage_of_stages, num_micro_batches)):
             self._executors[instruction.action](instruction.buffer)
         self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
@@ -165,7 +166,7 @@ class Engine(ABC):
         weights = _weights_of(batches).to(self.context.device)
         self.module.eval()
         with self.loss.counting() as counts:
-            self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
+            self._load(self._prepared(batches), NUM_EVALUATION_BUFFERS)
             for instruction in self._announced(forward_only(*self._stage_of_stages, num_micro_batches)):
                 self._executors[instruction.action](instruction.buffer)
             (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
@@ -192,9 +193,11 @@ class Engine(ABC):
         self.module.train()
         self.loss.begin_step()
 
-    def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """Give the whole global batch one denominator. A collective of the last stage, which has the labels."""
-        return scale_loss_weights(batches, self.context) if self.context.is_last_stage else batches
+    def _prepared(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """On the device, with one denominator for the whole global batch. A collective of the last stage, which has the
+        labels."""
+        on_device = uploaded(batches, self.context.device)
+        return scale_loss_weights(on_device, self.context) if self.context.is_last_stage else on_device
 
     def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
         """Yield the instructions of a schedule, and report each to the heartbeat just before it is executed."""
@@ -349,7 +352,12 @@ class Engine(ABC):
         require_no_step_taken(engine.optimizer)
         spare_copies(engine.optimizer, self.context.data_size)
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
-        clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)
+        clip_by_given_norm(
+            engine.optimizer,
+            lambda: self._clipped_by,
+            self.config.optimizer.clip_grad_norm,
+            has_loss_scale=self.dtype is torch.float16,
+        )
         return engine
 
 

@@ -35,12 +35,11 @@ class FlatEngine(Engine):
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
         """A single stage does not send or receive, and needs only one buffer, so the index is ignored."""
-        return {Action.LOAD: self._to_device, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
+        return {Action.LOAD: self._next_batch, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
 
-    def _to_device(self, _: int) -> None:
-        batch, device = self._to_come.pop(), self.context.device
-        self._inputs = [tensor.to(device) for tensor in batch.inputs]
-        self._targets = tuple(tensor.to(device) for tensor in targets_of(batch))
+    def _next_batch(self, _: int) -> None:
+        batch = self._to_come.pop()
+        self._inputs, self._targets = batch.inputs, targets_of(batch)
 
     def _forward(self, _: int) -> None:
         self._micro_batch_loss = self.loss(self.deepspeed_engine(*self._inputs), self._targets)

@@ -283,7 +283,7 @@ def _clip_coefficient_too_large() -> Iterator[None]:
     engine = megatron_lite.engine.engine
     give, clip = engine.clip_by_given_norm, engine.clip_grads_with_norm_  # DeepSpeed's optimizers; ZeRO-0
     with (
-        mock.patch.object(engine, "clip_by_given_norm", lambda o, norm, c: give(o, lambda: norm() / 1.05, c)),
+        mock.patch.object(engine, "clip_by_given_norm", lambda o, norm, *a, **k: give(o, lambda: norm() / 1.05, *a, **k)),
         mock.patch.object(engine, "clip_grads_with_norm_", lambda p, largest, norm: clip(p, largest, norm / 1.05)),
     ):
         yield
