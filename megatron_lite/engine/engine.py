@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -50,6 +51,7 @@ from megatron_lite.engine.pipeline_schedule import (
     one_forward_one_backward,
 )
 from megatron_lite.engine.shards import shards_of
+from megatron_lite.engine.step_result import LaunchedStep, StepResult
 from megatron_lite.engine.task import Task
 from megatron_lite.engine.upload import uploaded
 from megatron_lite.models.activations import StageBoundary
@@ -58,21 +60,10 @@ from megatron_lite.objectives.loss import Outputs
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
+from megatron_lite.parallel.auxiliary import reduced_measures
 from megatron_lite.parallel.context import ParallelContext
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step; equal on every rank."""
-
-    loss: float  # of the objective, mean over the whole global batch: nats per token, plus nats per sample with a class
-    token_loss: float  # nats per token, without the samples' classes
-    grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # no update: the gradient was not finite, or a hook skipped it
-    loss_scale: float  # of the next step; 1 unless fp16
-    measures: Mapping[str, float]  # those of `observe.step_measures.STEP_MEASURES` that this run computes, by name
 
 
 @dataclass(frozen=True)
@@ -123,9 +114,16 @@ class Engine(ABC):
     def train_step(
         self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
     ) -> StepResult:
+        """One optimizer step over one global batch; see `launch_step`."""
+        return self.launch_step(batches, step, learning_rate, measure_update=measure_update).read()
+
+    def launch_step(
+        self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
+    ) -> LaunchedStep:
         """One optimizer step over one global batch: all of its operations, in order.
 
-        Gradients are zero at the start, because the previous update cleared them.
+        Gradients are zero at the start, because the previous update cleared them. On a GPU this returns while the
+        device is still computing, unless a hook or fp16 has to know the norm before the update.
 
         Args:
             batches: this data-parallel rank's micro-batches (empty on stages that read neither tokens nor labels).
@@ -149,16 +147,12 @@ class Engine(ABC):
         else:
             self._update(measure_update)
         self._change_loss_scale(dropped)
-        loss, token_loss = self._mean_over_job(
-            torch.stack([self._loss_sum(), self._token_loss_sum()]), num_micro_batches
-        )
-        return StepResult(
-            loss=loss,
-            token_loss=token_loss,
-            grad_norm=float(self._grad_norm),
-            skipped=dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
-            loss_scale=self.loss_scale,
-            measures=self.context.auxiliary.collect(self._measures, num_micro_batches * self.context.data_size),
+        losses = self._mean_over_job(torch.stack([self._loss_sum(), self._token_loss_sum()]), num_micro_batches)
+        measured = self.context.auxiliary.gather(self._measures)
+        return LaunchedStep(
+            torch.cat([losses.double(), self._grad_norm.double()[None], measured]),
+            partial(self._result, dropped, self.loss_scale, num_micro_batches * self.context.data_size),
+            self.loss.sequences,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
@@ -169,7 +163,7 @@ class Engine(ABC):
             self._load(self._prepared(batches), NUM_EVALUATION_BUFFERS)
             for instruction in self._announced(forward_only(*self._stage_of_stages, num_micro_batches)):
                 self._executors[instruction.action](instruction.buffer)
-            (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
+            loss = float(self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches))
         own = torch.cat([torch.stack([counts.tokens, counts.sequences]), weights], 1)  # [2, 4]
         tokens, classes = self._of_job(own).tolist()
         (right, nats, counted, token_weight), (right_classes, _, counted_classes, class_weight) = tokens, classes
@@ -212,8 +206,16 @@ class Engine(ABC):
     def _is_dropped(self, loss: torch.Tensor) -> bool:
         if self._hooks.before_update is None:
             return False
-        # The two conversions to float synchronize with the device, hence only if a hook needs them.
-        return self._hooks.before_update(PendingUpdate(float(loss), float(self._grad_norm), self.loss_scale))
+        # This waits for the device, hence only if a hook needs it.
+        judged, norm = torch.stack([loss, self._grad_norm.to(loss.dtype)]).tolist()
+        return self._hooks.before_update(PendingUpdate(judged, norm, self.loss_scale))
+
+    def _result(self, dropped: bool, loss_scale: float, micro_batches: int, figures: list[float]) -> StepResult:
+        loss, token_loss, grad_norm, *measured = figures
+        measures = reduced_measures(self._measures, micro_batches, measured)
+        looks_at_norm = self.config.parallel.zero_stage > 0  # torch's own optimizer does not
+        skipped = dropped or (looks_at_norm and not math.isfinite(grad_norm))
+        return StepResult(loss, token_loss, grad_norm, skipped, loss_scale, measures)
 
     def _update(self, measure: bool) -> None:
         """Clip, update this rank's partition of the weights, all-gather the weights, clear the gradients."""
@@ -236,7 +238,7 @@ class Engine(ABC):
         if self._deferred_scale is not None:
             self._deferred_scale.make(dropped)
 
-    def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> list[float]:
+    def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> torch.Tensor:
         """Turn the last stage's sums over micro-batches into means over the global batch, equal on every rank.
 
         A collective of all ranks.
@@ -250,7 +252,7 @@ class Engine(ABC):
         if context.pipeline_group is not None:
             last = context.topology.rank(context.pipeline_size - 1, context.data_rank, context.tensor_rank)
             dist.broadcast(means, src=last, group=context.pipeline_group)
-        return [float(mean) for mean in means.tolist()]
+        return means
 
     def _token_loss_sum(self) -> torch.Tensor:
         """The part of `_loss_sum` that is due to tokens, not to the samples' classes."""

@@ -117,8 +117,8 @@ class _CrossEntropy(torch.autograd.Function):
         if grad_log_sum is not None:
             at_label += label_probability * grad_log_sum.reshape(-1)
         at_label = at_label.to(rows.dtype)
-        # Indexed assignment, because a bf16 scatter on a CPU copies the logits to fp32 and back. It assigns to every row,
-        # because the host would have to wait for the device to learn which rows are owned.
+        # Indexed assignment, because a bf16 scatter on a CPU copies the logits to fp32 and back. It assigns to every
+        # row: the host would have to wait for the device to learn which rows are owned.
         at = torch.arange(len(rows), device=rows.device), index[:, 0]
         rows[at] = torch.where(owned, at_label, rows[at])
         return logits, None, None, None
