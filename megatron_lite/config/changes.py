@@ -82,6 +82,7 @@ SAFE = (
     "data.num_workers",
     "data.max_bad_fraction",  # it may stop a preparation, but does not change the documents
     "train.loss_scale.initial_power",  # the scale has long moved away from it
+    "train.deterministic",
     "train.log_interval",
     "train.eval_interval",
     "train.save_interval",

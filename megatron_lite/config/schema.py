@@ -380,6 +380,9 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     """Precision of forward and backward pass; bf16 and fp16 keep fp32 master weights."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    deterministic: bool = False
+    """On GPUs, use only algorithms that give the same bits in every run, at the price of speed; see docs/gpus.md. On
+    CPUs runs always repeat bit for bit."""
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100

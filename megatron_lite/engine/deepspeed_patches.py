@@ -4,9 +4,13 @@ Observed in DeepSpeed 0.19.8; no upstream issue was found for any of them. What 
 the test or benchmark that then shows it:
 
 `_import_muon_without_compiler`  each rank imports torch's compiler: 6 CPU-seconds. benchmarks/start.py
-`_without_shared_memory_comm`    startup compiles an all-reduce that only inference uses. benchmarks/start.py
+`_without_compiled_ops`          startup probes all compiled operations, with seven warnings on each rank with a GPU,
+                                 and compiles an all-reduce that only inference uses.
+                                 tests/unit/engine/test_deepspeed_patches.py, benchmarks/start.py
 `DeferredScale`                  fp16's loss scale changes before the gradients are divided by it, so the gradients of a
                                  step in which it doubles are halved. tests/distributed/test_precision.py
+`spare_waits_between_streams`    on a GPU the host waits at the end of each backward pass of ZeRO-3, and once for each
+                                 parameter to measure its gradient. tests/unit/engine/test_deepspeed_patches.py
 `spare_copies`                   redundant copies take 2 to 10 % of a step with one data-parallel rank.
                                  tests/unit/engine/test_deepspeed_patches.py
 `clip_by_given_norm`             all gradients are read again, in fp64, for a norm that is already known, and the host
@@ -20,18 +24,20 @@ If a method that is called or replaced is missing or has other parameters, the r
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import deepspeed.ops
 import torch
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -44,7 +50,8 @@ DEEPSPEED_FLOOR = (0, 19, 8)
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 _BUFFER = ("buffer_id",)
 _DECORATED = ("kwargs",)  # a decorator hides its parameters: only its existence is checked
-USED: dict[type, dict[str, tuple[str, ...]]] = {
+USED: dict[Any, dict[str, tuple[str, ...]]] = {
+    deepspeed.ops: {"_probe_compatible_ops": ()},
     PipelineEngine: {
         "_exec_load_micro_batch": _BUFFER,
         "_exec_recv_activations": _BUFFER,
@@ -72,6 +79,7 @@ USED: dict[type, dict[str, tuple[str, ...]]] = {
     DeepSpeedZeroOptimizer_Stage3: {
         "_update_scale": ("has_overflow",),
         "_get_norm_groups": _DECORATED,
+        "_get_fp32_grad_state_partition": ("param", "release_swap_buffers"),
         "check_overflow": ("partition_gradients",),
         "unscale_and_clip_grads": _DECORATED,
         "step": _DECORATED,
@@ -101,13 +109,17 @@ def _import_muon_without_compiler() -> None:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
-def _without_shared_memory_comm() -> None:
-    """Disable the compiled shared-memory all-reduce: only inference uses it, and building it delays startup."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def _without_compiled_ops() -> None:
+    """Declare all of DeepSpeed's compiled operations unavailable, before it probes for them.
+
+    Nothing here uses one. The probe starts compilers and, on a GPU, prints a warning for each operation that it cannot
+    build; with the answer "available" startup would compile an all-reduce through shared memory for inference.
+    """
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys([*ALL_OPS, "deepspeed_not_implemented"], False)
 
 
 _import_muon_without_compiler()
-_without_shared_memory_comm()
+_without_compiled_ops()
 
 
 def require_right_deepspeed(version: str) -> None:
@@ -137,7 +149,10 @@ def require_right_deepspeed(version: str) -> None:
 
 def _parameters(method: Callable[..., Any] | None) -> tuple[str, ...]:
     """Names of the parameters, without `self`."""
-    return ("(gone)",) if method is None else tuple(inspect.signature(method).parameters)[1:]
+    if method is None:
+        return ("(gone)",)
+    parameters = tuple(inspect.signature(method).parameters)
+    return parameters[1:] if parameters[:1] in (("self",), ("args",)) else parameters
 
 
 class DeferredScale:
@@ -229,6 +244,33 @@ def _spare_copies_in_bf16(optimizer: Any, data_size: int) -> None:
     optimizer.get_grads_for_reduction = to_reduce
 
 
+def spare_waits_between_streams(optimizer: Any) -> None:
+    """Let the host go on while ZeRO-3 reduces gradients.
+
+    Without overlap (`zero_optimization.overlap_comm`) it does so on the stream that computes, in order, so there is
+    nothing to wait for, unless the host itself reads the gradients.
+    """
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)
+    if stream is not None and not optimizer.offload_optimizer:
+        stream.synchronize = _no_wait
+
+
+@contextlib.contextmanager
+def waiting_once(optimizer: Any) -> Iterator[None]:
+    """Wait for ZeRO-3's reduction here, instead of again for each parameter that is read within."""
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)
+    if stream is None:
+        yield
+        return
+    stream.synchronize()
+    with mock.patch.object(stream, "synchronize", _no_wait):
+        yield
+
+
+def _no_wait() -> None:
+    """In place of a stream's `synchronize`."""
+
+
 def clip_by_given_norm(
     optimizer: Any, norm: Callable[[], Tensor], largest_norm: float, *, has_loss_scale: bool
 ) -> None:
@@ -268,7 +310,7 @@ def clip_by_given_norm(
         optimizer.step = partial(_step_in_bf16, optimizer, to_judge, 0.0 if fused else largest_norm)
     if fused:
         optimizer.unscale_and_clip_grads = lambda *_: None
-        optimizer.step = partial(_step_after, optimizer.step, lambda: _tell(optimizer.optimizer, norm(), largest_norm))
+        optimizer.step = partial(_step_after, optimizer.step, lambda: _tell(optimizer, norm(), largest_norm))
 
 
 def _is_fused_adamw(optimizer: Any) -> bool:
@@ -285,14 +327,14 @@ def _leave_overflows_to_the_norm(optimizer: Any) -> None:
     optimizer.update_offload_overflow_tracker = lambda grad: None
 
 
-def _tell(fused: torch.optim.Optimizer, norm: Tensor, largest_norm: float) -> None:
+def _tell(optimizer: Any, norm: Tensor, largest_norm: float) -> None:
     """Let torch's fused optimizer divide gradients by `grad_scale`, and skip the update if `found_inf` is 1: these are
     what torch's GradScaler sets."""
-    device = fused.param_groups[0]["params"][0].device  # the CPU if the optimizer is offloaded
-    norm = norm.to(device)
-    fused.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+    fused = optimizer.optimizer
+    norm = norm.to(getattr(optimizer, "device", norm.device))  # the CPU if the optimizer is offloaded
+    fused.found_inf = norm.isfinite().logical_not().float()
     if largest_norm:
-        fused.grad_scale = ((norm + CLIP_EPSILON) / largest_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        fused.grad_scale = ((norm + CLIP_EPSILON) / largest_norm).clamp(min=1.0)
 
 
 def _step_after(step: Callable[[], None], prepare: Callable[[], None], closure: None = None) -> None:

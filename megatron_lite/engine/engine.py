@@ -34,6 +34,7 @@ from megatron_lite.engine.deepspeed_patches import (
     require_no_step_taken,
     require_right_deepspeed,
     spare_copies,
+    spare_waits_between_streams,
 )
 from megatron_lite.engine.full_tensors import full_tensors, replica_differences
 from megatron_lite.engine.gradient_norms import LayerMeter
@@ -338,6 +339,15 @@ class Engine(ABC):
         dist.broadcast(sums, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
         return sums
 
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """The dictionary for `deepspeed.initialize`."""
+        return deepspeed_config(
+            self.config,
+            global_batch_size=self._global_batch_size,
+            pin_memory=self.context.device.type == "cuda",
+        )
+
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         """Create DeepSpeed's engine: it casts the module, partitions the optimizer and runs backward and step."""
         optimizer = build_optimizer(self.module.named_parameters(), self.config.optimizer, self.context)
@@ -347,12 +357,13 @@ class Engine(ABC):
         engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=deepspeed_config(self.config, global_batch_size=self._global_batch_size),
+            config=self._deepspeed_config,
             mpu=grid,
             dist_init_required=False,
         )
         require_no_step_taken(engine.optimizer)
         spare_copies(engine.optimizer, self.context.data_size)
+        spare_waits_between_streams(engine.optimizer)
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
         clip_by_given_norm(
             engine.optimizer,

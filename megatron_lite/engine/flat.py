@@ -11,6 +11,7 @@ from torch import nn
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
+from megatron_lite.engine.partitioned_build import LayerPartitioner
 from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_boundary
 from megatron_lite.engine.pipeline_schedule import Action
 from megatron_lite.models.activations import StageBoundary
@@ -26,7 +27,9 @@ class FlatEngine(Engine):
         self._boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
         needs_grid = self.context.tensor_size > 1
         grid = PipelineParallelGrid(topology=deepspeed_topology(self.context)) if needs_grid else None
-        return FlatModel(specs).to(self.context.device), grid
+        if self.config.parallel.zero_stage < 3:
+            return FlatModel(specs).to(self.context.device), grid
+        return FlatModel(specs, LayerPartitioner(self._deepspeed_config, self.dtype, grid)), grid
 
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         self._to_come = list(reversed(batches))

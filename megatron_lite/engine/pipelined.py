@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,17 @@ class PipelinedEngine(Engine):
             Action.BACKWARD: engine._exec_backward_pass,
             Action.SEND_GRAD: engine._exec_send_grads,
         }
+        if self.context.is_last_stage:
+            for action in (Action.LOAD, Action.BACKWARD):
+                self._of_deepspeed[action] = partial(self._without_logits, self._of_deepspeed[action])
         return engine
+
+    def _without_logits(self, execute: Callable[[int], None], buffer: int) -> None:
+        """Free the last stage's outputs: DeepSpeed would keep those of two micro-batches, which nothing reads once their
+        loss is known."""
+        buffers = self.deepspeed_engine.pipe_buffers
+        buffers["outputs"] = [None] * len(buffers["outputs"])
+        execute(buffer)
 
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         if not torch.is_grad_enabled():

@@ -5,13 +5,19 @@ from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import deepspeed.ops
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.engine.deepspeed_patches import clip_by_given_norm, spare_copies
+from megatron_lite.engine.deepspeed_patches import (
+    clip_by_given_norm,
+    spare_copies,
+    spare_waits_between_streams,
+    waiting_once,
+)
 from megatron_lite.errors import LaunchError
 
 SIZES = (3, 4)
@@ -147,3 +153,22 @@ class CountReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_probed_or_compiled() -> None:
+    known = deepspeed.ops.__compatible_ops__
+    assert {"cpu_adam", "deepspeed_shm_comm"} <= known.keys()
+    assert not any(known.values())
+
+
+@pytest.mark.parametrize(("offload", "waits"), [(False, 0), (True, 1)])
+def test_waits_for_the_reduction_of_zero3(offload: bool, waits: int) -> None:
+    """Once for all parameters, and only if the host reads the gradients."""
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("host"))
+    optimizer = SimpleNamespace(reduce_and_partition_stream=stream, offload_optimizer=offload)
+    spare_waits_between_streams(optimizer)
+    with waiting_once(optimizer):
+        for _ in range(3):
+            stream.synchronize()
+    assert len(waited) == waits
