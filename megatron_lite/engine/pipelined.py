@@ -48,8 +48,7 @@ class PipelinedEngine(Engine):
         return engine
 
     def _without_logits(self, execute: Callable[[int], None], buffer: int) -> None:
-        """Free the last stage's outputs: DeepSpeed would keep those of two micro-batches, which nothing reads once their
-        loss is known."""
+        """Free the last stage's logits, which nothing reads once their loss is known; DeepSpeed would keep two."""
         buffers = self.deepspeed_engine.pipe_buffers
         buffers["outputs"] = [None] * len(buffers["outputs"])
         execute(buffer)

@@ -1,4 +1,4 @@
-"""Bytes of model states on one rank: weights, gradients, optimizer. Activations are not counted.
+"""Bytes of model states on one rank: weights, gradients, optimizer. For activations see `activations`.
 
 Follows ZeRO, arXiv 1910.02054, section 3.1, with what the engine really keeps: bf16 gradients are summed in fp32, and
 every ZeRO stage holds an fp32 copy of its share of the weights, even in fp32 runs.
@@ -21,12 +21,17 @@ class ModelStates:
 
     weights: float
     gradients: float
+    """In bf16 under ZeRO-1 both those of the last backward pass, in bf16, and their sum in fp32."""
     optimizer: float
     """Master weights and moments; in host memory with parallel.offload_optimizer."""
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
+
+    def on_device(self, config: ResolvedConfig) -> float:
+        """Without what parallel.offload_optimizer keeps in host memory."""
+        return self.total - (self.optimizer if config.parallel.offload_optimizer else 0.0)
 
 
 def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: int) -> ModelStates:
@@ -35,6 +40,8 @@ def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: in
     share = parameters / data_parallel_size
     weight_bytes = FLOAT if precision is Precision.fp32 else HALF
     gradient_bytes = HALF if precision is Precision.fp16 else FLOAT
+    if precision is Precision.bf16 and stage <= 1:
+        gradient_bytes += HALF
     master_bytes = FLOAT if stage else 0
     return ModelStates(
         weights=weight_bytes * (share if stage >= 3 else parameters),
