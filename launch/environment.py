@@ -34,6 +34,8 @@ def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without opening them
+        if config.train.deterministic:
+            environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
     if one_machine and Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo resolves the host's name, which fails on some laptops
         if config.launcher.device != "cpu":

@@ -21,6 +21,7 @@ from megatron_lite.checkpoint import folder as folders
 from megatron_lite.checkpoint.file_plan import FilePlan
 from megatron_lite.checkpoint.folder import FileRecord
 from megatron_lite.checkpoint.fragments import Fragment, transfers
+from megatron_lite.checkpoint.host_memory import page_locked
 from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
 from megatron_lite.checkpoint.tensor_files import write
@@ -140,7 +141,8 @@ class Saver:
         sizes = [one.owned_values.numel() for one in fragments]
         if self._host_copy is None or self._host_copy.numel() != sum(sizes):
             on_gpu = any(one.values.is_cuda for one in fragments)
-            self._host_copy = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_gpu)
+            self._host_copy = None  # before the next one is allocated
+            self._host_copy = page_locked(sum(sizes)) if on_gpu else torch.empty(sum(sizes), dtype=torch.float32)
         parts = self._host_copy.split(sizes)
         for one, part in zip(fragments, parts, strict=True):
             part.copy_(one.owned_values, non_blocking=one.values.is_cuda)

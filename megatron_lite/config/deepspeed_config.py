@@ -12,22 +12,25 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Precision, RunConfig
 
 
-def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[str, Any]:
+def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int, pin_memory: bool = False) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         global_batch_size: sequences of the first optimizer step (a batch ramp changes it later through the engine).
+        pin_memory: offloaded states are in page-locked memory; only where there is a GPU.
     """
     settings: dict[str, Any] = {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches(global_batch_size),
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, pin_memory),
         # Under ZeRO-0 DeepSpeed drops replicated parameters of later stages from the norm: the engine clips itself.
         "gradient_clipping": config.optimizer.clip_grad_norm if config.parallel.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,  # plain SGD
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam must be compiled at first use; torch's need not
         "wall_clock_breakdown": False,
+        # Its throughput timer waits for the device before each forward pass and after each step.
+        "timers": {"throughput": {"enabled": False}},
         "pipeline": {
             # Stages exchange whole activations: same result, same speed, and no stale metadata when shapes change.
             "pipe_partitioned": False,
@@ -40,7 +43,7 @@ def deepspeed_config(config: ResolvedConfig, *, global_batch_size: int) -> dict[
     return settings
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
+def _zero(config: RunConfig, pin_memory: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
     if config.parallel.zero_stage == 1:
         # Otherwise each step allocates a buffer of 5e8 elements and copies all gradients into and out of it: 7 % of a
@@ -52,7 +55,7 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         # Otherwise DeepSpeed's thresholds leave small models unpartitioned, and tests never exercise stage 3.
         zero["stage3_param_persistence_threshold"] = 0
     if config.parallel.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     return zero
 
 

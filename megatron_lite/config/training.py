@@ -116,6 +116,9 @@ class TrainConfig:
     head_chunk: int | None = setting(None, range=ranges.TOKENS, resume=SAFE)  # the same sums in another order
     """Tokens whose logits exist at once: output head and loss go through a micro-batch in chunks of this size. None =
     as many as fit 128 MiB on a CPU, 256 MiB on a GPU."""
+    deterministic: bool = setting(False, resume=SAFE)
+    """On GPUs, use only algorithms that give the same bits in every run, at the price of speed; see docs/gpus.md. On
+    CPUs runs always repeat bit for bit."""
     log_interval: int = setting(1, range=ranges.STEPS, resume=SAFE)
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = setting(100, range=ranges.STEPS_OR_0, resume=SAFE)

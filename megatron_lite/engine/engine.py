@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -33,6 +34,7 @@ from megatron_lite.engine.deepspeed_patches import (
     require_no_step_taken,
     require_right_deepspeed,
     skip_reduction_over_one_rank,
+    spare_waits_between_streams,
 )
 from megatron_lite.engine.flat_gradients import flat_gradients_of
 from megatron_lite.engine.full_tensors import full_tensors, replica_differences
@@ -51,28 +53,19 @@ from megatron_lite.engine.pipeline_schedule import (
     one_forward_one_backward,
 )
 from megatron_lite.engine.shards import shards_of
+from megatron_lite.engine.step_result import LaunchedStep, StepResult
 from megatron_lite.engine.task import Task
+from megatron_lite.engine.upload import uploaded
 from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.build import build_optimizer
+from megatron_lite.parallel.auxiliary import reduced_measures
 from megatron_lite.parallel.context import ParallelContext
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step; equal on every rank."""
-
-    loss: float  # of the objective, mean over the whole global batch: nats per token, plus nats per sample with a class
-    token_loss: float  # nats per token, without the samples' classes
-    grad_norm: float  # of the whole gradient before clipping
-    skipped: bool  # no update: the gradient was not finite, or a hook skipped it
-    loss_scale: float  # of the next step; 1 unless fp16
-    measures: Mapping[str, float]  # those of `observe.step_measures.STEP_MEASURES` that this run computes, by name
 
 
 @dataclass(frozen=True)
@@ -123,9 +116,16 @@ class Engine(ABC):
     def train_step(
         self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
     ) -> StepResult:
+        """One optimizer step over one global batch; see `launch_step`."""
+        return self.launch_step(batches, step, learning_rate, measure_update=measure_update).read()
+
+    def launch_step(
+        self, batches: Sequence[MicroBatch], step: BatchStep, learning_rate: float, *, measure_update: bool = False
+    ) -> LaunchedStep:
         """One optimizer step over one global batch: all of its operations, in order.
 
-        Gradients are zero at the start, because the previous update cleared them.
+        Gradients are zero at the start, because the previous update cleared them. On a GPU this returns while the
+        device is still computing, unless a hook or fp16 has to know the norm before the update.
 
         Args:
             batches: this data-parallel rank's micro-batches (empty on stages that read neither tokens nor labels).
@@ -135,7 +135,7 @@ class Engine(ABC):
         """
         num_micro_batches = self.config.num_micro_batches(step.global_batch_size)
         self._begin(step, learning_rate, num_micro_batches)
-        self._load(self._with_scaled_loss_weights(batches), self._num_buffers(num_micro_batches))
+        self._load(self._prepared(batches), self._num_buffers(num_micro_batches))
         for instruction in self._announced(one_forward_one_backward(*self._stage_of_stages, num_micro_batches)):
             self._executors[instruction.action](instruction.buffer)
         self._reduce_tied_weights()  # each stage's part of a shared weight's gradient: word embedding, relative bias
@@ -149,16 +149,12 @@ class Engine(ABC):
         else:
             self._update(measure_update)
         self._change_loss_scale(dropped)
-        loss, token_loss = self._mean_over_job(
-            torch.stack([self._loss_sum(), self._token_loss_sum()]), num_micro_batches
-        )
-        return StepResult(
-            loss=loss,
-            token_loss=token_loss,
-            grad_norm=float(self._grad_norm),
-            skipped=dropped or bool(getattr(self.deepspeed_engine.optimizer, "overflow", False)),
-            loss_scale=self.loss_scale,
-            measures=self.context.auxiliary.collect(self._measures, num_micro_batches * self.context.data_size),
+        losses = self._mean_over_job(torch.stack([self._loss_sum(), self._token_loss_sum()]), num_micro_batches)
+        measured = self.context.auxiliary.gather(self._measures)
+        return LaunchedStep(
+            torch.cat([losses.double(), self._grad_norm.double()[None], measured]),
+            partial(self._result, dropped, self.loss_scale, num_micro_batches * self.context.data_size),
+            self.loss.sequences,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch], num_micro_batches: int) -> Evaluation:
@@ -166,10 +162,10 @@ class Engine(ABC):
         weights = _weights_of(batches).to(self.context.device)
         self.module.eval()
         with self.loss.counting() as counts:
-            self._load(self._with_scaled_loss_weights(batches), NUM_EVALUATION_BUFFERS)
+            self._load(self._prepared(batches), NUM_EVALUATION_BUFFERS)
             for instruction in self._announced(forward_only(*self._stage_of_stages, num_micro_batches)):
                 self._executors[instruction.action](instruction.buffer)
-            (loss,) = self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches)
+            loss = float(self._mean_over_job(self._loss_sum().reshape(1), num_micro_batches))
         own = torch.cat([torch.stack([counts.tokens, counts.sequences]), weights], 1)  # [2, 4]
         tokens, classes = self._of_job(own).tolist()
         (right, nats, counted, token_weight), (right_classes, _, counted_classes, class_weight) = tokens, classes
@@ -193,9 +189,11 @@ class Engine(ABC):
         self.module.train()
         self.loss.begin_step()
 
-    def _with_scaled_loss_weights(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """Give the whole global batch one denominator. A collective of the last stage, which has the labels."""
-        return scale_loss_weights(batches, self.context) if self.context.is_last_stage else batches
+    def _prepared(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """On the device, with one denominator for the whole global batch. A collective of the last stage, which has the
+        labels."""
+        on_device = uploaded(batches, self.context.device)
+        return scale_loss_weights(on_device, self.context) if self.context.is_last_stage else on_device
 
     def _announced(self, schedule: Iterable[Tick]) -> Iterator[Instruction]:
         """Yield the instructions of a schedule, and report each to the heartbeat just before it is executed."""
@@ -210,8 +208,16 @@ class Engine(ABC):
     def _is_dropped(self, loss: torch.Tensor) -> bool:
         if self._hooks.before_update is None:
             return False
-        # The two conversions to float synchronize with the device, hence only if a hook needs them.
-        return self._hooks.before_update(PendingUpdate(float(loss), float(self._grad_norm), self.loss_scale))
+        # This waits for the device, hence only if a hook needs it.
+        judged, norm = torch.stack([loss, self._grad_norm.to(loss.dtype)]).tolist()
+        return self._hooks.before_update(PendingUpdate(judged, norm, self.loss_scale))
+
+    def _result(self, dropped: bool, loss_scale: float, micro_batches: int, figures: list[float]) -> StepResult:
+        loss, token_loss, grad_norm, *measured = figures
+        measures = reduced_measures(self._measures, micro_batches, measured)
+        looks_at_norm = self.config.parallel.zero_stage > 0  # torch's own optimizer does not
+        skipped = dropped or (looks_at_norm and not math.isfinite(grad_norm))
+        return StepResult(loss, token_loss, grad_norm, skipped, loss_scale, measures)
 
     def _update(self, measure: bool) -> None:
         """Clip, update this rank's partition of the weights, all-gather the weights, clear the gradients."""
@@ -234,7 +240,7 @@ class Engine(ABC):
         if self._deferred_scale is not None:
             self._deferred_scale.make(dropped)
 
-    def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> list[float]:
+    def _mean_over_job(self, sums: torch.Tensor, num_micro_batches: int) -> torch.Tensor:
         """Turn the last stage's sums over micro-batches into means over the global batch, equal on every rank.
 
         A collective of all ranks.
@@ -248,7 +254,7 @@ class Engine(ABC):
         if context.pipeline_group is not None:
             last = context.topology.rank(context.pipeline_size - 1, context.data_rank, context.tensor_rank)
             dist.broadcast(means, src=last, group=context.pipeline_group)
-        return [float(mean) for mean in means.tolist()]
+        return means
 
     def _token_loss_sum(self) -> torch.Tensor:
         """The part of `_loss_sum` that is due to tokens, not to the samples' classes."""
@@ -334,6 +340,15 @@ class Engine(ABC):
         dist.broadcast(sums, src=self.context.topology.rank(self.context.pipeline_size - 1, data=0, tensor=0))
         return sums
 
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """The dictionary for `deepspeed.initialize`."""
+        return deepspeed_config(
+            self.config,
+            global_batch_size=self._global_batch_size,
+            pin_memory=self.context.device.type == "cuda",
+        )
+
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         """Create DeepSpeed's engine: it casts the module, partitions the optimizer and runs backward and step."""
         optimizer = build_optimizer(self.module.named_parameters(), self.config.optimizer, self.context)
@@ -343,7 +358,7 @@ class Engine(ABC):
         engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=deepspeed_config(self.config, global_batch_size=self._global_batch_size),
+            config=self._deepspeed_config,
             mpu=grid,
             dist_init_required=False,
         )
@@ -352,8 +367,14 @@ class Engine(ABC):
         has_flat = parallel.zero_stage == 1 and not parallel.offload_optimizer
         self._flat_gradients = flat_gradients_of(engine.optimizer, self.context) if has_flat else None
         skip_reduction_over_one_rank(engine.optimizer, self.context.data_size)
+        spare_waits_between_streams(engine.optimizer)
         self._deferred_scale = DeferredScale(engine.optimizer) if self.dtype is torch.float16 else None
-        clip_by_given_norm(engine.optimizer, lambda: self._clipped_by, self.context)
+        clip_by_given_norm(
+            engine.optimizer,
+            lambda: self._clipped_by,
+            self.config.optimizer.clip_grad_norm,
+            has_loss_scale=self.dtype is torch.float16,
+        )
         return engine
 
 

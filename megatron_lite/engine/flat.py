@@ -11,6 +11,7 @@ from torch import nn
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.loss_weights import targets_of
+from megatron_lite.engine.partitioned_build import LayerPartitioner
 from megatron_lite.engine.pipeline_module import Sent, deepspeed_topology, first_boundary
 from megatron_lite.engine.pipeline_schedule import Action
 from megatron_lite.models.activations import StageBoundary
@@ -26,7 +27,9 @@ class FlatEngine(Engine):
         self._boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
         needs_grid = self.context.tensor_size > 1
         grid = PipelineParallelGrid(topology=deepspeed_topology(self.context)) if needs_grid else None
-        return FlatModel(specs).to(self.context.device), grid
+        if self.config.parallel.zero_stage < 3:
+            return FlatModel(specs).to(self.context.device), grid
+        return FlatModel(specs, LayerPartitioner(self._deepspeed_config, self.dtype, grid)), grid
 
     def _load(self, batches: Sequence[MicroBatch], num_buffers: int) -> None:
         self._to_come = list(reversed(batches))
@@ -35,12 +38,11 @@ class FlatEngine(Engine):
     @property
     def _executors(self) -> Mapping[Action, Callable[[int], None]]:
         """A single stage does not send or receive, and needs only one buffer, so the index is ignored."""
-        return {Action.LOAD: self._to_device, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
+        return {Action.LOAD: self._next_batch, Action.FORWARD: self._forward, Action.BACKWARD: self._backward}
 
-    def _to_device(self, _: int) -> None:
-        batch, device = self._to_come.pop(), self.context.device
-        self._inputs = [tensor.to(device) for tensor in batch.inputs]
-        self._targets = tuple(tensor.to(device) for tensor in targets_of(batch))
+    def _next_batch(self, _: int) -> None:
+        batch = self._to_come.pop()
+        self._inputs, self._targets = batch.inputs, targets_of(batch)
 
     def _forward(self, _: int) -> None:
         self._micro_batch_loss = self.deepspeed_engine(*self._inputs, end=lambda x: self.loss(x, self._targets))

@@ -109,10 +109,8 @@ class _OfBF16(FlatGradients):
         super().__init__(groups, optimizer.bf16_groups_flat, optimizer.fp32_groups_gradients_flat, context)
         for parameter in self._parameters:
             parameter._hp_grad = parameter.gradient_sink.total  # where DeepSpeed looks for it
-        optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in groups]
         optimizer._update_hp_grad = lambda lp, group_idx, param_idx, clear_lp_grads: self.take(lp)
         optimizer.clear_hp_grads = lambda: None  # `clear` does it without a pass over them
-        optimizer.get_grads_for_norm = lambda for_clipping=False: self.partitions  # to clip: the others are not used
 
 
 def flat_gradients_of(optimizer: Any, context: ParallelContext) -> FlatGradients:

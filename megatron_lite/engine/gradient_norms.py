@@ -50,7 +50,7 @@ class LayerMeter:
         self.layers: list[str] = list(dict.fromkeys(name for stage in stages for name in stage))
         rows = [self.layers.index(layer_of(parameter.global_name)) for parameter, _ in shards.owned]
         self._rows = torch.tensor(rows, dtype=torch.long, device=context.device)
-        self._squares: deque[Tensor] = deque(maxlen=STEPS_BEFORE + 1)  # [layers] each: sums over the whole model
+        self._squares: deque[Tensor] = deque(maxlen=STEPS_BEFORE + 2)  # [layers] each: sums over the whole model
         self._before: list[Tensor] = []
         self._update: Tensor | None = None  # [2, layers]: squares of update and of weight, this rank's share
 
@@ -88,14 +88,16 @@ class LayerMeter:
         self._update = None
         return LayerFigures(gradient, {layer: update[layer] / of if of else 0.0 for layer, of in weight.items()})
 
-    def recent_grad_norms(self, step: int) -> dict[int, dict[str, float]]:
-        """Gradient norms of the last steps: step -> layer -> norm.
+    def recent_grad_norms(self, step: int, newer: int = 0) -> dict[int, dict[str, float]]:
+        """Gradient norms of this step and the STEPS_BEFORE before it: step -> layer -> norm.
 
         Args:
-            step: number of the last step that was measured.
+            newer: how many steps after this one have been measured: 0 or 1.
         """
-        first = step - len(self._squares) + 1
-        return {first + place: self._named(squares) for place, squares in enumerate(self._squares)}
+        last = len(self._squares) - newer
+        first = max(last - STEPS_BEFORE - 1, 0)
+        recent = list(self._squares)[first:last]
+        return {step - len(recent) + 1 + place: self._named(squares) for place, squares in enumerate(recent)}
 
     def forget(self) -> None:
         """Forget all steps so far; for a rollback, after which their numbers come again."""

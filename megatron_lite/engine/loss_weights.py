@@ -18,15 +18,19 @@ def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by
     (micro-batches x ranks / total weight), that average equals Σ weight x loss / Σ weight of the whole global batch
     (transformers PR 34191 describes what goes wrong otherwise). Sequence labels have weights of their own. Costs one
-    all-reduce of at most two numbers over the data-parallel group.
+    all-reduce of at most two numbers over the data-parallel group. Nothing waits for the
+    device.
+
+    Args:
+        batches: on the context's device.
     """
     weights = [[w for w in (b.loss_weights, b.sequence_weights) if w is not None] for b in batches]
-    totals = torch.stack([torch.stack([w.sum() for w in kinds]).sum() for kinds in zip(*weights, strict=True)])
-    totals = totals.to(context.device)  # [1 or 2]
+    sums = [torch.stack([w.sum() for w in kinds]).sum() for kinds in zip(*weights, strict=True)]
+    totals = torch.stack(sums)  # [1 or 2]
     if context.data_group is not None:
         dist.all_reduce(totals, group=context.data_group)
     # A batch without any counted token then has loss 0 and gradient 0 instead of NaN.
-    scales = (len(batches) * context.data_size / totals.clamp(min=1e-20)).cpu()
+    scales = len(batches) * context.data_size / totals.clamp(min=1e-20)
     return [_scaled(batch, scales) for batch in batches]
 
 

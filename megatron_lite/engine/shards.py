@@ -18,6 +18,7 @@ from megatron_lite.checkpoint.file_plan import Shapes
 from megatron_lite.checkpoint.fragments import WEIGHT, Fragment, Region, share
 from megatron_lite.checkpoint.state import LossScaleState
 from megatron_lite.config.schema import OptimizerConfig, OptimizerName
+from megatron_lite.engine.deepspeed_patches import waiting_once
 from megatron_lite.models.stored import Shape
 from megatron_lite.optim.moments import kept_dims, moments_of
 from megatron_lite.parallel.context import ParallelContext
@@ -250,6 +251,10 @@ class ParameterShards(Shards):
         region = self._region(parameter, kind)
         assert region is not None, "ZeRO flattens tensors, so that each moment has its parameter's shape"
         yield self._fragment(parameter, kind, region, start, part[:valid], (0, valid))
+
+    def owned_gradients(self) -> list[Tensor]:
+        with waiting_once(self.optimizer):
+            return super().owned_gradients()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         part, _ = self.optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)

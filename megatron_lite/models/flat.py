@@ -16,7 +16,8 @@ from megatron_lite.parallel.layers import vocab_parallel_logits
 class FlatModel(nn.Module):
     """All layers in order. `named_parameters()` gives the global names; a tied module appears once."""
 
-    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], built: Callable[[nn.Module], None] | None = None) -> None:
+        """`built`: called with each layer before the next one is built."""
         super().__init__()
         self._specs = specs
         shared: dict[str, nn.Module] = {}
@@ -26,6 +27,8 @@ class FlatModel(nn.Module):
             if module is None:
                 module = spec.build()
                 _register(self, spec.name, module)
+                if built is not None:
+                    built(module)
             if spec.tied:
                 shared[spec.tied] = module
             self._calls.append(partial(spec.apply, module))

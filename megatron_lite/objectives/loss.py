@@ -129,9 +129,8 @@ class TokenLoss:
             self._counts = None
 
     def begin_step(self) -> None:
-        """Clear the measurements of the previous step."""
-        self.sequences.clear()
-        self.token_shares.clear()
+        """Begin new lists of measurements; those of the previous step may still be needed."""
+        self.sequences, self.token_shares = [], []
 
     def _class_losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, reduction="none")  # [b]

@@ -22,7 +22,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             # A stacked bias, such as that of SwiGLU's gate and up, has two dimensions but is not a matrix.
-            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+            dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3's own parameters are flat and empty
+            is_matrix = dims >= 2 and not name.endswith("bias")
             (matrices if is_matrix else vectors)[id(parameter)] = parameter
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": list(matrices.values()), "weight_decay": weight_decay},

@@ -7,7 +7,7 @@ stays on its rank until one collective after the step's last backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -71,13 +71,18 @@ class AuxiliaryChannel:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
     def collect(self, measures: Mapping[str, Reduction], count: int) -> dict[str, float]:
-        """The reduced measurements of the step, equal on every rank. One collective of all ranks; it synchronizes with
-        the device.
+        """The reduced measurements of the step, equal on every rank; see `gather` and `reduced_measures`. Waits for the
+        device."""
+        return reduced_measures(measures, count, self.gather(measures).tolist())
+
+    def gather(self, measures: Mapping[str, Reduction]) -> Tensor:
+        """What all ranks have recorded in the step, on the device. A collective of all ranks.
 
         Args:
             measures: names and reductions of this run's measurements, in the same order on every rank: a stage that
                 does not measure one still has to take part in the collective.
-            count: micro-batches of the global batch, over all data-parallel ranks.
+        Returns:
+            [2 x measures] fp64: the sums, then the largest values.
         Raises:
             KeyError: a measurement was recorded under a name that is not in `measures`.
         """
@@ -87,7 +92,7 @@ class AuxiliaryChannel:
                 "megatron_lite/observe/step_measures.py"
             )
         if not measures:
-            return {}
+            return torch.zeros(0, dtype=torch.float64, device=self._device)
         own = torch.stack([self._own(name, kind) for name, kind in measures.items()])  # [measures]
         ranks = own.new_empty(self._world_size, len(own))
         if self._world_size > 1:
@@ -95,16 +100,26 @@ class AuxiliaryChannel:
             dist.all_gather_into_tensor(ranks.view(-1), own)
         else:
             ranks[0] = own
-        sums, largest = ranks.double().sum(0).tolist(), ranks.amax(0).tolist()
-        divisors = {"mean": count, "sum": 1}
-        return {
-            name: most if kind == "max" else total / divisors[kind]
-            for (name, kind), total, most in zip(measures.items(), sums, largest, strict=True)
-        }
+        return torch.cat([ranks.double().sum(0), ranks.amax(0).double()])
 
     def _own(self, name: str, kind: Reduction) -> Tensor:
         values, missing = (self._largest, -torch.inf) if kind == "max" else (self._sums, 0.0)
-        return values[name] if name in values else torch.tensor(missing, device=self._device)
+        return values[name] if name in values else torch.full((), missing, device=self._device)
+
+
+def reduced_measures(measures: Mapping[str, Reduction], count: int, gathered: Sequence[float]) -> dict[str, float]:
+    """The measurements of a step by name.
+
+    Args:
+        count: micro-batches of the global batch, over all data-parallel ranks.
+        gathered: what `AuxiliaryChannel.gather` returned.
+    """
+    divisors = {"mean": count, "sum": 1}
+    sums, largest = gathered[: len(measures)], gathered[len(measures) :]
+    return {
+        name: most if kind == "max" else total / divisors[kind]
+        for (name, kind), total, most in zip(measures.items(), sums, largest, strict=True)
+    }
 
 
 class _AddLoss(torch.autograd.Function):

@@ -12,7 +12,6 @@ Shapes: b micro-batch, s sequence, r rows (b s tokens), h hidden, v padded vocab
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -24,12 +23,8 @@ from torch.autograd.function import once_differentiable
 from megatron_lite.parallel.collectives import Started, all_gather_sequence, finished
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import Slopes, cross_entropy_
+from megatron_lite.parallel.head_chunks import rows_per_chunk
 from megatron_lite.parallel.layers import HeadWeights, SharedGradient, start_sum
-
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-"""Size of a chunk's logits where `train.head_chunk` leaves it open."""
-_ROWS_MULTIPLE = 64
-"""Chunks have a multiple of this many rows, except the last: matrix products are slower on odd sizes."""
 
 Terms: TypeAlias = Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]]
 """From cross-entropies, logs of the softmax's denominators and loss weights of some tokens, [r] each: scalars by name,
@@ -51,7 +46,7 @@ class FusedHead:
     vocab_size: int
     """Without padding."""
     chunk_tokens: int | None = None
-    """Tokens whose logits exist at once; None = as many as fill a buffer of _CHUNK_BYTES."""
+    """Tokens whose logits exist at once; None = as `head_chunks.rows_per_chunk` says."""
 
     def __call__(
         self,
@@ -105,19 +100,6 @@ def _rows(hidden: Tensor, context: ParallelContext) -> Tensor:
     if context.sequence_parallel:
         x = all_gather_sequence(x, context.tensor_group)
     return x.reshape(-1, x.shape[-1])
-
-
-def rows_per_chunk(rows: int, row_bytes: int, device_type: str) -> int:
-    """Rows of the chunks into which a micro-batch is divided evenly, so that a chunk's logits fit _CHUNK_BYTES.
-
-    Args:
-        row_bytes: of the logits of one token on one rank.
-    """
-    most = max(_ROWS_MULTIPLE, _CHUNK_BYTES[device_type] // row_bytes)
-    if rows <= most:
-        return max(rows, 1)
-    even = math.ceil(rows / math.ceil(rows / most))
-    return min(math.ceil(even / _ROWS_MULTIPLE) * _ROWS_MULTIPLE, rows)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

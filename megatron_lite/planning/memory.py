@@ -1,4 +1,4 @@
-"""Bytes of model states on one rank: weights, gradients, optimizer. Activations are not counted.
+"""Bytes of model states on one rank: weights, gradients, optimizer. For activations see `activations`.
 
 Follows ZeRO, arXiv 1910.02054, section 3.1, with what the engine really keeps: bf16 gradients are summed in fp32, and
 every ZeRO stage holds an fp32 copy of its share of the weights, even in fp32 runs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lite.config.resolved import ResolvedConfig
-from megatron_lite.config.schema import OptimizerName, Precision
+from megatron_lite.config.schema import Compile, OptimizerName, Precision
 
 FLOAT = 4
 HALF = 2
@@ -21,12 +21,18 @@ class ModelStates:
 
     weights: float
     gradients: float
+    """In bf16 under ZeRO-1 their sum in fp32; beside it those of the last backward pass, in bf16, if matrix products do
+    not add to the sum themselves: with offload, and in compiled blocks."""
     optimizer: float
     """Master weights and moments; in host memory with parallel.offload_optimizer."""
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
+
+    def on_device(self, config: ResolvedConfig) -> float:
+        """Without what parallel.offload_optimizer keeps in host memory."""
+        return self.total - (self.optimizer if config.parallel.offload_optimizer else 0.0)
 
 
 def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: int) -> ModelStates:
@@ -35,6 +41,9 @@ def model_states(config: ResolvedConfig, parameters: int, data_parallel_size: in
     share = parameters / data_parallel_size
     weight_bytes = FLOAT if precision is Precision.fp32 else HALF
     gradient_bytes = HALF if precision is Precision.fp16 else FLOAT
+    adds_in_place = stage == 1 and not config.parallel.offload_optimizer and config.train.compile is Compile.none
+    if precision is Precision.bf16 and stage <= 1 and not adds_in_place:
+        gradient_bytes += HALF
     master_bytes = FLOAT if stage else 0
     return ModelStates(
         weights=weight_bytes * (share if stage >= 3 else parameters),

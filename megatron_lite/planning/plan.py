@@ -27,7 +27,7 @@ def describe(config: ResolvedConfig, vocab_size: int | None) -> str:
     lines = [*_layout(config), _objective(config), _row("documents", described_ends(config)), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
     lines += _weights(config)
-    lines += ["stages (model states of one rank; activations not counted)", *stage_lines(config, vocab_size), ""]
+    lines += ["stages (of one rank; on a GPU: model states and activations)", *stage_lines(config, vocab_size), ""]
     lines += [f"warning: {warning}" for warning in placement_warnings(config)]
     return "\n".join([*lines, *_grid(config)])
 

@@ -17,6 +17,7 @@ from megatron_lite.config.derived import (
 )
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.files import size_text
+from megatron_lite.planning.activations import stage_activations
 from megatron_lite.planning.flops import PASSES, flops_of_run
 from megatron_lite.planning.memory import model_states
 
@@ -130,10 +131,16 @@ def stage_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]
             continue
         parameters = _counts(config, padded_vocabulary(config, vocab_size), tensor).stage(content)
         states = model_states(config, parameters, config.parallel.data_parallel_size)
+        active = stage_activations(config, content, stage, padded_vocabulary(config, vocab_size))
+        optimizer = size_text(states.optimizer)
+        if config.parallel.offload_optimizer:
+            optimizer = f"none (its {optimizer} are in host memory)"
+        logits = f" + logits and loss {size_text(active.logits + active.loss)}" if active.logits else ""
         yield (
-            f"{line}{parameters:,} parameters a rank; {size_text(states.total)} = weights "
-            f"{size_text(states.weights)} + gradients {size_text(states.gradients)} + optimizer "
-            f"{size_text(states.optimizer)}"
+            f"{line}{parameters:,} parameters a rank; {size_text(states.on_device(config) + active.total)} = weights "
+            f"{size_text(states.weights)} + gradients {size_text(states.gradients)} + optimizer {optimizer} + "
+            f"activations {size_text(active.total - active.logits - active.loss)} "
+            f"({_plural(active.micro_batches, 'micro-batch', 'micro-batches')}){logits}"
         )
 
 
@@ -165,5 +172,5 @@ def _what_lies_on(content: StageContent, config: ResolvedConfig) -> str:
     return ", ".join(parts)
 
 
-def _plural(count: int, name: str) -> str:
-    return f"{count} {name}{'s' if count != 1 else ''}"
+def _plural(count: int, name: str, names: str = "") -> str:
+    return f"{count} {name if count == 1 else names or name + 's'}"

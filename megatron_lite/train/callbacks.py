@@ -13,7 +13,7 @@ from megatron_lite.observe.summary import perplexity
 from megatron_lite.observe.throughput import Throughput
 from megatron_lite.observe.trackers import Trackers
 from megatron_lite.train.checkpoints import Checkpoints
-from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer
+from megatron_lite.train.loop import Callback, Findings, StepRecord, Trainer, is_due
 from megatron_lite.train.stability.rollback_record import RollbackRecord
 
 EVALUATION_EVENT = "evaluation"
@@ -177,8 +177,3 @@ class Save(Callback):
                     "bytes": done.bytes,
                 },
             )
-
-
-def is_due(step: int, interval: int, last_step: int) -> bool:
-    """Whether something that happens every `interval` steps (0 = never) and at the end is due after this step."""
-    return step == last_step or (interval > 0 and step % interval == 0)

@@ -62,6 +62,19 @@ def own_device(setting: str, environment: ProcessEnvironment) -> torch.device:
     return torch.device("cuda", environment.local_rank)
 
 
+def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
+    """For `train.deterministic`: restrict torch to deterministic algorithms on a GPU; an operation without one raises.
+
+    A CPU needs no restriction.
+    """
+    if deterministic and device.type == "cuda":
+        # cuBLAS reads this when it starts, and torch refuses without it. Launchers set it; a script may be run alone.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only for finding bugs; it fills every new tensor
+        torch.backends.cudnn.benchmark = False
+
+
 def start_process_group(device: torch.device, environment: ProcessEnvironment, timeout_seconds: float) -> None:
     """Join the job's default process group, and set the timeout of every later group.
 

@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.samples.skips import Skips
-from megatron_lite.engine.engine import Engine, Evaluation, StepResult
+from megatron_lite.engine.engine import Engine, Evaluation
+from megatron_lite.engine.step_result import LaunchedStep, StepResult
 from megatron_lite.observe.heartbeat import Heartbeat, Phase
 from megatron_lite.observe.metrics import ROLLBACKS
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep, Origin
 from megatron_lite.optim.learning_rate import learning_rate_at
 from megatron_lite.train.evaluation import Loader, evaluate
-from megatron_lite.train.stopping import StopAgreement
+from megatron_lite.train.stopping import StopAgreement, StopRequested
 
 
 class BatchSource(Protocol):
@@ -48,6 +51,9 @@ class StepRecord:
     learning_rate: float
     step_seconds: float  # data included
     data_seconds: float
+    spent: Mapping[Phase, float]  # seconds of this rank's training thread in each phase
+    sequences: Sequence[Tensor] = ()  # the loss share and the token weight of each sequence, see `TokenLoss`
+    newer: int = 0  # steps that have been launched since
 
     @property
     def is_finite(self) -> bool:
@@ -96,6 +102,24 @@ class Callback:
         """After the last step."""
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A step that is launched, and whose figures nobody has read."""
+
+    step: int  # counts from 1
+    batch: BatchStep
+    learning_rate: float
+    launched: LaunchedStep
+    start: float  # time.perf_counter()
+    data_seconds: float
+    spent: Mapping[Phase, float]
+
+
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Whether something that happens every `interval` steps (0 = never) and at the end is due after this step."""
+    return step == last_step or (interval > 0 and step % interval == 0)
+
+
 class Trainer:
     """One attempt at a run, until its last step or until it is asked to stop."""
 
@@ -111,12 +135,16 @@ class Trainer:
         first_step: int,
         find_last_step: Callable[[BatchSchedule], int],
         heartbeat: Heartbeat,
+        *,
+        reads_late: bool = False,
     ) -> None:
         """A collective of all ranks.
 
         Args:
             first_step: 0 unless resumed.
             find_last_step: returns train.steps, or less if the data ends before; a collective of all ranks.
+            reads_late: read a step's figures while the device computes the next step, unless something needs them
+                before, so that the device never waits for the host. Only if nothing reacts to a spike.
         """
         self.config, self.engine, self.source, self.heartbeat = config, engine, source, heartbeat
         self._agreement, self._observer, self._callbacks = agreement, observer, callbacks
@@ -124,6 +152,9 @@ class Trainer:
         self._schedule = schedule
         self._finished_step = first_step
         self._last_step = find_last_step(schedule)
+        self._reads_late = reads_late
+        self._unread: _Unread | None = None
+        self._last_read = 0.0  # time.perf_counter()
 
     @property
     def schedule(self) -> BatchSchedule:
@@ -144,21 +175,64 @@ class Trainer:
         Raises:
             StopRequested: the ranks were asked to stop, after `finished_step`; on every rank alike.
         """
-        while self._finished_step < self._last_step:
-            self._agreement.at_boundary()
-            for callback in self._callbacks:
-                callback.before_step(self, self._finished_step + 1)
-            record = self._step(self._finished_step)
-            self._finished_step = record.step
-            findings = self._observer.observe(record)
-            for callback in self._callbacks:
-                callback.after_step(self, record, findings)
-                if self._finished_step != record.step:
-                    break
+        try:
+            while self._finished_step < self._last_step:
+                self._agreement.at_boundary()
+                self._step()
+        except StopRequested:
+            self._finish(newer=0)
+            raise
         for callback in self._callbacks:
             callback.at_end(self)
 
-    def _step(self, step: int) -> StepRecord:
+    def _step(self) -> None:
+        for callback in self._callbacks:
+            callback.before_step(self, self._finished_step + 1)
+        launched = self._launch(self._finished_step)
+        self._finish(newer=1)
+        self._unread, self._finished_step = launched, launched.step
+        if not self._reads_late or self._is_needed_now(launched.step):
+            self._finish(newer=0)
+
+    def _is_needed_now(self, step: int) -> bool:
+        """Whether something may follow this step, before the next, that needs its figures or its weights."""
+        train = self.config.train
+        intervals = (train.save_interval, train.eval_interval, self.config.stability.layer_interval)
+        return any(is_due(step, interval, self._last_step) for interval in intervals)
+
+    def _finish(self, newer: int) -> None:
+        """Read the figures of the step that was launched last, if they are still unread, and call all callbacks.
+
+        Args:
+            newer: number of steps launched after it.
+        """
+        if self._unread is None:
+            return
+        step, self._unread = self._unread, None
+        result = step.launched.read()
+        read = time.perf_counter()
+        # The device starts this step when it has finished the one before.
+        seconds = read - max(step.start, self._last_read)
+        self._last_read = read
+        record = StepRecord(
+            step.step,
+            step.batch,
+            result,
+            step.learning_rate,
+            seconds,
+            step.data_seconds,
+            step.spent,
+            step.launched.sequences,
+            newer,
+        )
+        findings = self._observer.observe(record)
+        finished = self._finished_step
+        for callback in self._callbacks:
+            callback.after_step(self, record, findings)
+            if self._finished_step != finished:
+                break
+
+    def _launch(self, step: int) -> _Unread:
         start = time.perf_counter()
         self.heartbeat.begin_step(step + 1)
         batch = self._schedule.at(step)
@@ -166,15 +240,9 @@ class Trainer:
         data_end = time.perf_counter()
         learning_rate = learning_rate_at(step + 1, self.config.optimizer, self.config.train.steps)
         measure = self.config.stability.measures_layers(step + 1)
-        result = self.engine.train_step(micro_batches, batch, learning_rate, measure_update=measure)
-        return StepRecord(
-            step=step + 1,
-            batch=batch,
-            result=result,
-            learning_rate=learning_rate,
-            step_seconds=time.perf_counter() - start,
-            data_seconds=data_end - start,
-        )
+        launched = self.engine.launch_step(micro_batches, batch, learning_rate, measure_update=measure)
+        spent = self.heartbeat.spent  # before the phase changes, which would add to it
+        return _Unread(step + 1, batch, learning_rate, launched, start, data_end - start, spent)
 
     def evaluate(self, step: int) -> None:
         """Evaluate this step's weights on the held-out samples and call all callbacks; a collective of all ranks."""

@@ -19,7 +19,7 @@ from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.observe.hardware import enable_fast_float32_matmul
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.run_lock import Claim
-from megatron_lite.train.distributed import ProcessEnvironment, own_device
+from megatron_lite.train.distributed import ProcessEnvironment, choose_algorithms, own_device
 from megatron_lite.train.hang.watchdog import watchdog_of
 from megatron_lite.train.out_of_memory import memory_errors_explained
 from megatron_lite.train.stopping import StopRequest
@@ -58,6 +58,7 @@ def started_rank(config: ResolvedConfig, claim: Claim) -> Iterator[Rank]:
             prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
             keep_private(folder, prepared.folder, console.log_path, is_writer=environment.rank == 0)
             device = own_device(config.launcher.device, environment)
+            choose_algorithms(device, deterministic=config.train.deterministic)
             print(enable_fast_float32_matmul(device), flush=True)
             yield Rank(folder, environment, console, heartbeat, request, prepared, device)
     finally:

@@ -124,6 +124,7 @@ def _attempt(run: Run, agreement: StopAgreement) -> RunEnd:
                 start.step,
                 partial(last_step, run, source),
                 run.heartbeat,
+                reads_late=run.context.device.type == "cuda" and judge.hook is None,
             )
             try:
                 agreement.ask()

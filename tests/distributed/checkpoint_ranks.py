@@ -24,9 +24,10 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.data.samples.skips import Skips
 from megatron_lite.data.shards.prepared import PreparedData
-from megatron_lite.engine.engine import Engine, StepResult
+from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.inference import forward_through_stages
 from megatron_lite.engine.shards import Shards
+from megatron_lite.engine.step_result import StepResult
 from megatron_lite.optim.batch_ramp import BatchStep
 from megatron_lite.optim.moments import moments_of
 from megatron_lite.train.checkpoints import Checkpoints, Start, layout_of

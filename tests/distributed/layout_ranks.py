@@ -27,10 +27,11 @@ import megatron_lite.train.generate
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.build import build_engine
-from megatron_lite.engine.engine import Engine, Evaluation, StepResult
+from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.engine.flat_gradients import FlatGradients
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
+from megatron_lite.engine.step_result import StepResult
 from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, StageBoundary
 from megatron_lite.models.block import TransformerBlock
@@ -301,7 +302,9 @@ def _clip_coefficient_too_large() -> Iterator[None]:
     engine = megatron_lite.engine.engine
     give, clip = engine.clip_by_given_norm, engine.clip_grads_with_norm_  # DeepSpeed's optimizers; ZeRO-0
     with (
-        mock.patch.object(engine, "clip_by_given_norm", lambda o, norm, c: give(o, lambda: norm() / 1.05, c)),
+        mock.patch.object(
+            engine, "clip_by_given_norm", lambda o, norm, *a, **k: give(o, lambda: norm() / 1.05, *a, **k)
+        ),
         mock.patch.object(engine, "clip_grads_with_norm_", lambda p, largest, norm: clip(p, largest, norm / 1.05)),
     ):
         yield

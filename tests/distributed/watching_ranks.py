@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.engine.engine import Engine, StepResult
+from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.gradient_norms import LayerFigures, layer_of, sequence_losses, stage_memory_bytes
 from megatron_lite.engine.hooks import EngineHooks, PendingUpdate
+from megatron_lite.engine.step_result import StepResult
 from tests.distributed.layout_ranks import synthetic_engine, train_steps
 from tests.full_tensors import full_weights
 

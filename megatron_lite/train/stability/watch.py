@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -112,11 +112,11 @@ class Watch:
         before, self.spike = self.spike, Spike(record, judgement) if judgement.is_spike else None
         self.detector.add(statistics, judgement)
         self._history.append(statistics)
-        step_shares = shares(self._heartbeat, record)  # before the phase changes, which would add to them
+        step_shares = shares(record)
         self._heartbeat.enter(Phase.REPORT)
         layers = self._layer_figures() if self._settings.measures_layers(record.step) else None
         if self._open and record.step == self._open[0].step + STEPS_AFTER:
-            self._add_steps_after(self._open.pop(0))
+            self._add_steps_after(self._open.pop(0), record.newer)
         if self.spike and needs_report(self.spike, before):
             self._open.append(self._write_down(self.spike))
         micro_batches = self._config.num_micro_batches(record.batch.global_batch_size)
@@ -178,16 +178,17 @@ class Watch:
             str(self._settings.on_spike),
             len(self._rollbacks),
             self._source.skips.indices(batch.first_sample, batch.global_batch_size),
-            sequence_losses(engine.loss.sequences, engine.context, batch.global_batch_size),
-            engine.meter.recent_grad_norms(record.step),
+            sequence_losses(record.sequences, engine.context, batch.global_batch_size),
+            engine.meter.recent_grad_norms(record.step, record.newer),
         )
         if self._spike_reports is not None:
             self._spike_reports.open(spike_report)
         return spike_report
 
-    def _add_steps_after(self, spike_report: SpikeReport) -> None:
+    def _add_steps_after(self, spike_report: SpikeReport, newer: int) -> None:
         if self._spike_reports is not None:
-            spike_report.layer_grad_norm.update(self._engine.meter.recent_grad_norms(spike_report.step + STEPS_AFTER))
+            last = spike_report.step + STEPS_AFTER
+            spike_report.layer_grad_norm.update(self._engine.meter.recent_grad_norms(last, newer))
             self._spike_reports.write(spike_report)
 
 
@@ -201,11 +202,13 @@ def needs_report(spike: Spike, before: Spike | None) -> bool:
     return before is None or SpikeKind.not_finite in set(spike.judgement.kinds) - set(before.judgement.kinds)
 
 
-def shares(heartbeat: Heartbeat, record: StepRecord) -> dict[str, float]:
+def shares(record: StepRecord) -> dict[str, float]:
     """Shares of a step's time on this rank, as its training thread sees it: on a GPU, the time to launch kernels and to
     wait for them."""
-    spent: Mapping[Phase, float] = heartbeat.spent
-    return {name: sum(spent[phase] for phase in phases) / record.step_seconds for name, phases in SHARES.items()}
+    return {
+        name: sum(record.spent.get(phase, 0.0) for phase in phases) / record.step_seconds
+        for name, phases in SHARES.items()
+    }
 
 
 def steps_kept(config: ResolvedConfig) -> int:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import BatchRampConfig, Decay, OptimizerConfig, Precision, RunConfig, TrainConfig
 from megatron_lite.data.samples.skips import Skips, Window
-from megatron_lite.engine.engine import StepResult
+from megatron_lite.engine.step_result import LaunchedStep, StepResult
 from megatron_lite.errors import DivergedError
 from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.optim.batch_ramp import BEGINNING, BatchSchedule, BatchStep, Origin
 from megatron_lite.train.callbacks import Guard
 from megatron_lite.train.loop import Findings, StepRecord, Trainer
+from megatron_lite.train.stopping import Reason, StopRequested
 from tests.unit.remedies import obeys
 
 # A warm-up of two steps and a linear decay to a tenth at step 6; batches of 4 until 12 samples are consumed, then of 8.
 RATES = [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
 BATCHES = [BatchStep(0, 4), BatchStep(4, 4), BatchStep(8, 4), BatchStep(12, 8), BatchStep(20, 8), BatchStep(28, 8)]
+
+
+def launched(loss: float) -> LaunchedStep:
+    """A step with this loss."""
+    return LaunchedStep(torch.tensor([loss]), lambda figures: StepResult(figures[0], 1.0, 1.0, False, 1.0, {}))
 
 
 @dataclass
@@ -34,11 +42,11 @@ class Recorded:
     steps: list[tuple[list[str], BatchStep, float]] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
 
-    def train_step(
+    def launch_step(
         self, batches: list[str], step: BatchStep, learning_rate: float, *, measure_update: bool
-    ) -> StepResult:
+    ) -> LaunchedStep:
         self.steps.append((batches, step, learning_rate))
-        return StepResult(1.0, 1.0, 1.0, False, 1.0, {})
+        return launched(float(len(self.steps)))
 
     def training(self, batch: BatchStep) -> list[str]:
         return [f"samples from {batch.first_sample}"]
@@ -78,12 +86,16 @@ def trainer_of(
     origin: Origin,
     callbacks: list[Any] | None = None,
     optimizer: OptimizerConfig = OPTIMIZER,
+    at_boundary: Callable[[], None] = lambda: None,
+    **reading: bool,
 ) -> Trainer:
     """With a warm-up of two steps and a linear decay."""
-    agreement: Any = SimpleNamespace(at_boundary=lambda: None)
+    agreement: Any = SimpleNamespace(at_boundary=at_boundary)
     config, schedule = resolve(RunConfig(optimizer=optimizer, train=train)), BatchSchedule(train, origin)
     watching = [seen] if callbacks is None else callbacks
-    return Trainer(config, seen, seen, schedule, agreement, seen, watching, origin.step, lambda _: 6, Heartbeat())
+    return Trainer(
+        config, seen, seen, schedule, agreement, seen, watching, origin.step, lambda _: 6, Heartbeat(), **reading
+    )
 
 
 def test_callbacks_have_named_moments_and_a_rewind_ends_those_of_its_step() -> None:
@@ -96,6 +108,39 @@ def test_callbacks_have_named_moments_and_a_rewind_ends_those_of_its_step() -> N
     assert seen.skips.windows == Skips([Window(4, 8)]).windows
 
 
+def test_figures_are_read_while_the_next_step_runs_unless_something_is_due() -> None:
+    """A validation is due after step 3; step 6 is the last one."""
+    seen = Recorded()
+    train = TrainConfig(steps=6, global_batch_size=4, eval_interval=3, save_interval=0)
+    trainer_of(seen, train, BEGINNING, reads_late=True).fit()
+    order = "before 1, before 2, 1, before 3, 2, 3, before 4, before 5, 4, before 6, 5, 6"
+    assert [moment for moment in seen.moments if "after" not in moment] == [
+        moment if " " in moment else f"observe {moment}" for moment in order.split(", ")
+    ] + ["end 6"]
+    assert [(record.step, record.result.loss, record.newer) for record in seen.records] == [
+        (1, 1.0, 1),
+        (2, 2.0, 1),
+        (3, 3.0, 0),
+        (4, 4.0, 1),
+        (5, 5.0, 1),
+        (6, 6.0, 0),
+    ]
+
+
+def test_a_stop_request_leaves_no_step_unread() -> None:
+    def stop_after_two_steps() -> None:
+        if len(seen.steps) == 2:
+            raise StopRequested(Reason.term, "")
+
+    seen = Recorded()
+    train = TrainConfig(steps=6, global_batch_size=4, eval_interval=0, save_interval=0)
+    trainer = trainer_of(seen, train, BEGINNING, at_boundary=stop_after_two_steps, reads_late=True)
+    with pytest.raises(StopRequested):
+        trainer.fit()
+    assert trainer.finished_step == 2
+    assert [record.result.loss for record in seen.records] == [1.0, 2.0]
+
+
 @dataclass
 class Descent(Recorded):
     """Of x in (2 x)^2, from 1: it diverges while the learning rate is above 1/4."""
@@ -103,12 +148,12 @@ class Descent(Recorded):
     largest: float = 0.0
     weight: float = 1.0
 
-    def train_step(
+    def launch_step(
         self, batches: list[str], step: BatchStep, learning_rate: float, *, measure_update: bool
-    ) -> StepResult:
+    ) -> LaunchedStep:
         loss = (2 * self.weight) ** 2
         self.weight -= learning_rate * 8 * self.weight
-        return StepResult(loss if loss <= self.largest else math.inf, 1.0, 1.0, False, 1.0, {})
+        return launched(loss if loss <= self.largest else math.inf)
 
 
 @obeys("megatron_lite/train/callbacks.py:after_step")
