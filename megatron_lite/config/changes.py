@@ -73,6 +73,7 @@ SAFE = (
     "model.check_init",
     "model.vocab_pad_multiple",  # checkpoints contain no padding
     "parallel.pipeline_parallel_size",
+    "parallel.stages",
     "parallel.data_parallel_size",
     "parallel.zero_stage",
     "parallel.offload_optimizer",

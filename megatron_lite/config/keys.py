@@ -15,6 +15,8 @@ from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
 LIKENESS_OF_SLIPS = 0.8  # two letters swapped, one missing or one too many in names of five or more letters
+WORD_OR_NUMBERS = {"parallel.stages": "balanced, even or a list of integers"}
+"""Settings typed `Any` that are no texts, with what they accept; rules check the value."""
 LONGEST_SHOWN = 160  # characters of a value in a message
 # Names from other trainers, whose spelling is too different for a suggestion by similarity.
 ALIASES = {
@@ -139,6 +141,8 @@ class Shape(Enum):
 def text_shape(key: str) -> Shape | None:
     """How a setting contains text; None if it contains none. An entry of a map is a text."""
     hint = schema_keys().get(key)
+    if key in WORD_OR_NUMBERS:
+        return None
     if hint is None:
         return Shape.text if is_map(key.rpartition(".")[0]) else None
     shapes = {str: Shape.text, str | None: Shape.text, list[str]: Shape.texts, Any: Shape.text_or_texts}
@@ -148,7 +152,7 @@ def text_shape(key: str) -> Shape | None:
 def may_be_null(key: str) -> bool:
     """Whether the setting may be None."""
     hint = schema_keys().get(key)
-    return hint is Any or type(None) in typing.get_args(hint)
+    return (hint is Any and key not in WORD_OR_NUMBERS) or type(None) in typing.get_args(hint)
 
 
 def leaf_keys() -> list[str]:
@@ -189,7 +193,7 @@ def has_container(key: str, value: Any) -> bool:
 
 def expects(key: str) -> str:
     """The values that a key accepts, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
-    return _describe(schema_keys().get(key, str))
+    return WORD_OR_NUMBERS.get(key) or _describe(schema_keys().get(key, str))
 
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

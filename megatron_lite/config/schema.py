@@ -195,6 +195,10 @@ class ParallelConfig:
     """Ranks that split each layer: heads, MLP width and vocabulary."""
     pipeline_parallel_size: int = 1
     """Stages that split the list of layers."""
+    stages: Any = "balanced"
+    """How many transformer layers each stage holds: `balanced` cuts by FLOPs, embedding, head, loss and recomputation
+    counted; `even` by number; a list such as [5,7,6,6] as given. In an encoder_decoder the decoder's layers follow the
+    encoder's. The first stage also holds the embedding, the last one the head; these two may have no layers."""
     data_parallel_size: int | None = None
     """Number of model replicas; None = number of processes / (tensor x pipeline)."""
     sequence_parallel: bool = False

@@ -13,7 +13,7 @@ from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.topology import Topology, padded_vocab_size, stage_bounds
+from megatron_lite.parallel.topology import Topology, even_cut, padded_vocab_size, stage_bounds
 from tests.tiny_models import BART, BERT, GPT2, LENGTHS, LLAMA, PAIR, ROBERTA, SEGMENTS, T5, T5_V1_1, TOKENS
 
 VOCAB_SIZE = 60
@@ -30,7 +30,7 @@ MODELS = {
 }
 
 
-def built(model: ResolvedModel, stages: int, tensor: int, *, next_sentence: bool) -> list[int]:
+def built(model: ResolvedModel, cut: list[int], tensor: int, *, next_sentence: bool) -> list[int]:
     """Parameters that the modules of each stage have on one rank, those of a tied module once."""
     context = ParallelContext.single()
     context.topology = Topology(tensor_parallel_size=tensor)
@@ -44,7 +44,7 @@ def built(model: ResolvedModel, stages: int, tensor: int, *, next_sentence: bool
         next_sentence_head=next_sentence,
     )
     starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None and index > 0]
-    bounds = stage_bounds(starts, len(specs), stages)
+    bounds = stage_bounds(starts, len(specs), cut)
     parts = [FlatModel(specs[start:stop]) for start, stop in pairwise(bounds)]
     return [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
 
@@ -55,6 +55,8 @@ def test_counts_are_those_of_the_built_layers(name: str, tensor: int) -> None:
     model, next_sentence = resolve_model(MODELS[name]), name.startswith("bert")
     padded = padded_vocab_size(VOCAB_SIZE, model.vocab_pad_multiple, tensor)
     counts = parameter_counts(model, padded, tensor, next_sentence=next_sentence)
-    for stages in range(1, all_layers(model) + 1):
-        planned = [counts.stage(content) for content in stage_contents(model, stages)]
-        assert planned == built(model, stages, tensor, next_sentence=next_sentence)
+    layers = all_layers(model)
+    alone = [[0, layers], [layers, 0], [0, layers, 0]]  # the embedding, the head, both
+    for cut in [*(even_cut(layers, stages) for stages in range(1, layers + 1)), *alone]:
+        planned = [counts.stage(content) for content in stage_contents(model, cut)]
+        assert planned == built(model, cut, tensor, next_sentence=next_sentence)

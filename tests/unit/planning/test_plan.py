@@ -28,7 +28,8 @@ def test_rows_of_a_three_dimensional_layout() -> None:
     config = config_of("parallel=dp2_tp2_pp2", "train.steps=10", "train.global_batch_size=32")
     text = rows(describe(config, 8000))
     assert text["world size"] == "8 = 2 data x 2 tensor x 2 pipeline"
-    assert text["layers"] == "4 = 2 stages of 2"
+    assert text["layers"] == "4 = 1 stage of 4 + 1 stage of 0"
+    assert text["work of stages"] == "balanced: the largest has 1.11 x the mean; with parallel.stages=even 1.55 x"
     assert text["batch"] == "32 = 4 micro x 4 micro-batches x 2 data-parallel"
     assert text["tokens"] == "4,096 a step, 40,960 in 10 steps"
     assert text["learning rate"] == (
