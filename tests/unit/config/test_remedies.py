@@ -19,7 +19,7 @@ BY_HAND: dict[str, list[list[str]]] = {
     "stages that are null": [["parallel.stages=[4,0]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
     "number of stages": [["parallel.stages=[2,2]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
     "layers of all stages": [["parallel.stages=[2,2]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
-    "layers of the stages of both stacks": [["parallel.stages=[2,2]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
+    "layers of the stages of both stacks": [["parallel.stages=[2,2]"], ["parallel.stages=balanced"]],
     "negative stage": [["parallel.stages=[2,2]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
     "empty stage in the middle": [["parallel.stages=[2,1,1]"], ["parallel.stages=balanced"], ["parallel.stages=even"]],
     "hidden and heads": [["model.hidden_size=128"], ["model.hidden_size=132"], ["model.head_size=32"]],
