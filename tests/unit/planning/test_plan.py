@@ -284,11 +284,12 @@ DEEP = ("model.num_layers=12",)
 
 
 def test_each_part_of_the_work_moves_the_cut() -> None:
-    """Twelve layers on two stages: a larger vocabulary and longer inputs move layers; so do recomputation and batch."""
+    """Twelve layers on two stages: a larger vocabulary, longer inputs and recomputation move layers."""
     assert cut_of(*DEEP, "parallel.stages=even") == cut_of(*DEEP, vocab_size=128) == [6, 6]
     assert cut_of(*DEEP) == [8, 4]
     assert cut_of(*DEEP, vocab_size=30_000) == [12, 0]
-    assert cut_of(*DEEP, "parallel.recompute=full")[0] < 8
+    assert cut_of(*DEEP, vocab_size=16_384) == [11, 1]
+    assert cut_of(*DEEP, "parallel.recompute=full", vocab_size=16_384) == [10, 2]
     long = ("data.seq_length=4096", "model.max_position_embeddings=4096")
     assert cut_of(*DEEP, *long)[0] < 8
     assert cut_of(*DEEP, "parallel.stages=[0,12]") == [0, 12]
