@@ -3,6 +3,7 @@
     python -m benchmarks                        all parts, about ten minutes on two cores
     python -m benchmarks --parts fp32 loader    some of them
     python -m benchmarks --vocab 50304          another vocabulary
+    python -m benchmarks --parts growth --axes sequence cut
 
 CPU-seconds with one thread per rank are the primary figure, because other work on the machine disturbs them least; wall
 time is shown beside them. `--json FILE` saves all figures.
@@ -26,7 +27,7 @@ from rich.console import Console
 from benchmarks.report import Sample, Target, ratios, show_systems, show_targets
 from benchmarks.worker import Worker, worker_environment
 
-PARTS = ("fp32", "bf16", "grid", "start", "loader", "checkpoints", "watching")
+PARTS = ("fp32", "bf16", "grid", "start", "loader", "checkpoints", "watching", "growth")
 # CPU-seconds of a `transformers` step, and tokens per CPU-second of Megatron-DeepSpeed at DP2 x TP2 x PP2, both
 # measured on one machine with this model; together they say what Megatron-DeepSpeed would do on this machine.
 REFERENCE_TRANSFORMERS_SECONDS = 1.229
@@ -65,10 +66,9 @@ def main() -> None:
         results["start"] = _start(console, arguments, targets)
     if "loader" in arguments.parts:
         results["loader"] = _loader(console, arguments)
-    if "checkpoints" in arguments.parts:
-        results["checkpoints"] = _checkpoints(console, arguments, targets)
-    if "watching" in arguments.parts:
-        results["watching"] = _watching(console, arguments, targets)
+    for part, measure in (("checkpoints", _checkpoints), ("watching", _watching), ("growth", _growth)):
+        if part in arguments.parts:
+            results[part] = measure(console, arguments, targets)
     if targets:
         show_targets(console, targets)
     results["targets"] = [{**asdict(target), "met": target.met} for target in targets]
@@ -84,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--turns", type=int, default=5, help="rounds of A B C A B C")
     parser.add_argument("--steps", type=int, default=4, help="steps of one turn")
+    parser.add_argument("--axes", nargs="+", default=[], help="of the part growth, such as sequence and ranks")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -259,6 +260,35 @@ def _watching(console: Console, arguments: argparse.Namespace, targets: list[Tar
         title = f"watching with stability.on_spike={way}, CPU-s above a bare step"
         targets.append(Target(title, 100 * (ratio.median - 1), 2, at_most=True, unit=" %", note=note))
     return found
+
+
+def _growth(console: Console, arguments: argparse.Namespace, targets: list[Target]) -> list[dict[str, Any]]:
+    """Cost per token along each axis; what grows faster than its work is marked and becomes a target that is missed."""
+    from benchmarks.growth import FASTER_THAN_WORK, Found
+
+    command = [sys.executable, "-m", "benchmarks.growth", str(min(arguments.turns, 2)), "1", *arguments.axes]
+    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(), check=False)
+    if done.returncode:
+        raise RuntimeError(f"a job of growing size failed:\n{done.stderr[-3000:]}")
+    rows = json.loads(done.stdout)
+    first: dict[str, Found] = {}
+    for row in rows:
+        point = Found(**row)
+        if point.axis not in first:
+            first[point.axis] = point
+            console.print(f"\n[bold]Growth with {point.axis}[/bold]: of one token, in all ranks")
+        ratio = point.seconds_per_flop / first[point.axis].seconds_per_flop
+        work = point.flops_per_token / first[point.axis].flops_per_token
+        if ratio > FASTER_THAN_WORK:
+            title = f"growth with {point.axis} to {point.label}: CPU-s per FLOP"
+            targets.append(Target(title, ratio, FASTER_THAN_WORK, at_most=True, unit=" x"))
+        mark = "  FASTER THAN ITS WORK" if ratio > FASTER_THAN_WORK else ""
+        console.print(
+            f"  {point.label:<20}{1e6 * min(point.cpu_seconds_per_token):>9,.1f} CPU-us, work x {work:.2f}, CPU-s per "
+            f"FLOP x {ratio:.2f}; busiest rank {min(point.slowest_seconds):.3f} CPU-s a step, "
+            f"{min(point.largest_share):.2f} x the mean; {max(point.peak_bytes) / 2**20:,.0f} MiB{mark}"
+        )
+    return rows
 
 
 def _cache_dir() -> Path:

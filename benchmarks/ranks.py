@@ -50,8 +50,13 @@ def build_rank(
     shape: Shape,
     global_batch_size: int,
     hooks: EngineHooks | None = None,
+    stages: str = "balanced",
 ) -> Engine:
-    """Meet the other ranks of the job, and build the benchmark's model under ZeRO-1."""
+    """Meet the other ranks of the job, and build the benchmark's model under ZeRO-1.
+
+    Args:
+        stages: parallel.stages.
+    """
     import torch
     import torch.distributed as dist
 
@@ -74,6 +79,7 @@ def build_rank(
         pipeline_parallel_size=layout.pipeline_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         zero_stage=1,
+        stages=stages,
     )
     config = shape.run(parallel, global_batch_size)
     task = build_task(config, context, shape.vocabulary)

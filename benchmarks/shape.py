@@ -20,19 +20,27 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Shape:
-    """GPT-2 with 6 layers of 384 and the vocabulary that is being measured."""
+    """GPT-2 with layers of 384 and the vocabulary that is being measured."""
 
     vocab_size: int
     precision: Precision
+    layers: int = LAYERS
+    seq_length: int = SEQ_LENGTH
+    micro_batch: int = MICRO_BATCH
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.micro_batch * self.seq_length
 
     def model(self) -> ResolvedModel:
         return resolve_model(
             ModelConfig(
                 name="bench",
-                num_layers=LAYERS,
+                num_layers=self.layers,
                 hidden_size=HIDDEN,
                 num_attention_heads=HEADS,
-                max_position_embeddings=SEQ_LENGTH,
+                max_position_embeddings=self.seq_length,
                 vocab_size=self.vocab_size,
             )
         )
@@ -42,9 +50,9 @@ class Shape:
             RunConfig(
                 model=self.model(),
                 parallel=parallel,
-                data=DataConfig(seq_length=SEQ_LENGTH),
+                data=DataConfig(seq_length=self.seq_length),
                 train=TrainConfig(
-                    micro_batch_size=MICRO_BATCH,
+                    micro_batch_size=self.micro_batch,
                     global_batch_size=global_batch_size,
                     precision=self.precision,
                     seed=SEED,
@@ -54,12 +62,12 @@ class Shape:
 
     def flops_per_step(self) -> float:
         """FLOPs of one micro-batch, forward and backward; causal attention counts half."""
-        return TOKENS_PER_STEP * flops_per_token(self.model(), SEQ_LENGTH, self.vocab_size)
+        return self.tokens * flops_per_token(self.model(), self.seq_length, self.vocab_size)
 
     def batch(self, seed: int = SEED) -> MicroBatch:
         """Random tokens [b, s]: speed does not depend on their values."""
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, self.vocab_size, (MICRO_BATCH, SEQ_LENGTH + 1), generator=generator)
+        tokens = torch.randint(0, self.vocab_size, (self.micro_batch, self.seq_length + 1), generator=generator)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         return MicroBatch((inputs,), labels, torch.ones(inputs.shape))
 

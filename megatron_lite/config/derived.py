@@ -7,7 +7,9 @@ and p pipeline-parallel size.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +31,7 @@ from megatron_lite.config.schema import (
     PositionEmbedding,
     RunConfig,
 )
-from megatron_lite.parallel.topology import layers_per_stage, padded_vocab_size
+from megatron_lite.parallel.topology import padded_vocab_size
 
 T = TypeVar("T")
 
@@ -201,24 +203,30 @@ class StageContent:
     """Has the decoder's first layer and, before it, the encoder's final norm and the decoder's embedding."""
 
 
-def stage_contents(model: ResolvedModel, pipeline_parallel_size: int) -> list[StageContent]:
-    """The stages in order: `layers_per_stage` distributes the encoder's layers, then the decoder's."""
-    total, encoder = all_layers(model), model.num_layers
-    contents, start = [], 0
-    for stage, count in enumerate(layers_per_stage(total, pipeline_parallel_size)):
-        stop = start + count
-        here = max(0, min(stop, encoder) - start)
-        contents.append(
-            StageContent(
-                layers=here,
-                decoder_layers=count - here,
-                first=stage == 0,
-                last=stage == pipeline_parallel_size - 1,
-                begins_decoder=start <= encoder < stop,
-            )
-        )
-        start = stop
-    return contents
+def stage_content(model: ResolvedModel, start: int, stop: int, *, first: bool, last: bool) -> StageContent:
+    """A stage with the transformer layers [start, stop), in an encoder_decoder those of the encoder first."""
+    encoder = model.num_layers
+    here = max(0, min(stop, encoder) - start)
+    return StageContent(
+        layers=here,
+        decoder_layers=stop - start - here,
+        first=first,
+        last=last,
+        begins_decoder=start <= encoder < stop,
+    )
+
+
+def stage_contents(model: ResolvedModel, layers_of_stages: Sequence[int]) -> list[StageContent]:
+    """The stages in order.
+
+    Args:
+        layers_of_stages: number of transformer layers of each, as `planning.stages.layers_of_stages` returns it.
+    """
+    ends, last = [0, *accumulate(layers_of_stages)], len(layers_of_stages) - 1
+    return [
+        stage_content(model, start, stop, first=stage == 0, last=stage == last)
+        for stage, (start, stop) in enumerate(pairwise(ends))
+    ]
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """Parameters of the model; a tied matrix counts once."""
-        return self.stage(stage_contents(self.model, 1)[0])
+        return self.stage(stage_contents(self.model, [all_layers(self.model)])[0])
 
     def stage(self, content: StageContent) -> int:
         """Number of parameters on a pipeline stage.

@@ -73,13 +73,15 @@ def _problems(key: str, hint: Any, found: Facts | None) -> Iterator[str]:
         yield f"{key} is declared without `setting`; write {key.rpartition('.')[2]}: ... = setting(default, ...)"
         return
     kinds = _kinds(hint)
-    is_number, is_text = bool(kinds & {int, float}), hint is Any or str in kinds
+    is_number, is_text = bool(kinds & {int, float}), (hint is Any and found.expects is None) or str in kinds
     if is_number and found.range is None:
         yield f"{key} is a number without a range; write range=ranges.NAME, of megatron_lite/config/ranges.py"
     if found.range is not None and not is_number:
         yield f"{key} is not a number, but has a range; leave out range="
     if is_text and found.text is None:
         yield f"{key} is a text without a rule; write text=texts.NAME, of megatron_lite/config/texts.py"
+    if found.expects is not None and hint is not Any:
+        yield f"{key} says which values it expects, but its type does that; leave out expects="
     if found.text is not None and not is_text:
         yield f"{key} is not a text, but has a rule for texts; leave out text="
     if found.resume is None:

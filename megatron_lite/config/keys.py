@@ -11,6 +11,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+from megatron_lite.config.facts import facts
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -139,16 +140,24 @@ class Shape(Enum):
 def text_shape(key: str) -> Shape | None:
     """How a setting contains text; None if it contains none. An entry of a map is a text."""
     hint = schema_keys().get(key)
+    if _expects_no_text(key):
+        return None
     if hint is None:
         return Shape.text if is_map(key.rpartition(".")[0]) else None
     shapes = {str: Shape.text, str | None: Shape.text, list[str]: Shape.texts, Any: Shape.text_or_texts}
     return Shape.map if is_map(key) else shapes.get(hint)
 
 
+def _expects_no_text(key: str) -> str | None:
+    """What a setting of type `Any` expects that is no text; None = it is another one."""
+    found = facts().get(key)
+    return None if found is None else found.expects
+
+
 def may_be_null(key: str) -> bool:
     """Whether the setting may be None."""
     hint = schema_keys().get(key)
-    return hint is Any or type(None) in typing.get_args(hint)
+    return (hint is Any and _expects_no_text(key) is None) or type(None) in typing.get_args(hint)
 
 
 def leaf_keys() -> list[str]:
@@ -189,7 +198,7 @@ def has_container(key: str, value: Any) -> bool:
 
 def expects(key: str) -> str:
     """The values that a key accepts, in words: `an integer`, `one of linear, cosine`, `a number or null`."""
-    return _describe(schema_keys().get(key, str))
+    return _expects_no_text(key) or _describe(schema_keys().get(key, str))
 
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

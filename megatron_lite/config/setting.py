@@ -103,10 +103,17 @@ class Facts:
     text: Check | None
     """The rule of a text, or of each text in a list or a map."""
     resume: ResumeEffect | None
+    expects: str | None = None
+    """The values of a setting of type `Any` that is no text."""
 
 
 def setting(
-    default: T, *, range: Range | None = None, text: Check | None = None, resume: ResumeEffect | None = None
+    default: T,
+    *,
+    range: Range | None = None,
+    text: Check | None = None,
+    resume: ResumeEffect | None = None,
+    expects: str | None = None,
 ) -> T:
     """A field of a group of settings.
 
@@ -115,8 +122,10 @@ def setting(
         range: the values of a number that work, whatever the other settings are (`config/ranges.py`).
         text: what is wrong with a text (`config/texts.py`).
         resume: what another value does to a run that resumes (`SAFE`, or one of `config/resume_effects.py`).
+        expects: of a setting of type `Any` that is no text, in words, such as "even or a list of integers"; a rule in
+            `config/rules/` checks the value.
     """
-    metadata = {FACTS: Facts(range, text, resume)}
+    metadata = {FACTS: Facts(range, text, resume, expects)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

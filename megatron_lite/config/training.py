@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_lite.config import ranges, texts
 from megatron_lite.config import resume_effects as effects
@@ -19,6 +20,10 @@ class ParallelConfig:
     """Ranks that split each layer: heads, MLP width and vocabulary."""
     pipeline_parallel_size: int = setting(1, range=ranges.PROCESSES, resume=SAFE)
     """Stages that split the list of layers."""
+    stages: Any = setting("balanced", resume=SAFE, expects="balanced, even or a list of integers")
+    """How many transformer layers each stage holds: `balanced` cuts by FLOPs, embedding, head, loss and recomputation
+    counted; `even` by number; a list such as [5,7,6,6] as given. In an encoder_decoder the decoder's layers follow the
+    encoder's. The first stage also holds the embedding, the last one the head; these two may have no layers."""
     data_parallel_size: int | None = setting(None, range=ranges.PROCESSES, resume=SAFE)
     """Number of model replicas; None = number of processes / (tensor x pipeline)."""
     sequence_parallel: bool = setting(False, resume=effects.POSITION_MASKS)

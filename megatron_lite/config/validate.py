@@ -70,6 +70,7 @@ RULES: tuple[Rule, ...] = (
     model.tensor_divides_groups,
     model.tensor_divides_ffn,
     model.stages_have_layers,
+    model.stages_are_cut_as_possible,
     model.decoder_layers_need_two_stacks,
     model.positions_fit_architecture,
     model.relative_buckets_share_distances,

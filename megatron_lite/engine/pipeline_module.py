@@ -1,4 +1,4 @@
-"""The layer list as a DeepSpeed PipelineModule, partitioned into stages by `topology.stage_bounds`.
+"""The layer list as a DeepSpeed PipelineModule, cut into stages as `planning.stages.layers_of_stages` says.
 
 DeepSpeed's own partitioners build every layer on every rank or count layer types by regular expression; the planner
 has to get the same partition without building anything.
@@ -32,11 +32,12 @@ class StagedModule(PipelineModule):
         self,
         specs: Sequence[LayerSpec],
         hidden_size: int,
+        layers_of_stages: Sequence[int],
         context: ParallelContext,
         loss: Callable[[Activations, tuple[Tensor, ...]], Tensor],
     ) -> None:
         starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None]
-        self._bounds = stage_bounds(starts[1:], len(specs), context.pipeline_size)
+        self._bounds = stage_bounds(starts[1:], len(specs), layers_of_stages)
         super().__init__(
             layers=[_LaterTiedLayer(spec) if spec.tied else _LaterLayer(spec) for spec in specs],
             topology=deepspeed_topology(context),

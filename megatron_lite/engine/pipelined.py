@@ -19,6 +19,7 @@ from megatron_lite.models.activations import StageBoundary
 from megatron_lite.models.flat import inputs_of
 from megatron_lite.models.spec import LayerSpec
 from megatron_lite.objectives.loss import Outputs
+from megatron_lite.planning.stages import layers_of_stages
 
 
 class PipelinedEngine(Engine):
@@ -27,8 +28,10 @@ class PipelinedEngine(Engine):
     module: StagedModule
 
     def _wrap(self, specs: Sequence[LayerSpec]) -> tuple[nn.Module, PipelineParallelGrid | None]:
-        self._first_boundary = first_boundary(specs, self.config.model.hidden_size, self.context)
-        return StagedModule(specs, self.config.model.hidden_size, self.context, self.loss), None
+        hidden_size = self.config.model.hidden_size
+        self._first_boundary = first_boundary(specs, hidden_size, self.context)
+        cut = layers_of_stages(self.config, self.loss.vocab_size)
+        return StagedModule(specs, hidden_size, cut, self.context, self.loss), None
 
     def _initialize(self, grid: PipelineParallelGrid | None) -> Any:
         engine = super()._initialize(grid)

@@ -2,14 +2,15 @@
 
     T5:   embedding (tokens [b, e]) | encoder.relative_bias, encoder.layers.0 | ...
           | encoder.final_norm, decoder.embedding (decoder_tokens [b, d]), decoder.relative_bias, decoder.layers.0
-          | decoder.relative_bias, decoder.layers.1 | ... , decoder.final_norm, head (logits [b, d, v/t])
+          | decoder.relative_bias, decoder.layers.1 | ... | decoder.final_norm, head (logits [b, d, v/t])
     BART: embedding, encoder.position_embedding, encoder.embedding_norm | encoder.layers.0 | ...
           | decoder.embedding, decoder.position_embedding, decoder.embedding_norm, decoder.layers.0
-          | decoder.layers.1 | ... , head
+          | decoder.layers.1 | ... | head
 
 A pipeline stage may begin at each "|". It receives:
     at a layer of the encoder, or where the decoder begins:  hidden [b, e, h], decoder_tokens [b, d], lengths [b]
     at a later layer of the decoder:  hidden [b, d, h], memory [b, e, h], lengths [b]
+    after the last layer:  hidden [b, d, h]
 Hidden states have e/t and d/t positions under sequence parallelism; lengths are sent only where samples are padded. So
 `StageBoundary` sends one float tensor, of e or e + d positions, and at most one int64 tensor. The relative bias is not
 sent: each stage computes it from its copy of the table.
@@ -62,8 +63,7 @@ def encoder_decoder_layers(factory: LayerFactory) -> list[LayerSpec]:
         *chain(*encoder),
         *between,
         *chain(*others),
-        *factory.stack_end("decoder."),
-        *factory.head(embedding),
+        *factory.after_layers([*factory.stack_end("decoder."), *factory.head(embedding)], into_decoder[0]),
     ]
 
 

@@ -1,9 +1,9 @@
 """A decoder-only transformer as a list of layers; GPT-2, LLaMA and prefix language models differ only in settings.
 
-    embedding (tokens [b, s]) | layers.0 | ... | layers.N | final_norm | head (logits [b, s, v/t])
+    embedding (tokens [b, s]) | layers.0 | ... | layers.N | final_norm, head (logits [b, s, v/t])
 
-A stage that begins at a block receives hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and for a prefix
-language model prefix_lengths [b]: positions before it attend to each other in both directions.
+A pipeline stage may begin at each "|". It receives hidden [b, s, h], or [b, s/t, h] under sequence parallelism, and at
+a block of a prefix language model prefix_lengths [b]: positions before it attend to each other in both directions.
 
 Shapes: b micro-batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel size.
 """
@@ -26,6 +26,5 @@ def gpt_layers(factory: LayerFactory) -> list[LayerSpec]:
         embedding,
         *factory.embedding_sum(),
         *chain(*factory.blocks(num_layers=model.num_layers, causal=True, stage_inputs=stage_inputs)),
-        *factory.stack_end(),
-        *factory.head(embedding),
+        *factory.after_layers([*factory.stack_end(), *factory.head(embedding)], stage_inputs[0]),
     ]

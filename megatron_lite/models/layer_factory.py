@@ -142,6 +142,11 @@ class LayerFactory:
             entries.append(self._spec(f"{prefix}final_norm", lambda: build_norm(self.model, self.context), on_hidden))
         return entries + self._dropout(f"{prefix}final_dropout", self.model.final_dropout, "final")
 
+    @staticmethod
+    def after_layers(entries: list[LayerSpec], hidden: Field) -> list[LayerSpec]:
+        """The entries after the last transformer layer, which may be a pipeline stage of their own."""
+        return [replace(entries[0], stage_inputs=(hidden,)), *entries[1:]]
+
     def next_sentence(self) -> list[LayerSpec]:
         """hidden -> sequence_logits."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -67,32 +68,29 @@ class Topology:
         ]
 
 
-def layers_per_stage(num_layers: int, pipeline_parallel_size: int) -> list[int]:
-    """Number of transformer layers of each stage, as even as possible; the earlier stages take the remainder.
+def even_cut(num_layers: int, stages: int) -> list[int]:
+    """Number of transformer layers of each stage, as equal as possible; the earlier stages take the remainder.
 
-    In an encoder-decoder model the decoder's layers follow the encoder's.
-
-    The last stage also holds the output head, the largest matrix of a small model, so it never gets an extra layer.
+    The last stage also holds the output head, so it never gets an extra layer.
     """
-    base, extra = divmod(num_layers, pipeline_parallel_size)
-    return [base + (stage < extra) for stage in range(pipeline_parallel_size)]
+    base, extra = divmod(num_layers, stages)
+    return [base + (stage < extra) for stage in range(stages)]
 
 
-def stage_bounds(layer_starts: Sequence[int], num_entries: int, pipeline_parallel_size: int) -> list[int]:
+def stage_bounds(starts: Sequence[int], num_entries: int, layers_of_stages: Sequence[int]) -> list[int]:
     """Boundaries of the stages in the full layer list.
 
     Args:
-        layer_starts: for each transformer layer, the index of its first entry. Entries before the first layer
-            (embeddings) go to the first stage, those after the last one (final norm, head) to the last stage.
+        starts: for each transformer layer, the index of its first entry; then that of the first entry after the last
+            layer. Entries before the first layer (embeddings) go to the first stage, those after the last layer (final
+            norm, head) to the last stage.
         num_entries: length of the list.
+        layers_of_stages: number of transformer layers of each stage.
     Returns:
-        pipeline_parallel_size + 1 indices; stage i holds entries [bounds[i], bounds[i + 1]).
+        indices, one more than stages; stage i holds entries [bounds[i], bounds[i + 1]).
     """
-    bounds, layer = [0], 0
-    for count in layers_per_stage(len(layer_starts), pipeline_parallel_size)[:-1]:
-        layer += count
-        bounds.append(layer_starts[layer])
-    return [*bounds, num_entries]
+    ends = list(accumulate(layers_of_stages))
+    return [0, *(starts[end] for end in ends[:-1]), num_entries]
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:

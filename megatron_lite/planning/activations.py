@@ -75,9 +75,8 @@ def stage_activations(
     copies = 2 if last.width == HALF else 1  # the logits and their softmax; fp32 logits need no copy
     softmax = copies * FLOAT * min(rows * columns, LOSS_CHUNK)
     sum_width = last.width if rows >= last.positions else FLOAT  # chunks in 16 bits are summed in fp32
-    gradients = (
-        columns * config.model.hidden_size * sum_width + last.positions * config.model.hidden_size * last.width
-    ) * (content.last)
+    of_input = last.positions * last.width if content.last else 0
+    gradients = config.model.hidden_size * (columns * sum_width + of_input)
     loss = softmax + gradients
     return StageActivations(held, held * (of_layers + ends), again, rows * columns * last.width, loss)
 

@@ -27,7 +27,8 @@ def placement_warnings(config: ResolvedConfig) -> list[str]:
     inside = math.gcd(tensor, here)
     remedy = f"parallel.tensor_parallel_size={inside}"
     stages = config.parallel.pipeline_parallel_size * tensor // inside
-    if stages <= all_layers(config.model) and config.parallel.zero_stage <= 1:
+    given = isinstance(config.parallel.stages, list)
+    if stages <= all_layers(config.model) and config.parallel.zero_stage <= 1 and not given:
         remedy += f" with parallel.pipeline_parallel_size={stages}"
     return [
         f"parallel.tensor_parallel_size={tensor} crosses nodes of launcher.processes_per_node={here}: the all-reduces "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 
 from megatron_lite.config.derived import all_layers, has_next_sentence_head
 from megatron_lite.config.hf.families import NoCounterpart, counterpart
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Compile
 from megatron_lite.data.tokenizer.framing import described_ends
-from megatron_lite.parallel.topology import Topology, bubble_share, layers_per_stage
+from megatron_lite.parallel.topology import Topology, bubble_share, even_cut
 from megatron_lite.planning.placement import nodes_of, placement_warnings
 from megatron_lite.planning.predictions import what_is_predicted
 from megatron_lite.planning.sizes import model_lines, stage_lines
+from megatron_lite.planning.stages import ASSUMED_VOCAB_SIZE, imbalance, layer_costs, layers_of_stages
 
 GRID_LIMIT = 64  # largest number of ranks that are shown one by one
 
@@ -24,7 +25,8 @@ def describe(config: ResolvedConfig, vocab_size: int | None) -> str:
     Args:
         vocab_size: true vocabulary; None = unknown until the data is prepared: figures then contain it as `v`.
     """
-    lines = [*_layout(config), _objective(config), _row("documents", described_ends(config)), *_batches(config)]
+    lines = [*_layout(config), *_cut(config, vocab_size), _objective(config)]
+    lines += [_row("documents", described_ends(config)), *_batches(config)]
     lines += [_row(name, text) for name, text in model_lines(config, vocab_size)]
     lines += _weights(config)
     lines += ["stages (of one rank; on a GPU: model states and activations)", *stage_lines(config, vocab_size), ""]
@@ -53,12 +55,25 @@ def _layout(config: ResolvedConfig) -> Iterator[str]:
     if parallel.offload_optimizer:
         extras.append("optimizer on the host")
     yield _row("how", ", ".join(extras))
-    layers = all_layers(config.model)
-    counts = Counter(layers_per_stage(layers, grid.pipeline_parallel_size))
-    stages = [f"{count} stage{'s' if count > 1 else ''} of {held}" for held, count in counts.items()]
-    decoder = config.model.decoder_layers
+
+
+def _cut(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]:
+    """Which stage has how many layers, and how even their work is."""
+    layers, decoder = all_layers(config.model), config.model.decoder_layers
+    cut, chosen = layers_of_stages(config, vocab_size), config.parallel.stages
+    runs = [(held, len(list(run))) for held, run in groupby(cut)]
+    stages = [f"{count} stage{'s' if count > 1 else ''} of {held}" for held, count in runs]
     stacks = f"{config.model.num_layers} encoder + {decoder} decoder = " if decoder else ""
     yield _row("layers", f"{layers} = {stacks}{' + '.join(stages)}")
+    if len(cut) == 1:
+        return
+    costs, even = layer_costs(config, vocab_size), even_cut(layers, len(cut))
+    text = f"{chosen if isinstance(chosen, str) else 'given'}: the largest has {imbalance(costs, cut):.2f} x the mean"
+    if cut != even:
+        text += f"; with parallel.stages=even {imbalance(costs, even):.2f} x"
+    if vocab_size is None:
+        text += f"; at v = {ASSUMED_VOCAB_SIZE:,}, and cut again once v is known"
+    yield _row("work of stages", text)
 
 
 def _weights(config: ResolvedConfig) -> Iterator[str]:

@@ -20,6 +20,7 @@ from megatron_lite.files import size_text
 from megatron_lite.planning.activations import stage_activations
 from megatron_lite.planning.flops import PASSES, flops_of_run
 from megatron_lite.planning.memory import model_states
+from megatron_lite.planning.stages import layers_of_stages
 
 
 def model_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[tuple[str, str]]:
@@ -124,7 +125,7 @@ def _flops(config: ResolvedConfig, vocab_size: int) -> Iterator[tuple[str, str]]
 def stage_lines(config: ResolvedConfig, vocab_size: int | None) -> Iterator[str]:
     """One line per stage: its layers, the parameters that each of its ranks holds, the bytes of their states."""
     tensor = config.parallel.tensor_parallel_size
-    for stage, content in enumerate(stage_contents(config.model, config.parallel.pipeline_parallel_size)):
+    for stage, content in enumerate(stage_contents(config.model, layers_of_stages(config, vocab_size))):
         line = f"  stage {stage}: {_what_lies_on(content, config)}; "
         if vocab_size is None:
             yield f"{line}{_held(config, content)} parameters a rank"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
-from megatron_lite.config.derived import resolve
+from megatron_lite.config.derived import all_layers, fill_in_model, resolve
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import (
     Architecture,
@@ -79,8 +80,21 @@ Z_LOSS = {"llama": 0.1, "bert": 0.1, "t5_v1_1": 0.1}
 """Weights with which the term shows in every gradient."""
 
 
+def lopsided(model: str, pp: int) -> list[int]:
+    """A cut that no balance gives: all layers before the last stage, most of them on the second last."""
+    layers = all_layers(fill_in_model(MODELS[model]))
+    return [*[1] * (pp - 2), layers - (pp - 2), 0] if pp > 1 else [layers]
+
+
 def run_config(
-    model: str, *, dp: int = 1, tp: int = 1, pp: int = 1, compiled: Compile = Compile.none, **parallel: object
+    model: str,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    compiled: Compile = Compile.none,
+    is_lopsided: bool = False,
+    **parallel: object,
 ) -> ResolvedConfig:
     """A tiny run in which clipping takes effect, loss masks are uneven, and each data rank has two micro-batches (four
     with four stages).
@@ -89,6 +103,8 @@ def run_config(
     micro-batch. With dropout all layouts have the same micro-batches, because masks are drawn per micro-batch.
     """
     micro_batch_size = 2 if dp > 1 or pp > 2 or "dropout" in model else 4
+    if is_lopsided:
+        parallel["stages"] = lopsided(model, pp)
     config = RunConfig(
         model=MODELS[model],
         objective=ObjectiveConfig(name=OBJECTIVES.get(model, ObjectiveName.causal_lm)),
@@ -112,28 +128,29 @@ def run_config(
     return comparable(resolve(config))
 
 
-LAYOUTS = {
+# Pairs of a layout and a cut: balanced unless it says otherwise.
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one_rank": {},
     "tp2": {"tp": 2},
     "pp2": {"pp": 2},
     "dp2": {"dp": 2},
     "tp4": {"tp": 4},
     "pp4": {"pp": 4},
-    "tp2_pp2": {"tp": 2, "pp": 2},
+    "tp2_pp2": {"tp": 2, "pp": 2, "stages": "even"},
     "dp2_tp2_pp2": {"dp": 2, "tp": 2, "pp": 2},
-    "zero0_dp2_pp2": {"dp": 2, "pp": 2, "zero_stage": 0},
+    "zero0_dp2_pp2": {"dp": 2, "pp": 2, "zero_stage": 0, "is_lopsided": True},
     "zero2_dp2": {"dp": 2, "zero_stage": 2},
     "zero3_dp2": {"dp": 2, "zero_stage": 3},
     "zero2_dp2_tp2": {"dp": 2, "tp": 2, "zero_stage": 2},
     "zero3_dp2_tp2": {"dp": 2, "tp": 2, "zero_stage": 3},
-    "offload_zero1_dp2_pp2": {"dp": 2, "pp": 2, "offload_optimizer": True},
+    "offload_zero1_dp2_pp2": {"dp": 2, "pp": 2, "offload_optimizer": True, "is_lopsided": True},
     "offload_zero2_dp2": {"dp": 2, "zero_stage": 2, "offload_optimizer": True},
     "offload_zero3_dp2": {"dp": 2, "zero_stage": 3, "offload_optimizer": True},
     "sequence_parallel_tp2": {"tp": 2, "sequence_parallel": True},
     "sequence_parallel_dp2_tp2_pp2": {"dp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
     "sequence_parallel_zero3_dp2_tp2": {"dp": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True},
-    "recompute_full_tp2_pp2": {"tp": 2, "pp": 2, "recompute": Recompute.full},
-    "recompute_selective_dp2_pp2": {"dp": 2, "pp": 2, "recompute": Recompute.selective},
+    "recompute_full_tp2_pp2": {"tp": 2, "pp": 2, "recompute": Recompute.full, "is_lopsided": True},
+    "recompute_selective_dp2_pp2": {"dp": 2, "pp": 2, "recompute": Recompute.selective, "is_lopsided": True},
     "compiled_zero2_dp2": {"dp": 2, "zero_stage": 2, "compiled": Compile.blocks},
     "compiled_sequence_parallel_tp2_pp2": {
         "tp": 2, "pp": 2, "sequence_parallel": True, "recompute": Recompute.selective, "compiled": Compile.blocks,

@@ -37,6 +37,8 @@ class Case:
     pp: int
     zero_stage: int
     sequence_parallel: bool
+    is_lopsided: bool = False
+    """Whether the pipeline is cut unevenly, instead of by work."""
 
     @property
     def world_size(self) -> int:
@@ -50,6 +52,7 @@ class Case:
             pp=self.pp,
             zero_stage=self.zero_stage,
             sequence_parallel=self.sequence_parallel,
+            is_lopsided=self.is_lopsided,
         )
         return replace(config, train=replace(config.train, steps=AHEAD * CHAIN_LENGTH + BEHIND))
 
@@ -62,7 +65,8 @@ def random_layouts(model: str, count: int) -> list[Case]:
         tp, pp = draw.choice([1, 2, 2, 4]), draw.choice([1, 1, 2, 4])
         dp = draw.choice([1, 2, 2, 4])
         stage = draw.choice([0, 1, 1]) if pp > 1 else draw.choice([0, 1, 2, 3])
-        case = Case(dp, tp, pp, stage, tp > 1 and model != "t5" and draw.random() < 0.5)
+        cut = pp > 1 and len(found) % 2 == 0
+        case = Case(dp, tp, pp, stage, tp > 1 and model != "t5" and draw.random() < 0.5, cut)
         fits = case.world_size <= LARGEST_WORLD and (model not in ("llama",) or tp <= 2)
         if fits and (not found or case != found[-1]):
             found.append(case)

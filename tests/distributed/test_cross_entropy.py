@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite.parallel import cross_entropy
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.cross_entropy import cross_entropy_
-from megatron_lite.parallel.fused_head import FusedHead, rows_per_chunk
+from megatron_lite.parallel.fused_head import FusedHead
+from megatron_lite.parallel.head_chunks import rows_per_chunk
 from megatron_lite.parallel.layers import HeadWeights
 from megatron_lite.parallel.topology import Topology
 from tests.distributed.harness import run_ranks

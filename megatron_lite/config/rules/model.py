@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_lite.config.changes import as_typed
 from megatron_lite.config.derived import all_layers
 from megatron_lite.config.hf.families import counterpart, model_types
 from megatron_lite.config.hf.family import NoCounterpart
@@ -11,6 +12,9 @@ from megatron_lite.config.keys import choices_text, shown
 from megatron_lite.config.lengths import SMALLEST_BPE
 from megatron_lite.config.rules.case import SIZES, Case, divisors, either, nearest_multiples
 from megatron_lite.config.schema import Architecture, PositionEmbedding
+from megatron_lite.parallel.topology import even_cut
+
+MOST_LISTED = 64  # stages whose numbers of layers a message lists
 
 SIZES_OF_MODELS = ("model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.ffn_hidden_size")
 
@@ -90,6 +94,43 @@ def stages_have_layers(case: Case) -> Iterator[str]:
         f"parallel.pipeline_parallel_size={case.pipeline} is more than {name}={layers}, so a stage would be empty; use "
         f"{layers} or fewer"
     )
+
+
+def stages_are_cut_as_possible(case: Case) -> Iterator[str]:
+    """The value of parallel.stages: a word, or a list that fits the stages and the layers."""
+    stages = case.config.parallel.stages
+    if stages in ("balanced", "even"):
+        return
+    value = f"parallel.stages={as_typed(stages)}"
+    if not isinstance(stages, list) or not all(type(count) is int for count in stages):
+        yield f"{value} is no way to cut; use balanced, even, or a list of one integer for each stage"
+        return
+    if not case.sound(*SIZES, "model.num_layers", "model.num_decoder_layers"):
+        return
+    if problem := _problem_of_cut(case, stages):
+        layers = all_layers(case.model)
+        listed = f"{as_typed(even_cut(layers, case.pipeline))}, " if case.pipeline <= min(layers, MOST_LISTED) else ""
+        yield f"{value} {problem}; use {listed}balanced or even"
+
+
+def _problem_of_cut(case: Case, stages: list[int]) -> str | None:
+    layers = all_layers(case.model)
+    name = "model.num_layers" + (" + model.num_decoder_layers" if layers > case.model.num_layers else "")
+    if len(stages) != case.pipeline:
+        return (
+            f"must have one number of layers for each of parallel.pipeline_parallel_size={case.pipeline} stages, not "
+            f"{len(stages)}"
+        )
+    if min(stages) < 0:
+        return f"must have no negative number, as {min(stages)}"
+    if sum(stages) != layers:
+        return f"must add up to {name}={layers}, not to {sum(stages)}"
+    if 0 in stages[1:-1]:
+        return (
+            f"leaves stage {stages.index(0, 1)} empty: only the first stage, which holds the embedding, and the last "
+            "one, which holds the head, may have no layers"
+        )
+    return None
 
 
 def decoder_layers_need_two_stacks(case: Case) -> Iterator[str]:

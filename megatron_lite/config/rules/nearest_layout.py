@@ -45,6 +45,7 @@ class NearestLayouts:
             model.tensor_divides_groups,
             model.tensor_divides_ffn,
             model.stages_have_layers,
+            model.stages_are_cut_as_possible,
             training.batch_is_whole,
             training.ramp_is_whole,
             nodes.nodes_know_where_to_meet,

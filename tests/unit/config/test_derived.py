@@ -24,7 +24,7 @@ from megatron_lite.config.frozen import as_containers, from_containers, render
 from megatron_lite.config.schema import Activation, Architecture, ModelConfig
 from megatron_lite.config.validate import validate
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.topology import Topology
+from megatron_lite.parallel.topology import Topology, even_cut
 
 
 def test_a_resolved_model_fills_what_is_open_and_keeps_what_is_set() -> None:
@@ -139,7 +139,7 @@ def test_stages_together_hold_the_model(script: str, name: str, stages: int) -> 
     """What several stages need has a copy on each of them, and is there once where these are one."""
     model = resolve_model(compose(script, [f"model={name}"]).model)
     counts = parameter_counts(model, 8192, next_sentence=name == "bert_tiny")
-    contents = stage_contents(model, stages)
+    contents = stage_contents(model, even_cut(all_layers(model), stages))
     words = {0} | {i for i, content in enumerate(contents) if content.begins_decoder}
     words |= {stages - 1} if counts.tied else set()
     stacks = sum((content.layers > 0) + (content.decoder_layers > 0) for content in contents)
@@ -153,17 +153,20 @@ def test_contents_of_stages() -> None:
     two = ModelConfig(architecture=Architecture.encoder_decoder, num_layers=6, num_decoder_layers=2)
     model, one = resolve_model(two), resolve_model(ModelConfig())
     assert all_layers(model) == 8
-    within = stage_contents(model, 2)
+    within = stage_contents(model, [4, 4])
     assert [(content.layers, content.decoder_layers) for content in within] == [(4, 0), (2, 2)]
     assert [content.begins_decoder for content in within] == [False, True]
-    at_bound = stage_contents(model, 4)
+    at_bound = stage_contents(model, [2, 2, 2, 2])
     assert [(content.layers, content.decoder_layers) for content in at_bound] == [(2, 0), (2, 0), (2, 0), (0, 2)]
     assert [content.begins_decoder for content in at_bound] == [False, False, False, True]
-    assert [(content.first, content.last) for content in stage_contents(one, 2)] == [
+    assert [(content.first, content.last) for content in stage_contents(one, [2, 2])] == [
         (True, False),
         (False, True),
     ]
-    assert not any(content.begins_decoder for content in stage_contents(one, 2))
+    assert not any(content.begins_decoder for content in stage_contents(one, [2, 2]))
+    alone = stage_contents(model, [0, 8, 0])
+    assert [(content.layers, content.decoder_layers) for content in alone] == [(0, 0), (6, 2), (0, 0)]
+    assert [content.begins_decoder for content in alone] == [False, True, False]
 
 
 def test_tokens_of_a_sample_are_those_of_both_stacks() -> None:
@@ -182,7 +185,7 @@ def test_one_tensor_parallel_rank_of_both_stacks_by_hand() -> None:
     assert counts.decoder_layer == 2 * attention + mlp + 3 * norm
     assert (counts.relative_bias, counts.final_norm, counts.position_embedding) == (32 * 4, norm, 0)
     assert counts.embedding == counts.head == 4096 * 128
-    first, second = stage_contents(model, 2)
+    first, second = stage_contents(model, [2, 2])
     assert counts.stage(first) == counts.embedding + 2 * counts.layer + counts.relative_bias
     on_second = counts.embedding + 2 * counts.decoder_layer + counts.relative_bias + 2 * norm + counts.head
     assert counts.stage(second) == on_second

@@ -55,6 +55,41 @@ VIOLATIONS: dict[str, tuple[list[str], str]] = OBJECTIVE_VIOLATIONS | LAUNCHER_V
         "launcher.num_processes=4 must be data x tensor x pipeline = 2 x 2 x 2 = 8; use 8 processes (dp=2), or the "
         "layout dp=2 tp=2 pp=1",
     ),
+    "stages that are no word": (
+        ["parallel=pp2", "parallel.stages=evn"],
+        "parallel.stages=evn is no way to cut; use balanced, even, or a list of one integer for each stage",
+    ),
+    "stages that are no integers": (
+        ["parallel=pp2", "parallel.stages=[2.5,1.5]"],
+        "parallel.stages=[2.5,1.5] is no way to cut; use balanced, even, or a list of one integer for each stage",
+    ),
+    "stages that are null": (
+        ["parallel=pp2", "parallel.stages=null"],
+        "parallel.stages=null is no way to cut; use balanced, even, or a list of one integer for each stage",
+    ),
+    "number of stages": (
+        ["parallel=pp2", "parallel.stages=[1,2,1]"],
+        "parallel.stages=[1,2,1] must have one number of layers for each of parallel.pipeline_parallel_size=2 stages, "
+        "not 3; use [2,2], balanced or even",
+    ),
+    "layers of all stages": (
+        ["parallel=pp2", "parallel.stages=[2,3]"],
+        "parallel.stages=[2,3] must add up to model.num_layers=4, not to 5; use [2,2], balanced or even",
+    ),
+    "layers of the stages of both stacks": (
+        ["pretrain_t5", "parallel=pp2", "parallel.stages=[1,1]"],
+        "parallel.stages=[1,1] must add up to model.num_layers + model.num_decoder_layers=4, not to 2; use [2,2], "
+        "balanced or even",
+    ),
+    "negative stage": (
+        ["parallel=pp2", "parallel.stages=[5,-1]"],
+        "parallel.stages=[5,-1] must have no negative number, as -1; use [2,2], balanced or even",
+    ),
+    "empty stage in the middle": (
+        ["parallel=dp1_tp1_pp3", "parallel.stages=[2,0,2]"],
+        "parallel.stages=[2,0,2] leaves stage 1 empty: only the first stage, which holds the embedding, and the last "
+        "one, which holds the head, may have no layers; use [2,1,1], balanced or even",
+    ),
     # ---------------------------------------------------------------------------------------------- model
     "family that computes something else": (
         ["model.family=llama"],

@@ -171,6 +171,7 @@ def test_entries_of_t5():
         "5 encoder.final_norm": encoder,
         "9 decoder.relative_bias": decoder,
         "11 decoder.relative_bias": decoder,
+        "13 decoder.final_norm": ("hidden",),
     }
     assert specs[5].stage_inputs[:2] == (Field("hidden", LENGTH), Field("decoder_tokens", DECODER_LENGTH))
     assert specs[9].stage_inputs[:2] == (Field("hidden", DECODER_LENGTH), Field("memory", LENGTH))
@@ -204,6 +205,7 @@ def test_entries_of_bart():
         "decoder.embedding",
         "decoder.layers.1",
         "decoder.layers.2",
+        "head",
     ]
     assert [index for index, spec in enumerate(specs) if spec.tied] == [0, 5, 11]
 

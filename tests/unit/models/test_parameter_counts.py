@@ -12,7 +12,7 @@ from megatron_lite.config.schema import NormPlacement, Recompute
 from megatron_lite.models.build import build_layers
 from megatron_lite.models.flat import FlatModel
 from megatron_lite.parallel.context import ParallelContext
-from megatron_lite.parallel.topology import Topology, padded_vocab_size, stage_bounds
+from megatron_lite.parallel.topology import Topology, even_cut, padded_vocab_size, stage_bounds
 from tests.tiny_models import BART, BERT, MODELS, TinyModel
 
 VOCAB_SIZE = 60
@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-def built(tiny: TinyModel, stages: int, tensor: int) -> list[int]:
+def built(tiny: TinyModel, cut: list[int], tensor: int) -> list[int]:
     """Parameters that the modules of each stage have on one rank, those of a tied module once."""
     context = ParallelContext.single()
     context.topology = Topology(tensor_parallel_size=tensor)
@@ -37,7 +37,7 @@ def built(tiny: TinyModel, stages: int, tensor: int) -> list[int]:
         next_sentence_head=tiny.next_sentence,
     )
     starts = [index for index, spec in enumerate(specs) if spec.stage_inputs is not None and index > 0]
-    bounds = stage_bounds(starts, len(specs), stages)
+    bounds = stage_bounds(starts, len(specs), cut)
     parts = [FlatModel(specs[start:stop]) for start, stop in pairwise(bounds)]
     return [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
 
@@ -48,6 +48,8 @@ def test_counts_are_those_of_the_built_layers(name: str, tensor: int) -> None:
     tiny, model = CASES[name], resolve_model(CASES[name].model)
     padded = padded_vocab_size(VOCAB_SIZE, model.vocab_pad_multiple, tensor)
     counts = parameter_counts(model, padded, tensor, next_sentence=tiny.next_sentence)
-    for stages in range(1, all_layers(model) + 1):
-        planned = [counts.stage(content) for content in stage_contents(model, stages)]
-        assert planned == built(tiny, stages, tensor)
+    layers = all_layers(model)
+    alone = [[0, layers], [layers, 0], [0, layers, 0]]  # the embedding, the head, both
+    for cut in [*(even_cut(layers, stages) for stages in range(1, layers + 1)), *alone]:
+        planned = [counts.stage(content) for content in stage_contents(model, cut)]
+        assert planned == built(tiny, cut, tensor)

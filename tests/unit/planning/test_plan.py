@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from megatron_lite.config.compose import compose
 from megatron_lite.config.derived import resolve
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.planning import stages as planned_stages
+from megatron_lite.planning.flops import flops_of_run
 from megatron_lite.planning.memory import model_states
 from megatron_lite.planning.placement import placement_warnings
 from megatron_lite.planning.plan import describe
+from megatron_lite.planning.stages import layer_costs, layers_of_stages
 
 NODES = ("launcher=torchrun", "launcher.master_address=n0")
 
@@ -28,7 +33,8 @@ def test_rows_of_a_three_dimensional_layout() -> None:
     config = config_of("parallel=dp2_tp2_pp2", "train.steps=10", "train.global_batch_size=32")
     text = rows(describe(config, 8000))
     assert text["world size"] == "8 = 2 data x 2 tensor x 2 pipeline"
-    assert text["layers"] == "4 = 2 stages of 2"
+    assert text["layers"] == "4 = 1 stage of 4 + 1 stage of 0"
+    assert text["work of stages"] == "balanced: the largest has 1.11 x the mean; with parallel.stages=even 1.55 x"
     assert text["batch"] == "32 = 4 micro x 4 micro-batches x 2 data-parallel"
     assert text["tokens"] == "4,096 a step, 40,960 in 10 steps"
     assert text["learning rate"] == (
@@ -117,8 +123,8 @@ def test_large_grid_is_abbreviated() -> None:
     text = describe(config_of("experiment=gpt3_175b"), 50257)
     assert "  pp0   ranks 0 to 47: dp0-5, tp0-7" in text
     assert "  pp63  ranks 3024 to 3071: dp0-5, tp0-7" in text
-    assert rows(text)["layers"] == "96 = 32 stages of 2 + 32 stages of 1"
-    assert "  stage 0: embedding, positions, 2 layers;" in text
+    assert rows(text)["layers"] == "96 = 31 stages of 1 + 32 stages of 2 + 1 stage of 1"
+    assert "  stage 0: embedding, positions, 1 layer;" in text
     assert "  stage 63: 1 layer, final norm, head;" in text
 
 
@@ -148,9 +154,7 @@ T5_WORDS = (
 
 
 def test_both_stacks_on_one_pipeline() -> None:
-    config = config_of(
-        *T5_WORDS, "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=3", script="pretrain_t5"
-    )
+    config = config_of(*T5_WORDS, "parallel=dp1_tp2_pp3", "parallel.stages=even", script="pretrain_t5")
     text = describe(config, 8192)
     assert rows(text)["layers"] == "8 = 4 encoder + 4 decoder = 2 stages of 3 + 1 stage of 2"
     assert rows(text)["tokens"] == "5,024 a step, 1,507,200 in 300 steps"  # 32 x (128 + 29)
@@ -171,7 +175,7 @@ def test_both_stacks_on_one_pipeline() -> None:
 
 
 def test_bert_with_its_heads() -> None:
-    text = describe(config_of("parallel=pp2", script="pretrain_bert"), 8192)
+    text = describe(config_of("parallel=pp2", "parallel.stages=[2,2]", script="pretrain_bert"), 8192)
     assert rows(text)["parameters"] == (
         "2,014,978 = 4 layers of 198,272, embedding 1,048,576, positions 131,072, segments 256, embedding norm 256, "
         "head transform 16,768, head tied, head bias 8,192, pooler and next-sentence head 16,770; padding not counted"
@@ -270,3 +274,45 @@ def test_letter_stands_for_the_known_figure(words: list[str]) -> None:
 def test_bytes_per_parameter(words: list[str], expected: tuple[float, float, float]) -> None:
     states = model_states(config_of(*words), parameters=1000, data_parallel_size=4)
     assert (states.weights / 1000, states.gradients / 1000, states.optimizer / 1000) == expected
+
+
+def cut_of(*words: str, vocab_size: int | None = 8192, script: str = "pretrain_gpt") -> list[int]:
+    return layers_of_stages(config_of("parallel=pp2", *words, script=script), vocab_size)
+
+
+DEEP = ("model.num_layers=12",)
+
+
+def test_each_part_of_the_work_moves_the_cut() -> None:
+    """Twelve layers on two stages: a larger vocabulary, longer inputs and recomputation move layers."""
+    assert cut_of(*DEEP, "parallel.stages=even") == cut_of(*DEEP, vocab_size=128) == [6, 6]
+    assert cut_of(*DEEP) == [8, 4]
+    assert cut_of(*DEEP, vocab_size=30_000) == [12, 0]
+    assert cut_of(*DEEP, vocab_size=16_384) == [11, 1]
+    assert cut_of(*DEEP, "parallel.recompute=full", vocab_size=16_384) == [10, 2]
+    long = ("data.seq_length=4096", "model.max_position_embeddings=4096")
+    assert cut_of(*DEEP, *long)[0] < 8
+    assert cut_of(*DEEP, "parallel.stages=[0,12]") == [0, 12]
+
+
+def test_decoder_layers_cost_their_cross_attention() -> None:
+    """Six encoder and six decoder layers over equal lengths: half of the work is before the decoder's middle."""
+    words = ("objective=bart_denoising", "model.num_layers=6", "model.num_decoder_layers=6")
+    assert cut_of(*words, vocab_size=300, script="pretrain_t5")[0] > 6
+
+
+def test_a_plan_without_vocabulary_says_for_which_one_it_cuts() -> None:
+    config = config_of("parallel=pp2")
+    assert rows(describe(config, None))["work of stages"].endswith("; at v = 50,000, and cut again once v is known")
+    assert layers_of_stages(config, None) == layers_of_stages(config, 50_000)
+
+
+def test_every_layer_of_the_plan_is_work() -> None:
+    """The FLOPs of all stages are those of the model, besides element-wise work: 3 x forward, 4 x if recomputed."""
+    for words, passes in (((), 3), (("parallel.recompute=full",), 4)):
+        config = config_of(*words)
+        terms, tokens = flops_of_run(config, 8192), config.train.micro_batch_size * 128
+        with mock.patch.object(planned_stages, "ELEMENT_FLOPS", 0):
+            costs = layer_costs(config, 8192)
+        assert sum(costs.work) == pytest.approx(passes * (terms.forward - terms.head) * tokens)
+        assert (costs.first_work, costs.last_work) == (0, pytest.approx(3 * terms.head * tokens))
