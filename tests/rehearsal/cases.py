@@ -1,6 +1,7 @@
 """The cases of the rehearsal: one value of each axis, so that every pair of values that may occur together does.
 
-`cases.yaml` lists them; `python -m tests.rehearsal.cases` adds rows for pairs that it lacks (a new value of an axis, say).
+`cases.yaml` lists them; `python -m tests.rehearsal.cases` adds rows for pairs that it lacks,
+such as those of a new value of an axis.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tests.tiny_models import BART, BERT, GPT2, LLAMA, ROBERTA, T5, T5_V1_1
 
 FILE = Path(__file__).with_name("cases.yaml")
 VOCAB_SIZE = 1009  # a prime: no tensor-parallel size divides it
-LENGTH = 64
+LENGTH = 96
 MICRO_BATCHES = 2  # of each data-parallel rank in a step
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 MODELS: dict[str, ModelConfig] = {
@@ -72,6 +73,11 @@ AXES: dict[str, tuple[str, ...]] = {
     "dropout": ("no", "yes"),
     "optimizer": ("adamw", "adafactor"),
 }
+SCRIPTS = {
+    Architecture.decoder: "pretrain_gpt",
+    Architecture.encoder: "pretrain_bert",
+    Architecture.encoder_decoder: "pretrain_t5",
+}
 Case = Mapping[str, str]
 """A value of each axis."""
 Pair = frozenset[tuple[str, str]]
@@ -79,7 +85,7 @@ Pair = frozenset[tuple[str, str]]
 
 def allowed(case: Case) -> bool:
     """Whether these values, of some or all axes, may occur together."""
-    forbidden = (
+    forbidden: tuple[dict[str, Sequence[str]], ...] = (
         {"zero": "23", "stage": ("first", "middle", "last")},  # gradients are partitioned in the backward pass
         {"zero": "0", "precision": ("bf16", "fp16")},  # DeepSpeed's half precision needs ZeRO
         {"zero": "0", "offload": ("yes",)},
@@ -87,11 +93,7 @@ def allowed(case: Case) -> bool:
     )
     if "family" in case and "objective" in case and case["objective"] not in OBJECTIVES[case["family"]]:
         return False
-    return not any(all(case.get(axis) in values for axis, values in rule.items() if axis) for rule in map(_whole, forbidden))
-
-
-def _whole(rule: Mapping[str, Sequence[str]]) -> dict[str, tuple[str | None, ...]]:
-    return {axis: tuple(values) for axis, values in rule.items()}
+    return not any(all(case.get(axis) in tuple(values) for axis, values in rule.items()) for rule in forbidden)
 
 
 def completions(case: Case, draw: random.Random) -> Iterator[dict[str, str]]:
@@ -163,18 +165,19 @@ def name_of(case: Case) -> str:
 
 
 def config_of(case: Case) -> ResolvedConfig:
-    """A tiny run of this case; every stage of the pipeline has one or two layers."""
+    """A tiny run of this case; every stage has one layer (an encoder-decoder without stages: one of each kind)."""
     stages = {"whole": 1, "first": 2, "middle": 3, "last": 2}[case["stage"]]
     model = MODELS[case["family"]]
     both = model.architecture is Architecture.encoder_decoder
-    layers = {"num_layers": 2, "num_decoder_layers": 2} if both else {"num_layers": max(stages, 2)}
+    layers = {"num_layers": 1, "num_decoder_layers": max(stages - 1, 1)} if both else {"num_layers": stages}
     sizes = {"hidden_size": 128, "max_position_embeddings": LENGTH + 2, "vocab_size": VOCAB_SIZE}
     model = replace(model, **layers, **sizes, **(DROPOUT if case["dropout"] == "yes" else {}))
     dp = int(case["data"].removeprefix("dp"))
     config = RunConfig(
+        script=SCRIPTS[model.architecture],
         model=model,
         objective=ObjectiveConfig(name=ObjectiveName(case["objective"])),
-        data=DataConfig(seq_length=LENGTH),
+        data=DataConfig(seq_length=LENGTH, tokenizer_vocab_size=VOCAB_SIZE),
         parallel=ParallelConfig(
             data_parallel_size=dp,
             tensor_parallel_size=2 if case["tensor"].startswith("tp2") else 1,

@@ -262,7 +262,12 @@ def as_rank(rank: int, topology: Topology) -> Iterator[FakeDevice]:
     """While this lasts, the process is one rank of a job with this layout, on a node of its own."""
     world_size = topology.world_size
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1", MASTER_ADDR="", MASTER_PORT="0"
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="",
+        MASTER_PORT="0",
     )
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     fake = FakeDevice(_names_of_groups(topology))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 
 from megatron_lite.config.derived import has_next_sentence_head, padded_vocabulary, parameter_counts, stage_contents
@@ -14,8 +13,8 @@ from megatron_lite.models.activations import StageBoundary
 from megatron_lite.planning.memory import model_states
 from tests.rehearsal import wire
 
-SOFTMAX_SUMS = 3
-"""Numbers per position that ranks with parts of the vocabulary exchange: largest logit, sum, logit of the label."""
+SOFTMAX_SUMS = 2
+"""Numbers per position that ranks with parts of the vocabulary exchange: logarithm of the sum, logit of the label."""
 
 
 def planned_bytes(config: ResolvedConfig, engine: Engine) -> float:
@@ -40,7 +39,7 @@ def minimum_wire_bytes(config: ResolvedConfig, engine: Engine) -> dict[str, floa
         zero_stage=parallel.zero_stage,
         micro_batches=config.num_micro_batches(),
         weight_bytes=2 if half else 4,
-        gradient_bytes=_gradient_bytes(config),
+        gradient_bytes=2 if half else 4,
         recomputes=parallel.recompute is Recompute.full,
     )
     parameters = list(engine.module.parameters())
@@ -53,18 +52,12 @@ def minimum_wire_bytes(config: ResolvedConfig, engine: Engine) -> dict[str, floa
     return wire.minimum_bytes(layout, stage)
 
 
-def _gradient_bytes(config: ResolvedConfig) -> int:
-    """bf16 gradients are summed in fp32 where the engine accumulates in fp32: under ZeRO-1."""
-    precision = config.train.precision
-    if precision is Precision.fp32 or (precision is Precision.bf16 and config.parallel.zero_stage == 1):
-        return 4
-    return 2
-
-
 def _tied_elements(engine: Engine) -> int:
     """Elements of weights that this stage shares with another one."""
     shared = getattr(engine.module, "tied_comms", {}).values()
-    return sum(one["module"].weight.numel() for one in shared if len(one["ranks"]) > 1 and engine.context.rank in one["ranks"])
+    return sum(
+        one["module"].weight.numel() for one in shared if len(one["ranks"]) > 1 and engine.context.rank in one["ranks"]
+    )
 
 
 def _activations(config: ResolvedConfig, engine: Engine) -> dict[str, int]:

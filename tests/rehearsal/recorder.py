@@ -167,7 +167,7 @@ class FakeDevice(FakeTensorMode):
         if not isinstance(tensor, FakeTensor):
             return func(*args, **kwargs)
         self.wait("item")
-        return torch.ones((), dtype=tensor.dtype).item()
+        return _values((), tensor.dtype).item()
 
     def _data_dependent(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Sizes that depend on values: half of all elements are found."""
@@ -210,13 +210,13 @@ class FakeDevice(FakeTensorMode):
             return torch.empty(source.shape, dtype=dtype, device=device)
 
     def _to_host(self, source: Any, target: Any, args: Any, kwargs: Any, non_blocking: bool) -> torch.Tensor:
-        """The values are ones. Without a target, torch itself allocates pinned memory for a copy that does not wait."""
+        """Without a target, torch itself allocates pinned memory for a copy that does not wait."""
         if not (non_blocking and (target is None or self.is_pinned(target))):
             self.wait("copy to the host")
         if target is not None:
             source.expand(target.shape)  # the shapes fit
-            return target.fill_(1)
-        made = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            return target.fill_(_values((), target.dtype).item())
+        made = _values(source.shape, kwargs.get("dtype") or source.dtype)
         if non_blocking:
             self._pinned[made.untyped_storage()] = None
         return made
@@ -259,12 +259,17 @@ _HANDLERS: dict[Any, Any] = {
 }
 
 
+def _values(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    """What the host reads from the device: ones; False for questions, such as whether a gradient overflowed."""
+    return torch.zeros(shape, dtype=dtype) if dtype is torch.bool else torch.ones(shape, dtype=dtype)
+
+
 def _on_device(args: Any, kwargs: Any) -> bool:
     """Whether an operation has to do with the device."""
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "cuda":
         return True
-    return any(isinstance(one, torch.Tensor) and (one.is_cuda or isinstance(one, FakeTensor)) for one in tree_iter((args, kwargs)))
+    return any(isinstance(one, FakeTensor) for one in tree_iter((args, kwargs)))
 
 
 def _tolist(self: FakeTensor) -> Any:

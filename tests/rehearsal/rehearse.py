@@ -6,7 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +25,6 @@ from megatron_lite.checkpoint.state import CheckpointState, OptimizerState
 from megatron_lite.config.lengths import sentinels_needed
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Architecture
-from megatron_lite.data.samples.batch import MicroBatch
 from megatron_lite.engine.build import build_engine
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.gradient_norms import sequence_losses, stage_memory_bytes
@@ -79,14 +78,13 @@ class _Phases(EnginePhases):
 
 @dataclass
 class _Judge:
-    """Stands for the judge of spikes: skips an update on request."""
+    """Stands for the judge of spikes: skips every update."""
 
-    skips: bool = False
     seen: list[PendingUpdate] = field(default_factory=list)
 
     def __call__(self, update: PendingUpdate) -> bool:
         self.seen.append(update)
-        return self.skips
+        return True
 
 
 class _Rehearsal:
@@ -97,7 +95,6 @@ class _Rehearsal:
         self.vocabulary = synthetic_vocabulary(
             self.vocab_size, sentinels_needed(config.objective, config.data.seq_length)
         )
-        self.gradients: dict[str, torch.Tensor] = {}
 
     def run(self, names: Sequence[str]) -> None:
         with self._act("build"), _deepspeed_without_peers():
@@ -134,31 +131,26 @@ class _Rehearsal:
     def _step(self, hooks: EngineHooks | None = None, *, measure_update: bool = False) -> Any:
         """`hooks`: for this step only."""
         with mock.patch.object(self.engine, "_hooks", hooks or self.engine._hooks):
-            return self.engine.train_step(
-                list(self._batches), self.schedule.at(0), 1e-4, measure_update=measure_update
-            )
+            return self.engine.train_step(list(self._batches), self.schedule.at(0), 1e-4, measure_update=measure_update)
 
     # The acts: what a run does with its engine.
 
+    def first_step(self) -> Any:
+        """It allocates the state of the optimizer; here it also does what `verify` asks for."""
+        gradients: dict[str, torch.Tensor] = {}
+        check = EngineHooks(after_reduction=lambda engine: gradients.update(engine.full_gradients()))
+        return self._step(check), len(gradients)
+
     def step(self) -> Any:
+        """One like all others of a run; nothing of it is logged."""
         return self._step()
 
-    def logged_step(self) -> Any:
-        """A step whose figures are logged."""
-        result = self._step(measure_update=True)
-        return result, len(self.engine.meter.figures().grad_norm), stage_memory_bytes(self.context)
-
-    def judged_step(self) -> Any:
-        """A step with a spike: it is judged and dropped, its losses and norms are reported."""
-        judge = _Judge(skips=True)
+    def spike(self) -> Any:
+        """A step that is judged and dropped; its losses and norms are reported."""
+        judge = _Judge()
         result = self._step(EngineHooks(before_update=judge))
         losses = sequence_losses(self.task.loss.sequences, self.context, self.config.train.global_batch_size)
         return result, judge.seen, len(losses), len(self.engine.meter.recent_grad_norms(3))
-
-    def gradient_check(self) -> Any:
-        """What `verify` reads."""
-        self._step(EngineHooks(after_reduction=lambda engine: self.gradients.update(engine.full_gradients())))
-        return len(self.gradients)
 
     def evaluation(self) -> Any:
         return self.engine.evaluate(list(self._batches), self.recording.num_micro_batches)
@@ -185,26 +177,25 @@ class _Rehearsal:
         return shards.updates
 
     def rollback(self) -> Any:
-        """Back to the saved state, as after a spike."""
+        """Back to the saved state, as after a spike; then a step whose figures are logged."""
         engine = self.engine
         load(self._saved, self._plan, engine.shards.fragments(), self._plan.sets)
         engine.shards.updates = 1
         engine.shards.weights_changed()
         engine.meter.forget()
-        return self._step()
+        result = self._step(measure_update=True)
+        return result, len(engine.meter.figures().grad_norm), stage_memory_bytes(self.context)
 
 
 ACTS: dict[str, Callable[[_Rehearsal], Any]] = {
-    "first_step": _Rehearsal.step,  # allocates the state of the optimizer
+    "first_step": _Rehearsal.first_step,
     "step": _Rehearsal.step,
     "evaluation": _Rehearsal.evaluation,
-    "logged_step": _Rehearsal.logged_step,
-    "judged_step": _Rehearsal.judged_step,
-    "gradient_check": _Rehearsal.gradient_check,
+    "spike": _Rehearsal.spike,
     "generation": _Rehearsal.generation,
     "save": _Rehearsal.save,
     "rollback": _Rehearsal.rollback,
-    "last_step": _Rehearsal.step,  # everything still works, and nothing has been left behind
+    "last_step": _Rehearsal.step,  # nothing has been left behind
 }
 
 
@@ -218,8 +209,7 @@ def _buffers_as_agreed(engine: Any, stage: int) -> Any:
 
 def _deepspeed_without_peers() -> Any:
     """Leave out the places where DeepSpeed compares what ranks have received from each other: nobody sends anything."""
-    stack = mock.patch.object(PipelineEngine, "_recv_tensor_meta", _buffers_as_agreed)
-    return stack
+    return mock.patch.object(PipelineEngine, "_recv_tensor_meta", _buffers_as_agreed)
 
 
 for _module in (

@@ -120,6 +120,7 @@ def _warm_up() -> None:
     from tests.rehearsal import fake_cuda
 
     fake_cuda.replace_torch_cuda()
+    import deepspeed.compile.backend  # DeepSpeed imports these three at the start of each engine
     import deepspeed.module_inject.auto_ep_layer
     import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 

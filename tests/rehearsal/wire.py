@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FACTORS = {"all_reduce": 2.0, "reduce_scatter": 1.0, "all_gather": 1.0, "broadcast": 1.0, "reduce": 1.0, "all_to_all": 1.0}
+FACTORS = {
+    "all_reduce": 2.0,
+    "reduce_scatter": 1.0,
+    "all_gather": 1.0,
+    "broadcast": 1.0,
+    "reduce": 1.0,
+    "all_to_all": 1.0,
+}
 
 
 def sent_bytes(operation: str, size: int, ranks: int) -> float:
