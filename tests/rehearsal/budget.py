@@ -28,11 +28,12 @@ HEADER = """\
 # layers           one more layer, forward and backward, of one micro-batch
 """
 AIMS = {"waits_inside": 0, "waits_step": 2, "memory": 1.03, "left": 0, "wire": 1.02}
-GROUPS = ("data", "tensor", "pipeline", "stages")
+GROUPS = ("data", "tensor", "pipeline", "stages", "world", "other")
 _SMALLEST = 0.001
 """Ratios are held to this: they are rounded up to it in the table."""
 FORGOTTEN = 16 * 1024
-"""Bytes that a few figures of earlier steps may occupy (`LayerMeter`); more is a tensor that was forgotten."""
+"""Bytes that figures of earlier steps may occupy (`LayerMeter`), or that a group without activations, gradients and
+weights may send (norm and loss). More is a tensor that was forgotten, or one in the wrong group."""
 
 
 def rewriting() -> bool:
@@ -53,7 +54,7 @@ def figures_of(recording: Recording) -> dict[str, float]:
         "kbytes": math.ceil(step.total.bytes / 1000),
     }
     for group in GROUPS:
-        sent, least = step.wire_bytes(group), recording.minimum_wire_bytes[group]
+        sent, least = step.wire_bytes(group), recording.minimum_wire_bytes.get(group, 0.0)
         if least:
             found[f"wire_{group}"] = _up(sent / least)
         elif sent > FORGOTTEN:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -250,11 +251,13 @@ def _new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **kw
 
 
 def _names_of_groups(topology: Topology) -> dict[tuple[int, ...], str]:
-    """By their ranks. `stages`: ranks of several stages, which send each other activations (`pipeline`) as well."""
-    kinds = {"stages": topology.pipeline_groups(), "tensor": topology.tensor_groups(), "data": topology.data_groups()}
-    names = {tuple(ranks): name for name, groups in kinds.items() for ranks in groups}
-    names |= {(ranks[0], ranks[-1]): "stages" for ranks in topology.pipeline_groups() if len(ranks) > 1}  # tied weights
-    return {tuple(range(topology.world_size)): "world"} | names
+    """By their ranks. `stages`: all or some ranks of a pipeline; tied weights lie on some."""
+    names = {tuple(range(topology.world_size)): "world"}
+    for ranks in topology.pipeline_groups():
+        for size in range(2, len(ranks) + 1):
+            names |= dict.fromkeys(combinations(ranks, size), "stages")
+    names |= {tuple(ranks): "tensor" for ranks in topology.tensor_groups()}
+    return names | {tuple(ranks): "data" for ranks in topology.data_groups()}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+
 class Fault(NamedTuple):
     plant: Callable[[], Any]
     """Returns a context manager: while it is active, the fault is there."""

@@ -43,21 +43,22 @@ def minimum_wire_bytes(config: ResolvedConfig, engine: Engine) -> dict[str, floa
         recomputes=parallel.recompute is Recompute.full,
     )
     parameters = list(engine.module.parameters())
+    tied, tied_stages = _tied(engine)
     stage = wire.Stage(
         parameters=sum(getattr(one, "ds_numel", one.numel()) for one in parameters),
-        tied=_tied_elements(engine),
-        tied_stages=2,
+        tied=tied,
+        tied_stages=tied_stages,
         **_activations(config, engine),
     )
     return wire.minimum_bytes(layout, stage)
 
 
-def _tied_elements(engine: Engine) -> int:
-    """Elements of weights that this stage shares with another one."""
-    shared = getattr(engine.module, "tied_comms", {}).values()
-    return sum(
-        one["module"].weight.numel() for one in shared if len(one["ranks"]) > 1 and engine.context.rank in one["ranks"]
-    )
+def _tied(engine: Engine) -> tuple[int, int]:
+    """Elements of weights that this stage shares with others, and how many stages hold them."""
+    groups = getattr(engine.module, "tied_comms", {}).values()
+    shared = [one for one in groups if len(one["ranks"]) > 1 and engine.context.rank in one["ranks"]]
+    elements = sum(one["module"].weight.numel() for one in shared)
+    return elements, max((len(one["ranks"]) for one in shared), default=1)
 
 
 def _activations(config: ResolvedConfig, engine: Engine) -> dict[str, int]:

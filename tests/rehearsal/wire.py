@@ -97,7 +97,8 @@ def minimum_bytes(layout: Layout, stage: Stage) -> dict[str, float]:
 def _data(layout: Layout, stage: Stage) -> float:
     """ZeRO-0: each gradient is all-reduced once a step. ZeRO-1: reduced to the rank that owns it, and the new weights
     are gathered. ZeRO-2 keeps only its own share of the gradient, so it reduces in every micro-batch; ZeRO-3 besides
-    keeps only its share of the weights, and gathers them for each forward and each backward pass."""
+    keeps only its share of the weights, and gathers them for each forward and each backward pass (DeepSpeed keeps
+    weights that it uses again soon, so that small models send less)."""
     share = 1 - 1 / layout.data
     reduced = layout.gradient_bytes * stage.parameters * share
     gathered = layout.weight_bytes * stage.parameters * share
