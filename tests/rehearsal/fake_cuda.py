@@ -114,6 +114,19 @@ class Generator:
         pass
 
 
+class Runtime:
+    """CUDA's runtime, as far as `torch.cuda.cudart()` is asked: to lock memory of the host."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802
+        _active[-1].page_locked[address] = range(address, address + size)
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:  # noqa: N802
+        return 0 if _active[-1].page_locked.pop(address, None) else 1
+
+
 def _live(_: Any = None) -> int:
     return _active[-1].memory.live if _active else 0
 
@@ -137,6 +150,7 @@ def replace_torch_cuda() -> None:
         "Event": Event,
         "Stream": Stream,
         "default_generators": (Generator(),),
+        "cudart": Runtime,
         "is_available": _always(True),
         "is_initialized": _always(True),
         "is_bf16_supported": _always(True),

@@ -90,6 +90,7 @@ class FakeDevice(FakeTensorMode):
         self.phase = "begin"
         self.step = 0
         self._pinned = WeakIdKeyDictionary()  # storages in page-locked memory of the host
+        self.page_locked: dict[int, range] = {}  # by its first address: memory that was locked after it was allocated
 
     @contextmanager
     def recording(self, act: Act) -> Iterator[Act]:
@@ -224,7 +225,10 @@ class FakeDevice(FakeTensorMode):
     # Pinned memory of the host.
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_cpu and tensor.untyped_storage() in self._pinned
+        if not tensor.is_cpu:
+            return False
+        storage = tensor.untyped_storage()
+        return storage in self._pinned or any(storage.data_ptr() in locked for locked in self.page_locked.values())
 
     def _pin(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         copy = args[0].clone()
