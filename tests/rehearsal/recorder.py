@@ -89,6 +89,7 @@ class FakeDevice(FakeTensorMode):
         self.act = Act()
         self.phase = "begin"
         self.step = 0
+        self._within = False  # an operation whose shape torch finds
         self._pinned = WeakIdKeyDictionary()  # storages in page-locked memory of the host
         self.page_locked: dict[int, range] = {}  # by its first address: memory that was locked after it was allocated
 
@@ -114,6 +115,8 @@ class FakeDevice(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._within:
+            return super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace in ("c10d", "_c10d_functional"):
             self._note_collective(func, args, kwargs)
         handler = _HANDLERS.get(func)
@@ -121,13 +124,21 @@ class FakeDevice(FakeTensorMode):
         if result is NotImplemented:
             if not _on_device(args, kwargs):
                 return func(*args, **kwargs)  # all on the CPU: for real
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            result = self._shape_of_result(func, types, args, kwargs)
         tensors = [one for one in tree_iter(result) if isinstance(one, torch.Tensor) and one.is_cuda]
         if tensors:
             self._note_kernel(func, args, kwargs, result, tensors)
             for tensor in tensors:
                 self.memory.hold(tensor)
         return result
+
+    def _shape_of_result(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """torch may find the shape by running smaller operations; the device runs one kernel, and none of those."""
+        self._within = True
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._within = False
 
     # What is written down.
 

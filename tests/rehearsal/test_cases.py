@@ -6,7 +6,9 @@ import pytest
 
 from megatron_lite.config.validate import validate
 from megatron_lite.errors import ConfigError
+from tests.rehearsal import budget
 from tests.rehearsal.cases import AXES, config_of, missing_pairs, read_cases
+from tests.rehearsal.layers import LAYERS
 
 CASES = read_cases()
 
@@ -15,6 +17,12 @@ def test_every_pair_of_values_occurs() -> None:
     assert len(CASES) >= 48
     missing = missing_pairs(list(CASES.values()))
     assert not missing, f"python -m tests.rehearsal.cases adds cases for {sorted(map(sorted, missing))}"
+
+
+def test_the_table_has_a_row_for_each_case_and_layer() -> None:
+    table = budget.read()
+    assert set(table["cases"]) == set(CASES)
+    assert set(table["layers"]) == set(LAYERS)
 
 
 @pytest.mark.parametrize("name", CASES)
