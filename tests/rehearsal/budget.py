@@ -109,20 +109,16 @@ def waits_of(recording: Recording) -> Iterator[str]:
 
 def read() -> dict[str, dict[str, Any]]:
     table = yaml.safe_load(FILE.read_text()) if FILE.exists() else {}
-    return {"cases": {}, "layers": {}, **table}
+    return {section: table.get(section) or {} for section in ("cases", "layers")}
 
 
 def write(kind: str, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Replace these rows of `cases` or `layers`."""
     table = read()
-    table["aims"] = AIMS
     table[kind] = {**table[kind], **rows}
-    text = HEADER
-    for section in ("aims", "layers", "cases"):
-        if section == "aims":
-            text += f"aims: {_flow(AIMS)}\n"
-        else:
-            text += f"{section}:\n" + "".join(f"  {n}: {_flow(row)}\n" for n, row in sorted(table[section].items()))
+    text = f"{HEADER}aims: {_flow(AIMS)}\n"
+    for section, found in table.items():
+        text += f"{section}:\n" + "".join(f"  {name}: {_flow(row)}\n" for name, row in sorted(found.items()))
     FILE.write_text(text)
 
 
