@@ -25,6 +25,7 @@ HEADER = """\
 # waits_inside     host waits within the micro-batches of a step       waits_step   those outside of them
 # memory           peak of the device / what the plan predicts         left         bytes that a run leaves behind
 # kernels, kbytes  launched, and read and written by them, per step    wire_*       sent / minimum of the layout
+#                  below 1: weights that ZeRO-3 keeps from the forward pass, or a sum that is missing
 # layers           one more layer, forward and backward, of one micro-batch
 """
 AIMS = {"waits_inside": 0, "waits_step": 2, "memory": 1.03, "left": 0, "wire": 1.02}
