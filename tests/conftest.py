@@ -11,7 +11,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Those of jobs wait for Slurm more than they compute, so each runs beside another that computes.
-FIRST = ("test_slurm_training.py", "test_equivalence.py", "test_slurm.py")
+FIRST = ("test_slurm_training.py", "test_equivalence.py", "test_slurm.py", "test_rehearsal.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
