@@ -34,6 +34,7 @@ from megatron_lite.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     ConfigError,
+    DeviceFailedError,
     LaunchError,
     MegatronLiteError,
     RunEnd,
@@ -41,7 +42,9 @@ from megatron_lite.errors import (
     RunFolderLostError,
     disk_error,
     end_of,
+    memory_error,
 )
+from megatron_lite.faults import Fault, fault_of
 from megatron_lite.observe.credentials import redacted
 from megatron_lite.observe.markers import clear_markers, free_reserve, leave_marker, reserve_space
 from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attempt, take
@@ -50,8 +53,6 @@ from megatron_lite.observe.run_lock import Claim, Role, RunLock, join, own_attem
 # is not one of several with the same error.
 SILENCE_SECONDS = 3.0
 YIELD_SECONDS = 3.0  # within which a rank that failed by itself has ended, and so is the first to end
-# Messages of gloo and NCCL when the process at the other end of a connection is gone.
-LOST_PEER = ("closed by peer", "reset by peer", "remote worker", "remote process")
 # Set by torchrun and by deepspeed, which leave their ranks running when they are killed.
 STARTED_BY_OTHERS = frozenset({"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"})
 
@@ -251,12 +252,13 @@ def _end_by(
     """Record an error in the run folder, and show it to the user."""
     if isinstance(error, OSError):
         error = disk_error(error) or error
+    error = memory_error(error) or error
     end = end_of(error)
     if not isinstance(error, MegatronLiteError):
         _leave_marker(config, claim, RunEnd.FAILED, f"rank {_rank()}: {type(error).__name__}: {error}")
         _tell_failure(error, config, terminal)
         return RunEnd.FAILED
-    _leave_marker(config, claim, end, str(error))
+    _leave_marker(config, claim, end, str(error), error.node if isinstance(error, DeviceFailedError) else None)
     # Another run holds the folder: its launcher would show our files as its own.
     is_foreign = isinstance(error, RunFolderInUseError | RunFolderLostError)
     _tell(error_text(error, debug=debug), terminal, None if is_foreign else os.environ.get(ERROR_FILE))
@@ -285,12 +287,14 @@ def _prepare_data(config: ResolvedConfig) -> None:
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 
-def _leave_marker(config: ResolvedConfig | None, claim: Claim | None, end: RunEnd, message: str) -> None:
+def _leave_marker(
+    config: ResolvedConfig | None, claim: Claim | None, end: RunEnd, message: str, node: str | None = None
+) -> None:
     """Leave a marker for later readers of the run folder, unless another attempt holds the folder."""
     if config is None or claim is None or not claim.is_ours():
         return
     with contextlib.suppress(OSError):  # a full or lost disk: the error itself is still shown
-        leave_marker(config.run_dir, end, message)
+        leave_marker(config.run_dir, end, message, node=node)
 
 
 def _tell(text: str, terminal: int, error_file: str | None) -> None:
@@ -311,7 +315,7 @@ def _tell_failure(error: Exception, config: ResolvedConfig | None, terminal: int
     and connections close before a process has ended.
     """
     text = redacted(traceback.format_exc())
-    if isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_PEER):
+    if fault_of(error) is Fault.peer:
         time.sleep(YIELD_SECONDS)
     log = _append_to_log(text, config)
     if log is None:

@@ -37,6 +37,7 @@ IN_WORDS = {
     RunEnd.OUT_OF_MEMORY: "out of memory",
     RunEnd.HUNG: "hung",
     RunEnd.DISK_ERROR: "ended by a disk that is full or fails",
+    RunEnd.DEVICE_ERROR: "ended by a GPU, its driver or its link, which failed",
 }
 
 

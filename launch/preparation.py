@@ -14,7 +14,7 @@ from launch.processes import Children, Ending, start
 from megatron_lite.config.frozen import freeze, has_trained, unwritable
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data import FOLDER_VARIABLE
-from megatron_lite.errors import EXIT_FAILURE, MegatronLiteError, RunFolderInUseError, end_of
+from megatron_lite.errors import EXIT_FAILURE, MegatronLiteError, RunFolderInUseError, end_of, memory_error
 from megatron_lite.files import make_folder, remove_file, replace_file
 from megatron_lite.observe.markers import clear_markers
 from megatron_lite.observe.run_lock import Role, RunLock, holder_of, take
@@ -97,7 +97,11 @@ def _guarded(prepare: Prepare, config: ResolvedConfig, answer: int) -> int:
     except MegatronLiteError as error:
         show_error(error, debug=config.debug)
         return end_of(error)
-    except Exception:
+    except Exception as error:
+        explained = memory_error(error)
+        if explained is not None:
+            show_error(explained, debug=config.debug)
+            return end_of(explained)
         show_traceback()
         return EXIT_FAILURE
     return 0

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import ClassVar
 
+from megatron_lite.faults import Fault, fault_of, telling_line
+
 EXIT_OK = 0
 EXIT_FAILURE = 1  # a bug of ours: printed with its traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -34,6 +36,7 @@ class RunEnd(IntEnum):
     OUT_OF_MEMORY = 83
     HUNG = 84
     DISK_ERROR = 85  # the disk is full, or fails
+    DEVICE_ERROR = 86  # a GPU, its driver or its link failed
 
 
 class MegatronLiteError(Exception):
@@ -113,6 +116,23 @@ class DeviceMemoryError(MegatronLiteError):
     end = RunEnd.OUT_OF_MEMORY
 
 
+class DeviceFailedError(MegatronLiteError):
+    """A GPU, its driver or its link failed; the run itself is not at fault.
+
+    Args:
+        node: where, by the scheduler's name.
+    """
+
+    end = RunEnd.DEVICE_ERROR
+
+    def __init__(self, message: str, node: str) -> None:
+        self.node = node
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[DeviceFailedError], tuple[str, str]]:
+        return type(self), (str(self), self.node)  # keep the node when crossing a process boundary
+
+
 class VerificationError(MegatronLiteError):
     """A parallel layout does not compute the same as a single rank."""
 
@@ -138,20 +158,30 @@ def disk_error(error: OSError) -> DiskError | None:
     )
 
 
+def memory_error(error: BaseException) -> DeviceMemoryError | None:
+    """The error to show for one that says that memory ran out; None if it does not, or if it is ours already."""
+    if isinstance(error, MegatronLiteError) or fault_of(error) is not Fault.memory:
+        return None
+    said = telling_line(error)
+    return DeviceMemoryError(f"memory ran out: {said}; end other programs here, or use a smaller batch or model")
+
+
 @contextmanager
 def library_edge(error: type[MegatronLiteError], what: str, remedy: str = "", lines: int = 1) -> Iterator[None]:
     """Turn any exception of a library into `error`: "<what>: <the library's first lines>; <remedy>".
 
     Libraries do not document all exceptions that they raise, so a list of types is always incomplete. Put only calls of
     the library into the block: an exception in our own code is a bug, and must keep its traceback. Our own errors
-    (raised by a callback, say) pass unchanged; so does running out of memory. A panic of a Rust library counts as its
-    error, too, although PyO3 derives it from BaseException.
+    (raised by a callback, say) pass unchanged; so does running out of memory, of the host or of a GPU. A panic of a
+    Rust library counts as its error, too, although PyO3 derives it from BaseException.
     """
     try:
         yield
-    except (MegatronLiteError, MemoryError):
+    except MegatronLiteError:
         raise
     except BaseException as problem:
+        if fault_of(problem) is Fault.memory:
+            raise
         if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
             raise
         text = " ".join([line.strip() for line in str(problem).splitlines() if line.strip()][:lines])

@@ -94,8 +94,11 @@ def suspects(marker: Marker | None, reported: str | None, lost: Collection[str],
         nodes: the job's nodes, by Slurm's names.
     """
     named = set(lost)
-    if marker is not None and marker.end is RunEnd.HUNG and reported is not None:
-        named |= {reported, reported.partition(".")[0]}
+    accused = None
+    if marker is not None:
+        accused = reported if marker.end is RunEnd.HUNG else marker.node
+    if accused is not None:
+        named |= {accused, accused.partition(".")[0]}
     return [node for node in nodes if node in named]
 
 

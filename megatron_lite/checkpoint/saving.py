@@ -26,11 +26,12 @@ from megatron_lite.checkpoint.retention import Kept, prune
 from megatron_lite.checkpoint.state import STATE_FILE, CheckpointState
 from megatron_lite.checkpoint.tensor_files import write
 from megatron_lite.config.hf.headers import INDEX_FILE
-from megatron_lite.errors import CheckpointError, DiskError
+from megatron_lite.errors import CheckpointError, DeviceMemoryError, DiskError
+from megatron_lite.faults import Fault, fault_of
 from megatron_lite.files import file_xxh3
 
 T = TypeVar("T")
-Answer = tuple[CheckpointError | DiskError | None, T | None]
+Answer = tuple[CheckpointError | DeviceMemoryError | DiskError | None, T | None]
 """The answer of one rank: why it failed, or its result."""
 
 
@@ -201,8 +202,8 @@ class Saver:
         Returns:
             the result of each rank
         Raises:
-            CheckpointError, DiskError: the stage failed on some rank; raised on every rank, except that a rank with an
-                unexpected exception raises that one.
+            CheckpointError, DeviceMemoryError, DiskError: the stage failed on some rank; raised on every rank, except
+                that a rank with an unexpected exception raises that one.
             RuntimeError: another rank has ended. The user cannot fix this here; that rank's own error says more.
         """
         answer: Answer[T] = (None, None)
@@ -217,7 +218,8 @@ class Saver:
             answer = (error, None)
         except Exception as error:  # a bug of ours; the other ranks must not wait for this one
             text = f"rank {dist.get_rank()} failed to write a checkpoint: {error!r}"
-            fault, answer = error, (CheckpointError(text), None)
+            is_memory = fault_of(error) is Fault.memory
+            fault, answer = error, (DeviceMemoryError(text) if is_memory else CheckpointError(text), None)
         answers: list[Answer[T]] = [(None, None)] * dist.get_world_size()
         try:
             dist.all_gather_object(answers, answer, group=self._group)

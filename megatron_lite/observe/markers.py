@@ -34,6 +34,7 @@ TELLING = (
     RunEnd.OUT_OF_MEMORY,
     RunEnd.DIVERGED,
     RunEnd.OUT_OF_DATA,
+    RunEnd.DEVICE_ERROR,
     RunEnd.HUNG,
     RunEnd.DISK_ERROR,
     RunEnd.PREEMPTED,
@@ -51,15 +52,17 @@ class Marker:
     message: str
     time: float
     """Seconds since the epoch."""
+    node: str | None = None
+    """The node whose GPU failed."""
 
 
-def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = None) -> None:
+def leave_marker(run_dir: Path, end: RunEnd, message: str, step: int | None = None, node: str | None = None) -> None:
     """Write the marker atomically; of several ranks with the same end the first one wins.
 
     Raises:
         OSError: the disk is full, even after the space of `reserve_space` was freed.
     """
-    text = json.dumps(asdict(Marker(end, step, redacted(message), time.time()))) + "\n"
+    text = json.dumps(asdict(Marker(end, step, redacted(message), time.time(), node))) + "\n"
     try:
         publish_first(run_dir / end.name, text)
     except OSError as error:

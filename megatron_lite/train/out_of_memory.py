@@ -1,49 +1,87 @@
-"""Explain out-of-memory errors: which rank, which stage, what was planned for it, and which settings need less."""
+"""Explain what a library says is at fault: out of memory (which rank, which stage, what was planned for it, and which
+settings need less), a GPU that failed, or a machine that is not set up for the run."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
-
-import torch
 
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.data.tokenizer.vocabulary import known_vocab_size
-from megatron_lite.errors import DeviceMemoryError
+from megatron_lite.errors import DeviceFailedError, DeviceMemoryError, LaunchError, MegatronLiteError
+from megatron_lite.faults import Fault, fault_of, remedy_of_setup, telling_line
 from megatron_lite.observe.heartbeat import node_name
 from megatron_lite.planning.sizes import stage_lines
 from megatron_lite.train.distributed import ProcessEnvironment
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # only this text distinguishes its RuntimeError from others
+ON_THE_HOST = ("DefaultCPUAllocator", "std::bad_alloc", "annot allocate memory", "ailed to malloc", "ailed to calloc")
 
 
 @contextlib.contextmanager
-def memory_errors_explained(config: ResolvedConfig, environment: ProcessEnvironment) -> Iterator[None]:
-    """Turn out-of-memory errors of torch and Python into an error that the user can act on.
+def faults_explained(config: ResolvedConfig, environment: ProcessEnvironment) -> Iterator[None]:
+    """Turn errors of torch, CUDA, NCCL and Python that say what is at fault into errors that the user can act on.
 
     Raises:
-        DeviceMemoryError: instead of them.
+        DeviceMemoryError: memory ran out, of the host, of a GPU, or inside cuBLAS, cuDNN or NCCL.
+        DeviceFailedError: a GPU, its driver or its link failed.
+        LaunchError: the driver, a limit or a variable of this machine is wrong.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not _is_about_memory(error):
+    except MegatronLiteError:
+        raise
+    except Exception as error:
+        explained = _explained(config, environment, error)
+        if explained is None:
             raise
-        raise DeviceMemoryError(_explanation(config, environment, error)) from error
+        raise explained from error
 
 
-def _is_about_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+def _explained(config: ResolvedConfig, environment: ProcessEnvironment, error: Exception) -> MegatronLiteError | None:
+    fault = fault_of(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        fault = Fault.memory
+    said = telling_line(error)
+    who = _who(config, environment)
+    if fault is Fault.memory:
+        planned = list(stage_lines(config, known_vocab_size(config)))[_stage(config, environment)].strip()
+        remedies = ", ".join(_remedies(config, error))
+        return DeviceMemoryError(
+            f"{who} ran out of memory: {said}; planned for it, without activations: {planned}; use {remedies}"
+        )
+    if fault is Fault.device:
+        return DeviceFailedError(
+            f"the GPU of {who}, its driver or its link failed: {said}; look at `nvidia-smi` and `dmesg`, or leave "
+            "the node out: the same command resumes from the newest checkpoint",
+            node_name(),
+        )
+    if fault is Fault.setup:
+        return LaunchError(f"{who}: {said}; {remedy_of_setup(error)}")
+    return None
 
 
-def _explanation(config: ResolvedConfig, environment: ProcessEnvironment, error: Exception) -> str:
+def _who(config: ResolvedConfig, environment: ProcessEnvironment) -> str:
     place = config.topology.coordinates(environment.rank)
-    planned = list(stage_lines(config, known_vocab_size(config)))[place.pipeline].strip()
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    remedies = [f"a train.micro_batch_size below {config.train.micro_batch_size}"] * (config.train.micro_batch_size > 1)
-    remedies += ["parallel.recompute=full"] * (config.parallel.recompute.value != "full")
-    remedies += ["a larger parallel.tensor_parallel_size or pipeline_parallel_size"]
-    return (
-        f"rank {environment.rank} (node {node_name()}, tp{place.tensor} pp{place.pipeline} dp{place.data}) ran "
-        f"out of memory: {said}; planned for it, without activations: {planned}; use {', '.join(remedies)}"
-    )
+    return f"rank {environment.rank} (node {node_name()}, tp{place.tensor} pp{place.pipeline} dp{place.data})"
+
+
+def _stage(config: ResolvedConfig, environment: ProcessEnvironment) -> int:
+    return config.topology.coordinates(environment.rank).pipeline
+
+
+def _remedies(config: ResolvedConfig, error: Exception) -> Iterator[str]:
+    """What needs less memory. On a GPU's node, host memory holds other things than the GPU does."""
+    on_host = isinstance(error, MemoryError | OSError) or any(text in str(error) for text in ON_THE_HOST)
+    if on_host and config.launcher.device == "cuda":
+        yield "a node with more memory, or end other programs there"
+        if config.parallel.offload_optimizer:
+            yield "parallel.offload_optimizer=false"
+        if config.train.async_save:
+            yield "train.async_save=false"
+    else:
+        if config.train.micro_batch_size > 1:
+            yield f"a train.micro_batch_size below {config.train.micro_batch_size}"
+        if config.parallel.recompute.value != "full":
+            yield "parallel.recompute=full"
+    yield "a larger parallel.tensor_parallel_size or pipeline_parallel_size"

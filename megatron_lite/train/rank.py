@@ -21,7 +21,7 @@ from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.run_lock import Claim
 from megatron_lite.train.distributed import ProcessEnvironment, choose_algorithms, own_device
 from megatron_lite.train.hang.watchdog import watchdog_of
-from megatron_lite.train.out_of_memory import memory_errors_explained
+from megatron_lite.train.out_of_memory import faults_explained
 from megatron_lite.train.stopping import StopRequest
 
 
@@ -41,7 +41,8 @@ class Rank:
 
 @contextmanager
 def started_rank(config: ResolvedConfig, claim: Claim) -> Iterator[Rank]:
-    """Set up this rank. Until the end of the block it is watched for hangs, handles signals and explains memory errors.
+    """Set up this rank. Until the end of the block it is watched for hangs, handles signals, and explains
+    errors of memory, of the GPU and of the machine.
 
     Raises:
         MegatronLiteError: the data is damaged or missing, or the device does not exist.
@@ -53,7 +54,7 @@ def started_rank(config: ResolvedConfig, claim: Claim) -> Iterator[Rank]:
     watchdog = watchdog_of(config, environment, heartbeat, console, claim)
     request = StopRequest(folder if environment.rank == 0 else None, config.launcher.grace_seconds)
     try:
-        with request.listening(), memory_errors_explained(config, environment), watchdog:
+        with request.listening(), faults_explained(config, environment), watchdog:
             data_folder = os.environ.get(FOLDER_VARIABLE)
             prepared = load_prepared(Path(data_folder) if data_folder else prepared_folder(config), config)
             keep_private(folder, prepared.folder, console.log_path, is_writer=environment.rank == 0)

@@ -8,8 +8,9 @@ from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import BatchRampConfig, Precision
 from megatron_lite.data.tokenizer.vocabulary import planned_vocab_size
 from megatron_lite.errors import VerificationError
-from megatron_lite.observe.console import redirect_output
+from megatron_lite.observe.console import Console, redirect_output
 from megatron_lite.train import distributed
+from megatron_lite.train.out_of_memory import faults_explained
 from megatron_lite.verify.equivalence import (
     ON_TENSOR_RANKS,
     TOLERANCE,
@@ -37,17 +38,22 @@ def check_layout(config: ResolvedConfig) -> None:
     environment = distributed.ProcessEnvironment.read()
     console = redirect_output(config.run_dir, environment.rank)
     try:
-        device = distributed.own_device(config.launcher.device, environment)
-        context, _ = distributed.join(config, device, environment)
-        vocab_size = planned_vocab_size(config)
-        traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS), context)
-        if context.is_writer:
-            found = differences(trace_twin(config, vocab_size, NUM_STEPS, context.device), traces)
-            console.print(_text(config, found))
-            _require_equal(found)
-        distributed.leave()
+        with faults_explained(config, environment):
+            _compare(config, environment, console)
     finally:
         console.restore()
+
+
+def _compare(config: ResolvedConfig, environment: distributed.ProcessEnvironment, console: Console) -> None:
+    device = distributed.own_device(config.launcher.device, environment)
+    context, _ = distributed.join(config, device, environment)
+    vocab_size = planned_vocab_size(config)
+    traces = gather_traces(trace_layout(config, context, vocab_size, NUM_STEPS), context)
+    if context.is_writer:
+        found = differences(trace_twin(config, vocab_size, NUM_STEPS, context.device), traces)
+        console.print(_text(config, found))
+        _require_equal(found)
+    distributed.leave()
 
 
 def _small(config: ResolvedConfig) -> ResolvedConfig:

@@ -31,7 +31,7 @@ PASSED_ON = {
     "megatron_lite/data/corpus/source_names.py:resolve_sources", "megatron_lite/train/startup.py:require_same_program",
     # A text that another function makes.
     "launch/arguments.py:parse", "launch/comparing.py:compare", "megatron_lite/observe/run_lock.py:confirm",
-    "megatron_lite/train/out_of_memory.py:memory_errors_explained", "megatron_lite/train/parts.py:agreed_rollbacks",
+    "megatron_lite/train/parts.py:agreed_rollbacks",
     "megatron_lite/checkpoint/inspection.py:locate", "megatron_lite/data/corpus/hugging_face.py:_edge",
     # The caller that catches it says where, and what to do.
     "launch/slurm/attempt.py:_job_number", "launch/slurm/attempt.py:_of_job",

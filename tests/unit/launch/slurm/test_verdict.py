@@ -62,7 +62,7 @@ def test_what_would_happen_again_is_the_end(end: RunEnd) -> None:
     assert verdict.reason == f"{end.name} at step 40: two lines; not requeued: another attempt would end the same way"
 
 
-@pytest.mark.parametrize("end", [RunEnd.HUNG, RunEnd.FAILED])
+@pytest.mark.parametrize("end", [RunEnd.HUNG, RunEnd.FAILED, RunEnd.DEVICE_ERROR])
 def test_what_may_be_the_machines_fault_goes_back(end: RunEnd) -> None:
     assert decide(replace(PREEMPTED, marker=marker(end)), LIMITS).requeue
 
@@ -108,6 +108,9 @@ HANG = marker(RunEnd.HUNG, "rank 5 (node n2, tp1 pp0 dp2) has been in 'data' for
         (HANG, "another", [], []),
         (marker(RunEnd.PREEMPTED, "node n2"), "n2", [], []),
         (None, "n2", ["n3"], ["n3"]),
+        (replace(marker(RunEnd.DEVICE_ERROR, "uncorrectable ECC error"), node="n2"), None, [], ["n2"]),
+        (replace(marker(RunEnd.DEVICE_ERROR, "uncorrectable ECC error"), node="n2.site"), "n3", [], ["n2"]),
+        (marker(RunEnd.FAILED, "illegal memory access"), "n2", [], []),
     ],
 )
 def test_suspects(end: Marker | None, reported: str | None, lost: list[str], expected: list[str]) -> None:
