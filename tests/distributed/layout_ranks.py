@@ -246,9 +246,9 @@ def _patch(target: object, name: str, replacement: Any) -> Callable[[], Any]:
 _REDUCE_TIED = PipelineEngine._exec_reduce_tied_grads
 
 
-def _double_tied_gradient(engine: PipelineEngine) -> None:
-    _REDUCE_TIED(engine)
-    for weight, _ in engine.module.get_tied_weights_and_groups():
+def _double_tied_gradient(self: PipelineEngine) -> None:
+    _REDUCE_TIED(self)
+    for weight, _ in self.module.get_tied_weights_and_groups():
         weight.grad.mul_(2.0)
 
 
@@ -270,10 +270,10 @@ def _slopes_too_large(weights: torch.Tensor, seed: float, terms: Any) -> Any:
 _SLOPES = megatron_lite.parallel.fused_head._slopes
 
 
-def _sum_all_but_the_relative_bias(engine: PipelineEngine) -> None:
-    for key, comm in engine.module.tied_comms.items():
+def _sum_all_but_the_relative_bias(self: PipelineEngine) -> None:
+    for key, comm in self.module.tied_comms.items():
         if "relative_bias" not in key:
-            torch.distributed.all_reduce(engine.module.tied_modules[key].weight.grad, group=comm["group"])
+            torch.distributed.all_reduce(self.module.tied_modules[key].weight.grad, group=comm["group"])
 
 
 def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
@@ -362,7 +362,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "relative_bias_gradient_not_summed": _patch(
         PipelineEngine, "_exec_reduce_tied_grads", _sum_all_but_the_relative_bias
     ),
-    "tied_gradient_not_summed": _patch(PipelineEngine, "_exec_reduce_tied_grads", lambda engine: None),
+    "tied_gradient_not_summed": _patch(PipelineEngine, "_exec_reduce_tied_grads", lambda self: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
     ),
@@ -376,7 +376,7 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
     "sequence_weights_not_shared_over_data_ranks": _patch(
         megatron_lite.engine.engine, "scale_loss_weights", _own_sequence_mean
     ),
-    "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda engine: None),
+    "data_parallel_gradients_not_reduced": _patch(PipelineEngine, "_exec_reduce_grads", lambda self: None),
     "flat_gradients_not_reduced": _patch(FlatGradients, "_average", lambda gradients, group: None),
     "first_micro_batch_overwritten": _patch(
         GradientSink, "add_product", lambda sink, rows, x: _overwrite(sink, rows, x)

@@ -54,7 +54,7 @@ def test_a_planned_layer_is_what_autograd_saves(
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
     with torch.device("meta"):
         planned = stage_activations(
-            config, stage_contents(config.model, 1)[0], 0, padded_vocabulary(config, VOCABULARY)
+            config, stage_contents(config.model, [config.model.num_layers])[0], 0, padded_vocabulary(config, VOCABULARY)
         )
         saved = saved_bytes(config)
     assert planned.layers == pytest.approx(saved, rel=0.01)
