@@ -31,7 +31,7 @@ SETTINGS = [
     "optimizer.learning_rate=1e-2",
     "optimizer.decay=constant",
 ]
-CUBE = ["parallel=dp2_tp2_pp2", "train.micro_batch_size=4"]
+CUBE = ["parallel=dp2_tp2_pp2", "parallel.stages=even", "train.micro_batch_size=4"]
 ALONE = ["train.micro_batch_size=16"]
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.config.derived import has_next_sentence_head, padded_vocabulary, parameter_counts, stage_contents
+from megatron_lite.config.derived import (
+    StageContent,
+    has_next_sentence_head,
+    padded_vocabulary,
+    parameter_counts,
+    stage_contents,
+)
 from megatron_lite.config.resolved import ResolvedConfig
 from megatron_lite.config.schema import Architecture, Precision, Recompute
 from megatron_lite.engine.engine import Engine
 from megatron_lite.engine.pipelined import PipelinedEngine
 from megatron_lite.models.activations import StageBoundary
+from megatron_lite.planning.activations import stage_activations
 from megatron_lite.planning.memory import model_states
+from megatron_lite.planning.stages import layers_of_stages
 from tests.rehearsal import wire
 
 SOFTMAX_SUMS = 2
@@ -23,9 +31,15 @@ def planned_bytes(config: ResolvedConfig, engine: Engine) -> float:
     vocabulary = padded_vocabulary(config, config.model.vocab_size or 0)
     tensor = parallel.tensor_parallel_size
     counts = parameter_counts(config.model, vocabulary, tensor, next_sentence=has_next_sentence_head(config))
-    content = stage_contents(config.model, parallel.pipeline_parallel_size)[context.pipeline_rank]
+    content = _content(config, engine)
     states = model_states(config, counts.stage(content), parallel.data_parallel_size)
-    return states.total - (states.optimizer if parallel.offload_optimizer else 0.0)
+    activations = stage_activations(config, content, context.pipeline_rank, vocabulary)
+    return states.on_device(config) + activations.total
+
+
+def _content(config: ResolvedConfig, engine: Engine) -> StageContent:
+    cut = layers_of_stages(config, config.model.vocab_size)
+    return stage_contents(config.model, cut)[engine.context.pipeline_rank]
 
 
 def minimum_wire_bytes(config: ResolvedConfig, engine: Engine) -> dict[str, float]:
@@ -66,7 +80,7 @@ def _activations(config: ResolvedConfig, engine: Engine) -> dict[str, int]:
     context, model = engine.context, config.model
     b, h, s = config.train.micro_batch_size, model.hidden_size, config.data.seq_length
     d = config.decoder_length or s  # positions of the stack with the head
-    content = stage_contents(model, context.pipeline_size)[context.pipeline_rank]
+    content = _content(config, engine)
     encoder, decoder = content.layers, content.decoder_layers
     # Each layer: attention and MLP; a decoder's layer also attends to the encoder's output, s positions.
     sums = b * h * (2 * encoder * s + 3 * decoder * d)

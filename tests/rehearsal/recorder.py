@@ -151,7 +151,9 @@ class FakeDevice(FakeTensorMode):
         work.kernels += 1
         work.bytes += sum(one.numel() * one.element_size() for one in known.values())
         if func._overloadpacket in flop_registry:
-            work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            # torch's formulas do not know the dtype of an output as an argument.
+            known_args = [one for one in args if not isinstance(one, torch.dtype)]
+            work.flops += flop_registry[func._overloadpacket](*known_args, **kwargs, out_val=result)
         self.act.operations[self.phase][func._overloadpacket.__name__] += 1
 
     def _note_collective(self, func: Any, args: Any, kwargs: Any) -> None:
