@@ -14,6 +14,8 @@ from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # set by lau
 COUNTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "MASTER_PORT")
 QUIET = (FutureWarning, UserWarning)  # libraries' warnings about their own future changes: a user cannot fix them
 
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the name of torch 2.9 and later, the older one
+
 
 def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
     """Variables that all ranks share.
@@ -34,6 +36,7 @@ def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counts GPUs without opening them
+        environment |= _memory_and_streams()
         if config.train.deterministic:
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
     if one_machine and Path("/sys/class/net/lo").exists():
@@ -41,6 +44,16 @@ def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
         if config.launcher.device != "cpu":
             environment["NCCL_SOCKET_IFNAME"] = "lo"  # for its bootstrap: no other machine connects
     return environment
+
+
+def _memory_and_streams() -> dict[str, str]:
+    """What makes GPUs faster or fuller; a value that the user has set wins."""
+    chosen = {
+        "TORCH_NCCL_HIGH_PRIORITY": os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "1")
+    }  # collectives beside products
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        chosen[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # less fragmentation
+    return chosen
 
 
 def passed_environment(config: RunConfig) -> dict[str, str]:

@@ -114,19 +114,28 @@ class DensePeak:
     """Without tensor cores: what torch uses for float32 unless TF32 is allowed."""
 
 
-# Sources: NVIDIA's data sheets of each product (V100 2020, A100 2021, A10 2021, L4 2023, H100 2023, H200 2023, HGX B200
-# 2024) and "NVIDIA Ada GPU Architecture", appendix A, for the RTX 4090; sparse figures halved. The first match counts.
+# Sources: NVIDIA's data sheets of each product (V100 2020, A100 2021, A10 and A10G 2021, A6000 2020, T4 2018, L4 and
+# L40S 2023, H100 2023, H200 and H200 NVL 2024, GH200 2023, H20 2024, HGX B200 and GB200 2024) and "NVIDIA Ada GPU
+# Architecture", appendix A, for the RTX 4090; sparse figures halved. A800 and H800 are an A100 and an H100 with slower
+# links. The first match counts.
 DENSE_PEAKS: tuple[tuple[str, DensePeak], ...] = (
+    (r"\bGB200\b", DensePeak(half=2500e12, tf32=1250e12, fp32=80e12)),
     (r"\bB200\b", DensePeak(half=2250e12, tf32=1125e12, fp32=75e12)),
-    (r"\bH200\b", DensePeak(half=989.4e12, tf32=494.7e12, fp32=66.9e12)),
-    (r"\bH100 PCIe\b", DensePeak(half=756e12, tf32=378e12, fp32=51e12)),
+    (r"\bH200 NVL\b", DensePeak(half=835.5e12, tf32=417.5e12, fp32=60e12)),
+    (r"\bG?H200\b", DensePeak(half=989.4e12, tf32=494.7e12, fp32=66.9e12)),
+    (r"\bH[18]00 PCIe\b", DensePeak(half=756e12, tf32=378e12, fp32=51e12)),
     (r"\bH100 NVL\b", DensePeak(half=835e12, tf32=417.5e12, fp32=60e12)),
-    (r"\bH100\b", DensePeak(half=989.4e12, tf32=494.7e12, fp32=66.9e12)),
-    (r"\bA100\b", DensePeak(half=312e12, tf32=156e12, fp32=19.5e12)),
+    (r"\bH[18]00\b", DensePeak(half=989.4e12, tf32=494.7e12, fp32=66.9e12)),
+    (r"\bH20\b", DensePeak(half=148e12, tf32=74e12, fp32=44e12)),
+    (r"\bA[18]00\b", DensePeak(half=312e12, tf32=156e12, fp32=19.5e12)),
+    (r"\bA10G\b", DensePeak(half=70e12, tf32=35e12, fp32=35e12)),
     (r"\bA10\b", DensePeak(half=125e12, tf32=62.5e12, fp32=31.2e12)),
+    (r"\bRTX A6000\b", DensePeak(half=154.8e12, tf32=77.4e12, fp32=38.7e12)),
+    (r"\bL40S\b", DensePeak(half=362e12, tf32=183e12, fp32=91.6e12)),
     (r"\bL4\b", DensePeak(half=121e12, tf32=60e12, fp32=30.3e12)),
     (r"\bRTX 4090\b", DensePeak(half=165.2e12, tf32=82.6e12, fp32=82.6e12)),
     (r"\bV100\b", DensePeak(half=125e12, tf32=None, fp32=15.7e12)),
+    (r"\bT4\b", DensePeak(half=65e12, tf32=None, fp32=8.1e12)),
 )
 
 

@@ -77,7 +77,7 @@ def _tied(engine: Engine) -> tuple[int, int]:
 
 def _activations(config: ResolvedConfig, engine: Engine) -> dict[str, int]:
     """Elements of the activations that a micro-batch of this stage exchanges; see `wire.Stage`."""
-    context, model = engine.context, config.model
+    model = config.model
     b, h, s = config.train.micro_batch_size, model.hidden_size, config.data.seq_length
     d = config.decoder_length or s  # positions of the stack with the head
     content = _content(config, engine)

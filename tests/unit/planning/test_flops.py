@@ -113,6 +113,16 @@ def test_training_is_three_forward_passes() -> None:
         ("NVIDIA H100 PCIe", 756e12, 51e12),
         ("NVIDIA H200", 989.4e12, 66.9e12),
         ("NVIDIA B200", 2250e12, 75e12),
+        ("NVIDIA GB200", 2500e12, 80e12),
+        ("NVIDIA H200 NVL", 835.5e12, 60e12),
+        ("NVIDIA GH200 480GB", 989.4e12, 66.9e12),
+        ("NVIDIA H800", 989.4e12, 66.9e12),
+        ("NVIDIA H20", 148e12, 44e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+        ("NVIDIA RTX A6000", 154.8e12, 38.7e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("Tesla T4", 65e12, 8.1e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA A100 80GB PCIe", 312e12, 19.5e12),
         ("NVIDIA A10", 125e12, 31.2e12),
@@ -132,6 +142,6 @@ def test_tf32_only_where_allowed_and_there() -> None:
     assert dense_peak_flops("Tesla V100-SXM2-32GB", Precision.fp32, allow_tf32=True) == 15.7e12
 
 
-@pytest.mark.parametrize("device", ["NVIDIA L40S", "NVIDIA A1000", "AMD EPYC", ""])
+@pytest.mark.parametrize("device", ["NVIDIA L40", "NVIDIA A1000", "NVIDIA GeForce RTX 3090", "AMD EPYC", ""])
 def test_unknown_device_has_no_peak(device: str) -> None:
     assert dense_peak_flops(device, Precision.bf16) is None
