@@ -37,6 +37,9 @@ class Reason(IntEnum):
     save = 4
 
 
+SIGNALS: dict[int, Reason] = {signal.SIGUSR1: Reason.usr1, signal.SIGTERM: Reason.term}
+
+
 class StopRequested(Exception):  # noqa: N818  # not an error
     """All ranks have agreed to stop; raised on every one of them at the same boundary."""
 
@@ -61,22 +64,43 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Catch SIGTERM and SIGUSR1 within the block; only the main thread of a process can."""
-        heard = {signal.SIGUSR1: Reason.usr1, signal.SIGTERM: Reason.term}
+        """Catch SIGTERM and SIGUSR1 within the block; only the main thread of a process can.
+
+        Python runs handlers in the main thread, between two of its instructions: not while that thread waits for a GPU,
+        or for a peer that is gone. So a thread of its own acts on signals, which Python's C handler writes into a pipe.
+        """
 
         def remember(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGTERM and self._heard is not Reason.term:
-                timer = threading.Timer(self._grace_seconds, os._exit, (128 + number,))
-                timer.daemon = True
-                timer.start()
-            self.ask(heard[signal.Signals(number)])
+            self.ask(SIGNALS[number])
 
-        earlier = {number: signal.signal(number, remember) for number in heard}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        thread = threading.Thread(target=self._read_signals, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        earlier_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        earlier = {number: signal.signal(number, remember) for number in SIGNALS}
         try:
             yield self
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(earlier_writer)
+            os.close(writer)
+            thread.join()
+
+    def _read_signals(self, reader: int) -> None:
+        """Until the other end of the pipe is closed, act on each signal that it brings."""
+        is_ending = False
+        while content := os.read(reader, 1):
+            number = content[0]
+            if number == signal.SIGTERM and not is_ending:
+                is_ending = True
+                timer = threading.Timer(self._grace_seconds, os._exit, (128 + number,))
+                timer.daemon = True
+                timer.start()
+            if number in SIGNALS:
+                self.ask(SIGNALS[number])
+        os.close(reader)
 
     def ask(self, reason: Reason) -> None:
         """Request a stop from within the program; any thread may call it."""
