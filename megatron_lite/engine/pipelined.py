@@ -76,6 +76,11 @@ class PipelinedEngine(Engine):
         self._phases.reduce()
         if self._flat_gradients is not None:
             self._flat_gradients.complete()
+        for weight, group in self.module.get_tied_weights_and_groups():
+            # In bf16 with offload DeepSpeed has moved the gradient there, and would skip the weight.
+            moved = getattr(weight, "grad_accum", None)
+            if weight.grad is None and moved is not None:
+                dist.all_reduce(moved, group=group)
         self.deepspeed_engine._exec_reduce_tied_grads()
 
     def _reduce_over_data_parallel(self) -> None:
