@@ -133,14 +133,13 @@ def forgotten_activations() -> Any:
 
 def buffer_that_lives_through_the_step() -> Any:
     def allocating(original: Any) -> Any:
-        def reduce(self: Any) -> None:
-            copies = [parameter.float() for parameter in self.module.parameters()]
-            original(self)
-            copies.clear()
+        def load(self: Any, *args: Any) -> None:
+            self.forgotten = [parameter.float() for parameter in self.module.parameters()]
+            original(self, *args)
 
-        return reduce
+        return load
 
-    return _around(PIPELINED, "_reduce_over_data_parallel", allocating)
+    return _around(PIPELINED, "_load", allocating)
 
 
 def copy_in_each_layer() -> Any:
