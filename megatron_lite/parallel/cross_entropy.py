@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.parallel.context import ParallelContext
-
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Size of fp32 temporaries: 1 MB stays in the cache of a CPU core, 256 MB keeps a GPU busy."""
+from megatron_lite.parallel.head_chunks import SOFTMAX_ELEMENTS
 
 _FP16_SCALE = 2.0**15
 """Probabilities are stored in the logits' buffer; without this factor fp16 would lose those below 6e-5."""
@@ -138,10 +136,10 @@ def _scale_rows_(rows: Tensor, factors: Tensor) -> None:
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Consecutive ranges of rows with about _CHUNK_ELEMENTS elements; none if the rank holds only padding."""
+    """Consecutive ranges of rows with about SOFTMAX_ELEMENTS elements; none if the rank holds only padding."""
     if rows.shape[1] == 0:
         return
-    step = max(1, _CHUNK_ELEMENTS[rows.device.type] // rows.shape[1])
+    step = max(1, SOFTMAX_ELEMENTS[rows.device.type] // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 

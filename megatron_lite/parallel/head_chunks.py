@@ -6,6 +6,8 @@ import math
 
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 """Size of a chunk's logits where `train.head_chunk` leaves it open."""
+SOFTMAX_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits that are converted to fp32 at once: 1 MB stays in the cache of a CPU core, 256 MB keeps a GPU busy."""
 _ROWS_MULTIPLE = 64
 """Chunks have a multiple of this many rows, except the last: matrix products are slower on odd sizes."""
 

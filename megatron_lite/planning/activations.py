@@ -22,11 +22,8 @@ from megatron_lite.config.schema import (
     Precision,
     Recompute,
 )
-from megatron_lite.parallel.head_chunks import rows_per_chunk
-
-FLOAT = 4
-HALF = 2
-LOSS_CHUNK = 1 << 26  # elements of the logits that `parallel.cross_entropy` converts to fp32 at once on a GPU
+from megatron_lite.parallel.head_chunks import SOFTMAX_ELEMENTS, rows_per_chunk
+from megatron_lite.planning.memory import FLOAT, HALF
 
 
 @dataclass(frozen=True)
@@ -59,36 +56,43 @@ def stage_activations(
         stage: its number, from 0.
         padded_vocabulary: rows of the embedding, over all tensor-parallel ranks.
     """
-    stages, tensor = config.parallel.pipeline_parallel_size, config.parallel.tensor_parallel_size
+    stages = config.parallel.pipeline_parallel_size
     held = min(stages - stage, config.num_micro_batches())
-    encoder = _Layer(config, config.data.seq_length, 0)
-    last = decoder = _Layer(config, config.decoder_length, config.data.seq_length)
-    if config.model.architecture is not Architecture.encoder_decoder:
-        last = encoder
+    encoder, decoder, last = layer_activations(config), layer_activations(config, decoder=True), _last(config)
     of_layers = content.layers * encoder.kept + content.decoder_layers * decoder.kept
     again = max(encoder.recomputed if content.layers else 0.0, decoder.recomputed if content.decoder_layers else 0.0)
     ends = last.head if content.last else 0.0
     if stages > 1:  # what was received, its copy with a gradient of its own, and what was sent
         ends += ((not content.first) + (not content.last)) * last.hidden
-    columns = padded_vocabulary // tensor if content.last else 0
-    rows = _rows_of_head(config, last.positions, columns * last.width)
+    logits, loss = head_activations(config, padded_vocabulary) if content.last else (0.0, 0.0)
+    return StageActivations(held, held * (of_layers + ends), again, logits, loss)
+
+
+def head_activations(config: ResolvedConfig, padded_vocabulary: int) -> tuple[float, float]:
+    """Bytes of the logits and of the loss, as in `StageActivations`."""
+    last, columns = _last(config), padded_vocabulary // config.parallel.tensor_parallel_size
+    chunk = config.train.head_chunk or rows_per_chunk(last.positions, columns * last.width, "cuda")
+    rows = min(last.positions, chunk)
     copies = 2 if last.width == HALF else 1  # the logits and their softmax; fp32 logits need no copy
-    softmax = copies * FLOAT * min(rows * columns, LOSS_CHUNK)
-    sum_width = last.width if rows >= last.positions else FLOAT  # chunks in 16 bits are summed in fp32
-    of_input = last.positions * last.width if content.last else 0
-    gradients = config.model.hidden_size * (columns * sum_width + of_input)
-    loss = softmax + gradients
-    return StageActivations(held, held * (of_layers + ends), again, rows * columns * last.width, loss)
+    softmax = copies * FLOAT * min(rows * columns, SOFTMAX_ELEMENTS["cuda"])
+    sum_width = FLOAT if rows < last.positions else last.width  # chunks in 16 bits are summed in fp32
+    gradients = config.model.hidden_size * (columns * sum_width + last.positions * last.width)
+    return rows * columns * last.width, softmax + gradients
 
 
-def _rows_of_head(config: ResolvedConfig, positions: int, row_bytes: int) -> int:
-    """Tokens whose logits exist at once."""
-    if not row_bytes:
-        return 0
-    return min(positions, config.train.head_chunk or rows_per_chunk(positions, row_bytes, "cuda"))
+def layer_activations(config: ResolvedConfig, *, decoder: bool = False) -> LayerActivations:
+    """Of a layer of the single stack or the encoder, or of a decoder layer with cross-attention."""
+    if decoder:
+        return LayerActivations(config, config.decoder_length, config.data.seq_length)
+    return LayerActivations(config, config.data.seq_length, 0)
 
 
-class _Layer:
+def _last(config: ResolvedConfig) -> LayerActivations:
+    """Of a layer of the stack with the head."""
+    return layer_activations(config, decoder=config.model.architecture is Architecture.encoder_decoder)
+
+
+class LayerActivations:
     """Bytes of one layer and one micro-batch."""
 
     def __init__(self, config: ResolvedConfig, length: int, memory_length: int) -> None:

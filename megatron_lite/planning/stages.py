@@ -10,7 +10,7 @@ Element-wise work (norms, residual sums, activations, softmax, loss) takes time 
 `ELEMENT_FLOPS` for each element that it reads or writes. Communication does not count. A tensor-parallel group shares
 a stage's work evenly, so its size plays no part.
 
-Memory decides between cuts that are equally fast: model states as in `memory.py`, and an estimate of the activations
+Memory decides between cuts that are equally fast: model states (`memory.py`), and the activations (`activations.py`)
 that 1F1B holds at once: of `stages - i` micro-batches on stage i. See `parallel.stage_cut` for the rule.
 
 Legend: b micro-batch, s positions, h hidden size, n heads, d head size, f inner width of the MLP, v padded vocabulary,
@@ -19,8 +19,9 @@ t tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_lite.config.derived import (
     ParameterCounts,
@@ -31,11 +32,12 @@ from megatron_lite.config.derived import (
     stage_content,
 )
 from megatron_lite.config.resolved import ResolvedConfig
-from megatron_lite.config.schema import Precision, Recompute
+from megatron_lite.config.schema import Recompute
 from megatron_lite.parallel.stage_cut import LayerCosts, balanced_cut
 from megatron_lite.parallel.topology import even_cut
+from megatron_lite.planning.activations import head_activations, layer_activations
 from megatron_lite.planning.flops import PASSES, FlopsPerToken, itemised_flops
-from megatron_lite.planning.memory import FLOAT, HALF, model_states
+from megatron_lite.planning.memory import model_states
 
 ASSUMED_VOCAB_SIZE = 50_000
 """Where a plan is made before the vocabulary is known."""
@@ -74,8 +76,12 @@ def layer_costs(config: ResolvedConfig, vocab_size: int | None) -> LayerCosts:
     rows = padded_vocabulary(config, vocab_size or ASSUMED_VOCAB_SIZE)
     work, memory = _Work(config, rows), _Memory(config, rows)
     encoder, decoder = config.model.num_layers, config.model.decoder_layers
-    kinds = [False] * encoder + [True] * decoder  # whether a layer is one of a decoder with cross-attention
-    work_of_layers, states = [work.layer(kind) for kind in kinds], [memory.layer_states(kind) for kind in kinds]
+    counts = {False: encoder, True: decoder}  # by whether a layer is one of a decoder with cross-attention
+
+    def each(cost: Callable[[bool], int]) -> list[int]:
+        return [one for kind, count in counts.items() if count for one in [cost(kind)] * count]
+
+    work_of_layers, states = each(work.layer), each(memory.layer_states)
     if decoder:  # what lies on the stage where the decoder begins
         work_of_layers[encoder] += work.embedding
         states[encoder] += memory.decoder_embedding_states
@@ -85,9 +91,9 @@ def layer_costs(config: ResolvedConfig, vocab_size: int | None) -> LayerCosts:
         first_work=work.embedding,
         last_work=work.head,
         states=states,
-        activations=[memory.layer_activations(kind) for kind in kinds],
+        activations=each(memory.layer_activations),
         first_memory=memory.first_states,
-        last_memory=memory.last_states + memory.logits,
+        last_memory=memory.last_states + memory.logits_and_loss,
         micro_batches=[min(stages - stage, micro_batches) for stage in range(stages)],
     )
 
@@ -174,33 +180,15 @@ class _Memory:
         return self._states(0, 0, last=True)
 
     def layer_activations(self, decoder: bool) -> int:
-        """What a layer keeps of one micro-batch for its backward pass: its input, or the inputs of all products and
-        norms. Matrices of scores are not counted: fused attention has none."""
-        model, parallel = self.config.model, self.config.parallel
-        tensor = parallel.tensor_parallel_size
-        positions = self.config.decoder_length if decoder else self.config.data.seq_length
-        hidden = model.hidden_size // (tensor if parallel.sequence_parallel else 1)
-        kept = hidden
-        if parallel.recompute is not Recompute.full:
-            heads, attentions = model.num_attention_heads * model.head_size, 2 if decoder else 1
-            keys = 2 * model.num_query_groups * model.head_size
-            widening = 2 if model.activation.is_gated else 1
-            kept = 2 * (1 + attentions) * hidden  # input and output of each norm
-            kept += (attentions * (2 * heads + keys) + (1 + widening) * model.ffn_hidden_size) // tensor
-        return kept * positions * self._sample_bytes
+        """Of one micro-batch."""
+        return round(layer_activations(self.config, decoder=decoder).kept)
 
     @property
-    def logits(self) -> int:
+    def logits_and_loss(self) -> int:
         """Of one micro-batch: the last stage computes its backward pass at once."""
-        positions = self.config.decoder_length or self.config.data.seq_length
-        return positions * self.rows // self.config.parallel.tensor_parallel_size * self._sample_bytes
+        return round(sum(head_activations(self.config, self.rows)))
 
-    @property
-    def _sample_bytes(self) -> int:
-        """Bytes of one element in each sample of a micro-batch."""
-        return self.config.train.micro_batch_size * (FLOAT if self.config.train.precision is Precision.fp32 else HALF)
-
-    @property
+    @cached_property
     def _counts(self) -> ParameterCounts:
         config = self.config
         return parameter_counts(
