@@ -13,8 +13,8 @@ from megatron_lite.observe.markers import ERROR_FILE as ERROR_FILE  # set by lau
 
 COUNTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "MASTER_PORT")
 QUIET = (FutureWarning, UserWarning)  # libraries' warnings about their own future changes: a user cannot fix them
-
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the name of torch 2.9 and later, the older one
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
@@ -47,12 +47,12 @@ def rank_environment(config: RunConfig, *, one_machine: bool) -> dict[str, str]:
 
 
 def _memory_and_streams() -> dict[str, str]:
-    """What makes GPUs faster or fuller; a value that the user has set wins."""
-    chosen = {
-        "TORCH_NCCL_HIGH_PRIORITY": os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "1")
-    }  # collectives beside products
+    """What lets a GPU hold and do more; a value that the user has set wins."""
+    chosen = {}
     if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         chosen[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # less fragmentation
+    if PRIORITY not in os.environ:
+        chosen[PRIORITY] = "1"  # collectives start while a matrix product runs
     return chosen
 
 

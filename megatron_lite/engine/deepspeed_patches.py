@@ -60,7 +60,6 @@ USED: dict[Any, dict[str, tuple[str, ...]]] = {
         "_exec_recv_grads": _BUFFER,
         "_exec_backward_pass": _BUFFER,
         "_exec_send_grads": _BUFFER,
-        "_exec_reduce_tied_grads": (),
         "_exec_reduce_grads": (),
         "_exec_optimizer_step": ("lr_kwargs",),
         "_reserve_pipe_buffers": ("num_buffers",),
@@ -275,7 +274,7 @@ def clip_by_given_norm(
         optimizer.step = partial(_step_in_bf16, optimizer, to_judge, 0.0 if fused else largest_norm)
     if fused:
         optimizer.unscale_and_clip_grads = lambda *_: None
-        optimizer.step = partial(_step_after, optimizer.step, lambda: _tell(optimizer, norm(), largest_norm))
+        optimizer.step = partial(_step_after, optimizer.step, lambda: _pass_norm(optimizer, norm(), largest_norm))
 
 
 def _is_fused_adamw(optimizer: Any) -> bool:
@@ -292,7 +291,7 @@ def _leave_overflows_to_the_norm(optimizer: Any) -> None:
     optimizer.update_offload_overflow_tracker = lambda grad: None
 
 
-def _tell(optimizer: Any, norm: Tensor, largest_norm: float) -> None:
+def _pass_norm(optimizer: Any, norm: Tensor, largest_norm: float) -> None:
     """Let torch's fused optimizer divide gradients by `grad_scale`, and skip the update if `found_inf` is 1: these are
     what torch's GradScaler sets."""
     fused = optimizer.optimizer

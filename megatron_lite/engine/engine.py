@@ -1,4 +1,4 @@
-"""One train step, from top to bottom (`Engine.train_step`), and the one interface to DeepSpeed.
+"""One train step, from top to bottom (`Engine.launch_step`), and the one interface to DeepSpeed.
 
 The training loop uses only `Engine` and does not depend on which of DeepSpeed's engines is behind it: `PipelinedEngine`
 runs ZeRO-0/1 at any pipeline size, including 1; `FlatEngine` runs ZeRO-2/3, which partition gradients during backward

@@ -18,8 +18,7 @@ def scale_loss_weights(batches: Sequence[MicroBatch], context: ParallelContext) 
     DeepSpeed averages over this rank's micro-batches and then over data-parallel ranks. With every weight multiplied by
     (micro-batches x ranks / total weight), that average equals Σ weight x loss / Σ weight of the whole global batch
     (transformers PR 34191 describes what goes wrong otherwise). Sequence labels have weights of their own. Costs one
-    all-reduce of at most two numbers over the data-parallel group. Nothing waits for the
-    device.
+    all-reduce of at most two numbers over the data-parallel group; the host does not wait for the device.
 
     Args:
         batches: on the context's device.

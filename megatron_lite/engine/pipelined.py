@@ -77,11 +77,14 @@ class PipelinedEngine(Engine):
         if self._flat_gradients is not None:
             self._flat_gradients.complete()
         for weight, group in self.module.get_tied_weights_and_groups():
-            # In bf16 with offload DeepSpeed has moved the gradient there, and would skip the weight.
-            moved = getattr(weight, "grad_accum", None)
-            if weight.grad is None and moved is not None:
-                dist.all_reduce(moved, group=group)
-        self.deepspeed_engine._exec_reduce_tied_grads()
+            self._sum_over_stages(weight, group)
+
+    def _sum_over_stages(self, weight: nn.Parameter, group: dist.ProcessGroup) -> None:
+        """The gradient of a tied weight, over the stages that hold a copy."""
+        gradient = weight.gradient_sink.total if weight.gradient_sink.in_use else weight.grad
+        if gradient is None:  # in bf16 with offload, where DeepSpeed moves it, and its own method skips the weight
+            gradient = weight.grad_accum
+        dist.all_reduce(gradient, group=group)
 
     def _reduce_over_data_parallel(self) -> None:
         self._phases.reduce()

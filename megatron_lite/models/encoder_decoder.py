@@ -54,9 +54,8 @@ def encoder_decoder_layers(factory: LayerFactory) -> list[LayerSpec]:
         replace(first[0], stage_inputs=None),
         *first[1:],
     ]
-    between[0] = replace(
-        between[0], stage_inputs=into_encoder
-    )  # no stage begins between here and the second decoder layer
+    # No stage begins between here and the second decoder layer.
+    between[0] = replace(between[0], stage_inputs=into_encoder)
     return [
         embedding,
         *factory.embedding_sum("encoder."),

@@ -47,9 +47,7 @@ def _explained(config: ResolvedConfig, environment: ProcessEnvironment, error: E
     if fault is Fault.memory:
         planned = list(stage_lines(config, known_vocab_size(config)))[_stage(config, environment)].strip()
         remedies = ", ".join(_remedies(config, error))
-        return DeviceMemoryError(
-            f"{who} ran out of memory: {said}; planned for it, without activations: {planned}; use {remedies}"
-        )
+        return DeviceMemoryError(f"{who} ran out of memory: {said}; planned for it: {planned}; use {remedies}")
     if fault is Fault.device:
         return DeviceFailedError(
             f"the GPU of {who}, its driver or its link failed: {said}; look at `nvidia-smi` and `dmesg`, or leave "

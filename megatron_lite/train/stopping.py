@@ -61,6 +61,7 @@ class StopRequest:
         self._run_dir = run_dir
         self._grace_seconds = grace_seconds
         self._heard = Reason.none
+        self._lock = threading.RLock()  # a signal handler may interrupt `ask` in the same thread
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -104,7 +105,8 @@ class StopRequest:
 
     def ask(self, reason: Reason) -> None:
         """Request a stop from within the program; any thread may call it."""
-        self._heard = max(self._heard, reason)
+        with self._lock:
+            self._heard = max(self._heard, reason)
 
     @property
     def reason(self) -> Reason:

@@ -31,6 +31,7 @@ from megatron_lite.engine.engine import Engine, Evaluation
 from megatron_lite.engine.flat_gradients import FlatGradients
 from megatron_lite.engine.hooks import EngineHooks
 from megatron_lite.engine.inference import forward_through_stages
+from megatron_lite.engine.pipelined import PipelinedEngine
 from megatron_lite.engine.step_result import StepResult
 from megatron_lite.engine.task import build_task
 from megatron_lite.models.activations import Activations, StageBoundary
@@ -243,13 +244,12 @@ def _patch(target: object, name: str, replacement: Any) -> Callable[[], Any]:
     return lambda: mock.patch.object(target, name, replacement)
 
 
-_REDUCE_TIED = PipelineEngine._exec_reduce_tied_grads
+_SUM_OVER_STAGES = PipelinedEngine._sum_over_stages
 
 
-def _double_tied_gradient(self: PipelineEngine) -> None:
-    _REDUCE_TIED(self)
-    for weight, _ in self.module.get_tied_weights_and_groups():
-        weight.grad.mul_(2.0)
+def _double_tied_gradient(self: PipelinedEngine, weight: torch.nn.Parameter, group: Any) -> None:
+    _SUM_OVER_STAGES(self, weight, group)
+    weight.grad.mul_(2.0)
 
 
 def _each_micro_batch_its_own_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
@@ -270,10 +270,9 @@ def _slopes_too_large(weights: torch.Tensor, seed: float, terms: Any) -> Any:
 _SLOPES = megatron_lite.parallel.fused_head._slopes
 
 
-def _sum_all_but_the_relative_bias(self: PipelineEngine) -> None:
-    for key, comm in self.module.tied_comms.items():
-        if "relative_bias" not in key:
-            torch.distributed.all_reduce(self.module.tied_modules[key].weight.grad, group=comm["group"])
+def _sum_all_but_the_relative_bias(self: PipelinedEngine, weight: torch.nn.Parameter, group: Any) -> None:
+    if "relative_bias" not in weight.global_name:
+        _SUM_OVER_STAGES(self, weight, group)
 
 
 def _own_sequence_mean(batches: list[Any], context: ParallelContext) -> list[Any]:
@@ -358,11 +357,9 @@ _MUTATIONS: dict[str, Callable[[], Any]] = {
         megatron_lite.parallel.layers, "start_sum", lambda grad, group, scatter: (grad, None)
     ),
     "clip_coefficient_too_large": _clip_coefficient_too_large,
-    "tied_gradient_doubled": _patch(PipelineEngine, "_exec_reduce_tied_grads", _double_tied_gradient),
-    "relative_bias_gradient_not_summed": _patch(
-        PipelineEngine, "_exec_reduce_tied_grads", _sum_all_but_the_relative_bias
-    ),
-    "tied_gradient_not_summed": _patch(PipelineEngine, "_exec_reduce_tied_grads", lambda self: None),
+    "tied_gradient_doubled": _patch(PipelinedEngine, "_sum_over_stages", _double_tied_gradient),
+    "relative_bias_gradient_not_summed": _patch(PipelinedEngine, "_sum_over_stages", _sum_all_but_the_relative_bias),
+    "tied_gradient_not_summed": _patch(PipelinedEngine, "_sum_over_stages", lambda self, weight, group: None),
     "norm_gradient_not_summed_under_sequence_parallel": _patch(
         megatron_lite.models.norms, "sum_gradients", lambda context, *parameters: parameters
     ),

@@ -63,6 +63,15 @@ def test_bf16_accumulates_gradients_in_fp32() -> None:
     assert trace.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=5e-3)
 
 
+def test_bf16_with_offload_sums_tied_gradients_over_stages() -> None:
+    """DeepSpeed's own sum skips them: the norm would lack what the head adds to the word embedding's gradient."""
+    config = run_config("gpt2", pp=2, offload_optimizer=True)
+    reference = trace_twin(config, VOCAB_SIZE, 1)
+    in_bf16 = replace(config, train=replace(config.train, precision=Precision.bf16))
+    trace = run_ranks(layout_rank, 2, in_bf16, VOCAB_SIZE, 1, None)[0]
+    assert trace.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=5e-3)
+
+
 def test_fp16_overflow_skips_halves_and_regrows() -> None:
     config = _config("dp2_pp2", Precision.fp16)
     scale = LossScaleConfig(initial_power=28, window=4, hysteresis=1)

@@ -105,7 +105,7 @@ def test_evaluation_that_was_broken_off_is_made_after_the_resume(
         (
             ["model.ffn_hidden_size=2000000000", "parallel=dp1_tp1_pp2", "model.vocab_size=512"],
             RunEnd.OUT_OF_MEMORY,
-            "planned for it, without activations: stage ",
+            "planned for it: stage ",
         ),
     ],
 )

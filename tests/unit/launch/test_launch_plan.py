@@ -87,3 +87,28 @@ def test_free_port_is_not_part_of_the_frozen_configuration() -> None:
 def test_command_line_can_be_typed() -> None:
     plan = plan_of("train.run_dir='runs/with space'")
     assert plan.command_line().endswith(f"--config '{plan.frozen_config}'")
+
+
+GPU_ONLY = ("PYTORCH_ALLOC_CONF", "TORCH_NCCL_HIGH_PRIORITY", "CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_gpus_get_variables_that_cpus_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*GPU_ONLY, "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    found = {device: plan_of("train.deterministic=true", device=device).env for device in ("cpu", "cuda")}
+    assert [found["cuda"][name] for name in GPU_ONLY] == ["expandable_segments:True", "1", ":4096:8"]
+    assert not set(GPU_ONLY) & set(found["cpu"])
+    assert "CUBLAS_WORKSPACE_CONFIG" not in plan_of(device="cuda").env
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("PYTORCH_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+        ("TORCH_NCCL_HIGH_PRIORITY", "TORCH_NCCL_HIGH_PRIORITY"),
+    ],
+)
+def test_a_value_of_the_user_wins(name: str, ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "0")
+    assert ours not in plan_of(device="cuda").env

@@ -62,7 +62,7 @@ def test_every_failed_allocation_ends_as_out_of_memory_with_what_to_change(error
     assert end_of(told) is RunEnd.OUT_OF_MEMORY
     assert str(told).startswith("rank 3 (node ")
     assert ", tp1 pp1 dp0) ran out of memory: " in str(told)
-    assert "planned for it, without activations: stage 1" in str(told)
+    assert "planned for it: stage 1" in str(told)
     assert "; use " in str(told)
 
 
