@@ -40,6 +40,7 @@ from megatron_lite.observe.heartbeat import Heartbeat
 from megatron_lite.observe.step_measures import StepMeasure
 from megatron_lite.optim.batch_ramp import BatchSchedule, BatchStep
 from megatron_lite.optim.learning_rate import learning_rate_at
+from megatron_lite.parallel.auxiliary import AuxiliaryChannel
 from megatron_lite.parallel.context import ParallelContext
 from megatron_lite.parallel.gradient_sink import GradientSink
 from megatron_lite.train.generate import generate
@@ -336,8 +337,19 @@ def _auxiliary_of_blocks() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _auxiliary_gradient_too_large() -> Iterator[None]:
+    begin = AuxiliaryChannel.begin_step
+    with (
+        _auxiliary_of_blocks(),
+        mock.patch.object(AuxiliaryChannel, "begin_step", lambda channel, gradient: begin(channel, 1.05 * gradient)),
+    ):
+        yield
+
+
 SCATTERED = "gradients_reduced_by_scattering"
 AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED = "auxiliary_of_blocks", "auxiliary_unlisted"
+AUXILIARY_TOO_LARGE = "auxiliary_gradient_too_large"
 
 
 def _overwrite(sink: GradientSink, rows: torch.Tensor, x: torch.Tensor) -> None:
@@ -348,6 +360,7 @@ def _overwrite(sink: GradientSink, rows: torch.Tensor, x: torch.Tensor) -> None:
 
 _MUTATIONS: dict[str, Callable[[], Any]] = {
     AUXILIARY_OF_BLOCKS: _auxiliary_of_blocks,  # not a fault but a feature of layers that no model here uses
+    AUXILIARY_TOO_LARGE: _auxiliary_gradient_too_large,  # of the blocks' terms; the head corrects its own
     SCATTERED: _patch(  # as on a GPU; it leaves what other ranks own unreduced
         megatron_lite.engine.flat_gradients, "reduces_by_scattering", lambda flat: True
     ),

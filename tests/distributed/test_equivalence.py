@@ -24,7 +24,13 @@ from tests.distributed.equivalence_cases import (
     run_config,
     traces,
 )
-from tests.distributed.layout_ranks import AUXILIARY_OF_BLOCKS, AUXILIARY_UNLISTED, SCATTERED, planted
+from tests.distributed.layout_ranks import (
+    AUXILIARY_OF_BLOCKS,
+    AUXILIARY_TOO_LARGE,
+    AUXILIARY_UNLISTED,
+    SCATTERED,
+    planted,
+)
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -86,6 +92,15 @@ def test_auxiliary_losses_and_measures_of_layers(layout: str) -> None:
     assert difference <= TOLERANCE, f"{what} differs by {difference:.1e}"
     without, bias = trace_twin(config, VOCAB_SIZE, 1), "layers.0.mlp.down.bias"
     assert (without.gradients[bias] - reference.gradients[bias]).norm() > 0.01 * without.gradients[bias].norm()
+
+
+@pytest.mark.parametrize("layout", ["pp2", "zero3_dp2"])
+def test_auxiliary_losses_of_layers_that_are_5_percent_too_large_are_caught(layout: str) -> None:
+    with planted(AUXILIARY_OF_BLOCKS):
+        reference = trace_twin(run_config("gpt2"), VOCAB_SIZE, MUTATED_STEPS)
+    too_large = traces(run_config("gpt2", **LAYOUTS[layout]), MUTATED_STEPS, AUXILIARY_TOO_LARGE)
+    what, difference = next(iter(differences(reference, too_large).items()))
+    assert difference > 10 * TOLERANCE, f"it went unnoticed: {what} differs by {difference:.1e}"
 
 
 def test_each_rank_needs_its_own_partition_of_the_gradients_only() -> None:
